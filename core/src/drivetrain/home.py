@@ -1,0 +1,245 @@
+"""Where a bucket's master weights and optimizer states live, and who runs its update."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from drivetrain.fragment import Fragment, interval_boxes
+from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule
+
+if TYPE_CHECKING:
+    from drivetrain.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of one parameter that lies in a bucket.
+
+    Args:
+        name: the client's stable parameter name.
+        shape: shape of the whole parameter (as this rank's module has it).
+        start: index of the first element held, in the row-major flattened parameter.
+        numel: number of elements held.
+        offset: where they begin in the bucket.
+        owner: whether this rank's copy counts in norms and checkpoints.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    offset: int
+    owner: bool = True
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """This segment's slice of a flat bucket tensor; shaped when the parameter is whole."""
+        part = flat.narrow(0, self.offset, self.numel)
+        whole = self.start == 0 and self.numel == torch.Size(self.shape).numel()
+        return part.view(self.shape) if whole else part
+
+
+@dataclass(frozen=True)
+class BucketSpec:
+    """Everything that decides where a bucket's states go; one dtype, reduction, rule and group.
+
+    Args:
+        key: stable across runs of one configuration; names error feedback, files and logs.
+        numel: flat length, including padding after the last segment.
+        segments: what lies where.
+        parameter_dtype: dtype of the parameters in forward and backward.
+        gradient_dtype: dtype of the gradients handed to :meth:`StateHome.update`.
+        master_dtype: dtype of the master weights; equal to ``parameter_dtype`` when the
+            parameters are their own masters.
+        reduction: axes that gradients are summed over.
+        rule: the update rule, or ``None`` for parameters that are not trained.
+        group: index of the hyper-parameter group.
+        device: the device that parameters and gradients are on.
+    """
+
+    key: str
+    numel: int
+    segments: tuple[Segment, ...]
+    parameter_dtype: torch.dtype
+    gradient_dtype: torch.dtype
+    master_dtype: torch.dtype
+    reduction: Axis
+    rule: UpdateRule | None
+    group: int
+    device: torch.device
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether master weights are kept beside the parameters."""
+        return self.master_dtype != self.parameter_dtype
+
+
+class StateHome(ABC):
+    """Keeps the states of one bucket and updates it. Model states only say *when*.
+
+    The way of a step, on every rank: ``gradient_ready`` (the reduced gradient is final; the home
+    may start moving it) -> ``update`` (may return before the work is done) -> ``publish`` (returns
+    once the parameters hold their new values). A home of delayed updates publishes an earlier one.
+    """
+
+    spec: BucketSpec
+    step: int
+    """Number of updates applied so far."""
+
+    @abstractmethod
+    def adopt(self, parameters: torch.Tensor, originals: torch.Tensor) -> None:
+        """Take over a bucket.
+
+        Args:
+            parameters: flat parameters [numel] in ``parameter_dtype``, the memory that the module
+                computes with; the home writes new values there.
+            originals: the values [numel] that the client gave, before any cast; masters are made
+                from these.
+        """
+
+    @abstractmethod
+    def gradient_ready(self, gradient: torch.Tensor) -> None:
+        """The reduced gradient [numel] of this step is final and stays until :meth:`publish`."""
+
+    @abstractmethod
+    def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
+        """Run the rule on ``gradient * scale``; ``gradient`` may be overwritten."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Return once the adopted parameters hold their updated values."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Make masters anew from the parameters, which someone changed (a load, a client)."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Finish whatever is under way, so that fragments show a consistent state."""
+
+    @abstractmethod
+    def fragments(self) -> Sequence[Fragment]:
+        """Master (when kept) and optimizer states of every segment, read and written lazily."""
+
+
+class DeviceHome(StateHome):
+    """The default home: states beside the parameters, updated in line on the device."""
+
+    name = "device"
+
+    def __init__(self, spec: BucketSpec, device: torch.device | None = None) -> None:
+        self.spec = spec
+        self.step = 0
+        self._device = device or spec.device
+        self._parameters = torch.empty(0)
+        self._masters = torch.empty(0)
+        self._states: dict[str, torch.Tensor] = {}
+
+    def adopt(self, parameters: torch.Tensor, originals: torch.Tensor) -> None:
+        spec = self.spec
+        self._parameters = parameters
+        self._masters = (
+            originals.to(device=self._device, dtype=spec.master_dtype, copy=True)
+            if spec.has_masters
+            else parameters
+        )
+        for state in self._declared():
+            self._states[state.name] = torch.full(
+                (spec.numel if state.numel is None else state.numel,),
+                state.initial,
+                dtype=state.dtype or spec.master_dtype,
+                device=self._device,
+            )
+
+    def gradient_ready(self, gradient: torch.Tensor) -> None:
+        pass
+
+    def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
+        spec = self.spec
+        assert spec.rule is not None, f"bucket {spec.key} is not trained"
+        self.step += 1
+        view = BucketView(
+            key=spec.key,
+            weights=self._masters,
+            gradient=gradient,
+            states=self._states,
+            segments=spec.segments,
+            step=self.step,
+            out=self._parameters if spec.has_masters else None,
+            reduction=spec.reduction,
+        )
+        spec.rule.update(view, hyper, scale)
+
+    def publish(self) -> None:
+        pass
+
+    def refresh(self) -> None:
+        if self.spec.has_masters:
+            self._masters.copy_(self._parameters)
+
+    def flush(self) -> None:
+        pass
+
+    def fragments(self) -> Sequence[Fragment]:
+        kinds = dict(self._states)
+        if self.spec.has_masters:
+            kinds["master"] = self._masters
+        whole = {name: flat for name, flat in kinds.items() if flat.numel() == self.spec.numel}
+        found = [
+            segment_fragment(segment, kind, flat, self.name)
+            for segment in self.spec.segments
+            for kind, flat in whole.items()
+        ]
+        found += [
+            bucket_fragment(self.spec.key, kind, flat, self.name)
+            for kind, flat in kinds.items()
+            if kind not in whole
+        ]
+        return found
+
+    def _declared(self) -> Sequence[StateSpec]:
+        return self.spec.rule.states(self.spec) if self.spec.rule is not None else ()
+
+
+def segment_fragment(segment: Segment, kind: str, flat: torch.Tensor, home: str) -> Fragment:
+    """The fragment of one parameter's part of a flat bucket tensor."""
+    part = flat.narrow(0, segment.offset, segment.numel)
+
+    def write(values: torch.Tensor) -> None:
+        part.copy_(values)
+
+    return Fragment(
+        name=segment.name,
+        kind=kind,
+        global_shape=segment.shape,
+        dtype=flat.dtype,
+        boxes=tuple(interval_boxes(segment.shape, segment.start, segment.start + segment.numel)),
+        owner=segment.owner,
+        home=home,
+        read=lambda: part,
+        write=write,
+    )
+
+
+def bucket_fragment(key: str, kind: str, flat: torch.Tensor, home: str) -> Fragment:
+    """The fragment of a state that belongs to a bucket of this rank, not to a parameter."""
+
+    def write(values: torch.Tensor) -> None:
+        flat.copy_(values)
+
+    return Fragment(
+        name=f"bucket/{key}",
+        kind=kind,
+        global_shape=tuple(flat.shape),
+        dtype=flat.dtype,
+        boxes=tuple(interval_boxes(flat.shape, 0, flat.numel())),
+        owner=True,
+        home=home,
+        read=lambda: flat,
+        write=write,
+        on_reshape="reset",
+    )

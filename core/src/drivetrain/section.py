@@ -1,0 +1,57 @@
+"""Building blocks for the pydantic models that describe config sections.
+
+pydantic's lax mode is wrong for hand-written JSON in three ways: it turns ``true`` into 1 and
+``"3"`` into 3, and without it ``5e8`` (a float in JSON) is no integer. :data:`Int` and
+:data:`Float` take numbers only, and integers in any notation.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel
+
+
+T = TypeVar("T")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"expected a number, got {type(value).__name__} {value!r}")
+    return value
+
+
+def _integer(value: Any) -> Any:
+    value = _number(value)
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise ValueError(f"expected a whole number, got {value!r}")
+        return int(value)
+    return value
+
+
+def _boolean(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, got {type(value).__name__} {value!r}")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_integer)]
+PositiveInt = Annotated[int, BeforeValidator(_integer), Field(gt=0)]
+NonNegativeInt = Annotated[int, BeforeValidator(_integer), Field(ge=0)]
+Float = Annotated[float, BeforeValidator(_number)]
+PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+NonNegativeFloat = Annotated[float, BeforeValidator(_number), Field(ge=0)]
+Bool = Annotated[bool, BeforeValidator(_boolean)]
+
+
+class Section(BaseModel):
+    """A config section: frozen, and every unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Scalar(RootModel[T], Generic[T]):
+    """A config path whose value is one scalar, such as ``gradient_clipping: 1.0``."""
+
+    model_config = ConfigDict(frozen=True)

@@ -1,0 +1,119 @@
+"""What an optimizer is here: a rule over flat buckets, independent of where the states live."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from drivetrain.home import BucketSpec, Segment
+    from drivetrain.mesh import Axis
+    from drivetrain.parameters import ParameterInfo
+
+Hyper = Mapping[str, Any]
+"""Live hyper-parameters of one group: ``lr``, ``betas``, ``weight_decay``, ..."""
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One optimizer state of a bucket.
+
+    Args:
+        name: the field's usual name, e.g. ``"exp_avg"``.
+        dtype: storage dtype; ``None`` for the master weights' dtype.
+        numel: flat length when it differs from the bucket's; such a state is no part of a whole
+            parameter and is reset when the layout changes.
+        initial: value that a fresh state is filled with.
+    """
+
+    name: str
+    dtype: torch.dtype | None = None
+    numel: int | None = None
+    initial: float = 0.0
+
+
+@dataclass
+class BucketView:
+    """What a rule sees of one bucket during an update; all tensors are flat and equally long.
+
+    Args:
+        key: the bucket's stable key.
+        weights: master weights [n], updated in place.
+        gradient: accumulated, reduced gradient [n]; may be overwritten.
+        states: the rule's declared states by name, updated in place.
+        segments: where each parameter lies; whole tensors if the rule's grain is ``"tensor"``.
+        step: which update this is for the bucket, counted from 1.
+        out: low-precision copy of the weights [n] to write in the same pass, or ``None``.
+        reduction: axes that the gradient is summed over, for rules that communicate.
+    """
+
+    key: str
+    weights: torch.Tensor
+    gradient: torch.Tensor
+    states: dict[str, torch.Tensor]
+    segments: Sequence[Segment]
+    step: int
+    out: torch.Tensor | None
+    reduction: Axis
+
+
+class UpdateRule(ABC):
+    """Turns gradients into weight changes, bucket by bucket.
+
+    Rules are found in the ``drivetrain.optimizers`` entry points under the value of
+    ``optimizer.type``; the entry point is a factory ``(params: Mapping, job: Job) -> UpdateRule``.
+
+    Attributes:
+        defaults: hyper-parameters that a group gets where it sets none, e.g. ``{"lr": 1e-3}``.
+        grain: ``"element"`` when each element is updated on its own, so that a bucket may be cut
+            anywhere; ``"tensor"`` when the rule needs whole tensors (Muon, Lamb).
+    """
+
+    defaults: dict[str, Any]
+    grain: Literal["element", "tensor"] = "element"
+
+    @abstractmethod
+    def states(self, bucket: BucketSpec) -> Sequence[StateSpec]:
+        """The states that ``bucket`` needs, in a fixed order."""
+
+    @abstractmethod
+    def update(self, bucket: BucketView, hyper: Hyper, scale: float | torch.Tensor) -> None:
+        """Apply one step to ``bucket.weights``.
+
+        Args:
+            bucket: weights, gradient, states; see :class:`BucketView`.
+            hyper: hyper-parameters of the bucket's group, as they are now.
+            scale: factor that turns ``bucket.gradient`` into the gradient to use; it folds loss
+                scale, accumulation, divisor and clipping. A float, or a 0-d tensor on the device.
+        """
+
+    def rule_for(self, parameter: nn.Parameter, info: ParameterInfo) -> UpdateRule:
+        """The rule for one parameter; most rules answer themselves (Muon hands some to Adam)."""
+        return self
+
+    def wants_reduced(self, step: int) -> bool:
+        """Whether the update of ``step`` (from 1) takes reduced gradients.
+
+        Rules that communicate compressed answer ``False`` and do it in :meth:`update`; the states
+        then skip the reduction and clip by the local norm.
+        """
+        return True
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """A rule and the groups it works on, ready to be placed by model states.
+
+    Args:
+        rule: the rule of all groups.
+        groups: live dicts, shared with ``engine.optimizer.param_groups``; each has ``"params"``
+            (the client's parameters) and the hyper-parameters that schedules change.
+    """
+
+    rule: UpdateRule
+    groups: Sequence[dict[str, Any]] = field(default_factory=tuple)
