@@ -1,0 +1,147 @@
+"""What is written down about the packages agrees with the packages there are."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import drivetrain
+from drivetrain import known
+from tools import workspace
+
+WORKSPACE = workspace.load()
+DISTRIBUTIONS = list(WORKSPACE.values())
+each_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda d: d.name)
+
+
+@pytest.fixture(scope="module")
+def settings() -> dict[str, dict[str, dict[str, object]]]:
+    return tomllib.loads((workspace.ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+@each_distribution
+def test_every_served_section_is_in_the_table_of_known_names(
+    distribution: workspace.Distribution,
+) -> None:
+    if distribution.name == "drivetrain":
+        return
+    paths = distribution.entry_points.get("drivetrain.plugins", ())
+    assert {path: known.SECTIONS.get(path) for path in paths} == dict.fromkeys(
+        paths, distribution.name
+    )
+
+
+@each_distribution
+def test_every_served_optimizer_is_in_the_table_of_known_names(
+    distribution: workspace.Distribution,
+) -> None:
+    if distribution.name == "drivetrain":
+        return
+    names = distribution.entry_points.get("drivetrain.optimizers", ())
+    assert {name: known.OPTIMIZERS.get(name) for name in names} == dict.fromkeys(
+        names, distribution.name
+    )
+
+
+def test_the_table_of_known_names_promises_no_section_that_its_owner_lacks() -> None:
+    broken = {
+        path: owner
+        for path, owner in known.SECTIONS.items()
+        if owner in WORKSPACE
+        and path not in WORKSPACE[owner].entry_points.get("drivetrain.plugins", ())
+    }
+    assert not broken
+
+
+def test_every_distribution_has_a_test_environment_of_its_own() -> None:
+    names = [distribution.environment for distribution in DISTRIBUTIONS]
+    assert len(set(names)) == len(names)
+    assert not {"lint", "integration", "docs"} & set(names)
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(workspace.ROOT / "tox.ini", "utf-8")
+    sections = {s.removeprefix("testenv:") for s in config.sections() if s.startswith("testenv:")}
+    assert sections - set(names) == {"lint", "integration", "docs"}
+
+
+def test_the_readme_lists_exactly_the_packages_that_exist() -> None:
+    text = (workspace.ROOT / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| \[`([\w-]+)`\]\(([\w/]+)/\) \|", text, re.MULTILINE)
+    folders = {d.name: str(d.folder.relative_to(workspace.ROOT)) for d in DISTRIBUTIONS}
+    assert dict(rows) == folders
+
+
+def test_import_contracts_cover_every_package(settings: dict[str, dict[str, object]]) -> None:
+    linter = settings["tool"]["importlinter"]
+    packages = {package for d in DISTRIBUTIONS for package in d.packages}
+    assert set(linter["root_packages"]) == packages
+    contracts = {contract["id"]: contract for contract in linter["contracts"]}
+    plugins = packages - {"drivetrain", "drivetrain_kernels"}
+    assert set(contracts["core"]["forbidden_modules"]) == packages - {"drivetrain"}
+    assert set(contracts["kernels"]["forbidden_modules"]) == plugins
+    assert set(contracts["plugins"]["modules"]) == plugins
+
+
+def test_light_modules_import_no_torch(settings: dict[str, dict[str, object]]) -> None:
+    contracts = {c["id"]: c for c in settings["tool"]["importlinter"]["contracts"]}
+    modules = contracts["light"]["source_modules"]
+    code = f"""
+import importlib, pkgutil, sys
+for name in {modules!r}:
+    module = importlib.import_module(name)
+    for inner in pkgutil.walk_packages(getattr(module, "__path__", []), name + "."):
+        importlib.import_module(inner.name)
+        assert "torch" not in sys.modules, inner.name
+    assert "torch" not in sys.modules, name
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_constraints_pin_everything_that_a_distribution_declares() -> None:
+    lines = (workspace.ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
+    declared = workspace.external_requirements(WORKSPACE, WORKSPACE)
+    pinned = {canonicalize_name(pin.name): pin for pin in pins}
+    assert not {canonicalize_name(r.name) for r in declared} - set(pinned)
+    too_old = [
+        f"{requirement} but constraints.txt has {pin}"
+        for requirement in declared
+        for pin in [pinned[canonicalize_name(requirement.name)]]
+        if not requirement.specifier.contains(str(pin.specifier).removeprefix("=="))
+    ]
+    assert not too_old
+
+
+@each_distribution
+def test_plugins_are_locked_to_the_minor_version_of_core(
+    distribution: workspace.Distribution,
+) -> None:
+    if distribution.name == "drivetrain":
+        return
+    wanted = [r for r in distribution.requirements if canonicalize_name(r.name) == "drivetrain"]
+    version = Version(drivetrain.__version__)
+    assert len(wanted) == 1
+    assert wanted[0].specifier.contains(str(version))
+    assert not wanted[0].specifier.contains(f"{version.major}.{version.minor + 1}.0")
+
+
+@each_distribution
+def test_every_distribution_has_a_readme_types_and_tests(
+    distribution: workspace.Distribution,
+) -> None:
+    folder: Path = distribution.folder
+    assert (folder / "README.md").is_file()
+    assert list((folder / "tests").glob("test_*.py"))
+    assert distribution.packages
+    for package in distribution.packages:
+        assert (folder / "src" / package / "py.typed").is_file()
