@@ -1,0 +1,87 @@
+"""Calling what a config names with the parameters that it gives, and naming the wrong ones."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from numbers import Number
+from typing import Any
+
+import torch
+
+from drivetrain.errors import ConfigError
+from drivetrain.wording import as_json, did_you_mean
+
+
+def call_checked(
+    section: str, function: Callable[..., Any], params: Mapping[str, Any], *leading: Any
+) -> Any:
+    """``function(*leading, **params)``, with every wrong parameter named by its config path.
+
+    Lists become tuples, as JSON has no tuples.
+
+    Args:
+        section: config path of the parameters, e.g. ``"optimizer.params"``.
+        function: a class or factory whose keyword arguments are the parameters.
+        params: what the config gives.
+        leading: positional arguments that are not the config's.
+
+    Raises:
+        ConfigError: parameters that are unknown, missing, of a wrong type, or refused by
+            ``function``.
+    """
+    accepted = dict(list(inspect.signature(function).parameters.items())[len(leading) :])
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    named = {k: p for k, p in accepted.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    label = getattr(function, "__name__", type(function).__name__)
+    problems = [
+        f"{section}.{name}: {label} has no such parameter{did_you_mean(name, named)} "
+        f"(it has {', '.join(named)})"
+        for name in params
+        if name not in named and not open_ended
+    ]
+    required = {name for name, p in named.items() if p.default is p.empty}
+    problems += [f"{section}.{name}: {label} needs it" for name in required - params.keys()]
+    problems += [
+        f"{section}.{name}: {problem}"
+        for name, value in params.items()
+        if name in named and (problem := _wrong_type(value, named[name].default))
+    ]
+    if problems:
+        raise ConfigError(problems)
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in params.items()}
+    try:
+        return function(*leading, **given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        for name in given:
+            alone = {key: given[key] for key in given if key == name or key in required}
+            if not _accepts(function, leading, alone):
+                problem = f"{section}.{name}: {label} refuses {as_json(params[name])}: {error}"
+                raise ConfigError(problem) from error
+        raise ConfigError(f"{section}: {label} refuses {as_json(dict(params))}: {error}") from error
+
+
+def _accepts(function: Callable[..., Any], leading: tuple[Any, ...], params: Any) -> bool:
+    try:
+        function(*leading, **params)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _wrong_type(value: Any, default: Any) -> str | None:
+    """Why ``value`` cannot stand where ``default`` does, or ``None``."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else f"expected true or false, got {as_json(value)}"
+    if isinstance(default, Number):
+        fits = isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
+        if not fits or not math.isfinite(value):
+            return f"expected a finite number, got {type(value).__name__} {as_json(value)}"
+    if isinstance(default, tuple):
+        if not isinstance(value, (list, tuple)) or len(value) != len(default):
+            return f"expected a list of {len(default)} numbers, got {as_json(value)}"
+        for item, example in zip(value, default, strict=True):
+            if example is not None and (problem := _wrong_type(item, example)):
+                return problem
+    return None
