@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from drivetrain.errors import ConfigError
+
+GLOBAL = "train_batch_size"
+MICRO = "train_micro_batch_size_per_gpu"
+ACCUMULATION = "gradient_accumulation_steps"
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -20,3 +26,72 @@ class Batch:
     micro_batch_size: int
     accumulation_steps: int
     data_shards: int
+
+    def __post_init__(self) -> None:
+        product = self.micro_batch_size * self.accumulation_steps * self.data_shards
+        assert product == self.train_batch_size, f"{self} does not multiply"
+
+
+def solve_batch(
+    train: int | None,
+    micro: int | None,
+    accumulation: int | None,
+    data_shards: int,
+    shards_origin: str = "",
+) -> Batch:
+    """Complete the triple from what is given; every given value is positive.
+
+    ====================  =================================================
+    given                 derived
+    ====================  =================================================
+    all three             nothing; they must multiply
+    two of them           the third
+    global batch only     accumulation 1, micro-batch = global / shards
+    micro-batch only      accumulation 1, global = micro-batch x shards
+    ====================  =================================================
+
+    Args:
+        train: global batch size in samples, or ``None``.
+        micro: micro-batch size in samples, or ``None``.
+        accumulation: accumulation steps, or ``None``.
+        data_shards: number of data shards.
+        shards_origin: how that number came about, e.g. ``"8 ranks from WORLD_SIZE"``.
+
+    Raises:
+        ConfigError: with the arithmetic, when the numbers do not multiply or are too few.
+    """
+    shards = f"{data_shards} (data shards{f' = {shards_origin}' if shards_origin else ''})"
+    if train is None:
+        if micro is None:
+            raise ConfigError(
+                f"one of {GLOBAL} and {MICRO} is required: "
+                f"{GLOBAL} = {MICRO} x {ACCUMULATION} x {shards}"
+            )
+        accumulation = accumulation or 1
+        return Batch(micro * accumulation * data_shards, micro, accumulation, data_shards)
+    if micro is not None and accumulation is not None:
+        if micro * accumulation * data_shards != train:
+            product = micro * accumulation * data_shards
+            raise ConfigError(
+                f"{GLOBAL} {train} != {micro} ({MICRO}) x {accumulation} ({ACCUMULATION}) x "
+                f"{shards} = {product}; change one of them, or leave one out to have it derived"
+            )
+        return Batch(train, micro, accumulation, data_shards)
+    if micro is None:
+        accumulation = accumulation or 1
+        micro = _divide(train, accumulation, ACCUMULATION, data_shards, shards, MICRO)
+    else:
+        accumulation = _divide(train, micro, MICRO, data_shards, shards, ACCUMULATION)
+    return Batch(train, micro, accumulation, data_shards)
+
+
+def _divide(train: int, value: int, name: str, data_shards: int, shards: str, wanted: str) -> int:
+    divisor = value * data_shards
+    if train % divisor:
+        below, above = train - train % divisor, train - train % divisor + divisor
+        near = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(
+            f"{GLOBAL} {train} cannot be divided by {value} ({name}) x {shards} = {divisor} to "
+            f"give {wanted}; the nearest possible is {near}"
+        )
+    return train // divisor

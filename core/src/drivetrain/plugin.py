@@ -68,7 +68,10 @@ class Plugin:
         name: unique short name, by convention the first config path.
         sections: config path -> model of that section. Several entry points may name one class;
             it is then instantiated once, with those of its sections that the config contains.
-        after: names of plugins whose hooks must run before this one's inside one phase.
+        after: names of plugins whose hooks must run before this one's inside one phase. Core's own
+            defaults always run last.
+        hookspec_version: may be set to the ``HOOKSPEC_VERSION`` that the plugin was built for; a
+            core of another version then refuses it by name.
     """
 
     name: ClassVar[str]
@@ -100,4 +103,8 @@ class Plugin:
 
     def conflicts(self) -> Sequence[Conflict]:
         """Feature combinations that this plugin refuses, each with its reason."""
+        return ()
+
+    def notes(self) -> Sequence[str]:
+        """Remarks for ``drivetrain explain``, such as keys that are accepted without effect."""
         return ()

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel
 
+from drivetrain.wording import as_json
 
 T = TypeVar("T")
 
 
 def _number(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"expected a number, got {type(value).__name__} {value!r}")
+        raise ValueError(f"expected a number, got {as_json(value)}")
     return value
 
 
@@ -25,14 +26,14 @@ def _integer(value: Any) -> Any:
     value = _number(value)
     if isinstance(value, float):
         if not value.is_integer():
-            raise ValueError(f"expected a whole number, got {value!r}")
+            raise ValueError(f"expected a whole number, got {as_json(value)}")
         return int(value)
     return value
 
 
 def _boolean(value: Any) -> Any:
     if not isinstance(value, bool):
-        raise ValueError(f"expected true or false, got {type(value).__name__} {value!r}")
+        raise ValueError(f"expected true or false, got {as_json(value)}")
     return value
 
 

@@ -1,0 +1,1 @@
+"""Reading a config, laying overlays over it, and composing it into plugins."""

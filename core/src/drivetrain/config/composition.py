@@ -1,0 +1,245 @@
+"""Which plugin owns which part of a config; every problem of a config in one error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from drivetrain.config.problems import describe
+from drivetrain.errors import ConfigError, PluginError
+from drivetrain.known import SECTIONS
+from drivetrain.plugin import Plugin
+from drivetrain.registry import CORE, Entry, Registry
+from drivetrain.wording import as_json, did_you_mean
+
+PLUGINS_KEY = "plugins"
+"""Core's own key: path -> distribution that serves it, or ``true`` to activate a plugin."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One plugin object of a plan.
+
+    Args:
+        plugin: the object.
+        entry: the entry that named its class first.
+        reason: why it is part of the plan.
+        active: whether its hooks take part; a section may switch its plugin off.
+    """
+
+    plugin: Plugin
+    entry: Entry
+    reason: str
+    active: bool
+
+    @property
+    def label(self) -> str:
+        """Plugin, distribution and version, for messages."""
+        return _label(type(self.plugin), self.entry)
+
+    @property
+    def is_core(self) -> bool:
+        """Whether this is one of core's own defaults."""
+        return self.entry.distribution == CORE
+
+
+@dataclass(frozen=True)
+class Composition:
+    """The plugins that a config calls for.
+
+    Args:
+        members: core's defaults first, the rest by name.
+        autos: config paths that said ``"auto"``, so that the default applies.
+        registry: the registry with the config's choices among distributions.
+    """
+
+    members: tuple[Member, ...]
+    autos: tuple[str, ...]
+    registry: Registry
+
+
+def compose(config: Mapping[str, Any], registry: Registry) -> Composition:
+    """Find, load and create the plugins that ``config`` names, each with its validated sections.
+
+    Raises:
+        ConfigError: every unknown key, missing distribution, and wrong value, all at once.
+        PluginError: a plugin does not load.
+    """
+    values, autos = _without_autos(config)
+    builder = _Builder(registry)
+    choices, activated = builder.read_choices(values.pop(PLUGINS_KEY, {}))
+    builder.registry = registry.choosing(choices)
+    builder.add_core()
+    builder.cut(values, "", owned=False)
+    for path in list(builder.sections):
+        builder.claim(path, f"config section {path!r}")
+    for name in activated:
+        builder.claim(name, f"{PLUGINS_KEY}.{name}", where=f"{PLUGINS_KEY}.{name}")
+    members = builder.build()
+    if builder.problems:
+        raise ConfigError(builder.problems)
+    return Composition(members, autos, builder.registry)
+
+
+class _Builder:
+    """Collects sections, owners and problems while a config is taken apart."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.problems: list[str] = []
+        self.sections: dict[str, Any] = {}
+        self._unknown: list[str] = []
+        self._owners: dict[type[Plugin], tuple[Entry, str]] = {}
+        self._paths: dict[type[Plugin], list[str]] = {}
+
+    def read_choices(self, value: Any) -> tuple[dict[str, str], list[str]]:
+        """Split the ``plugins`` section into choices among distributions and activations."""
+        choices: dict[str, str] = {}
+        activated: list[str] = []
+        if not isinstance(value, dict):
+            self.problems.append(f"{PLUGINS_KEY}: expected an object, got {as_json(value)}")
+            return choices, activated
+        for name, item in value.items():
+            if isinstance(item, str):
+                choices[name] = item
+            elif item is True:
+                activated.append(name)
+            else:
+                self.problems.append(
+                    f"{PLUGINS_KEY}.{name}: expected true (activate the plugin) or the name of a "
+                    f"distribution (choose who serves it), got {as_json(item)}"
+                )
+        return choices, activated
+
+    def add_core(self) -> None:
+        """Core's defaults take part in every plan."""
+        for entry in self.registry.entries("plugins"):
+            if entry.distribution == CORE:
+                self._owners.setdefault(entry.load(), (entry, "core's default"))
+
+    def cut(self, node: dict[str, Any], prefix: str, *, owned: bool) -> None:
+        """Move every value at a path that somebody owns from ``node`` to ``sections``.
+
+        Args:
+            node: an object of the config; owned values are removed from it.
+            prefix: its path with a trailing dot, or the empty string.
+            owned: whether a model will validate what is left in it.
+        """
+        for key in list(node):
+            path = prefix + key
+            has_owner = path in self._known_paths()
+            inner = node[key]
+            leads_on = any(known.startswith(path + ".") for known in self._known_paths())
+            if leads_on and isinstance(inner, dict):
+                self.cut(inner, path + ".", owned=has_owner)
+            if has_owner:
+                self.sections[path] = node.pop(key)
+            elif not owned and not (leads_on and isinstance(inner, dict)):
+                self._unknown.append(path)
+
+    def claim(self, path: str, reason: str, where: str = "") -> None:
+        """Find and load the plugin class that serves ``path``; messages speak of ``where``."""
+        where = where or path
+        try:
+            entry = self.registry.find("plugins", path)
+        except PluginError as error:
+            self.problems.append(f"{where}: {error}")
+            return
+        if entry is None:
+            self.problems.append(f"{where}: {self._missing(path)}")
+            return
+        plugin = entry.load()
+        if not (isinstance(plugin, type) and issubclass(plugin, Plugin)):
+            raise PluginError(f"{entry.label} is {plugin!r}, not a subclass of drivetrain.Plugin")
+        self._owners.setdefault(plugin, (entry, reason))
+        if path in plugin.sections:
+            self._paths.setdefault(plugin, []).append(path)
+        elif path in self.sections:
+            owned = ", ".join(plugin.sections) or "none"
+            self.problems.append(
+                f"{path}: {_label(plugin, entry)} has no section of that name (its sections: "
+                f'{owned}); to activate it, write "plugins": {{"{path}": true}}'
+            )
+
+    def build(self) -> tuple[Member, ...]:
+        """One object per class; adds the problems of unknown keys and wrong values."""
+        models = {path: model for plugin in self._owners for path, model in plugin.sections.items()}
+        top = [*(path.partition(".")[0] for path in self._known_paths()), PLUGINS_KEY]
+        for path in self._unknown:
+            parent, _, key = path.rpartition(".")
+            names = self._children(parent) if parent else top
+            hint = did_you_mean(key, names) or _other_place(key, models)
+            self.problems.append(f"{path}: unknown key{hint}")
+        members = [self._member(plugin) for plugin in self._owners]
+        found = [member for member in members if member is not None]
+        return tuple(sorted(found, key=lambda m: (not m.is_core, not m.is_core and m.plugin.name)))
+
+    def _member(self, plugin: type[Plugin]) -> Member | None:
+        entry, reason = self._owners[plugin]
+        sections: dict[str, BaseModel] = {}
+        paths = self._paths.get(plugin, [])
+        for path in paths:
+            model = plugin.sections[path]
+            try:
+                sections[path] = model.model_validate(self.sections[path])
+            except ValidationError as error:
+                label = _label(plugin, entry)
+                siblings = self._children(path)
+                found = describe(error, model, path, self.sections[path], siblings)
+                self.problems += [f"{problem} [{label}]" for problem in found]
+        if len(sections) < len(paths):
+            return None
+        created = plugin(sections)
+        return Member(created, entry, reason, created.enabled())
+
+    def _known_paths(self) -> Iterable[str]:
+        return dict.fromkeys([*self.registry.names("plugins"), *SECTIONS])
+
+    def _children(self, path: str) -> list[str]:
+        """Keys that other plugins own inside the section at ``path``."""
+        inside = (p for p in self._known_paths() if p.startswith(path + "."))
+        return [p[len(path) + 1 :].partition(".")[0] for p in inside]
+
+    def _missing(self, path: str) -> str:
+        hidden = self.registry.hidden("plugins", path)
+        if hidden is not None:
+            return hidden
+        if path in SECTIONS:
+            return not_installed(SECTIONS[path])
+        return f"no plugin of that name is installed{did_you_mean(path, self._known_paths())}"
+
+
+def not_installed(distribution: str) -> str:
+    """The phrase for something that a first-party distribution would serve."""
+    return f"served by {distribution}, which is not installed: pip install {distribution}"
+
+
+def _without_autos(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A copy without the values ``"auto"``, and where they stood."""
+    autos: list[str] = []
+
+    def copy(value: Any, path: str) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        kept = {}
+        for key, item in value.items():
+            where = f"{path}.{key}" if path else key
+            if isinstance(item, str) and item == "auto":
+                autos.append(where)
+            else:
+                kept[key] = copy(item, where)
+        return kept
+
+    return copy(config, ""), tuple(autos)
+
+
+def _other_place(key: str, models: Mapping[str, type[BaseModel]]) -> str:
+    places = [f"{path}.{key}" for path, model in models.items() if key in model.model_fields]
+    return f"; did you mean {places[0]!r}?" if places else ""
+
+
+def _label(plugin: type[Plugin], entry: Entry) -> str:
+    return f"plugin {plugin.name!r} ({entry.distribution} {entry.version})"

@@ -1,0 +1,300 @@
+"""Which plugins, accelerators, optimizers, schedules and commands exist, without importing any.
+
+Entry points are read as metadata. An entry is imported when :meth:`Entry.load` is called, which
+happens only for what a config names.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import import_module, metadata
+from typing import Any, Literal, cast, get_args
+
+from drivetrain import __version__
+from drivetrain.builtin import ENTRIES
+from drivetrain.errors import PluginError
+from drivetrain.wording import did_you_mean
+
+Group = Literal["plugins", "accelerators", "kernels", "optimizers", "schedulers", "commands"]
+"""An entry point group of ours, without the prefix ``drivetrain.``."""
+
+ALLOW_VARIABLE = "DRIVETRAIN_PLUGINS"
+DISABLE_VARIABLE = "DRIVETRAIN_DISABLE_PLUGINS"
+
+CORE = "drivetrain"
+IN_PROCESS = "in-process"
+
+_CASE_INSENSITIVE = ("optimizers", "schedulers")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that a distribution offers under a name.
+
+    Args:
+        group: what kind of thing.
+        name: the config path, or the accelerator's, optimizer's, schedule's or command's name.
+        distribution: who offers it; for objects added in this process, their module.
+        version: the distribution's version, or ``"in-process"``.
+        value: ``"module:attribute"``.
+        requires: the distribution's requirements, as its metadata states them.
+        target: the object itself, for entries that were added in this process.
+    """
+
+    group: Group
+    name: str
+    distribution: str
+    version: str
+    value: str
+    requires: tuple[str, ...] = ()
+    target: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def label(self) -> str:
+        """How messages call it, e.g. ``plugin 'moe' (drivetrain-moe 0.1.0)``."""
+        return f"{self.group[:-1]} {self.name!r} ({self.distribution} {self.version})"
+
+    def load(self) -> Any:
+        """Import the object.
+
+        Raises:
+            PluginError: the import fails, or the distribution needs another version of core.
+        """
+        if self.target is not None:
+            return self.target
+        self._check_requirements()
+        module, _, attribute = self.value.partition(":")
+        try:
+            found: Any = import_module(module)
+            for part in attribute.split(".") if attribute else ():
+                found = getattr(found, part)
+        except Exception as error:
+            raise PluginError(
+                f"{self.label} could not be loaded from {self.value!r}: "
+                f"{type(error).__name__}: {error}; "
+                f"to run without it, set {DISABLE_VARIABLE}={self.name}"
+            ) from error
+        self._check_hookspecs(found)
+        return found
+
+    def _check_requirements(self) -> None:
+        # pip lets an environment drift away from what a distribution asked for.
+        if self.distribution == CORE or not self.requires:
+            return
+        from packaging.requirements import Requirement
+        from packaging.utils import canonicalize_name
+
+        for text in self.requires:
+            requirement = Requirement(text)
+            if canonicalize_name(requirement.name) != CORE:
+                continue
+            applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if applies and not requirement.specifier.contains(__version__, prereleases=True):
+                raise PluginError(
+                    f"{self.label} needs {text}, but drivetrain {__version__} is running; "
+                    f"install a matching version, or set {DISABLE_VARIABLE}={self.name}"
+                )
+
+    def _check_hookspecs(self, found: Any) -> None:
+        if self.group != "plugins":
+            return
+        from drivetrain.hookspecs import HOOKSPEC_VERSION
+
+        version = getattr(found, "hookspec_version", HOOKSPEC_VERSION)
+        if version != HOOKSPEC_VERSION:
+            raise PluginError(
+                f"{self.label} is built for version {version} of the hook specifications, but "
+                f"drivetrain {__version__} has version {HOOKSPEC_VERSION}; "
+                f"install a matching version, or set {DISABLE_VARIABLE}={self.name}"
+            )
+
+
+class Registry:
+    """The entries that one plan may use. Changing one registry changes no other.
+
+    Args:
+        entries: everything that exists.
+        hidden: entries that exist but are switched off, each with the reason.
+        choices: which distribution serves a name that several claim, as in the config's
+            ``plugins`` section: the name, for other groups than plugins ``"<group>.<name>"``.
+    """
+
+    def __init__(
+        self,
+        entries: Iterable[Entry],
+        *,
+        hidden: Mapping[Entry, str] | None = None,
+        choices: Mapping[str, str] | None = None,
+    ) -> None:
+        self._entries = sorted(entries, key=lambda e: (e.group, e.name, e.distribution))
+        self._hidden = dict(hidden or {})
+        self._choices = dict(choices or {})
+
+    @classmethod
+    def installed(cls) -> Registry:
+        """Core's own entries and those of every installed distribution.
+
+        ``DRIVETRAIN_PLUGINS`` (an allow-list) and ``DRIVETRAIN_DISABLE_PLUGINS``, both with names
+        of entries or distributions separated by commas, are for debugging.
+        """
+        allowed, disabled = _names(ALLOW_VARIABLE), _names(DISABLE_VARIABLE)
+        visible: list[Entry] = []
+        hidden: dict[Entry, str] = {}
+        for entry in _scan(tuple(sys.path)):
+            claims = {entry.name.lower(), entry.distribution.lower()}
+            if entry.distribution == CORE:
+                visible.append(entry)
+            elif disabled & claims:
+                hidden[entry] = f"switched off by {DISABLE_VARIABLE}"
+            elif allowed and not allowed & claims:
+                hidden[entry] = f"not in {ALLOW_VARIABLE}"
+            else:
+                visible.append(entry)
+        return cls(visible, hidden=hidden)
+
+    @classmethod
+    def core(cls) -> Registry:
+        """Core's own entries alone."""
+        return cls(_core_entries())
+
+    def with_plugins(self, *plugins: type) -> Registry:
+        """A copy that also has these plugin classes, under their name and every path they own."""
+        copy = self.choosing({})
+        for plugin in plugins:
+            owned = dict.fromkeys([plugin.name, *plugin.sections])  # type: ignore[attr-defined]
+            for path in owned:
+                copy.add("plugins", path, plugin)
+        return copy
+
+    def choosing(self, choices: Mapping[str, str]) -> Registry:
+        """A copy in which these distributions serve these names."""
+        return Registry(self._entries, hidden=self._hidden, choices={**self._choices, **choices})
+
+    def add(self, group: Group, name: str, target: Any) -> None:
+        """Offer ``target`` under ``name`` in this registry; it goes before an installed one.
+
+        Raises:
+            PluginError: another object was added under the same name.
+        """
+        _check_group(group)
+        origin = str(getattr(target, "__module__", type(target).__module__))
+        value = f"{origin}:{getattr(target, '__qualname__', type(target).__qualname__)}"
+        entry = Entry(group, name, origin, IN_PROCESS, value, target=target)
+        for other in self._matching(group, name):
+            if other.version == IN_PROCESS:
+                raise PluginError(f"{other.label} and {entry.label} were added under one name")
+        self._entries.append(entry)
+        self._entries.sort(key=lambda e: (e.group, e.name, e.distribution))
+
+    def entries(self, group: Group) -> Sequence[Entry]:
+        """All entries of a group, sorted by name and distribution."""
+        _check_group(group)
+        return [entry for entry in self._entries if entry.group == group]
+
+    def names(self, group: Group) -> list[str]:
+        """The names of a group, sorted, each once."""
+        return list(dict.fromkeys(entry.name for entry in self.entries(group)))
+
+    def find(self, group: Group, name: str) -> Entry | None:
+        """The entry that serves ``name``, or ``None``.
+
+        Raises:
+            PluginError: several distributions claim the name and the config chooses none of them.
+        """
+        _check_group(group)
+        claimants = self._matching(group, name)
+        added = [entry for entry in claimants if entry.version == IN_PROCESS]
+        if added:
+            return added[0]
+        key = name if group == "plugins" else f"{group}.{name}"
+        choice = self._choices.get(key)
+        if choice is not None:
+            chosen = [entry for entry in claimants if entry.distribution == choice]
+            if not chosen:
+                offered = ", ".join(entry.distribution for entry in claimants) or "nobody"
+                raise PluginError(
+                    f"plugins.{key} chooses {choice!r}, which does not offer it (offered by "
+                    f"{offered})"
+                )
+            return chosen[0]
+        if len(claimants) > 1:
+            raise PluginError(
+                f"{' and '.join(entry.label for entry in claimants)} claim the same name; choose "
+                f'one in the config, "plugins": {{"{key}": "{claimants[0].distribution}"}}, '
+                "or uninstall the other"
+            )
+        return claimants[0] if claimants else None
+
+    def load(self, group: Group, name: str) -> Any:
+        """Import what serves ``name``.
+
+        Raises:
+            PluginError: nothing serves it (with a suggestion), several do, or it does not load.
+        """
+        entry = self.find(group, name)
+        if entry is None:
+            reason = self.hidden(group, name)
+            raise PluginError(
+                f"{group[:-1]} {name!r} is {reason}"
+                if reason
+                else f"no {group[:-1]} is named {name!r}{did_you_mean(name, self.names(group))}"
+            )
+        return entry.load()
+
+    def hidden(self, group: Group, name: str) -> str | None:
+        """Why an installed entry of that name is switched off, or ``None``."""
+        for entry, reason in self._hidden.items():
+            if entry.group == group and _same(group, entry.name, name):
+                return f"served by {entry.distribution}, which is {reason}"
+        return None
+
+    def _matching(self, group: Group, name: str) -> list[Entry]:
+        return [e for e in self._entries if e.group == group and _same(group, e.name, name)]
+
+
+def _same(group: Group, one: str, other: str) -> bool:
+    return one.lower() == other.lower() if group in _CASE_INSENSITIVE else one == other
+
+
+def _check_group(group: str) -> None:
+    if group not in get_args(Group):
+        known = ", ".join(get_args(Group))
+        raise PluginError(f"no registry group is named {group!r}; groups are {known}")
+
+
+def _names(variable: str) -> set[str]:
+    return {name.strip().lower() for name in os.environ.get(variable, "").split(",")} - {""}
+
+
+def _core_entries() -> list[Entry]:
+    return [
+        Entry(group, name, CORE, __version__, value)
+        for group, values in ENTRIES.items()
+        for name, value in values.items()
+    ]
+
+
+@lru_cache(maxsize=1)
+def _scan(path: tuple[str, ...]) -> tuple[Entry, ...]:
+    """Core's entries and all installed ones; ``path`` is ``sys.path``, which decides the answer."""
+    found = {(entry.group, entry.name, entry.distribution): entry for entry in _core_entries()}
+    for distribution in metadata.distributions(path=list(path)):
+        for point in distribution.entry_points:
+            prefix, _, group = point.group.partition(".")
+            if prefix != "drivetrain" or group not in get_args(Group):
+                continue
+            entry = Entry(
+                group=cast(Group, group),
+                name=point.name,
+                distribution=distribution.name,
+                version=distribution.version,
+                value=f"{point.module}:{point.attr}",
+                requires=tuple(distribution.requires or ()),
+            )
+            # A distribution that lies on the path twice is imported from the first place.
+            found.setdefault((entry.group, entry.name, entry.distribution), entry)
+    return tuple(found.values())
