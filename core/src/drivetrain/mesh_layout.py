@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -204,7 +205,7 @@ class MeshLayout:
         if len(axis) == 1:
             return self._named(axis[0])
         digits = sorted((d for name in axis for d in self._named(name)), key=lambda d: -d.stride)
-        for outer, inner in zip(digits, digits[1:], strict=False):
+        for outer, inner in pairwise(digits):
             if outer.stride % (inner.size * inner.stride):
                 raise ConfigError(
                     f"mesh axes {axis} overlap, so they have no product: "
