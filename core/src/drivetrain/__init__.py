@@ -39,7 +39,7 @@ _HOME = {
     "whole": "drivetrain.parameters",
 }
 
-__all__ = ["__version__", "errors", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", "errors", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,11 +7,11 @@ The hub owns the pluggy manager; nobody else touches it. Implementations are ask
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NoReturn
+from traceback import walk_tb
+from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
@@ -46,23 +46,11 @@ HOOKS = tuple(name for name, value in vars(hookspecs).items() if hasattr(value, 
 _FOLDED = ("prepare_inputs",)
 
 
-@dataclass(frozen=True)
-class Implementation:
-    """One plugin's answer to one hook.
-
-    Args:
-        plugin: the plugin's label.
-        function: the bound implementation.
-        arguments: the hook's arguments that it takes, in order.
-    """
-
-    plugin: str
-    function: Callable[..., Any]
-    arguments: tuple[str, ...]
-
-
 class Hub:
     """Registers plugins in order, checks them, and calls their hooks.
+
+    Each hook of ``hookspecs.py`` is a method of the same name; answers of collecting hooks come as
+    one flat list.
 
     Args:
         core: core's defaults; asked last, in reverse.
@@ -84,7 +72,7 @@ class Hub:
         self._manager.add_hookspecs(hookspecs)
         self._labels = dict(labels or {})
         self._frozen = False
-        self._folds: dict[str, tuple[Implementation, ...]] = {}
+        self._prepare_inputs: list[pluggy.HookImpl] | None = None
         defaults = list(core)
         # pluggy asks the last registered first, so the first in order is registered last.
         for plugin in [*defaults, *reversed(in_order(others, (p.name for p in defaults)))]:
@@ -109,7 +97,7 @@ class Hub:
         except (ValueError, pluggy.PluginValidationError) as error:
             reason = " ".join(str(error).split())
             raise PluginError(f"{self.label(name)} cannot be registered: {reason}") from error
-        self._folds.clear()
+        self._prepare_inputs = None
 
     def check_pending(self) -> None:
         """Refuse implementations of hooks that do not exist.
@@ -145,27 +133,20 @@ class Hub:
         """What messages call a plugin, e.g. ``plugin 'moe' (drivetrain-moe 0.1.0)``."""
         return self._labels.get(name, f"plugin {name!r}")
 
-    def implementations(self, hook: str) -> tuple[Implementation, ...]:
-        """Who implements ``hook``, in the order in which they are asked (wrappers first)."""
-        caller = getattr(self._manager.hook, hook)
-        return tuple(
-            Implementation(self.label(impl.plugin_name), impl.function, tuple(impl.argnames))
-            for impl in reversed(caller.get_hookimpls())
-        )
+    def implementations(self, hook: str) -> list[pluggy.HookImpl]:
+        """Implementations of ``hook`` in the order in which they are asked, wrappers first."""
+        caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
+        return caller.get_hookimpls()[::-1]
 
     # -- plan -------------------------------------------------------------------------------------
 
     def configure(self, plan: Plan) -> list[Problem]:
-        """See :func:`drivetrain.hookspecs.configure`."""
         return self._collect("configure", plan=plan)
 
     def plan_batch(self, plan: Plan) -> Batch | None:
-        """See :func:`drivetrain.hookspecs.plan_batch`."""
-        batch: Batch | None = self._call("plan_batch", plan=plan)
-        return batch
+        return cast("Batch | None", self._call("plan_batch", plan=plan))
 
     def mesh_axes(self, plan: Plan) -> list[AxisRequest]:
-        """See :func:`drivetrain.hookspecs.mesh_axes`."""
         return self._collect("mesh_axes", plan=plan)
 
     # -- job --------------------------------------------------------------------------------------
@@ -173,94 +154,75 @@ class Hub:
     def select_accelerator(
         self, candidates: Mapping[str, Accelerator], requested: str | None
     ) -> Accelerator | None:
-        """See :func:`drivetrain.hookspecs.select_accelerator`."""
-        chosen: Accelerator | None = self._call(
-            "select_accelerator", candidates=candidates, requested=requested
+        return cast(
+            "Accelerator | None",
+            self._call("select_accelerator", candidates=candidates, requested=requested),
         )
-        return chosen
 
     def wrap_communicator(self, job: Job) -> list[CommunicatorLayer]:
-        """See :func:`drivetrain.hookspecs.wrap_communicator`."""
         return self._collect("wrap_communicator", job=job)
 
     def place_state(self, job: Job, specs: Sequence[BucketSpec]) -> Sequence[StateHome] | None:
-        """See :func:`drivetrain.hookspecs.place_state`."""
-        homes: Sequence[StateHome] | None = self._call("place_state", job=job, specs=specs)
-        return homes
+        return cast("Sequence[StateHome] | None", self._call("place_state", job=job, specs=specs))
 
     # -- engine -----------------------------------------------------------------------------------
 
     def transform_module(self, job: Job, module: torch.nn.Module) -> list[Transform]:
-        """See :func:`drivetrain.hookspecs.transform_module`."""
         return self._collect("transform_module", job=job, module=module)
 
     def describe_parameters(self, job: Job, module: torch.nn.Module) -> None:
-        """See :func:`drivetrain.hookspecs.describe_parameters`."""
         self._call("describe_parameters", job=job, module=module)
 
     def build_model_states(
         self, job: Job, module: torch.nn.Module, optimizer: OptimizerPlan | None
     ) -> ModelStates | None:
-        """See :func:`drivetrain.hookspecs.build_model_states`."""
-        states: ModelStates | None = self._call(
-            "build_model_states", job=job, module=module, optimizer=optimizer
+        return cast(
+            "ModelStates | None",
+            self._call("build_model_states", job=job, module=module, optimizer=optimizer),
         )
-        return states
 
     def build_runner(self, job: Job, engine: Engine) -> Runner | None:
-        """See :func:`drivetrain.hookspecs.build_runner`."""
-        runner: Runner | None = self._call("build_runner", job=job, engine=engine)
-        return runner
+        return cast("Runner | None", self._call("build_runner", job=job, engine=engine))
 
     def build_loader(self, job: Job, request: LoaderRequest) -> Any | None:
-        """See :func:`drivetrain.hookspecs.build_loader`."""
         return self._call("build_loader", job=job, request=request)
 
     def prepare_inputs(
         self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """See :func:`drivetrain.hookspecs.prepare_inputs`; answers the final arguments."""
-        steps = self._folds.get("prepare_inputs")
-        if steps is None:
-            steps = self._folds["prepare_inputs"] = self.implementations("prepare_inputs")
-        if steps:
-            values = {"engine": engine, "args": args, "kwargs": kwargs}
+        # pluggy gives all implementations the same arguments; here each feeds the next.
+        if self._prepare_inputs is None:
+            self._prepare_inputs = self.implementations("prepare_inputs")
+        for impl in self._prepare_inputs:
+            values: dict[str, Any] = {"engine": engine, "args": args, "kwargs": kwargs}
             try:
-                for step in steps:
-                    answer = step.function(*[values[name] for name in step.arguments])
-                    if answer is not None:
-                        values["args"], values["kwargs"] = answer
+                answer = impl.function(*[values[name] for name in impl.argnames])
             except Exception as error:
                 self._blame(error, "prepare_inputs")
-            args, kwargs = values["args"], values["kwargs"]  # type: ignore[assignment]
+                raise
+            if answer is not None:
+                args, kwargs = answer
         return args, kwargs
 
     def backward(self, engine: Engine, loss: torch.Tensor, retain_graph: bool) -> bool | None:
-        """See :func:`drivetrain.hookspecs.backward`."""
-        done: bool | None = self._call(
-            "backward", engine=engine, loss=loss, retain_graph=retain_graph
+        return cast(
+            "bool | None",
+            self._call("backward", engine=engine, loss=loss, retain_graph=retain_graph),
         )
-        return done
 
     def optimizer_step(self, engine: Engine) -> bool | None:
-        """See :func:`drivetrain.hookspecs.optimizer_step`."""
-        applied: bool | None = self._call("optimizer_step", engine=engine)
-        return applied
+        return cast("bool | None", self._call("optimizer_step", engine=engine))
 
     def step_end(self, engine: Engine, report: StepReport) -> None:
-        """See :func:`drivetrain.hookspecs.step_end`."""
         self._call("step_end", engine=engine, report=report)
 
     def save_state(self, engine: Engine, writer: StateWriter) -> None:
-        """See :func:`drivetrain.hookspecs.save_state`."""
         self._call("save_state", engine=engine, writer=writer)
 
     def load_state(self, engine: Engine, reader: StateReader) -> None:
-        """See :func:`drivetrain.hookspecs.load_state`."""
         self._call("load_state", engine=engine, reader=reader)
 
     def report_rows(self) -> list[tuple[str, str]]:
-        """See :func:`drivetrain.hookspecs.report_rows`."""
         return self._collect("report_rows")
 
     # -- calling ----------------------------------------------------------------------------------
@@ -270,26 +232,24 @@ class Hub:
             return getattr(self._manager.hook, hook)(**arguments)
         except Exception as error:
             self._blame(error, hook)
+            raise
 
     def _collect(self, hook: str, **arguments: Any) -> list[Any]:
         return list(chain.from_iterable(self._call(hook, **arguments)))
 
-    def _blame(self, error: Exception, hook: str) -> NoReturn:
+    def _blame(self, error: Exception, hook: str) -> None:
         """Note on ``error`` whose implementation raised it, found in the traceback."""
         codes = {
-            getattr(function, "__code__", None): impl.plugin
+            getattr(function, "__code__", None): impl.plugin_name
             for impl in self.implementations(hook)
             for function in (impl.function, inspect.unwrap(impl.function))
         }
-        culprit = None
-        frame = error.__traceback__
-        while frame is not None:
-            culprit = codes.get(frame.tb_frame.f_code, culprit)
-            frame = frame.tb_next
-        note = f"raised by {culprit} in hook {hook!r}"
-        if culprit is not None and note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
-        raise error
+        frames = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+        culprits = [codes[code] for code in frames if code in codes]
+        if culprits:
+            note = f"raised by {self.label(culprits[-1])} in hook {hook!r}"
+            if note not in getattr(error, "__notes__", ()):
+                error.add_note(note)
 
     # -- checking ---------------------------------------------------------------------------------
 

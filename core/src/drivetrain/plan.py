@@ -146,7 +146,10 @@ class Plan:
         """Which plugins take part and why, their hooks in order, mesh, batch, derived values."""
         notes = [f'{path}: "auto", so its default applies' for path in self.autos]
         notes += [note for plugin in self.plugins for note in plugin.notes()]
-        hooks = {name: [i.plugin for i in self.hub.implementations(name)] for name in HOOKS}
+        hooks = {
+            name: [self.hub.label(impl.plugin_name) for impl in self.hub.implementations(name)]
+            for name in HOOKS
+        }
         return Explanation(
             plugins={member.label: (member.reason, member.active) for member in self.members},
             hooks={name: labels for name, labels in hooks.items() if labels},

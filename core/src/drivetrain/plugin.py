@@ -22,6 +22,9 @@ hookimpl = pluggy.HookimplMarker("drivetrain")
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
+Sections = Mapping[str, type[BaseModel]]
+"""Config path -> model of the section at that path."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -75,7 +78,7 @@ class Plugin:
     """
 
     name: ClassVar[str]
-    sections: ClassVar[Mapping[str, type[BaseModel]]] = {}
+    sections: ClassVar[Sections] = {}
     after: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, sections: Mapping[str, BaseModel]) -> None:
@@ -89,7 +92,7 @@ class Plugin:
         return model()
 
     def enabled(self) -> bool:
-        """Whether the sections switch the plugin on (``enabled: false``, ``stage: 0`` switch off)."""
+        """Whether the sections switch the plugin on; not asked of core's own defaults."""
         flags = [s.enabled for s in self._sections.values() if hasattr(s, "enabled")]
         return any(flags) if flags else True
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import import_module, metadata
 from typing import Any, Literal, cast, get_args
@@ -42,6 +42,7 @@ class Entry:
         version: the distribution's version, or ``"in-process"``.
         value: ``"module:attribute"``.
         requires: the distribution's requirements, as its metadata states them.
+        hidden: why an installed entry is switched off, or the empty string.
         target: the object itself, for entries that were added in this process.
     """
 
@@ -51,6 +52,7 @@ class Entry:
     version: str
     value: str
     requires: tuple[str, ...] = ()
+    hidden: str = ""
     target: Any = field(default=None, compare=False, repr=False)
 
     @property
@@ -118,20 +120,12 @@ class Registry:
 
     Args:
         entries: everything that exists.
-        hidden: entries that exist but are switched off, each with the reason.
         choices: which distribution serves a name that several claim, as in the config's
             ``plugins`` section: the name, for other groups than plugins ``"<group>.<name>"``.
     """
 
-    def __init__(
-        self,
-        entries: Iterable[Entry],
-        *,
-        hidden: Mapping[Entry, str] | None = None,
-        choices: Mapping[str, str] | None = None,
-    ) -> None:
-        self._entries = sorted(entries, key=lambda e: (e.group, e.name, e.distribution))
-        self._hidden = dict(hidden or {})
+    def __init__(self, entries: Iterable[Entry], choices: Mapping[str, str] | None = None) -> None:
+        self._entries = list(entries)
         self._choices = dict(choices or {})
 
     @classmethod
@@ -142,24 +136,15 @@ class Registry:
         of entries or distributions separated by commas, are for debugging.
         """
         allowed, disabled = _names(ALLOW_VARIABLE), _names(DISABLE_VARIABLE)
-        visible: list[Entry] = []
-        hidden: dict[Entry, str] = {}
+        found = []
         for entry in _scan(tuple(sys.path)):
-            claims = {entry.name.lower(), entry.distribution.lower()}
-            if entry.distribution == CORE:
-                visible.append(entry)
-            elif disabled & claims:
-                hidden[entry] = f"switched off by {DISABLE_VARIABLE}"
-            elif allowed and not allowed & claims:
-                hidden[entry] = f"not in {ALLOW_VARIABLE}"
-            else:
-                visible.append(entry)
-        return cls(visible, hidden=hidden)
-
-    @classmethod
-    def core(cls) -> Registry:
-        """Core's own entries alone."""
-        return cls(_core_entries())
+            names = {entry.name.lower(), entry.distribution.lower()}
+            if entry.distribution != CORE and disabled & names:
+                entry = replace(entry, hidden=f"switched off by {DISABLE_VARIABLE}")
+            elif entry.distribution != CORE and allowed and not allowed & names:
+                entry = replace(entry, hidden=f"not in {ALLOW_VARIABLE}")
+            found.append(entry)
+        return cls([*core_entries(), *found])
 
     def with_plugins(self, *plugins: type) -> Registry:
         """A copy that also has these plugin classes, under their name and every path they own."""
@@ -172,7 +157,7 @@ class Registry:
 
     def choosing(self, choices: Mapping[str, str]) -> Registry:
         """A copy in which these distributions serve these names."""
-        return Registry(self._entries, hidden=self._hidden, choices={**self._choices, **choices})
+        return Registry(self._entries, {**self._choices, **choices})
 
     def add(self, group: Group, name: str, target: Any) -> None:
         """Offer ``target`` under ``name`` in this registry; it goes before an installed one.
@@ -180,7 +165,6 @@ class Registry:
         Raises:
             PluginError: another object was added under the same name.
         """
-        _check_group(group)
         origin = str(getattr(target, "__module__", type(target).__module__))
         value = f"{origin}:{getattr(target, '__qualname__', type(target).__qualname__)}"
         entry = Entry(group, name, origin, IN_PROCESS, value, target=target)
@@ -188,12 +172,11 @@ class Registry:
             if other.version == IN_PROCESS:
                 raise PluginError(f"{other.label} and {entry.label} were added under one name")
         self._entries.append(entry)
-        self._entries.sort(key=lambda e: (e.group, e.name, e.distribution))
 
     def entries(self, group: Group) -> Sequence[Entry]:
-        """All entries of a group, sorted by name and distribution."""
-        _check_group(group)
-        return [entry for entry in self._entries if entry.group == group]
+        """The usable entries of a group, sorted by name and distribution."""
+        found = (entry for entry in self._entries if entry.group == group and not entry.hidden)
+        return sorted(found, key=lambda entry: (entry.name, entry.distribution))
 
     def names(self, group: Group) -> list[str]:
         """The names of a group, sorted, each once."""
@@ -205,7 +188,6 @@ class Registry:
         Raises:
             PluginError: several distributions claim the name and the config chooses none of them.
         """
-        _check_group(group)
         claimants = self._matching(group, name)
         added = [entry for entry in claimants if entry.version == IN_PROCESS]
         if added:
@@ -247,32 +229,27 @@ class Registry:
 
     def hidden(self, group: Group, name: str) -> str | None:
         """Why an installed entry of that name is switched off, or ``None``."""
-        for entry, reason in self._hidden.items():
-            if entry.group == group and _same(group, entry.name, name):
-                return f"served by {entry.distribution}, which is {reason}"
+        for entry in self._entries:
+            if entry.hidden and entry.group == group and _same(group, entry.name, name):
+                return f"served by {entry.distribution}, which is {entry.hidden}"
         return None
 
     def _matching(self, group: Group, name: str) -> list[Entry]:
-        return [e for e in self._entries if e.group == group and _same(group, e.name, name)]
+        return [entry for entry in self.entries(group) if _same(group, entry.name, name)]
 
 
 def _same(group: Group, one: str, other: str) -> bool:
     return one.lower() == other.lower() if group in _CASE_INSENSITIVE else one == other
 
 
-def _check_group(group: str) -> None:
-    if group not in get_args(Group):
-        known = ", ".join(get_args(Group))
-        raise PluginError(f"no registry group is named {group!r}; groups are {known}")
-
-
 def _names(variable: str) -> set[str]:
     return {name.strip().lower() for name in os.environ.get(variable, "").split(",")} - {""}
 
 
-def _core_entries() -> list[Entry]:
+def core_entries() -> list[Entry]:
+    """What core itself offers, in the order in which its plugins are registered."""
     return [
-        Entry(group, name, CORE, __version__, value)
+        Entry(cast("Group", group), name, CORE, __version__, value)
         for group, values in ENTRIES.items()
         for name, value in values.items()
     ]
@@ -280,21 +257,24 @@ def _core_entries() -> list[Entry]:
 
 @lru_cache(maxsize=1)
 def _scan(path: tuple[str, ...]) -> tuple[Entry, ...]:
-    """Core's entries and all installed ones; ``path`` is ``sys.path``, which decides the answer."""
-    found = {(entry.group, entry.name, entry.distribution): entry for entry in _core_entries()}
+    """Every entry point of ours that is installed on ``path``, which is ``sys.path``."""
+    core = {(entry.group, entry.name) for entry in core_entries()}
+    found: dict[tuple[str, str, str], Entry] = {}
     for distribution in metadata.distributions(path=list(path)):
         for point in distribution.entry_points:
             prefix, _, group = point.group.partition(".")
             if prefix != "drivetrain" or group not in get_args(Group):
                 continue
             entry = Entry(
-                group=cast(Group, group),
+                group=cast("Group", group),
                 name=point.name,
                 distribution=distribution.name,
                 version=distribution.version,
                 value=f"{point.module}:{point.attr}",
                 requires=tuple(distribution.requires or ()),
             )
+            if entry.distribution == CORE and (entry.group, entry.name) in core:
+                continue
             # A distribution that lies on the path twice is imported from the first place.
             found.setdefault((entry.group, entry.name, entry.distribution), entry)
     return tuple(found.values())

@@ -2,56 +2,50 @@
 
 from __future__ import annotations
 
-_BATCH = "drivetrain.builtin.batch:BatchPlan"
-_PRECISION = "drivetrain.builtin.precision:Precision"
-_OPTIMIZATION = "drivetrain.builtin.optimization:Optimization"
-_OBSERVABILITY = "drivetrain.builtin.observability:Observability"
-_DATA = "drivetrain.builtin.data:Data"
-_MESH = "drivetrain.builtin.mesh:Mesh"
-_CHECKPOINTS = "drivetrain.builtin.checkpoints:Checkpoints"
-_LEGACY = "drivetrain.builtin.legacy:Legacy"
-_DEFAULTS = "drivetrain.builtin.defaults:Defaults"
+_PATHS = {
+    "batch:BatchPlan": "train_batch_size train_micro_batch_size_per_gpu "
+    "gradient_accumulation_steps managed_gradient_accumulation",
+    "precision:Precision": "fp16 bf16 bfloat16 torch_autocast data_types communication_data_type",
+    "optimization:Optimization": "optimizer scheduler gradient_clipping prescale_gradients "
+    "gradient_predivide_factor gradient_allreduce_op sparse_gradients",
+    "observability:Observability": "steps_per_print wall_clock_breakdown memory_breakdown "
+    "dump_state log_level timers",
+    "data:Data": "dataloader_drop_last vocabulary_size seed",
+    "mesh:Mesh": "data_parallel_size sequence_parallel_size accelerator",
+    "defaults:Defaults": "data_parallel",
+    "checkpoints:Checkpoints": "checkpoint",
+    "legacy:Legacy": "amp nebula datastates_ckpt disable_allgather graph_harvesting "
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
+}
 
 ENTRIES: dict[str, dict[str, str]] = {
     "plugins": {
-        "train_batch_size": _BATCH,
-        "train_micro_batch_size_per_gpu": _BATCH,
-        "gradient_accumulation_steps": _BATCH,
-        "managed_gradient_accumulation": _BATCH,
-        "fp16": _PRECISION,
-        "bf16": _PRECISION,
-        "bfloat16": _PRECISION,
-        "torch_autocast": _PRECISION,
-        "data_types": _PRECISION,
-        "communication_data_type": _PRECISION,
-        "optimizer": _OPTIMIZATION,
-        "scheduler": _OPTIMIZATION,
-        "gradient_clipping": _OPTIMIZATION,
-        "prescale_gradients": _OPTIMIZATION,
-        "gradient_predivide_factor": _OPTIMIZATION,
-        "gradient_allreduce_op": _OPTIMIZATION,
-        "sparse_gradients": _OPTIMIZATION,
-        "steps_per_print": _OBSERVABILITY,
-        "wall_clock_breakdown": _OBSERVABILITY,
-        "memory_breakdown": _OBSERVABILITY,
-        "dump_state": _OBSERVABILITY,
-        "log_level": _OBSERVABILITY,
-        "timers": _OBSERVABILITY,
-        "dataloader_drop_last": _DATA,
-        "vocabulary_size": _DATA,
-        "seed": _DATA,
-        "data_parallel_size": _MESH,
-        "sequence_parallel_size": _MESH,
-        "accelerator": _MESH,
-        "data_parallel": _DEFAULTS,
-        "checkpoint": _CHECKPOINTS,
-        "amp": _LEGACY,
-        "nebula": _LEGACY,
-        "datastates_ckpt": _LEGACY,
-        "disable_allgather": _LEGACY,
-        "graph_harvesting": _LEGACY,
-        "zero_allow_untested_optimizer": _LEGACY,
-        "zero_force_ds_cpu_optimizer": _LEGACY,
+        path: f"drivetrain.builtin.{value}"
+        for value, paths in _PATHS.items()
+        for path in paths.split()
+    },
+    "commands": {
+        "config": "drivetrain.cli.config:config",
+        "explain": "drivetrain.cli.explain:explain",
+        "new-plugin": "drivetrain.cli.new_plugin:new_plugin",
+        "plugins": "drivetrain.cli.plugins:plugins",
+        "report": "drivetrain.cli.report:report",
+        "run": "drivetrain.cli.run:run",
+        "test-plugin": "drivetrain.testing.command:test_plugin",
+    },
+    "optimizers": {
+        "Adam": f"{_OPTIMIZERS}:adam",
+        "AdamW": f"{_OPTIMIZERS}:adamw",
+        "Lamb": f"{_OPTIMIZERS}:lamb",
+        "Lion": f"{_OPTIMIZERS}:lion",
+        "Muon": f"{_OPTIMIZERS}:muon",
+    },
+    "schedulers": {
+        "LRRangeTest": f"{_SCHEDULES}:LRRangeTest",
+        "OneCycle": f"{_SCHEDULES}:OneCycle",
+        "WarmupCosineLR": f"{_SCHEDULES}:WarmupCosineLR",
+        "WarmupDecayLR": f"{_SCHEDULES}:WarmupDecayLR",
+        "WarmupLR": f"{_SCHEDULES}:WarmupLR",
     },
 }
 """Group -> name -> ``module:attribute``, in the form of entry points."""

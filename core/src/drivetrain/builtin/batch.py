@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from drivetrain.batch import ACCUMULATION, GLOBAL, MICRO, Batch, solve_batch
-from drivetrain.builtin.base import Builtin
-from drivetrain.plugin import Scalar, hookimpl
+from drivetrain.plugin import Plugin, Scalar, Sections, hookimpl
 from drivetrain.section import Bool, PositiveInt
 
 if TYPE_CHECKING:
@@ -41,11 +40,11 @@ class ManagedAccumulation(Scalar[Bool]):
     root: Bool = Field(default=True)
 
 
-class BatchPlan(Builtin):
+class BatchPlan(Plugin):
     """Solves the batch triple from what the config gives."""
 
     name = "batch"
-    sections = {
+    sections: ClassVar[Sections] = {
         GLOBAL: TrainBatchSize,
         MICRO: MicroBatchSize,
         ACCUMULATION: AccumulationSteps,

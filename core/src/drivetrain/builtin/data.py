@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
-from drivetrain.builtin.base import Builtin
-from drivetrain.plugin import Scalar
+from drivetrain.plugin import Plugin, Scalar, Sections
 from drivetrain.section import Bool, NonNegativeInt, PositiveInt
 
 
@@ -27,11 +27,11 @@ class Seed(Scalar[NonNegativeInt]):
     root: NonNegativeInt = 1234
 
 
-class Data(Builtin):
+class Data(Plugin):
     """Owns the keys of the data loader and the job's seed."""
 
     name = "data"
-    sections = {
+    sections: ClassVar[Sections] = {
         "dataloader_drop_last": DataloaderDropLast,
         "vocabulary_size": VocabularySize,
         "seed": Seed,

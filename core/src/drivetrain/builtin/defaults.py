@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
-from drivetrain.builtin.base import Builtin
-from drivetrain.plugin import Section
+from drivetrain.plugin import Plugin, Section, Sections
 from drivetrain.section import Bool, PositiveInt
 
 _MIB = 1024 * 1024
@@ -25,8 +26,8 @@ class DataParallel(Section):
     overlap: Bool = Field(default=True, description="Reduce while backward goes on.")
 
 
-class Defaults(Builtin):
+class Defaults(Plugin):
     """Core's own answers to the hooks of a job and an engine."""
 
     name = "defaults"
-    sections = {"data_parallel": DataParallel}
+    sections: ClassVar[Sections] = {"data_parallel": DataParallel}

@@ -3,63 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from drivetrain.builtin.base import Builtin
-from drivetrain.plugin import Problem, Scalar, hookimpl
+from drivetrain.plugin import Plugin, Problem, Scalar, Sections, hookimpl
 from drivetrain.section import Bool
 
 if TYPE_CHECKING:
     from drivetrain.plan import Plan
 
-
-class DisableAllgather(Scalar[Bool]):
-    """Accepted, has no effect: parameters are published by whoever shards them."""
-
-    root: Bool = False
-
-
-class GraphHarvesting(Scalar[Bool]):
-    """Accepted, has no effect: updates already run as few fused operations."""
-
-    root: Bool = False
-
-
-class AllowUntestedOptimizer(Scalar[Bool]):
-    """Accepted, has no effect: elementwise optimizers work with sharding, others are refused."""
-
-    root: Bool = False
-
-
-class ForceCPUOptimizer(Scalar[Bool]):
-    """Accepted, has no effect: an offloaded optimizer always runs where its states live."""
-
-    root: Bool = True
-
-
-class _Foreign(BaseModel):
-    """A section of another system; its other keys are not looked at."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    enabled: Bool = Field(default=False, description="Must be false.")
-
-
-class Amp(_Foreign):
-    """Apex mixed precision, which cannot be switched on."""
-
-
-class Nebula(_Foreign):
-    """A proprietary checkpoint service, which cannot be switched on."""
-
-
-class DataStates(Scalar[Any]):
-    """An external checkpoint engine, which cannot be switched on."""
-
-    root: Any = None
-
+_NO_EFFECT = {
+    "disable_allgather": "whoever shards parameters publishes them",
+    "graph_harvesting": "updates already run as few fused operations",
+    "zero_allow_untested_optimizer": "elementwise optimizers can be sharded, others are refused",
+    "zero_force_ds_cpu_optimizer": "an update runs where its states live",
+}
 
 _ADVICE = {
     "amp": "apex is not supported; use torch_autocast, bf16 or fp16",
@@ -68,31 +27,41 @@ _ADVICE = {
 }
 
 
-class Legacy(Builtin):
+class NoEffect(Scalar[Bool]):
+    """Accepted, has no effect; ``drivetrain explain`` says why."""
+
+    root: Bool = False
+
+
+class Unsupported(BaseModel):
+    """A section that must stay off; its other keys are not looked at."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    enabled: Bool = Field(default=False, description="Must be false.")
+
+
+class AlwaysOn(Scalar[Any]):
+    """A section whose presence asks for something that is not supported."""
+
+    root: Any = None
+
+
+class Legacy(Plugin):
     """Owns the keys that have no meaning here."""
 
     name = "legacy"
-    sections = {
-        "disable_allgather": DisableAllgather,
-        "graph_harvesting": GraphHarvesting,
-        "zero_allow_untested_optimizer": AllowUntestedOptimizer,
-        "zero_force_ds_cpu_optimizer": ForceCPUOptimizer,
-        "amp": Amp,
-        "nebula": Nebula,
-        "datastates_ckpt": DataStates,
+    sections: ClassVar[Sections] = {
+        **dict.fromkeys(_NO_EFFECT, NoEffect),
+        "amp": Unsupported,
+        "nebula": Unsupported,
+        "datastates_ckpt": AlwaysOn,
     }
 
     @hookimpl
     def configure(self, plan: Plan) -> Sequence[Problem]:
-        return [
-            Problem(path, _ADVICE[path])
-            for path, section in self._sections.items()
-            if path in _ADVICE and getattr(section, "enabled", True)
-        ]
+        refused = [p for p, section in self._sections.items() if getattr(section, "enabled", True)]
+        return [Problem(path, _ADVICE[path]) for path in refused if path in _ADVICE]
 
     def notes(self) -> Sequence[str]:
-        return [
-            f"{path}: {type(section).__doc__.removeprefix('Accepted, has ').rstrip('.')}"
-            for path, section in self._sections.items()
-            if type(section).__doc__ is not None and path not in _ADVICE
-        ]
+        return [f"{p}: no effect, {_NO_EFFECT[p]}" for p in self._sections if p in _NO_EFFECT]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from drivetrain.builtin.base import Builtin
 from drivetrain.mesh_layout import Atom, AxisRequest
-from drivetrain.plugin import Scalar, hookimpl
+from drivetrain.plugin import Plugin, Scalar, Sections, hookimpl
 from drivetrain.section import PositiveInt
 
 if TYPE_CHECKING:
@@ -32,11 +31,11 @@ class AcceleratorName(Scalar[str]):
     root: str = "auto"
 
 
-class Mesh(Builtin):
+class Mesh(Plugin):
     """Declares the atoms ``dp`` and ``sp`` where the config sizes them."""
 
     name = "mesh"
-    sections = {
+    sections: ClassVar[Sections] = {
         "data_parallel_size": DataParallelSize,
         "sequence_parallel_size": SequenceParallelSize,
         "accelerator": AcceleratorName,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from drivetrain.builtin.base import Builtin
-from drivetrain.plugin import Scalar, Section
+from drivetrain.plugin import Plugin, Scalar, Section, Sections
 from drivetrain.section import Bool, NonNegativeInt
 
 Level = Literal["debug", "info", "warning", "error", "critical"]
@@ -62,11 +61,11 @@ class Timers(Section):
     throughput: Throughput = Field(default=Throughput(), description="Samples/s and tokens/s.")
 
 
-class Observability(Builtin):
+class Observability(Plugin):
     """Owns the keys that decide what is logged and timed."""
 
     name = "observability"
-    sections = {
+    sections: ClassVar[Sections] = {
         "steps_per_print": StepsPerPrint,
         "wall_clock_breakdown": WallClockBreakdown,
         "memory_breakdown": MemoryBreakdown,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from drivetrain.builtin.base import Builtin
 from drivetrain.config.composition import not_installed
 from drivetrain.known import OPTIMIZERS, TORCH_OPTIMIZERS, TORCH_SCHEDULERS
-from drivetrain.plugin import Problem, Scalar, Section, hookimpl
+from drivetrain.plugin import Plugin, Problem, Scalar, Section, Sections, hookimpl
 from drivetrain.section import Bool, NonNegativeFloat, PositiveFloat
 from drivetrain.wording import did_you_mean
 
@@ -88,11 +87,11 @@ class SparseGradients(Scalar[Bool]):
     root: Bool = False
 
 
-class Optimization(Builtin):
+class Optimization(Plugin):
     """Checks that the optimizer and the schedule exist."""
 
     name = "optimization"
-    sections = {
+    sections: ClassVar[Sections] = {
         "optimizer": OptimizerSection,
         "scheduler": SchedulerSection,
         "gradient_clipping": GradientClipping,

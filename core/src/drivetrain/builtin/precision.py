@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from drivetrain.builtin.base import Builtin
-from drivetrain.plugin import Problem, Scalar, Section, hookimpl
+from drivetrain.plugin import Plugin, Problem, Scalar, Section, Sections, hookimpl
 from drivetrain.section import Bool, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _SPELLINGS = {
 
 
 def _spelling(value: Any) -> Any:
-    """torch's names and their prefix are as good as ours."""
+    """Torch's names and their prefix are as good as ours."""
     if not isinstance(value, str):
         return value
     return _SPELLINGS.get(value.lower().removeprefix("torch."), value)
@@ -122,11 +122,11 @@ class CommunicationDataType(Scalar[DType | None]):
     root: DType | None = None
 
 
-class Precision(Builtin):
+class Precision(Plugin):
     """Checks that at most one mode of reduced precision is on and that dtypes agree with it."""
 
     name = "precision"
-    sections = {
+    sections: ClassVar[Sections] = {
         "fp16": FP16,
         "bf16": BF16,
         "bfloat16": BF16,
@@ -146,9 +146,9 @@ class Precision(Builtin):
         problems = []
         if {"bf16", "bfloat16"} <= self._sections.keys():
             problems.append(Problem("bfloat16", "is another name of bf16, which is given too"))
-        modes = {"fp16": FP16, "bf16": BF16, "torch_autocast": TorchAutocast}
-        active = [name for name, model in modes.items() if self.section(model).enabled]
-        for first, second in zip(active, active[1:], strict=False):
+        modes = ("fp16", "bf16", "torch_autocast")
+        active = [mode for mode in modes if self.features()[f"{mode}.enabled"]]
+        for first, second in pairwise(active):
             problems.append(
                 Problem(
                     f"{second}.enabled",

@@ -193,7 +193,7 @@ class _Builder:
         if len(sections) < len(paths):
             return None
         created = plugin(sections)
-        return Member(created, entry, reason, created.enabled())
+        return Member(created, entry, reason, entry.distribution == CORE or created.enabled())
 
     def _known_paths(self) -> Iterable[str]:
         return dict.fromkeys([*self.registry.names("plugins"), *SECTIONS])

@@ -33,7 +33,7 @@ def load_config(source: Mapping[str, Any] | str | os.PathLike[str]) -> Config:
             repeats a key, or is no object.
     """
     if isinstance(source, Mapping):
-        return _plain(source, "")
+        return _object(source, "the config")
     if not isinstance(source, (str, os.PathLike)):
         raise ConfigError(
             f"a config is a dict, a path or base64-url JSON, got {type(source).__name__}"
@@ -64,7 +64,7 @@ def overlay(config: Mapping[str, Any], assignments: Iterable[str]) -> Config:
         ConfigError: an assignment has no ``=`` or no path, or leads through a value that is no
             section.
     """
-    result = _plain(config, "")
+    result: Config = _plain(config)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         keys = [key.strip() for key in path.split(".")]
@@ -132,7 +132,7 @@ def _parse_yaml(text: str, name: str) -> Any:
     from drivetrain.config.strict_yaml import StrictLoader
 
     try:
-        return yaml.load(text, Loader=StrictLoader)  # noqa: S506 - derived from SafeLoader
+        return StrictLoader(text).get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = error.problem or "malformed YAML"
@@ -155,13 +155,14 @@ def _syntax_error(name: str, text: str, line: int, column: int, problem: str) ->
 
 
 def _object(value: Any, name: str) -> Config:
-    if not isinstance(value, dict):
-        kind = "empty" if value is None else f"{as_json(value)}"
+    if not isinstance(value, Mapping):
+        kind = "empty" if value is None else as_json(value)
         raise ConfigError(f"{name} must hold one object with config keys, but is {kind}")
-    return _plain(value, "")
+    plain: Config = _plain(value)
+    return plain
 
 
-def _plain(value: Any, path: str) -> Any:
+def _plain(value: Any, path: str = "") -> Any:
     """A deep copy made of plain dicts and lists, with string keys only."""
     if isinstance(value, Mapping):
         for key in value:

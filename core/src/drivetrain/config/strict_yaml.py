@@ -1,6 +1,6 @@
 """YAML as JSON sees it: the core schema of YAML 1.2, and no key twice.
 
-PyYAML follows YAML 1.1, where ``5e8`` is a string, ``no`` is false, ``1:30`` is 90 and ``010`` is 8.
+PyYAML follows YAML 1.1, where ``5e8`` is a string, ``no`` is false and ``010`` is 8.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from yaml.constructor import ConstructorError
 class StrictLoader(yaml.SafeLoader):
     """Loads what JSON could have said."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - declared by the base class
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
