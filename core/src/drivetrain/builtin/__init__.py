@@ -34,18 +34,12 @@ ENTRIES: dict[str, dict[str, str]] = {
         "test-plugin": "drivetrain.testing.command:test_plugin",
     },
     "optimizers": {
-        "Adam": f"{_OPTIMIZERS}:adam",
-        "AdamW": f"{_OPTIMIZERS}:adamw",
-        "Lamb": f"{_OPTIMIZERS}:lamb",
-        "Lion": f"{_OPTIMIZERS}:lion",
-        "Muon": f"{_OPTIMIZERS}:muon",
+        name: f"drivetrain.optimizers.factory:{name.lower()}"
+        for name in ("Adam", "AdamW", "Lamb", "Lion", "Muon")
     },
     "schedulers": {
-        "LRRangeTest": f"{_SCHEDULES}:LRRangeTest",
-        "OneCycle": f"{_SCHEDULES}:OneCycle",
-        "WarmupCosineLR": f"{_SCHEDULES}:WarmupCosineLR",
-        "WarmupDecayLR": f"{_SCHEDULES}:WarmupDecayLR",
-        "WarmupLR": f"{_SCHEDULES}:WarmupLR",
+        name: f"drivetrain.schedules:{name}"
+        for name in ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")
     },
 }
 """Group -> name -> ``module:attribute``, in the form of entry points."""
