@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.home import BucketSpec, DeviceHome, Segment
-from drivetrain.optimizers import TorchRule, rule_from_optimizer
+from drivetrain.optimizers import TorchRule, rule_from_optimizer, torch_rule
 from drivetrain.optimizers import spans as spans_module
-from drivetrain.optimizers import torch_rule
 
 SHAPES = {"a": (7, 5), "b": (3,), "c": (), "d": (40, 31)}
 SIZES = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}
@@ -400,7 +397,7 @@ def test_an_optimizer_that_has_taken_steps_is_refused():
 def test_hyper_parameters_that_need_a_new_state_are_an_error_not_a_wrong_step():
     rule = TorchRule(torch.optim.SGD)
     home, _ = home_of(rule, originals=numbers(0))
-    with pytest.raises(TrainingError, match="b0.*SGD keep a state 'momentum_buffer'"):
+    with pytest.raises(TrainingError, match=r"b0.*SGD keep a state 'momentum_buffer'"):
         home.update(numbers(1), {**rule.defaults, "momentum": 0.9}, 1.0)
 
 
