@@ -1,0 +1,1 @@
+"""The command line ``drivetrain NAME``; every name is an entry of ``drivetrain.commands``."""

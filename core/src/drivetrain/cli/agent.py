@@ -1,0 +1,57 @@
+"""The process below ``drivetrain run``: torchrun, with its own messages and findings in files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from drivetrain.cli.rank import end_with_parent
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+def main() -> int:
+    """Run torchrun with ``sys.argv[2:]``; write what it finds to the folder ``sys.argv[1]``."""
+    folder, arguments = Path(sys.argv[1]), sys.argv[2:]
+    end_with_parent()
+    try:
+        from torch.distributed import run
+        from torch.distributed.elastic.multiprocessing import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    _log_to(folder / "agent.log")
+    try:
+        run.run(run.parse_args(arguments))  # type: ignore[no-untyped-call]
+    except ChildFailedError as error:
+        failures = {
+            str(rank): {"exit_code": failure.exitcode, "local_rank": failure.local_rank}
+            for rank, failure in error.failures.items()
+        }
+        (folder / "failures.json").write_text(json.dumps(failures, indent=2), "utf-8")
+        return 1
+    except (SignalException, KeyboardInterrupt):
+        return INTERRUPTED
+    except Exception as error:
+        logging.getLogger(__name__).exception("torchrun failed")
+        message = {"message": f"{type(error).__name__}: {error}"}
+        (folder / "agent.error.json").write_text(json.dumps(message, indent=2), "utf-8")
+        return 1
+    return 0
+
+
+def _log_to(path: Path) -> None:
+    """Send torchrun's log messages and warnings to a file instead of into the script's output."""
+    for name in ("torch", "torch.distributed"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    handler = logging.FileHandler(path, delay=True)
+    logging.basicConfig(handlers=[handler], format="%(asctime)s %(levelname)s %(message)s")
+    logging.captureWarnings(True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""``drivetrain explain``: what a config activates, why, and in which order, as tables or a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+import click
+
+from drivetrain.cli.config import OVERLAY_OPTION, WORLD_SIZE_OPTION
+from drivetrain.errors import DrivetrainError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from drivetrain.plan import Explanation
+
+PHASES = {
+    "plan": ("mesh_axes", "configure", "plan_batch"),
+    "job": ("select_accelerator", "wrap_communicator"),
+    "engine": (
+        *("transform_module", "describe_parameters", "build_model_states", "place_state"),
+        *("build_runner", "build_loader"),
+    ),
+    "forward": ("prepare_inputs",),
+    "backward": ("backward",),
+    "step": ("optimizer_step", "step_end"),
+    "checkpoint": ("save_state", "load_state"),
+    "report": ("report_rows",),
+}
+"""The way of a job: moment -> hooks that run in it, in order."""
+
+WHEN = {
+    "plan": "once, before any device",
+    "job": "once, devices and communication",
+    "engine": "once, module and states",
+    "forward": "every micro-batch",
+    "backward": "every micro-batch",
+    "step": "every accumulation boundary",
+    "checkpoint": "when saving and loading",
+    "report": "outside a job",
+}
+
+
+@click.command()
+@click.argument("file")
+@OVERLAY_OPTION
+@WORLD_SIZE_OPTION
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page with a picture here.")
+def explain(
+    file: str, overlays: tuple[str, ...], world_size: int | None, html: Path | None
+) -> None:
+    """Show what the config FILE activates: plugins and why, values, mesh, hooks in order."""
+    from drivetrain.plan import Plan
+
+    explanation = Plan.build(file, overlays=overlays, world_size=world_size).explain()
+    if html is None:
+        from rich.console import Console
+
+        console = Console()
+        for table in _tables(explanation):
+            console.print(table)
+        return
+    try:
+        html.write_text(page(explanation, file), "utf-8")
+    except OSError as error:
+        raise DrivetrainError(f"{html} cannot be written: {error.strerror}") from error
+    click.echo(f"wrote {html}")
+
+
+def _tables(explanation: Explanation) -> Iterator[Table]:
+    from rich.markup import escape as plain
+    from rich.table import Table
+
+    plugins = Table("plugin", "why", "active", title="Plugins", title_justify="left")
+    for label, (reason, active) in explanation.plugins.items():
+        plugins.add_row(plain(label), plain(reason), "yes" if active else "switched off")
+    values = Table("value", "is", "from", title="Values", title_justify="left")
+    for name, (value, source) in explanation.values.items():
+        values.add_row(name, plain(str(value)), plain(source))
+    mesh = Table("axis", "ranks", title="Mesh", title_justify="left")
+    for name, size in explanation.mesh.items():
+        mesh.add_row(name, str(size))
+    hooks = Table("moment", "hook", "asked in this order", title="Hooks", title_justify="left")
+    for moment, hook, labels in _hooks(explanation):
+        hooks.add_row(moment, hook, plain("\n".join(labels)))
+    yield from (plugins, values, mesh, hooks)
+    if explanation.notes:
+        notes = Table("note", title="Notes", title_justify="left")
+        for note in explanation.notes:
+            notes.add_row(plain(note))
+        yield notes
+
+
+def _hooks(explanation: Explanation) -> Iterator[tuple[str, str, list[str]]]:
+    for moment, names in PHASES.items():
+        for name in names:
+            if name in explanation.hooks:
+                yield moment, name, list(explanation.hooks[name])
+
+
+def page(explanation: Explanation, title: str) -> str:
+    """A self-contained HTML page: the way of a job with its hooks, plugins, values and mesh."""
+    numbers = {label: at for at, label in enumerate(explanation.plugins)}
+    template = resources.files("drivetrain.cli").joinpath("explain.html").read_text("utf-8")
+    return Template(template).substitute(
+        title=escape(title),
+        way="".join(_moment(moment, explanation, numbers) for moment in PHASES),
+        plugins=_rows(
+            (_chip(label, numbers), escape(reason), "yes" if active else "switched off")
+            for label, (reason, active) in explanation.plugins.items()
+        ),
+        values=_rows(
+            (escape(name), escape(str(value)), escape(source))
+            for name, (value, source) in explanation.values.items()
+        ),
+        mesh=_rows((escape(name), str(size)) for name, size in explanation.mesh.items()),
+        notes="".join(f"<li>{escape(note)}</li>" for note in explanation.notes) or "<li>none</li>",
+    )
+
+
+def _moment(moment: str, explanation: Explanation, numbers: dict[str, int]) -> str:
+    hooks = [(name, labels) for when, name, labels in _hooks(explanation) if when == moment]
+    boxes = "".join(
+        f"<div class='hook'><code>{name}</code>"
+        f"<ol>{''.join(f'<li>{_chip(label, numbers)}</li>' for label in labels)}</ol></div>"
+        for name, labels in hooks
+    )
+    empty = "<p class='none'>no hook taken</p>"
+    return f"<section><h3>{moment}</h3><p>{WHEN[moment]}</p>{boxes or empty}</section>"
+
+
+def _chip(label: str, numbers: dict[str, int]) -> str:
+    hue = numbers.get(label, 0) * 137 % 360  # the golden angle keeps neighbours apart
+    return f"<span class='chip' style='--hue:{hue}'>{escape(label)}</span>"
+
+
+def _rows(rows: Iterator[tuple[str, ...]]) -> str:
+    return "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)

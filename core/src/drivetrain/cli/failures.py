@@ -1,0 +1,76 @@
+"""Finding the one failure that explains a failed run, and saying it in a few lines."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+from drivetrain.errors import DrivetrainError
+
+TAIL_LINES = 12
+
+
+def explain_failure(folder: Path, ranks: int) -> DrivetrainError:
+    """What happened, from the files that the agent and the ranks of this machine left.
+
+    Args:
+        folder: the run folder.
+        ranks: how many ranks ran on this machine.
+    """
+    raised = sorted(map(_read, folder.glob("rank*.error.json")), key=lambda e: e["time_ns"])
+    ended = _read(folder / "failures.json")
+    agent = _read(folder / "agent.error.json")
+    if raised:
+        lines = _raised(raised, folder)
+    elif ended:
+        lines = _ended(ended, folder)
+    elif agent:
+        lines = [f"the ranks could not be started: {agent['message']}"]
+    else:
+        lines = ["torchrun ended without saying why", *_tail(folder / "rank0.log")]
+    return DrivetrainError("\n".join([*lines, f"logs of all {ranks} ranks: {folder}"]))
+
+
+def _raised(errors: list[dict[str, Any]], folder: Path) -> list[str]:
+    first = errors[0]
+    same = [str(e["rank"]) for e in errors[1:] if e["message"] == first["message"]]
+    also = f" (and in the same way rank {', '.join(same)})" if same else ""
+    lines = [f"rank {first['rank']} failed{also}: {first['message']}"]
+    if first["where"]:
+        lines.append(f"  raised at {first['where']}")
+    # the first rank's output has been on the screen already
+    return lines if first["local_rank"] == 0 else [*lines, *_tail(_log(folder, first))]
+
+
+def _ended(failures: dict[str, Any], folder: Path) -> list[str]:
+    # A rank that torchrun itself ended, because another had failed, shows SIGTERM.
+    own = {r: f for r, f in failures.items() if f["exit_code"] != -signal.SIGTERM} or failures
+    rank, failure = next(iter(own.items()))
+    code = failure["exit_code"]
+    how = f"exited with code {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
+    hint = "; often this means that memory ran out" if -code == signal.SIGKILL else ""
+    return [f"rank {rank} {how}{hint}", *_tail(_log(folder, failure))]
+
+
+def _log(folder: Path, failure: dict[str, Any]) -> Path:
+    return folder / f"rank{failure['local_rank']}.log"
+
+
+def _tail(log: Path) -> list[str]:
+    text = log.read_text("utf-8", errors="replace") if log.is_file() else ""
+    lines = text.rstrip().splitlines()[-TAIL_LINES:]
+    return [f"  last lines of {log}:", *(f"  | {line}" for line in lines)] if lines else []
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return content

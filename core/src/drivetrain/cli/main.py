@@ -1,0 +1,83 @@
+"""``drivetrain NAME``: finds the command in the registry, and shows errors without a traceback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from drivetrain import __version__
+from drivetrain.errors import ConfigError, DrivetrainError, PluginError
+from drivetrain.registry import Registry
+from drivetrain.wording import did_you_mean
+
+
+class Commands(click.Group):
+    """The commands of all installed distributions; each is imported when it is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return Registry.installed().names("commands")
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        registry = Registry.installed()
+        if registry.find("commands", cmd_name) is None:
+            return None
+        command: click.Command = registry.load("commands", cmd_name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            hint = did_you_mean(args[0], self.list_commands(ctx))
+            raise click.UsageError(f"no command is named {args[0]!r}{hint}", ctx) from error
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, self._summary(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def _summary(self, ctx: click.Context, name: str) -> str:
+        try:
+            command = self.get_command(ctx, name)
+        except PluginError as error:  # one broken package must not take the help page away
+            return f"(unusable: {error})"
+        return command.get_short_help_str(limit=80) if command else ""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DrivetrainError as error:
+            if ctx.params["traceback"]:
+                raise
+            raise Failure(error) from error
+
+
+class Failure(click.ClickException):
+    """An error of ours, shown as its message; exit code 2."""
+
+    exit_code = 2
+
+    def __init__(self, error: DrivetrainError) -> None:
+        text = str(error)
+        if isinstance(error, ConfigError) and len(error.problems) > 1:
+            listed = [f"  - {problem}" for problem in error.problems]
+            text = "\n".join([f"{len(listed)} problems in the config", *listed])
+        super().__init__("\n".join([text, *getattr(error, "__notes__", ())]))
+
+    def show(self, file: Any = None) -> None:
+        click.secho("error: ", fg="red", bold=True, nl=False, err=True)
+        click.echo(self.message, err=True)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="drivetrain")
+@click.option("--traceback", is_flag=True, help="Show where in the code an error comes from.")
+def main(traceback: bool) -> None:
+    """Train large PyTorch models from a small core and plugins."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""``drivetrain report``: the environment, what works in it, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+
+import click
+
+from drivetrain import __version__, known
+from drivetrain.cli.plugins import GROUPS
+from drivetrain.errors import DrivetrainError
+from drivetrain.registry import CORE, Registry
+
+Rows = Iterator[tuple[str, str]]
+
+
+@click.command()
+def report() -> None:
+    """Show system, torch, accelerators, plugins and kernels; what is missing and how to get it."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    registry = Registry.installed()
+    sections: dict[str, Callable[[], Rows]] = {
+        "system": _system,
+        "torch": _torch,
+        "accelerators": lambda: _accelerators(registry),
+        "plugins": lambda: _plugins(registry),
+        "from plugins": lambda: _contributed(registry),
+        "not installed": lambda: _missing(registry),
+    }
+    console = Console()
+    for title, rows in sections.items():
+        table = Table(title=title, title_justify="left", show_header=False)
+        for label, value in rows():
+            table.add_row(escape(label), escape(value))
+        if table.row_count:
+            console.print(table)
+
+
+def _system() -> Rows:
+    yield "Drivetrain", __version__
+    yield "Python", f"{platform.python_version()} ({sys.executable})"
+    yield "platform", platform.platform()
+    yield "processors", f"{os.cpu_count()} ({platform.machine()})"
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        yield "memory", f"{memory / 2**30:.1f} GiB"
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    yield "C++ compiler", compiler or "none found; install one, or set CXX, to build native kernels"
+
+
+def _torch() -> Rows:
+    try:
+        import torch
+    except ImportError as error:
+        yield "torch", f"cannot be imported: {error}; pip install torch"
+        return
+    yield "version", torch.__version__
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    yield "build", f"ROCm {torch.version.hip}" if torch.version.hip else build
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    yield "accelerator seen by torch", str(device.type) if device else "none"
+    backends = ("gloo", "nccl", "mpi", "ucc", "xccl")
+    usable = [b for b in backends if torch.distributed.is_backend_available(b)]
+    yield "collectives", ", ".join(usable)
+    yield "threads", str(torch.get_num_threads())
+
+
+def _accelerators(registry: Registry) -> Rows:
+    entries = registry.entries("accelerators")
+    for entry in entries:
+        owner = f"{entry.name} ({entry.distribution} {entry.version})"
+        try:
+            reason = entry.load()().probe()
+        except DrivetrainError as error:
+            reason = str(error)
+        yield owner, f"not usable: {reason}" if reason else "usable"
+    if not any(entry.name == "cpu" for entry in entries):
+        yield "cpu", "plain torch; thread and core binding: pip install drivetrain-cpu"
+
+
+def _plugins(registry: Registry) -> Rows:
+    owned: dict[str, list[str]] = {}
+    for entry in registry.entries("plugins"):
+        if entry.distribution != CORE:
+            owned.setdefault(f"{entry.distribution} {entry.version}", []).append(entry.name)
+    for owner, paths in sorted(owned.items()):
+        yield owner, ", ".join(paths)
+
+
+def _contributed(registry: Registry) -> Rows:
+    """What plugins and accelerators say of themselves; one that fails costs its own rows only."""
+    from drivetrain.hub import Hub
+
+    entries = [*registry.entries("plugins"), *registry.entries("accelerators")]
+    for entry in {entry.value: entry for entry in entries}.values():
+        try:
+            kind = entry.load()
+            hub = Hub()
+            hub.register(kind({}) if entry.group == "plugins" else kind(), entry.name)
+            yield from hub.report_rows()
+        except DrivetrainError as error:
+            yield entry.label, str(error)
+
+
+def _missing(registry: Registry) -> Rows:
+    served = {**known.SECTIONS, **known.OPTIMIZERS}
+    present = {e.distribution for group in GROUPS for e in registry.entries(group)}
+    for distribution in sorted(set(served.values()) - present):
+        names = sorted(name for name, owner in served.items() if owner == distribution)
+        yield ", ".join(names), f"pip install {distribution}"

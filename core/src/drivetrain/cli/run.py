@@ -1,0 +1,219 @@
+"""``drivetrain run``: one machine's ranks through torchrun, or this machine's part of several."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from drivetrain.errors import DrivetrainError
+from drivetrain.registry import Registry
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Which machines take part and how they find each other; the default is this one alone.
+
+    Args:
+        count: number of machines, or ``"MIN:MAX"`` for an elastic job.
+        rank: this machine's place among them, where ``master_port`` is given.
+        master_addr: host of the first machine.
+        master_port: port there; ``None`` on one machine means any free one.
+        rdzv_endpoint: ``HOST:PORT`` at which machines meet in any order, instead of a master.
+        rdzv_id: name of the job there.
+        max_restarts: how often a failed job is started again.
+    """
+
+    count: str
+    rank: int
+    master_addr: str
+    master_port: int | None
+    rdzv_endpoint: str | None
+    rdzv_id: str
+    max_restarts: int
+
+    def arguments(self) -> list[str]:
+        """The rendezvous as torchrun takes it."""
+        common = ["--nnodes", self.count, "--max-restarts", str(self.max_restarts)]
+        if self.rdzv_endpoint is not None:
+            meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", self.rdzv_endpoint]
+            return [*common, *meeting, "--rdzv-id", self.rdzv_id]
+        if self.master_port is not None:
+            master = ["--master-addr", self.master_addr, "--master-port", str(self.master_port)]
+            return [*common, *master, "--node-rank", str(self.rank)]
+        if self.count != "1":
+            raise DrivetrainError(
+                f"{self.count} machines need a place to meet: give --rdzv-endpoint HOST:PORT, or "
+                "--node-rank, --master-addr and --master-port, the same master on every machine"
+            )
+        return [*common, "--standalone", "--local-addr", "127.0.0.1"]
+
+    def check_port(self) -> None:
+        """Refuse a master port of this machine that somebody else listens on."""
+        if self.master_port is None or self.rdzv_endpoint is not None or self.rank > 0:
+            return
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", self.master_port))
+            except OSError as error:
+                raise DrivetrainError(
+                    f"port {self.master_port} cannot be used ({error.strerror}); give another "
+                    "--master-port, or on one machine leave it out to have a free one chosen"
+                ) from error
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--nproc", default="auto", help="Ranks on this machine; default: one per device.")
+@click.option("--nnodes", default="1", show_default=True, help="Machines, or MIN:MAX.")
+@click.option("--node-rank", default=0, show_default=True, help="This machine's place among them.")
+@click.option("--master-addr", default="127.0.0.1", show_default=True, help="First machine.")
+@click.option("--master-port", type=int, help="Port of the first machine; default: a free one.")
+@click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet in any order.")
+@click.option("--rdzv-id", default="drivetrain", show_default=True, help="Name of the job there.")
+@click.option("--max-restarts", default=0, show_default=True, help="Restarts after a failure.")
+@click.option(
+    "--log-dir", type=click.Path(path_type=Path), help="Run folder; default: under runs/."
+)
+@click.option("-m", "--module", is_flag=True, help="SCRIPT is the name of a module.")
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(
+    nproc: str,
+    nnodes: str,
+    node_rank: int,
+    master_addr: str,
+    master_port: int | None,
+    rdzv_endpoint: str | None,
+    rdzv_id: str,
+    max_restarts: int,
+    log_dir: Path | None,
+    module: bool,
+    script: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Run SCRIPT with its ARGUMENTS on several ranks.
+
+    The first rank's output is shown; the output of every rank is kept in the run folder. When a
+    rank fails, the others are ended and the first failure is shown.
+    """
+    from drivetrain.cli.failures import explain_failure
+    from drivetrain.cli.launch import run_agent
+    from drivetrain.cli.rank import FOLDER_VARIABLE
+
+    nodes = Nodes(nnodes, node_rank, master_addr, master_port, rdzv_endpoint, rdzv_id, max_restarts)
+    meeting = nodes.arguments()
+    (_check_module if module else _check_script)(script)
+    ranks = _ranks(nproc)
+    nodes.check_port()
+    folder = _run_folder(log_dir, script, alone=nnodes == "1")
+    kind = "module" if module else "script"
+    worker = ["--module", "drivetrain.cli.rank", kind, script, *arguments]
+    agent = [sys.executable, "-m", "drivetrain.cli.agent", str(folder)]
+    command = [*agent, *meeting, "--nproc-per-node", str(ranks), *worker]
+    environment = {**os.environ, FOLDER_VARIABLE: str(folder)}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    code = run_agent(command, environment, folder / "rank0.log")
+    if code > 128:
+        how = signal.Signals(code - 128).name
+        click.secho(f"interrupted by {how}; the logs are in {folder}", fg="yellow", err=True)
+        sys.exit(code)
+    if code:
+        raise explain_failure(folder, ranks)
+
+
+def _ranks(nproc: str) -> int:
+    if nproc == "auto":
+        accelerators = Registry.installed().names("accelerators")
+        return max([1, *(_devices(name) for name in accelerators)])
+    if not nproc.isdecimal() or int(nproc) < 1:
+        raise DrivetrainError(f"--nproc takes a positive number or auto, got {nproc!r}")
+    ranks, cores = int(nproc), _cores()
+    if ranks > cores:
+        message = f"warning: {ranks} ranks share {cores} cores, so they slow each other down"
+        click.secho(message, fg="yellow", err=True)
+    return ranks
+
+
+def _devices(name: str) -> int:
+    accelerator = Registry.installed().load("accelerators", name)()
+    return 0 if accelerator.probe() else int(accelerator.device_count())
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check_script(script: str) -> None:
+    """Find out before any rank starts what would fail on every rank.
+
+    Raises:
+        DrivetrainError: there is no such file, it cannot be read, or it is not valid Python.
+    """
+    path = Path(script)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise DrivetrainError(f"script {script!r} {what} (looked in {Path.cwd()})")
+    try:
+        compile(path.read_bytes(), script, "exec")
+    except OSError as error:
+        raise DrivetrainError(f"script {script!r} cannot be read: {error.strerror}") from error
+    except (SyntaxError, ValueError) as error:
+        raise DrivetrainError(_syntax_message(script, error)) from error
+
+
+def _syntax_message(script: str, error: SyntaxError | ValueError) -> str:
+    if not isinstance(error, SyntaxError):
+        return f"script {script!r} is not Python: {error}"
+    text = (error.text or "").rstrip("\n")
+    blank = len(text) - len(text.lstrip())
+    marker = " " * max(0, (error.offset or 1) - 1 - blank) + "^"
+    excerpt = f"\n    {text.strip()}\n    {marker}" if text.strip() else ""
+    return f"{script}, line {error.lineno}: syntax error: {error.msg}{excerpt}"
+
+
+def _check_module(name: str) -> None:
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError) as error:
+        raise DrivetrainError(f"module {name!r} cannot be found: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if found is None:
+        raise DrivetrainError(f"module {name!r} does not exist; a file is given without --module")
+
+
+def _run_folder(wish: Path | None, script: str, *, alone: bool) -> Path:
+    """A folder of its own for the logs of this run.
+
+    Raises:
+        DrivetrainError: it cannot be made, or already holds the logs of another run.
+    """
+    stem = Path(script).stem if script.endswith(".py") else script
+    host = "" if alone else f"-{platform.node()}"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = (wish or Path("runs", f"{stamp}-{stem}-{os.getpid()}{host}")).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.glob("rank*"))
+        (folder / "rank0.log").touch(exist_ok=True)
+    except OSError as error:
+        raise DrivetrainError(
+            f"run folder {folder} cannot be written: {error.strerror}; choose another with "
+            "--log-dir"
+        ) from error
+    if used:
+        raise DrivetrainError(f"run folder {folder} holds the logs of another run; choose another")
+    return folder
