@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     import torch
 
+    from drivetrain.plan import Plan
+
 
 class Accelerator(ABC):
     """One kind of device. The module that defines it must not import torch at import time.
@@ -43,6 +45,9 @@ class Accelerator(ABC):
         """Backend string for ``torch.distributed.init_process_group``, e.g. ``"gloo"``."""
 
     # -- sensible defaults for devices that torch knows ---------------------------------------
+
+    def configure(self, plan: Plan) -> None:  # noqa: B027
+        """Take what the config says of this accelerator; called once, before :meth:`start`."""
 
     def device(self, local_rank: int) -> torch.device:
         """The device of this process, given its rank on this host."""

@@ -1,0 +1,228 @@
+"""One process's part of a run before there is any model: device, axes, communication, counters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from drivetrain import process_group
+from drivetrain.accelerator_choice import choose_accelerator
+from drivetrain.builtin.data import Seed
+from drivetrain.byte_log import ByteLog
+from drivetrain.communicator import Communicator
+from drivetrain.errors import ConfigError
+from drivetrain.failure import FailureBoard, unwatch, watch
+from drivetrain.mesh import Mesh
+from drivetrain.parameters import ParameterTable
+from drivetrain.process_group import Ranks, init_distributed
+from drivetrain.progress import Progress
+from drivetrain.random_streams import RandomStreams
+from drivetrain.spans import Ledger, Span
+from drivetrain.spmd_guard import check_same_plan
+from drivetrain.torch_communicator import TorchCommunicator
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+    from drivetrain.accelerator import Accelerator
+    from drivetrain.engine import Engine
+    from drivetrain.hub import Hub
+    from drivetrain.plan import Plan
+
+__all__ = ["Job", "Ranks", "init_distributed"]
+
+logger = logging.getLogger("drivetrain.job")
+
+
+class Job:
+    """A plan that runs in this process; opened by :meth:`open`, a context manager.
+
+    Leaving the context with an exception makes the other ranks fail with that exception too.
+
+    Attributes:
+        plan: what runs.
+        hub: its hooks.
+        ranks: this process's place.
+        accelerator: the kind of device.
+        device: this process's device.
+        mesh: axes and process groups.
+        communicator: collectives over them, with all decorators.
+        byte_log: counts what the communicator sends.
+        random: named random streams.
+        progress: counters of the job.
+        ledger: seconds by span.
+        parameters: facts about parameters.
+    """
+
+    mesh: Mesh
+    random: RandomStreams
+    communicator: Communicator
+    byte_log: ByteLog
+
+    def __init__(self, plan: Plan, ranks: Ranks, accelerator: Accelerator) -> None:
+        self.plan = plan
+        self.ranks = ranks
+        self.accelerator = accelerator
+        self.device = accelerator.device(ranks.local_rank)
+        self.progress = Progress()
+        self.ledger = Ledger()
+        self.parameters = ParameterTable()
+        self._failures: FailureBoard | None = None
+        self._resources = ExitStack()
+        self._open = True
+
+    @classmethod
+    def open(
+        cls,
+        plan: Plan,
+        ranks: Ranks | None = None,
+        *,
+        mpu: Any | None = None,
+        timeout: timedelta | None = None,
+    ) -> Job:
+        """Start a job: choose the accelerator, meet the other ranks, build communication.
+
+        Collective over all ranks. A process group that exists is adopted and left open; a single
+        process needs none.
+
+        Args:
+            plan: what to run.
+            ranks: this process's place; by default from ``torch.distributed`` or the environment.
+            mpu: model-parallel-unit object whose process groups are used.
+            timeout: of collectives in the groups that are created.
+
+        Raises:
+            ConfigError: the plan is for another number of ranks, the accelerator asked for cannot
+                be used, ``mpu`` does not fit the plan, or ranks run different plans.
+            CommunicationError: the ranks did not come together.
+        """
+        ranks = ranks or Ranks.current()
+        if plan.world_size != ranks.world_size:
+            raise ConfigError(
+                f"the plan is for {plan.world_size} ranks ({plan.world_source}), but this process "
+                f"is rank {ranks.rank} of {ranks.world_size}"
+            )
+        accelerator = choose_accelerator(plan)
+        _register(plan.hub, accelerator)
+        accelerator.start(ranks.local_rank, ranks.ranks_on_host)
+        store = process_group.enter(accelerator.communication_backend(), ranks, timeout)
+        job = cls(plan, ranks, accelerator)
+        watch(job)
+        try:
+            job._connect(store, mpu, timeout)
+        except BaseException as error:
+            job.fail(error)
+            raise
+        logger.info("rank %d of %d runs on %s", ranks.rank, ranks.world_size, job.device)
+        return job
+
+    @property
+    def hub(self) -> Hub:
+        """The plan's hooks."""
+        return self.plan.hub
+
+    @property
+    def rank(self) -> int:
+        """This process, of all ranks."""
+        return self.ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.ranks.world_size
+
+    def span(self, name: str) -> Span:
+        """A context manager that counts its block's seconds under ``name``."""
+        return self.ledger.span(name)
+
+    def engine(self, module: nn.Module, *arguments: Any, **options: Any) -> Engine:
+        """Build an engine, one of any number; see :func:`drivetrain.compose.build_engine`."""
+        from drivetrain.compose import build_engine
+
+        return build_engine(self, module, *arguments, **options)
+
+    def on_close(self, release: Callable[[], object]) -> None:
+        """Call ``release`` when the job closes or fails, in reverse order of registration."""
+        self._resources.callback(release)
+
+    def fail(self, error: BaseException) -> None:
+        """Make the other ranks fail with ``error``, and close.
+
+        Uncaught exceptions and those that leave the job's context get here by themselves. The
+        first error of all ranks is the one that counts. Ends the process group even if the job
+        has adopted it: ranks which wait for this one must not wait on.
+        """
+        if self._failures is None:
+            self.close()
+            return
+        failures, self._failures = self._failures, None
+        failures.record(error)
+        self._release()
+        process_group.abandon()
+        failures.farewell()
+
+    def close(self) -> None:
+        """Release what the job has created. May be called repeatedly."""
+        if self._release():
+            process_group.leave()
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None and not (isinstance(error, SystemExit) and not error.code):
+            self.fail(error)
+        self.close()
+
+    def _connect(self, store: Store | None, mpu: Any | None, timeout: timedelta | None) -> None:
+        """Build axes and communication, and make sure that all ranks run one plan."""
+        meet = None
+        if store is not None:
+            self._failures = FailureBoard(store, self.rank, self.world_size)
+            meet = self._failures.meet
+        options: dict[str, Any] = {
+            "device_type": self.accelerator.device_type,
+            "timeout": timeout,
+            "meet": meet,
+        }
+        self.mesh = (
+            Mesh(self.plan.layout, self.rank, **options)
+            if mpu is None
+            else Mesh.from_mpu(mpu, self.plan.layout, **options)
+        )
+        self.on_close(self.mesh.close)
+        self.random = RandomStreams(self.plan.section(Seed).root, self.mesh, self.device)
+        inner = TorchCommunicator(self.mesh, self.device, self._failures)
+        self.communicator = self.byte_log = ByteLog(inner)
+        if store is not None:
+            check_same_plan(self.plan.fingerprint(), self.communicator, store, self.device)
+        for layer in sorted(self.hub.wrap_communicator(self), key=lambda layer: layer.phase):
+            self.communicator = layer.wrap(self.communicator)
+
+    def _release(self) -> bool:
+        """Let go of everything but the default process group; false if that is done already."""
+        if not self._open:
+            return False
+        self._open = False
+        unwatch(self)
+        self._resources.close()
+        return True
+
+
+def _register(hub: Hub, accelerator: Accelerator) -> None:
+    """Let the accelerator take part in hooks; a plan that runs again has it already."""
+    name = f"accelerator {accelerator.name}"
+    if name not in hub.plugins:
+        hub.register(accelerator, name)
+        hub.freeze()
