@@ -196,7 +196,7 @@ class Hub:
         for impl in self._prepare_inputs:
             values: dict[str, Any] = {"engine": engine, "args": args, "kwargs": kwargs}
             try:
-                answer = impl.function(*[values[name] for name in impl.argnames])
+                answer: Any = impl.function(*[values[name] for name in impl.argnames])
             except Exception as error:
                 self._blame(error, "prepare_inputs")
                 raise

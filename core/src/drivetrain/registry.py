@@ -179,8 +179,8 @@ class Registry:
         return sorted(found, key=lambda entry: (entry.name, entry.distribution))
 
     def names(self, group: Group) -> list[str]:
-        """The names of a group, sorted, each once."""
-        return list(dict.fromkeys(entry.name for entry in self.entries(group)))
+        """The names of a group, sorted, each once; those switched off are included."""
+        return sorted({entry.name for entry in self._entries if entry.group == group})
 
     def find(self, group: Group, name: str) -> Entry | None:
         """The entry that serves ``name``, or ``None``.
@@ -189,20 +189,16 @@ class Registry:
             PluginError: several distributions claim the name and the config chooses none of them.
         """
         claimants = self._matching(group, name)
+        key = name if group == "plugins" else f"{group}.{name}"
+        if (choice := self._choices.get(key)) is not None:
+            for entry in claimants:
+                if entry.distribution == choice:
+                    return entry
+            offered = ", ".join(entry.distribution for entry in claimants) or "nobody"
+            raise PluginError(f"{choice!r} does not offer {key}, which is offered by {offered}")
         added = [entry for entry in claimants if entry.version == IN_PROCESS]
         if added:
             return added[0]
-        key = name if group == "plugins" else f"{group}.{name}"
-        choice = self._choices.get(key)
-        if choice is not None:
-            chosen = [entry for entry in claimants if entry.distribution == choice]
-            if not chosen:
-                offered = ", ".join(entry.distribution for entry in claimants) or "nobody"
-                raise PluginError(
-                    f"plugins.{key} chooses {choice!r}, which does not offer it (offered by "
-                    f"{offered})"
-                )
-            return chosen[0]
         if len(claimants) > 1:
             raise PluginError(
                 f"{' and '.join(entry.label for entry in claimants)} claim the same name; choose "
@@ -210,6 +206,18 @@ class Registry:
                 "or uninstall the other"
             )
         return claimants[0] if claimants else None
+
+    def check_choices(self) -> list[str]:
+        """One sentence per choice that cannot be followed, whether or not its name is used."""
+        problems = []
+        for key in self._choices:
+            prefix, _, rest = key.partition(".")
+            named = prefix in get_args(Group) and bool(rest)
+            try:
+                self.find(cast("Group", prefix) if named else "plugins", rest if named else key)
+            except PluginError as error:
+                problems.append(f"plugins.{key}: {error}")
+        return problems
 
     def load(self, group: Group, name: str) -> Any:
         """Import what serves ``name``.

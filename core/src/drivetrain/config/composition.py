@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, RootModel, ValidationError
 
 from drivetrain.config.problems import describe
 from drivetrain.errors import ConfigError, PluginError
@@ -69,9 +69,8 @@ def compose(config: Mapping[str, Any], registry: Registry) -> Composition:
         PluginError: a plugin does not load.
     """
     values, autos = _without_autos(config)
-    builder = _Builder(registry)
-    choices, activated = builder.read_choices(values.pop(PLUGINS_KEY, {}))
-    builder.registry = registry.choosing(choices)
+    choices, activated, problems = _read_choices(values.pop(PLUGINS_KEY, {}))
+    builder = _Builder(registry.choosing(choices), problems)
     builder.add_core()
     builder.cut(values, "", owned=False)
     for path in list(builder.sections):
@@ -87,32 +86,14 @@ def compose(config: Mapping[str, Any], registry: Registry) -> Composition:
 class _Builder:
     """Collects sections, owners and problems while a config is taken apart."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, problems: list[str]) -> None:
         self.registry = registry
-        self.problems: list[str] = []
+        self.problems = problems + registry.check_choices()
         self.sections: dict[str, Any] = {}
+        self._known = list(dict.fromkeys([*registry.names("plugins"), *SECTIONS]))
         self._unknown: list[str] = []
         self._owners: dict[type[Plugin], tuple[Entry, str]] = {}
-        self._paths: dict[type[Plugin], list[str]] = {}
-
-    def read_choices(self, value: Any) -> tuple[dict[str, str], list[str]]:
-        """Split the ``plugins`` section into choices among distributions and activations."""
-        choices: dict[str, str] = {}
-        activated: list[str] = []
-        if not isinstance(value, dict):
-            self.problems.append(f"{PLUGINS_KEY}: expected an object, got {as_json(value)}")
-            return choices, activated
-        for name, item in value.items():
-            if isinstance(item, str):
-                choices[name] = item
-            elif item is True:
-                activated.append(name)
-            else:
-                self.problems.append(
-                    f"{PLUGINS_KEY}.{name}: expected true (activate the plugin) or the name of a "
-                    f"distribution (choose who serves it), got {as_json(item)}"
-                )
-        return choices, activated
+        self._paths: dict[type[Plugin], dict[str, None]] = {}
 
     def add_core(self) -> None:
         """Core's defaults take part in every plan."""
@@ -130,14 +111,13 @@ class _Builder:
         """
         for key in list(node):
             path = prefix + key
-            has_owner = path in self._known_paths()
-            inner = node[key]
-            leads_on = any(known.startswith(path + ".") for known in self._known_paths())
-            if leads_on and isinstance(inner, dict):
-                self.cut(inner, path + ".", owned=has_owner)
+            has_owner = path in self._known
+            leads_on = isinstance(node[key], dict) and bool(self._children(path))
+            if leads_on:
+                self.cut(node[key], path + ".", owned=has_owner)
             if has_owner:
                 self.sections[path] = node.pop(key)
-            elif not owned and not (leads_on and isinstance(inner, dict)):
+            elif not owned and not leads_on:
                 self._unknown.append(path)
 
     def claim(self, path: str, reason: str, where: str = "") -> None:
@@ -155,8 +135,11 @@ class _Builder:
         if not (isinstance(plugin, type) and issubclass(plugin, Plugin)):
             raise PluginError(f"{entry.label} is {plugin!r}, not a subclass of drivetrain.Plugin")
         self._owners.setdefault(plugin, (entry, reason))
-        if path in plugin.sections:
-            self._paths.setdefault(plugin, []).append(path)
+        model = plugin.sections.get(path)
+        if model is not None and path not in self.sections and not issubclass(model, RootModel):
+            self.sections[path] = {}
+        if model is not None and path in self.sections:
+            self._paths.setdefault(plugin, {})[path] = None
         elif path in self.sections:
             owned = ", ".join(plugin.sections) or "none"
             self.problems.append(
@@ -167,7 +150,7 @@ class _Builder:
     def build(self) -> tuple[Member, ...]:
         """One object per class; adds the problems of unknown keys and wrong values."""
         models = {path: model for plugin in self._owners for path, model in plugin.sections.items()}
-        top = [*(path.partition(".")[0] for path in self._known_paths()), PLUGINS_KEY]
+        top = [*(path.partition(".")[0] for path in self._known), PLUGINS_KEY]
         for path in self._unknown:
             parent, _, key = path.rpartition(".")
             names = self._children(parent) if parent else top
@@ -180,7 +163,7 @@ class _Builder:
     def _member(self, plugin: type[Plugin]) -> Member | None:
         entry, reason = self._owners[plugin]
         sections: dict[str, BaseModel] = {}
-        paths = self._paths.get(plugin, [])
+        paths = self._paths.get(plugin, {})
         for path in paths:
             model = plugin.sections[path]
             try:
@@ -195,12 +178,9 @@ class _Builder:
         created = plugin(sections)
         return Member(created, entry, reason, entry.distribution == CORE or created.enabled())
 
-    def _known_paths(self) -> Iterable[str]:
-        return dict.fromkeys([*self.registry.names("plugins"), *SECTIONS])
-
     def _children(self, path: str) -> list[str]:
         """Keys that other plugins own inside the section at ``path``."""
-        inside = (p for p in self._known_paths() if p.startswith(path + "."))
+        inside = (p for p in self._known if p.startswith(path + "."))
         return [p[len(path) + 1 :].partition(".")[0] for p in inside]
 
     def _missing(self, path: str) -> str:
@@ -209,7 +189,22 @@ class _Builder:
             return hidden
         if path in SECTIONS:
             return not_installed(SECTIONS[path])
-        return f"no plugin of that name is installed{did_you_mean(path, self._known_paths())}"
+        return f"no plugin of that name is installed{did_you_mean(path, self._known)}"
+
+
+def _read_choices(value: Any) -> tuple[dict[str, str], list[str], list[str]]:
+    """The ``plugins`` section: choices among distributions, plugins to activate, problems."""
+    if not isinstance(value, dict):
+        return {}, [], [f"{PLUGINS_KEY}: expected an object, got {as_json(value)}"]
+    choices = {name: item for name, item in value.items() if isinstance(item, str)}
+    activated = [name for name, item in value.items() if item is True]
+    problems = [
+        f"{PLUGINS_KEY}.{name}: expected true (activate the plugin) or the name of a distribution "
+        f"(choose who serves it), got {as_json(item)}"
+        for name, item in value.items()
+        if name not in choices and name not in activated
+    ]
+    return choices, activated, problems
 
 
 def not_installed(distribution: str) -> str:

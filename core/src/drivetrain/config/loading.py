@@ -113,7 +113,9 @@ def parse_json(text: str, name: str) -> Any:
     try:
         return json.loads(stripped, object_pairs_hook=pairs, parse_constant=constant)
     except json.JSONDecodeError as error:
-        raise _syntax_error(name, text, error.lineno, error.colno, error.msg) from None
+        raise _syntax_error(
+            name, text, error.lineno, error.colno, error.msg.removesuffix(" at")
+        ) from None
     except RecursionError:
         raise ConfigError(f"{name} is nested too deeply") from None
 

@@ -13,6 +13,9 @@ from pydantic_core import ErrorDetails
 from drivetrain.wording import as_json, did_you_mean
 
 _EXPECTED = {
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
     "dict_type": "an object",
     "greater_than": "a number above {gt}",
     "greater_than_equal": "a number of at least {ge}",
