@@ -133,6 +133,11 @@ class FailureBoard:
                     return
                 time.sleep(_POLL_SECONDS)
 
+    def leave(self) -> None:
+        """Say that this rank needs to be told of nothing any more."""
+        with suppress(*_STORE_IS_GONE):
+            self._acknowledge()
+
     def _acknowledge(self) -> None:
         if not self._acknowledged:
             self._acknowledged = True

@@ -170,6 +170,8 @@ class Job:
     def close(self) -> None:
         """Release what the job has created. May be called repeatedly."""
         if self._release():
+            if self._failures is not None:
+                self._failures.leave()
             process_group.leave()
 
     def __enter__(self) -> Job:

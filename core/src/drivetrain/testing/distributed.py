@@ -1,0 +1,291 @@
+"""Run a function on several ranks of this host, fast, and with every error brought back."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch.distributed as dist
+
+from drivetrain.errors import DrivetrainError
+from drivetrain.testing.rank import Call, Outcome
+from drivetrain.testing.rank_server import STACK_SIGNAL
+
+_GRACE_SECONDS = 10.0
+"""How long ranks may go on after one has failed; those that wait for it end by themselves."""
+
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class RankError:
+    """Why one rank did not return.
+
+    Args:
+        rank: which.
+        error: type and message of its exception, or how its process ended.
+        stack: where it was.
+        at: when, on the host's monotonic clock.
+    """
+
+    rank: int
+    error: str
+    stack: str
+    at: float
+
+
+class RanksFailedError(DrivetrainError):
+    """One or more ranks raised, died, or did not end in time.
+
+    Attributes:
+        errors: rank -> what happened, in order of time; the first is the cause of most others.
+    """
+
+    def __init__(self, errors: Sequence[RankError], world_size: int) -> None:
+        ordered = sorted(errors, key=lambda error: error.at)
+        self.errors = {error.rank: error for error in ordered}
+        first = ordered[0]
+        parts = [f"rank {first.rank} of {world_size} failed first: {first.error}"]
+        parts += [f"--- rank {e.rank}: {e.error}\n{e.stack.rstrip()}" for e in ordered]
+        super().__init__("\n".join(parts))
+
+
+def run_distributed(
+    function: Callable[..., Any],
+    world_size: int,
+    *arguments: Any,
+    timeout: float = 60.0,
+    env: Mapping[str, str] | None = None,
+) -> list[Any]:
+    """Call ``function(*arguments)`` on every rank of a world, each a process with one thread.
+
+    Ranks find torchrun's environment variables, so that ``init_process_group`` and ``Job.open``
+    work as under torchrun. Processes are forked from one that has torch loaded and are used again
+    after a call that succeeded everywhere, with environment, process group, default dtype and the
+    like put back; what else a function changes in its process stays changed.
+
+    Args:
+        function: defined at the level of a module.
+        world_size: number of ranks.
+        arguments: plain data, tensors, whatever can be pickled; equal for all ranks.
+        timeout: seconds after which all ranks are killed.
+        env: further environment variables.
+
+    Returns:
+        What the function returned, by rank.
+
+    Raises:
+        RanksFailedError: with the errors and stacks of all ranks, the first failure first. Within
+            ten seconds of it all ranks have ended. On a time-out, the stacks of their threads.
+        ValueError: ``function`` is not at the level of a module.
+    """
+    if "<locals>" in function.__qualname__ or "<lambda>" in function.__qualname__:
+        raise ValueError(f"{function.__qualname__} must be defined at the level of a module")
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
+    pool = _pool()
+    ranks = pool.take(world_size)
+    finished = False
+    try:
+        for number, rank in enumerate(ranks):
+            call = _call(function, arguments, number, world_size, store.port, env)
+            rank.connection.send_bytes(pickle.dumps(call))
+        results = _collect(pool, ranks, time.monotonic() + timeout, timeout)
+        finished = True
+    finally:
+        if finished:
+            pool.give_back(ranks)
+        else:
+            for rank in ranks:
+                pool.end(rank)
+    return results
+
+
+def _call(
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    rank: int,
+    world_size: int,
+    port: int,
+    env: Mapping[str, str] | None,
+) -> Call:
+    environment = {
+        **os.environ,
+        **_ONE_THREAD,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is here, in the calling process
+        **(env or {}),
+    }
+    return Call(
+        module=function.__module__,
+        file=function.__code__.co_filename,
+        name=function.__qualname__,
+        arguments=pickle.dumps(arguments),
+        path=list(sys.path),
+        environment=environment,
+    )
+
+
+def _collect(pool: _Pool, ranks: Sequence[_Rank], deadline: float, timeout: float) -> list[Any]:
+    """Wait for all outcomes; after a failure or the time-out, not for long."""
+    results: dict[int, Any] = {}
+    errors: list[RankError] = []
+    waiting = {rank.connection: number for number, rank in enumerate(ranks)}
+    while waiting:
+        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            number = waiting.pop(connection)
+            outcome = _outcome(pool, ranks[number])
+            if outcome.result is not None:
+                results[number] = pickle.loads(outcome.result)  # noqa: S301 - both ends are ours
+                continue
+            if not errors:
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+            errors.append(RankError(number, outcome.error, outcome.stack, outcome.at))
+    reason = "was still running after another rank had failed"
+    if not errors:
+        reason = f"did not end within {timeout:g} s"
+    errors += [
+        RankError(number, reason, pool.stacks(ranks[number]), time.monotonic())
+        for number in waiting.values()
+    ]
+    if errors:
+        raise RanksFailedError(errors, len(ranks))
+    return [results[number] for number in range(len(ranks))]
+
+
+def _outcome(pool: _Pool, rank: _Rank) -> Outcome:
+    try:
+        outcome: Outcome = pickle.loads(rank.connection.recv_bytes())  # noqa: S301
+    except (EOFError, ConnectionResetError):
+        code = pool.end(rank, by=0)
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return Outcome(error=f"its process died with {how}", at=time.monotonic())
+    return outcome
+
+
+@dataclass
+class _Rank:
+    """A process of the pool.
+
+    Args:
+        pid: its id.
+        connection: calls go out, outcomes come in.
+        stacks: descriptor that stacks can be read from.
+        ended: whether it is gone.
+    """
+
+    pid: int
+    connection: Connection
+    stacks: int
+    ended: bool = False
+
+
+class _Pool:
+    """Ranks that wait for work, and the server that forks more of them."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self._idle: list[_Rank] = []
+        ours, theirs = socket.socketpair()
+        program = (
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            "from drivetrain.testing.rank_server import main; main()"
+        )
+        with theirs:
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", program, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **_ONE_THREAD},
+                stdin=subprocess.DEVNULL,
+            )
+        self._socket = ours
+        atexit.register(self.close)
+
+    def take(self, number: int) -> list[_Rank]:
+        """That many ranks, idle ones first."""
+        while len(self._idle) < number:
+            self._idle.append(self._start())
+        taken, self._idle = self._idle[:number], self._idle[number:]
+        return taken
+
+    def give_back(self, ranks: Sequence[_Rank]) -> None:
+        """Keep ranks for the next call."""
+        self._idle.extend(ranks)
+
+    def stacks(self, rank: _Rank) -> str:
+        """Where the threads of a running rank are."""
+        self._request(do="signal", pid=rank.pid, signal=STACK_SIGNAL)
+        text = b""
+        while select.select([rank.stacks], [], [], 0.5)[0]:
+            piece = os.read(rank.stacks, 65536)
+            if not piece:
+                break
+            text += piece
+        return text.decode(errors="replace") or "no stack: the process does not answer"
+
+    def end(self, rank: _Rank, by: int = signal.SIGKILL) -> int:
+        """End a rank by a signal, or wait for one that is ending; answers its exit code."""
+        if rank.ended:
+            return 0
+        rank.ended = True
+        rank.connection.close()
+        os.close(rank.stacks)
+        return self._request(do="end", pid=rank.pid, signal=by)
+
+    def close(self) -> None:
+        """End the server and with it all ranks."""
+        if self.owner == os.getpid():
+            self._socket.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._server.wait(10)
+
+    def _start(self) -> _Rank:
+        ours, theirs = socket.socketpair()
+        reader, writer = os.pipe()
+        try:
+            pid = self._request([theirs.fileno(), writer], do="start")
+        finally:
+            theirs.close()
+            os.close(writer)
+        return _Rank(pid, Connection(ours.detach()), reader)
+
+    def _request(self, descriptors: Sequence[int] = (), **request: object) -> int:
+        socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
+        answer = self._socket.recv(4096)
+        if not answer:
+            raise RuntimeError("the process that starts ranks has died; its error is on stderr")
+        value: int = json.loads(answer)
+        return value
+
+
+_pools: list[_Pool] = []
+
+
+def _pool() -> _Pool:
+    """The pool of this process; a fork of the process gets its own."""
+    if not _pools or _pools[-1].owner != os.getpid():
+        _pools.append(_Pool())
+    return _pools[-1]
