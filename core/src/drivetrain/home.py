@@ -225,6 +225,27 @@ def segment_fragment(segment: Segment, kind: str, flat: torch.Tensor, home: str)
     )
 
 
+def tensor_fragment(
+    name: str, kind: str, tensor: torch.Tensor, *, owner: bool, home: str = "device"
+) -> Fragment:
+    """The fragment of a whole tensor that lies in no bucket."""
+
+    def write(values: torch.Tensor) -> None:
+        tensor.copy_(values.view_as(tensor))
+
+    return Fragment(
+        name=name,
+        kind=kind,
+        global_shape=tuple(tensor.shape),
+        dtype=tensor.dtype,
+        boxes=tuple(interval_boxes(tensor.shape, 0, tensor.numel())),
+        owner=owner,
+        home=home,
+        read=lambda: tensor.detach().reshape(-1),
+        write=write,
+    )
+
+
 def bucket_fragment(key: str, kind: str, flat: torch.Tensor, home: str) -> Fragment:
     """The fragment of a state that belongs to a bucket of this rank, not to a parameter."""
 

@@ -1,0 +1,65 @@
+"""Knowing when a backward pass begins and ends, whoever calls ``backward``.
+
+The hooks sit on the tensors that the module returned. The first of them to fire marks the
+beginning and queues a callback that autograd runs when the whole pass is over. (Queued from a
+parameter's hook it would run too early: re-entrant checkpointing runs passes inside the pass.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+class BackwardWindow:
+    """Calls ``begin`` once before and ``end`` once after each backward through watched outputs.
+
+    Args:
+        begin: runs before any gradient of the module is computed; may raise to stop the pass.
+        end: runs after the last one.
+    """
+
+    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        self._begin = begin
+        self._end = end
+        self._open = False
+
+    def watch(self, outputs: object) -> None:
+        """Attach to every tensor in ``outputs`` that a backward pass can start from or cross."""
+        for tensor in tensors_in(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(self._on_output)
+
+    def _on_output(self, _gradient: torch.Tensor) -> None:
+        if self._open:
+            return
+        self._begin()
+        self._open = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._on_end)
+
+    def _on_end(self) -> None:
+        self._open = False
+        self._end()
+
+
+def tensors_in(value: object, _seen: set[int] | None = None) -> Iterator[torch.Tensor]:
+    """Every tensor in nested containers: pytrees, mappings, dataclasses, plain objects."""
+    seen = set() if _seen is None else _seen
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from tensors_in(_members(leaf), seen)
+
+
+def _members(leaf: object) -> dict[Any, Any] | None:
+    """What a leaf that torch does not know as a container contains; ``None`` for a true leaf."""
+    if isinstance(leaf, Mapping):
+        return dict(leaf)
+    if isinstance(leaf, (type, torch.nn.Module)) or callable(leaf):
+        return None
+    return dict(vars(leaf)) if hasattr(leaf, "__dict__") else None

@@ -1,0 +1,60 @@
+"""Sums the losses of a step and notices the first that is not a number."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from drivetrain.errors import TrainingError
+
+if TYPE_CHECKING:
+    from drivetrain.progress import Progress
+
+
+class LossWatch:
+    """Losses of the micro-batches since the last :meth:`take`, summed on the device.
+
+    Args:
+        device: where losses are. On a host the check is free and immediate; elsewhere reading a
+            loss would stall the device, so a step checks the losses of the step before it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._immediate = device.type == "cpu"
+        self._sum: torch.Tensor | None = None
+        self._count = 0
+        self._unchecked: torch.Tensor | None = None
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Count one micro-batch's loss."""
+        value = loss.detach().float().reshape(())
+        self._sum = value.clone() if self._sum is None else self._sum + value
+        self._count += 1
+
+    def check(self, overflow_is_normal: bool, progress: Progress) -> None:
+        """Refuse to train on from a loss that is not finite.
+
+        Args:
+            overflow_is_normal: dynamic loss scaling deals with it by itself.
+            progress: tells the step for the message.
+
+        Raises:
+            TrainingError: a loss was NaN or infinite.
+        """
+        value = self._sum if self._immediate else self._unchecked
+        self._unchecked = self._sum
+        if overflow_is_normal or value is None or bool(torch.isfinite(value)):
+            return
+        step = progress.steps + (1 if self._immediate else 0)
+        raise TrainingError(
+            f"the loss of step {step} is {float(value)}: parameters were not updated from it"
+            if self._immediate
+            else f"the loss of step {step} was {float(value)}; load the last checkpoint"
+        )
+
+    def take(self) -> tuple[torch.Tensor | None, int]:
+        """The sum and number of losses since the last call, and start anew."""
+        taken = self._sum, self._count
+        self._sum, self._count = None, 0
+        return taken

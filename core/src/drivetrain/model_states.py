@@ -1,0 +1,86 @@
+"""Who owns the parameters, gradients and optimizer states of an engine: the interface.
+
+Core's :class:`~drivetrain.replicated.ReplicatedStates` keeps everything on every rank; a sharding
+plugin brings its own. The engine only ever talks to this interface.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from drivetrain.fragment import Fragment
+
+
+class ModelStates(ABC):
+    """Parameters, gradients and optimizer states of one engine.
+
+    An *accumulation window* is all that happens between two updates. One window, on every rank:
+
+    1. before each backward, the engine sets :attr:`reduce_now` (true in the last micro-batch);
+    2. gradients arrive through autograd hooks, or :meth:`gradients_ready`; reduction starts as
+       buckets fill and overlaps with the rest of backward;
+    3. when a backward ends, :meth:`end_backward`;
+    4. :meth:`finish_reduction`; then any of :meth:`gradient_norm`, :meth:`first_nonfinite`;
+    5. :meth:`update`, or :meth:`discard_gradients` to drop the window.
+    """
+
+    reduce_now: bool = True
+    """Whether gradients that arrive now complete the window and may be reduced."""
+
+    @abstractmethod
+    def gradients_ready(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take the ``.grad`` of parameters whose gradient did not come through autograd hooks."""
+
+    @abstractmethod
+    def defer(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Ignore autograd hooks of ``parameters`` until :meth:`gradients_ready` names them."""
+
+    @abstractmethod
+    def end_backward(self) -> None:
+        """A backward pass is over: start reducing what nothing will be added to."""
+
+    @abstractmethod
+    def finish_reduction(self) -> None:
+        """Return once every gradient of the window is reduced, late arrivals included."""
+
+    @abstractmethod
+    def gradient_norm(self) -> torch.Tensor:
+        """Global L2 norm of the reduced, unscaled sums of gradients, a 0-d float32 tensor.
+
+        Every parameter counts once, whatever its sharding. Collective when not all parameters
+        are reduced over the whole world. Not finite exactly when some gradient is not.
+        """
+
+    @abstractmethod
+    def first_nonfinite(self) -> str:
+        """Name of the first parameter whose gradient is not finite, with what and how many."""
+
+    @abstractmethod
+    def update(self, scale: float | torch.Tensor) -> None:
+        """Update every bucket with ``gradient * scale``, publish, and begin a new window."""
+
+    @abstractmethod
+    def discard_gradients(self) -> None:
+        """Begin a new window without an update."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Take over parameter values that were written from outside (masters follow)."""
+
+    @abstractmethod
+    def rebuild(self) -> None:
+        """Adapt to parameters that were frozen or unfrozen since; keeps states that remain."""
+
+    @abstractmethod
+    def fragments(self) -> Sequence[Fragment]:
+        """Every parameter, master and optimizer state of this rank; gradients inside a window."""
+
+    @abstractmethod
+    def detach(self) -> None:
+        """Remove every hook from the module; the parameters keep their values."""

@@ -1,0 +1,5 @@
+"""Plain data parallelism: every rank keeps all parameters, gradients and optimizer states."""
+
+from drivetrain.replicated.states import ReplicatedStates
+
+__all__ = ["ReplicatedStates"]

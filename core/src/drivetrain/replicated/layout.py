@@ -1,0 +1,165 @@
+"""Which parameter goes into which bucket, and where."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from drivetrain.home import BucketSpec, Segment
+
+if TYPE_CHECKING:
+    from drivetrain.communicator import Communicator
+    from drivetrain.mesh import Axis
+    from drivetrain.parameters import ParameterTable
+    from drivetrain.update_rule import OptimizerPlan, UpdateRule
+
+
+@dataclass(frozen=True)
+class BucketSizes:
+    """Limits of the gradient buckets, in bytes of gradient.
+
+    Args:
+        regular: size at which a bucket is closed. Large enough to use the network well, small
+            enough that reduction starts early.
+        first: size of the first bucket to fill; small, so that communication starts soon.
+    """
+
+    regular: int
+    first: int
+
+
+@dataclass(frozen=True)
+class PlannedBucket:
+    """A bucket's spec and the parameters of its segments, in the same order.
+
+    Args:
+        spec: what a home needs to know.
+        parameters: the parameter of each segment.
+        sparse: whether gradients travel as (row indices, rows); such a bucket has one parameter.
+        step: updates that the parameters' states have already seen.
+    """
+
+    spec: BucketSpec
+    parameters: tuple[nn.Parameter, ...]
+    sparse: bool
+    step: int
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Parameters share a bucket exactly when all of this is equal."""
+
+    group: int
+    step: int
+    rule: int
+    parameter_dtype: torch.dtype
+    gradient_dtype: torch.dtype
+    master_dtype: torch.dtype
+    reduction: Axis
+    owner: bool
+    sparse: bool
+    device: torch.device
+
+
+def plan_buckets(
+    module: nn.Module,
+    optimizer: OptimizerPlan,
+    table: ParameterTable,
+    communicator: Communicator,
+    sizes: BucketSizes,
+    *,
+    gradient_dtype: torch.dtype | None,
+    steps: Mapping[str, int],
+) -> list[PlannedBucket]:
+    """Cut the trainable parameters of all groups into buckets.
+
+    Parameters are taken in reverse order of the module's, which is about the order in which
+    backward produces gradients, so the first bucket of the answer is the first to fill. Sparse
+    ones come last: their reduction waits for the end of the window.
+
+    Args:
+        module: whose parameters; those in no group are left out.
+        optimizer: rule and groups.
+        table: facts on every parameter.
+        communicator: tells which of the equal copies along a reduction is this rank's.
+        sizes: bucket limits.
+        gradient_dtype: dtype that gradients accumulate in; ``None`` for each parameter's own.
+        steps: parameter name -> updates that its states have seen (0 where absent); one bucket
+            has one count, because rules correct their bias by it.
+    """
+    rules: dict[int, UpdateRule] = {}
+    group_of = {p: i for i, group in enumerate(optimizer.groups) for p in group["params"]}
+    open_buckets: dict[_Kind, list[nn.Parameter]] = defaultdict(list)
+    filled: dict[_Kind, int] = defaultdict(int)
+    limit = sizes.first
+    closed: list[tuple[_Kind, list[nn.Parameter]]] = []
+    for parameter in reversed(list(module.parameters())):
+        if not parameter.requires_grad or parameter not in group_of:
+            continue
+        info = table.info(parameter)
+        rule = optimizer.rule.rule_for(parameter, info)
+        rules[id(rule)] = rule
+        kind = _Kind(
+            group=group_of[parameter],
+            step=steps.get(info.name, 0),
+            rule=id(rule),
+            parameter_dtype=info.compute_dtype,
+            gradient_dtype=gradient_dtype or info.compute_dtype,
+            master_dtype=info.master_dtype or info.compute_dtype,
+            reduction=info.reduction,
+            owner=info.owner and communicator.rank(info.reduction) == 0,
+            sparse=info.sparse,
+            device=parameter.device,
+        )
+        open_buckets[kind].append(parameter)
+        filled[kind] += parameter.numel() * kind.gradient_dtype.itemsize
+        if filled[kind] >= limit or info.sparse:
+            closed.append((kind, open_buckets.pop(kind)))
+            filled.pop(kind)
+            limit = sizes.regular
+    closed += open_buckets.items()
+    closed.sort(key=lambda item: item[0].sparse)  # stable
+    return [
+        _planned(number, kind, members, rules[kind.rule], table)
+        for number, (kind, members) in enumerate(closed)
+    ]
+
+
+def _planned(
+    number: int,
+    kind: _Kind,
+    members: list[nn.Parameter],
+    rule: UpdateRule,
+    table: ParameterTable,
+) -> PlannedBucket:
+    segments, offset = [], 0
+    for parameter in members:
+        segments.append(
+            Segment(
+                name=table.info(parameter).name,
+                shape=tuple(parameter.shape),
+                start=0,
+                numel=parameter.numel(),
+                offset=offset,
+                owner=kind.owner,
+            )
+        )
+        offset += parameter.numel()
+    spec = BucketSpec(
+        key=f"g{kind.group}.b{number}",
+        numel=offset,
+        segments=tuple(segments),
+        parameter_dtype=kind.parameter_dtype,
+        gradient_dtype=kind.gradient_dtype,
+        master_dtype=kind.master_dtype,
+        reduction=kind.reduction,
+        rule=rule,
+        group=kind.group,
+        device=kind.device,
+    )
+    return PlannedBucket(spec, tuple(members), kind.sparse, kind.step)

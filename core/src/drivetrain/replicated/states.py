@@ -1,0 +1,283 @@
+"""``ReplicatedStates``: the model states of plain data parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from drivetrain.communicator import Purpose, Tag
+from drivetrain.errors import TrainingError
+from drivetrain.fragment import Fragment
+from drivetrain.home import StateHome, segment_fragment, tensor_fragment
+from drivetrain.model_states import ModelStates
+from drivetrain.replicated.gradients import GradientBucket, GradientReducer
+from drivetrain.replicated.layout import BucketSizes, PlannedBucket, plan_buckets
+
+if TYPE_CHECKING:
+    from drivetrain.job import Job
+    from drivetrain.mesh import Axis
+    from drivetrain.update_rule import OptimizerPlan
+
+
+@dataclass(frozen=True)
+class ReductionPolicy:
+    """How gradients accumulate and travel.
+
+    Args:
+        sizes: bucket limits.
+        gradient_dtype: accumulation dtype; ``None`` for each parameter's own.
+        wire_dtype: dtype on the wire; ``None`` for the accumulation dtype.
+        predivide: factor that gradients are divided by before they are summed.
+    """
+
+    sizes: BucketSizes
+    gradient_dtype: torch.dtype | None = None
+    wire_dtype: torch.dtype | None = None
+    predivide: float = 1.0
+
+
+@dataclass(eq=False)
+class _Bucket:
+    planned: PlannedBucket
+    parameters: torch.Tensor  # flat; every parameter of the bucket is a view of it
+    gradients: GradientBucket
+    home: StateHome
+
+    @property
+    def owner(self) -> bool:
+        """Whether this rank's copy counts in norms; all segments of a bucket agree."""
+        return self.planned.spec.segments[0].owner
+
+
+class ReplicatedStates(ModelStates):
+    """Flat buckets, gradients summed over each parameter's reduction axes, one update a bucket.
+
+    Args:
+        job: communicator, mesh, homes.
+        module: parameters are replaced in place by views of flat buckets, in compute dtype.
+        optimizer: rule and groups; ``None`` keeps the parameters as they are, for serving.
+        policy: accumulation and reduction.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        module: nn.Module,
+        optimizer: OptimizerPlan | None,
+        policy: ReductionPolicy,
+    ) -> None:
+        self._job = job
+        self._module = module
+        self._optimizer = optimizer
+        self._policy = policy
+        self._buckets: list[_Bucket] = []
+        self._synchronise_untrained()
+        self._build({})
+
+    # -- set-up -------------------------------------------------------------------------------
+
+    def _build(self, steps: dict[str, int]) -> None:
+        job, policy = self._job, self._policy
+        planned = (
+            plan_buckets(
+                self._module,
+                self._optimizer,
+                job.parameters,
+                job.communicator,
+                policy.sizes,
+                gradient_dtype=policy.gradient_dtype,
+                steps=steps,
+            )
+            if self._optimizer is not None
+            else []
+        )
+        homes = job.hub.place_state(job, [plan.spec for plan in planned])
+        self._reducer = GradientReducer(
+            planned,
+            job.communicator,
+            wire_dtype=policy.wire_dtype,
+            predivide=policy.predivide,
+        )
+        self._buckets = [
+            _Bucket(plan, self._flatten(plan, home), gradients, home)
+            for plan, home, gradients in zip(planned, homes, self._reducer.buckets, strict=True)
+        ]
+        self._open_window()
+
+    def _flatten(self, plan: PlannedBucket, home: StateHome) -> torch.Tensor:
+        """Move a bucket's parameters into one flat tensor and hand it to its home."""
+        spec = plan.spec
+        wide = max((p.dtype for p in plan.parameters), key=lambda dtype: dtype.itemsize)
+        originals = torch.cat([p.detach().to(wide).reshape(-1) for p in plan.parameters])
+        self._broadcast(originals, spec.reduction, spec.key)
+        flat = self._job.communicator.buffer(spec.numel, spec.parameter_dtype, spec.reduction)
+        flat.copy_(originals)
+        for segment, parameter in zip(spec.segments, plan.parameters, strict=True):
+            parameter.grad = None
+            parameter.data = segment.of(flat)
+        home.step = plan.step
+        home.adopt(flat, originals)
+        return flat
+
+    def _synchronise_untrained(self) -> None:
+        """Cast what is not trained to its compute dtype and make all ranks start from rank 0's."""
+        trained = {
+            p for group in (self._optimizer.groups if self._optimizer else ()) for p in group["params"]
+        }
+        for parameter in self._module.parameters():
+            info = self._job.parameters.info(parameter)
+            if parameter in trained and parameter.requires_grad:
+                continue
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(info.compute_dtype)
+            self._broadcast(parameter.data, info.reduction, info.name)
+        for name, buffer in self._module.named_buffers():
+            self._broadcast(buffer, "data", name)
+
+    def _broadcast(self, tensor: torch.Tensor, axis: Axis, key: str) -> None:
+        if tensor.is_meta or not tensor.numel():
+            return
+        dense = tensor if tensor.is_contiguous() else tensor.contiguous()
+        tag = Tag(Purpose.STATE, key, "initial values")
+        self._job.communicator.broadcast(dense, axis, tag)
+        if dense is not tensor:
+            tensor.copy_(dense)
+
+    # -- gradients ----------------------------------------------------------------------------
+
+    @property
+    def reduce_now(self) -> bool:
+        """See :class:`~drivetrain.model_states.ModelStates`."""
+        return self._reducer.reduce_now
+
+    @reduce_now.setter
+    def reduce_now(self, value: bool) -> None:
+        self._reducer.reduce_now = value
+
+    def gradients_ready(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._reducer.gradients_ready(parameters)
+
+    def defer(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._reducer.defer(parameters)
+
+    def end_backward(self) -> None:
+        self._reducer.end_backward()
+
+    def finish_reduction(self) -> None:
+        self._reducer.finish()
+        for bucket in self._buckets:
+            bucket.home.gradient_ready(bucket.gradients.gradient)
+
+    def gradient_norm(self) -> torch.Tensor:
+        communicator, world = self._job.communicator, self._job.mesh.size("world")
+        total = torch.zeros((), dtype=torch.float32, device=self._job.device)
+        # When every bucket is summed over the whole world, every rank has every sum already.
+        local = all(
+            bucket.gradients.reduced and communicator.size(bucket.planned.spec.reduction) == world
+            for bucket in self._buckets
+        )
+        for bucket in self._buckets:
+            squared = torch.linalg.vector_norm(bucket.gradients.gradient, dtype=torch.float32) ** 2
+            if not bucket.gradients.reduced:
+                # One rank's term, taken as if all terms were alike; the mean of these estimates
+                # over the ranks is one number that all ranks agree on.
+                total += squared * communicator.size(bucket.planned.spec.reduction)
+            elif local or bucket.owner:
+                total += squared
+        if not local:
+            communicator.all_reduce(total, "world", Tag(Purpose.CONTROL, site="gradient norm"))
+        return total.sqrt() * self._policy.predivide
+
+    def first_nonfinite(self) -> str:
+        for bucket in reversed(self._buckets):  # the order of the module
+            for slot in reversed(bucket.gradients.slots):
+                bad = int((~torch.isfinite(slot.view)).sum())
+                if bad:
+                    return f"{slot.name} ({bad} of {slot.view.numel()} elements of its gradient)"
+        return "none on this rank"
+
+    # -- the end of a window ------------------------------------------------------------------
+
+    def update(self, scale: float | torch.Tensor) -> None:
+        assert self._optimizer is not None
+        self._refuse_stale_layout()
+        for bucket in self._buckets:
+            bucket.home.update(
+                bucket.gradients.gradient,
+                self._optimizer.groups[bucket.planned.spec.group],
+                scale * self._policy.predivide,
+            )
+        for bucket in self._buckets:
+            bucket.home.publish()
+        self._open_window()
+
+    def discard_gradients(self) -> None:
+        self._reducer.finish()  # nothing may still be writing into the buckets
+        self._open_window()
+
+    def _open_window(self) -> None:
+        self._reducer.restart()
+        for bucket in self._buckets:
+            rule = bucket.planned.spec.rule
+            assert rule is not None
+            bucket.gradients.reduced = rule.wants_reduced(bucket.home.step + 1)
+
+    def _refuse_stale_layout(self) -> None:
+        assert self._optimizer is not None
+        slots = self._reducer.slots
+        for group in self._optimizer.groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad is not (parameter in slots):
+                    name = self._job.parameters.info(parameter).name
+                    change = "unfrozen" if parameter.requires_grad else "frozen"
+                    raise TrainingError(
+                        f"parameter {name} was {change} after the engine was built; "
+                        "call engine.rebuild() after changing requires_grad"
+                    )
+
+    # -- changes from outside -----------------------------------------------------------------
+
+    def refresh(self) -> None:
+        for bucket in self._buckets:
+            bucket.home.refresh()
+
+    def rebuild(self) -> None:
+        self.discard_gradients()
+        for bucket in self._buckets:
+            bucket.home.flush()
+        kept = {
+            (f.name, f.kind): f.read().clone() for b in self._buckets for f in b.home.fragments()
+        }
+        steps = {s.name: b.home.step for b in self._buckets for s in b.planned.spec.segments}
+        self._reducer.close()
+        self._build(steps)
+        for bucket in self._buckets:
+            for fragment in bucket.home.fragments():
+                values = kept.get((fragment.name, fragment.kind))
+                if values is not None and fragment.on_reshape == "redistribute":
+                    fragment.write(values)
+
+    def fragments(self) -> Sequence[Fragment]:
+        found: list[Fragment] = []
+        bucketed: set[nn.Parameter] = set()
+        for bucket in self._buckets:
+            bucketed.update(bucket.planned.parameters)
+            for segment in bucket.planned.spec.segments:
+                flats = {"parameter": bucket.parameters, "gradient": bucket.gradients.gradient}
+                for kind, flat in flats.items():
+                    found.append(segment_fragment(segment, kind, flat, "device"))
+            found += bucket.home.fragments()
+        for parameter in self._module.parameters():
+            if parameter not in bucketed:
+                info = self._job.parameters.info(parameter)
+                owner = info.owner and self._job.communicator.rank(info.reduction) == 0
+                found.append(tensor_fragment(info.name, "parameter", parameter.data, owner=owner))
+        return found
+
+    def detach(self) -> None:
+        self._reducer.close()
+

@@ -1,0 +1,99 @@
+"""The micro-batch loop behind ``engine.train_batch`` and ``engine.eval_batch``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from drivetrain.communicator import Purpose, Tag
+from drivetrain.errors import TrainingError
+
+if TYPE_CHECKING:
+    from drivetrain.engine import Engine
+
+
+class Runner(Protocol):
+    """Runs the forward (and backward) passes of one global batch."""
+
+    def run(self, batches: Iterator[Any], train: bool) -> torch.Tensor:
+        """Pull the micro-batches of one step and run them.
+
+        Args:
+            batches: yields micro-batches of this data shard.
+            train: run backward and call ``engine.step`` after each micro-batch; otherwise run
+                one micro-batch forward only.
+
+        Returns:
+            Mean loss over micro-batches and data shards, a 0-d float32 tensor, on every rank.
+        """
+
+
+class MicroBatchRunner:
+    """The plain loop: forward, backward, step for every micro-batch.
+
+    A micro-batch is what the module takes: a mapping becomes keywords, a sequence becomes
+    positional arguments, anything else the only argument. The module answers its loss, or a tuple
+    that begins with it, or an object or mapping with ``loss``.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def run(self, batches: Iterator[Any], train: bool) -> torch.Tensor:
+        engine = self._engine
+        count = engine.gradient_accumulation_steps() if train else 1
+        total = torch.zeros((), dtype=torch.float32, device=engine.device)
+        for index in range(count):
+            loss = loss_of(_call(engine, _next(batches, index, count)))
+            if train:
+                engine.backward(loss)
+                engine.step()
+            total += loss.detach().float()
+        engine.job.communicator.all_reduce(
+            total, "data", Tag(Purpose.CONTROL, site="mean loss of a batch")
+        )
+        return total / (count * engine.job.mesh.size("data"))
+
+
+def _next(batches: Iterator[Any], index: int, count: int) -> Any:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise TrainingError(
+            f"the data ended at micro-batch {index + 1} of {count} of a step; wrap the loader in "
+            "drivetrain.loader.RepeatingLoader, or stop one step earlier"
+        ) from None
+
+
+def _call(engine: Engine, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return engine(**engine.to_device(batch))
+    if isinstance(batch, (tuple, list)):
+        return engine(*engine.to_device(batch))
+    return engine(engine.to_device(batch))
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """The loss in a module's output.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, Mapping) and "loss" in output:
+        return _tensor(output["loss"])
+    if isinstance(output, (tuple, list)) and output:
+        return _tensor(output[0])
+    return _tensor(getattr(output, "loss", None))
+
+
+def _tensor(loss: Any) -> torch.Tensor:
+    if not isinstance(loss, torch.Tensor):
+        raise TrainingError(
+            "train_batch needs a module that answers its loss, a tuple that begins with it, or an "
+            f"object with .loss; the loss found is {type(loss).__name__}"
+        )
+    return loss
