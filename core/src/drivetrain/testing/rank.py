@@ -134,6 +134,7 @@ def _clean_process(call: Call) -> Iterator[None]:
         yield
     finally:
         gc.collect()
+        gc.freeze()  # what is left are modules, which the next collection need not walk
         if dist.is_initialized():
             dist.destroy_process_group()
         if affinity is not None:

@@ -7,6 +7,7 @@ closes and the server kills every rank. multiprocessing's forkserver leaves its 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ def main() -> None:
     server = socket.socket(fileno=int(sys.argv[-1]))
     for name in _PRELOAD:
         import_module(name)
+    gc.freeze()  # ranks collect garbage after each call, and what is loaded here is none
     ranks: set[int] = set()
     try:
         while True:
