@@ -133,6 +133,10 @@ class Hub:
         """What messages call a plugin, e.g. ``plugin 'moe' (drivetrain-moe 0.1.0)``."""
         return self._labels.get(name, f"plugin {name!r}")
 
+    def has(self, hook: str) -> bool:
+        """Whether anybody implements ``hook``."""
+        return bool(self.implementations(hook))
+
     def implementations(self, hook: str) -> list[pluggy.HookImpl]:
         """Implementations of ``hook`` in the order in which they are asked, wrappers first."""
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)

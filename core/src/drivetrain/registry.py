@@ -178,9 +178,10 @@ class Registry:
         found = (entry for entry in self._entries if entry.group == group and not entry.hidden)
         return sorted(found, key=lambda entry: (entry.name, entry.distribution))
 
-    def names(self, group: Group) -> list[str]:
-        """The names of a group, sorted, each once; those switched off are included."""
-        return sorted({entry.name for entry in self._entries if entry.group == group})
+    def names(self, group: Group, *, hidden: bool = False) -> list[str]:
+        """The usable names of a group, sorted, each once; on demand also those switched off."""
+        found = (e for e in self._entries if e.group == group and (hidden or not e.hidden))
+        return sorted({entry.name for entry in found})
 
     def find(self, group: Group, name: str) -> Entry | None:
         """The entry that serves ``name``, or ``None``.

@@ -90,7 +90,7 @@ class _Builder:
         self.registry = registry
         self.problems = problems + registry.check_choices()
         self.sections: dict[str, Any] = {}
-        self._known = list(dict.fromkeys([*registry.names("plugins"), *SECTIONS]))
+        self._known = list(dict.fromkeys([*registry.names("plugins", hidden=True), *SECTIONS]))
         self._unknown: list[str] = []
         self._owners: dict[type[Plugin], tuple[Entry, str]] = {}
         self._paths: dict[type[Plugin], dict[str, None]] = {}

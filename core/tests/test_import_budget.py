@@ -1,0 +1,91 @@
+"""What importing costs: nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import drivetrain
+
+LIGHT = [
+    "drivetrain.batch",
+    "drivetrain.builtin",
+    "drivetrain.config.arguments",
+    "drivetrain.config.composition",
+    "drivetrain.config.loading",
+    "drivetrain.config.strict_yaml",
+    "drivetrain.errors",
+    "drivetrain.hookspecs",
+    "drivetrain.hub",
+    "drivetrain.known",
+    "drivetrain.mesh_layout",
+    "drivetrain.plan",
+    "drivetrain.plugin",
+    "drivetrain.registry",
+    "drivetrain.section",
+]
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level packages, and modules of ours, that ``statement`` leaves in ``sys.modules``."""
+    names = python(f"import sys; {statement}; print(*sys.modules)").split()
+    return {n if n.startswith("drivetrain") else n.partition(".")[0] for n in names}
+
+
+def test_import_drivetrain_imports_nothing_but_itself() -> None:
+    loaded = loaded_by("import drivetrain; drivetrain.__version__; dir(drivetrain)")
+    assert not loaded & {"torch", "pydantic", "pluggy", "yaml", "click", "rich", "numpy"}
+    assert {name for name in loaded if name.startswith("drivetrain")} == {"drivetrain"}
+
+
+def test_import_drivetrain_imports_no_plugin() -> None:
+    assert not {n for n in loaded_by("import drivetrain") if n.startswith("drivetrain_")}
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_no_torch(module: str) -> None:
+    assert "torch" not in loaded_by(f"import {module}")
+
+
+def test_a_whole_plan_is_built_and_explained_without_torch() -> None:
+    loaded = loaded_by(
+        "from drivetrain import Plan; "
+        "Plan.build({'train_batch_size': 4, 'optimizer': {'type': 'AdamW'}}).explain()"
+    )
+    assert "drivetrain.plan" in loaded
+    assert "torch" not in loaded
+    assert "yaml" not in loaded
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'drivetrain' has no attribute 'enigne'"):
+        drivetrain.enigne  # noqa: B018
+
+
+def test_public_names_are_listed_before_they_are_imported() -> None:
+    public = {"initialize", "init_distributed", "add_config_arguments", "Plan", "Job", "Engine"}
+    public |= {"Plugin", "hookimpl", "whole", "units", "errors", "__version__"}
+    assert set(drivetrain.__all__) == public
+    assert public <= set(dir(drivetrain))
+
+
+@pytest.mark.parametrize("name", sorted(set(drivetrain.__all__) - {"__version__", "errors"}))
+def test_public_names_resolve_to_what_can_be_called(name: str) -> None:
+    assert callable(getattr(drivetrain, name))
+
+
+def test_a_function_is_not_shadowed_by_the_module_of_its_name() -> None:
+    code = "import drivetrain.units, drivetrain; print(callable(drivetrain.units))"
+    assert python(code) == "True"
+    code = "import drivetrain; drivetrain.units; import drivetrain.units as u; print(callable(u))"
+    assert python(code) == "True"
+    assert python("from drivetrain.units import units; print(callable(units))") == "True"
