@@ -1,0 +1,59 @@
+"""Drivetrain's operators: declared once with a PyTorch reference, native where a package offers it.
+
+>>> from drivetrain_kernels import adam, implementations
+>>> adam(weights, gradient, exp_avg, exp_avg_sq, step=1, lr=1e-3)
+>>> implementations()  # what each op uses on each device, and why
+"""
+
+from drivetrain_kernels.checks import ArgumentError
+from drivetrain_kernels.op import Example, Op, Refusal, Tolerance
+from drivetrain_kernels.ops import (
+    adagrad,
+    adam,
+    cast_copy,
+    dequantize,
+    dequantize_reduce_quantize,
+    flatten,
+    lamb,
+    lion,
+    norm_squared,
+    quantize,
+    sgd,
+    unflatten,
+)
+from drivetrain_kernels.provider import Provider
+from drivetrain_kernels.registry import (
+    Implementation,
+    Registry,
+    implementations,
+    ops,
+    registry,
+    use_accelerator,
+)
+
+__all__ = [
+    "ArgumentError",
+    "Example",
+    "Implementation",
+    "Op",
+    "Provider",
+    "Refusal",
+    "Registry",
+    "Tolerance",
+    "adagrad",
+    "adam",
+    "cast_copy",
+    "dequantize",
+    "dequantize_reduce_quantize",
+    "flatten",
+    "implementations",
+    "lamb",
+    "lion",
+    "norm_squared",
+    "ops",
+    "quantize",
+    "registry",
+    "sgd",
+    "unflatten",
+    "use_accelerator",
+]

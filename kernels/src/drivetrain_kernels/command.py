@@ -1,0 +1,48 @@
+"""``drivetrain build``: compile native kernels ahead of time."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from drivetrain.errors import BuildError
+from drivetrain_kernels.provider import Provider, served_device_types
+from drivetrain_kernels.registry import registry
+
+
+@click.command("build")
+@click.option("--all", "everything", is_flag=True, help="Every variant that compiles here.")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Also copy the binaries into this folder, to ship them in a wheel.",
+)
+def build(everything: bool, output: Path | None) -> None:
+    """Build the native kernels of all installed packages into the per-user cache.
+
+    Builds what this machine uses; with --all every instruction set and architecture that the
+    compilers here can make. Exits with status 1 if anything fails, after trying all of it.
+    """
+    failed = False
+    for device_type in served_device_types():
+        for provider in registry.providers(device_type):
+            failed |= not _build(provider, everything, output)
+    sys.exit(1 if failed else 0)
+
+
+def _build(provider: Provider, everything: bool, output: Path | None) -> bool:
+    """Build one provider's libraries; answers whether all went well."""
+    used = [offer.library for offer in provider.offers.values() if offer.library is not None]
+    wanted = [each for each in provider.libraries if everything or each in used]
+    sound = True
+    for library in wanted:
+        try:
+            path = library.ship(output) if output is not None else library.ensure_built()
+        except BuildError as error:
+            sound = False
+            click.echo(f"{provider}: {library.name}: {error}", err=True)
+        else:
+            click.echo(f"{provider}: {library.name}: {library.origin} ({path})")
+    return sound
