@@ -77,7 +77,6 @@ class Hub:
         # pluggy asks the last registered first, so the first in order is registered last.
         for plugin in [*defaults, *reversed(in_order(others, (p.name for p in defaults)))]:
             self.register(plugin, plugin.name)
-        self.check_pending()
 
     # -- registration -------------------------------------------------------------------------
 
@@ -91,7 +90,7 @@ class Hub:
             raise PluginError(f"{self.label(name)} comes too late: the plan's hooks are in use")
         if self._manager.has_plugin(name):
             raise PluginError(f"two plugins are named {name!r}; a plan can hold only one of them")
-        self._check_signatures(plugin, name)
+        self._check(plugin, name)
         try:
             self._manager.register(plugin, name)
         except (ValueError, pluggy.PluginValidationError) as error:
@@ -99,27 +98,8 @@ class Hub:
             raise PluginError(f"{self.label(name)} cannot be registered: {reason}") from error
         self._prepare_inputs = None
 
-    def check_pending(self) -> None:
-        """Refuse implementations of hooks that do not exist.
-
-        Raises:
-            PluginError: naming plugin and distribution, with the nearest hook.
-        """
-        problems = []
-        for name, plugin in self._manager.list_name_plugin():
-            for caller in self._manager.get_hookcallers(plugin) or ():
-                if not caller.has_spec() and not self._is_optional(caller, plugin):
-                    hint = did_you_mean(caller.name, HOOKS)
-                    problems.append(
-                        f"{self.label(name)} implements hook {caller.name!r}, which does not "
-                        f"exist{hint}"
-                    )
-        if problems:
-            raise PluginError("\n".join(problems))
-
     def freeze(self) -> None:
         """Accept no more registrations; :class:`~drivetrain.job.Job` does this when it opens."""
-        self.check_pending()
         self._frozen = True
 
     # -- looking at it --------------------------------------------------------------------------
@@ -257,11 +237,16 @@ class Hub:
 
     # -- checking ---------------------------------------------------------------------------------
 
-    def _check_signatures(self, plugin: object, name: str) -> None:
+    def _check(self, plugin: object, name: str) -> None:
+        """Refuse what pluggy accepts silently, or reports without the plugin's distribution."""
         for attribute in dir(plugin):
             options = self._manager.parse_hookimpl_opts(plugin, attribute)
             if options is None:
                 continue
+            if attribute not in HOOKS and not options["optionalhook"]:
+                hint = did_you_mean(attribute, HOOKS)
+                flaw = f"implements hook {attribute!r}, which does not exist{hint}"
+                raise PluginError(f"{self.label(name)} {flaw}")
             if attribute in _FOLDED and (options["wrapper"] or options["hookwrapper"]):
                 raise PluginError(
                     f"{self.label(name)}: hook {attribute!r} is folded and takes no wrappers"
@@ -274,11 +259,6 @@ class Hub:
                 else:
                     continue
                 raise PluginError(f"{self.label(name)}: in its hook {attribute!r}, {flaw}")
-
-    @staticmethod
-    def _is_optional(caller: pluggy.HookCaller, plugin: object) -> bool:
-        mine = [impl for impl in caller.get_hookimpls() if impl.plugin is plugin]
-        return all(impl.optionalhook for impl in mine)
 
 
 def in_order(plugins: Iterable[Plugin], core: Iterable[str] = ()) -> list[Plugin]:

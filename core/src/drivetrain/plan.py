@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel
 
 from drivetrain import __version__
-from drivetrain.batch import Batch
+from drivetrain.batch import ACCUMULATION, GLOBAL, MICRO, Batch
 from drivetrain.config.composition import Composition, Member, compose
 from drivetrain.config.loading import load_config, overlay
 from drivetrain.errors import ConfigError
 from drivetrain.hub import HOOKS, Hub
-from drivetrain.mesh_layout import ATOMS, AxisRequest, MeshLayout
+from drivetrain.mesh_layout import ATOMS, Atom, AxisRequest, MeshLayout
 from drivetrain.registry import Registry
 from drivetrain.wording import as_json
 
@@ -160,17 +160,14 @@ class Plan:
 
     def shards_origin(self) -> str:
         """How the number of data shards comes about, e.g. ``8 ranks from WORLD_SIZE / tp 2``."""
+        sources = {r.name: r.source for r in self.axis_requests if isinstance(r, Atom)}
         others = [
-            f"{atom} {self.layout.size(atom)}"
-            + next((f" from {r.source}" for r in self._atoms(atom) if r.source), "")
+            f"{atom} {self.layout.size(atom)} from {sources.get(atom) or 'a plugin'}"
             for atom in ATOMS
             if atom != "dp" and self.layout.size(atom) > 1
         ]
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         return " / ".join([f"{ranks} from {self.world_source}", *others])
-
-    def _atoms(self, name: str) -> list[AxisRequest]:
-        return [request for request in self.axis_requests if request.name == name]
 
     def _values(self) -> dict[str, tuple[object, str]]:
         values: dict[str, tuple[object, str]] = {
@@ -178,12 +175,12 @@ class Plan:
             "data_shards": (self.layout.size("dp"), self.shards_origin()),
         }
         if self.batch is not None:
-            triple = {
-                "train_batch_size": self.batch.train_batch_size,
-                "train_micro_batch_size_per_gpu": self.batch.micro_batch_size,
-                "gradient_accumulation_steps": self.batch.accumulation_steps,
-            }
-            for name, value in triple.items():
+            triple = (
+                (GLOBAL, self.batch.train_batch_size),
+                (MICRO, self.batch.micro_batch_size),
+                (ACCUMULATION, self.batch.accumulation_steps),
+            )
+            for name, value in triple:
                 given = name in self.config and name not in self.autos
                 values[name] = (value, "config" if given else "derived from the others")
         return values

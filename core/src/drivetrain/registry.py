@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import import_module, metadata
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NoReturn, cast, get_args
 
 from drivetrain import __version__
 from drivetrain.builtin import ENTRIES
@@ -80,39 +80,36 @@ class Entry:
                 f"{type(error).__name__}: {error}; "
                 f"to run without it, set {DISABLE_VARIABLE}={self.name}"
             ) from error
-        self._check_hookspecs(found)
+        if self.group == "plugins":
+            self._check_hookspecs(found)
         return found
 
     def _check_requirements(self) -> None:
         # pip lets an environment drift away from what a distribution asked for.
-        if self.distribution == CORE or not self.requires:
+        if not self.requires:
             return
         from packaging.requirements import Requirement
         from packaging.utils import canonicalize_name
 
-        for text in self.requires:
-            requirement = Requirement(text)
-            if canonicalize_name(requirement.name) != CORE:
-                continue
+        for requirement in map(Requirement, self.requires):
             applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-            if applies and not requirement.specifier.contains(__version__, prereleases=True):
-                raise PluginError(
-                    f"{self.label} needs {text}, but drivetrain {__version__} is running; "
-                    f"install a matching version, or set {DISABLE_VARIABLE}={self.name}"
-                )
+            fits = requirement.specifier.contains(__version__, prereleases=True)
+            if canonicalize_name(requirement.name) == CORE and applies and not fits:
+                self._refuse(f"needs {requirement}", f"drivetrain {__version__} is running")
 
     def _check_hookspecs(self, found: Any) -> None:
-        if self.group != "plugins":
-            return
-        from drivetrain.hookspecs import HOOKSPEC_VERSION
+        from drivetrain.hookspecs import HOOKSPEC_VERSION as OURS
 
-        version = getattr(found, "hookspec_version", HOOKSPEC_VERSION)
-        if version != HOOKSPEC_VERSION:
-            raise PluginError(
-                f"{self.label} is built for version {version} of the hook specifications, but "
-                f"drivetrain {__version__} has version {HOOKSPEC_VERSION}; "
-                f"install a matching version, or set {DISABLE_VARIABLE}={self.name}"
-            )
+        version = getattr(found, "hookspec_version", OURS)
+        if version != OURS:
+            built = f"is built for version {version} of the hook specifications"
+            self._refuse(built, f"drivetrain {__version__} has version {OURS}")
+
+    def _refuse(self, wanted: str, found: str) -> NoReturn:
+        raise PluginError(
+            f"{self.label} {wanted}, but {found}; "
+            f"install a matching version, or set {DISABLE_VARIABLE}={self.name}"
+        )
 
 
 class Registry:
