@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,6 @@ class Engine(nn.Module):
         precision: Precision,
         loss_scaler: LossScaler,
         progress: Progress,
-        optimizer: EngineOptimizer | None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -85,7 +84,7 @@ class Engine(nn.Module):
         self.states = states
         self.precision = precision
         self.loss_scaler = loss_scaler
-        self.optimizer = optimizer
+        self.optimizer: EngineOptimizer | None = None
         self.lr_scheduler: Any | None = None
         self.training_dataloader: DataLoader | None = None
         self.progress = progress
@@ -99,6 +98,7 @@ class Engine(nn.Module):
         self._norm: torch.Tensor | None = None
         self._norm_wanted = False
         self._applied = False
+        self._on_destroy: list[Callable[[], object]] = []
         self._reporter = StepReporter(settings.reports)
 
     def __getattr__(self, name: str) -> Any:
@@ -327,19 +327,19 @@ class Engine(nn.Module):
 
     def train_batch_size(self) -> int:
         """Samples of one step over all data shards."""
-        return self._batch().train_batch_size
+        return self.batch.train_batch_size
 
     def train_micro_batch_size_per_gpu(self) -> int:
         """Samples of one forward on one data shard."""
-        return self._batch().micro_batch_size
+        return self.batch.micro_batch_size
 
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches between two updates."""
-        return self._batch().accumulation_steps
+        return self.batch.accumulation_steps
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change the global batch by changing the accumulation steps."""
-        batch = self._batch()
+        batch = self.batch
         share = batch.micro_batch_size * batch.data_shards
         if train_batch_size <= 0 or train_batch_size % share:
             raise ConfigError(
@@ -356,7 +356,7 @@ class Engine(nn.Module):
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Change the micro-batch, and the global batch with it."""
-        batch = self._batch()
+        batch = self.batch
         total = micro_batch_size * batch.accumulation_steps * batch.data_shards
         self._set_batch(
             replace(batch, micro_batch_size=micro_batch_size, train_batch_size=total)
@@ -369,11 +369,6 @@ class Engine(nn.Module):
     def get_lr(self) -> list[float]:
         """Learning rate of every group."""
         return [group["lr"] for group in self._groups()]
-
-    def set_lr(self, learning_rate: float) -> None:
-        """Set the learning rate of every group; a schedule overwrites it at its next step."""
-        for group in self._groups():
-            group["lr"] = learning_rate
 
     def get_mom(self) -> list[Any]:
         """Momentum (SGD-like) or betas (Adam-like) of every group."""
@@ -419,7 +414,7 @@ class Engine(nn.Module):
         """A loader over ``dataset`` for this engine's data shard."""
         from drivetrain.compose import build_loader
 
-        return build_loader(self.job, dataset, self._batch(), **kwargs)
+        return build_loader(self.job, dataset, self.batch, **kwargs)
 
     def to_device(self, value: Any) -> Any:
         """Move every tensor in nested containers to the engine's device."""
@@ -433,6 +428,12 @@ class Engine(nn.Module):
     def destroy(self) -> None:
         """Remove every hook from the module and free the states."""
         self.states.detach()
+        while self._on_destroy:
+            self._on_destroy.pop()()
+
+    def on_destroy(self, release: Callable[[], object]) -> None:
+        """Call ``release`` when the engine is destroyed, in reverse order of registration."""
+        self._on_destroy.append(release)
 
     # -- internals ----------------------------------------------------------------------------
 
@@ -493,7 +494,9 @@ class Engine(nn.Module):
             self._repeating = iter(RepeatingLoader(self.training_dataloader))
         return self._repeating
 
-    def _batch(self) -> Batch:
+    @property
+    def batch(self) -> Batch:
+        """The batch triple as it is now."""
         if self._settings.batch is None:
             raise ConfigError("this job was opened without a batch size")
         return self._settings.batch

@@ -55,6 +55,7 @@ class BucketSpec:
         gradient_dtype: dtype of the gradients handed to :meth:`StateHome.update`.
         master_dtype: dtype of the master weights; equal to ``parameter_dtype`` when the
             parameters are their own masters.
+        state_dtype: dtype of optimizer states that ask for none of their own.
         reduction: axes that gradients are summed over.
         rule: the update rule, or ``None`` for parameters that are not trained.
         group: index of the hyper-parameter group.
@@ -67,6 +68,7 @@ class BucketSpec:
     parameter_dtype: torch.dtype
     gradient_dtype: torch.dtype
     master_dtype: torch.dtype
+    state_dtype: torch.dtype
     reduction: Axis
     rule: UpdateRule | None
     group: int
@@ -151,7 +153,7 @@ class DeviceHome(StateHome):
             self._states[state.name] = torch.full(
                 (spec.numel if state.numel is None else state.numel,),
                 state.initial,
-                dtype=state.dtype or spec.master_dtype,
+                dtype=state.dtype or spec.state_dtype,
                 device=self._device,
             )
 

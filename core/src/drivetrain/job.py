@@ -58,6 +58,7 @@ class Job:
         progress: counters of the job.
         ledger: seconds by span.
         parameters: facts about parameters.
+        engines: built so far, in order; the first one's counters are the job's progress.
     """
 
     mesh: Mesh
@@ -73,6 +74,7 @@ class Job:
         self.progress = Progress()
         self.ledger = Ledger()
         self.parameters = ParameterTable()
+        self.engines: list[Engine] = []
         self._failures: FailureBoard | None = None
         self._resources = ExitStack()
         self._open = True
@@ -145,7 +147,9 @@ class Job:
         """Build an engine, one of any number; see :func:`drivetrain.compose.build_engine`."""
         from drivetrain.compose import build_engine
 
-        return build_engine(self, module, *arguments, **options)
+        engine = build_engine(self, module, *arguments, **options)
+        self.engines.append(engine)
+        return engine
 
     def on_close(self, release: Callable[[], object]) -> None:
         """Call ``release`` when the job closes or fails, in reverse order of registration."""

@@ -41,6 +41,7 @@ class ParameterInfo:
         compute_dtype: dtype of the parameter in forward and backward.
         reduce_dtype: dtype in which its gradient travels; ``None`` for the job's default.
         master_dtype: dtype of the master weight; ``None`` when the parameter is its own master.
+        state_dtype: dtype of optimizer states; ``None`` for the masters'.
         placement: the part of the client's tensor; ``None`` when it is the whole.
         reduction: axes over which the gradient is summed. The divisor is one per job.
         owner: whether this rank's coordinate counts the parameter in norms and writes it.
@@ -54,6 +55,7 @@ class ParameterInfo:
     reduction: Axis
     reduce_dtype: torch.dtype | None = None
     master_dtype: torch.dtype | None = None
+    state_dtype: torch.dtype | None = None
     placement: Placement | None = None
     owner: bool = True
     sparse: bool = False

@@ -25,7 +25,7 @@ class StateSpec:
 
     Args:
         name: the field's usual name, e.g. ``"exp_avg"``.
-        dtype: storage dtype; ``None`` for the master weights' dtype.
+        dtype: storage dtype; ``None`` for the bucket's ``state_dtype``.
         numel: flat length when it differs from the bucket's; such a state is no part of a whole
             parameter and is reset when the layout changes.
         initial: value that a fresh state is filled with.

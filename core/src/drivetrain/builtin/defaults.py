@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from drivetrain.plugin import Plugin, Section, Sections
+from drivetrain.plugin import Plugin, Section, Sections, hookimpl
 from drivetrain.section import Bool, PositiveInt
+
+if TYPE_CHECKING:
+    import torch
+
+    from drivetrain.engine import Engine
+    from drivetrain.home import BucketSpec, StateHome
+    from drivetrain.job import Job
+    from drivetrain.loader import LoaderRequest
+    from drivetrain.model_states import ModelStates
+    from drivetrain.runner import Runner
+    from drivetrain.update_rule import OptimizerPlan
 
 _MIB = 1024 * 1024
 
@@ -27,7 +39,52 @@ class DataParallel(Section):
 
 
 class Defaults(Plugin):
-    """Core's own answers to the hooks of a job and an engine."""
+    """Core's own answers to the hooks of an engine; asked when no plugin has answered."""
 
     name = "defaults"
     sections: ClassVar[Sections] = {"data_parallel": DataParallel}
+
+    @hookimpl
+    def place_state(self, job: Job, specs: Sequence[BucketSpec]) -> Sequence[StateHome]:
+        from drivetrain.home import DeviceHome
+
+        return [DeviceHome(spec) for spec in specs]
+
+    @hookimpl
+    def describe_parameters(self, job: Job, module: torch.nn.Module) -> None:
+        from drivetrain.builtin.optimization import SparseGradients
+        from drivetrain.replicated.sparse import mark_sparse
+
+        if job.plan.section(SparseGradients).root:
+            mark_sparse(module, job.parameters)
+
+    @hookimpl
+    def build_model_states(
+        self, job: Job, module: torch.nn.Module, optimizer: OptimizerPlan | None
+    ) -> ModelStates:
+        from drivetrain.replicated import ReplicatedStates, ReductionPolicy
+
+        return ReplicatedStates(job, module, optimizer, ReductionPolicy.of(job))
+
+    @hookimpl
+    def build_runner(self, job: Job, engine: Engine) -> Runner:
+        from drivetrain.runner import MicroBatchRunner
+
+        return MicroBatchRunner(engine)
+
+    @hookimpl
+    def build_loader(self, job: Job, request: LoaderRequest) -> Any:
+        from drivetrain.loader import DataLoader
+
+        return DataLoader(request)
+
+    @hookimpl
+    def backward(self, engine: Engine, loss: torch.Tensor, retain_graph: bool) -> bool:
+        loss.backward(retain_graph=retain_graph)
+        return True
+
+    @hookimpl
+    def optimizer_step(self, engine: Engine) -> bool:
+        from drivetrain.stepping import apply_optimizer_step
+
+        return apply_optimizer_step(engine)

@@ -12,6 +12,7 @@ from drivetrain.plugin import Plugin, Problem, Scalar, Section, Sections, hookim
 from drivetrain.section import Bool, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
+    from drivetrain.engine import Engine
     from drivetrain.plan import Plan
 
 _SPELLINGS = {
@@ -140,6 +141,12 @@ class Precision(Plugin):
         if self.section(FP16).enabled:
             return "fp16"
         return "bf16" if self.section(BF16).enabled else "fp32"
+
+    @hookimpl
+    def prepare_inputs(
+        self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        return engine.precision.cast_inputs(args, kwargs) if engine.precision.inputs else None
 
     @hookimpl
     def configure(self, plan: Plan) -> Sequence[Problem]:

@@ -1,5 +1,5 @@
 """Plain data parallelism: every rank keeps all parameters, gradients and optimizer states."""
 
-from drivetrain.replicated.states import ReplicatedStates
+from drivetrain.replicated.states import ReductionPolicy, ReplicatedStates
 
-__all__ = ["ReplicatedStates"]
+__all__ = ["ReductionPolicy", "ReplicatedStates"]

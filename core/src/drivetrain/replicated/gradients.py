@@ -52,6 +52,7 @@ class GradientBucket:
     key: str
     gradient: torch.Tensor
     reduction: Axis
+    wire_dtype: torch.dtype
     sparse: bool
     slots: list[Slot] = field(default_factory=list)
     reduced: bool = True  # false while the rule communicates by itself
@@ -77,7 +78,7 @@ class GradientReducer:
     Args:
         planned: the buckets, in the order in which they are reduced on every rank.
         communicator: carries the sums and provides the gradient memory.
-        wire_dtype: dtype in which gradients travel; ``None`` for the bucket's own.
+        overlap: start reducing while backward goes on.
         predivide: gradients are divided by this before they are summed (fp16 range); the caller
             folds the inverse into the update's scale.
     """
@@ -87,14 +88,13 @@ class GradientReducer:
         planned: Sequence[PlannedBucket],
         communicator: Communicator,
         *,
-        wire_dtype: torch.dtype | None,
+        overlap: bool,
         predivide: float,
     ) -> None:
         self.reduce_now = True
-        self.buckets = [self._bucket(plan, communicator) for plan in planned]
+        self.buckets = [self._bucket(plan, communicator, overlap) for plan in planned]
         self.slots = {slot.parameter: slot for bucket in self.buckets for slot in bucket.slots}
         self._communicator = communicator
-        self._wire_dtype = wire_dtype
         self._predivide = predivide
         self._next = 0
         self._hooks: list[RemovableHandle] = []
@@ -106,14 +106,17 @@ class GradientReducer:
             )
 
     @staticmethod
-    def _bucket(plan: PlannedBucket, communicator: Communicator) -> GradientBucket:
+    def _bucket(
+        plan: PlannedBucket, communicator: Communicator, overlap: bool
+    ) -> GradientBucket:
         spec = plan.spec
         bucket = GradientBucket(
             key=spec.key,
             gradient=communicator.buffer(spec.numel, spec.gradient_dtype, spec.reduction),
             reduction=spec.reduction,
             sparse=plan.sparse,
-            wait_for_end=plan.sparse,
+            wire_dtype=plan.wire_dtype,
+            wait_for_end=plan.sparse or not overlap,
         )
         bucket.slots = [
             Slot(segment.name, parameter, segment.of(bucket.gradient), bucket)
@@ -175,7 +178,7 @@ class GradientReducer:
         if bucket.sparse:
             sum_sparse_rows(self._communicator, bucket.slots[0].view, bucket.reduction, tag)
             return
-        bucket.wire = gradient if self._wire_dtype is None else gradient.to(self._wire_dtype)
+        bucket.wire = gradient.to(bucket.wire_dtype)  # the tensor itself where that is its dtype
         bucket.handle = self._communicator.all_reduce(
             bucket.wire, bucket.reduction, tag, asynchronous=True
         )
@@ -245,6 +248,14 @@ class GradientReducer:
             bucket.sparse = sparse
             self._collect(bucket, extra)
         bucket.gradient.add_(extra)
+
+    def drop(self) -> None:
+        """Wait until nothing writes into the buckets any more.
+
+        What one rank has sent, all ranks must send; a window without any backward sends nothing.
+        """
+        if any(bucket.sent for bucket in self.buckets):
+            self.finish()
 
     def restart(self) -> None:
         """Begin a new window."""

@@ -40,12 +40,14 @@ class PlannedBucket:
     Args:
         spec: what a home needs to know.
         parameters: the parameter of each segment.
+        wire_dtype: dtype in which gradients travel.
         sparse: whether gradients travel as (row indices, rows); such a bucket has one parameter.
         step: updates that the parameters' states have already seen.
     """
 
     spec: BucketSpec
     parameters: tuple[nn.Parameter, ...]
+    wire_dtype: torch.dtype
     sparse: bool
     step: int
 
@@ -60,6 +62,8 @@ class _Kind:
     parameter_dtype: torch.dtype
     gradient_dtype: torch.dtype
     master_dtype: torch.dtype
+    state_dtype: torch.dtype
+    wire_dtype: torch.dtype
     reduction: Axis
     owner: bool
     sparse: bool
@@ -111,6 +115,8 @@ def plan_buckets(
             parameter_dtype=info.compute_dtype,
             gradient_dtype=gradient_dtype or info.compute_dtype,
             master_dtype=info.master_dtype or info.compute_dtype,
+            state_dtype=info.state_dtype or info.master_dtype or info.compute_dtype,
+            wire_dtype=info.reduce_dtype or gradient_dtype or info.compute_dtype,
             reduction=info.reduction,
             owner=info.owner and communicator.rank(info.reduction) == 0,
             sparse=info.sparse,
@@ -157,9 +163,10 @@ def _planned(
         parameter_dtype=kind.parameter_dtype,
         gradient_dtype=kind.gradient_dtype,
         master_dtype=kind.master_dtype,
+        state_dtype=kind.state_dtype,
         reduction=kind.reduction,
         rule=rule,
         group=kind.group,
         device=kind.device,
     )
-    return PlannedBucket(spec, tuple(members), kind.sparse, kind.step)
+    return PlannedBucket(spec, tuple(members), kind.wire_dtype, kind.sparse, kind.step)

@@ -6,10 +6,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from drivetrain.communicator import Communicator, Tag
     from drivetrain.mesh import Axis
+    from drivetrain.parameters import ParameterTable
+
+
+def mark_sparse(module: nn.Module, table: ParameterTable) -> None:
+    """Let the gradients of embedding tables travel by rows."""
+    for part in module.modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            table.info(part.weight).sparse = True
 
 
 def sum_sparse_rows(

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from drivetrain.builtin.defaults import DataParallel
+from drivetrain.builtin.optimization import GradientPredivideFactor, PrescaleGradients
 from drivetrain.communicator import Purpose, Tag
 from drivetrain.errors import TrainingError
 from drivetrain.fragment import Fragment
 from drivetrain.home import StateHome, segment_fragment, tensor_fragment
 from drivetrain.model_states import ModelStates
+from drivetrain.precision import Precision
 from drivetrain.replicated.gradients import GradientBucket, GradientReducer
 from drivetrain.replicated.layout import BucketSizes, PlannedBucket, plan_buckets
 
@@ -30,14 +33,29 @@ class ReductionPolicy:
     Args:
         sizes: bucket limits.
         gradient_dtype: accumulation dtype; ``None`` for each parameter's own.
-        wire_dtype: dtype on the wire; ``None`` for the accumulation dtype.
+        overlap: start reducing while backward goes on.
         predivide: factor that gradients are divided by before they are summed.
     """
 
     sizes: BucketSizes
     gradient_dtype: torch.dtype | None = None
-    wire_dtype: torch.dtype | None = None
+    overlap: bool = True
     predivide: float = 1.0
+
+    @classmethod
+    def of(cls, job: Job) -> ReductionPolicy:
+        """What the config of a job says."""
+        plan = job.plan
+        section = plan.section(DataParallel)
+        predivide = plan.section(GradientPredivideFactor).root
+        if plan.section(PrescaleGradients).root:
+            predivide = float(job.mesh.size("dp"))
+        return cls(
+            sizes=BucketSizes(section.bucket_bytes, section.first_bucket_bytes),
+            gradient_dtype=Precision.of(plan).gradient,
+            overlap=section.overlap,
+            predivide=predivide,
+        )
 
 
 @dataclass(eq=False)
@@ -99,7 +117,7 @@ class ReplicatedStates(ModelStates):
         self._reducer = GradientReducer(
             planned,
             job.communicator,
-            wire_dtype=policy.wire_dtype,
+            overlap=policy.overlap,
             predivide=policy.predivide,
         )
         self._buckets = [
@@ -216,7 +234,7 @@ class ReplicatedStates(ModelStates):
         self._open_window()
 
     def discard_gradients(self) -> None:
-        self._reducer.finish()  # nothing may still be writing into the buckets
+        self._reducer.drop()
         self._open_window()
 
     def _open_window(self) -> None:

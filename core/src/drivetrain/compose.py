@@ -1,0 +1,222 @@
+"""How an engine is put together, in one visible order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from drivetrain.builtin.batch import ManagedAccumulation
+from drivetrain.builtin.data import DataloaderDropLast, Seed
+from drivetrain.builtin.observability import MemoryBreakdown, StepsPerPrint, WallClockBreakdown
+from drivetrain.builtin.optimization import (
+    GradientAllreduceOp,
+    GradientClipping,
+    OptimizerSection,
+    SchedulerSection,
+)
+from drivetrain.engine import Engine, EngineSettings
+from drivetrain.errors import ConfigError
+from drivetrain.loader import DataLoader, LoaderRequest
+from drivetrain.optimizers.factory import optimizer_plan, rule_from_optimizer
+from drivetrain.optimizers.optimizer import EngineOptimizer, check_groups
+from drivetrain.precision import Precision, loss_scaler
+from drivetrain.progress import Progress
+from drivetrain.schedule_choice import adopt_schedule, make_schedule
+from drivetrain.step_reporter import ReportSettings
+from drivetrain.transform import Phase, Transform
+
+if TYPE_CHECKING:
+    from drivetrain.batch import Batch
+    from drivetrain.job import Job
+    from drivetrain.update_rule import OptimizerPlan
+
+logger = logging.getLogger("drivetrain.engine")
+
+ClientOptimizer = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
+"""A torch optimizer over the module's parameters, or a callable that makes one of them."""
+
+
+def build_engine(
+    job: Job,
+    module: nn.Module,
+    optimizer: ClientOptimizer | None = None,
+    *,
+    parameters: Iterable[Any] | None = None,
+    scheduler: Any | None = None,
+    training_data: Any | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> Engine:
+    """Put a module to work in a job. Collective: every rank builds the same engine.
+
+    The order matters. Rewrites come before facts about parameters, facts before states, and states
+    before compilation, so that hooks which gather or reduce stay outside compiled graphs.
+
+    Args:
+        job: device, mesh, communication.
+        module: the client's module; changed in place.
+        optimizer: the client's; ``None`` takes the config's, if it names one.
+        parameters: what the config's optimizer trains: parameters, (name, parameter) pairs or
+            group dicts; all of the module's by default.
+        scheduler: the client's schedule, or a callable that makes one from an optimizer; ``None``
+            takes the config's, if it names one.
+        training_data: dataset of ``engine.training_dataloader``.
+        collate_fn: makes a micro-batch of a list of samples.
+
+    Returns:
+        The engine; without any optimizer it only runs forward.
+
+    Raises:
+        ConfigError: the optimizer does not fit the module, or names and parameters are wrong.
+    """
+    plan, hub = job.plan, job.hub
+    precision = Precision.of(plan)
+    module = module.to(job.device) if not _is_meta(module) else module
+
+    job.parameters.register(module, reduction="data")
+    transforms = hub.transform_module(job, module)
+    for phase in (Phase.ADAPT, Phase.PARTITION, Phase.RECOMPUTE):
+        module = _apply(transforms, phase, module)
+    job.parameters.register(module, reduction="data")  # what transforms have added
+    precision.cast_buffers(module)
+    precision.describe(module, job.parameters)
+    hub.describe_parameters(job, module)
+
+    work = _optimizer_plan(job, module, optimizer, parameters)
+    states = hub.build_model_states(job, module, work)
+    assert states is not None, "core's default states answer last"
+    module = _apply(transforms, Phase.COMPILE, module)
+
+    engine = Engine(
+        job,
+        module,
+        states,
+        _settings(job),
+        precision=precision,
+        loss_scaler=loss_scaler(plan),
+        progress=_progress(job),
+    )
+    if work is not None:
+        engine.optimizer = _facade(job, engine, work, optimizer)
+        engine.lr_scheduler = _schedule(job, engine.optimizer, scheduler)
+    runner = hub.build_runner(job, engine)
+    assert runner is not None, "core's default runner answers last"
+    engine.runner = runner
+    if training_data is not None:
+        engine.training_dataloader = build_loader(
+            job, training_data, engine.batch, collate_fn=collate_fn
+        )
+    return engine
+
+
+def build_loader(job: Job, dataset: Any, batch: Batch, **options: Any) -> DataLoader:
+    """The loader of this rank's data shard.
+
+    Args:
+        job: mesh and hooks.
+        dataset: map-style or iterable.
+        batch: decides the micro-batch size.
+        options: fields of :class:`~drivetrain.loader.LoaderRequest` that override the config's.
+    """
+    fields: dict[str, Any] = {
+        "batch_size": batch.micro_batch_size,
+        "drop_last": job.plan.section(DataloaderDropLast).root,
+        "shard": job.mesh.coordinate("dp"),
+        "num_shards": job.mesh.size("dp"),
+        "seed": job.plan.section(Seed).root,
+    }
+    fields.update({key: value for key, value in options.items() if value is not None})
+    return job.hub.build_loader(job, LoaderRequest(dataset, **fields))
+
+
+def _apply(transforms: Sequence[Transform], phase: Phase, module: nn.Module) -> nn.Module:
+    for transform in transforms:
+        if transform.phase is phase:
+            module = transform.apply(module)
+    return module
+
+
+def _optimizer_plan(
+    job: Job,
+    module: nn.Module,
+    optimizer: ClientOptimizer | None,
+    parameters: Iterable[Any] | None,
+) -> OptimizerPlan | None:
+    section = job.plan.section(OptimizerSection)
+    if optimizer is not None:
+        if section.type is not None:
+            logger.info("optimizer of the config (%s) is overridden by the client's", section.type)
+        if not isinstance(optimizer, Optimizer) and callable(optimizer):
+            optimizer = optimizer(list(parameters or module.parameters()))
+        work = rule_from_optimizer(optimizer)
+    elif section.type is not None:
+        trained = list(parameters) if parameters is not None else list(module.parameters())
+        work = optimizer_plan(section.type, section.params, trained, job.plan.registry, job)
+    else:
+        return None
+    check_groups(work.groups, {p: job.parameters.info(p).name for p in module.parameters()})
+    return work
+
+
+def _facade(
+    job: Job, engine: Engine, work: OptimizerPlan, optimizer: ClientOptimizer | None
+) -> EngineOptimizer:
+    named = job.plan.section(OptimizerSection).type
+    client = type(optimizer).__name__ if isinstance(optimizer, Optimizer) else None
+    return EngineOptimizer(
+        work.groups,
+        {p: job.parameters.info(p).name for p in engine.module.parameters()},
+        step=engine.step,
+        zero_grad=engine.zero_grad,
+        type_name=client or named or type(work.rule).__name__,
+        defaults=work.rule.defaults,
+    )
+
+
+def _schedule(job: Job, optimizer: EngineOptimizer, client: Any | None) -> Any | None:
+    section = job.plan.section(SchedulerSection)
+    if client is not None:
+        return adopt_schedule(client, optimizer)
+    if section.type is None:
+        return None
+    return make_schedule(section.type, section.params, optimizer, job.plan.registry)
+
+
+def _progress(job: Job) -> Progress:
+    """The job's counters are those of its first engine; every other engine has its own."""
+    if job.engines:
+        return Progress()
+    return job.progress
+
+
+def _settings(job: Job) -> EngineSettings:
+    plan = job.plan
+    return EngineSettings(
+        batch=plan.batch,
+        gradient_clipping=plan.section(GradientClipping).root,
+        average_gradients=plan.section(GradientAllreduceOp).root == "mean",
+        managed_accumulation=plan.section(ManagedAccumulation).root,
+        reports=ReportSettings(
+            steps_per_print=plan.section(StepsPerPrint).root or 0,
+            wall_clock_breakdown=plan.section(WallClockBreakdown).root,
+            memory_breakdown=plan.section(MemoryBreakdown).root,
+        ),
+    )
+
+
+def _is_meta(module: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+def require_module(model: object) -> nn.Module:
+    """The model, if it is one.
+
+    Raises:
+        ConfigError: it is not a ``torch.nn.Module``.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")
