@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -126,7 +126,7 @@ def failures(tmp_path_factory):
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert run.returncode in (0, 1), run.stdout + run.stderr
     found = {case: set() for case in CASES}
-    for test in ElementTree.parse(report).iter("testcase"):
+    for test in ET.parse(report).iter("testcase"):
         case = test.get("classname").rpartition("Test")[2]
         if test.find("failure") is not None:
             found[case].add(test.get("name").partition("[")[0])
