@@ -27,6 +27,10 @@ _REDUCE_OPS = {
     Op.MIN: dist.ReduceOp.MIN,
 }
 
+# torch 2.13 renamed these two and warns of the old names; 2.11 has only those.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 # No backend reduces these, and gloo does not even move them; they travel as bytes.
 _FLOAT8 = frozenset(
     {
@@ -162,7 +166,7 @@ class TorchCommunicator(Communicator):
             return _local(line, output, input.view(-1)[: output.numel()])
         run = self._run("reduce_scatter", line, tag, asynchronous)
         if not line.exchanges:
-            return run(dist.reduce_scatter_tensor, output, input, _REDUCE_OPS[op])
+            return run(_reduce_scatter, output, input, _REDUCE_OPS[op])
         # gloo reduces the whole input on every rank and keeps a slice. Exchanging slices and
         # adding them up here moves half as much, and adds bf16 and fp16 in fp32.
         received = torch.empty_like(input)
@@ -188,7 +192,7 @@ class TorchCommunicator(Communicator):
         if line.group is None:
             return _local(line, output, input)
         run = self._run("all_gather", line, tag, asynchronous)
-        return run(dist.all_gather_into_tensor, _movable(output), _movable(input))
+        return run(_all_gather, _movable(output), _movable(input))
 
     def broadcast(
         self,
