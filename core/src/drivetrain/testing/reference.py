@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,7 @@ def assert_trains_like_reference(
     steps: int = 20,
     rtol: float = 1e-6,
     learning_rate: Callable[[int], float] | None = None,
+    inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
     timeout: float = 120.0,
 ) -> list[float]:
     """Train with ``config`` on ``world_size`` ranks and compare every loss with plain torch.
@@ -119,6 +121,7 @@ def assert_trains_like_reference(
         steps: optimizer steps.
         rtol: largest relative difference of any loss.
         learning_rate: of a step, counted from 0, when the config has a scheduler.
+        inside: makes a context that every rank trains in, e.g. one that plants a bug.
         timeout: seconds that the ranks may take.
 
     Returns:
@@ -129,7 +132,9 @@ def assert_trains_like_reference(
         RanksFailedError: a rank raised.
     """
     case = CASES[model] if isinstance(model, str) else model
-    answers = run_distributed(_train, world_size, dict(config), case, steps, timeout=timeout)
+    answers = run_distributed(
+        _train_inside, world_size, inside, dict(config), case, steps, timeout=timeout
+    )
     by_shard: dict[int, list[float]] = {answer["shard"]: answer["losses"] for answer in answers}
     losses = [sum(step) / len(by_shard) for step in zip(*by_shard.values(), strict=True)]
     micro_batch = answers[0]["micro_batch"]
@@ -147,7 +152,7 @@ def assert_trains_like_reference(
         case.model(),
         batches,
         lambda parameters: _optimizer(config, parameters),
-        clipping=float(config.get("gradient_clipping", 0.0)),
+        clipping=float(config.get("gradient_clipping", 1.0)),
         learning_rate=learning_rate,
         compute_dtype=dtype,
         loss_scale=scale,
@@ -159,6 +164,16 @@ def assert_trains_like_reference(
                 f"{plain!r}, relative difference {abs(ours - plain) / abs(plain):.2e} > {rtol:g}"
             )
     return losses
+
+
+def _train_inside(
+    inside: Callable[[], AbstractContextManager[Any]],
+    config: dict[str, Any],
+    case: Case,
+    steps: int,
+) -> dict[str, Any]:
+    with inside():
+        return _train(config, case, steps)
 
 
 def _train(config: dict[str, Any], case: Case, steps: int) -> dict[str, Any]:
