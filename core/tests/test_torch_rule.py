@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rule_homes import place
 from torch import nn
 
 from drivetrain.errors import ConfigError, TrainingError
-from drivetrain.home import BucketSpec, DeviceHome, Segment
 from drivetrain.optimizers import TorchRule, rule_from_optimizer, torch_rule
 from drivetrain.optimizers import spans as spans_module
 
@@ -37,39 +37,20 @@ CASES = [
 ]
 
 
-def home_of(
-    rule,
-    *,
-    dtype=torch.float32,
-    parameter_dtype=None,
-    gradient_dtype=None,
-    originals=None,
-):
+def home_of(rule, *, dtype=torch.float32, originals, **dtypes):
     """A home over one bucket of all shapes with three elements of padding."""
-    segments, offset = [], 0
-    for name, shape in SHAPES.items():
-        segments.append(Segment(name, shape, 0, SIZES[name], offset))
-        offset += SIZES[name]
-    spec = BucketSpec(
-        key="b0",
-        numel=NUMEL + 3,
-        segments=tuple(segments),
-        parameter_dtype=parameter_dtype or dtype,
-        gradient_dtype=gradient_dtype or dtype,
-        master_dtype=dtype,
-        reduction=("dp",),
-        rule=rule,
-        group=0,
-        device=torch.device("cpu"),
-    )
-    home = DeviceHome(spec)
-    flat = originals.to(spec.parameter_dtype).clone()
-    home.adopt(flat, originals)
+    pieces = originals[:NUMEL].split(list(SIZES.values()))
+    tensors = {
+        name: piece.view(shape) for (name, shape), piece in zip(SHAPES.items(), pieces, strict=True)
+    }
+    home, flat, _ = place(rule, tensors, master_dtype=dtype, **dtypes)
     return home, flat
 
 
 def numbers(seed, dtype=torch.float32):
-    return torch.randn(NUMEL + 3, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    """Random numbers and zeros for the padding."""
+    values = torch.randn(NUMEL, generator=torch.Generator().manual_seed(seed))
+    return torch.cat([values, torch.zeros(3)]).to(dtype)
 
 
 def parameters_of(flat):

@@ -74,7 +74,8 @@ def _wrong_type(value: Any, default: Any) -> str | None:
     """Why ``value`` cannot stand where ``default`` does, or ``None``."""
     if isinstance(default, bool):
         return None if isinstance(value, bool) else f"expected true or false, got {as_json(value)}"
-    if isinstance(default, Number):
+    # Some numbers may be given for each group; the function itself counts them.
+    if isinstance(default, Number) and not isinstance(value, list):
         fits = isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
         if not fits or not math.isfinite(value):
             return f"expected a finite number, got {type(value).__name__} {as_json(value)}"

@@ -69,7 +69,7 @@ def make_rule(name: str, params: Params, registry: Registry, job: Job) -> Update
         return rule
     known = next((own for own in TORCH_OPTIMIZERS if own.lower() == name.lower()), name)
     kind = getattr(torch.optim, known, None)
-    if isinstance(kind, type) and issubclass(kind, Optimizer):
+    if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer:
         return torch_rule(kind, params)
     names = [*registry.names("optimizers"), *TORCH_OPTIMIZERS]
     raise ConfigError(f"optimizer.type: no optimizer is named {name!r}{did_you_mean(name, names)}")
