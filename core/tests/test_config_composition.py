@@ -34,6 +34,7 @@ class Shards(Section):
     leaves: tuple[Leaf, ...] = ()
     by_name: dict[str, Leaf] = Field(default={})
     loco: Leaf | None = None
+    either: Leaf | PositiveInt = 1
 
     @model_validator(mode="after")
     def _overlap_needs_stage(self) -> Shards:
@@ -405,6 +406,14 @@ def test_all_problems_are_reported_at_once() -> None:
         "trian_batch_size",
         f"{ZERO}.offload_optimizer.device",
         f"{ZERO}.stage",
+    ]
+
+
+def test_a_value_that_fits_no_alternative_is_reported_at_its_path_for_each() -> None:
+    found = problems({ZERO: {"either": {"deth": 1}}})
+    assert [problem.partition(" [")[0] for problem in found] == [
+        f"{ZERO}.either.deth: unknown key; did you mean 'depth'?",
+        f'{ZERO}.either: expected a number, got {{"deth": 1}}',
     ]
 
 

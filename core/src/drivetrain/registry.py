@@ -264,7 +264,6 @@ def core_entries() -> list[Entry]:
 @lru_cache(maxsize=1)
 def _scan(path: tuple[str, ...]) -> tuple[Entry, ...]:
     """Every entry point of ours that is installed on ``path``, which is ``sys.path``."""
-    core = {(entry.group, entry.name) for entry in core_entries()}
     found: dict[tuple[str, str, str], Entry] = {}
     for distribution in metadata.distributions(path=list(path)):
         for point in distribution.entry_points:
@@ -279,8 +278,6 @@ def _scan(path: tuple[str, ...]) -> tuple[Entry, ...]:
                 value=f"{point.module}:{point.attr}",
                 requires=tuple(distribution.requires or ()),
             )
-            if entry.distribution == CORE and (entry.group, entry.name) in core:
-                continue
             # A distribution that lies on the path twice is imported from the first place.
             found.setdefault((entry.group, entry.name, entry.distribution), entry)
     return tuple(found.values())

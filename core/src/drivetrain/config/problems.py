@@ -47,7 +47,7 @@ def describe(
     sentences: dict[str, str] = {}
     expected: dict[str, dict[str, Any]] = {}
     for detail in error.errors(include_url=False):
-        where, models = _locate(detail["loc"], model, value)
+        where, models = _locate(detail, model, value)
         full = path + where
         if detail["type"] == "extra_forbidden":
             names = [*_names(models), *(siblings if len(detail["loc"]) == 1 else ())]
@@ -75,18 +75,17 @@ def _expectation(detail: ErrorDetails) -> str | None:
     return match.group(1) if match else None
 
 
-def _locate(
-    location: Sequence[int | str], model: type[BaseModel], value: Any
-) -> tuple[str, list[Any]]:
-    """The config path of a location inside a section, and the types around its last key.
+def _locate(detail: ErrorDetails, model: type[BaseModel], value: Any) -> tuple[str, list[Any]]:
+    """The config path of a finding inside a section, and the types around its last key.
 
     Between the keys pydantic puts the names of union members; these are no keys of the value.
     """
     path = ""
     around: list[Any] = [model]
     types: list[Any] = [model]
-    for depth, item in enumerate(location, 1):
-        if isinstance(value, Mapping) and (item in value or depth == len(location)):
+    absent = len(detail["loc"]) if detail["type"] == "missing" else 0
+    for depth, item in enumerate(detail["loc"], 1):
+        if isinstance(value, Mapping) and (item in value or depth == absent):
             path += f".{item}"
             around, types = types, [found for t in types for found in _inner(t, str(item))]
             value = value.get(item)
