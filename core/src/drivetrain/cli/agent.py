@@ -17,13 +17,16 @@ def main() -> int:
     """Run torchrun with ``sys.argv[2:]``; write what it finds to the folder ``sys.argv[1]``."""
     folder, arguments = Path(sys.argv[1]), sys.argv[2:]
     end_with_parent()
+    _log_to(folder / "agent.log")
     try:
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     except KeyboardInterrupt:
         return INTERRUPTED
-    _log_to(folder / "agent.log")
+    for name in ("torch", "torch.distributed"):  # which log to our standard error by themselves
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     try:
         run.run(run.parse_args(arguments))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
@@ -45,9 +48,6 @@ def main() -> int:
 
 def _log_to(path: Path) -> None:
     """Send torchrun's log messages and warnings to a file instead of into the script's output."""
-    for name in ("torch", "torch.distributed"):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
     handler = logging.FileHandler(path, delay=True)
     logging.basicConfig(handlers=[handler], format="%(asctime)s %(levelname)s %(message)s")
     logging.captureWarnings(True)
