@@ -1,11 +1,11 @@
 """Tox plugin: one environment per distribution, with a shared torch and freshly built wheels.
 
 Every distribution of the workspace gets an environment of its own name, in which only that
-distribution and what it declares are installed. What they install is set in ``tox.ini`` through
-two keys that this plugin adds:
+distribution and what it declares are installed. ``tox.ini`` says the rest, with these keys:
 
 - ``distributions``: workspace distributions to install (default: the environment's own);
-- ``requirements``: what those declare from outside the workspace, for use in ``deps``.
+- ``requirements``: what those declare from outside the workspace, for use in ``deps``;
+- ``tests`` and ``processes``: folder of the tests, and how many processes share them.
 
 The workspace part of an installation is built from the working tree in every run, so that no test
 ever runs against a stale wheel; ``pip check`` then holds the result against what is declared.
@@ -78,7 +78,7 @@ def tox_extend_envs() -> Iterable[str]:
 
 @impl
 def tox_add_core_config(core_conf: ConfigSet, state: State) -> None:
-    """Give each of these environments a description."""
+    """Describe each of them."""
     for name, distribution in ENVIRONMENTS.items():
         folder = distribution.folder.relative_to(workspace.ROOT)
         description = f"test {distribution.name} ({folder}/) with nothing but what it declares"
@@ -88,7 +88,7 @@ def tox_add_core_config(core_conf: ConfigSet, state: State) -> None:
 
 @impl
 def tox_add_env_config(env_conf: EnvConfigSet, state: State) -> None:
-    """Add the keys ``distributions``, ``tests`` and ``requirements``."""
+    """Add the keys that this plugin knows."""
     own = ENVIRONMENTS.get(env_conf.name or "")
     env_conf.add_config(
         keys=["distributions"],
@@ -102,6 +102,12 @@ def tox_add_env_config(env_conf: EnvConfigSet, state: State) -> None:
         of_type=str,
         default=str(own.folder / "tests") if own else "",
         desc="folder of the tests to run",
+    )
+    env_conf.add_config(
+        keys=["processes"],
+        of_type=int,
+        default=0,
+        desc="how many processes share the tests; 0 runs them in one, without overhead",
     )
     env_conf.add_config(
         keys=["requirements"],
