@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from drivetrain.cli.failures import explain_failure
 from drivetrain.cli.main import main
 
 COMMAND = [sys.executable, "-m", "drivetrain.cli.main", "run", "--log-dir", "logs"]
@@ -172,11 +173,22 @@ def test_a_failure_of_all_ranks_is_shown_once(script, run) -> None:
         "    raise ConfigError('train_batch_size: expected a number') from error\n"
     )
     done = run("--nproc", "2", script(source))
-    first, second = sorted(re.findall(r"rank (\d)", done.stderr.partition("error: ")[2])[:2])
-    assert (first, second) == ("0", "1")
-    assert "in the same way rank" in done.stderr
-    assert "ConfigError: train_batch_size: expected a number" in done.stderr
+    message = done.stderr[done.stderr.index("error: ") :]
+    assert len(re.findall(r"rank \d failed", message)) == 1
+    assert "ConfigError: train_batch_size: expected a number" in message
     assert "Traceback" not in done.stderr
+
+
+def test_ranks_that_failed_in_the_same_way_are_named_once(tmp_path) -> None:
+    for rank, when, message in ((0, 30, "odd"), (1, 10, "odd"), (2, 20, "even")):
+        record = {"rank": rank, "local_rank": rank, "time_ns": when, "message": message}
+        text = json.dumps({**record, "where": "a.py:1"})
+        (tmp_path / f"rank{rank}.error.json").write_text(text)
+    assert str(explain_failure(tmp_path, 3)).splitlines() == [
+        "rank 1 failed (and in the same way rank 0): odd",
+        "  raised at a.py:1",
+        f"logs of all 3 ranks: {tmp_path}",
+    ]
 
 
 def test_the_traceback_of_an_error_without_one_on_screen_is_on_disk(script, run, tmp_path) -> None:

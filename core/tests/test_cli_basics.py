@@ -1,0 +1,135 @@
+"""The command line as a whole: finding commands, showing errors, staying light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from drivetrain import __version__
+from drivetrain.cli.main import main
+from drivetrain.errors import ConfigError, PluginError
+from drivetrain.registry import CORE, Entry, Registry
+
+
+@pytest.fixture
+def offer(monkeypatch: pytest.MonkeyPatch):
+    """Make the command line find more commands than are installed."""
+
+    def offering(name: str, value: str, target: object = None) -> None:
+        entry = Entry("commands", name, "somebody", "1.0", value, target=target)
+        everything = [*Registry.installed()._entries, entry]
+        monkeypatch.setattr(Registry, "installed", classmethod(lambda cls: Registry(everything)))
+
+    return offering
+
+
+def raising(error: Exception) -> click.Command:
+    @click.command()
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+def test_help_lists_every_command_of_core() -> None:
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0
+    for name in ("run", "report", "plugins", "config", "explain", "new-plugin", "test-plugin"):
+        assert f"\n  {name} " in result.output
+    assert "unusable" not in result.output
+
+
+def test_every_command_of_core_has_help() -> None:
+    for entry in Registry.installed().entries("commands"):
+        if entry.distribution == CORE:
+            result = CliRunner().invoke(main, [entry.name, "--help"])
+            assert result.exit_code == 0, entry.name
+            assert "Usage: " in result.output
+
+
+def test_version_is_cores() -> None:
+    assert __version__ in CliRunner().invoke(main, ["--version"]).output
+
+
+def test_a_misspelt_command_is_refused_with_a_suggestion() -> None:
+    result = CliRunner().invoke(main, ["explian"])
+    assert result.exit_code == 2
+    assert "no command is named 'explian'; did you mean 'explain'?" in result.stderr
+
+
+def test_a_command_of_another_distribution_is_found(offer) -> None:
+    offer("hello", "unused", click.command("hello")(lambda: click.echo("hello there")))
+    assert CliRunner().invoke(main, ["hello"]).output == "hello there\n"
+
+
+def test_a_command_that_does_not_load_leaves_the_help_page_usable(offer) -> None:
+    offer("broken", "no_such_module:command")
+    result = CliRunner().invoke(main, ["--help"])
+    assert result.exit_code == 0
+    assert "(unusable: command 'broken' (somebody 1.0) could not be" in result.output
+    assert "Check a config" in result.output
+
+
+def test_an_error_of_ours_is_a_message_without_traceback_and_exit_code_2(offer) -> None:
+    offer("fail", "unused", raising(PluginError("the plugin is odd")))
+    result = CliRunner().invoke(main, ["fail"])
+    assert result.exit_code == 2
+    assert result.stderr == "error: the plugin is odd\n"
+    assert result.stdout == ""
+
+
+def test_all_problems_of_a_config_are_listed(offer) -> None:
+    offer("fail", "unused", raising(ConfigError(["a.b: wrong", "c: unknown key"])))
+    result = CliRunner().invoke(main, ["fail"])
+    assert result.stderr == "error: 2 problems in the config\n  - a.b: wrong\n  - c: unknown key\n"
+
+
+def test_notes_on_an_error_are_shown(offer) -> None:
+    error = PluginError("the plugin is odd")
+    error.add_note("raised by plugin 'odd' in hook 'configure'")
+    offer("fail", "unused", raising(error))
+    result = CliRunner().invoke(main, ["fail"])
+    assert "raised by plugin 'odd' in hook 'configure'" in result.stderr
+
+
+def test_the_traceback_is_there_for_those_who_ask(offer) -> None:
+    error = PluginError("the plugin is odd")
+    offer("fail", "unused", raising(error))
+    assert CliRunner().invoke(main, ["--traceback", "fail"]).exception is error
+
+
+def test_a_bug_is_no_error_of_ours_and_keeps_its_traceback(offer) -> None:
+    offer("fail", "unused", raising(ZeroDivisionError()))
+    result = CliRunner().invoke(main, ["fail"])
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("command", ["--help", "plugins", "config schema", "run --help"])
+def test_torch_is_not_imported_by(command: str) -> None:
+    assert "torch" not in imported_by(command.split())
+
+
+def test_neither_pydantic_nor_rich_is_imported_by_help() -> None:
+    assert not {"pydantic", "rich"} & imported_by(["--help"])
+
+
+@pytest.mark.parametrize("command", ["config check", "explain"])
+def test_torch_is_not_imported_to_look_at_a_config(command: str, tmp_path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"train_batch_size": 8, "optimizer": {"type": "AdamW"}}')
+    assert "torch" not in imported_by([*command.split(), str(file)])
+
+
+def imported_by(arguments: list[str]) -> set[str]:
+    code = (
+        "import sys\n"
+        "from drivetrain.cli.main import main\n"
+        f"main({arguments!r}, standalone_mode=False)\n"
+        "print('\\nMODULES', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.rpartition("MODULES ")[2].split())
