@@ -416,15 +416,6 @@ class Engine(nn.Module):
 
         return build_loader(self.job, dataset, self.batch, **kwargs)
 
-    def to_device(self, value: Any) -> Any:
-        """Move every tensor in nested containers to the engine's device."""
-        from torch.utils import _pytree as pytree
-
-        def move(leaf: Any) -> Any:
-            return leaf.to(self.device) if isinstance(leaf, torch.Tensor) else leaf
-
-        return pytree.tree_map(move, value)
-
     def destroy(self) -> None:
         """Remove every hook from the module and free the states."""
         self.states.detach()

@@ -75,7 +75,7 @@ def initialize(
     source = _one_config(args, config, config_params)
     if distributed_port is not None:
         os.environ.setdefault("MASTER_PORT", str(distributed_port))
-    overlays = [*overlays]
+    overlays = [*overlays, *(getattr(args, "overlays", None) or ())]
     if mesh_param is not None:
         overlays += [f"data_parallel_size={mesh_param[0]}", f"sequence_parallel_size={mesh_param[1]}"]
     ranks = Ranks.current()

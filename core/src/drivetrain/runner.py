@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.utils import _pytree as pytree
 
 from drivetrain.communicator import Purpose, Tag
 from drivetrain.errors import TrainingError
@@ -68,11 +69,15 @@ def _next(batches: Iterator[Any], index: int, count: int) -> Any:
 
 
 def _call(engine: Engine, batch: Any) -> Any:
+    def move(leaf: Any) -> Any:
+        return leaf.to(engine.device) if isinstance(leaf, torch.Tensor) else leaf
+
+    batch = pytree.tree_map(move, batch)
     if isinstance(batch, Mapping):
-        return engine(**engine.to_device(batch))
+        return engine(**batch)
     if isinstance(batch, (tuple, list)):
-        return engine(*engine.to_device(batch))
-    return engine(engine.to_device(batch))
+        return engine(*batch)
+    return engine(batch)
 
 
 def loss_of(output: Any) -> torch.Tensor:
