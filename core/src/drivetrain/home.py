@@ -187,19 +187,19 @@ class DeviceHome(StateHome):
         pass
 
     def fragments(self) -> Sequence[Fragment]:
-        kinds = dict(self._states)
+        own = {state.name for state in self._declared() if state.numel is not None}
+        parts = {kind: flat for kind, flat in self._states.items() if kind not in own}
         if self.spec.has_masters:
-            kinds["master"] = self._masters
-        whole = {name: flat for name, flat in kinds.items() if flat.numel() == self.spec.numel}
+            parts["master"] = self._masters
         found = [
             segment_fragment(segment, kind, flat, self.name)
             for segment in self.spec.segments
-            for kind, flat in whole.items()
+            for kind, flat in parts.items()
         ]
         found += [
-            bucket_fragment(self.spec.key, kind, flat, self.name)
-            for kind, flat in kinds.items()
-            if kind not in whole
+            bucket_fragment(self.spec.key, kind, self._states[kind], self.name)
+            for kind in self._states
+            if kind in own
         ]
         return found
 

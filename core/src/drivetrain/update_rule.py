@@ -26,8 +26,8 @@ class StateSpec:
     Args:
         name: the field's usual name, e.g. ``"exp_avg"``.
         dtype: storage dtype; ``None`` for the bucket's ``state_dtype``.
-        numel: flat length when it differs from the bucket's; such a state is no part of a whole
-            parameter and is reset when the layout changes.
+        numel: flat length of a state that belongs to this rank's bucket and to no parameter; it is
+            reset when the layout changes. ``None`` for one number per element of the weights.
         initial: value that a fresh state is filled with.
     """
 

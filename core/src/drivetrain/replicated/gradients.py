@@ -106,9 +106,7 @@ class GradientReducer:
             )
 
     @staticmethod
-    def _bucket(
-        plan: PlannedBucket, communicator: Communicator, overlap: bool
-    ) -> GradientBucket:
+    def _bucket(plan: PlannedBucket, communicator: Communicator, overlap: bool) -> GradientBucket:
         spec = plan.spec
         bucket = GradientBucket(
             key=spec.key,
@@ -167,14 +165,18 @@ class GradientReducer:
             if not slot.filled:
                 slot.view.zero_()
         bucket.sent = True
+        self._divide(bucket.gradient)
         if bucket.reduced and self._communicator.size(bucket.reduction) > 1:
             self._sum(bucket, bucket.gradient)
+
+    def _divide(self, gradient: torch.Tensor) -> None:
+        """Whether it is summed or not, since the update's scale undoes it for every bucket."""
+        if self._predivide != 1.0:
+            gradient.mul_(1.0 / self._predivide)
 
     def _sum(self, bucket: GradientBucket, gradient: torch.Tensor) -> None:
         """Start summing ``gradient`` over the bucket's axes; :meth:`_collect` ends it."""
         tag = Tag(Purpose.GRADIENT, bucket.key, "replicated")
-        if self._predivide != 1.0:
-            gradient.mul_(1.0 / self._predivide)
         if bucket.sparse:
             sum_sparse_rows(self._communicator, bucket.slots[0].view, bucket.reduction, tag)
             return
@@ -198,7 +200,9 @@ class GradientReducer:
 
     def finish(self) -> None:
         """Reduce what is left, wait for all, then sum late accumulations in a second round."""
-        waiting = [s.name for s in self.slots.values() if s.deferred and s.parameter.grad is not None]
+        waiting = [
+            s.name for s in self.slots.values() if s.deferred and s.parameter.grad is not None
+        ]
         assert not waiting, f"deferred gradients were never reported ready: {waiting}"
         for bucket in self.buckets[self._next :]:
             self._send(bucket)
@@ -242,6 +246,7 @@ class GradientReducer:
             if slot.late is not None:
                 extra.narrow(0, offset, slot.view.numel()).view_as(slot.view).add_(slot.late)
             offset += slot.view.numel()
+        self._divide(extra)
         if bucket.reduced and self._communicator.size(bucket.reduction) > 1:
             sparse, bucket.sparse = bucket.sparse, False  # the second round is dense
             self._sum(bucket, extra)

@@ -118,7 +118,7 @@ def plan_buckets(
             state_dtype=info.state_dtype or info.master_dtype or info.compute_dtype,
             wire_dtype=info.reduce_dtype or gradient_dtype or info.compute_dtype,
             reduction=info.reduction,
-            owner=info.owner and communicator.rank(info.reduction) == 0,
+            owner=info.owner,
             sparse=info.sparse,
             device=parameter.device,
         )
@@ -131,7 +131,7 @@ def plan_buckets(
     closed += open_buckets.items()
     closed.sort(key=lambda item: item[0].sparse)  # stable
     return [
-        _planned(number, kind, members, rules[kind.rule], table)
+        _planned(number, kind, members, rules[kind.rule], table, communicator)
         for number, (kind, members) in enumerate(closed)
     ]
 
@@ -142,7 +142,10 @@ def _planned(
     members: list[nn.Parameter],
     rule: UpdateRule,
     table: ParameterTable,
+    communicator: Communicator,
 ) -> PlannedBucket:
+    # Which copy is the first is no part of a kind: copies must be cut into buckets alike.
+    owner = kind.owner and communicator.rank(kind.reduction) == 0
     segments, offset = [], 0
     for parameter in members:
         segments.append(
@@ -152,7 +155,7 @@ def _planned(
                 start=0,
                 numel=parameter.numel(),
                 offset=offset,
-                owner=kind.owner,
+                owner=owner,
             )
         )
         offset += parameter.numel()

@@ -13,7 +13,7 @@ from drivetrain.builtin.defaults import DataParallel
 from drivetrain.builtin.optimization import GradientPredivideFactor, PrescaleGradients
 from drivetrain.communicator import Purpose, Tag
 from drivetrain.errors import TrainingError
-from drivetrain.fragment import Fragment
+from drivetrain.fragment import Fragment, interval_boxes
 from drivetrain.home import StateHome, segment_fragment, tensor_fragment
 from drivetrain.model_states import ModelStates
 from drivetrain.precision import Precision
@@ -69,6 +69,34 @@ class _Bucket:
     def owner(self) -> bool:
         """Whether this rank's copy counts in norms; all segments of a bucket agree."""
         return self.planned.spec.segments[0].owner
+
+    def open_window(self) -> None:
+        """Ask the rule how the next update wants its gradients."""
+        rule = self.planned.spec.rule
+        assert rule is not None
+        self.gradients.reduced = rule.wants_reduced(self.home.step + 1)
+
+    def step_fragments(self) -> Sequence[Fragment]:
+        """How many updates each parameter has seen; rules correct their bias by it."""
+
+        def write(values: torch.Tensor) -> None:
+            self.home.step = int(values)
+            self.open_window()
+
+        return [
+            Fragment(
+                name=segment.name,
+                kind="step",
+                global_shape=(),
+                dtype=torch.int64,
+                boxes=tuple(interval_boxes((), 0, 1)),
+                owner=segment.owner,
+                home="host",
+                read=lambda: torch.tensor([self.home.step]),
+                write=write,
+            )
+            for segment in self.planned.spec.segments
+        ]
 
 
 class ReplicatedStates(ModelStates):
@@ -144,7 +172,9 @@ class ReplicatedStates(ModelStates):
     def _synchronise_untrained(self) -> None:
         """Cast what is not trained to its compute dtype and make all ranks start from rank 0's."""
         trained = {
-            p for group in (self._optimizer.groups if self._optimizer else ()) for p in group["params"]
+            p
+            for group in (self._optimizer.groups if self._optimizer else ())
+            for p in group["params"]
         }
         for parameter in self._module.parameters():
             info = self._job.parameters.info(parameter)
@@ -203,7 +233,8 @@ class ReplicatedStates(ModelStates):
             if not bucket.gradients.reduced:
                 # One rank's term, taken as if all terms were alike; the mean of these estimates
                 # over the ranks is one number that all ranks agree on.
-                total += squared * communicator.size(bucket.planned.spec.reduction)
+                if self._job.parameters.info(bucket.planned.parameters[0]).owner:
+                    total += squared * communicator.size(bucket.planned.spec.reduction)
             elif local or bucket.owner:
                 total += squared
         if not local:
@@ -240,9 +271,7 @@ class ReplicatedStates(ModelStates):
     def _open_window(self) -> None:
         self._reducer.restart()
         for bucket in self._buckets:
-            rule = bucket.planned.spec.rule
-            assert rule is not None
-            bucket.gradients.reduced = rule.wants_reduced(bucket.home.step + 1)
+            bucket.open_window()
 
     def _refuse_stale_layout(self) -> None:
         assert self._optimizer is not None
@@ -288,6 +317,7 @@ class ReplicatedStates(ModelStates):
                 flats = {"parameter": bucket.parameters, "gradient": bucket.gradients.gradient}
                 for kind, flat in flats.items():
                     found.append(segment_fragment(segment, kind, flat, "device"))
+            found += bucket.step_fragments()
             found += bucket.home.fragments()
         for parameter in self._module.parameters():
             if parameter not in bucketed:
@@ -298,4 +328,3 @@ class ReplicatedStates(ModelStates):
 
     def detach(self) -> None:
         self._reducer.close()
-
