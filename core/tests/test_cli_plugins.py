@@ -1,0 +1,244 @@
+"""``drivetrain plugins``, ``report``, ``new-plugin`` and ``test-plugin``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from drivetrain import __version__
+from drivetrain.accelerator import Accelerator
+from drivetrain.cli.main import main
+from drivetrain.plugin import Plugin, Section, hookimpl
+from drivetrain.registry import CORE, Entry, Registry
+from drivetrain.section import Float, PositiveInt, Scalar
+
+
+class GoodSection(Section):
+    enabled: bool = False
+    every: PositiveInt = 1
+
+
+class Good(Plugin):
+    name = "good"
+    sections = {"good": GoodSection}
+
+    @hookimpl
+    def report_rows(self):
+        return [("good things", "42")]
+
+
+class Careless(Plugin):
+    """Its sections refuse nothing, which the kit must notice."""
+
+    class Loose(Section):
+        model_config = {**Section.model_config, "extra": "ignore"}
+
+    name = "careless"
+    sections = {"careless": Loose}
+
+
+class ShareValue(Scalar[Float]):
+    """Has a name, so that it pickles."""
+
+
+class Share(Plugin):
+    """Its section is a single value."""
+
+    name = "good_share"
+    sections = {"good_share": ShareValue}
+
+
+class Absent(Accelerator):
+    name = "absent"
+    device_type = "absent"
+
+    def probe(self) -> str | None:
+        return "no such device on this machine"
+
+    def communication_backend(self) -> str:
+        return "gloo"
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What seems to be installed: core, two plugins, one that does not load, an accelerator."""
+    core = [entry for entry in Registry.installed()._entries if entry.distribution == CORE]
+    others = [
+        Entry("plugins", "good", "drivetrain-good", "0.2", f"{__name__}:Good"),
+        Entry("plugins", "careless", "drivetrain-careless", "0.2", f"{__name__}:Careless"),
+        Entry("plugins", "good_share", "drivetrain-share", "0.2", f"{__name__}:Share"),
+        Entry("plugins", "broken", "drivetrain-broken", "0.3", "no_such_module:Plugin"),
+        Entry("accelerators", "absent", "drivetrain-absent", "0.2", f"{__name__}:Absent"),
+    ]
+    everything = Registry([*core, *others])
+    monkeypatch.setattr(Registry, "installed", classmethod(lambda cls: everything))
+    monkeypatch.setenv("COLUMNS", "600")
+
+
+def drivetrain(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def cells(text: str, start: str) -> list[str]:
+    row = next(line for line in text.splitlines() if start in line)
+    return [cell.strip() for cell in row.strip("│ ").split("│")]
+
+
+# -- plugins -----------------------------------------------------------------------------------
+
+
+def test_a_plugin_is_listed_with_its_hooks() -> None:
+    row = cells(drivetrain("plugins").stdout, "│ good")
+    assert row[:2] == ["plugin", "good"]
+    assert row[3] == "report_rows"
+
+
+def test_a_plugin_that_does_not_load_is_listed_with_the_reason() -> None:
+    result = drivetrain("plugins")
+    assert result.exit_code == 0
+    row = cells(result.stdout, "│ broken")
+    assert row[2] == "drivetrain-broken 0.3"
+    assert "No module named 'no_such_module'" in row[3]
+    assert "DRIVETRAIN_DISABLE_PLUGINS=broken" in row[3]
+
+
+def test_the_list_is_there_for_programs_too() -> None:
+    rows = json.loads(drivetrain("plugins", "--json").stdout)
+    batch = next(row for row in rows if "train_batch_size" in row["names"])
+    assert batch["distribution"] == "drivetrain"
+    assert batch["version"] == __version__
+    assert "plan_batch" in batch["hooks"]
+    assert batch["problem"] is None
+
+
+# -- report ------------------------------------------------------------------------------------
+
+
+def test_the_report_shows_versions_of_everything_below() -> None:
+    import torch
+
+    text = drivetrain("report").stdout
+    assert cells(text, "│ Drivetrain ")[1] == __version__
+    assert cells(text, "│ Python ")[1].startswith(".".join(map(str, sys.version_info[:3])))
+    assert cells(text, "│ version ")[1] == torch.__version__
+
+
+def test_the_report_says_why_an_accelerator_cannot_be_used() -> None:
+    row = cells(drivetrain("report").stdout, "│ absent")
+    assert row[1] == "not usable: no such device on this machine"
+
+
+def test_the_report_has_what_plugins_say_of_themselves() -> None:
+    assert cells(drivetrain("report").stdout, "│ good things")[1] == "42"
+
+
+def test_the_report_survives_a_plugin_that_does_not_load() -> None:
+    result = drivetrain("report")
+    assert result.exit_code == 0
+    assert "No module named 'no_such_module'" in result.stdout
+
+
+def test_the_report_says_how_to_get_what_is_missing() -> None:
+    row = cells(drivetrain("report").stdout, "pip install drivetrain-onebit")
+    assert row[0] == "OneBitAdam, OneBitLamb, ZeroOneAdam"
+
+
+# -- test-plugin -------------------------------------------------------------------------------
+
+
+def test_a_sound_plugin_passes_every_check() -> None:
+    result = drivetrain("test-plugin", "good")
+    assert result.exit_code == 0, result.output
+    assert cells(result.stdout, "unknown key is refused")[1] == "passed"
+    assert "AssertionError" not in result.stdout
+
+
+def test_a_plugin_that_ignores_unknown_keys_fails_that_check() -> None:
+    result = drivetrain("test-plugin", "careless")
+    assert result.exit_code == 2
+    assert cells(result.stdout, "unknown key is refused")[1] != "passed"
+    assert cells(result.stdout, "the plugin pickles")[1] == "passed"
+    assert "1 of 8 checks failed for plugin 'careless'" in result.stderr
+
+
+def test_a_plugin_that_is_not_installed_is_refused_with_a_suggestion() -> None:
+    result = drivetrain("test-plugin", "goood")
+    assert result.exit_code == 2
+    assert "did you mean 'good'?" in result.stderr
+
+
+def test_a_single_value_must_be_given() -> None:
+    result = drivetrain("test-plugin", "good_share")
+    assert "give one: --set good_share=VALUE" in result.stderr
+    result = drivetrain("test-plugin", "good_share", "--set", "good_share=0.5")
+    assert result.exit_code == 0, result.output
+
+
+# -- new-plugin --------------------------------------------------------------------------------
+
+
+def test_a_new_plugin_passes_its_own_tests_as_made(tmp_path: Path) -> None:
+    result = drivetrain("new-plugin", "loss-alarm", "--into", tmp_path / "made")
+    assert result.exit_code == 0, result.output
+    install = ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    target = str(tmp_path / "installed")
+    pip = [sys.executable, "-m", "pip", *install, "--target", target, str(tmp_path / "made")]
+    subprocess.run(pip, check=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([target, *sys.path])}
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(
+        pytest_command, cwd=tmp_path / "made", env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "10 passed" in done.stdout
+    listing = [sys.executable, "-m", "drivetrain.cli.main", "plugins", "--json"]
+    shown = subprocess.run(listing, env=environment, capture_output=True, text=True, check=True)
+    row = next(row for row in json.loads(shown.stdout) if row["names"] == ["loss_alarm"])
+    assert row["distribution"] == "drivetrain-loss-alarm"
+    assert row["hooks"] == ["step_end"]
+
+
+def test_a_new_plugin_is_locked_to_this_version_of_core(tmp_path: Path) -> None:
+    drivetrain("new-plugin", "loss_alarm", "--into", tmp_path / "made")
+    major, minor, _ = __version__.split(".")
+    wanted = f'["drivetrain>={major}.{minor},<{major}.{int(minor) + 1}"]'
+    assert wanted in (tmp_path / "made" / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("name", ["Loss", "2fast", "a..b", "a-", "../up", ""])
+def test_a_name_that_is_no_package_name_is_refused(name: str, tmp_path: Path) -> None:
+    result = drivetrain("new-plugin", "--into", tmp_path / "made", "--", name)
+    assert result.exit_code == 2
+    assert "is no name for a plugin" in result.stderr
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "owner"),
+    [("good", "drivetrain-good"), ("zero-optimization", "drivetrain-zero"), ("fp16", "drivetrain")],
+)
+def test_a_section_that_is_served_already_is_refused(name, owner, tmp_path: Path) -> None:
+    result = drivetrain("new-plugin", name, "--into", tmp_path / "made")
+    assert result.exit_code == 2
+    assert f"is served by {owner}; take another name" in result.stderr
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    result = drivetrain("new-plugin", "alarm", "--into", tmp_path)
+    assert result.exit_code == 2
+    assert "is not an empty folder" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = drivetrain("new-plugin", "alarm", "--into", tmp_path / "file" / "made")
+    assert result.exit_code == 2
+    assert "cannot be written: Not a directory" in result.stderr
