@@ -97,6 +97,8 @@ def test_every_sample_comes_once_and_only_the_last_round_repeats_some(count, siz
     last = size - len(full)
     assert len(seen[-1]) == -(-last // count) * count
     assert not set(seen[-1]) & set(full)
+    repeats = max(seen[-1].count(sample) for sample in seen[-1])
+    assert repeats == -(-len(seen[-1]) // last)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

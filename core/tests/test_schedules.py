@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from argparse import ArgumentParser
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 from drivetrain.errors import ConfigError
 from drivetrain.registry import Registry
-from drivetrain.schedule_choice import add_tuning_arguments, adopt_schedule, make_schedule
+from drivetrain.schedule_choice import adopt_schedule, make_schedule
 from drivetrain.schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 
 
@@ -185,7 +184,7 @@ MAKERS = {
     "LRRangeTest": lambda o: LRRangeTest(o, 0.01, 3),
     "OneCycle": lambda o: OneCycle(o, 0.1, 1.1, 0.5, 4, decay_step_size=2),
     "WarmupLR": lambda o: WarmupLR(o, 0.1, 0.9, 5),
-    "WarmupDecayLR": lambda o: WarmupDecayLR(o, 9, 0.1, 0.9, 5),
+    "WarmupDecayLR": lambda o: WarmupDecayLR(o, 0.1, 0.9, 5, total_num_steps=9),
     "WarmupCosineLR": lambda o: WarmupCosineLR(o, 9, 0.1, 5),
 }
 
@@ -345,19 +344,3 @@ def test_a_clients_schedule_of_another_optimizer_is_refused():
 def test_what_is_no_schedule_is_refused(client):
     with pytest.raises(ConfigError, match="lr_scheduler must have a method step"):
         adopt_schedule(client, adamw())
-
-
-def test_every_parameter_has_a_command_line_flag():
-    parser = add_tuning_arguments(ArgumentParser())
-    flags = (
-        "--lr_schedule=OneCycle --cycle_min_lr=0.1 --cycle_first_stair_count=3 "
-        "--no-cycle_momentum --warmup_type=linear --cycle_second_step_size=7"
-    )
-    arguments = parser.parse_args(flags.split())
-    assert arguments.lr_schedule == "OneCycle"
-    assert arguments.cycle_min_lr == 0.1
-    assert arguments.cycle_first_stair_count == 3
-    assert arguments.cycle_second_step_size == 7
-    assert arguments.cycle_momentum is False
-    assert arguments.warmup_type == "linear"
-    assert arguments.warmup_num_steps == 1000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from argparse import ArgumentParser, BooleanOptionalAction
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +12,6 @@ from torch.optim import Optimizer
 from drivetrain.checked_call import call_checked
 from drivetrain.errors import ConfigError
 from drivetrain.known import TORCH_SCHEDULERS
-from drivetrain.schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 from drivetrain.wording import did_you_mean
 
 if TYPE_CHECKING:
@@ -75,20 +73,3 @@ def _announced(schedule: Any) -> Any:
     if isinstance(optimizer, Optimizer):
         cast("Any", optimizer)._opt_called = True
     return schedule
-
-
-def add_tuning_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add ``--lr_schedule`` and a flag for every parameter of core's schedules."""
-    group = parser.add_argument_group("learning rate schedule")
-    kinds = (LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR)
-    group.add_argument("--lr_schedule", choices=[kind.__name__ for kind in kinds])
-    parameters = {k: p for kind in kinds for k, p in inspect.signature(kind).parameters.items()}
-    parameters.pop("optimizer")
-    for name, parameter in parameters.items():
-        default = None if parameter.default is parameter.empty else parameter.default
-        if parameter.annotation == "bool":
-            group.add_argument(f"--{name}", action=BooleanOptionalAction, default=default)
-        else:
-            read = {"int": int, "int | None": int, "Warmup": str}.get(parameter.annotation, float)
-            group.add_argument(f"--{name}", type=read, default=default)
-    return parser

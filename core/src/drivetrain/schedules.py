@@ -6,7 +6,8 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -22,6 +23,7 @@ _BETA2 = 0.99
 """Second beta that :class:`OneCycle` writes beside the momentum."""
 
 
+@dataclass(eq=False)
 class Schedule(ABC):
     """A function of the iteration; the first update has the values of iteration -1.
 
@@ -30,12 +32,27 @@ class Schedule(ABC):
 
     Args:
         optimizer: its groups' learning rates are written, now and at every step.
+
+    Raises:
+        ValueError: a parameter is out of range.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
+    optimizer: Optimizer
+
+    def __post_init__(self) -> None:
         self.last_batch_iteration = -1
-        self._base = [group.setdefault("initial_lr", group["lr"]) for group in self._groups]
+        # torch's own schedules keep the original rate under this key, too.
+        self._base = [float(g.setdefault("initial_lr", float(g["lr"]))) for g in self._groups]
+        self._prepare()
+        self._apply()
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Check the parameters and compute what does not depend on the iteration."""
 
     @abstractmethod
     def rates(self, iteration: int) -> list[float]:
@@ -61,12 +78,7 @@ class Schedule(ABC):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`."""
-        self.last_batch_iteration = int(state_dict["last_batch_iteration"])
-        self._apply()
-
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
+        self.step(int(state_dict["last_batch_iteration"]))
 
     def _apply(self) -> None:
         self._last = self.get_lr()
@@ -87,6 +99,7 @@ class Schedule(ABC):
         return [float(number) for number in values]
 
 
+@dataclass(eq=False)
 class LRRangeTest(Schedule):
     """Raise the rate step by step to find its useful range (Smith 2017, section 3.3).
 
@@ -97,28 +110,22 @@ class LRRangeTest(Schedule):
         lr_range_test_staircase: grow at the end of intervals only.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        lr_range_test_min_lr: PerGroup = 1e-3,
-        lr_range_test_step_size: int = 2000,
-        lr_range_test_step_rate: float = 1.0,
-        lr_range_test_staircase: bool = False,
-    ) -> None:
-        super().__init__(optimizer)
-        _positive(lr_range_test_step_size=lr_range_test_step_size)
-        self._min = self._per_group("lr_range_test_min_lr", lr_range_test_min_lr)
-        self._size = lr_range_test_step_size
-        self._rate = lr_range_test_step_rate
-        self._staircase = lr_range_test_staircase
-        self._apply()
+    lr_range_test_min_lr: PerGroup = 1e-3
+    lr_range_test_step_size: int = 2000
+    lr_range_test_step_rate: float = 1.0
+    lr_range_test_staircase: bool = False
+
+    def _prepare(self) -> None:
+        _positive(lr_range_test_step_size=self.lr_range_test_step_size)
+        self._min = self._per_group("lr_range_test_min_lr", self.lr_range_test_min_lr)
 
     def rates(self, iteration: int) -> list[float]:
-        interval = (iteration + 1) / self._size
-        interval = math.floor(interval) if self._staircase else interval
-        return [low * (1 + self._rate * interval) for low in self._min]
+        interval = (iteration + 1) / self.lr_range_test_step_size
+        interval = math.floor(interval) if self.lr_range_test_staircase else interval
+        return [low * (1 + self.lr_range_test_step_rate * interval) for low in self._min]
 
 
+@dataclass(eq=False)
 class OneCycle(Schedule):
     """One ramp up and down, then decay (Smith 2018, "A disciplined approach", section 4).
 
@@ -139,79 +146,59 @@ class OneCycle(Schedule):
         decay_mom_rate: growth of the momentum after the cycle, as ``decay_lr_rate``.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        cycle_min_lr: PerGroup,
-        cycle_max_lr: PerGroup,
-        decay_lr_rate: float = 0.0,
-        cycle_first_step_size: int = 2000,
-        cycle_second_step_size: int | None = None,
-        cycle_first_stair_count: int = 0,
-        cycle_second_stair_count: int | None = None,
-        decay_step_size: int = 0,
-        cycle_momentum: bool = True,
-        cycle_min_mom: float = 0.8,
-        cycle_max_mom: float = 0.9,
-        decay_mom_rate: float = 0.0,
-    ) -> None:
-        super().__init__(optimizer)
-        down = cycle_first_step_size if cycle_second_step_size is None else cycle_second_step_size
-        _positive(cycle_first_step_size=cycle_first_step_size, cycle_second_step_size=down)
-        self._min = self._per_group("cycle_min_lr", cycle_min_lr)
-        self._max = self._per_group("cycle_max_lr", cycle_max_lr)
-        self._lengths = (cycle_first_step_size, down)
-        second = cycle_second_stair_count
-        self._stairs = (
-            cycle_first_stair_count,
-            cycle_first_stair_count if second is None else second,
-        )
-        self._decay_step = decay_step_size
-        self._decay_lr = decay_lr_rate
-        self._decay_mom = decay_mom_rate
-        self._momenta = (cycle_min_mom, cycle_max_mom) if cycle_momentum else None
-        self._apply()
+    cycle_min_lr: PerGroup
+    cycle_max_lr: PerGroup
+    decay_lr_rate: float = 0.0
+    cycle_first_step_size: int = 2000
+    cycle_second_step_size: int | None = None
+    cycle_first_stair_count: int = 0
+    cycle_second_stair_count: int | None = None
+    decay_step_size: int = 0
+    cycle_momentum: bool = True
+    cycle_min_mom: float = 0.8
+    cycle_max_mom: float = 0.9
+    decay_mom_rate: float = 0.0
+
+    def _prepare(self) -> None:
+        self._up, down = self.cycle_first_step_size, self.cycle_second_step_size
+        self._down = self._up if down is None else down
+        _positive(cycle_first_step_size=self._up, cycle_second_step_size=self._down)
+        stairs = self.cycle_second_stair_count
+        self._down_stairs = self.cycle_first_stair_count if stairs is None else stairs
+        self._min = self._per_group("cycle_min_lr", self.cycle_min_lr)
+        self._max = self._per_group("cycle_max_lr", self.cycle_max_lr)
 
     def rates(self, iteration: int) -> list[float]:
-        height, decay = self._height(iteration), 1 + self._decay_lr * self._intervals(iteration)
-        return [
-            (low + (high - low) * height) / decay
-            for low, high in zip(self._min, self._max, strict=True)
-        ]
+        height = self._height(iteration)
+        decay = 1 + self.decay_lr_rate * self._decay_intervals(iteration)
+        pairs = zip(self._min, self._max, strict=True)
+        return [(low + (high - low) * height) / decay for low, high in pairs]
 
-    def momentum(self, iteration: int) -> float | None:
-        """Momentum at ``iteration``, or ``None`` when it is left alone."""
-        if self._momenta is None:
-            return None
-        low, high = self._momenta
-        growth = 1 + self._decay_mom * self._intervals(iteration)
-        return (high - (high - low) * self._height(iteration)) * growth
-
-    def get_mom(self) -> float | None:
-        """Momentum of the present iteration."""
-        return self.momentum(self.last_batch_iteration)
+    def momentum(self, iteration: int) -> float:
+        """Momentum at ``iteration`` (from -1)."""
+        span = self.cycle_max_mom - self.cycle_min_mom
+        growth = 1 + self.decay_mom_rate * self._decay_intervals(iteration)
+        return (self.cycle_max_mom - span * self._height(iteration)) * growth
 
     def _apply(self) -> None:
         super()._apply()
-        momentum = self.get_mom()
         for group in self._groups:
-            if momentum is not None and "betas" in group:
-                group["betas"] = (momentum, _BETA2)
+            if self.cycle_momentum and "betas" in group:
+                group["betas"] = (self.momentum(self.last_batch_iteration), _BETA2)
 
     def _height(self, iteration: int) -> float:
         """Where on the ramps, from 0 (both ends) to 1 (the peak)."""
-        up, down = self._lengths
         done = iteration + 1
-        if done <= up:
-            return _on_stairs(done / up, self._stairs[0])
-        return 1 - _on_stairs(min((done - up) / down, 1.0), self._stairs[1])
+        if done <= self._up:
+            return _on_stairs(done / self._up, self.cycle_first_stair_count)
+        return 1 - _on_stairs(min((done - self._up) / self._down, 1.0), self._down_stairs)
 
-    def _intervals(self, iteration: int) -> float:
-        """Decay steps since the end of the cycle."""
-        after = iteration + 1 - sum(self._lengths)
-        return after / self._decay_step if after > 0 and self._decay_step > 0 else 0.0
+    def _decay_intervals(self, iteration: int) -> float:
+        after = max(iteration + 1 - self._up - self._down, 0)
+        return after / self.decay_step_size if self.decay_step_size > 0 else 0.0
 
 
+@dataclass(eq=False)
 class WarmupLR(Schedule):
     """Raise the rate to its maximum, then keep it.
 
@@ -222,55 +209,48 @@ class WarmupLR(Schedule):
         warmup_type: ``"log"`` or ``"linear"`` growth.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        warmup_min_lr: PerGroup = 0.0,
-        warmup_max_lr: PerGroup | None = None,
-        warmup_num_steps: int = 1000,
-        warmup_type: Warmup = "log",
-    ) -> None:
-        super().__init__(optimizer)
-        highest = [float(rate) for rate in self._base] if warmup_max_lr is None else warmup_max_lr
-        self._min = self._per_group("warmup_min_lr", warmup_min_lr)
+    warmup_min_lr: PerGroup = 0.0
+    warmup_max_lr: PerGroup | None = None
+    warmup_num_steps: int = 1000
+    warmup_type: Warmup = "log"
+
+    def _prepare(self) -> None:
+        highest = self._base if self.warmup_max_lr is None else self.warmup_max_lr
+        self._min = self._per_group("warmup_min_lr", self.warmup_min_lr)
         self._max = self._per_group("warmup_max_lr", highest)
-        self._warmup = _checked_warmup(warmup_num_steps, warmup_type)
-        self._type = warmup_type
-        self._apply()
+        _check_warmup(self.warmup_type)
 
     def rates(self, iteration: int) -> list[float]:
         share = self._share(max(iteration, 0))
-        return [low + (high - low) * share for low, high in zip(self._min, self._max, strict=True)]
+        pairs = zip(self._min, self._max, strict=True)
+        return [low + (high - low) * share for low, high in pairs]
 
     def _share(self, iteration: int) -> float:
-        return warmup_share(iteration, self._warmup, self._type)
+        return warmup_share(iteration, self.warmup_num_steps, self.warmup_type)
 
 
+@dataclass(eq=False)
 class WarmupDecayLR(WarmupLR):
-    """:class:`WarmupLR`, then a straight line down to ``warmup_min_lr`` at ``total_num_steps``.
+    """:class:`WarmupLR`, then a straight line down to ``warmup_min_lr``.
 
     Args:
-        total_num_steps: updates of the whole training; other arguments as for :class:`WarmupLR`.
+        total_num_steps: updates of the whole training, at whose end the line ends.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        total_num_steps: int,
-        warmup_min_lr: PerGroup = 0.0,
-        warmup_max_lr: PerGroup | None = None,
-        warmup_num_steps: int = 1000,
-        warmup_type: Warmup = "log",
-    ) -> None:
-        self._total = _checked_total(total_num_steps, warmup_num_steps)
-        super().__init__(optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type)
+    total_num_steps: int = field(kw_only=True)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        _check_total(self.total_num_steps, self.warmup_num_steps)
 
     def _share(self, iteration: int) -> float:
-        if iteration < self._warmup:
+        warmup = max(2, self.warmup_num_steps)
+        if iteration < warmup:
             return super()._share(iteration)
-        return max(0.0, (self._total - iteration) / max(1, self._total - self._warmup))
+        return max(0.0, (self.total_num_steps - iteration) / max(1, self.total_num_steps - warmup))
 
 
+@dataclass(eq=False)
 class WarmupCosineLR(Schedule):
     """Warm-up, then half a cosine, both as a ratio of each group's own rate.
 
@@ -282,36 +262,35 @@ class WarmupCosineLR(Schedule):
         warmup_type: ``"log"`` or ``"linear"`` growth.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        total_num_steps: int,
-        warmup_min_ratio: float = 0.0,
-        warmup_num_steps: int = 1000,
-        cos_min_ratio: float = 1e-4,
-        warmup_type: Warmup = "log",
-    ) -> None:
-        super().__init__(optimizer)
-        self._total = _checked_total(total_num_steps, warmup_num_steps)
-        self._warmup = _checked_warmup(warmup_num_steps, warmup_type)
-        self._type = warmup_type
-        self._ends = (warmup_min_ratio, cos_min_ratio)
-        self._apply()
+    total_num_steps: int
+    warmup_min_ratio: float = 0.0
+    warmup_num_steps: int = 1000
+    cos_min_ratio: float = 1e-4
+    warmup_type: Warmup = "log"
+
+    def _prepare(self) -> None:
+        _check_warmup(self.warmup_type)
+        _check_total(self.total_num_steps, self.warmup_num_steps)
 
     def rates(self, iteration: int) -> list[float]:
-        return [float(base) * self._ratio(max(iteration, 0)) for base in self._base]
+        ratio = self._ratio(max(iteration, 0))
+        return [base * ratio for base in self._base]
 
     def _ratio(self, iteration: int) -> float:
-        first, last = self._ends
-        if iteration < self._warmup:
-            return first + (1 - first) * warmup_share(iteration, self._warmup, self._type)
-        left = max(1, self._total - self._warmup)
-        progress = min((iteration - self._warmup + 1) / left, 1.0)
+        warmup, first, last = (
+            max(2, self.warmup_num_steps),
+            self.warmup_min_ratio,
+            self.cos_min_ratio,
+        )
+        if iteration < warmup:
+            return first + (1 - first) * warmup_share(iteration, warmup, self.warmup_type)
+        progress = min((iteration - warmup + 1) / max(1, self.total_num_steps - warmup), 1.0)
         return last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def warmup_share(iteration: int, steps: int, kind: Warmup) -> float:
-    """How far a warm-up of ``steps`` is at ``iteration`` (from 0), from 0 to 1."""
+    """How far a warm-up of ``steps`` (at least 2) is at ``iteration`` (from 0), from 0 to 1."""
+    steps = max(2, steps)
     if iteration >= steps:
         return 1.0
     return math.log(iteration + 1) / math.log(steps) if kind == "log" else iteration / steps
@@ -327,14 +306,12 @@ def _positive(**values: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _checked_warmup(steps: int, kind: str) -> int:
-    if kind not in get_args(Warmup):
+def _check_warmup(kind: str) -> None:
+    if kind not in ("log", "linear"):
         raise ValueError(f"warmup_type must be 'log' or 'linear', got {kind!r}")
-    return max(2, steps)
 
 
-def _checked_total(total: int, warmup: int) -> int:
+def _check_total(total: int, warmup: int) -> None:
     _positive(total_num_steps=total)
     if total < warmup:
         logger.warning("total_num_steps %d ends before warmup_num_steps %d", total, warmup)
-    return total

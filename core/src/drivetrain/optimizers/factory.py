@@ -91,7 +91,7 @@ def rule_from_optimizer(optimizer: Optimizer) -> OptimizerPlan:
             f"the given {kind} already holds states of {taken} parameters; give a new optimizer, "
             "and restore states with load_checkpoint"
         )
-    return OptimizerPlan(TorchRule.from_optimizer(optimizer), optimizer.param_groups)
+    return OptimizerPlan(TorchRule(optimizer), optimizer.param_groups)
 
 
 def as_groups(parameters: Iterable[Any]) -> list[dict[str, Any]]:
@@ -113,7 +113,7 @@ def torch_rule(kind: type[Optimizer], params: Params, **options: Any) -> TorchRu
     """The rule of a torch class, with errors under the config's paths."""
     template = call_checked(PARAMS, kind, params, example_parameters())
     try:
-        return TorchRule.from_optimizer(template, **options)
+        return TorchRule(template, **options)
     except ConfigError as error:
         raise ConfigError(f"optimizer.type: {error}") from error
 

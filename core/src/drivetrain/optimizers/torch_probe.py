@@ -63,7 +63,6 @@ def inner_step(
     kind = type(template)
     inner: Any = object.__new__(kind)
     inner.__dict__.update(template.__dict__)
-    inner.__dict__.pop("step", None)  # torch's schedules replace it on the instance
     inner._optimizer_step_pre_hooks = OrderedDict()
     inner._optimizer_step_post_hooks = OrderedDict()
     parameter = nn.Parameter(weights, requires_grad=False)
@@ -74,7 +73,7 @@ def inner_step(
         inner.state[parameter] = state
     if grad_scale is not None:
         inner.grad_scale = grad_scale
-    kind.step(inner)
+    kind.step(inner)  # not inner.step, which torch's schedules wrap on the instance
     return inner, inner.state[parameter]
 
 

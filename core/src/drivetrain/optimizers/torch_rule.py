@@ -27,9 +27,10 @@ class TorchRule(UpdateRule):
     class and device have them; they also multiply by the scale in the same pass.
 
     Args:
-        kind: an elementwise subclass of ``torch.optim.Optimizer``.
-        params: keyword arguments of its constructor.
-        state_dtype: storage dtype of elementwise states; ``None`` for that of the master weights.
+        optimizer: an elementwise ``torch.optim`` class, or a client's instance, which is never
+            stepped itself. Of an instance, the rule has the states that any of its groups needs.
+        params: keyword arguments of the class.
+        state_dtype: storage dtype of elementwise states; ``None`` for the bucket's.
         bias_correction: ``False`` switches Adam's bias correction off.
 
     Raises:
@@ -38,49 +39,31 @@ class TorchRule(UpdateRule):
 
     def __init__(
         self,
-        kind: type[Optimizer],
+        optimizer: Optimizer | type[Optimizer],
         params: Mapping[str, Any] | None = None,
         *,
         state_dtype: torch.dtype | None = None,
         bias_correction: bool = True,
     ) -> None:
-        construct: Any = kind  # torch types the constructor of the base class only
-        self._adopt(construct(example_parameters(), **(params or {})))
+        if isinstance(optimizer, Optimizer):
+            self._template = optimizer
+        else:
+            construct: Any = optimizer  # torch types the constructor of the base class only
+            self._template = construct(example_parameters(), **(params or {}))
+        self.defaults = dict(self._template.defaults)
         self._state_dtype = state_dtype
         self._late = not bias_correction
-
-    @classmethod
-    def from_optimizer(
-        cls,
-        optimizer: Optimizer,
-        *,
-        state_dtype: torch.dtype | None = None,
-        bias_correction: bool = True,
-    ) -> TorchRule:
-        """The rule of an existing optimizer, with the states that any of its groups needs.
-
-        Raises:
-            ConfigError: see :class:`TorchRule`.
-        """
-        rule = cls.__new__(cls)
-        rule._adopt(optimizer)
-        rule._state_dtype = state_dtype
-        rule._late = not bias_correction
-        return rule
-
-    def _adopt(self, template: Optimizer) -> None:
-        self._template = template
         self._fused: dict[tuple[torch.device, torch.dtype], bool] = {}
-        self.defaults = dict(template.defaults)
+        # Groups may need different states, but hardly one group for each learning rate.
         common = {"params", "param_names", "lr", "initial_lr", "weight_decay"}
         distinct = {
             repr({key: value for key, value in group.items() if key not in common}): group
-            for group in template.param_groups
+            for group in self._template.param_groups
         }
         first, *rest = distinct.values()
-        self._layout = probe(template, first)
+        self._layout = probe(self._template, first)
         for group in rest:
-            self._layout.merge(probe(template, group))
+            self._layout.merge(probe(self._template, group))
 
     def states(self, bucket: BucketSpec) -> Sequence[StateSpec]:
         """Elementwise states, and 0-d ones as constant vectors.
