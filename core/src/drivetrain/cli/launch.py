@@ -79,6 +79,7 @@ class _Tap(threading.Thread):
     def __init__(self, descriptor: int, file: BinaryIO) -> None:
         super().__init__(name=f"tap-{descriptor}", daemon=True)
         self._descriptor, self._file = descriptor, file
+        self._begun = b""
         if os.isatty(descriptor):
             self._outlet, self.inlet = pty.openpty()
             size = fcntl.ioctl(descriptor, termios.TIOCGWINSZ, b"\0" * 8)
@@ -101,10 +102,16 @@ class _Tap(threading.Thread):
                 data = b""
             if not data:
                 break
-            self._file.write(data)
-            self._file.flush()
+            self._keep(data)
             try:
                 os.write(self._descriptor, data)
             except BrokenPipeError:  # nobody watches any more; the file still gets everything
                 self._descriptor = os.open(os.devnull, os.O_WRONLY)
         os.close(self._outlet)
+        self._keep(b"\n" if self._begun else b"")
+
+    def _keep(self, data: bytes) -> None:
+        """Write whole lines only, since the other stream writes to the same file."""
+        lines, end, self._begun = (self._begun + data).rpartition(b"\n")
+        self._file.write(lines + end)
+        self._file.flush()
