@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from drivetrain_cpu.instruction_sets import runnable
@@ -51,7 +52,7 @@ def run(path, *arguments):
         ).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
-    if not all(os.path.isabs(runtime) for runtime in runtimes):
+    if not all(Path(runtime).is_absolute() for runtime in runtimes):
         pytest.skip("the compiler has no sanitizer runtimes")
     environment = {
         **os.environ,

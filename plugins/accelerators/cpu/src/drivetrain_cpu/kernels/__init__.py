@@ -17,7 +17,15 @@ from drivetrain_kernels import Op, Provider, ops
 from drivetrain_kernels.build import NativeLibrary
 
 NATIVE = Path(__file__).parent.parent / "native"
-SOURCES = ("optimizers", "reductions", "copies", "quantization")
+SOURCES = (
+    "optimizers",
+    "reductions",
+    "copies",
+    "quantization",
+    "shared_group",
+    "collectives",
+)
+HEADERS = ("tiles", "shared_group")
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -48,7 +56,7 @@ def kernel_library(path: InstructionSet) -> NativeLibrary:
     return NativeLibrary(
         f"drivetrain_cpu_{path.name}",
         [NATIVE / f"{name}.cpp" for name in SOURCES],
-        headers=[NATIVE / "tiles.h"],
+        headers=[NATIVE / f"{name}.h" for name in HEADERS],
         flags=(*FLAGS, *path.flags),
         prebuilt=NATIVE / "prebuilt",
         before_load=share_openmp,

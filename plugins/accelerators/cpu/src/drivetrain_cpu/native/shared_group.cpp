@@ -1,0 +1,139 @@
+#include "shared_group.h"
+
+#include <linux/futex.h>
+#include <poll.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <climits>
+#include <cstring>
+
+namespace drivetrain {
+namespace {
+
+constexpr long kNapNanoseconds = 100'000'000;
+// Long enough for a peer that runs on another core, about 20 microseconds.
+constexpr int kSpins = 1000;
+// With more ranks than cores the peer may need this one's core.
+constexpr int kSpinsWhenCrowded = 20;
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+double now() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+int cores() {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+}
+
+// Sleeps while `word` holds `value`, at most one nap.
+void nap(std::atomic<uint32_t>& word, uint32_t value) {
+  const timespec limit{0, kNapNanoseconds};
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT, value, &limit, nullptr, 0);
+}
+
+void wake(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+// Counters wrap; the nearer side of the circle counts.
+bool reached(uint32_t counter, uint32_t target) {
+  return static_cast<int32_t>(counter - target) >= 0;
+}
+
+}  // namespace
+
+Group::Group(int rank, int size, void* const* segments, int64_t slot_bytes, const int* processes,
+             double timeout_seconds)
+    : rank_(rank),
+      size_(size),
+      slot_bytes_(slot_bytes),
+      timeout_(timeout_seconds),
+      spins_(size <= cores() ? kSpins : kSpinsWhenCrowded) {
+  for (int k = 0; k < size; ++k) {
+    bases_[k] = static_cast<char*>(segments[k]);
+    processes_[k] = processes[k];
+  }
+}
+
+void Group::announce(const Descriptor& descriptor) {
+  control(rank_).descriptors[parity()] = descriptor;
+}
+
+Outcome Group::compare() {
+  const Descriptor& own = control(rank_).descriptors[parity()];
+  Outcome outcome;
+  for (int k = 0; k < size_ && outcome.fault == kNone; ++k) {
+    const Descriptor& other = control(k).descriptors[parity()];
+    const bool same = own.collective == other.collective && own.dtype == other.dtype &&
+                      own.op == other.op && own.source == other.source && own.count == other.count;
+    if (!same) outcome = {kDisagrees, k};
+  }
+  ++collectives_;
+  return outcome;
+}
+
+Outcome Group::meet() {
+  Control& own = control(rank_);
+  ++steps_;
+  // Sequentially consistent, like the sleeper's count: either this rank sees that somebody sleeps,
+  // or the sleeper sees the new value.
+  own.arrived.store(steps_);
+  if (own.sleepers.load() != 0) wake(own.arrived);
+  Outcome outcome;
+  for (int k = 0; k < size_; ++k) {
+    if (k != rank_ && !wait_for(k, outcome)) break;
+  }
+  return outcome;
+}
+
+bool Group::wait_for(int peer, Outcome& outcome) {
+  Control& other = control(peer);
+  for (int spin = 0; spin < spins_; ++spin) {
+    if (reached(other.arrived.load(std::memory_order_acquire), steps_)) return true;
+    relax();
+  }
+  const double began = now();
+  for (;;) {
+    other.sleepers.fetch_add(1);
+    const uint32_t seen = other.arrived.load();
+    if (!reached(seen, steps_)) nap(other.arrived, seen);
+    other.sleepers.fetch_sub(1);
+    if (reached(other.arrived.load(std::memory_order_acquire), steps_)) return true;
+    outcome = look_around(now() - began);
+    if (outcome.fault == kTimedOut) outcome.peer = peer;
+    if (outcome.fault != kNone) return false;
+  }
+}
+
+Outcome Group::look_around(double waited) const {
+  for (int k = 0; k < size_; ++k) {
+    if (k == rank_) continue;
+    pollfd process{processes_[k], POLLIN, 0};
+    const bool left = control(k).departed.load() != 0, died = poll(&process, 1, 0) == 1;
+    // Looked at last: whoever arrived and then went has arrived.
+    const bool missing = !reached(control(k).arrived.load(), steps_);
+    if (missing && (left || died)) return {left ? kLeft : kDied, k};
+  }
+  return {waited > timeout_ ? kTimedOut : kNone, -1};
+}
+
+void Group::leave() {
+  Control& own = control(rank_);
+  own.departed.store(1);
+  wake(own.arrived);
+}
+
+}  // namespace drivetrain

@@ -1,0 +1,90 @@
+// Ranks of one host that meet in shared memory: who is there, who has arrived, who has gone.
+//
+// Every rank owns one segment, mapped by all: a control block and two staging slots. A rank
+// announces a step by raising its own counter; others wait for that counter, first spinning, then
+// sleeping in a futex. Nothing is locked, so a rank that dies leaves nothing locked; those that
+// sleep look every tenth of a second whether the others are still alive.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace drivetrain {
+
+constexpr int kMaxRanks = 64;
+constexpr int64_t kControlBytes = 8192;
+
+enum Collective : uint32_t { kAllReduce, kReduceScatter, kAllGather, kBroadcast, kAllToAll, kBarrier };
+
+// What a rank is about to do; the others check that they are about to do the same.
+struct Descriptor {
+  uint32_t collective, dtype, op, source;
+  int64_t count;
+  // Registered memory: segment number (or -1) and byte offset of input and output.
+  int32_t input_segment, output_segment;
+  int64_t input_offset, output_offset;
+};
+
+// Start of a rank's segment. The counters have cache lines of their own.
+struct Control {
+  alignas(64) std::atomic<uint32_t> arrived;
+  alignas(64) std::atomic<uint32_t> sleepers;
+  alignas(64) std::atomic<uint32_t> departed;
+  // Two of each, used in turn: a rank may be one collective ahead of those that still read.
+  alignas(64) Descriptor descriptors[2];
+  int64_t sizes[2][kMaxRanks];
+};
+static_assert(sizeof(Control) <= kControlBytes, "the control block has outgrown its pages");
+static_assert(std::atomic<uint32_t>::is_always_lock_free, "shared counters must not take locks");
+
+// Shared with shared_group.py.
+enum Fault : int { kNone = 0, kDied = 1, kLeft = 2, kDisagrees = 3, kTimedOut = 4 };
+
+struct Outcome {
+  int fault = kNone;
+  int peer = -1;
+};
+
+class Group {
+ public:
+  // `segments[k]`: where rank k's segment is mapped here. `processes[k]`: a pidfd of rank k.
+  Group(int rank, int size, void* const* segments, int64_t slot_bytes, const int* processes,
+        double timeout_seconds);
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  int64_t slot_bytes() const { return slot_bytes_; }
+
+  // A staging slot of a rank; `turn` alternates.
+  char* slot(int rank, uint32_t turn) const {
+    return bases_[rank] + kControlBytes + (turn & 1) * slot_bytes_;
+  }
+  char* next_slot(int rank) const { return slot(rank, turns_); }
+  void turn() { ++turns_; }
+
+  Control& control(int rank) const { return *reinterpret_cast<Control*>(bases_[rank]); }
+  uint32_t parity() const { return collectives_ & 1; }
+
+  // Publishes what comes next; call before the first meeting of a collective.
+  void announce(const Descriptor& descriptor);
+  // Whether all ranks announced the same; call after the first meeting. Ends the announcement.
+  Outcome compare();
+  // Returns when all ranks have called it as often.
+  Outcome meet();
+  // Tells the others that this rank will not come again.
+  void leave();
+
+ private:
+  bool wait_for(int peer, Outcome& outcome);
+  Outcome look_around(double waited) const;
+
+  int rank_, size_;
+  char* bases_[kMaxRanks];
+  int processes_[kMaxRanks];
+  int64_t slot_bytes_;
+  double timeout_;
+  int spins_;
+  uint32_t steps_ = 0, turns_ = 0, collectives_ = 0;
+};
+
+}  // namespace drivetrain

@@ -1,0 +1,309 @@
+"""The ranks of one axis that run on one host, meeting in shared memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_double, c_int, c_int32, c_int64, c_uint32
+from ctypes import c_void_p as pointer
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from drivetrain_cpu.shared_segment import Mapping, OwnSegment, host_identity, map_peer
+
+from drivetrain.communicator import Communicator, Op, Purpose, Tag
+
+if TYPE_CHECKING:
+    from drivetrain.mesh_layout import Axis
+
+SLOT_BYTES = 1 << 20
+"""Size of a staging slot: two of each rank stay in the cache."""
+CONTROL_BYTES = 8192
+"""``kControlBytes`` of shared_group.h."""
+LARGEST_GROUP = 64
+"""``kMaxRanks`` of shared_group.h."""
+SETUP = Tag(Purpose.CONTROL, site="set-up of shared memory")
+
+ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, ALL_TO_ALL, BARRIER = range(6)
+REDUCED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+"""Dtypes that are reduced in shared memory; any dtype is moved."""
+_BYTES = 3
+_OPS = {Op.SUM: 0, Op.MAX: 1, Op.MIN: 2}
+_FAULTS = {1: "died", 2: "left the job", 3: "is in another collective", 4: "did not come in time"}
+
+
+class Request(Structure):
+    """``Request`` of collectives.cpp."""
+
+    _fields_ = [
+        ("collective", c_uint32),
+        ("dtype", c_uint32),
+        ("op", c_uint32),
+        ("source", c_uint32),
+        ("input", pointer),
+        ("output", pointer),
+        ("count", c_int64),
+        ("input_segment", c_int32),
+        ("output_segment", c_int32),
+        ("input_offset", c_int64),
+        ("output_offset", c_int64),
+        ("segments", POINTER(POINTER(pointer))),
+        ("sent", POINTER(c_int64)),
+        ("received", POINTER(c_int64)),
+    ]
+
+
+class UnavailableError(Exception):
+    """Shared memory cannot serve these ranks; the message says why."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a collective failed.
+
+    Args:
+        position: of the rank at fault along the axis.
+        what: what it did, e.g. ``"died"``.
+    """
+
+    position: int
+    what: str
+
+
+@dataclass
+class _Registered:
+    """A registered segment: where this rank's tensor lies, and everybody's mappings."""
+
+    start: int
+    size: int
+    mappings: list[Mapping | None]
+    addresses: Any
+
+
+class SharedGroup:
+    """Collectives of one axis; every rank makes the same calls in the same order.
+
+    Args:
+        library: the native kernels, or why there are none.
+        inner: how the ranks talk until they share memory.
+        axis: the axis.
+        timeout: seconds after which a rank that does not come counts as lost.
+
+    Raises:
+        UnavailableError: on every rank, if any of them cannot share memory with all others.
+    """
+
+    def __init__(
+        self, library: ctypes.CDLL | str, inner: Communicator, axis: Axis, timeout: float
+    ) -> None:
+        self.size, self.rank = inner.size(axis), inner.rank(axis)
+        self._inner, self._axis = inner, axis
+        if self.size > LARGEST_GROUP:
+            raise UnavailableError(f"{self.size} ranks are more than {LARGEST_GROUP}")
+        problem = library if isinstance(library, str) else ""
+        self._mappings = self._share(CONTROL_BYTES + 2 * SLOT_BYTES, problem)
+        self._processes = self._watch()
+        assert isinstance(library, ctypes.CDLL), "the ranks agreed, so this one has the kernels"
+        assert library.dt_group_control_bytes() == CONTROL_BYTES
+        self._library = library
+        addresses = (pointer * self.size)(*[mapping.address for mapping in self._mappings])
+        processes = (c_int * self.size)(*self._processes)
+        library.dt_group_create.restype = pointer
+        library.dt_group_create.argtypes = [
+            c_int, c_int, POINTER(pointer), c_int64, POINTER(c_int), c_double,
+        ]  # fmt: skip
+        for name in ("dt_group_leave", "dt_group_destroy"):
+            getattr(library, name).argtypes, getattr(library, name).restype = [pointer], None
+        library.dt_group_run.argtypes = [pointer, POINTER(Request), POINTER(c_int)]
+        self._run = library.dt_group_run
+        self._group = library.dt_group_create(
+            self.rank, self.size, addresses, SLOT_BYTES, processes, timeout
+        )
+        self._registered: dict[int, _Registered] = {}
+        self._segments = (POINTER(pointer) * 0)()
+        self._made = 0
+        self._fault: Fault | None = None
+
+    # -- collectives: each answers a fault or None ------------------------------------------------
+
+    def all_reduce(self, tensor: torch.Tensor, op: Op) -> Fault | None:
+        """Reduce a contiguous tensor in place."""
+        request = self._request(ALL_REDUCE, REDUCED[tensor.dtype], tensor, tensor, tensor.numel())
+        request.op = _OPS[op]
+        return self._issue(request)
+
+    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, op: Op) -> Fault | None:
+        """Reduce ``input`` [n * size] and keep slice ``rank`` in ``output`` [n]."""
+        code, count = REDUCED[input.dtype], output.numel()
+        request = self._request(REDUCE_SCATTER, code, input, output, count)
+        request.op = _OPS[op]
+        return self._issue(request)
+
+    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Fault | None:
+        """Concatenate every rank's ``input`` [n] into ``output`` [n * size]."""
+        return self._issue(self._request(ALL_GATHER, _BYTES, input, output, input.nbytes))
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> Fault | None:
+        """Copy the tensor of position ``source`` to all others."""
+        request = self._request(BROADCAST, _BYTES, tensor, tensor, tensor.nbytes)
+        request.source = source
+        return self._issue(request)
+
+    def all_to_all(
+        self,
+        output: torch.Tensor,
+        input: torch.Tensor,
+        received: Sequence[int],
+        sent: Sequence[int],
+    ) -> Fault | None:
+        """Exchange slices of ``sent[k]`` bytes for ones of ``received[k]`` bytes."""
+        request = self._request(ALL_TO_ALL, _BYTES, input, output, 0)
+        request.sent = (c_int64 * self.size)(*sent)
+        request.received = (c_int64 * self.size)(*received)
+        return self._issue(request)
+
+    def barrier(self) -> Fault | None:
+        """Wait for all."""
+        return self._issue(Request(collective=BARRIER, input_segment=-1, output_segment=-1))
+
+    # -- registered memory -------------------------------------------------------------------------
+
+    def buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Flat zeroed memory that all ranks map; collective.
+
+        Raises:
+            UnavailableError: on every rank, if any has not enough memory.
+        """
+        size = max(1, numel * dtype.itemsize)
+        mappings = self._share(size)
+        own = mappings[self.rank]
+        number, self._made = self._made, self._made + 1
+        addresses = (pointer * self.size)(*[mapping.address for mapping in mappings])
+        # The tensor alone keeps this rank's mapping alive; when it goes, the segment goes.
+        kept = [None if mapping is own else mapping for mapping in mappings]
+        self._registered[number] = _Registered(own.address, size, kept, addresses)
+        self._tabulate()
+        weakref.finalize(own.block, self._forget, number).atexit = False
+        return (
+            torch.frombuffer(own.block, dtype=dtype, count=numel)
+            if numel
+            else torch.empty(0, dtype=dtype)
+        )
+
+    def _forget(self, number: int) -> None:
+        del self._registered[number]
+        self._tabulate()
+
+    def _tabulate(self) -> None:
+        table = (POINTER(pointer) * self._made)()
+        for number, registered in self._registered.items():
+            table[number] = ctypes.cast(registered.addresses, POINTER(pointer))
+        self._segments = table
+
+    def _locate(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """Segment and offset of a tensor in registered memory; (-1, 0) for any other."""
+        start = tensor.data_ptr()
+        # A copy, since another thread may let go of a buffer meanwhile.
+        for number, registered in tuple(self._registered.items()):
+            if registered.start <= start < registered.start + registered.size:
+                return number, start - registered.start
+        return -1, 0
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Ranks that wait for this one fail at once. May be called repeatedly."""
+        if self._group is not None:
+            self._library.dt_group_leave(self._group)
+
+    def close(self) -> None:
+        """Leave and release; no collective may be under way. May be called repeatedly."""
+        self.leave()
+        if self._group is not None:
+            self._library.dt_group_destroy(self._group)
+            self._group = None
+            for process in self._processes:
+                if process >= 0:
+                    os.close(process)
+
+    def _request(
+        self, collective: int, dtype: int, input: torch.Tensor, output: torch.Tensor, count: int
+    ) -> Request:
+        request = Request(collective=collective, dtype=dtype, count=count)
+        request.input, request.output = input.data_ptr(), output.data_ptr()
+        request.input_segment, request.input_offset = self._locate(input)
+        request.output_segment, request.output_offset = self._locate(output)
+        return request
+
+    def _issue(self, request: Request) -> Fault | None:
+        if self._fault is not None:
+            return self._fault
+        if self._group is None:
+            return Fault(self.rank, "has closed its shared memory")
+        request.segments = self._segments
+        peer = c_int(-1)
+        code = self._run(self._group, byref(request), byref(peer))
+        if code != 0:
+            # Counters are out of step from here on: nothing may be issued any more.
+            self._fault = Fault(peer.value, _FAULTS[code])
+        return self._fault
+
+    # -- set-up ------------------------------------------------------------------------------------
+
+    def _share(self, size: int, problem: str = "") -> list[Mapping]:
+        """Make a segment on every rank, unless this one has a problem, and map all; collective."""
+        own, offer = None, [-1] * 4
+        try:
+            if not problem:
+                own = OwnSegment(size)
+                offer = [host_identity(), os.getpid(), own.descriptor, own.size]
+        except OSError as error:
+            problem = f"there are no {size / 2**20:.0f} MiB of shared memory ({error.strerror})"
+        offers = torch.empty(4 * self.size, dtype=torch.int64)
+        mine = torch.tensor(offer, dtype=torch.int64)
+        self._inner.all_gather(offers, mine, self._axis, SETUP)
+        table = offers.view(self.size, 4).tolist()
+        mappings: list[Mapping] = []
+        if own is not None and len({host for host, *_ in table}) == 1:
+            try:
+                mappings = [
+                    own.mapping if k == self.rank else map_peer(*table[k][1:])
+                    for k in range(self.size)
+                ]
+            except OSError as error:
+                problem = f"cannot map the memory of another rank: {error.strerror}"
+        elif own is not None:
+            problem = "its ranks are on several hosts, or one has no memory to share"
+        agreed = self._agree(bool(mappings))
+        if own is not None:
+            own.close_descriptor()
+        if not agreed:
+            raise UnavailableError(problem or "another rank cannot share memory")
+        return mappings
+
+    def _watch(self) -> list[int]:
+        """Descriptors that tell when a rank's process ends; -1 for this one. Collective."""
+        found: list[int] = []
+        mine = torch.tensor([os.getpid()], dtype=torch.int64)
+        processes = torch.empty(self.size, dtype=torch.int64)
+        self._inner.all_gather(processes, mine, self._axis, SETUP)
+        try:
+            for position, process in enumerate(processes.tolist()):
+                found.append(-1 if position == self.rank else os.pidfd_open(process))
+        except OSError as error:
+            problem = f"cannot watch process {process}: {error.strerror}"
+        else:
+            problem = ""
+        if not self._agree(not problem):
+            raise UnavailableError(problem or "another rank cannot watch its peers")
+        return found
+
+    def _agree(self, fine: bool) -> bool:
+        """Whether all ranks are fine; nobody goes on before all have said so."""
+        votes = torch.empty(self.size, dtype=torch.int64)
+        mine = torch.tensor([int(fine)], dtype=torch.int64)
+        self._inner.all_gather(votes, mine, self._axis, SETUP)
+        return bool(votes.all())
