@@ -176,6 +176,7 @@ def test_a_failure_of_all_ranks_is_shown_once(script, run) -> None:
     message = done.stderr[done.stderr.index("error: ") :]
     assert len(re.findall(r"rank \d failed", message)) == 1
     assert "ConfigError: train_batch_size: expected a number" in message
+    assert done.stderr.count("expected a number") == 1
     assert "Traceback" not in done.stderr
 
 

@@ -41,7 +41,8 @@ def _raised(errors: list[dict[str, Any]], folder: Path) -> list[str]:
     if first["where"]:
         lines.append(f"  raised at {first['where']}")
     # the first rank's output has been on the screen already
-    return lines if first["local_rank"] == 0 else [*lines, *_tail(_log(folder, first))]
+    complete = first["local_rank"] == 0 or first.get("says_all", False)
+    return lines if complete else [*lines, *_tail(_log(folder, first))]
 
 
 def _ended(failures: dict[str, Any], folder: Path) -> list[str]:

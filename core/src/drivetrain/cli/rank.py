@@ -30,6 +30,8 @@ def main() -> None:
     end_with_parent()
     if local_rank > 0:
         _redirect(folder / f"rank{local_rank}.log")
+    else:
+        sys.excepthook = _show_what_the_launcher_does_not
     sys.argv = [target, *arguments]
     try:
         if kind == "module":
@@ -65,6 +67,13 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
+def _show_what_the_launcher_does_not(
+    kind: type[BaseException], error: BaseException, frames: TracebackType | None
+) -> None:
+    if not issubclass(kind, DrivetrainError):  # whose message the launcher shows, once
+        sys.__excepthook__(kind, error, frames)
+
+
 def _redirect(path: Path) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (sys.stdout, sys.stderr):
@@ -81,6 +90,7 @@ def _record(folder: Path, local_rank: int, error: BaseException, message: str) -
         "local_rank": local_rank,
         "time_ns": time.time_ns(),
         "message": message,
+        "says_all": isinstance(error, DrivetrainError),
         "where": where,
         "traceback": "".join(traceback.format_exception(error)),
     }
