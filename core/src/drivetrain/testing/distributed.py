@@ -92,6 +92,7 @@ def run_distributed(
             ten seconds of it all ranks have ended. On a time-out, the stacks of their threads.
         ValueError: ``function`` is not at the level of a module.
     """
+    __tracebackhide__ = True  # pytest then shows the ranks' errors, not this code
     if "<locals>" in function.__qualname__ or "<lambda>" in function.__qualname__:
         raise ValueError(f"{function.__qualname__} must be defined at the level of a module")
     store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -147,6 +148,7 @@ def _call(
 
 def _collect(pool: _Pool, ranks: Sequence[_Rank], deadline: float, timeout: float) -> list[Any]:
     """Wait for all outcomes; after a failure or the time-out, not for long."""
+    __tracebackhide__ = True
     results: dict[int, Any] = {}
     errors: list[RankError] = []
     waiting = {rank.connection: number for number, rank in enumerate(ranks)}
@@ -232,8 +234,8 @@ class _Pool:
         return taken
 
     def give_back(self, ranks: Sequence[_Rank]) -> None:
-        """Keep ranks for the next call."""
-        self._idle.extend(ranks)
+        """Keep ranks for the next call, which finds those with warm caches first."""
+        self._idle[:0] = ranks
 
     def stacks(self, rank: _Rank) -> str:
         """Where the threads of a running rank are."""

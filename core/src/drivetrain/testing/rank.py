@@ -144,5 +144,6 @@ def _clean_process(call: Call) -> Iterator[None]:
         os.environ.update(environment)
         sys.excepthook = hook
         torch.set_default_dtype(torch.float32)
-        torch.use_deterministic_algorithms(False)
+        if torch.are_deterministic_algorithms_enabled():  # setting it loads torch's compiler
+            torch.use_deterministic_algorithms(False)
         torch.set_num_threads(1)
