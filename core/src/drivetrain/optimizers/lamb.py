@@ -8,7 +8,7 @@ import torch
 
 from drivetrain.home import BucketSpec
 from drivetrain.optimizers.checks import check_betas, check_non_negative
-from drivetrain.optimizers.spans import scaled, wide_dtype
+from drivetrain.optimizers.spans import tensors
 from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule
 
 
@@ -66,27 +66,14 @@ class Lamb(UpdateRule):
         return [StateSpec("exp_avg"), StateSpec("exp_avg_sq")]
 
     def update(self, bucket: BucketView, hyper: Hyper, scale: float | torch.Tensor) -> None:
-        dtype = wide_dtype(bucket.weights.dtype)
-        for segment in bucket.segments:
-            stored = [
-                segment.of(flat)
-                for flat in (
-                    bucket.weights,
-                    bucket.states["exp_avg"],
-                    bucket.states["exp_avg_sq"],
-                )
-            ]
-            weights, mean, square = (tensor.to(dtype) for tensor in stored)
-            gradient = scaled(segment.of(bucket.gradient), scale, dtype)
-            mean.lerp_(gradient, 1 - hyper["betas"][0])
-            square.lerp_(gradient.square(), 1 - hyper["betas"][1])
-            step = lamb_direction(weights, mean, square, bucket.step, hyper)
-            weights.sub_(step.mul_(trust_ratio(weights, step, hyper)).mul_(hyper["lr"]))
-            for kept, new in zip(stored, (weights, mean, square), strict=True):
-                if kept is not new:
-                    kept.copy_(new)
-            if bucket.out is not None:
-                segment.of(bucket.out).copy_(weights)
+        beta1, beta2 = hyper["betas"]
+        for span in tensors(bucket, ["exp_avg", "exp_avg_sq"], scale):
+            mean, square = span.states["exp_avg"], span.states["exp_avg_sq"]
+            mean.lerp_(span.gradient, 1 - beta1)
+            square.lerp_(span.gradient.square(), 1 - beta2)
+            step = lamb_direction(span.weights, mean, square, bucket.step, hyper)
+            trust = trust_ratio(span.weights, step, hyper)
+            span.weights.sub_(step.mul_(trust).mul_(hyper["lr"]))
 
 
 def lamb_direction(

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from drivetrain.errors import ConfigError
-from drivetrain.home import BucketSpec, Segment
+from drivetrain.home import BucketSpec
 from drivetrain.optimizers.checks import check_betas, check_non_negative
-from drivetrain.optimizers.spans import scaled, wide_dtype
+from drivetrain.optimizers.spans import tensors
 from drivetrain.optimizers.torch_rule import TorchRule
 from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule
 
@@ -103,33 +103,13 @@ class Muon(UpdateRule):
         return [StateSpec("momentum_buffer")]
 
     def update(self, bucket: BucketView, hyper: Hyper, scale: float | torch.Tensor) -> None:
-        dtype = wide_dtype(bucket.weights.dtype)
-        for segment in bucket.segments:
-            self._update_segment(segment, bucket, hyper, scale, dtype)
-
-    def _update_segment(
-        self,
-        segment: Segment,
-        bucket: BucketView,
-        hyper: Hyper,
-        scale: float | torch.Tensor,
-        dtype: torch.dtype,
-    ) -> None:
-        stored = segment.of(bucket.states["momentum_buffer"])
-        momentum = stored.to(dtype)
-        gradient = scaled(segment.of(bucket.gradient), scale, dtype)
-        momentum.lerp_(gradient, 1 - hyper["momentum"])
-        look_ahead = gradient.lerp_(momentum, hyper["momentum"]) if hyper["nesterov"] else momentum
-        direction = muon_direction(look_ahead, hyper["ns_method"], hyper["ns_steps"])
-        whole = segment.of(bucket.weights)
-        weights = whole.to(dtype)
-        weights.mul_(1 - hyper["lr"] * hyper["weight_decay"])
-        weights.sub_(direction.to(dtype).mul_(hyper["lr"]))
-        for kept, new in ((stored, momentum), (whole, weights)):
-            if kept is not new:
-                kept.copy_(new)
-        if bucket.out is not None:
-            segment.of(bucket.out).copy_(weights)
+        lr, beta = hyper["lr"], hyper["momentum"]
+        for span in tensors(bucket, ["momentum_buffer"], scale):
+            momentum = span.states["momentum_buffer"].lerp_(span.gradient, 1 - beta)
+            ahead = span.gradient.lerp_(momentum, beta) if hyper["nesterov"] else momentum
+            direction = muon_direction(ahead, hyper["ns_method"], hyper["ns_steps"])
+            span.weights.mul_(1 - lr * hyper["weight_decay"])
+            span.weights.sub_(direction.to(span.weights.dtype).mul_(lr))
 
 
 class AuxiliaryAdam(UpdateRule):

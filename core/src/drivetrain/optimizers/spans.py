@@ -1,9 +1,10 @@
-"""Running elementwise arithmetic over a bucket in pieces, in a dtype that is wide enough."""
+"""Running a rule's arithmetic over a bucket in pieces, in a dtype that is wide enough."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,16 +16,16 @@ class Span:
     """A piece of a bucket in the dtype of the arithmetic; changes are kept.
 
     Args:
-        weights: master weights [n], to be updated in place.
-        gradient: scaled gradient [n], which may be overwritten.
-        states: states [n] by name, to be updated in place.
-        part: where the piece lies in the bucket.
+        weights: master weights, to be updated in place.
+        gradient: scaled gradient, which may be overwritten.
+        states: states by name, to be updated in place.
+        cut: takes this piece out of any flat tensor of the bucket.
     """
 
     weights: torch.Tensor
     gradient: torch.Tensor
     states: dict[str, torch.Tensor]
-    part: slice
+    cut: Callable[[torch.Tensor], torch.Tensor]
 
 
 def span_size(device: torch.device) -> int:
@@ -42,10 +43,12 @@ def is_one(scale: float | torch.Tensor) -> bool:
     return isinstance(scale, (int, float)) and scale == 1
 
 
-def scaled(gradient: torch.Tensor, scale: float | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``gradient * scale`` in ``dtype``; overwrites ``gradient`` when it has that dtype."""
-    gradient = gradient.to(dtype)
-    return gradient if is_one(scale) else gradient.mul_(scale)
+def tensors(
+    bucket: BucketView, names: Collection[str], scale: float | torch.Tensor
+) -> Iterator[Span]:
+    """Every tensor of ``bucket`` as one span in its own shape, at least in fp32."""
+    for segment in bucket.segments:
+        yield from _span(bucket, names, scale, wide_dtype(bucket.weights.dtype), segment.of)
 
 
 def spans(
@@ -55,31 +58,36 @@ def spans(
     dtype: torch.dtype,
     size: int,
 ) -> Iterator[Span]:
-    """Cut ``bucket`` into pieces of at most ``size`` elements, computed in ``dtype``.
-
-    Tensors that have ``dtype`` are handed out as views, the others as copies that are rounded back
-    once the caller asks for the next piece, when ``bucket.out`` is written as well.
-    """
+    """Flat pieces of ``bucket`` of at most ``size`` elements, computed in ``dtype``."""
     numel = bucket.weights.numel()
     for start in range(0, numel, max(size, 1)):
         part = slice(start, min(start + size, numel))
-        stored = {name: _piece(bucket.states[name], part) for name in names}
-        weights = _piece(bucket.weights, part)
-        span = Span(
-            weights=weights.to(dtype),
-            gradient=scaled(_piece(bucket.gradient, part), scale, dtype),
-            states={name: state.to(dtype) for name, state in stored.items()},
-            part=part,
-        )
-        yield span
-        for name, state in stored.items():
-            if state.dtype != dtype:
-                state.copy_(span.states[name])
-        if weights.dtype != dtype:
-            weights.copy_(span.weights)
-        if bucket.out is not None:
-            _piece(bucket.out, part).copy_(span.weights)
+        yield from _span(bucket, names, scale, dtype, partial(_piece, part))
 
 
-def _piece(flat: torch.Tensor, part: slice) -> torch.Tensor:
+def _piece(part: slice, flat: torch.Tensor) -> torch.Tensor:
     return flat if part.start == 0 and part.stop == flat.numel() else flat[part]
+
+
+def _span(
+    bucket: BucketView,
+    names: Collection[str],
+    scale: float | torch.Tensor,
+    dtype: torch.dtype,
+    cut: Callable[[torch.Tensor], torch.Tensor],
+) -> Iterator[Span]:
+    """One span; tensors of another dtype are copies, rounded back when the caller has finished."""
+    stored = {name: cut(bucket.states[name]) for name in names}
+    weights, gradient = cut(bucket.weights), cut(bucket.gradient).to(dtype)
+    if not is_one(scale):
+        gradient.mul_(scale)
+    states = {name: state.to(dtype) for name, state in stored.items()}
+    span = Span(weights.to(dtype), gradient, states, cut)
+    yield span
+    for name, state in stored.items():
+        if state.dtype != dtype:
+            state.copy_(span.states[name])
+    if weights.dtype != dtype:
+        weights.copy_(span.weights)
+    if bucket.out is not None:
+        cut(bucket.out).copy_(span.weights)

@@ -99,7 +99,7 @@ class TorchRule(UpdateRule):
         if not (layout.made_by_class and bucket.step == 1):
             state = dict(span.states)
             for name in layout.scalars:
-                state[name] = bucket.states[name][span.part][0].clone()
+                state[name] = span.cut(bucket.states[name])[0].clone()
             if layout.step is not None:
                 state["step"] = self._step_before(bucket, hyper)
         _, after = inner_step(
@@ -110,7 +110,7 @@ class TorchRule(UpdateRule):
             if value is not None and value is not kept:
                 kept.copy_(value)
         for name in layout.scalars & after.keys():
-            bucket.states[name][span.part].fill_(after[name])
+            span.cut(bucket.states[name]).fill_(after[name])
         for name, value in after.items():
             known = name in layout.whole or name in layout.scalars or name == "step"
             if not known and value is not None:
