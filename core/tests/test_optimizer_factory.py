@@ -156,7 +156,7 @@ def test_values_that_only_fail_together_are_shown_together(registry):
 
 
 class Halving(UpdateRule):
-    defaults = {"lr": 0.5}  # noqa: RUF012
+    defaults = {"lr": 0.5}
 
     def states(self, bucket):
         return []
