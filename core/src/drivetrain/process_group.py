@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -68,6 +70,9 @@ class _World:
     jobs: int = 0
 
 
+_servers: dict[str, tuple[Store, Iterator[int]]] = {}
+"""Rendezvous address -> the store of this process there, and numbers for groups that meet in it."""
+
 _worlds: WeakKeyDictionary[ProcessGroup, _World] = WeakKeyDictionary()
 
 
@@ -118,7 +123,6 @@ def start(
         CommunicationError: the ranks did not come together.
     """
     # No device is bound to the group: groups of some ranks could then only be split off by all.
-    alone = init_method is None and ranks.world_size == 1
     try:
         dist.init_process_group(
             backend,
@@ -126,13 +130,31 @@ def start(
             timeout=timeout,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            store=dist.HashStore() if alone else None,  # type: ignore[attr-defined]
+            store=_meeting_place(ranks) if init_method is None else None,
         )
     except (ValueError, RuntimeError) as error:
         raise CommunicationError(
             f"rank {ranks.rank} of {ranks.world_size} could not join the process group "
             f"({backend}): {error}"
         ) from error
+
+
+def _meeting_place(ranks: Ranks) -> Store:
+    """A store for one more process group of this process.
+
+    The server behind it is found once and lives as long as the process. If every group brought its
+    own, a rank that starts the next group early would talk to the server of the last one, which
+    ends while it waits.
+    """
+    if ranks.world_size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined, no-any-return]
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if address not in _servers:
+        _servers.clear()
+        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size))
+        _servers[address] = (store, count())
+    store, generations = _servers[address]
+    return PrefixStore(f"drivetrain/group{next(generations)}", store)
 
 
 def enter(backend: str, ranks: Ranks, timeout: timedelta | None) -> Store | None:
