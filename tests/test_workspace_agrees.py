@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import configparser
+import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,16 +16,11 @@ from packaging.version import Version
 
 import drivetrain
 from drivetrain import known
-from tools import workspace
+from tools import check_imports, workspace
 
 WORKSPACE = workspace.load()
 DISTRIBUTIONS = list(WORKSPACE.values())
 each_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda d: d.name)
-
-
-@pytest.fixture(scope="module")
-def settings() -> dict[str, dict[str, dict[str, object]]]:
-    return tomllib.loads((workspace.ROOT / "pyproject.toml").read_text("utf-8"))
 
 
 @each_distribution
@@ -79,20 +74,36 @@ def test_the_readme_lists_exactly_the_packages_that_exist() -> None:
     assert dict(rows) == folders
 
 
-def test_import_contracts_cover_every_package(settings: dict[str, dict[str, object]]) -> None:
-    linter = settings["tool"]["importlinter"]
+def test_import_contracts_name_every_package() -> None:
     packages = {package for d in DISTRIBUTIONS for package in d.packages}
-    assert set(linter["root_packages"]) == packages
-    contracts = {contract["id"]: contract for contract in linter["contracts"]}
-    plugins = packages - {"drivetrain", "drivetrain_kernels"}
-    assert set(contracts["core"]["forbidden_modules"]) == packages - {"drivetrain"}
-    assert set(contracts["kernels"]["forbidden_modules"]) == plugins
-    assert set(contracts["plugins"]["modules"]) == plugins
+    found = check_imports.contracts(packages)
+    assert set(found["importlinter"]["root_packages"].split()) == packages
+    forbidden = found["importlinter:contract:core"]["forbidden_modules"]
+    assert set(forbidden.split()) == packages - {"drivetrain"}
 
 
-def test_light_modules_import_no_torch(settings: dict[str, dict[str, object]]) -> None:
-    contracts = {c["id"]: c for c in settings["tool"]["importlinter"]["contracts"]}
-    modules = contracts["light"]["source_modules"]
+def test_an_import_between_plugins_breaks_a_contract(tmp_path: Path) -> None:
+    for name, text in {"one": "import drivetrain_two", "two": ""}.items():
+        package = tmp_path / f"drivetrain_{name}"
+        package.mkdir()
+        (package / "__init__.py").write_text(text)
+    config = check_imports.contracts(["drivetrain", "drivetrain_one", "drivetrain_two"])
+    with (tmp_path / "contracts.ini").open("w") as file:
+        config.write(file)
+    done = subprocess.run(
+        [check_imports.LINTER, "--config", str(tmp_path / "contracts.ini"), "--no-cache"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "plugins do not import each other BROKEN" in done.stdout
+    assert "drivetrain_one is not allowed to import drivetrain_two" in done.stdout
+    assert "core imports no plugin and no kernel KEPT" in done.stdout
+
+
+def test_light_modules_import_no_torch() -> None:
+    modules = check_imports.LIGHT
     code = f"""
 import importlib, pkgutil, sys
 for name in {modules!r}:
