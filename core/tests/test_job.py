@@ -1,0 +1,413 @@
+"""Jobs: who may open one, what it gives, and how an error on one rank ends all of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from drivetrain.accelerator import Accelerator
+from drivetrain.accelerator_choice import HostAccelerator, choose_accelerator
+from drivetrain.communicator import CommunicatorLayer, CommunicatorPhase, Purpose, Tag
+from drivetrain.communicator_wrapper import CommunicatorWrapper
+from drivetrain.errors import CommunicationError, ConfigError, PluginError
+from drivetrain.job import Job, Ranks, init_distributed
+from drivetrain.plan import Plan
+from drivetrain.plugin import Plugin, hookimpl
+from drivetrain.registry import Registry, core_entries
+from drivetrain.testing import RanksFailedError, run_distributed
+
+TAG = Tag(Purpose.CONTROL, site="test")
+
+
+def plan(world: int | None = None, **config) -> Plan:
+    return Plan.build(
+        config, world_size=world, batch_required=False, registry=Registry(core_entries())
+    )
+
+
+def total(job: Job, axis: str = "world") -> float:
+    x = torch.tensor([1.0 + job.rank], device=job.device)
+    job.communicator.all_reduce(x, axis, TAG)
+    return x.item()
+
+
+# -- opening and closing ---------------------------------------------------------------------------
+
+
+def test_a_single_process_needs_no_process_group_and_no_batch():
+    with Job.open(plan(1)) as job:
+        assert not dist.is_initialized()
+        assert job.plan.batch is None
+        assert (job.rank, job.world_size, job.device) == (0, 1, torch.device("cpu"))
+        assert total(job) == 1
+        assert job.byte_log.total().calls == 1
+        with job.span("a"):
+            pass
+        assert set(job.ledger.take()) == {"a"}
+        assert job.progress.steps == 0
+        assert job.random.seed == 1234
+
+
+def test_the_seed_comes_from_the_config():
+    with Job.open(plan(1, seed=7)) as job:
+        assert job.random.seed == 7
+
+
+def ranks_meet() -> tuple[int, bool]:
+    with Job.open(plan()) as job:
+        assert job.ranks == Ranks(job.rank, 3, job.rank, 3)
+        result = total(job)
+    return result, dist.is_initialized()
+
+
+def test_ranks_of_torchruns_environment_meet_and_part():
+    assert run_distributed(ranks_meet, 3) == [(6, False)] * 3
+
+
+def two_jobs() -> list[float]:
+    one = Job.open(plan(sequence_parallel_size=2))
+    other = Job.open(plan(data_parallel_size=4))
+    found = [total(one, "sp"), total(other, "dp"), total(one, "dp")]
+    one.close()
+    one.close()
+    found.append(total(other, "dp"))
+    assert dist.is_initialized()
+    other.close()
+    assert not dist.is_initialized()
+    with Job.open(plan(sequence_parallel_size=4)) as third:
+        found.append(total(third, "sp"))
+    return found
+
+
+def test_two_jobs_live_in_one_process_and_the_last_ends_the_process_group():
+    assert run_distributed(two_jobs, 4)[0] == [3, 10, 4, 10, 10]
+
+
+def adopts() -> None:
+    init_distributed(timeout=timedelta(seconds=30))
+    group = dist.group.WORLD
+    init_distributed()
+    for _ in range(2):
+        with Job.open(plan()) as job:
+            assert job.mesh.group("world") is group
+            assert total(job) == 3
+    assert dist.group.WORLD is group, "a job leaves alone what it has not started"
+
+
+def test_a_process_group_that_exists_is_adopted():
+    run_distributed(adopts, 2)
+
+
+def alone() -> int:
+    for variable in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[variable]
+    init_distributed()
+    with Job.open(plan(1)) as job:
+        assert total(job) == 1
+    return dist.get_world_size()
+
+
+def test_init_distributed_works_without_a_launcher():
+    assert run_distributed(alone, 1) == [1]
+
+
+def test_a_plan_for_another_world_is_refused():
+    with pytest.raises(ConfigError, match=r"for 4 ranks \(the world_size argument\), .* 0 of 1"):
+        Job.open(plan(4))
+
+
+def test_an_incomplete_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2 but RANK is not set: .*torchrun"):
+        Job.open(plan())
+    monkeypatch.setenv("RANK", "one")
+    with pytest.raises(ConfigError, match="RANK must be a number, got 'one'"):
+        Job.open(plan())
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(CommunicationError, match=r"rank 0 of 2 could not join .*MASTER_ADDR"):
+        Job.open(plan())
+    assert not dist.is_initialized()
+
+
+def a_thousand_ranks() -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=777, world_size=1000)
+    with Job.open(plan(1000, sequence_parallel_size=8)) as job:
+        assert job.mesh.size("dp") == 125
+        assert job.mesh.coordinate("sp") == 777 % 8
+        job.communicator.all_reduce(torch.zeros(10), "data", TAG)
+        assert job.byte_log.total().sent_bytes == pytest.approx(2 * 40 * 999 / 1000)
+        assert job.byte_log.total(axis="sp").calls == 0
+
+
+def test_one_of_a_thousand_fake_ranks_opens_a_job():
+    run_distributed(a_thousand_ranks, 1)
+
+
+def test_what_is_registered_for_closing_is_released_once_in_reverse():
+    released: list[str] = []
+    with Job.open(plan(1)) as job:
+        job.on_close(lambda: released.append("first"))
+        job.on_close(lambda: released.append("second"))
+    job.close()
+    assert released == ["second", "first"]
+
+
+class Outer(CommunicatorWrapper):
+    pass
+
+
+class Inner(CommunicatorWrapper):
+    pass
+
+
+class Wrapping(Plugin):
+    name = "wrapping"
+
+    @hookimpl
+    def wrap_communicator(self, job: Job) -> list[CommunicatorLayer]:
+        assert job.communicator is job.byte_log
+        return [
+            CommunicatorLayer(CommunicatorPhase.USER_LOG, Outer),
+            CommunicatorLayer(CommunicatorPhase.ROUTE, Inner),
+        ]
+
+
+def test_decorators_are_folded_by_phase_around_the_byte_log():
+    registry = Registry(core_entries()).with_plugins(Wrapping)
+    wrapped = Plan.build(
+        {"plugins": {"wrapping": True}}, registry=registry, batch_required=False, world_size=1
+    )
+    with Job.open(wrapped) as job:
+        outer = job.communicator
+        assert isinstance(outer, Outer)
+        assert isinstance(outer.inner, Inner)
+        assert outer.inner.inner is job.byte_log
+
+
+# -- the accelerator -------------------------------------------------------------------------------
+
+
+class Gadget(Accelerator):
+    """A device that is present; its tensors are the host's, so that a job can open on it."""
+
+    name = "gadget"
+    device_type = "gadget"
+    absent: str | None = None
+
+    def probe(self) -> str | None:
+        return self.absent
+
+    def communication_backend(self) -> str:
+        return "gloo"
+
+    def device(self, local_rank: int) -> torch.device:
+        return torch.device("cpu")
+
+    def start(self, local_rank: int, ranks_on_host: int) -> None:
+        pass
+
+
+class Gizmo(Gadget):
+    name = "gizmo"
+
+
+class Missing(Gadget):
+    name = "missing"
+    absent = "the driver is not loaded"
+
+
+def plan_with(*accelerators: type[Accelerator], **config) -> Plan:
+    registry = Registry(core_entries())
+    for accelerator in accelerators:
+        registry.add("accelerators", accelerator.name, accelerator)
+    return Plan.build(config, world_size=1, batch_required=False, registry=registry)
+
+
+def test_core_works_on_the_host_alone():
+    accelerator = choose_accelerator(plan_with())
+    assert isinstance(accelerator, HostAccelerator)
+    assert accelerator.total_memory() > accelerator.memory_allocated() > 2**20
+    assert isinstance(choose_accelerator(plan_with(accelerator="cpu")), HostAccelerator)
+
+
+def test_a_device_that_is_present_goes_before_the_host(caplog):
+    caplog.set_level("INFO", logger="drivetrain.accelerator")
+    assert isinstance(choose_accelerator(plan_with(Gadget, Missing)), Gadget)
+    assert "accelerator missing is not used: the driver is not loaded" in caplog.text
+
+
+def test_two_devices_leave_the_choice_to_the_user(monkeypatch):
+    with pytest.raises(ConfigError, match=r"gadget, gizmo all claim this process: .*'accelerator'"):
+        choose_accelerator(plan_with(Gadget, Gizmo))
+    assert isinstance(choose_accelerator(plan_with(Gadget, Gizmo, accelerator="gizmo")), Gizmo)
+    monkeypatch.setenv("DRIVETRAIN_ACCELERATOR", "gadget")
+    assert isinstance(choose_accelerator(plan_with(Gadget, Gizmo)), Gadget)
+    assert isinstance(choose_accelerator(plan_with(Gadget, Gizmo, accelerator="gizmo")), Gizmo)
+
+
+def test_an_accelerator_asked_for_must_work(monkeypatch):
+    with pytest.raises(ConfigError, match=r"'accelerator' asks for 'missing', .* driver is not"):
+        choose_accelerator(plan_with(Missing, accelerator="missing"))
+    with pytest.raises(PluginError, match="no accelerator is named 'gadgt'; did you mean"):
+        choose_accelerator(plan_with(Gadget, accelerator="gadgt"))
+    monkeypatch.setenv("DRIVETRAIN_ACCELERATOR", "missing")
+    with pytest.raises(ConfigError, match="DRIVETRAIN_ACCELERATOR asks for 'missing'"):
+        choose_accelerator(plan_with(Missing))
+
+
+class Hooked(Gadget):
+    name = "hooked"
+
+    @hookimpl
+    def wrap_communicator(self, job: Job) -> list[CommunicatorLayer]:
+        return [CommunicatorLayer(CommunicatorPhase.ROUTE, Inner)]
+
+
+def test_an_accelerator_takes_part_in_hooks_and_its_plan_may_run_again():
+    hooked = plan_with(Hooked)
+    for _ in range(2):
+        with Job.open(hooked) as job:
+            assert isinstance(job.communicator, Inner)
+
+
+# -- ranks that disagree ---------------------------------------------------------------------------
+
+
+def different_plans(stranger: int) -> None:
+    seed = 1 if int(os.environ["RANK"]) == stranger else 2
+    Job.open(plan(seed=seed, steps_per_print=10))
+
+
+@pytest.mark.parametrize("stranger", [0, 2])
+def test_every_rank_names_the_one_that_runs_another_plan(stranger):
+    with pytest.raises(RanksFailedError) as caught:
+        run_distributed(different_plans, 4, stranger)
+    assert set(caught.value.errors) == {0, 1, 2, 3}
+    usual = 1 if stranger == 0 else 0
+    for error in caught.value.errors.values():
+        assert error.error.startswith(
+            f"ConfigError: ranks disagree about what to run, rank {stranger} with rank {usual} "
+            "and most others (1 of 4 ranks differ)"
+        )
+        assert f"config.seed is 2 on rank {usual}, 1 on rank {stranger}" in error.error
+        assert "steps_per_print" not in error.error
+
+
+# -- a rank that fails -----------------------------------------------------------------------------
+
+
+def fails(culprit: int, place: str) -> None:
+    job = Job.open(plan(sequence_parallel_size=2))
+    total(job)
+    if job.rank == culprit:
+        if place == "context":
+            with job:
+                raise ValueError("no more data")
+        raise ValueError("no more data")
+    # Not all of these wait for the culprit themselves; the others' ends must reach them.
+    total(job, "sp")
+    total(job, "dp")
+    total(job)
+
+
+@pytest.mark.parametrize("culprit", [0, 1, 3])
+@pytest.mark.parametrize("place", ["script", "context"])
+def test_ranks_that_wait_fail_with_the_error_of_the_one_that_raised(culprit, place):
+    with pytest.raises(RanksFailedError) as caught:
+        run_distributed(fails, 4, culprit, place, timeout=30)
+    errors = caught.value.errors
+    assert errors.pop(culprit).error == "ValueError: no more data"
+    assert len(errors) == 3
+    for error in errors.values():
+        assert re.match(
+            "CommunicationError: (all_reduce of control/test over|creating process group) .* was "
+            f"broken off because rank {culprit} failed: ValueError: no more data$",
+            error.error,
+        ), error.error
+
+
+def dies() -> None:
+    job = Job.open(plan())
+    if job.rank == 1:
+        os._exit(9)
+    total(job)
+
+
+def test_a_rank_that_dies_breaks_the_others_off():
+    with pytest.raises(RanksFailedError) as caught:
+        run_distributed(dies, 3)
+    assert "exit code 9" in caught.value.errors[1].error
+    for rank in (0, 2):
+        assert caught.value.errors[rank].error.startswith(
+            "CommunicationError: all_reduce of control/test over 'world' (3 ranks)"
+        )
+
+
+def all_finish(raise_on: int) -> str:
+    with Job.open(plan()) as job:
+        total(job)
+        try:
+            if job.rank == raise_on:
+                raise SystemExit(0)
+        except SystemExit:
+            return "left"
+    return "ended"
+
+
+def test_leaving_with_exit_code_zero_is_no_failure():
+    assert run_distributed(all_finish, 2, 1) == ["ended", "left"]
+
+
+SCRIPT = """
+import sys
+sys.path[:] = {path!r}
+import torch
+from {module} import Job, plan, total
+job = Job.open(plan())
+total(job)
+if job.rank == {culprit}:
+    raise ValueError("no more data")
+total(job)
+"""
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_scripts_end_alike_when_rank_0_hosts_the_store(culprit):
+    """Without an agent, the store lives in rank 0, which must not go before the others know."""
+    path = [str(Path(__file__).parent), *sys.path]
+    script = SCRIPT.format(path=path, module=Path(__file__).stem, culprit=culprit)
+    probe = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = probe.port
+    del probe
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "WORLD_SIZE": "3",
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+        )
+        for rank in range(3)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert all(process.returncode == 1 for process in processes)
+    assert "ValueError: no more data" in errors.pop(culprit)
+    for error in errors:
+        assert f"because rank {culprit} failed: ValueError: no more data" in error
