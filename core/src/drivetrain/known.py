@@ -41,6 +41,12 @@ SECTIONS = {
 """Config path -> first-party distribution that serves it."""
 
 OPTIMIZERS = {
+    "FusedAdagrad": "drivetrain-kernels",
+    "FusedAdam": "drivetrain-kernels",
+    "FusedAdamW": "drivetrain-kernels",
+    "FusedLamb": "drivetrain-kernels",
+    "FusedLion": "drivetrain-kernels",
+    "FusedSGD": "drivetrain-kernels",
     "MuAdam": "drivetrain-mup",
     "MuAdamW": "drivetrain-mup",
     "MuSGD": "drivetrain-mup",
