@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
 from typing import Any
 
 import torch
+from torch import nn
 
 from drivetrain.errors import ConfigError
 from drivetrain.wording import as_json, did_you_mean
@@ -60,6 +61,28 @@ def call_checked(
                 problem = f"{section}.{name}: {label} refuses {as_json(params[name])}: {error}"
                 raise ConfigError(problem) from error
         raise ConfigError(f"{section}: {label} refuses {as_json(dict(params))}: {error}") from error
+
+
+def require_keywords(section: str, module: nn.Module, names: Sequence[str]) -> None:
+    """Make sure that ``module(...)`` takes keywords which a config section adds to it.
+
+    Args:
+        section: config path that adds them.
+        module: the client's.
+        names: the keywords.
+
+    Raises:
+        ConfigError: ``module.forward`` takes neither them nor any keyword.
+    """
+    accepted = inspect.signature(module.forward).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    missing = [name for name in names if name not in accepted]
+    if missing and not open_ended:
+        raise ConfigError(
+            f"{section}: calls the model with {' and '.join(names)}, but the forward of "
+            f"{type(module).__name__} does not take {' and '.join(missing)}; add "
+            f"{'it' if len(missing) == 1 else 'them'}, or remove the section"
+        )
 
 
 def _accepts(function: Callable[..., Any], leading: tuple[Any, ...], params: Any) -> bool:
