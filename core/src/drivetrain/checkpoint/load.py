@@ -105,9 +105,10 @@ class _Stored:
         return self._files[rank].read(key)
 
     def load_buffers(self, engine: Engine) -> None:
+        rank = engine.job.rank if self.world_size == engine.job.world_size else 0
         with torch.no_grad():
             for name, buffer in engine.module.named_buffers():
-                buffer.copy_(self.tensor(0, f"buffer/{name}"))
+                buffer.copy_(self.tensor(rank, f"buffer/{name}"))
 
 
 def _load_fragments(engine: Engine, stored: _Stored, *, strict: bool, with_states: bool) -> None:

@@ -167,9 +167,8 @@ def _write_rank(engine: Engine, aside: Path, exclude_frozen: bool) -> None:
     engine.job.hub.save_state(engine, writer)
     tensors.update({f"state/{key}": t.detach().cpu().clone() for key, t in writer.tensors.items()})
     tensors["rng/torch"] = torch.get_rng_state()
-    if engine.job.rank == 0:
-        for name, buffer in engine.module.named_buffers():
-            tensors[f"buffer/{name}"] = buffer.detach().cpu().clone()
+    for name, buffer in engine.module.named_buffers():  # batch statistics differ between ranks
+        tensors[f"buffer/{name}"] = buffer.detach().cpu().clone()
     rank = engine.job.rank
     digest = files.write_tensors(aside / files.rank_file(rank, "safetensors"), tensors)
     loader = engine.training_dataloader
