@@ -1,4 +1,4 @@
-"""The collectives under the thread, address and undefined-behaviour sanitizers, ranks as threads."""
+"""The collectives under the sanitizers (thread, address, undefined), with threads for ranks."""
 
 from __future__ import annotations
 

@@ -15,9 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
-from drivetrain_cpu.instruction_sets import selected
-from drivetrain_cpu.kernels import kernel_library
-from drivetrain_cpu.shared_group import REDUCED, Fault, SharedGroup, UnavailableError
 
 from drivetrain.communicator import (
     Communicator,
@@ -29,6 +26,9 @@ from drivetrain.communicator import (
 )
 from drivetrain.communicator_wrapper import CommunicatorWrapper
 from drivetrain.errors import BuildError, CommunicationError
+from drivetrain_cpu.instruction_sets import selected
+from drivetrain_cpu.kernels import kernel_library
+from drivetrain_cpu.shared_group import REDUCED, Fault, SharedGroup, UnavailableError
 
 if TYPE_CHECKING:
     from drivetrain.job import Job
@@ -125,6 +125,7 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         super().__init__(inner)
         self._library, self._ranks, self._timeout = library, ranks, timeout
         self._lines: dict[tuple[int, ...], _Line | None] = {}
+        self._closed = False
 
     def close(self) -> None:
         """Leave all groups, so that ranks that wait for this one fail instead of waiting on."""
@@ -132,6 +133,7 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
             if line is not None:
                 line.close()
         self._lines.clear()
+        self._closed = True
 
     def all_reduce(
         self,
@@ -261,6 +263,8 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         ranks = tuple(self._ranks(axis))
         if len(ranks) == 1:
             return None
+        if self._closed:
+            raise CommunicationError(f"the communicator is closed; axis {axis!r} was asked for")
         if ranks not in self._lines:
             self._lines[ranks] = self._open(axis, ranks)
         return self._lines[ranks]

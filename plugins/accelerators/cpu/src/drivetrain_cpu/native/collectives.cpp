@@ -45,6 +45,13 @@ inline T combined(T a, T b) {
   return static_cast<T>(a + b);
 }
 
+// Two arrays of float32, without a scratch tile; the output may be either.
+template <uint32_t kOp>
+void reduce_pair(float* output, const float* one, const float* other, int64_t count) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) output[i] = combined<kOp>(one[i], other[i]);
+}
+
 template <uint32_t kOp>
 void reduce_floats(char* output, const char* const* inputs, int number, int dtype, int64_t count) {
   Tile sum, scratch;
@@ -75,6 +82,11 @@ void reduce_bytes(char* output, const char* const* inputs, int number, int64_t c
 // Reduces `number` arrays of `count` elements; the output may be one of them.
 template <uint32_t kOp>
 void reduce(char* output, const char* const* inputs, int number, uint32_t dtype, int64_t count) {
+  if (dtype == kFloat32 && number == 2) {
+    reduce_pair<kOp>(reinterpret_cast<float*>(output), reinterpret_cast<const float*>(inputs[0]),
+                     reinterpret_cast<const float*>(inputs[1]), count);
+    return;
+  }
   if (dtype != kInt8) {
     reduce_floats<kOp>(output, inputs, number, static_cast<int>(dtype), count);
     return;

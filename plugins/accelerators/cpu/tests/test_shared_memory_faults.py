@@ -1,0 +1,267 @@
+"""What shared-memory collectives do when ranks disagree, die or leave, and when memory is short."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from drivetrain_cpu import shared_memory, shared_segment
+from drivetrain_cpu.shared_memory import native_library, share_memory
+from shared_memory_world import TAG, start
+
+from drivetrain.byte_log import ByteLog
+from drivetrain.communicator import CommunicatorPhase, Purpose
+from drivetrain.errors import BuildError, CommunicationError
+from drivetrain.mesh import Mesh
+from drivetrain.mesh_layout import MeshLayout
+from drivetrain.testing import RanksFailedError, run_distributed
+from drivetrain.torch_communicator import TorchCommunicator
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    """Ranks find the kernels in the cache instead of building them all at once."""
+    native_library()
+
+
+# -- faults --------------------------------------------------------------------------------------
+
+
+def disagreement():
+    c = start()
+    c.barrier("data", TAG)
+    count = 5 + c.rank("data")
+    expected = (
+        r"all_reduce of gradient/bucket0/backward over 'data' failed: rank [01] is in another"
+    )
+    with pytest.raises(CommunicationError, match=expected):
+        c.all_reduce(torch.ones(count), "data", TAG)
+    # Out of step for good: it must not hang or give wrong sums later.
+    with pytest.raises(CommunicationError, match="is in another collective"):
+        c.all_reduce(torch.ones(3), "data", TAG)
+    c.close()
+
+
+def test_ranks_that_disagree_are_told():
+    run_distributed(disagreement, 2)
+
+
+def wrong_splits():
+    c = start()
+    rank = c.rank("data")
+    # Rank 1 sends two rows, of which rank 0 expects one.
+    sent, expected = ([1, 2], [1, 1]) if rank == 0 else ([2, 1], [2, 1])
+    splits = {"input_splits": sent, "output_splits": expected}
+    message = "rank 1 is in another collective" if rank == 0 else "rank 0 left the job"
+    with pytest.raises(CommunicationError, match=message):  # noqa: PT012 - either may raise
+        c.all_to_all(torch.empty(sum(expected)), torch.ones(3), "data", TAG, **splits)
+        c.barrier("data", TAG)
+    c.close()
+
+
+def test_splits_that_do_not_match_are_told():
+    run_distributed(wrong_splits, 2)
+
+
+def dies():
+    c = start()
+    c.barrier("data", TAG)
+    if c.rank("data") == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    try:
+        c.all_reduce(torch.ones(100_000), "data", TAG)
+    except CommunicationError as error:
+        raise RuntimeError(f"{error} after {time.monotonic() - began < 5}") from error
+
+
+def test_a_rank_that_is_killed_makes_the_others_fail_with_its_name():
+    with pytest.raises(RanksFailedError) as caught:
+        run_distributed(dies, 3)
+    for rank in (0, 2):
+        found = caught.value.errors[rank].error
+        assert "rank 1 died after True" in found, found
+
+
+def leaves():
+    c = start()
+    c.barrier("data", TAG)
+    if c.rank("data") == 1:
+        c.close()
+        return
+    with pytest.raises(CommunicationError, match="rank 1 left the job"):
+        c.all_reduce(torch.ones(100_000), "data", TAG)
+    c.close()
+
+
+def test_a_rank_that_leaves_makes_the_others_fail_with_its_name():
+    run_distributed(leaves, 3)
+
+
+def dawdles():
+    c = start(timeout=0.3)
+    c.barrier("data", TAG)
+    if c.rank("data") == 0:
+        with pytest.raises(CommunicationError, match="rank 1 did not come in time"):
+            c.barrier("data", TAG)
+        Path(os.environ["SIGN"]).touch()
+    else:
+        while not Path(os.environ["SIGN"]).exists():
+            time.sleep(0.02)
+    c.close()
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path):
+    run_distributed(dawdles, 2, env={"SIGN": str(tmp_path / "sign")})
+
+
+def closes_while_waiting():
+    c = start()
+    c.barrier("data", TAG)
+    if c.rank("data") == 0:
+        handle = c.all_reduce(torch.ones(9), "data", TAG, asynchronous=True)
+        time.sleep(0.1)
+        with pytest.raises(CommunicationError, match="rank 1 left the job"):
+            handle.wait()
+    else:
+        time.sleep(0.2)
+    c.close()
+
+
+def test_a_collective_under_way_fails_when_a_rank_leaves():
+    run_distributed(closes_while_waiting, 2)
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+def without_memory(caplog_file):
+    real = shared_segment.os.posix_fallocate
+    if os.environ["RANK"] == "1":
+
+        def refuse(*arguments):
+            raise OSError(28, "No space left on device")
+
+        shared_segment.os.posix_fallocate = refuse
+    said = []
+    shared_memory.logger.warning = lambda message, *rest: said.append(message % rest)
+    try:
+        c = start()
+        tensor = torch.ones(5)
+        c.all_reduce(tensor, "data", TAG)
+        c.all_reduce(tensor, "data", TAG)
+        assert torch.equal(tensor, torch.full((5,), 4.0))
+        assert c.inner.carried == ["all_reduce"] * 2
+        assert c.buffer(5, torch.float32, "data").tolist() == [0.0] * 5
+        c.close()
+    finally:
+        shared_segment.os.posix_fallocate = real
+        del shared_memory.logger.warning
+    return said
+
+
+def test_without_memory_on_one_rank_all_fall_back_with_one_line():
+    said = run_distributed(without_memory, 2, None)
+    assert [len(lines) for lines in said] == [1, 0]
+    assert said[0][0].startswith("axis 'data' does not communicate through memory: ")
+
+
+def failing_library():
+    raise BuildError("no C++ compiler found")
+
+
+def without_compiler():
+    library = failing_library if os.environ["RANK"] == "0" else native_library
+    c = start(library=library)
+    tensor = torch.ones(5)
+    c.all_reduce(tensor, "data", TAG)
+    assert torch.equal(tensor, torch.full((5,), 2.0))
+    assert c.inner.carried == ["all_reduce"]
+    c.close()
+
+
+def test_without_kernels_on_one_rank_all_fall_back():
+    run_distributed(without_compiler, 2)
+
+
+def buffers_come_and_go():
+    c = start()
+
+    def mapped():
+        return Path("/proc/self/maps").read_text().count("memfd:drivetrain")
+
+    c.barrier("data", TAG)
+    before = mapped()
+    for _ in range(3):
+        buffer = c.buffer(1_000_000, torch.float32, "data")
+        view = buffer[10:20].view(2, 5)
+        del buffer
+        assert mapped() == before + 2
+        assert float(view.sum()) == 0.0
+        del view
+        gc.collect()
+        assert mapped() == before
+    c.close()
+    del c
+    gc.collect()
+    assert mapped() == 0
+
+
+def test_buffers_are_unmapped_with_their_last_view():
+    run_distributed(buffers_come_and_go, 2)
+
+
+def test_nothing_is_left_in_dev_shm():
+    def listing():
+        return {path.name for path in Path("/dev/shm").iterdir() if "drivetrain" in path.name}
+
+    before = listing()
+    with pytest.raises(RanksFailedError):
+        run_distributed(dies, 2)
+    assert listing() == before
+
+
+# -- as a layer of a job -------------------------------------------------------------------------
+
+
+def inside_a_job():
+    dist.init_process_group("gloo")
+    mesh = Mesh(MeshLayout.build(dist.get_world_size(), ()), dist.get_rank())
+    log = ByteLog(TorchCommunicator(mesh, torch.device("cpu")))
+    closers = []
+    job = SimpleNamespace(
+        device=torch.device("cpu"),
+        world_size=dist.get_world_size(),
+        mesh=mesh,
+        byte_log=log,
+        on_close=closers.append,
+    )
+    (layer,) = share_memory(job)
+    assert layer.phase is CommunicatorPhase.ROUTE
+    communicator = layer.wrap(log)
+    communicator.all_reduce(torch.ones(1000), "data", TAG)
+    assert log.total(Purpose.GRADIENT).payload_bytes == 4000
+    assert log.total(Purpose.CONTROL).payload_bytes == 0
+    assert "memfd:drivetrain" in Path("/proc/self/maps").read_text()
+    (close,) = closers
+    close()
+    with pytest.raises(CommunicationError, match="is closed"):
+        communicator.all_reduce(torch.ones(1000), "data", TAG)
+
+
+def test_a_job_counts_what_goes_through_memory_and_leaves_when_it_closes():
+    run_distributed(inside_a_job, 2)
+
+
+def test_a_job_of_one_rank_or_on_another_device_shares_nothing():
+    one = SimpleNamespace(device=torch.device("cpu"), world_size=1)
+    other = SimpleNamespace(device=torch.device("meta"), world_size=2)
+    assert list(share_memory(one)) == []
+    assert list(share_memory(other)) == []
