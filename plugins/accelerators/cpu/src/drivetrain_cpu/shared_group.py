@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from drivetrain_cpu.shared_segment import Mapping, OwnSegment, host_identity, map_peer
 
 from drivetrain.communicator import Communicator, Op, Purpose, Tag
+from drivetrain_cpu.shared_segment import Mapping, OwnSegment, host_identity, map_peer
 
 if TYPE_CHECKING:
     from drivetrain.mesh_layout import Axis
@@ -105,7 +105,7 @@ class SharedGroup:
             raise UnavailableError(f"{self.size} ranks are more than {LARGEST_GROUP}")
         problem = library if isinstance(library, str) else ""
         self._mappings = self._share(CONTROL_BYTES + 2 * SLOT_BYTES, problem)
-        self._processes = self._watch()
+        self._processes, cores = self._watch()
         assert isinstance(library, ctypes.CDLL), "the ranks agreed, so this one has the kernels"
         assert library.dt_group_control_bytes() == CONTROL_BYTES
         self._library = library
@@ -113,14 +113,14 @@ class SharedGroup:
         processes = (c_int * self.size)(*self._processes)
         library.dt_group_create.restype = pointer
         library.dt_group_create.argtypes = [
-            c_int, c_int, POINTER(pointer), c_int64, POINTER(c_int), c_double,
+            c_int, c_int, POINTER(pointer), c_int64, POINTER(c_int), c_int, c_double,
         ]  # fmt: skip
         for name in ("dt_group_leave", "dt_group_destroy"):
             getattr(library, name).argtypes, getattr(library, name).restype = [pointer], None
         library.dt_group_run.argtypes = [pointer, POINTER(Request), POINTER(c_int)]
         self._run = library.dt_group_run
         self._group = library.dt_group_create(
-            self.rank, self.size, addresses, SLOT_BYTES, processes, timeout
+            self.rank, self.size, addresses, SLOT_BYTES, processes, self.size > cores, timeout
         )
         self._registered: dict[int, _Registered] = {}
         self._segments = (POINTER(pointer) * 0)()
@@ -284,22 +284,27 @@ class SharedGroup:
             raise UnavailableError(problem or "another rank cannot share memory")
         return mappings
 
-    def _watch(self) -> list[int]:
-        """Descriptors that tell when a rank's process ends; -1 for this one. Collective."""
+    def _watch(self) -> tuple[list[int], int]:
+        """Descriptors that tell when a rank's process ends, -1 for this one; collective.
+
+        Also counts the processors that the ranks may run on.
+        """
         found: list[int] = []
+        processors: set[int] = set()
         mine = torch.tensor([os.getpid()], dtype=torch.int64)
         processes = torch.empty(self.size, dtype=torch.int64)
         self._inner.all_gather(processes, mine, self._axis, SETUP)
         try:
             for position, process in enumerate(processes.tolist()):
                 found.append(-1 if position == self.rank else os.pidfd_open(process))
+                processors |= os.sched_getaffinity(process)
         except OSError as error:
             problem = f"cannot watch process {process}: {error.strerror}"
         else:
             problem = ""
         if not self._agree(not problem):
             raise UnavailableError(problem or "another rank cannot watch its peers")
-        return found
+        return found, len(processors)
 
     def _agree(self, fine: bool) -> bool:
         """Whether all ranks are fine; nobody goes on before all have said so."""

@@ -404,8 +404,9 @@ class Run {
 DRIVETRAIN_API int dt_group_control_bytes() { return static_cast<int>(kControlBytes); }
 
 DRIVETRAIN_API Group* dt_group_create(int rank, int size, void* const* segments, int64_t slot_bytes,
-                                      const int* processes, double timeout_seconds) {
-  return new (std::nothrow) Group(rank, size, segments, slot_bytes, processes, timeout_seconds);
+                                      const int* processes, int crowded, double timeout_seconds) {
+  return new (std::nothrow)
+      Group(rank, size, segments, slot_bytes, processes, crowded != 0, timeout_seconds);
 }
 
 DRIVETRAIN_API void dt_group_leave(Group* group) { group->leave(); }

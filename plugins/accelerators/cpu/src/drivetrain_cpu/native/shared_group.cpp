@@ -2,7 +2,6 @@
 
 #include <linux/futex.h>
 #include <poll.h>
-#include <sched.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -16,7 +15,7 @@ namespace {
 constexpr long kNapNanoseconds = 100'000'000;
 // Long enough for a peer that runs on another core, about 20 microseconds.
 constexpr int kSpins = 1000;
-// With more ranks than cores the peer may need this one's core.
+// In a crowd the peer may need this core.
 constexpr int kSpinsWhenCrowded = 20;
 
 inline void relax() {
@@ -31,11 +30,6 @@ double now() {
   timespec time;
   clock_gettime(CLOCK_MONOTONIC, &time);
   return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
-
-int cores() {
-  cpu_set_t set;
-  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
 }
 
 // Sleeps while `word` holds `value`, at most one nap.
@@ -56,12 +50,12 @@ bool reached(uint32_t counter, uint32_t target) {
 }  // namespace
 
 Group::Group(int rank, int size, void* const* segments, int64_t slot_bytes, const int* processes,
-             double timeout_seconds)
+             bool crowded, double timeout_seconds)
     : rank_(rank),
       size_(size),
       slot_bytes_(slot_bytes),
       timeout_(timeout_seconds),
-      spins_(size <= cores() ? kSpins : kSpinsWhenCrowded) {
+      spins_(crowded ? kSpinsWhenCrowded : kSpins) {
   for (int k = 0; k < size; ++k) {
     bases_[k] = static_cast<char*>(segments[k]);
     processes_[k] = processes[k];

@@ -48,8 +48,9 @@ struct Outcome {
 class Group {
  public:
   // `segments[k]`: where rank k's segment is mapped here. `processes[k]`: a pidfd of rank k.
+  // `crowded`: the ranks have fewer cores than they are.
   Group(int rank, int size, void* const* segments, int64_t slot_bytes, const int* processes,
-        double timeout_seconds);
+        bool crowded, double timeout_seconds);
 
   int rank() const { return rank_; }
   int size() const { return size_; }
