@@ -69,7 +69,7 @@ def contents(engine: Engine) -> dict[str, list[float]]:
     return found | {n: b.float().tolist() for n, b in engine.module.named_buffers() if b.dim()}
 
 
-# -- functions that run on every rank ---------------------------------------------------------------
+# -- functions that run on every rank --------------------------------------------------------------
 
 
 def run_in_one_go(changes: dict[str, Any]) -> tuple[list[float], dict[str, list[float]]]:
@@ -147,7 +147,7 @@ def fail_on_rank_one(folder: str) -> str:
     return "saved"
 
 
-# -- resuming -----------------------------------------------------------------------------------------
+# -- resuming --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -192,7 +192,7 @@ def test_module_only_leaves_counters_and_makes_masters_from_parameters(tmp_path:
     engine.destroy()
 
 
-# -- what is refused ----------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -292,9 +292,7 @@ def test_a_tag_that_is_no_directory_name_is_refused(tmp_path: Path, tag: str) ->
 
 
 def test_ranks_with_different_tags_are_refused_on_every_rank(tmp_path: Path) -> None:
-    for rank, answer in enumerate(
-        run_distributed(save_under_tags_of_their_own, 2, str(tmp_path))
-    ):
+    for rank, answer in enumerate(run_distributed(save_under_tags_of_their_own, 2, str(tmp_path))):
         assert f"different tags; this rank's is 'tag{rank}'" in answer
     assert list(tmp_path.iterdir()) == []
 

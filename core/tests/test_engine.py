@@ -47,7 +47,7 @@ def weight(engine: Engine) -> torch.Tensor:
     return engine.module.weight.detach().clone()
 
 
-# -- accumulation ---------------------------------------------------------------------------------
+# -- accumulation ----------------------------------------------------------------------------------
 
 
 def test_parameters_change_only_at_the_boundary() -> None:
@@ -150,7 +150,7 @@ def test_changing_the_global_batch_changes_accumulation() -> None:
         assert engine.train_batch_size() == 12
 
 
-# -- what is refused ------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_no_scalar_is_refused() -> None:
@@ -218,8 +218,8 @@ def test_unfreezing_without_rebuild_is_an_error_and_rebuild_keeps_states() -> No
         engine.backward(engine(batch()).sum())
         engine.step()
         module[0].requires_grad_(True)
+        engine.backward(engine(batch()).sum())
         with pytest.raises(TrainingError, match=r"0.bias was unfrozen|0.weight was unfrozen"):
-            engine.backward(engine(batch()).sum())
             engine.step()
         engine.rebuild()
         moments = {
@@ -237,7 +237,7 @@ def test_unfreezing_without_rebuild_is_an_error_and_rebuild_keeps_states() -> No
         assert torch.allclose(moved, torch.full_like(moved, 0.1), rtol=1e-3)
 
 
-# -- around the loop ------------------------------------------------------------------------------
+# -- around the loop -------------------------------------------------------------------------------
 
 
 def test_the_norm_is_that_of_the_mean_gradient_before_clipping() -> None:

@@ -230,7 +230,7 @@ def test_the_allow_list_takes_names_and_distributions_and_never_hides_core(
 
 class Toy(Plugin):
     name = "toy"
-    sections = {"toy": Section}  # noqa: RUF012
+    sections = {"toy": Section}
 
 
 def test_objects_added_to_one_registry_are_in_no_other() -> None:

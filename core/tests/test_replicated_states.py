@@ -84,7 +84,7 @@ def assert_same(module: nn.Module, expected: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-6, atol=1e-7)
 
 
-# -- functions that run on every rank ---------------------------------------------------------------
+# -- functions that run on every rank --------------------------------------------------------------
 
 
 def ranks_take_different_branches() -> None:
@@ -232,7 +232,7 @@ def runs_are_repeatable() -> list[list[float]]:
     return values
 
 
-# -- claims -----------------------------------------------------------------------------------------
+# -- claims ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [2, 3])

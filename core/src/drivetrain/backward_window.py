@@ -31,7 +31,7 @@ class BackwardWindow:
         """Attach to every tensor in ``outputs`` that a backward pass can start from or cross."""
         for tensor in tensors_in(outputs):
             if tensor.requires_grad:
-                tensor.register_hook(self._on_output)
+                tensor.register_hook(self._on_output)  # type: ignore[no-untyped-call]
 
     def _on_output(self, _gradient: torch.Tensor) -> None:
         if self._open:

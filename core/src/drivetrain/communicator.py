@@ -85,7 +85,13 @@ class Communicator(ABC):
 
     @abstractmethod
     def all_reduce(
-        self, tensor: torch.Tensor, axis: Axis, tag: Tag, *, op: Op = Op.SUM, asynchronous: bool = False
+        self,
+        tensor: torch.Tensor,
+        axis: Axis,
+        tag: Tag,
+        *,
+        op: Op = Op.SUM,
+        asynchronous: bool = False,
     ) -> Handle:
         """Reduce ``tensor`` over ``axis``, in place, on every rank."""
 
@@ -122,9 +128,15 @@ class Communicator(ABC):
 
     @abstractmethod
     def broadcast(
-        self, tensor: torch.Tensor, axis: Axis, tag: Tag, *, source: int = 0, asynchronous: bool = False
+        self,
+        tensor: torch.Tensor,
+        axis: Axis,
+        tag: Tag,
+        *,
+        source: int = 0,
+        asynchronous: bool = False,
     ) -> Handle:
-        """Copy ``tensor`` of the rank at position ``source`` of ``axis`` to all others, in place."""
+        """Copy ``tensor`` of the rank at position ``source`` of ``axis`` to all others."""
 
     @abstractmethod
     def all_to_all(

@@ -129,7 +129,9 @@ def build_loader(job: Job, dataset: Any, batch: Batch, **options: Any) -> DataLo
         "seed": job.plan.section(Seed).root,
     }
     fields.update({key: value for key, value in options.items() if value is not None})
-    return job.hub.build_loader(job, LoaderRequest(dataset, **fields))
+    loader: DataLoader | None = job.hub.build_loader(job, LoaderRequest(dataset, **fields))
+    assert loader is not None, "core's default loader answers last"
+    return loader
 
 
 def _apply(transforms: Sequence[Transform], phase: Phase, module: nn.Module) -> nn.Module:

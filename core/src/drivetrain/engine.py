@@ -91,7 +91,7 @@ class Engine(nn.Module):
         self.last_report: StepReport | None = None
         self._settings = settings
         self._losses = LossWatch(job.device)
-        self._window = BackwardWindow(self._backward_begins, self._backward_ends)
+        self._window = BackwardWindow(self._backward_begins, states.end_backward)
         self._boundary: bool | None = None
         self._reducing = True
         self._in_scaled_backward = False
@@ -181,7 +181,7 @@ class Engine(nn.Module):
             self._losses.check(self.loss_scaler.dynamic, self.progress)
             rates = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
             with self.job.span("step"):
-                self._applied = self.job.hub.optimizer_step(self)
+                self._applied = bool(self.job.hub.optimizer_step(self))
             self._end_window(rates, lr_kwargs)
         self.progress.end_micro_batch()
         self._in_scaled_backward = False
@@ -358,9 +358,7 @@ class Engine(nn.Module):
         """Change the micro-batch, and the global batch with it."""
         batch = self.batch
         total = micro_batch_size * batch.accumulation_steps * batch.data_shards
-        self._set_batch(
-            replace(batch, micro_batch_size=micro_batch_size, train_batch_size=total)
-        )
+        self._set_batch(replace(batch, micro_batch_size=micro_batch_size, train_batch_size=total))
 
     def gradient_clipping(self) -> float:
         """Largest global gradient norm; 0 when gradients are not clipped."""
@@ -443,14 +441,12 @@ class Engine(nn.Module):
                 "engine.scale(loss).backward()"
             )
 
-    def _backward_ends(self) -> None:
-        self.states.end_backward()
-
     def _check_loss(self, loss: torch.Tensor) -> None:
         if self.optimizer is None:
             raise TrainingError("this engine has no optimizer, so it cannot run backward")
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            got = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        shape = getattr(loss, "shape", None)
+        if shape is None or loss.numel() != 1:
+            got = type(loss).__name__ if shape is None else tuple(shape)
             raise TrainingError(f"backward needs a scalar loss, got {got}; reduce it, e.g. .mean()")
         if not loss.requires_grad:
             raise TrainingError(
@@ -497,4 +493,3 @@ class Engine(nn.Module):
 
     def _groups(self) -> Iterable[dict[str, Any]]:
         return () if self.optimizer is None else self.optimizer.param_groups
-

@@ -20,7 +20,7 @@ class ConfigError(DrivetrainError):
 
 
 class PluginError(DrivetrainError):
-    """A plugin that cannot be found, imported, or registered; names plugin, distribution, version."""
+    """A plugin that cannot be found, imported or registered; names it and its distribution."""
 
 
 class CheckpointError(DrivetrainError):
@@ -32,7 +32,7 @@ class BuildError(DrivetrainError):
 
 
 class CommunicationError(DrivetrainError):
-    """A collective that failed, or ranks that disagree; names the rank at fault where it is known."""
+    """A collective that failed, or ranks that disagree; names the rank at fault if known."""
 
 
 class TrainingError(DrivetrainError):

@@ -97,6 +97,4 @@ def _boxes(
         yield Box((*prefix, first, *rest), (*ones, last - first, *shape[1:]), local + head)
     tail = stop - last * row
     if tail:
-        yield from _boxes(
-            shape[1:], 0, tail, (*prefix, last), local + head + (last - first) * row
-        )
+        yield from _boxes(shape[1:], 0, tail, (*prefix, last), local + head + (last - first) * row)

@@ -77,7 +77,10 @@ def initialize(
         os.environ.setdefault("MASTER_PORT", str(distributed_port))
     overlays = [*overlays, *(getattr(args, "overlays", None) or ())]
     if mesh_param is not None:
-        overlays += [f"data_parallel_size={mesh_param[0]}", f"sequence_parallel_size={mesh_param[1]}"]
+        overlays += [
+            f"data_parallel_size={mesh_param[0]}",
+            f"sequence_parallel_size={mesh_param[1]}",
+        ]
     ranks = Ranks.current()
     plan = Plan.build(source, overlays=overlays, world_size=ranks.world_size, registry=registry)
     job = Job.open(plan, ranks, mpu=mpu)

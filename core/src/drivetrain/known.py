@@ -14,6 +14,7 @@ SECTIONS = {
     "comms_logger": "drivetrain-comms-logger",
     "compile": "drivetrain-compile",
     "compression_training": "drivetrain-compression",
+    "cpu": "drivetrain-cpu",
     "csv_monitor": "drivetrain-csv",
     "curriculum_learning": "drivetrain-curriculum",
     "data_efficiency": "drivetrain-data-efficiency",
@@ -51,8 +52,6 @@ OPTIMIZERS = {
     "MuAdamW": "drivetrain-mup",
     "MuSGD": "drivetrain-mup",
     "OneBitAdam": "drivetrain-onebit",
-    "OneBitLamb": "drivetrain-onebit",
-    "ZeroOneAdam": "drivetrain-onebit",
 }
 """``optimizer.type`` -> first-party distribution that serves it."""
 

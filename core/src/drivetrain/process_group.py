@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
+from torch.distributed.rendezvous import rendezvous
 
 from drivetrain.errors import CommunicationError, ConfigError
 
@@ -147,11 +148,11 @@ def _meeting_place(ranks: Ranks) -> Store:
     ends while it waits.
     """
     if ranks.world_size == 1:
-        return dist.HashStore()  # type: ignore[attr-defined, no-any-return]
+        return dist.HashStore()  # type: ignore[attr-defined]
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if address not in _servers:
         _servers.clear()
-        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size))
+        store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world_size))
         _servers[address] = (store, count())
     store, generations = _servers[address]
     return PrefixStore(f"drivetrain/group{next(generations)}", store)

@@ -46,7 +46,11 @@ class StepReporter:
     def count_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Count a forward's tokens: the elements of its first two-dimensional integer tensor."""
         for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and value.dim() == 2 and not value.is_floating_point():
+            if (
+                isinstance(value, torch.Tensor)
+                and value.dim() == 2
+                and not value.is_floating_point()
+            ):
                 self._tokens += value.numel()
                 return
 

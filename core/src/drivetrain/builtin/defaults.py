@@ -62,7 +62,7 @@ class Defaults(Plugin):
     def build_model_states(
         self, job: Job, module: torch.nn.Module, optimizer: OptimizerPlan | None
     ) -> ModelStates:
-        from drivetrain.replicated import ReplicatedStates, ReductionPolicy
+        from drivetrain.replicated import ReductionPolicy, ReplicatedStates
 
         return ReplicatedStates(job, module, optimizer, ReductionPolicy.of(job))
 
@@ -80,7 +80,7 @@ class Defaults(Plugin):
 
     @hookimpl
     def backward(self, engine: Engine, loss: torch.Tensor, retain_graph: bool) -> bool:
-        loss.backward(retain_graph=retain_graph)
+        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         return True
 
     @hookimpl

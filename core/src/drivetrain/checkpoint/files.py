@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from drivetrain.errors import CheckpointError
@@ -27,7 +27,7 @@ def rank_file(rank: int, suffix: str) -> str:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` and wait until it is on the disk."""
-    with open(path, "w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
@@ -53,14 +53,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     """Write tensors, wait until they are on the disk, and return the file's SHA-256."""
     save_file(tensors, path)
-    with open(path, "rb+") as file:
+    with path.open("rb+") as file:
         os.fsync(file.fileno())
     return checksum(path)
 
 
 def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -82,18 +82,18 @@ class TensorFile:
 
     def read(self, key: str) -> torch.Tensor:
         """The tensor stored under ``key``."""
-        tensor: torch.Tensor = self._file.get_tensor(key)
+        tensor: torch.Tensor = self._file.get_tensor(key)  # type: ignore[no-untyped-call]
         return tensor
 
 
 def replace_atomically(path: Path, text: str) -> None:
     """Give ``path`` new contents in one step."""
     aside = path.with_name(f".{path.name}.new")
-    with open(aside, "w", encoding="utf-8") as file:
+    with aside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    aside.replace(path)
     sync_directory(path.parent)
 
 

@@ -85,8 +85,7 @@ class _Stored:
             )
         self.world_size = int(self.manifest["world_size"])
         self.ranks = [
-            files.read_json(path / files.rank_file(rank, "json"))
-            for rank in range(self.world_size)
+            files.read_json(path / files.rank_file(rank, "json")) for rank in range(self.world_size)
         ]
         self.boxes: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = defaultdict(list)
         self.rank_states: dict[tuple[int, str, str], dict[str, Any]] = {}
@@ -124,7 +123,9 @@ def _load_fragments(engine: Engine, stored: _Stored, *, strict: bool, with_state
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
         raise CheckpointError(f"checkpoint {stored.path} lacks {shown}")
     if missing:
-        logger.warning("checkpoint %s lacks %d tensors, left as they are", stored.path, len(missing))
+        logger.warning(
+            "checkpoint %s lacks %d tensors, left as they are", stored.path, len(missing)
+        )
 
 
 def _load_rank_state(engine: Engine, stored: _Stored, fragment: Fragment) -> None:

@@ -59,8 +59,8 @@ def plain(value: Any, what: str) -> Any:
     fault = _first_fault(value, what)
     if fault is not None:
         raise CheckpointError(
-            f"{fault} is not plain data (numbers, strings, booleans, None, lists, dicts with string "
-            "keys); convert it before saving, e.g. vars(args), tensor.tolist(), str(path)"
+            f"{fault} is not plain data (numbers, strings, booleans, None, lists, dicts with "
+            "string keys); convert it before saving, e.g. vars(args), tensor.tolist(), str(path)"
         )
     return json.loads(json.dumps(value))
 

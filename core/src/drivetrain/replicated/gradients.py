@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -99,11 +99,11 @@ class GradientReducer:
         self._next = 0
         self._hooks: list[RemovableHandle] = []
         for slot in self.slots.values():
-            self._hooks.append(
-                slot.parameter.register_post_accumulate_grad_hook(
-                    lambda _parameter, slot=slot: None if slot.deferred else self._take(slot)
-                )
+            parameter: Any = slot.parameter  # torch does not type the method
+            hook = parameter.register_post_accumulate_grad_hook(
+                lambda _parameter, slot=slot: None if slot.deferred else self._take(slot)
             )
+            self._hooks.append(hook)
 
     @staticmethod
     def _bucket(plan: PlannedBucket, communicator: Communicator, overlap: bool) -> GradientBucket:

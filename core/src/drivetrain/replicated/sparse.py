@@ -18,7 +18,8 @@ def mark_sparse(module: nn.Module, table: ParameterTable) -> None:
     """Let the gradients of embedding tables travel by rows."""
     for part in module.modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
-            table.info(part.weight).sparse = True
+            for parameter in part.parameters(recurse=False):
+                table.info(parameter).sparse = True
 
 
 def sum_sparse_rows(

@@ -142,6 +142,7 @@ class ReplicatedStates(ModelStates):
             else []
         )
         homes = job.hub.place_state(job, [plan.spec for plan in planned])
+        assert homes is not None, "core's default homes answer last"
         self._reducer = GradientReducer(
             planned,
             job.communicator,
