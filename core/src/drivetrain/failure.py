@@ -102,7 +102,7 @@ class FailureBoard:
         """The exception to raise when ``what`` broke with torch's ``error``."""
         failure = self.first(_NOTICE_SECONDS)
         if failure is None or failure.rank == self._rank:
-            return CommunicationError(f"{what} failed: {_first_line(error)}")
+            return broken(what, error)
         return CommunicationError(f"{what} was broken off because {failure}")
 
     def meet(self, name: str, ranks: int) -> None:
@@ -142,6 +142,12 @@ class FailureBoard:
         if not self._acknowledged:
             self._acknowledged = True
             self._store.add("acknowledged", 1)
+
+
+def broken(what: str, error: BaseException) -> CommunicationError:
+    """The exception to raise when nobody knows more than how ``what`` broke."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return CommunicationError(f"{what} failed: {lines[0]}")
 
 
 def watch(job: Job) -> None:
@@ -188,8 +194,3 @@ class _Excepthook:
         self.previous(kind, error, traceback)
         for job in tuple(_open_jobs):  # failing closes a job
             job.fail(error)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0]

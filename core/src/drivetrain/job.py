@@ -16,8 +16,8 @@ from drivetrain.accelerator_choice import choose_accelerator
 from drivetrain.builtin.data import Seed
 from drivetrain.byte_log import ByteLog
 from drivetrain.communicator import Communicator
-from drivetrain.errors import ConfigError
-from drivetrain.failure import FailureBoard, unwatch, watch
+from drivetrain.errors import CommunicationError, ConfigError
+from drivetrain.failure import FailureBoard, broken, unwatch, watch
 from drivetrain.mesh import Mesh
 from drivetrain.parameters import ParameterTable
 from drivetrain.process_group import Ranks, init_distributed
@@ -154,6 +154,19 @@ class Job:
     def on_close(self, release: Callable[[], object]) -> None:
         """Call ``release`` when the job closes or fails, in reverse order of registration."""
         self._resources.callback(release)
+
+    def explain(self, what: str, error: BaseException) -> CommunicationError:
+        """The exception for a collective that broke, for communicators that plugins provide.
+
+        Args:
+            what: the collective, with tag and axis.
+            error: how it broke.
+
+        Returns:
+            An exception that names the rank that failed and its error, if there is one; else
+            ``error``.
+        """
+        return (broken if self._failures is None else self._failures.explain)(what, error)
 
     def fail(self, error: BaseException) -> None:
         """Make the other ranks fail with ``error``, and close.

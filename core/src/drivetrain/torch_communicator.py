@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from drivetrain.communicator import Communicator, Handle, Op, Tag
 from drivetrain.errors import CommunicationError
+from drivetrain.failure import broken
 from drivetrain.mesh_layout import Axis, SubAxis
 
 if TYPE_CHECKING:
@@ -281,10 +282,8 @@ class TorchCommunicator(Communicator):
         """Calls a function of ``torch.distributed`` such that its errors become ours."""
 
         def explain(error: RuntimeError) -> CommunicationError:
-            title = _title(what, line, tag)
-            if self._failures is None:
-                return CommunicationError(f"{title} failed: {error}")
-            return self._failures.explain(title, error)
+            explained = broken if self._failures is None else self._failures.explain
+            return explained(_title(what, line, tag), error)
 
         def run(
             collective: Callable[..., Any],

@@ -26,6 +26,7 @@ from drivetrain.communicator import (
 )
 from drivetrain.communicator_wrapper import CommunicatorWrapper
 from drivetrain.errors import BuildError, CommunicationError
+from drivetrain.failure import broken
 from drivetrain_cpu.instruction_sets import selected
 from drivetrain_cpu.kernels import kernel_library
 from drivetrain_cpu.shared_group import REDUCED, Fault, SharedGroup, UnavailableError
@@ -40,6 +41,8 @@ TIMEOUT = 1800.0
 """Seconds after which a rank that is alive but does not come counts as lost, as in gloo."""
 
 Collective = Callable[[], Fault | None]
+
+Explain = Callable[[str, BaseException], CommunicationError]
 
 
 class _Done:
@@ -70,9 +73,10 @@ class _Line:
     them there.
     """
 
-    def __init__(self, group: SharedGroup, ranks: Sequence[int]) -> None:
+    def __init__(self, group: SharedGroup, ranks: Sequence[int], explain: Explain) -> None:
         self.group = group
         self._ranks = tuple(ranks)
+        self._explain = explain
         self._thread: ThreadPoolExecutor | None = None
         self._last: Future[None] | None = None
 
@@ -102,7 +106,7 @@ class _Line:
         fault = collective()
         if fault is not None:
             rank = self._ranks[fault.position]
-            raise CommunicationError(f"{title} failed: rank {rank} {fault.what}")
+            raise self._explain(title, CommunicationError(f"rank {rank} {fault.what}"))
 
 
 class SharedMemoryCommunicator(CommunicatorWrapper):
@@ -112,6 +116,7 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         inner: carries what cannot be routed, and the set-up.
         library: answers the native kernels; asked at the first collective.
         ranks: answers the global ranks along an axis, for messages.
+        explain: makes the exception of a collective that broke, from what it was and how it broke.
         timeout: seconds after which a rank that does not come counts as lost.
     """
 
@@ -121,9 +126,11 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         library: Callable[[], ctypes.CDLL],
         ranks: Callable[[Axis], Sequence[int]],
         timeout: float = TIMEOUT,
+        explain: Explain = broken,
     ) -> None:
         super().__init__(inner)
         self._library, self._ranks, self._timeout = library, ranks, timeout
+        self._explain = explain
         self._lines: dict[tuple[int, ...], _Line | None] = {}
         self._closed = False
 
@@ -284,7 +291,7 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
             if self.rank(axis) == 0:
                 logger.warning("axis %r does not communicate through memory: %s", axis, reason)
             return None
-        return _Line(group, ranks)
+        return _Line(group, ranks, self._explain)
 
 
 def share_memory(job: Job) -> Sequence[CommunicatorLayer]:
@@ -295,7 +302,9 @@ def share_memory(job: Job) -> Sequence[CommunicatorLayer]:
     def wrap(communicator: Communicator) -> Communicator:
         # Below the byte log, which then counts what goes through memory like anything else.
         log = job.byte_log
-        routed = SharedMemoryCommunicator(log.inner, native_library, job.mesh.ranks)
+        routed = SharedMemoryCommunicator(
+            log.inner, native_library, job.mesh.ranks, explain=job.explain
+        )
         log.inner = routed
         job.on_close(routed.close)
         return communicator
