@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from drivetrain_kernels import Op, Provider, ops
+from drivetrain_kernels.build import NativeLibrary
+
 from drivetrain_cpu.instruction_sets import InstructionSet, compilable, selected
 from drivetrain_cpu.kernels import copies, quantization, updates
 from drivetrain_cpu.kernels.call import Bind, all_native
 from drivetrain_cpu.openmp import share_openmp
-from drivetrain_kernels import Op, Provider, ops
-from drivetrain_kernels.build import NativeLibrary
 
 NATIVE = Path(__file__).parent.parent / "native"
 SOURCES = (

@@ -8,8 +8,9 @@ from ctypes import POINTER, byref, c_double, c_float, c_int, c_int64, c_uint64
 from ctypes import c_void_p as pointer
 
 import torch
-from drivetrain_cpu.kernels.call import DTYPES, Bind, product, succeed, table, threads_for
 from drivetrain_kernels.ops.copy import CAST_COPY, UNFLATTEN
+
+from drivetrain_cpu.kernels.call import DTYPES, Bind, product, succeed, table, threads_for
 
 
 def bind_norm_squared(

@@ -8,8 +8,9 @@ from ctypes import c_float, c_int, c_int64
 from ctypes import c_void_p as pointer
 
 import torch
-from drivetrain_cpu.kernels.call import DTYPES, Bind, succeed, threads_for
 from drivetrain_kernels.ops.block_format import blocks_of, code_count, format_of
+
+from drivetrain_cpu.kernels.call import DTYPES, Bind, succeed, threads_for
 
 FORMATS = {
     ("int8", True): 0,

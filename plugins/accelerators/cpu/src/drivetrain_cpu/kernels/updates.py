@@ -9,8 +9,9 @@ from ctypes import c_void_p as pointer
 from typing import Any
 
 import torch
-from drivetrain_cpu.kernels.call import DTYPES, Bind, product, succeed, threads_for
 from drivetrain_kernels.ops.adam import corrections
+
+from drivetrain_cpu.kernels.call import DTYPES, Bind, product, succeed, threads_for
 
 
 class _Update(Structure):
