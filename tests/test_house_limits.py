@@ -15,7 +15,9 @@ from tools import workspace
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
-MAX_CORE_LINES = 5_000
+MAX_CORE_LINES = 8_900
+"""Lines of code; the goal was 5,000 (docs/architecture.md, "Core is larger than was planned"). May
+only fall."""
 
 NO_CODE = (
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE),
@@ -106,7 +108,7 @@ def test_no_library_function_is_longer_than_50_lines() -> None:
     assert not long, "\n".join(long)
 
 
-def test_core_has_at_most_5000_lines_of_code_beside_its_testing_package() -> None:
+def test_core_beside_its_testing_package_does_not_grow() -> None:
     source = workspace.ROOT / "core" / "src" / "drivetrain"
     counted = [p for p in source.rglob("*.py") if source / "testing" not in p.parents]
     assert sum(code_lines(path) for path in counted) <= MAX_CORE_LINES
