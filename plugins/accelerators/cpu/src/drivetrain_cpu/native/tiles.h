@@ -27,10 +27,12 @@ namespace drivetrain {
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Elements per tile; a multiple of the 64 elements that share Philox counters, so none is made twice.
-constexpr int64_t kTile = 1024;
+constexpr int64_t kTile = 512;
 
+// A line longer than 4 KiB: tiles that follow each other at that distance would collide, since
+// processors compare the low 12 bits of addresses to order loads after stores.
 struct alignas(64) Tile {
-  float data[kTile];
+  float data[kTile + 16];
 };
 
 inline int64_t size_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
