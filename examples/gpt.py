@@ -99,7 +99,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
-    def write(self, prompt: bytes, length: int, temperature: float = 0.7, seed: int = 0) -> bytes:
+    def write(self, prompt: bytes, length: int, temperature: float = 0.8, seed: int = 0) -> bytes:
         """Continue ``prompt`` by ``length`` bytes.
 
         Args:

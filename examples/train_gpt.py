@@ -28,6 +28,9 @@ from drivetrain.communicator import Purpose, Tag
 from drivetrain.errors import DrivetrainError
 from drivetrain.loader import DataLoader, RepeatingLoader
 
+PROMPT = b"import os\n\n\ndef "
+"""What the text sample begins with."""
+
 
 def arguments() -> argparse.Namespace:
     """The command line."""
@@ -187,7 +190,7 @@ def show_results(
     """Draw the loss curve and let the model write."""
     picture, sample = args.out / "loss.png", args.out / "sample.txt"
     draw_curve(picture, run.losses, run.bits_before, bits_after)
-    text = model.write(b"def ", args.sample).decode("utf-8", errors="replace")
+    text = model.write(PROMPT, args.sample).decode("utf-8", errors="replace")
     sample.write_text(text, "utf-8")
     console.rule("the model writes")
     console.print(text, markup=False)

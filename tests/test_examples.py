@@ -110,7 +110,7 @@ def test_the_gpt_leaves_checkpoints_a_sample_and_a_picture(trained) -> None:
     tags = {path.name for path in (folder / "checkpoints").iterdir() if path.is_dir()}
     assert tags == {"global_step25", "global_step50", "global_step60"}
     sample = (folder / "sample.txt").read_text("utf-8")
-    assert sample.startswith("def ")
+    assert sample.startswith("import os\n\n\ndef ")
     assert sample in output
     picture = (folder / "loss.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
