@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drivetrain.communicator import Communicator, Handle, Op, Purpose, Tag
+from drivetrain.communicator import Communicator, Handle, Purpose, Tag
 from drivetrain.communicator_wrapper import CommunicatorWrapper
 
 if TYPE_CHECKING:
@@ -79,106 +79,54 @@ class ByteLog(CommunicatorWrapper):
         """Start counting anew."""
         self._traffic.clear()
 
-    def all_reduce(
-        self,
-        tensor: torch.Tensor,
-        axis: Axis,
-        tag: Tag,
-        *,
-        op: Op = Op.SUM,
-        asynchronous: bool = False,
-    ) -> Handle:
-        size = self._size(axis)
-        self._count("all_reduce", axis, tag, tensor.nbytes, 2 * tensor.nbytes * (size - 1) / size)
-        return self.inner.all_reduce(tensor, axis, tag, op=op, asynchronous=asynchronous)
+    def all_reduce(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
+        self._count("all_reduce", axis, tag, tensor.nbytes, 2 * self._passed_on(tensor, axis))
+        return self.inner.all_reduce(tensor, axis, tag, **options)
 
     def reduce_scatter(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        axis: Axis,
-        tag: Tag,
-        *,
-        op: Op = Op.SUM,
-        asynchronous: bool = False,
+        self, output: torch.Tensor, input: torch.Tensor, axis: Axis, tag: Tag, **options: Any
     ) -> Handle:
-        size = self._size(axis)
-        self._count("reduce_scatter", axis, tag, input.nbytes, input.nbytes * (size - 1) / size)
-        return self.inner.reduce_scatter(output, input, axis, tag, op=op, asynchronous=asynchronous)
+        self._count("reduce_scatter", axis, tag, input.nbytes, self._passed_on(input, axis))
+        return self.inner.reduce_scatter(output, input, axis, tag, **options)
 
     def all_gather(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        axis: Axis,
-        tag: Tag,
-        *,
-        asynchronous: bool = False,
+        self, output: torch.Tensor, input: torch.Tensor, axis: Axis, tag: Tag, **options: Any
     ) -> Handle:
-        size = self._size(axis)
-        self._count("all_gather", axis, tag, output.nbytes, output.nbytes * (size - 1) / size)
-        return self.inner.all_gather(output, input, axis, tag, asynchronous=asynchronous)
+        self._count("all_gather", axis, tag, output.nbytes, self._passed_on(output, axis))
+        return self.inner.all_gather(output, input, axis, tag, **options)
 
-    def broadcast(
-        self,
-        tensor: torch.Tensor,
-        axis: Axis,
-        tag: Tag,
-        *,
-        source: int = 0,
-        asynchronous: bool = False,
-    ) -> Handle:
-        size = self._size(axis)
-        self._count("broadcast", axis, tag, tensor.nbytes, tensor.nbytes * (size - 1) / size)
-        return self.inner.broadcast(tensor, axis, tag, source=source, asynchronous=asynchronous)
+    def broadcast(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
+        self._count("broadcast", axis, tag, tensor.nbytes, self._passed_on(tensor, axis))
+        return self.inner.broadcast(tensor, axis, tag, **options)
 
     def all_to_all(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        axis: Axis,
-        tag: Tag,
-        *,
-        output_splits: Sequence[int] | None = None,
-        input_splits: Sequence[int] | None = None,
-        asynchronous: bool = False,
+        self, output: torch.Tensor, input: torch.Tensor, axis: Axis, tag: Tag, **options: Any
     ) -> Handle:
-        size = self._size(axis)
-        kept = input.nbytes / size
-        if input_splits is not None and input.shape[0]:
-            kept = input.nbytes / input.shape[0] * input_splits[self.inner.rank(axis)]
-        self._count("all_to_all", axis, tag, input.nbytes, input.nbytes - kept)
-        return super().all_to_all(
-            output,
-            input,
-            axis,
-            tag,
-            output_splits=output_splits,
-            input_splits=input_splits,
-            asynchronous=asynchronous,
-        )
+        splits, sent = options.get("input_splits"), self._passed_on(input, axis)
+        if splits is not None and input.shape[0]:
+            row = input.nbytes / input.shape[0]
+            sent = input.nbytes - row * splits[self.inner.rank(axis)]
+        self._count("all_to_all", axis, tag, input.nbytes, sent)
+        return self.inner.all_to_all(output, input, axis, tag, **options)
 
-    def send(
-        self, tensor: torch.Tensor, axis: Axis, tag: Tag, *, to: int, asynchronous: bool = False
-    ) -> Handle:
+    def send(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
         self._count("send", axis, tag, tensor.nbytes, tensor.nbytes)
-        return self.inner.send(tensor, axis, tag, to=to, asynchronous=asynchronous)
+        return self.inner.send(tensor, axis, tag, **options)
 
-    def receive(
-        self, tensor: torch.Tensor, axis: Axis, tag: Tag, *, source: int, asynchronous: bool = False
-    ) -> Handle:
+    def receive(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
         self._count("receive", axis, tag, tensor.nbytes, 0)
-        return self.inner.receive(tensor, axis, tag, source=source, asynchronous=asynchronous)
+        return self.inner.receive(tensor, axis, tag, **options)
 
     def barrier(self, axis: Axis, tag: Tag) -> None:
         self._count("barrier", axis, tag, 0, 0)
         self.inner.barrier(axis, tag)
 
-    def _size(self, axis: Axis) -> int:
+    def _passed_on(self, whole: torch.Tensor, axis: Axis) -> float:
+        """Bytes that one turn around the ring takes from each rank."""
         size = self._sizes.get(axis)
         if size is None:
             size = self._sizes[axis] = self.inner.size(axis)
-        return size
+        return whole.nbytes * (size - 1) / size
 
     def _count(self, op: str, axis: Axis, tag: Tag, payload: int, sent: float) -> None:
         call = Call(tag.purpose, axis, op, tag.key)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from drivetrain.communicator import Communicator, Handle, Op, Tag
+from drivetrain.communicator import Communicator, Handle, Tag
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
 
 class CommunicatorWrapper(Communicator):
     """Delegates to ``inner``; a decorator overrides what it changes.
+
+    Keywords are handed on as they come, so that they are documented in one place.
 
     Args:
         inner: the communicator to decorate.
@@ -29,81 +30,32 @@ class CommunicatorWrapper(Communicator):
     def rank(self, axis: Axis) -> int:
         return self.inner.rank(axis)
 
-    def all_reduce(
-        self,
-        tensor: torch.Tensor,
-        axis: Axis,
-        tag: Tag,
-        *,
-        op: Op = Op.SUM,
-        asynchronous: bool = False,
-    ) -> Handle:
-        return self.inner.all_reduce(tensor, axis, tag, op=op, asynchronous=asynchronous)
+    def all_reduce(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
+        return self.inner.all_reduce(tensor, axis, tag, **options)
 
     def reduce_scatter(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        axis: Axis,
-        tag: Tag,
-        *,
-        op: Op = Op.SUM,
-        asynchronous: bool = False,
+        self, output: torch.Tensor, input: torch.Tensor, axis: Axis, tag: Tag, **options: Any
     ) -> Handle:
-        return self.inner.reduce_scatter(output, input, axis, tag, op=op, asynchronous=asynchronous)
+        return self.inner.reduce_scatter(output, input, axis, tag, **options)
 
     def all_gather(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        axis: Axis,
-        tag: Tag,
-        *,
-        asynchronous: bool = False,
+        self, output: torch.Tensor, input: torch.Tensor, axis: Axis, tag: Tag, **options: Any
     ) -> Handle:
-        return self.inner.all_gather(output, input, axis, tag, asynchronous=asynchronous)
+        return self.inner.all_gather(output, input, axis, tag, **options)
 
-    def broadcast(
-        self,
-        tensor: torch.Tensor,
-        axis: Axis,
-        tag: Tag,
-        *,
-        source: int = 0,
-        asynchronous: bool = False,
-    ) -> Handle:
-        return self.inner.broadcast(tensor, axis, tag, source=source, asynchronous=asynchronous)
+    def broadcast(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
+        return self.inner.broadcast(tensor, axis, tag, **options)
 
     def all_to_all(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        axis: Axis,
-        tag: Tag,
-        *,
-        output_splits: Sequence[int] | None = None,
-        input_splits: Sequence[int] | None = None,
-        asynchronous: bool = False,
+        self, output: torch.Tensor, input: torch.Tensor, axis: Axis, tag: Tag, **options: Any
     ) -> Handle:
-        return self.inner.all_to_all(
-            output,
-            input,
-            axis,
-            tag,
-            output_splits=output_splits,
-            input_splits=input_splits,
-            asynchronous=asynchronous,
-        )
+        return self.inner.all_to_all(output, input, axis, tag, **options)
 
-    def send(
-        self, tensor: torch.Tensor, axis: Axis, tag: Tag, *, to: int, asynchronous: bool = False
-    ) -> Handle:
-        return self.inner.send(tensor, axis, tag, to=to, asynchronous=asynchronous)
+    def send(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
+        return self.inner.send(tensor, axis, tag, **options)
 
-    def receive(
-        self, tensor: torch.Tensor, axis: Axis, tag: Tag, *, source: int, asynchronous: bool = False
-    ) -> Handle:
-        return self.inner.receive(tensor, axis, tag, source=source, asynchronous=asynchronous)
+    def receive(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
+        return self.inner.receive(tensor, axis, tag, **options)
 
     def barrier(self, axis: Axis, tag: Tag) -> None:
         self.inner.barrier(axis, tag)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -79,18 +80,13 @@ class _Pending:
 
     Args:
         work: torch's handle.
-        explain: turns torch's error into ours.
+        call: what it belongs to.
         finish: what remains to be done when the data has arrived.
     """
 
-    def __init__(
-        self,
-        work: Any,
-        explain: Callable[[RuntimeError], CommunicationError],
-        finish: Callable[[], object] | None,
-    ) -> None:
+    def __init__(self, work: Any, call: _Call, finish: Callable[[], object] | None) -> None:
         self._work = work
-        self._explain = explain
+        self._call = call
         self._finish = finish
 
     def wait(self) -> None:
@@ -99,11 +95,106 @@ class _Pending:
         try:
             self._work.wait()
         except RuntimeError as error:
-            raise self._explain(error) from error
+            raise self._call.explain(error) from error
         if self._finish is not None:
             self._finish()
         # Repeated waits are allowed and must not finish twice; tensors need not be held longer.
         self._work = self._finish = None
+
+
+class _Call:
+    """One collective: what it demands of its arguments, how it runs, how it breaks."""
+
+    def __init__(self, what: str, line: _Line, tag: Tag, failures: FailureBoard | None) -> None:
+        self.line = line
+        self._what = what
+        self._tag = tag
+        self._failures = failures
+
+    def run(
+        self,
+        asynchronous: bool,
+        collective: Callable[..., Any],
+        *tensors: Any,
+        finish: Callable[[], object] | None = None,
+        **options: Any,
+    ) -> Handle:
+        """Call a function of ``torch.distributed``, then ``finish`` when it is waited for."""
+        if self.line.group is None:
+            return _DONE
+        if collective not in (dist.isend, dist.irecv):
+            options["async_op"] = True
+        try:
+            work = collective(*tensors, group=self.line.group, **options)
+        except RuntimeError as error:
+            raise self.explain(error) from error
+        pending = _Pending(work, self, finish)
+        if asynchronous:
+            return pending
+        pending.wait()
+        return _DONE
+
+    def copy(self, output: torch.Tensor, input: torch.Tensor) -> Handle:
+        """What there is to do without a group: one rank copies; on the meta device, nothing."""
+        if self.line.size == 1 and output.data_ptr() != input.data_ptr():
+            output.view(-1).copy_(input.view(-1))
+        return _DONE
+
+    def explain(self, error: RuntimeError) -> CommunicationError:
+        """Our exception for torch's."""
+        return (broken if self._failures is None else self._failures.explain)(self._title, error)
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise for arguments that do not fit."""
+        raise CommunicationError(f"{self._title}: {reason}")
+
+    def need_alike(self, first: torch.Tensor, *others: torch.Tensor) -> None:
+        """Contiguous tensors of one dtype on one device."""
+        for tensor in (first, *others):
+            if not tensor.is_contiguous():
+                shape, stride = tuple(tensor.shape), tensor.stride()
+                self.refuse(f"tensor of shape {shape}, stride {stride} is not contiguous")
+            if tensor.dtype != first.dtype or tensor.device != first.device:
+                mine, theirs = (
+                    f"{first.dtype} on {first.device}",
+                    f"{tensor.dtype} on {tensor.device}",
+                )
+                self.refuse(f"input is {mine}, output is {theirs}")
+
+    def need_reducible(self, tensor: torch.Tensor) -> None:
+        """A dtype that can be added up."""
+        if tensor.dtype in _FLOAT8:
+            self.refuse(f"{tensor.dtype} cannot be reduced; cast it to bfloat16 first")
+
+    def need_parts(self, *, whole: torch.Tensor, part: torch.Tensor) -> None:
+        """A whole of as many parts as there are ranks."""
+        size, numel = self.line.size, part.numel()
+        if whole.numel() != numel * size:
+            self.refuse(
+                f"shapes {tuple(whole.shape)} and {tuple(part.shape)} do not fit: expected {size} "
+                f"ranks x {numel} = {size * numel} elements, got {whole.numel()}"
+            )
+
+    def need_rows(self, which: str, tensor: torch.Tensor, splits: Sequence[int] | None) -> None:
+        """A first dimension that can be cut evenly, or as ``splits`` say."""
+        shape, size = tuple(tensor.shape), self.line.size
+        if splits is None:
+            if not shape or shape[0] % size:
+                self.refuse(f"{which} of shape {shape} has no {size} equal slices")
+        elif len(splits) != size or sum(splits) != shape[0]:
+            self.refuse(
+                f"{which} of shape {shape} cannot be cut into {list(splits)}: expected {size} "
+                f"splits that add up to {shape[0]}"
+            )
+
+    def need_position(self, position: int) -> None:
+        """A position of the axis."""
+        if not 0 <= position < self.line.size:
+            self.refuse(f"there is no position {position} among {self.line.size} ranks")
+
+    @property
+    def _title(self) -> str:
+        return f"{self._what} of {self._tag} over {self.line.name!r} ({self.line.size} ranks)"
 
 
 class TorchCommunicator(Communicator):
@@ -142,13 +233,9 @@ class TorchCommunicator(Communicator):
         op: Op = Op.SUM,
         asynchronous: bool = False,
     ) -> Handle:
-        line = self._line(axis, tensor)
-        self._check("all_reduce", line, tag, tensor, reduces=True)
-        if line.group is None:
-            return _DONE
-        return self._run("all_reduce", line, tag, asynchronous)(
-            dist.all_reduce, tensor, _REDUCE_OPS[op]
-        )
+        call = self._call("all_reduce", axis, tag, tensor)
+        call.need_reducible(tensor)
+        return call.run(asynchronous, dist.all_reduce, tensor, _REDUCE_OPS[op])
 
     def reduce_scatter(
         self,
@@ -160,23 +247,19 @@ class TorchCommunicator(Communicator):
         op: Op = Op.SUM,
         asynchronous: bool = False,
     ) -> Handle:
-        line = self._line(axis, input)
-        self._check("reduce_scatter", line, tag, input, output, reduces=True)
-        self._check_sizes("reduce_scatter", line, tag, whole=input, part=output)
-        if line.group is None:
-            return _local(line, output, input.view(-1)[: output.numel()])
-        run = self._run("reduce_scatter", line, tag, asynchronous)
-        if not line.exchanges:
-            return run(_reduce_scatter, output, input, _REDUCE_OPS[op])
+        call = self._call("reduce_scatter", axis, tag, input, output)
+        call.need_reducible(input)
+        call.need_parts(whole=input, part=output)
+        if call.line.group is None:
+            return call.copy(output, input.view(-1)[: output.numel()])
+        if not call.line.exchanges:
+            return call.run(asynchronous, _reduce_scatter, output, input, _REDUCE_OPS[op])
         # gloo reduces the whole input on every rank and keeps a slice. Exchanging slices and
         # adding them up here moves half as much, and adds bf16 and fp16 in fp32.
         received = torch.empty_like(input)
-        return run(
-            dist.all_to_all_single,
-            received,
-            input,
-            finish=lambda: _reduce_rows(output, received.view(line.size, -1), op),
-        )
+        rows = received.view(call.line.size, -1)
+        finish = partial(_reduce_rows, output.view(-1), rows, op)
+        return call.run(asynchronous, dist.all_to_all_single, received, input, finish=finish)
 
     def all_gather(
         self,
@@ -187,13 +270,11 @@ class TorchCommunicator(Communicator):
         *,
         asynchronous: bool = False,
     ) -> Handle:
-        line = self._line(axis, input)
-        self._check("all_gather", line, tag, input, output)
-        self._check_sizes("all_gather", line, tag, whole=output, part=input)
-        if line.group is None:
-            return _local(line, output, input)
-        run = self._run("all_gather", line, tag, asynchronous)
-        return run(_all_gather, _movable(output), _movable(input))
+        call = self._call("all_gather", axis, tag, input, output)
+        call.need_parts(whole=output, part=input)
+        if call.line.group is None:
+            return call.copy(output, input)
+        return call.run(asynchronous, _all_gather, _movable(output), _movable(input))
 
     def broadcast(
         self,
@@ -204,13 +285,9 @@ class TorchCommunicator(Communicator):
         source: int = 0,
         asynchronous: bool = False,
     ) -> Handle:
-        line = self._line(axis, tensor)
-        self._check("broadcast", line, tag, tensor)
-        self._check_position("broadcast", line, tag, source)
-        if line.group is None:
-            return _DONE
-        run = self._run("broadcast", line, tag, asynchronous)
-        return run(dist.broadcast, _movable(tensor), group_src=source)
+        call = self._call("broadcast", axis, tag, tensor)
+        call.need_position(source)
+        return call.run(asynchronous, dist.broadcast, _movable(tensor), group_src=source)
 
     def all_to_all(
         self,
@@ -223,37 +300,27 @@ class TorchCommunicator(Communicator):
         input_splits: Sequence[int] | None = None,
         asynchronous: bool = False,
     ) -> Handle:
-        line = self._line(axis, input)
-        self._check("all_to_all", line, tag, input, output)
-        self._check_rows("all_to_all", line, tag, "input", input, input_splits)
-        self._check_rows("all_to_all", line, tag, "output", output, output_splits)
-        if line.group is None:
-            return _local(line, output, input)
-        return self._run("all_to_all", line, tag, asynchronous)(
-            dist.all_to_all_single,
-            _movable(output),
-            _movable(input),
-            None if output_splits is None else list(output_splits),
-            None if input_splits is None else list(input_splits),
+        call = self._call("all_to_all", axis, tag, input, output)
+        call.need_rows("input", input, input_splits)
+        call.need_rows("output", output, output_splits)
+        if call.line.group is None:
+            return call.copy(output, input)
+        splits = [None if rows is None else list(rows) for rows in (output_splits, input_splits)]
+        return call.run(
+            asynchronous, dist.all_to_all_single, _movable(output), _movable(input), *splits
         )
 
     def send(
         self, tensor: torch.Tensor, axis: Axis, tag: Tag, *, to: int, asynchronous: bool = False
     ) -> Handle:
-        line = self._peer("send", tensor, axis, tag, to)
-        if line.group is None:
-            return _DONE
-        run = self._run("send", line, tag, asynchronous)
-        return run(dist.isend, _movable(tensor), group_dst=to)
+        call = self._peer_call("send", tensor, axis, tag, to)
+        return call.run(asynchronous, dist.isend, _movable(tensor), group_dst=to)
 
     def receive(
         self, tensor: torch.Tensor, axis: Axis, tag: Tag, *, source: int, asynchronous: bool = False
     ) -> Handle:
-        line = self._peer("receive", tensor, axis, tag, source)
-        if line.group is None:
-            return _DONE
-        run = self._run("receive", line, tag, asynchronous)
-        return run(dist.irecv, _movable(tensor), group_src=source)
+        call = self._peer_call("receive", tensor, axis, tag, source)
+        return call.run(asynchronous, dist.irecv, _movable(tensor), group_src=source)
 
     def barrier(self, axis: Axis, tag: Tag) -> None:
         # An all-reduce works on every backend without being told a device.
@@ -278,105 +345,17 @@ class TorchCommunicator(Communicator):
             )
         return line
 
-    def _run(self, what: str, line: _Line, tag: Tag, asynchronous: bool) -> Callable[..., Handle]:
-        """Calls a function of ``torch.distributed`` such that its errors become ours."""
+    def _call(self, what: str, axis: Axis, tag: Tag, *tensors: torch.Tensor) -> _Call:
+        call = _Call(what, self._line(axis, tensors[0]), tag, self._failures)
+        call.need_alike(*tensors)
+        return call
 
-        def explain(error: RuntimeError) -> CommunicationError:
-            explained = broken if self._failures is None else self._failures.explain
-            return explained(_title(what, line, tag), error)
-
-        def run(
-            collective: Callable[..., Any],
-            *tensors: Any,
-            finish: Callable[[], object] | None = None,
-            **peers: int,
-        ) -> Handle:
-            if collective not in (dist.isend, dist.irecv):
-                peers["async_op"] = True
-            try:
-                work = collective(*tensors, group=line.group, **peers)
-            except RuntimeError as error:
-                raise explain(error) from error
-            pending = _Pending(work, explain, finish)
-            if not asynchronous:
-                pending.wait()
-                return _DONE
-            return pending
-
-        return run
-
-    def _peer(self, what: str, tensor: torch.Tensor, axis: Axis, tag: Tag, peer: int) -> _Line:
-        line = self._line(axis, tensor)
-        self._check(what, line, tag, tensor)
-        self._check_position(what, line, tag, peer)
-        if peer == line.rank:
-            _refuse(what, line, tag, f"position {peer} is this rank itself")
-        return line
-
-    @staticmethod
-    def _check(
-        what: str, line: _Line, tag: Tag, *tensors: torch.Tensor, reduces: bool = False
-    ) -> None:
-        first = tensors[0]
-        for tensor in tensors:
-            if not tensor.is_contiguous():
-                shape, stride = tuple(tensor.shape), tensor.stride()
-                _refuse(
-                    what, line, tag, f"tensor of shape {shape}, stride {stride} is not contiguous"
-                )
-            if tensor.dtype != first.dtype or tensor.device != first.device:
-                _refuse(
-                    what,
-                    line,
-                    tag,
-                    f"input is {first.dtype} on {first.device}, "
-                    f"output is {tensor.dtype} on {tensor.device}",
-                )
-        if reduces and first.dtype in _FLOAT8:
-            _refuse(what, line, tag, f"{first.dtype} cannot be reduced; cast it to bfloat16 first")
-
-    @staticmethod
-    def _check_sizes(
-        what: str, line: _Line, tag: Tag, *, whole: torch.Tensor, part: torch.Tensor
-    ) -> None:
-        if whole.numel() != part.numel() * line.size:
-            _refuse(
-                what,
-                line,
-                tag,
-                f"shapes {tuple(whole.shape)} and {tuple(part.shape)} do not fit: expected "
-                f"{line.size} ranks x {part.numel()} = {line.size * part.numel()} elements, got "
-                f"{whole.numel()}",
-            )
-
-    @staticmethod
-    def _check_rows(
-        what: str,
-        line: _Line,
-        tag: Tag,
-        which: str,
-        tensor: torch.Tensor,
-        splits: Sequence[int] | None,
-    ) -> None:
-        shape = tuple(tensor.shape)
-        if splits is None:
-            if not shape or shape[0] % line.size:
-                _refuse(
-                    what, line, tag, f"{which} of shape {shape} has no {line.size} equal slices"
-                )
-        elif len(splits) != line.size or sum(splits) != shape[0]:
-            _refuse(
-                what,
-                line,
-                tag,
-                f"{which} of shape {shape} cannot be cut into {list(splits)}: expected {line.size} "
-                f"splits that add up to {shape[0]}",
-            )
-
-    @staticmethod
-    def _check_position(what: str, line: _Line, tag: Tag, position: int) -> None:
-        if not 0 <= position < line.size:
-            _refuse(what, line, tag, f"there is no position {position} among {line.size} ranks")
+    def _peer_call(self, what: str, tensor: torch.Tensor, axis: Axis, tag: Tag, peer: int) -> _Call:
+        call = self._call(what, axis, tag, tensor)
+        call.need_position(peer)
+        if peer == call.line.rank:
+            call.refuse(f"position {peer} is this rank itself")
+        return call
 
 
 def _name(axis: Axis) -> str:
@@ -385,31 +364,13 @@ def _name(axis: Axis) -> str:
     return axis if isinstance(axis, str) else "+".join(axis)
 
 
-def _title(what: str, line: _Line, tag: Tag) -> str:
-    return f"{what} of {tag} over {line.name!r} ({line.size} ranks)"
-
-
-def _refuse(what: str, line: _Line, tag: Tag, reason: str) -> NoReturn:
-    raise CommunicationError(f"{_title(what, line, tag)}: {reason}")
-
-
-def _local(line: _Line, output: torch.Tensor, input: torch.Tensor) -> Handle:
-    """Without a group there is one rank and a collective is a copy, or nothing has a value."""
-    if line.size == 1 and output.data_ptr() != input.data_ptr():
-        output.view(-1).copy_(input.view(-1))
-    return _DONE
-
-
 def _movable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8) if tensor.dtype in _FLOAT8 else tensor
 
 
 def _reduce_rows(output: torch.Tensor, rows: torch.Tensor, op: Op) -> None:
     """Reduce ``rows`` [ranks, n] into ``output`` [n]."""
-    flat = output.view(-1)
     if op is Op.SUM:
-        torch.sum(rows, dim=0, dtype=rows.dtype, out=flat)
-    elif op is Op.MAX:
-        torch.amax(rows, dim=0, out=flat)
+        torch.sum(rows, dim=0, dtype=rows.dtype, out=output)
     else:
-        torch.amin(rows, dim=0, out=flat)
+        (torch.amax if op is Op.MAX else torch.amin)(rows, dim=0, out=output)

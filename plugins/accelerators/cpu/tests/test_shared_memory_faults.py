@@ -19,6 +19,7 @@ from shared_memory_world import TAG, start
 from drivetrain.byte_log import ByteLog
 from drivetrain.communicator import CommunicatorPhase, Purpose
 from drivetrain.errors import BuildError, CommunicationError
+from drivetrain.failure import broken
 from drivetrain.mesh import Mesh
 from drivetrain.mesh_layout import MeshLayout
 from drivetrain.testing import RanksFailedError, run_distributed
@@ -242,6 +243,7 @@ def inside_a_job():
         mesh=mesh,
         byte_log=log,
         on_close=closers.append,
+        explain=broken,
     )
     (layer,) = share_memory(job)
     assert layer.phase is CommunicatorPhase.ROUTE
