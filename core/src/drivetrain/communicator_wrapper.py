@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class CommunicatorWrapper(Communicator):
     """Delegates to ``inner``; a decorator overrides what it changes.
 
-    Keywords are handed on as they come, so that they are documented in one place.
+    Collectives take what those of :class:`Communicator` take, and hand it on as it comes.
 
     Args:
         inner: the communicator to decorate.
@@ -30,32 +30,26 @@ class CommunicatorWrapper(Communicator):
     def rank(self, axis: Axis) -> int:
         return self.inner.rank(axis)
 
-    def all_reduce(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
-        return self.inner.all_reduce(tensor, axis, tag, **options)
+    def all_reduce(self, *arguments: Any, **options: Any) -> Handle:
+        return self.inner.all_reduce(*arguments, **options)
 
-    def reduce_scatter(
-        self, output: torch.Tensor, input: torch.Tensor, axis: Axis, tag: Tag, **options: Any
-    ) -> Handle:
-        return self.inner.reduce_scatter(output, input, axis, tag, **options)
+    def reduce_scatter(self, *arguments: Any, **options: Any) -> Handle:
+        return self.inner.reduce_scatter(*arguments, **options)
 
-    def all_gather(
-        self, output: torch.Tensor, input: torch.Tensor, axis: Axis, tag: Tag, **options: Any
-    ) -> Handle:
-        return self.inner.all_gather(output, input, axis, tag, **options)
+    def all_gather(self, *arguments: Any, **options: Any) -> Handle:
+        return self.inner.all_gather(*arguments, **options)
 
-    def broadcast(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
-        return self.inner.broadcast(tensor, axis, tag, **options)
+    def broadcast(self, *arguments: Any, **options: Any) -> Handle:
+        return self.inner.broadcast(*arguments, **options)
 
-    def all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, axis: Axis, tag: Tag, **options: Any
-    ) -> Handle:
-        return self.inner.all_to_all(output, input, axis, tag, **options)
+    def all_to_all(self, *arguments: Any, **options: Any) -> Handle:
+        return self.inner.all_to_all(*arguments, **options)
 
-    def send(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
-        return self.inner.send(tensor, axis, tag, **options)
+    def send(self, *arguments: Any, **options: Any) -> Handle:
+        return self.inner.send(*arguments, **options)
 
-    def receive(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
-        return self.inner.receive(tensor, axis, tag, **options)
+    def receive(self, *arguments: Any, **options: Any) -> Handle:
+        return self.inner.receive(*arguments, **options)
 
     def barrier(self, axis: Axis, tag: Tag) -> None:
         self.inner.barrier(axis, tag)
