@@ -38,11 +38,11 @@ def _boolean(value: Any) -> Any:
 
 
 Int = Annotated[int, BeforeValidator(_integer)]
-PositiveInt = Annotated[int, BeforeValidator(_integer), Field(gt=0)]
-NonNegativeInt = Annotated[int, BeforeValidator(_integer), Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0), BeforeValidator(_integer)]
+NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_integer)]
 Float = Annotated[float, BeforeValidator(_number)]
-PositiveFloat = Annotated[float, BeforeValidator(_number), Field(gt=0)]
-NonNegativeFloat = Annotated[float, BeforeValidator(_number), Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0), BeforeValidator(_number)]
+NonNegativeFloat = Annotated[float, Field(ge=0), BeforeValidator(_number)]
 Bool = Annotated[bool, BeforeValidator(_boolean)]
 
 
