@@ -32,6 +32,7 @@ try:
     time.sleep(120)
 except KeyboardInterrupt:
     if "tidy" in sys.argv:
+        time.sleep(0.5)
         pathlib.Path(f"saved{rank}").touch()
         sys.exit(0)
     raise
@@ -94,6 +95,24 @@ def test_output_and_errors_of_the_first_rank_stay_apart(script, run, tmp_path) -
     done = run("--nproc", "1", script("import sys\nprint('out')\nprint('err', file=sys.stderr)"))
     assert (done.stdout, done.stderr) == ("out\n", "err\n")
     assert sorted((tmp_path / "logs" / "rank0.log").read_text().split()) == ["err", "out"]
+
+
+def test_a_line_of_the_log_is_never_broken_by_the_other_stream(script, run, tmp_path) -> None:
+    source = """
+import sys, time
+print("beg", end="", flush=True)
+time.sleep(0.3)
+print("error", file=sys.stderr, flush=True)
+time.sleep(0.3)
+print("in")
+print("no newline at the end", end="")
+"""
+    run("--nproc", "1", script(source))
+    assert (tmp_path / "logs" / "rank0.log").read_text().splitlines() == [
+        "error",
+        "begin",
+        "no newline at the end",
+    ]
 
 
 def test_a_script_imports_what_lies_beside_it(script, run, tmp_path) -> None:
@@ -208,7 +227,7 @@ def test_an_exit_code_is_a_failure(script, run) -> None:
     assert "rank 0 failed: the script exited with 'no data in ./text'" in done.stderr
 
 
-def test_a_killed_rank_is_named_with_its_signal(script, run) -> None:
+def test_a_killed_rank_is_named_with_its_signal(script, run, tmp_path) -> None:
     source = """
 import os, signal, time
 if os.environ["RANK"] == "1":
@@ -221,6 +240,8 @@ time.sleep(60)
         "error: rank 1 was killed by SIGKILL; often this means that memory ran out" in done.stderr
     )
     assert "| last words" in done.stderr
+    assert done.stderr.startswith("error: ")  # what torchrun says meanwhile is in a file
+    assert "closing signal SIGTERM" in (tmp_path / "logs" / "agent.log").read_text()
 
 
 def test_a_missing_script_is_one_message(tmp_path) -> None:
@@ -350,13 +371,15 @@ def test_on_a_terminal_the_script_sees_one_and_control_c_ends_all_ranks(script, 
     launcher, terminal = pty.fork()
     if launcher == 0:
         os.chdir(tmp_path)
-        os.execv(sys.executable, [*COMMAND, "--nproc", "2", source])
+        os.execv(sys.executable, [*COMMAND, "--nproc", "2", source, "tidy"])
     ranks = process_ids(tmp_path)
     os.write(terminal, b"\x03")
     shown = read_all(terminal)
     _, status = os.waitpid(launcher, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGINT
     assert b"tty True True\r\n" in shown
+    assert (tmp_path / "saved0").exists()
+    assert (tmp_path / "saved1").exists()
     assert all_ended(ranks)
     assert "tty True True\n" in (tmp_path / "logs" / "rank0.log").read_text()
 
