@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from drivetrain_kernels.build import NativeLibrary
-from drivetrain_kernels.build.cache import CHECKSUM, LIBRARY, cache_root
-from drivetrain_kernels.build.toolchain import explain
+from drivetrain_kernels.native import NativeLibrary
+from drivetrain_kernels.native.cache import CHECKSUM, LIBRARY, cache_root
+from drivetrain_kernels.native.toolchain import explain
 
 from drivetrain.errors import BuildError
 
@@ -21,7 +21,7 @@ ANSWER = 'extern "C" int answer() { return %d; }\n'
 CHILD = """
 import sys
 from pathlib import Path
-from drivetrain_kernels.build import NativeLibrary
+from drivetrain_kernels.native import NativeLibrary
 print(NativeLibrary("answer", [Path(sys.argv[1])]).load().answer())
 """
 

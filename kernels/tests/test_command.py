@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from drivetrain_kernels import Provider
 from drivetrain_kernels import command as command_module
-from drivetrain_kernels.build import NativeLibrary
+from drivetrain_kernels.native import NativeLibrary
 from drivetrain_kernels.registry import registry
 
 

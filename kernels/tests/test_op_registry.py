@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from drivetrain_kernels import Example, Op, Provider, Registry
-from drivetrain_kernels.build import NativeLibrary
 from drivetrain_kernels.checks import Checker
+from drivetrain_kernels.native import NativeLibrary
 
 from drivetrain.errors import BuildError, PluginError
 

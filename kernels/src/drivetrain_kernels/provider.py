@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from drivetrain.errors import PluginError
-from drivetrain_kernels.build.library import NativeLibrary
+from drivetrain_kernels.native.library import NativeLibrary
 
 GROUP = "drivetrain.kernels"
 """Entry-point group of native modules; an entry point's name is the device type that it serves."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from drivetrain_cpu.kernels import NATIVE
-from drivetrain_kernels.build import CXX
+from drivetrain_kernels.native import CXX
 
 HERE = Path(__file__).parent
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from drivetrain_cpu.instruction_sets import runnable
-from drivetrain_kernels.build import CXX
+from drivetrain_kernels.native import CXX
 
 PROGRAM = """
 import sys
@@ -18,7 +18,7 @@ from drivetrain_cpu.instruction_sets import selected
 from drivetrain_cpu.kernels import FLAGS, NATIVE, SOURCES, _with_reference, _BINDINGS
 from drivetrain_cpu.openmp import share_openmp
 from drivetrain_kernels import ops
-from drivetrain_kernels.build import NativeLibrary
+from drivetrain_kernels.native import NativeLibrary
 
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 library = NativeLibrary(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from drivetrain_kernels import ops
+from drivetrain_cpu.accelerator import CpuAccelerator
+from drivetrain_cpu.instruction_sets import selected
+from drivetrain_kernels import implementations, ops
 
 from drivetrain.testing.kernels import KernelConformance
 
@@ -10,3 +12,12 @@ from drivetrain.testing.kernels import KernelConformance
 class TestNativeKernels(KernelConformance):
     ops = ops()
     provider = "drivetrain-cpu"
+
+
+def test_the_report_names_the_kernels_that_calls_reach():
+    rows = dict(CpuAccelerator().report_rows())
+    (label,) = [label for label in rows if label.startswith("kernels for cpu: drivetrain-cpu")]
+    assert rows[label].startswith("adagrad, adam, cast_copy, ")
+    assert f"drivetrain_cpu_{selected().name}" in rows[label]
+    for found in implementations(["cpu"]):
+        assert found.op in rows[label]

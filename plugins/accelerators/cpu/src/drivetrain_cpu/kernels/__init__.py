@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from drivetrain_kernels import Op, Provider, ops
-from drivetrain_kernels.build import NativeLibrary
+from drivetrain_kernels.native import NativeLibrary
 
 from drivetrain_cpu.instruction_sets import InstructionSet, compilable, selected
 from drivetrain_cpu.kernels import copies, quantization, updates

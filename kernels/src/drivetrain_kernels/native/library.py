@@ -1,4 +1,4 @@
-"""A native library with a C interface: found prebuilt, found in the cache, or built, then loaded."""
+"""A native library with a C interface: found prebuilt or in the cache, or built; then loaded."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from drivetrain.errors import BuildError
-
-from drivetrain_kernels.build.cache import cache_root, checked, obtain, publish
-from drivetrain_kernels.build.toolchain import CXX, Recipe, Toolchain
+from drivetrain_kernels.native.cache import cache_root, checked, obtain, publish
+from drivetrain_kernels.native.toolchain import CXX, Recipe, Toolchain
 
 logger = logging.getLogger("drivetrain.kernels")
 

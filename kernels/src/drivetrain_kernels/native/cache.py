@@ -103,7 +103,6 @@ def publish(library: Path, entry: Path) -> None:
     staged = Path(tempfile.mkdtemp(dir=entry.parent, prefix=f".{entry.name}-"))
     try:
         shutil.copyfile(library, staged / LIBRARY)
-        os.chmod(staged / LIBRARY, 0o755)
         (staged / CHECKSUM).write_text(sha256(staged / LIBRARY) + "\n")
         _sync(staged / LIBRARY)
         _sync(staged / CHECKSUM)
@@ -145,6 +144,6 @@ def _turn(lock: Path) -> Iterator[bool]:
 
 
 def _remove_leftovers(root: Path, name: str) -> None:
-    """Remove private folders of killed builders; whoever holds the lock knows that they are dead."""
+    """Remove private folders of killed builders: who holds the lock knows that they are dead."""
     for folder in root.glob(f".{name}-*"):
         shutil.rmtree(folder, ignore_errors=True)

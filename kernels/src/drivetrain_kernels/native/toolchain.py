@@ -52,7 +52,8 @@ class Toolchain:
                 return (found, *choice[1:])
         looked = f"${self.variable}={named!r}" if named else ", ".join(self.candidates)
         raise BuildError(
-            f"no {self.role} compiler found (looked for {looked}); install one or set ${self.variable}"
+            f"no {self.role} compiler found (looked for {looked}); install one or set "
+            f"${self.variable}"
         )
 
     def identity(self) -> str:
@@ -67,7 +68,9 @@ class Toolchain:
                 [*command, "--version"], capture_output=True, text=True, check=True, timeout=60
             ).stdout
         except (OSError, subprocess.SubprocessError) as error:
-            raise BuildError(f"the {self.role} compiler {command[0]} does not run: {error}") from error
+            raise BuildError(
+                f"the {self.role} compiler {command[0]} does not run: {error}"
+            ) from error
         return f"{os.path.realpath(command[0])} {' '.join(command[1:])}\n{version}"
 
 
