@@ -216,5 +216,3 @@ def report_rows() -> Sequence[tuple[str, str]]:
     Collect. Called outside a job; must not start devices or communicate.
     """
     raise NotImplementedError
-
-
