@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -337,6 +339,26 @@ def test_ranks_that_wait_fail_with_the_error_of_the_one_that_raised(culprit, pla
         ), error.error
 
 
+def fails_but_lives_on() -> None:
+    job = Job.open(plan())
+    total(job)
+    if job.rank == 1:
+        with suppress(ValueError), job:
+            raise ValueError("no more data")
+        time.sleep(5)
+        raise RuntimeError("the end of the process")
+    total(job)
+
+
+def test_ranks_that_wait_need_not_wait_for_the_end_of_the_process():
+    with pytest.raises(RanksFailedError) as caught:
+        run_distributed(fails_but_lives_on, 3, timeout=30)
+    *others, last = caught.value.errors.values()
+    assert last.error == "RuntimeError: the end of the process"
+    for error in others:
+        assert error.error.endswith("because rank 1 failed: ValueError: no more data")
+
+
 def dies() -> None:
     job = Job.open(plan())
     if job.rank == 1:
@@ -370,7 +392,7 @@ def test_leaving_with_exit_code_zero_is_no_failure():
 
 
 SCRIPT = """
-import sys
+import sys, time
 sys.path[:] = {path!r}
 import torch
 from {module} import Job, plan, total
@@ -378,6 +400,7 @@ job = Job.open(plan())
 total(job)
 if job.rank == {culprit}:
     raise ValueError("no more data")
+time.sleep(2)  # busy with something else when it happens
 total(job)
 """
 
@@ -407,7 +430,7 @@ def test_scripts_end_alike_when_rank_0_hosts_the_store(culprit):
         for rank in range(3)
     ]
     errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert all(process.returncode == 1 for process in processes)
+    assert [process.returncode for process in processes] == [1, 1, 1], "\n".join(errors)
     assert "ValueError: no more data" in errors.pop(culprit)
     for error in errors:
         assert f"because rank {culprit} failed: ValueError: no more data" in error
