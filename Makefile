@@ -37,8 +37,8 @@ format: setup  ## format the code and fix what ruff can fix
 docs: setup  ## build the documentation site into site/
 	$(BIN)/tox run -e docs
 
-quickstart: setup  ## train a small GPT on real text with two ranks
-	$(BIN)/drivetrain run --nproc 2 examples/train_gpt.py --config examples/gpt.json
+quickstart: setup  ## train a small GPT on real text with two ranks (ARGS=--resume to go on)
+	$(BIN)/drivetrain run --nproc 2 examples/train_gpt.py --config examples/gpt.json $(ARGS)
 
 clean:  ## remove everything that the other commands made
 	rm -rf .venv .tox .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
