@@ -132,6 +132,20 @@ def test_movements_bring_everything_where_it_belongs(world):
     run_distributed(movements, world)
 
 
+def repeated_waits() -> None:
+    c = start()
+    out = torch.empty(4)
+    handle = c.reduce_scatter(out, torch.ones(8), "data", TAG, asynchronous=True)
+    handle.wait()
+    out.zero_()  # the result has been used up
+    handle.wait()
+    assert torch.equal(out, torch.zeros(4))
+
+
+def test_a_handle_delivers_once_however_often_it_is_waited_for():
+    run_distributed(repeated_waits, 2)
+
+
 def low_precision_sums() -> None:
     c = start()
     size, rank = c.size("data"), c.rank("data")

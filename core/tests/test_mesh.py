@@ -62,6 +62,7 @@ def equal_meshes_share_groups_until_the_last_closes() -> None:
     assert other.group("tp") is group
     one.close()
     one.close()
+    assert group in distributed_c10d._world.pg_map
     dist.all_reduce(torch.zeros(1), group=other.group("tp"))
     other.close()
     assert group not in distributed_c10d._world.pg_map, "the last mesh destroys the group"

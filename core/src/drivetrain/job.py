@@ -223,6 +223,7 @@ class Job:
         self.on_close(self.mesh.close)
         self.random = RandomStreams(self.plan.section(Seed).root, self.mesh, self.device)
         inner = TorchCommunicator(self.mesh, self.device, self._failures)
+        self.on_close(inner.close)
         self.communicator = self.byte_log = ByteLog(inner)
         if store is not None:
             check_same_plan(self.plan.fingerprint(), self.communicator, store, self.device)

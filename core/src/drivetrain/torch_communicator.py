@@ -331,6 +331,10 @@ class TorchCommunicator(Communicator):
     def buffer(self, numel: int, dtype: torch.dtype, axis: Axis) -> torch.Tensor:
         return torch.zeros(numel, dtype=dtype, device=self._device)
 
+    def close(self) -> None:
+        """Let go of all process groups: while one is held, its connections stay open."""
+        self._lines.clear()
+
     def _line(self, axis: Axis, tensor: torch.Tensor) -> _Line:
         key = (axis, tensor.is_meta)
         line = self._lines.get(key)
