@@ -174,6 +174,33 @@ def test_a_loss_that_is_no_number_stops_before_the_update(mode: dict[str, Any]) 
         assert torch.equal(weight(engine), before)
 
 
+def spoil(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient * float("inf")
+
+
+def test_gradients_that_are_no_numbers_stop_an_fp32_run_and_name_the_parameter() -> None:
+    with engine_of(gradient_clipping=1.0) as engine:
+        before = weight(engine)
+        engine.module.weight.register_hook(spoil)
+        engine.backward(engine(batch()).sum())
+        with pytest.raises(TrainingError, match=r"norm of step 1 is not finite: weight \(3 of 3"):
+            engine.step()
+        assert torch.equal(weight(engine), before)
+
+
+def test_a_bf16_step_with_such_gradients_is_skipped_and_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with engine_of(bf16={"enabled": True}) as engine:
+        before = weight(engine)
+        engine.module.weight.register_hook(spoil)
+        engine.backward(engine(batch().bfloat16()).float().sum())
+        engine.step()
+        assert engine.skipped_steps == 1
+        assert torch.equal(weight(engine), before)
+        assert "step 1 is skipped, its gradients are not finite: weight" in caplog.text
+
+
 def test_a_model_without_parameters_is_refused() -> None:
     with pytest.raises(ConfigError, match="no trainable parameters"):
         make(nn.Tanh())

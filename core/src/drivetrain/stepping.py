@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 
+from drivetrain.errors import TrainingError
+
 if TYPE_CHECKING:
     from drivetrain.engine import Engine
+
+logger = logging.getLogger("drivetrain.engine")
 
 CLIP_EPSILON = 1e-6
 """Added to the norm when clipping, as in ``torch.nn.utils.clip_grad_norm_``."""
@@ -24,16 +29,20 @@ def apply_optimizer_step(engine: Engine) -> bool:
         Whether the update was applied.
 
     Raises:
-        TrainingError: fp16 gradients overflow though the loss scale is at its minimum.
+        TrainingError: gradients are not finite, and the precision has no way to go on: fp32 has
+            none, and fp16 none once the loss scale is at its minimum.
     """
     states, scaler = engine.states, engine.loss_scaler
     with engine.job.span("communication wait"):
         states.finish_reduction()
     divide = 1.0 / (scaler.scale_value * engine.gradient_divisor())
     norm = states.gradient_norm() if engine.wants_gradient_norm() else None
-    if norm is not None and engine.precision.check_finite and not bool(torch.isfinite(norm)):
+    # On a host looking at the norm is free; elsewhere it stalls the device.
+    looks = engine.precision.check_finite or engine.device.type == "cpu"
+    if norm is not None and looks and not bool(torch.isfinite(norm)):
         # Every rank sees the same norm, so all ranks take this branch together.
         engine.record_gradient_norm(None)
+        _refuse_or_note(engine)
         scaler.update(overflow=True, first_nonfinite=states.first_nonfinite)
         states.discard_gradients()
         return False
@@ -47,3 +56,16 @@ def apply_optimizer_step(engine: Engine) -> bool:
     states.update(scale)
     scaler.update(overflow=False, first_nonfinite=states.first_nonfinite)
     return True
+
+
+def _refuse_or_note(engine: Engine) -> None:
+    """Say that gradients are not finite, unless the loss scale is about to deal with it."""
+    if engine.loss_scaler.dynamic:
+        return
+    step, culprit = engine.global_steps + 1, engine.states.first_nonfinite()
+    if not engine.precision.check_finite:
+        raise TrainingError(
+            f"the gradient norm of step {step} is not finite: {culprit}; parameters were not updated"
+        )
+    if engine.job.rank == 0:
+        logger.warning("step %d is skipped, its gradients are not finite: %s", step, culprit)
