@@ -65,7 +65,8 @@ def _refuse_or_note(engine: Engine) -> None:
     step, culprit = engine.global_steps + 1, engine.states.first_nonfinite()
     if not engine.precision.check_finite:
         raise TrainingError(
-            f"the gradient norm of step {step} is not finite: {culprit}; parameters were not updated"
+            f"the gradient norm of step {step} is not finite: {culprit}; "
+            "parameters were not updated"
         )
     if engine.job.rank == 0:
         logger.warning("step %d is skipped, its gradients are not finite: %s", step, culprit)
