@@ -49,8 +49,10 @@ FLAWS = {
     ),
     "test_sections_round_trip_through_json": (
         "every: int = 10",
-        "every: int = 10\n\n        @field_validator('every')\n        def _more(cls, value):\n"
-        "            return value + 1",
+        (
+            "every: int = 10\n\n        @field_validator('every')\n        def _more(cls, value):\n"
+            "            return value + 1"
+        ),
     ),
     "test_defaults_are_valid": (
         "every: int = 10",
@@ -62,8 +64,10 @@ FLAWS = {
     ),
     "test_the_plugin_pickles": (
         "def features(self):",
-        "def __init__(self, sections):\n            super().__init__(sections)\n"
-        "            self.callback = lambda: None\n\n        def features(self):",
+        (
+            "def __init__(self, sections):\n            super().__init__(sections)\n"
+            "            self.callback = lambda: None\n\n        def features(self):"
+        ),
     ),
     "test_the_class_says_what_it_is": ('return {"sample.every": (1, 10)}', 'return {"typo": (1,)}'),
     "test_the_order_of_the_config_does_not_matter": (
