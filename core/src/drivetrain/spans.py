@@ -26,8 +26,8 @@ class SpanTime:
 class Ledger:
     """Adds up the seconds that a process spends in named spans.
 
-    Spans nest per thread, so autograd's threads have their own. A span costs one to two microseconds.
-    It measures the host: work queued on a device is not waited for.
+    Spans nest per thread, so autograd's threads have their own. A span costs one to two
+    microseconds. It measures the host: work queued on a device is not waited for.
     """
 
     def __init__(self) -> None:
