@@ -29,6 +29,10 @@ _GRACE_SECONDS = 10.0
 
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
+# torch asks for the name of every address that it connects to, even of this host's own, and the
+# resolver waits five seconds for a name server that does not answer.
+_IMPATIENT = {"RES_OPTIONS": "timeout:1 attempts:1"}
+
 
 @dataclass(frozen=True)
 class RankError:
@@ -125,6 +129,7 @@ def _call(
     env: Mapping[str, str] | None,
 ) -> Call:
     environment = {
+        **_IMPATIENT,
         **os.environ,
         **_ONE_THREAD,
         "RANK": str(rank),
@@ -220,7 +225,7 @@ class _Pool:
             self._server = subprocess.Popen(
                 [sys.executable, "-c", program, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, **_ONE_THREAD},
+                env={**_IMPATIENT, **os.environ, **_ONE_THREAD},
                 stdin=subprocess.DEVNULL,
             )
         self._socket = ours
