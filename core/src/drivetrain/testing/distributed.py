@@ -29,10 +29,6 @@ _GRACE_SECONDS = 10.0
 
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
-# torch asks for the name of every address that it connects to, even of this host's own, and the
-# resolver waits five seconds for a name server that does not answer.
-_IMPATIENT = {"RES_OPTIONS": "timeout:1 attempts:1"}
-
 
 @dataclass(frozen=True)
 class RankError:
@@ -99,10 +95,10 @@ def run_distributed(
     __tracebackhide__ = True  # pytest then shows the ranks' errors, not this code
     if "<locals>" in function.__qualname__ or "<lambda>" in function.__qualname__:
         raise ValueError(f"{function.__qualname__} must be defined at the level of a module")
+    pool = _pool()
     store = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", 0, is_master=True, wait_for_workers=False
     )
-    pool = _pool()
     ranks = pool.take(world_size)
     finished = False
     try:
@@ -129,7 +125,6 @@ def _call(
     env: Mapping[str, str] | None,
 ) -> Call:
     environment = {
-        **_IMPATIENT,
         **os.environ,
         **_ONE_THREAD,
         "RANK": str(rank),
@@ -216,6 +211,9 @@ class _Pool:
     def __init__(self) -> None:
         self.owner = os.getpid()
         self._idle: list[_Rank] = []
+        # torch asks for the name of every address that it is connected to, even of this host's
+        # own, and the resolver waits five seconds for a name server that does not answer.
+        os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
         ours, theirs = socket.socketpair()
         program = (
             f"import sys; sys.path[:] = {sys.path!r}; "
@@ -225,7 +223,7 @@ class _Pool:
             self._server = subprocess.Popen(
                 [sys.executable, "-c", program, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env={**_IMPATIENT, **os.environ, **_ONE_THREAD},
+                env={**os.environ, **_ONE_THREAD},
                 stdin=subprocess.DEVNULL,
             )
         self._socket = ours
