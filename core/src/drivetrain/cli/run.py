@@ -118,7 +118,9 @@ def run(
     kind = "module" if module else "script"
     worker = ["--module", "drivetrain.cli.rank", kind, script, *arguments]
     agent = [sys.executable, "-m", "drivetrain.cli.agent", str(folder)]
-    command = [*agent, *meeting, "--nproc-per-node", str(ranks), *worker]
+    # Without a folder of its own torchrun leaves one in the system's temporary folder at every run.
+    own = ["--nproc-per-node", str(ranks), "--log-dir", str(folder / "torchrun")]
+    command = [*agent, *meeting, *own, *worker]
     environment = {**os.environ, FOLDER_VARIABLE: str(folder)}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
     environment.setdefault("PYTHONUNBUFFERED", "1")
