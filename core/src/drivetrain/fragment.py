@@ -33,6 +33,15 @@ class Box:
             product *= extent
         return product
 
+    def of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rectangle of the global tensor, a view."""
+        ends = zip(self.global_offset, self.size, strict=True)
+        return whole[tuple(slice(start, start + extent) for start, extent in ends)]
+
+    def of_storage(self, flat: torch.Tensor) -> torch.Tensor:
+        """This rectangle where it lies in a fragment's flat storage, a view."""
+        return flat.narrow(0, self.local_offset, self.numel).view(self.size)
+
 
 @dataclass(frozen=True)
 class Fragment:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,7 @@ def _is_plain(value: Any) -> bool:
 def _write_rank(engine: Engine, aside: Path, exclude_frozen: bool) -> None:
     tensors: dict[str, torch.Tensor] = {}
     index: list[dict[str, Any]] = []
+    numbers: Counter[str] = Counter()  # a home may answer with several fragments of one state
     frozen = {
         engine.job.parameters.info(p).name
         for p in engine.module.parameters()
@@ -148,10 +150,11 @@ def _write_rank(engine: Engine, aside: Path, exclude_frozen: bool) -> None:
         if not fragment.owner or fragment.kind == "gradient" or fragment.name in frozen:
             continue
         flat = fragment.read()
-        for number, box in enumerate(fragment.boxes):
-            key = f"{fragment.kind}/{fragment.name}/{number}"
-            part = flat.narrow(0, box.local_offset, box.numel)
-            tensors[key] = part.detach().cpu().clone().view(box.size)
+        state = f"{fragment.kind}/{fragment.name}"
+        for box in fragment.boxes:
+            key = f"{state}/{numbers[state]}"
+            numbers[state] += 1
+            tensors[key] = box.of_storage(flat).detach().cpu().clone()
             index.append(
                 {
                     "key": key,

@@ -297,17 +297,15 @@ class ReplicatedStates(ModelStates):
         self.discard_gradients()
         for bucket in self._buckets:
             bucket.home.flush()
-        kept = {
-            (f.name, f.kind): f.read().clone() for b in self._buckets for f in b.home.fragments()
-        }
+        kept = _whole_states(f for b in self._buckets for f in b.home.fragments())
         steps = {s.name: b.home.step for b in self._buckets for s in b.planned.spec.segments}
         self._reducer.close()
         self._build(steps)
         for bucket in self._buckets:
             for fragment in bucket.home.fragments():
-                values = kept.get((fragment.name, fragment.kind))
-                if values is not None and fragment.on_reshape == "redistribute":
-                    fragment.write(values)
+                whole = kept.get((fragment.name, fragment.kind))
+                if whole is not None and fragment.boxes:
+                    fragment.write(torch.cat([box.of(whole).reshape(-1) for box in fragment.boxes]))
 
     def fragments(self) -> Sequence[Fragment]:
         found: list[Fragment] = []
@@ -329,3 +327,17 @@ class ReplicatedStates(ModelStates):
 
     def detach(self) -> None:
         self._reducer.close()
+
+
+def _whole_states(fragments: Iterable[Fragment]) -> dict[tuple[str, str], torch.Tensor]:
+    """Copies of the states by (name, kind), put together where a home keeps them in parts."""
+    found: dict[tuple[str, str], torch.Tensor] = {}
+    for fragment in fragments:
+        if fragment.on_reshape != "redistribute":
+            continue
+        flat = fragment.read()
+        key = (fragment.name, fragment.kind)
+        whole = found.setdefault(key, flat.new_empty(fragment.global_shape))
+        for box in fragment.boxes:
+            box.of(whole).copy_(box.of_storage(flat))
+    return found
