@@ -70,7 +70,7 @@ def test_a_command_that_does_not_load_leaves_the_help_page_usable(offer) -> None
     offer("broken", "no_such_module:command")
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0
-    assert "(unusable: command 'broken' (somebody 1.0) could not be" in result.output
+    assert "From somebody; see drivetrain broken --help." in result.output
     assert "Check a config" in result.output
 
 

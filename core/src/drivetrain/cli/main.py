@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from drivetrain import __version__
-from drivetrain.errors import ConfigError, DrivetrainError, PluginError
-from drivetrain.registry import Registry
+from drivetrain.errors import ConfigError, DrivetrainError
+from drivetrain.registry import CORE, Registry
 from drivetrain.wording import did_you_mean
 
 
@@ -40,10 +40,11 @@ class Commands(click.Group):
             formatter.write_dl(rows)
 
     def _summary(self, ctx: click.Context, name: str) -> str:
-        try:
-            command = self.get_command(ctx, name)
-        except PluginError as error:  # one broken package must not take the help page away
-            return f"(unusable: {error})"
+        entry = Registry.installed().find("commands", name)
+        if entry is not None and entry.distribution != CORE:
+            # Its package may be broken, or import torch; the help page must be quick and whole.
+            return f"From {entry.distribution}; see drivetrain {name} --help."
+        command = self.get_command(ctx, name)
         return command.get_short_help_str(limit=80) if command else ""
 
     def invoke(self, ctx: click.Context) -> Any:
