@@ -73,7 +73,7 @@ def average_(
 
 
 def _compress_(values: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signs [n] (true for 0 and above), fp32 scale of ``values`` [n]; the rest goes to ``error``."""
+    """Signs [n] (true from 0 on), fp32 scale of ``values`` [n]; the rest goes to ``error``."""
     scale = torch.linalg.vector_norm(values).div(max(values.numel(), 1) ** 0.5).float()
     signs = values >= 0
     error.copy_(values - torch.where(signs, scale, -scale))
