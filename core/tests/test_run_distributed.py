@@ -217,3 +217,17 @@ def test_no_process_outlives_its_caller(ending, tmp_path):
     process.stdout.close()
     assert gone(ranks)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_guarded_script_may_run_its_own_functions(tmp_path: Path):
+    """On a rank the guard must not hold, or every rank would start ranks in turn."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from drivetrain.testing import run_distributed\n"
+        "def own(): return 3\n"
+        "if __name__ == '__main__': print(run_distributed(own, 2, timeout=20))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (found.stdout.strip(), found.returncode) == ("[3, 3]", 0), found.stderr

@@ -106,11 +106,14 @@ def _module(name: str, file: str) -> ModuleType:
     if loaded is not None and _file(loaded) == Path(file):
         return loaded
     # A script, a module that pytest imported by its path, or one of several of the same name.
-    spec = importlib.util.spec_from_file_location(name, file)
+    # Under its own name a script's ``if __name__ == "__main__"`` would hold: ranks start ranks.
+    spec = importlib.util.spec_from_file_location(
+        "__mp_main__" if name == "__main__" else name, file
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[name] = sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
