@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import pytest
@@ -17,7 +18,13 @@ from drivetrain.checkpoint import files
 from drivetrain.checkpoint import save as save_function
 from drivetrain.engine import Engine
 from drivetrain.errors import CheckpointError
-from drivetrain.job import Ranks
+from drivetrain.fragment import Box
+from drivetrain.job import Job, Ranks
+from drivetrain.mesh_layout import Atom, AxisRequest
+from drivetrain.parameters import Placement
+from drivetrain.plan import Plan
+from drivetrain.plugin import Plugin, Section, Sections, hookimpl
+from drivetrain.registry import Registry
 from drivetrain.testing import run_distributed
 
 CONFIG: dict[str, Any] = {
@@ -146,6 +153,63 @@ def fail_on_rank_one(folder: str) -> str:
     finally:
         engine.destroy()
     return "saved"
+
+
+class Halved(Plugin):
+    """Gives each of two ranks one row of a layer's weight, and of one that is not trained."""
+
+    name = "halved"
+    sections: ClassVar[Sections] = {"halved": Section}
+
+    @hookimpl
+    def mesh_axes(self, plan: Plan) -> Sequence[AxisRequest]:
+        return [Atom("tp", 2)]
+
+    @hookimpl
+    def describe_parameters(self, job: Job, module: nn.Module) -> None:
+        row = Box((job.mesh.coordinate("tp"), 0), (1, 3), 0)
+        for parameter in module.parameters():
+            job.parameters.info(parameter).placement = Placement((2, 3), (row,))
+
+
+def save_rows(folder: str) -> None:
+    module = nn.ModuleDict({n: nn.Linear(3, 1, bias=False) for n in ("trained", "frozen")})
+    module["frozen"].requires_grad_(False)
+    rank = Ranks.current().rank
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(rank + 1.0)
+    engine, *_ = drivetrain.initialize(
+        model=module,
+        model_parameters=module.parameters(),
+        config={**CONFIG, "train_batch_size": 2, "scheduler": {}, "halved": {}},
+        registry=Registry.installed().with_plugins(Halved),
+    )
+    engine.save_checkpoint(folder, "rows")
+    for fragment in engine.states.fragments():
+        fragment.write(torch.zeros_like(fragment.read()))
+    engine.load_checkpoint(folder, "rows")
+    for parameter in module.parameters():
+        assert torch.equal(parameter, torch.full((1, 3), rank + 1.0))
+    engine.destroy()
+
+
+def whole_rows(folder: str) -> list[list[list[float]]]:
+    module = nn.ModuleDict({n: nn.Linear(3, 2, bias=False) for n in ("trained", "frozen")})
+    engine, *_ = drivetrain.initialize(
+        model=module,
+        model_parameters=module.parameters(),
+        config={**CONFIG, "train_batch_size": 2, "scheduler": {}},
+    )
+    engine.load_checkpoint(folder, "rows", load_module_only=True)
+    answer = [module[name].weight.tolist() for name in ("trained", "frozen")]
+    engine.destroy()
+    return answer
+
+
+def test_parts_of_a_parameter_are_put_together_by_their_placement(tmp_path: Path) -> None:
+    run_distributed(save_rows, 2, str(tmp_path))
+    assert whole_rows(str(tmp_path)) == [[[1.0] * 3, [2.0] * 3]] * 2
 
 
 # -- resuming --------------------------------------------------------------------------------------

@@ -82,6 +82,19 @@ def interval_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]
     yield from _boxes(tuple(shape), start, stop, (), 0)
 
 
+def placed_boxes(boxes: Sequence[Box], start: int, stop: int) -> Iterator[Box]:
+    """Elements [start, stop) of a local tensor that holds ``boxes`` of a global one.
+
+    Local offsets of the answer count from ``start``; elements in no box (padding) are left out.
+    """
+    for box in boxes:
+        low, high = max(start, box.local_offset), min(stop, box.local_offset + box.numel)
+        for part in interval_boxes(box.size, low - box.local_offset, high - box.local_offset):
+            place = zip(box.global_offset, part.global_offset, strict=True)
+            offset = tuple(outer + inner for outer, inner in place)
+            yield Box(offset, part.size, low - start + part.local_offset)
+
+
 def _boxes(
     shape: tuple[int, ...], start: int, stop: int, prefix: tuple[int, ...], local: int
 ) -> Iterator[Box]:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.fragment import Fragment, interval_boxes
+from drivetrain.fragment import Box, Fragment, interval_boxes, placed_boxes
 from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule
 
 if TYPE_CHECKING:
     from drivetrain.mesh import Axis
+    from drivetrain.parameters import Placement
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Segment:
         numel: number of elements held.
         offset: where they begin in the bucket.
         owner: whether this rank's copy counts in norms and checkpoints.
+        placement: which part of the client's tensor the parameter is; ``None`` for all of it.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Segment:
     numel: int
     offset: int
     owner: bool = True
+    placement: Placement | None = None
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """This segment's slice of a flat bucket tensor; shaped when the parameter is whole."""
@@ -210,6 +213,7 @@ class DeviceHome(StateHome):
 def segment_fragment(segment: Segment, kind: str, flat: torch.Tensor, home: str) -> Fragment:
     """The fragment of one parameter's part of a flat bucket tensor."""
     part = flat.narrow(0, segment.offset, segment.numel)
+    shape, boxes = _placed(segment.shape, segment.placement, segment.start, segment.numel)
 
     def write(values: torch.Tensor) -> None:
         part.copy_(values)
@@ -217,9 +221,9 @@ def segment_fragment(segment: Segment, kind: str, flat: torch.Tensor, home: str)
     return Fragment(
         name=segment.name,
         kind=kind,
-        global_shape=segment.shape,
+        global_shape=shape,
         dtype=flat.dtype,
-        boxes=tuple(interval_boxes(segment.shape, segment.start, segment.start + segment.numel)),
+        boxes=boxes,
         owner=segment.owner,
         home=home,
         read=lambda: part,
@@ -227,10 +231,26 @@ def segment_fragment(segment: Segment, kind: str, flat: torch.Tensor, home: str)
     )
 
 
+def _placed(
+    shape: tuple[int, ...], placement: Placement | None, start: int, numel: int
+) -> tuple[tuple[int, ...], tuple[Box, ...]]:
+    """Global shape and boxes of elements [start, start + numel) of a parameter of ``shape``."""
+    if placement is None:
+        return shape, tuple(interval_boxes(shape, start, start + numel))
+    return placement.global_shape, tuple(placed_boxes(placement.boxes, start, start + numel))
+
+
 def tensor_fragment(
-    name: str, kind: str, tensor: torch.Tensor, *, owner: bool, home: str = "device"
+    name: str,
+    kind: str,
+    tensor: torch.Tensor,
+    *,
+    owner: bool,
+    placement: Placement | None = None,
+    home: str = "device",
 ) -> Fragment:
-    """The fragment of a whole tensor that lies in no bucket."""
+    """The fragment of a tensor that lies in no bucket."""
+    shape, boxes = _placed(tuple(tensor.shape), placement, 0, tensor.numel())
 
     def write(values: torch.Tensor) -> None:
         tensor.copy_(values.view_as(tensor))
@@ -238,9 +258,9 @@ def tensor_fragment(
     return Fragment(
         name=name,
         kind=kind,
-        global_shape=tuple(tensor.shape),
+        global_shape=shape,
         dtype=tensor.dtype,
-        boxes=tuple(interval_boxes(tensor.shape, 0, tensor.numel())),
+        boxes=boxes,
         owner=owner,
         home=home,
         read=lambda: tensor.detach().reshape(-1),

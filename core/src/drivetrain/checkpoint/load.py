@@ -142,7 +142,7 @@ def _load_boxes(stored: _Stored, fragment: Fragment) -> bool:
     entries = stored.boxes.get((_source_kind(stored, fragment), fragment.name), [])
     if not entries:
         return False
-    local = torch.empty_like(fragment.read())
+    local = fragment.read().clone()  # what is in no box (padding) stays as it is
     found = 0
     for rank, entry in entries:
         if tuple(entry["global_shape"]) != fragment.global_shape:

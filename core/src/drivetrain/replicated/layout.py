@@ -156,6 +156,7 @@ def _planned(
                 numel=parameter.numel(),
                 offset=offset,
                 owner=owner,
+                placement=table.info(parameter).placement,
             )
         )
         offset += parameter.numel()

@@ -322,7 +322,15 @@ class ReplicatedStates(ModelStates):
             if parameter not in bucketed:
                 info = self._job.parameters.info(parameter)
                 owner = info.owner and self._job.communicator.rank(info.reduction) == 0
-                found.append(tensor_fragment(info.name, "parameter", parameter.data, owner=owner))
+                found.append(
+                    tensor_fragment(
+                        info.name,
+                        "parameter",
+                        parameter.data,
+                        owner=owner,
+                        placement=info.placement,
+                    )
+                )
         return found
 
     def detach(self) -> None:
