@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from drivetrain.engine import Engine
-from drivetrain.replicated import gradients
-from drivetrain.replicated.gradients import GradientReducer
+from drivetrain.gradients import GradientBucket, Slot
+from drivetrain.replicated.all_reduce import AllReduceBucket
 from drivetrain.replicated.states import ReplicatedStates
 from drivetrain.testing import assert_trains_like_reference, data
 from drivetrain.testing.reference import Case
@@ -51,15 +51,14 @@ def wrong_divisor() -> AbstractContextManager[Any]:
 
 
 def missed_accumulation() -> AbstractContextManager[Any]:
-    def overwrite(slot: gradients.Slot, gradient: torch.Tensor) -> None:
-        slot.view.copy_(gradient)
-        slot.filled = True
+    def overwrite(bucket: AllReduceBucket, slot: Slot, gradient: torch.Tensor) -> None:
+        bucket.views[slot.index].copy_(gradient)
 
-    return patch.object(gradients, "_accumulate", overwrite)
+    return patch.object(AllReduceBucket, "add", overwrite)
 
 
 def late_gradient_lost() -> AbstractContextManager[Any]:
-    return patch.object(GradientReducer, "_add_late", lambda reducer, bucket: None)
+    return patch.object(AllReduceBucket, "add_late", lambda bucket: None)
 
 
 def norm_counted_twice() -> AbstractContextManager[Any]:
@@ -68,24 +67,23 @@ def norm_counted_twice() -> AbstractContextManager[Any]:
 
 
 def one_bucket_not_reduced() -> AbstractContextManager[Any]:
-    sum_up = GradientReducer._sum
+    sum_up = AllReduceBucket._sum
 
-    def skip_first(reducer: GradientReducer, bucket: Any, gradient: torch.Tensor) -> None:
-        if bucket is not reducer.buckets[0]:
-            sum_up(reducer, bucket, gradient)
+    def skip_first(bucket: AllReduceBucket, gradient: torch.Tensor) -> None:
+        if bucket.key != "g0.b0":
+            sum_up(bucket, gradient)
 
-    return patch.object(GradientReducer, "_sum", skip_first)
+    return patch.object(AllReduceBucket, "_sum", skip_first)
 
 
 def stale_gradients_kept() -> AbstractContextManager[Any]:
-    def forget_to_restart(bucket: gradients.GradientBucket) -> None:
+    def forget_to_restart(bucket: GradientBucket) -> None:
         bucket.missing = len(bucket.slots)
         bucket.sent = False
-        bucket.wire = bucket.handle = None
         for slot in bucket.slots:
             slot.seen = False
 
-    return patch.object(gradients.GradientBucket, "restart", forget_to_restart)
+    return patch.object(GradientBucket, "restart", forget_to_restart)
 
 
 CLIPPED = {"gradient_clipping": 0.05}  # binds in every step, so it hides a wrong divisor

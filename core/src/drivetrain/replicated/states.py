@@ -14,10 +14,11 @@ from drivetrain.builtin.optimization import GradientPredivideFactor, PrescaleGra
 from drivetrain.communicator import Purpose, Tag
 from drivetrain.errors import TrainingError
 from drivetrain.fragment import Fragment, interval_boxes
+from drivetrain.gradients import GradientReducer
 from drivetrain.home import StateHome, segment_fragment, tensor_fragment
 from drivetrain.model_states import ModelStates
 from drivetrain.precision import Precision
-from drivetrain.replicated.gradients import GradientBucket, GradientReducer
+from drivetrain.replicated.all_reduce import AllReduceBucket
 from drivetrain.replicated.layout import BucketSizes, PlannedBucket, plan_buckets
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class ReductionPolicy:
 class _Bucket:
     planned: PlannedBucket
     parameters: torch.Tensor  # flat; every parameter of the bucket is a view of it
-    gradients: GradientBucket
+    gradients: AllReduceBucket
     home: StateHome
 
     @property
@@ -143,15 +144,16 @@ class ReplicatedStates(ModelStates):
         )
         homes = job.hub.place_state(job, [plan.spec for plan in planned])
         assert homes is not None, "core's default homes answer last"
-        self._reducer = GradientReducer(
-            planned,
-            job.communicator,
-            overlap=policy.overlap,
-            predivide=policy.predivide,
-        )
+        sums = [
+            AllReduceBucket.of(
+                plan, job.communicator, overlap=policy.overlap, predivide=policy.predivide
+            )
+            for plan in planned
+        ]
+        self._reducer = GradientReducer(sums, job.communicator)
         self._buckets = [
             _Bucket(plan, self._flatten(plan, home), gradients, home)
-            for plan, home, gradients in zip(planned, homes, self._reducer.buckets, strict=True)
+            for plan, home, gradients in zip(planned, homes, sums, strict=True)
         ]
         self._open_window()
 
@@ -244,10 +246,11 @@ class ReplicatedStates(ModelStates):
 
     def first_nonfinite(self) -> str:
         for bucket in reversed(self._buckets):  # the order of the module
-            for slot in reversed(bucket.gradients.slots):
-                bad = int((~torch.isfinite(slot.view)).sum())
+            for segment in reversed(bucket.planned.spec.segments):
+                gradient = segment.of(bucket.gradients.gradient)
+                bad = int((~torch.isfinite(gradient)).sum())
                 if bad:
-                    return f"{slot.name} ({bad} of {slot.view.numel()} elements of its gradient)"
+                    return f"{segment.name} ({bad} of {gradient.numel()} elements of its gradient)"
         return "none on this rank"
 
     # -- the end of a window ------------------------------------------------------------------

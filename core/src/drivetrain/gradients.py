@@ -1,0 +1,267 @@
+"""When gradients are ready, and in which order their buckets are reduced.
+
+[Note: gradient readiness] A parameter may receive several accumulations in one backward
+(re-entrant checkpointing, tiled compute, several backward calls) or none that autograd's hooks see
+(split backward, unused parameters). So:
+
+- each accumulation is moved from ``.grad`` into its bucket at once, and ``.grad`` is cleared;
+- a bucket is reduced when all of its parameters have been seen, in one fixed order on all ranks;
+- an accumulation that arrives after its bucket was sent is kept aside, and reduced in a second
+  round at the end of the window. It is never lost. From then on that bucket waits for the end of
+  the window, so the second round is paid once;
+- whatever was not seen by the end of the window counts as zero.
+
+Where every backward is reduced, each one is a *round*: what is late in one takes part in the next.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from drivetrain.communicator import Communicator, Purpose, Tag
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from drivetrain.mesh import Axis
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One parameter's place in a bucket.
+
+    Args:
+        name: of the parameter.
+        parameter: whose gradient it takes.
+        index: which of the bucket's parameters it is.
+        bucket: where it belongs.
+        filled: the bucket holds a gradient of it that is not sent yet.
+        seen: a gradient arrived since reduction became possible.
+        deferred: hooks are ignored until somebody reports the gradient ready.
+        late: what arrived after the bucket was sent.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    index: int
+    bucket: GradientBucket
+    filled: bool = False
+    seen: bool = False
+    deferred: bool = False
+    late: torch.Tensor | None = None
+
+
+@dataclass(eq=False)
+class GradientBucket(ABC):
+    """The gradients of some parameters, which are reduced together.
+
+    Args:
+        key: names it in collectives.
+        reduction: axes that gradients are summed over.
+        slots: its parameters.
+        reduced: false while the update rule communicates by itself.
+        wait_for_end: whether it is sent at the end of the window only.
+        missing: parameters that have not been seen.
+        sent: whether its reduction has begun.
+    """
+
+    key: str
+    reduction: Axis
+    wait_for_end: bool = False
+    slots: list[Slot] = field(default_factory=list)
+    reduced: bool = True
+    missing: int = 0
+    sent: bool = False
+
+    @abstractmethod
+    def add(self, slot: Slot, gradient: torch.Tensor) -> None:
+        """Take a gradient of ``slot``; it replaces what is there unless the slot is filled."""
+
+    @abstractmethod
+    def send(self) -> None:
+        """Begin the reduction; slots that are not filled count as zero."""
+
+    @abstractmethod
+    def collect(self) -> None:
+        """Return once what was sent is reduced and kept. Without anything sent, do nothing."""
+
+    @abstractmethod
+    def add_late(self) -> None:
+        """Reduce what arrived since :meth:`send`, on any rank, and add it to what is kept."""
+
+    @property
+    def has_late(self) -> bool:
+        """Whether this rank has gradients that no reduction has taken along."""
+        return any(s.late is not None or (s.filled and not self.sent) for s in self.slots)
+
+    def restart(self) -> None:
+        """Forget the window's gradients."""
+        self.missing, self.sent = len(self.slots), False
+        for slot in self.slots:
+            slot.filled = slot.seen = False
+            slot.late = None
+
+    def begin_round(self) -> None:
+        """Make ready for another backward; late gradients take part in its reduction."""
+        self.missing, self.sent = len(self.slots), False
+        for slot in self.slots:
+            slot.filled = slot.seen = False
+        for slot in self.slots:
+            if slot.late is not None:
+                self.add(slot, slot.late)
+                slot.filled, slot.late = True, None
+
+
+class GradientReducer:
+    """Fills buckets from autograd hooks and has them reduced.
+
+    Args:
+        buckets: in the order in which they are reduced on every rank.
+        communicator: carries the agreement on late gradients.
+        every_backward: reduce each backward by itself, not the sum of a window.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[GradientBucket],
+        communicator: Communicator,
+        *,
+        every_backward: bool = False,
+    ) -> None:
+        self.reduce_now = True
+        self.buckets = buckets
+        self.slots = {slot.parameter: slot for bucket in buckets for slot in bucket.slots}
+        self._communicator = communicator
+        self._every_backward = every_backward
+        self._between_rounds = False
+        self._next = 0
+        self._hooks: list[RemovableHandle] = []
+        for slot in self.slots.values():
+            parameter: Any = slot.parameter  # torch does not type the method
+            hook = parameter.register_post_accumulate_grad_hook(
+                lambda _parameter, slot=slot: None if slot.deferred else self._take(slot)
+            )
+            self._hooks.append(hook)
+
+    # -- during backward ----------------------------------------------------------------------
+
+    def gradients_ready(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Take ``.grad`` of parameters that hooks did not report, and end their deferral."""
+        for parameter in parameters:
+            slot = self.slots[parameter]
+            slot.deferred = False
+            self._take(slot)
+
+    def defer(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Leave the gradients of ``parameters`` in ``.grad`` until :meth:`gradients_ready`."""
+        for parameter in parameters:
+            self.slots[parameter].deferred = True
+
+    def _take(self, slot: Slot) -> None:
+        gradient, slot.parameter.grad = slot.parameter.grad, None
+        bucket = slot.bucket
+        if gradient is not None:
+            if bucket.sent:
+                slot.late = gradient if slot.late is None else slot.late + gradient
+                bucket.wait_for_end = True
+                return
+            bucket.add(slot, gradient)
+            slot.filled, self._between_rounds = True, False
+        if self.reduce_now and not slot.seen:
+            slot.seen = True
+            bucket.missing -= 1
+            if not bucket.missing:
+                self._send_in_order()
+
+    def _send_in_order(self) -> None:
+        while self._next < len(self.buckets):
+            bucket = self.buckets[self._next]
+            if bucket.missing or bucket.wait_for_end:
+                return
+            self._send(bucket)
+
+    def _send(self, bucket: GradientBucket) -> None:
+        bucket.sent = True
+        bucket.send()
+        self._next += 1
+
+    def end_backward(self) -> None:
+        """Reduce what nothing will be added to: all of the round, where each backward is one."""
+        if not self.reduce_now:
+            return
+        deferring = any(slot.deferred for slot in self.slots.values())
+        if self._every_backward and not deferring:
+            for bucket in self.buckets[self._next :]:
+                self._send(bucket)
+            self._begin_round()
+            return
+        for bucket in self.buckets:
+            if not any(slot.deferred for slot in bucket.slots):
+                bucket.missing = 0
+                for slot in bucket.slots:
+                    slot.seen = True
+        self._send_in_order()
+
+    def _begin_round(self) -> None:
+        self._next, self._between_rounds = 0, True
+        for bucket in self.buckets:
+            bucket.begin_round()
+
+    # -- at the boundary ----------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Reduce what is left, wait for all, then reduce late gradients in a second round."""
+        waiting = [
+            s.name for s in self.slots.values() if s.deferred and s.parameter.grad is not None
+        ]
+        assert not waiting, f"deferred gradients were never reported ready: {waiting}"
+        if not self._between_rounds:
+            for bucket in self.buckets[self._next :]:
+                self._send(bucket)
+        late = self._agree_on_late()
+        for bucket in self.buckets:
+            bucket.collect()
+        for bucket in late:
+            bucket.wait_for_end = True
+            bucket.add_late()
+
+    def _agree_on_late(self) -> list[GradientBucket]:
+        """Buckets in which any rank has late accumulations; one small host collective per axis.
+
+        Hooks run on the host, so the flags are known there and no device has to be waited for.
+        """
+        flags = {bucket.key: bucket.has_late for bucket in self.buckets}
+        by_axis: dict[Axis, list[GradientBucket]] = {}
+        for bucket in self.buckets:
+            if bucket.reduced and self._communicator.size(bucket.reduction) > 1:
+                by_axis.setdefault(bucket.reduction, []).append(bucket)
+        for axis, members in by_axis.items():
+            counts = torch.tensor([int(flags[b.key]) for b in members], dtype=torch.int32)
+            self._communicator.all_reduce(counts, axis, Tag(Purpose.CONTROL, site="late gradients"))
+            flags.update({b.key: bool(n) for b, n in zip(members, counts.tolist(), strict=True)})
+        return [bucket for bucket in self.buckets if flags[bucket.key]]
+
+    def drop(self) -> None:
+        """Wait until nothing writes into the buckets any more.
+
+        What one rank has sent, all ranks must send; a window without any backward sends nothing.
+        """
+        if self._between_rounds or any(bucket.sent for bucket in self.buckets):
+            self.finish()
+
+    def restart(self) -> None:
+        """Begin a new window."""
+        self._next, self._between_rounds = 0, False
+        for bucket in self.buckets:
+            bucket.restart()
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
