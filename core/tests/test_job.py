@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from drivetrain.accelerator import Accelerator
-from drivetrain.accelerator_choice import HostAccelerator, choose_accelerator
+from drivetrain.accelerator_choice import HostAccelerator, active_accelerator, choose_accelerator
 from drivetrain.communicator import CommunicatorLayer, CommunicatorPhase, Purpose, Tag
 from drivetrain.communicator_wrapper import CommunicatorWrapper
 from drivetrain.errors import CommunicationError, ConfigError, PluginError
@@ -266,6 +266,43 @@ def test_an_accelerator_asked_for_must_work(monkeypatch):
     monkeypatch.setenv("DRIVETRAIN_ACCELERATOR", "missing")
     with pytest.raises(ConfigError, match="DRIVETRAIN_ACCELERATOR asks for 'missing'"):
         choose_accelerator(plan_with(Missing))
+
+
+class Abacus(Gadget):
+    name = "abacus"
+    device_type = "cpu"
+
+
+class DoesNotLoad(Gadget):
+    name = "cpu"
+
+    def __init__(self) -> None:
+        raise PluginError("its library is missing")
+
+
+def test_another_accelerator_on_the_cpu_is_used_only_when_it_is_asked_for(monkeypatch):
+    assert isinstance(choose_accelerator(plan_with(Abacus)), HostAccelerator)
+    assert isinstance(choose_accelerator(plan_with(Abacus, accelerator="abacus")), Abacus)
+    monkeypatch.setenv("DRIVETRAIN_ACCELERATOR", "abacus")
+    assert isinstance(choose_accelerator(plan_with(Abacus)), Abacus)
+
+
+def test_a_process_without_any_accelerator_that_loads_says_where_to_look():
+    with pytest.raises(ConfigError, match=r"no accelerator can be used here; the log"):
+        choose_accelerator(plan_with(DoesNotLoad))
+
+
+def test_the_accelerator_of_the_job_that_was_opened_last_is_active_while_it_is_open():
+    assert active_accelerator() is None
+    first = Job.open(plan_with(Gadget))
+    with Job.open(plan_with(Abacus, accelerator="abacus")):
+        assert active_accelerator() == "abacus"
+    assert active_accelerator() == "gadget"
+    last = Job.open(plan_with())
+    first.close()
+    assert active_accelerator() == "cpu"
+    last.close()
+    assert active_accelerator() is None
 
 
 class Hooked(Gadget):

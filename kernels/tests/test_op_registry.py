@@ -11,6 +11,7 @@ from drivetrain_kernels import Example, Op, Provider, Registry
 from drivetrain_kernels.checks import Checker
 from drivetrain_kernels.native import NativeLibrary
 
+from drivetrain.accelerator_choice import HostAccelerator, active, active_accelerator
 from drivetrain.errors import BuildError, PluginError
 
 
@@ -41,7 +42,7 @@ def make_registry(request, monkeypatch):
     monkeypatch.delenv("DRIVETRAIN_ACCELERATOR", raising=False)
     monkeypatch.delenv("DRIVETRAIN_REQUIRE_NATIVE", raising=False)
 
-    def make(*providers):
+    def make(*providers, active=None):
         library = torch.library.Library("drivetrain", "FRAGMENT")
         request.addfinalizer(library._destroy)
         asked = []
@@ -50,9 +51,9 @@ def make_registry(request, monkeypatch):
             asked.append(device_type)
             return [each for each in providers if each.device_type == device_type]
 
-        registry = Registry(find, lambda: ["cpu"], library)
+        registry = Registry(find, lambda: ["cpu"], library, active or (lambda: registry.active))
         registry.define(make_op())
-        registry.asked = asked
+        registry.asked, registry.active = asked, None
         return registry
 
     return make
@@ -80,10 +81,25 @@ def test_the_devices_own_provider_beats_the_reference(make_registry):
 def test_the_active_accelerators_provider_beats_the_devices_own(make_registry):
     registry = make_registry(provider("own"), provider("fast", "turbo", answer=20.0))
     assert result(registry) == 10.0
-    registry.use_accelerator("turbo")
+    registry.active = "turbo"
     assert result(registry) == 20.0
     assert registry.implementations()[0].reason.startswith("the active accelerator's")
-    registry.use_accelerator(None)
+    registry.active = None
+    assert result(registry) == 10.0
+
+
+class Turbo(HostAccelerator):
+    name = "turbo"
+
+
+def test_an_accelerators_provider_counts_while_a_job_on_it_is_open(make_registry):
+    fast = provider("fast", "turbo", answer=20.0)
+    registry = make_registry(provider("own"), fast, active=active_accelerator)
+    with active(Turbo()):  # which every open job is in
+        assert result(registry) == 20.0
+        with active(HostAccelerator()):
+            assert result(registry) == 10.0
+        assert result(registry) == 20.0
     assert result(registry) == 10.0
 
 
@@ -138,7 +154,7 @@ def test_a_failed_build_falls_back_to_the_reference_and_says_so_once(make_regist
     registry = make_registry(broken)
     with caplog.at_level(logging.WARNING, logger="drivetrain.kernels"):
         assert result(registry) == 1.0
-        registry.use_accelerator("another")
+        registry.active = "another"
         assert result(registry) == 1.0
     (record,) = caplog.records
     assert "drivetrain::plus on cpu runs the slower PyTorch reference" in record.message

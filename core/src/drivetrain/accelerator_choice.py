@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from drivetrain.accelerator import Accelerator
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("drivetrain.accelerator")
 
 VARIABLE = "DRIVETRAIN_ACCELERATOR"
+
+_in_use: list[Accelerator] = []
+"""Those of the open jobs of this process, in the order in which they were opened."""
 
 
 class HostAccelerator(Accelerator):
@@ -47,11 +52,30 @@ class HostAccelerator(Accelerator):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def active_accelerator() -> str | None:
+    """Name of the accelerator of the job that was opened last of those that are open, if any is.
+
+    Kernels that belong to one accelerator are used while it is active.
+    """
+    return _in_use[-1].name if _in_use else None
+
+
+@contextmanager
+def active(accelerator: Accelerator) -> Iterator[None]:
+    """Context in which an accelerator is the active one; a job is in it until it closes."""
+    _in_use.append(accelerator)
+    try:
+        yield
+    finally:
+        _in_use.remove(accelerator)  # jobs close in any order
+
+
 def choose_accelerator(plan: Plan | None = None) -> Accelerator:
     """The accelerator that the config or ``DRIVETRAIN_ACCELERATOR`` names, else the one present.
 
     With ``auto`` every installed accelerator is probed, and why one is not used is logged. One
-    that is no CPU goes before the CPU; two of them leave the choice to the user.
+    that is no CPU goes before the CPU; two of them leave the choice to the user. Of several that
+    run on the CPU the one named ``cpu`` is taken.
 
     Args:
         plan: its config, plugins and hooks; without it, the environment and what is installed.
@@ -111,4 +135,10 @@ def _only(candidates: dict[str, Accelerator]) -> Accelerator:
             f"accelerators {', '.join(devices)} all claim this process: choose one with the config "
             f"key 'accelerator' or the environment variable {VARIABLE}"
         )
-    return next(iter((devices or candidates).values()))
+    if not candidates:
+        raise ConfigError(
+            "no accelerator can be used here; the log of drivetrain.accelerator says why, and "
+            "DRIVETRAIN_DISABLE_PLUGINS=<distribution> switches one off that does not load"
+        )
+    usual = {} if devices or "cpu" not in candidates else {"cpu": candidates["cpu"]}
+    return next(iter((devices or usual or candidates).values()))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from drivetrain import process_group
-from drivetrain.accelerator_choice import choose_accelerator
+from drivetrain.accelerator_choice import active, choose_accelerator
 from drivetrain.builtin.data import Seed
 from drivetrain.byte_log import ByteLog
 from drivetrain.communicator import Communicator
@@ -115,6 +115,7 @@ class Job:
         accelerator.start(ranks.local_rank, ranks.ranks_on_host)
         store = process_group.enter(accelerator.communication_backend(), ranks, timeout)
         job = cls(plan, ranks, accelerator)
+        job._resources.enter_context(active(accelerator))
         watch(job)
         try:
             job._connect(store, mpu, timeout)

@@ -22,14 +22,7 @@ from drivetrain_kernels.ops import (
     unflatten,
 )
 from drivetrain_kernels.provider import Provider
-from drivetrain_kernels.registry import (
-    Implementation,
-    Registry,
-    implementations,
-    ops,
-    registry,
-    use_accelerator,
-)
+from drivetrain_kernels.registry import Implementation, Registry, implementations, ops, registry
 
 __all__ = [
     "ArgumentError",
@@ -55,5 +48,4 @@ __all__ = [
     "registry",
     "sgd",
     "unflatten",
-    "use_accelerator",
 ]

@@ -2,7 +2,7 @@
 
 An op is defined once, as a composite kernel that every device dispatches to; that kernel picks the
 implementation for the tensor's device: the active accelerator's, then the device's own, then the
-PyTorch reference. The pick is made at the first call on a device and kept.
+PyTorch reference. The pick is made at the first call on a device under an accelerator, and kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from drivetrain.accelerator_choice import VARIABLE, active_accelerator
 from drivetrain.errors import BuildError, PluginError
 from drivetrain_kernels.checks import check_overlap
 from drivetrain_kernels.op import NAMESPACE, Op
@@ -30,6 +31,9 @@ from drivetrain_kernels.provider import (
 logger = logging.getLogger("drivetrain.kernels")
 
 REFERENCE = "reference"
+
+Place = tuple[str | None, str]
+"""The active accelerator, if there is one, and a device type."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Registry:
         find: answers the providers of a device type.
         device_types: answers the device types that have providers.
         library: where the ops are defined.
+        active: answers the accelerator of the open job; where there is none, it is the one that the
+            environment names.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class Registry:
         find: Callable[[str], list[Provider]] = load_providers,
         device_types: Callable[[], list[str]] = served_device_types,
         library: torch.library.Library | None = None,
+        active: Callable[[], str | None] = active_accelerator,
     ) -> None:
         self._find = find
         self._device_types = device_types
@@ -71,9 +78,10 @@ class Registry:
         )
         self._ops: dict[str, Op] = {}
         self._providers: dict[str, list[Provider]] = {}
-        self._in_use: dict[str, dict[str, Callable[..., Any]]] = {}
-        self._chosen: dict[tuple[str, str], Implementation] = {}
-        self._accelerator = os.environ.get("DRIVETRAIN_ACCELERATOR")
+        self._in_use: dict[str, dict[Place, Callable[..., Any]]] = {}
+        self._chosen: dict[tuple[str, Place], Implementation] = {}
+        self._active = active
+        self._asked_for = os.environ.get(VARIABLE)
         self._lock = threading.RLock()
         self._told: set[str] = set()
 
@@ -102,15 +110,6 @@ class Registry:
 
     # -- implementations ------------------------------------------------------------------------
 
-    def use_accelerator(self, name: str | None) -> None:
-        """Say which accelerator is active; its kernels then win on every device type they serve."""
-        with self._lock:
-            if name != self._accelerator:
-                self._accelerator = name
-                self._chosen.clear()
-                for table in self._in_use.values():
-                    table.clear()
-
     def implementations(self, device_types: Iterable[str] | None = None) -> list[Implementation]:
         """What each op uses on each device type, and why.
 
@@ -120,11 +119,11 @@ class Registry:
             device_types: which ones; every one that has a provider, and ``cpu``, by default.
         """
         chosen = sorted({"cpu", *self._device_types()}) if device_types is None else device_types
-        return [self._resolved(op, device)[1] for device in chosen for op in self.ops()]
+        return [self.implementation(op.name, device) for device in chosen for op in self.ops()]
 
     def implementation(self, op: str, device_type: str) -> Implementation:
         """What one op uses on one device type; see :meth:`implementations`."""
-        return self._resolved(self._ops[op], device_type)[1]
+        return self._resolved(self._ops[op], (self._active(), device_type))[1]
 
     def providers(self, device_type: str) -> list[Provider]:
         """The native providers of ``device_type``, imported at the first call."""
@@ -137,14 +136,14 @@ class Registry:
 
     def _dispatcher(self, op: Op) -> Callable[..., Any]:
         table = self._in_use[op.name]
-        tensors, mutated, check = op.tensors, op.mutated, op.check
+        tensors, mutated, check, active = op.tensors, op.mutated, op.check, self._active
 
         def dispatch(*arguments: Any) -> Any:
             check(*arguments)
             if mutated:
                 check_overlap(op, arguments)
-            device_type = device_type_of(arguments, tensors)
-            function = table.get(device_type) or self._resolved(op, device_type)[0]
+            place = active(), device_type_of(arguments, tensors)
+            function = table.get(place) or self._resolved(op, place)[0]
             result = function(*arguments)
             for position in mutated:
                 value = arguments[position]
@@ -154,15 +153,16 @@ class Registry:
 
         return dispatch
 
-    def _resolved(self, op: Op, device_type: str) -> tuple[Callable[..., Any], Implementation]:
+    def _resolved(self, op: Op, place: Place) -> tuple[Callable[..., Any], Implementation]:
         with self._lock:
-            table, key = self._in_use[op.name], (op.name, device_type)
-            if device_type not in table:
-                table[device_type], self._chosen[key] = self._choose(op, device_type)
-            return table[device_type], self._chosen[key]
+            table, key = self._in_use[op.name], (op.name, place)
+            if place not in table:
+                table[place], self._chosen[key] = self._choose(op, place)
+            return table[place], self._chosen[key]
 
-    def _choose(self, op: Op, device_type: str) -> tuple[Callable[..., Any], Implementation]:
-        provider, rank = self._best(op, device_type)
+    def _choose(self, op: Op, place: Place) -> tuple[Callable[..., Any], Implementation]:
+        device_type = place[1]
+        provider, rank = self._best(op, *place)
         if provider is None:
             reason = f"no installed package implements it for {device_type}"
             return self._reference(op, device_type, reason)
@@ -178,10 +178,12 @@ class Registry:
         how = offer.library.origin if offer.library is not None else "python"
         return function, Implementation(op.name, device_type, str(provider), f"{whose}, {how}")
 
-    def _best(self, op: Op, device_type: str) -> tuple[Provider | None, int]:
+    def _best(
+        self, op: Op, accelerator: str | None, device_type: str
+    ) -> tuple[Provider | None, int]:
         ranked: dict[int, list[Provider]] = {}
         for provider in self.providers(device_type):
-            rank = provider.rank(self._accelerator)
+            rank = provider.rank(accelerator or self._asked_for)
             if rank is not None and op.name in provider.offers:
                 ranked.setdefault(rank, []).append(provider)
         if not ranked:
@@ -240,8 +242,3 @@ def ops() -> Sequence[Op]:
 def implementations(device_types: Iterable[str] | None = None) -> list[Implementation]:
     """See :meth:`Registry.implementations`."""
     return registry.implementations(device_types)
-
-
-def use_accelerator(name: str | None) -> None:
-    """See :meth:`Registry.use_accelerator`."""
-    registry.use_accelerator(name)
