@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from drivetrain import __version__
 from drivetrain.accelerator import Accelerator
 from drivetrain.cli.main import main
+from drivetrain.errors import PluginError
 from drivetrain.plugin import Plugin, Section, hookimpl
 from drivetrain.registry import CORE, Entry, Registry
 from drivetrain.section import Float, PositiveInt, Scalar
@@ -54,6 +55,14 @@ class Share(Plugin):
     sections = {"good_share": ShareValue}
 
 
+def spare_parts():
+    return [("wheels", "4")]
+
+
+def no_parts():
+    raise PluginError("the shelf is empty")
+
+
 class Absent(Accelerator):
     name = "absent"
     device_type = "absent"
@@ -75,6 +84,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         Entry("plugins", "good_share", "drivetrain-share", "0.2", f"{__name__}:Share"),
         Entry("plugins", "broken", "drivetrain-broken", "0.3", "no_such_module:Plugin"),
         Entry("accelerators", "absent", "drivetrain-absent", "0.2", f"{__name__}:Absent"),
+        Entry("reports", "spare parts", "drivetrain-parts", "0.2", f"{__name__}:spare_parts"),
+        Entry("reports", "other parts", "drivetrain-parts", "0.2", f"{__name__}:no_parts"),
     ]
     everything = Registry([*core, *others])
     monkeypatch.setattr(Registry, "installed", classmethod(lambda cls: everything))
@@ -136,6 +147,26 @@ def test_the_report_says_why_an_accelerator_cannot_be_used() -> None:
 
 def test_the_report_has_what_plugins_say_of_themselves() -> None:
     assert cells(drivetrain("report").stdout, "│ good things")[1] == "42"
+
+
+def test_the_report_has_tables_of_other_packages() -> None:
+    text = drivetrain("report").stdout
+    assert "\nspare parts" in text
+    assert cells(text, "│ wheels")[1] == "4"
+    assert cells(text, "│ report 'other parts'")[1] == "the shelf is empty"
+
+
+def test_the_report_says_which_accelerator_a_job_would_get(monkeypatch) -> None:
+    assert cells(drivetrain("report").stdout, "│ in use")[1] == "cpu"
+    monkeypatch.setenv("DRIVETRAIN_ACCELERATOR", "absent")
+    row = cells(drivetrain("report").stdout, "│ in use")
+    assert row[1].startswith("the environment variable DRIVETRAIN_ACCELERATOR asks for 'absent'")
+
+
+def test_the_cpu_is_usable_without_a_package_of_its_own() -> None:
+    text = drivetrain("report").stdout
+    assert cells(text, "│ cpu (drivetrain ")[1].startswith("usable, with plain torch;")
+    assert text.count("pip install drivetrain-cpu") == 1
 
 
 def test_the_report_survives_a_plugin_that_does_not_load() -> None:

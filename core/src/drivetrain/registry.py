@@ -19,7 +19,9 @@ from drivetrain.builtin import ENTRIES
 from drivetrain.errors import PluginError
 from drivetrain.wording import did_you_mean
 
-Group = Literal["plugins", "accelerators", "kernels", "optimizers", "schedulers", "commands"]
+Group = Literal[
+    "plugins", "accelerators", "kernels", "optimizers", "schedulers", "commands", "reports"
+]
 """An entry point group of ours, without the prefix ``drivetrain.``."""
 
 ALLOW_VARIABLE = "DRIVETRAIN_PLUGINS"
@@ -37,7 +39,8 @@ class Entry:
 
     Args:
         group: what kind of thing.
-        name: the config path, or the accelerator's, optimizer's, schedule's or command's name.
+        name: the config path, or the accelerator's, optimizer's, schedule's or command's name, or
+            the title of a table in ``drivetrain report``.
         distribution: who offers it; for objects added in this process, their module.
         version: the distribution's version, or ``"in-process"``.
         value: ``"module:attribute"``.

@@ -7,40 +7,57 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 
 from drivetrain import __version__, known
 from drivetrain.cli.plugins import GROUPS
 from drivetrain.errors import DrivetrainError
-from drivetrain.registry import CORE, Registry
+from drivetrain.registry import CORE, Entry, Registry
+
+if TYPE_CHECKING:
+    from drivetrain.accelerator import Accelerator
 
 Rows = Iterator[tuple[str, str]]
+
+_ADDS_TO_CPU = "drivetrain-cpu"
+"""Takes the place of core's own CPU accelerator, so the table of accelerators tells of it."""
 
 
 @click.command()
 def report() -> None:
-    """Show system, torch, accelerators, plugins and kernels; what is missing and how to get it."""
+    """Show system, torch, accelerators, plugins and kernels; what is missing and how to get it.
+
+    It is about what a job would use here whose config names no accelerator.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from drivetrain.accelerator_choice import active
+
     registry = Registry.installed()
-    sections: dict[str, Callable[[], Rows]] = {
-        "system": _system,
-        "torch": _torch,
-        "accelerators": lambda: _accelerators(registry),
-        "plugins": lambda: _plugins(registry),
-        "from plugins": lambda: _contributed(registry),
-        "not installed": lambda: _missing(registry),
-    }
+    accelerator, choice = _chosen()
+    tables: list[tuple[str, Callable[[], Rows]]] = [
+        ("system", _system),
+        ("torch", _torch),
+        ("accelerators", lambda: _accelerators(registry, choice)),
+        *((entry.name, partial(_table, entry)) for entry in registry.entries("reports")),
+        ("plugins", lambda: _plugins(registry)),
+        ("from plugins", lambda: _contributed(registry)),
+        ("not installed", lambda: _missing(registry)),
+    ]
     console = Console()
-    for title, rows in sections.items():
-        table = Table(title=title, title_justify="left", show_header=False)
-        for label, value in rows():
-            table.add_row(escape(label), escape(value))
-        if table.row_count:
-            console.print(table)
+    with nullcontext() if accelerator is None else active(accelerator):
+        for title, rows in tables:
+            table = Table(title=title, title_justify="left", show_header=False)
+            for label, value in rows():
+                table.add_row(escape(label), escape(value))
+            if table.row_count:
+                console.print(table)
 
 
 def _system() -> Rows:
@@ -72,7 +89,19 @@ def _torch() -> Rows:
     yield "threads", str(torch.get_num_threads())
 
 
-def _accelerators(registry: Registry) -> Rows:
+def _chosen() -> tuple[Accelerator | None, str]:
+    """The accelerator that a job gets here, and its name or why there is none."""
+    from drivetrain.accelerator_choice import choose_accelerator
+
+    try:
+        accelerator = choose_accelerator()
+    except DrivetrainError as error:
+        return None, str(error)
+    return accelerator, accelerator.name
+
+
+def _accelerators(registry: Registry, choice: str) -> Rows:
+    yield "in use", choice
     entries = registry.entries("accelerators")
     for entry in entries:
         owner = f"{entry.name} ({entry.distribution} {entry.version})"
@@ -82,7 +111,8 @@ def _accelerators(registry: Registry) -> Rows:
             reason = str(error)
         yield owner, f"not usable: {reason}" if reason else "usable"
     if not any(entry.name == "cpu" for entry in entries):
-        yield "cpu", "plain torch; thread and core binding: pip install drivetrain-cpu"
+        more = f"{_ADDS_TO_CPU} adds bound cores, shared memory and native kernels"
+        yield f"cpu (drivetrain {__version__})", f"usable, with plain torch; pip install {more}"
 
 
 def _plugins(registry: Registry) -> Rows:
@@ -109,9 +139,17 @@ def _contributed(registry: Registry) -> Rows:
             yield entry.label, str(error)
 
 
+def _table(entry: Entry) -> Rows:
+    """What a distribution reports under a title of its own; if it fails, why."""
+    try:
+        yield from entry.load()()
+    except DrivetrainError as error:
+        yield entry.label, str(error)
+
+
 def _missing(registry: Registry) -> Rows:
     served = {**known.SECTIONS, **known.OPTIMIZERS}
     present = {e.distribution for group in GROUPS for e in registry.entries(group)}
-    for distribution in sorted(set(served.values()) - present):
+    for distribution in sorted(set(served.values()) - present - {_ADDS_TO_CPU}):
         names = sorted(name for name, owner in served.items() if owner == distribution)
         yield ", ".join(names), f"pip install {distribution}"
