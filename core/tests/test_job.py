@@ -17,14 +17,20 @@ import torch.distributed as dist
 
 from drivetrain.accelerator import Accelerator
 from drivetrain.accelerator_choice import HostAccelerator, active_accelerator, choose_accelerator
-from drivetrain.communicator import CommunicatorLayer, CommunicatorPhase, Purpose, Tag
-from drivetrain.communicator_wrapper import CommunicatorWrapper
+from drivetrain.communicator import (
+    CommunicatorLayer,
+    CommunicatorPhase,
+    CommunicatorWrapper,
+    Purpose,
+    Tag,
+)
 from drivetrain.errors import CommunicationError, ConfigError, PluginError
 from drivetrain.job import Job, Ranks, init_distributed
 from drivetrain.plan import Plan
 from drivetrain.plugin import Plugin, hookimpl
 from drivetrain.registry import Registry, core_entries
 from drivetrain.testing import RanksFailedError, run_distributed
+from drivetrain.torch_communicator import TorchCommunicator
 
 TAG = Tag(Purpose.CONTROL, site="test")
 
@@ -169,6 +175,10 @@ class Outer(CommunicatorWrapper):
     pass
 
 
+class Middle(CommunicatorWrapper):
+    pass
+
+
 class Inner(CommunicatorWrapper):
     pass
 
@@ -181,6 +191,7 @@ class Wrapping(Plugin):
         assert job.communicator is job.byte_log
         return [
             CommunicatorLayer(CommunicatorPhase.USER_LOG, Outer),
+            CommunicatorLayer(CommunicatorPhase.COMPRESS, Middle),
             CommunicatorLayer(CommunicatorPhase.ROUTE, Inner),
         ]
 
@@ -193,8 +204,10 @@ def test_decorators_are_folded_by_phase_around_the_byte_log():
     with Job.open(wrapped) as job:
         outer = job.communicator
         assert isinstance(outer, Outer)
-        assert isinstance(outer.inner, Inner)
+        assert isinstance(outer.inner, Middle)
         assert outer.inner.inner is job.byte_log
+        assert isinstance(job.byte_log.inner, Inner)
+        assert isinstance(job.byte_log.inner.inner, TorchCommunicator)
 
 
 # -- the accelerator -------------------------------------------------------------------------------
@@ -317,7 +330,7 @@ def test_an_accelerator_takes_part_in_hooks_and_its_plan_may_run_again():
     hooked = plan_with(Hooked)
     for _ in range(2):
         with Job.open(hooked) as job:
-            assert isinstance(job.communicator, Inner)
+            assert isinstance(job.byte_log.inner, Inner)
 
 
 # -- ranks that disagree ---------------------------------------------------------------------------

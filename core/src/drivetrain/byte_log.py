@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from drivetrain.communicator import Communicator, Handle, Purpose, Tag
-from drivetrain.communicator_wrapper import CommunicatorWrapper
+from drivetrain.collective import Collective, Kind, Purpose
+from drivetrain.communicator import Communicator, CommunicatorWrapper, Handle
 
 if TYPE_CHECKING:
-    import torch
-
     from drivetrain.mesh_layout import Axis
 
 
@@ -43,7 +41,7 @@ class Traffic:
 
 
 class ByteLog(CommunicatorWrapper):
-    """The innermost decorator: it sees what really travels, after compression and routing.
+    """Core's decorator, around routes alone: it sees what really travels, after compression.
 
     Sizes come from tensors, so the log works on the meta device as well. It costs less than two
     microseconds a call.
@@ -79,60 +77,37 @@ class ByteLog(CommunicatorWrapper):
         """Start counting anew."""
         self._traffic.clear()
 
-    def all_reduce(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
-        self._count("all_reduce", axis, tag, tensor.nbytes, 2 * self._passed_on(tensor, axis))
-        return self.inner.all_reduce(tensor, axis, tag, **options)
-
-    def reduce_scatter(
-        self, output: torch.Tensor, input: torch.Tensor, axis: Axis, tag: Tag, **options: Any
-    ) -> Handle:
-        self._count("reduce_scatter", axis, tag, input.nbytes, self._passed_on(input, axis))
-        return self.inner.reduce_scatter(output, input, axis, tag, **options)
-
-    def all_gather(
-        self, output: torch.Tensor, input: torch.Tensor, axis: Axis, tag: Tag, **options: Any
-    ) -> Handle:
-        self._count("all_gather", axis, tag, output.nbytes, self._passed_on(output, axis))
-        return self.inner.all_gather(output, input, axis, tag, **options)
-
-    def broadcast(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
-        self._count("broadcast", axis, tag, tensor.nbytes, self._passed_on(tensor, axis))
-        return self.inner.broadcast(tensor, axis, tag, **options)
-
-    def all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, axis: Axis, tag: Tag, **options: Any
-    ) -> Handle:
-        splits, sent = options.get("input_splits"), self._passed_on(input, axis)
-        if splits is not None and input.shape[0]:
-            row = input.nbytes / input.shape[0]
-            sent = input.nbytes - row * splits[self.inner.rank(axis)]
-        self._count("all_to_all", axis, tag, input.nbytes, sent)
-        return self.inner.all_to_all(output, input, axis, tag, **options)
-
-    def send(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
-        self._count("send", axis, tag, tensor.nbytes, tensor.nbytes)
-        return self.inner.send(tensor, axis, tag, **options)
-
-    def receive(self, tensor: torch.Tensor, axis: Axis, tag: Tag, **options: Any) -> Handle:
-        self._count("receive", axis, tag, tensor.nbytes, 0)
-        return self.inner.receive(tensor, axis, tag, **options)
-
-    def barrier(self, axis: Axis, tag: Tag) -> None:
-        self._count("barrier", axis, tag, 0, 0)
-        self.inner.barrier(axis, tag)
-
-    def _passed_on(self, whole: torch.Tensor, axis: Axis) -> float:
-        """Bytes that one turn around the ring takes from each rank."""
-        size = self._sizes.get(axis)
-        if size is None:
-            size = self._sizes[axis] = self.inner.size(axis)
-        return whole.nbytes * (size - 1) / size
-
-    def _count(self, op: str, axis: Axis, tag: Tag, payload: int, sent: float) -> None:
-        call = Call(tag.purpose, axis, op, tag.key)
+    def run(self, collective: Collective) -> Handle:
+        tag = collective.tag
+        call = Call(tag.purpose, collective.axis, collective.kind, tag.key)
         traffic = self._traffic.get(call)
         if traffic is None:
             traffic = self._traffic.setdefault(call, Traffic())
+        payload = _payload_bytes(collective)
         traffic.calls += 1
         traffic.payload_bytes += payload
-        traffic.sent_bytes += sent
+        traffic.sent_bytes += self._sent_bytes(collective, payload)
+        return self.inner.run(collective)
+
+    def _sent_bytes(self, collective: Collective, payload: int) -> float:
+        """See :class:`Traffic`."""
+        kind, splits = collective.kind, collective.input_splits
+        if kind is Kind.SEND:
+            return payload
+        if kind is Kind.RECEIVE:
+            return 0
+        if splits is not None and collective.input.shape[0]:
+            row = payload / collective.input.shape[0]
+            return payload - row * splits[self.inner.rank(collective.axis)]
+        size = self._sizes.get(collective.axis)
+        if size is None:
+            size = self._sizes[collective.axis] = self.inner.size(collective.axis)
+        turns = 2 if kind is Kind.ALL_REDUCE else 1
+        return turns * payload * (size - 1) / size
+
+
+def _payload_bytes(collective: Collective) -> int:
+    if collective.kind is Kind.BARRIER:
+        return 0
+    gathers = collective.kind is Kind.ALL_GATHER
+    return (collective.output if gathers else collective.input).nbytes

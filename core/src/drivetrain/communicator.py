@@ -1,7 +1,9 @@
 """Collectives by mesh axis: the interface that every part of a job communicates through.
 
-Decorators (byte log, shared memory, compression, watchdog) implement the same interface around
-another communicator, so nothing else needs to know that they are there.
+Whoever communicates calls a method of :class:`Communicator`; each makes a :class:`Collective` of
+its arguments and passes it to :meth:`Communicator.run`. Decorators (byte log, shared memory,
+compression, watchdog) override that one method around another communicator, and may run other
+collectives instead of the one they are given, so nothing else needs to know that they are there.
 """
 
 from __future__ import annotations
@@ -9,49 +11,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum, IntEnum
+from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol
+
+from drivetrain.collective import Collective, Kind, Op, Purpose, Tag
 
 if TYPE_CHECKING:
     import torch
 
-    from drivetrain.mesh import Axis
+    from drivetrain.mesh_layout import Axis
 
-
-class Purpose(Enum):
-    """What a collective carries; decorators act on it."""
-
-    WEIGHT = "weight"
-    GRADIENT = "gradient"
-    ACTIVATION = "activation"
-    STATE = "state"
-    CONTROL = "control"
-
-
-@dataclass(frozen=True)
-class Tag:
-    """Names one collective.
-
-    Args:
-        purpose: what travels.
-        key: stable identity across steps, e.g. a bucket key; error feedback is kept per key.
-        site: where in the program, for logs and error messages.
-    """
-
-    purpose: Purpose
-    key: str = ""
-    site: str = ""
-
-    def __str__(self) -> str:
-        return "/".join(part for part in (self.purpose.value, self.key, self.site) if part)
-
-
-class Op(Enum):
-    """Reduction operators."""
-
-    SUM = "sum"
-    MAX = "max"
-    MIN = "min"
+__all__ = [
+    "DONE",
+    "Collective",
+    "Communicator",
+    "CommunicatorLayer",
+    "CommunicatorPhase",
+    "CommunicatorWrapper",
+    "Handle",
+    "Kind",
+    "Op",
+    "Purpose",
+    "Tag",
+]
 
 
 class Handle(Protocol):
@@ -63,6 +45,15 @@ class Handle(Protocol):
         Raises:
             CommunicationError: the collective failed; names the tag and, if known, the rank.
         """
+
+
+class _Done:
+    def wait(self) -> None:
+        pass
+
+
+DONE: Handle = _Done()
+"""The handle of every collective that is finished."""
 
 
 class Communicator(ABC):
@@ -84,6 +75,17 @@ class Communicator(ABC):
         """This rank's position along ``axis``."""
 
     @abstractmethod
+    def run(self, collective: Collective) -> Handle:
+        """Run any collective; the methods below all come here.
+
+        Raises:
+            CommunicationError: it does not fit together (:meth:`Collective.flaw`), or it broke.
+        """
+
+    @abstractmethod
+    def buffer(self, numel: int, dtype: torch.dtype, axis: Axis) -> torch.Tensor:
+        """Flat zeroed memory on the job's device in which ``axis`` communicates fastest."""
+
     def all_reduce(
         self,
         tensor: torch.Tensor,
@@ -94,8 +96,8 @@ class Communicator(ABC):
         asynchronous: bool = False,
     ) -> Handle:
         """Reduce ``tensor`` over ``axis``, in place, on every rank."""
+        return self.run(Collective(Kind.ALL_REDUCE, (tensor,), axis, tag, op, asynchronous))
 
-    @abstractmethod
     def reduce_scatter(
         self,
         output: torch.Tensor,
@@ -110,8 +112,9 @@ class Communicator(ABC):
 
         ``output`` may be that slice of ``input``.
         """
+        tensors = (output, input)
+        return self.run(Collective(Kind.REDUCE_SCATTER, tensors, axis, tag, op, asynchronous))
 
-    @abstractmethod
     def all_gather(
         self,
         output: torch.Tensor,
@@ -125,8 +128,9 @@ class Communicator(ABC):
 
         ``input`` may be slice ``rank`` of ``output``.
         """
+        tensors = (output, input)
+        return self.run(Collective(Kind.ALL_GATHER, tensors, axis, tag, Op.SUM, asynchronous))
 
-    @abstractmethod
     def broadcast(
         self,
         tensor: torch.Tensor,
@@ -137,8 +141,8 @@ class Communicator(ABC):
         asynchronous: bool = False,
     ) -> Handle:
         """Copy ``tensor`` of the rank at position ``source`` of ``axis`` to all others."""
+        return self._to_or_from(Kind.BROADCAST, tensor, axis, tag, source, asynchronous)
 
-    @abstractmethod
     def all_to_all(
         self,
         output: torch.Tensor,
@@ -154,33 +158,78 @@ class Communicator(ABC):
 
         Without splits both are cut evenly; with them, ``splits[i]`` rows go to / come from i.
         """
+        return self.run(
+            Collective(
+                Kind.ALL_TO_ALL,
+                (output, input),
+                axis,
+                tag,
+                asynchronous=asynchronous,
+                output_splits=output_splits,
+                input_splits=input_splits,
+            )
+        )
 
-    @abstractmethod
     def send(
         self, tensor: torch.Tensor, axis: Axis, tag: Tag, *, to: int, asynchronous: bool = False
     ) -> Handle:
         """Send ``tensor`` to position ``to`` of ``axis``."""
+        return self._to_or_from(Kind.SEND, tensor, axis, tag, to, asynchronous)
 
-    @abstractmethod
     def receive(
         self, tensor: torch.Tensor, axis: Axis, tag: Tag, *, source: int, asynchronous: bool = False
     ) -> Handle:
         """Receive into ``tensor`` from position ``source`` of ``axis``."""
+        return self._to_or_from(Kind.RECEIVE, tensor, axis, tag, source, asynchronous)
 
-    @abstractmethod
     def barrier(self, axis: Axis, tag: Tag) -> None:
         """Wait until every rank of ``axis`` is here."""
+        self.run(Collective(Kind.BARRIER, (), axis, tag))
 
-    @abstractmethod
+    def _to_or_from(
+        self,
+        kind: Kind,
+        tensor: torch.Tensor,
+        axis: Axis,
+        tag: Tag,
+        peer: int,
+        asynchronous: bool,
+    ) -> Handle:
+        return self.run(Collective(kind, (tensor,), axis, tag, Op.SUM, asynchronous, peer))
+
+
+class CommunicatorWrapper(Communicator):
+    """The base of decorators: hands everything on to ``inner``; override :meth:`run`.
+
+    Args:
+        inner: the communicator to decorate.
+    """
+
+    def __init__(self, inner: Communicator) -> None:
+        self.inner = inner
+
+    def size(self, axis: Axis) -> int:
+        return self.inner.size(axis)
+
+    def rank(self, axis: Axis) -> int:
+        return self.inner.rank(axis)
+
+    def run(self, collective: Collective) -> Handle:
+        return self.inner.run(collective)
+
     def buffer(self, numel: int, dtype: torch.dtype, axis: Axis) -> torch.Tensor:
-        """Flat zeroed memory on the job's device in which ``axis`` communicates fastest."""
+        return self.inner.buffer(numel, dtype, axis)
 
 
 class CommunicatorPhase(IntEnum):
-    """Where a decorator sits, from the inside out."""
+    """Where a decorator sits, from the inside out.
 
-    BYTE_LOG = 0
-    ROUTE = 1
+    Routes carry data by ways of their own, so they are inside the byte log (core's), which counts
+    what travels whichever way it goes, after compression.
+    """
+
+    ROUTE = 0
+    BYTE_LOG = 1
     COMPRESS = 2
     WATCHDOG = 3
     USER_LOG = 4

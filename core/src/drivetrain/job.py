@@ -15,7 +15,7 @@ from drivetrain import process_group
 from drivetrain.accelerator_choice import active, choose_accelerator
 from drivetrain.builtin.data import Seed
 from drivetrain.byte_log import ByteLog
-from drivetrain.communicator import Communicator
+from drivetrain.communicator import Communicator, CommunicatorPhase
 from drivetrain.errors import CommunicationError, ConfigError
 from drivetrain.failure import FailureBoard, broken, unwatch, watch
 from drivetrain.mesh import Mesh
@@ -229,7 +229,10 @@ class Job:
         if store is not None:
             check_same_plan(self.plan.fingerprint(), self.communicator, store, self.device)
         for layer in sorted(self.hub.wrap_communicator(self), key=lambda layer: layer.phase):
-            self.communicator = layer.wrap(self.communicator)
+            if layer.phase < CommunicatorPhase.BYTE_LOG:
+                self.byte_log.inner = layer.wrap(self.byte_log.inner)
+            else:
+                self.communicator = layer.wrap(self.communicator)
 
     def _release(self) -> bool:
         """Let go of everything but the default process group; false if that is done already."""

@@ -24,10 +24,10 @@ class Counting(TorchCommunicator):
         super().__init__(*arguments)
         self.carried = []
 
-    def _call(self, what, axis, tag, *tensors):
-        if tag is not shared_group.SETUP:
-            self.carried.append(what)
-        return super()._call(what, axis, tag, *tensors)
+    def run(self, collective):
+        if collective.tag is not shared_group.SETUP:
+            self.carried.append(collective.kind)
+        return super().run(collective)
 
 
 def start(slot=SLOT, timeout=60.0, library=native_library):

@@ -235,19 +235,18 @@ def test_nothing_is_left_in_dev_shm():
 def inside_a_job():
     dist.init_process_group("gloo")
     mesh = Mesh(MeshLayout.build(dist.get_world_size(), ()), dist.get_rank())
-    log = ByteLog(TorchCommunicator(mesh, torch.device("cpu")))
     closers = []
     job = SimpleNamespace(
         device=torch.device("cpu"),
         world_size=dist.get_world_size(),
         mesh=mesh,
-        byte_log=log,
         on_close=closers.append,
         explain=broken,
     )
     (layer,) = share_memory(job)
     assert layer.phase is CommunicatorPhase.ROUTE
-    communicator = layer.wrap(log)
+    assert layer.phase < CommunicatorPhase.BYTE_LOG
+    communicator = log = ByteLog(layer.wrap(TorchCommunicator(mesh, torch.device("cpu"))))
     communicator.all_reduce(torch.ones(1000), "data", TAG)
     assert log.total(Purpose.GRADIENT).payload_bytes == 4000
     assert log.total(Purpose.CONTROL).payload_bytes == 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.communicator import Communicator, Op, Purpose, Tag
+from drivetrain.communicator import Collective, Communicator, Kind, Op, Purpose, Tag
 from drivetrain_cpu.shared_segment import Mapping, OwnSegment, host_identity, map_peer
 
 if TYPE_CHECKING:
@@ -27,7 +27,16 @@ LARGEST_GROUP = 64
 """``kMaxRanks`` of shared_group.h."""
 SETUP = Tag(Purpose.CONTROL, site="set-up of shared memory")
 
-ALL_REDUCE, REDUCE_SCATTER, ALL_GATHER, BROADCAST, ALL_TO_ALL, BARRIER = range(6)
+BARRIER = 5
+NUMBERS = {
+    Kind.ALL_REDUCE: 0,
+    Kind.REDUCE_SCATTER: 1,
+    Kind.ALL_GATHER: 2,
+    Kind.BROADCAST: 3,
+    Kind.ALL_TO_ALL: 4,
+    Kind.BARRIER: BARRIER,
+}
+"""The collectives that go through memory, and how ``Request`` calls them."""
 REDUCED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 """Dtypes that are reduced in shared memory; any dtype is moved."""
 _BYTES = 3
@@ -127,47 +136,40 @@ class SharedGroup:
         self._made = 0
         self._fault: Fault | None = None
 
-    # -- collectives: each answers a fault or None ------------------------------------------------
+    def serves(self, collective: Collective) -> bool:
+        """Whether memory can carry one of :data:`NUMBERS`; all ranks come to the same answer.
 
-    def all_reduce(self, tensor: torch.Tensor, op: Op) -> Fault | None:
-        """Reduce a contiguous tensor in place."""
-        request = self._request(ALL_REDUCE, REDUCED[tensor.dtype], tensor, tensor, tensor.numel())
-        request.op = _OPS[op]
+        What does not fit together is left to the communicator inside, which refuses it.
+        """
+        reduces = collective.kind in (Kind.ALL_REDUCE, Kind.REDUCE_SCATTER)
+        if reduces and collective.input.dtype not in REDUCED:
+            return False
+        local = all(tensor.device.type == "cpu" for tensor in collective.tensors)
+        return local and collective.flaw(self.size, self.rank) is None
+
+    def run(self, collective: Collective) -> Fault | None:
+        """Run a collective that memory :meth:`serves`; tell how it failed, if it did."""
+        if collective.kind is Kind.BARRIER:
+            return self._issue(Request(collective=BARRIER, input_segment=-1, output_segment=-1))
+        request = self._request(collective.input, collective.output)
+        request.collective, request.dtype = NUMBERS[collective.kind], _BYTES
+        match collective.kind:
+            case Kind.ALL_REDUCE | Kind.REDUCE_SCATTER:
+                request.dtype, request.op = REDUCED[collective.input.dtype], _OPS[collective.op]
+                request.count = collective.output.numel()
+            case Kind.ALL_TO_ALL:
+                request.sent = self._bytes_of_rows(collective.input, collective.input_splits)
+                request.received = self._bytes_of_rows(collective.output, collective.output_splits)
+            case _:
+                request.count, request.source = collective.input.nbytes, collective.peer
         return self._issue(request)
 
-    def reduce_scatter(self, output: torch.Tensor, input: torch.Tensor, op: Op) -> Fault | None:
-        """Reduce ``input`` [n * size] and keep slice ``rank`` in ``output`` [n]."""
-        code, count = REDUCED[input.dtype], output.numel()
-        request = self._request(REDUCE_SCATTER, code, input, output, count)
-        request.op = _OPS[op]
-        return self._issue(request)
-
-    def all_gather(self, output: torch.Tensor, input: torch.Tensor) -> Fault | None:
-        """Concatenate every rank's ``input`` [n] into ``output`` [n * size]."""
-        return self._issue(self._request(ALL_GATHER, _BYTES, input, output, input.nbytes))
-
-    def broadcast(self, tensor: torch.Tensor, source: int) -> Fault | None:
-        """Copy the tensor of position ``source`` to all others."""
-        request = self._request(BROADCAST, _BYTES, tensor, tensor, tensor.nbytes)
-        request.source = source
-        return self._issue(request)
-
-    def all_to_all(
-        self,
-        output: torch.Tensor,
-        input: torch.Tensor,
-        received: Sequence[int],
-        sent: Sequence[int],
-    ) -> Fault | None:
-        """Exchange slices of ``sent[k]`` bytes for ones of ``received[k]`` bytes."""
-        request = self._request(ALL_TO_ALL, _BYTES, input, output, 0)
-        request.sent = (c_int64 * self.size)(*sent)
-        request.received = (c_int64 * self.size)(*received)
-        return self._issue(request)
-
-    def barrier(self) -> Fault | None:
-        """Wait for all."""
-        return self._issue(Request(collective=BARRIER, input_segment=-1, output_segment=-1))
+    def _bytes_of_rows(self, tensor: torch.Tensor, splits: Sequence[int] | None) -> Any:
+        """What each rank's share of the rows of ``tensor`` has; evenly without ``splits``."""
+        if splits is None:
+            return (c_int64 * self.size)(*[tensor.nbytes // self.size] * self.size)
+        row = tensor.nbytes // max(1, tensor.shape[0])
+        return (c_int64 * self.size)(*[count * row for count in splits])
 
     # -- registered memory -------------------------------------------------------------------------
 
@@ -229,11 +231,8 @@ class SharedGroup:
                 if process >= 0:
                     os.close(process)
 
-    def _request(
-        self, collective: int, dtype: int, input: torch.Tensor, output: torch.Tensor, count: int
-    ) -> Request:
-        request = Request(collective=collective, dtype=dtype, count=count)
-        request.input, request.output = input.data_ptr(), output.data_ptr()
+    def _request(self, input: torch.Tensor, output: torch.Tensor) -> Request:
+        request = Request(input=input.data_ptr(), output=output.data_ptr())
         request.input_segment, request.input_offset = self._locate(input)
         request.output_segment, request.output_offset = self._locate(output)
         return request
