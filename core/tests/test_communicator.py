@@ -9,7 +9,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from drivetrain.communicator import Op, Purpose, Tag
+from drivetrain.byte_log import ByteLog
+from drivetrain.communicator import (
+    DONE,
+    Collective,
+    CommunicatorWrapper,
+    Handle,
+    Kind,
+    Op,
+    Purpose,
+    Tag,
+)
 from drivetrain.errors import CommunicationError
 from drivetrain.mesh import Mesh
 from drivetrain.mesh_layout import Atom, MeshLayout
@@ -296,3 +306,39 @@ def no_warnings() -> None:
 
 def test_collectives_do_not_warn():
     run_distributed(no_warnings, 2)
+
+
+class Quantised(CommunicatorWrapper):
+    """Gathers weights as int8 and a scale per rank: two collectives in the place of one."""
+
+    def run(self, collective: Collective) -> Handle:
+        if collective.kind is not Kind.ALL_GATHER or collective.tag.purpose is not Purpose.WEIGHT:
+            return self.inner.run(collective)
+        size, axis, tag = self.size(collective.axis), collective.axis, collective.tag
+        scale = collective.input.abs().max().view(1) / 127
+        scales = torch.empty(size)
+        self.inner.all_gather(scales, scale, axis, tag)
+        numbers = torch.empty(collective.output.numel(), dtype=torch.int8)
+        own = (collective.input / scale).round().to(torch.int8)
+        self.inner.all_gather(numbers, own, axis, tag)
+        collective.output.copy_((numbers.view(size, -1) * scales[:, None]).view(-1))
+        return DONE
+
+
+def quantised_weights() -> None:
+    log = ByteLog(start())
+    c, rank = Quantised(log), log.rank("data")
+    weights = torch.tensor([[127.0, -64.0, 3.0], [254.0, 20.0, 0.0]])
+    gathered = torch.empty(6)
+    c.all_gather(gathered, weights[rank], "data", Tag(Purpose.WEIGHT, "bucket0"))
+    assert torch.equal(gathered, weights.view(-1))
+    # 2 scales of 4 bytes and 6 bytes of numbers, of which each rank sends its own half
+    assert log.total(Purpose.WEIGHT).calls == 2
+    assert log.total(Purpose.WEIGHT).sent_bytes == 4 + 3
+    state = torch.empty(6)
+    c.all_gather(state, weights[rank], "data", Tag(Purpose.STATE, "bucket0"))
+    assert log.total(Purpose.STATE).sent_bytes == 12
+
+
+def test_a_decorator_may_run_several_collectives_in_the_place_of_one():
+    run_distributed(quantised_weights, 2)
