@@ -14,6 +14,7 @@ from drivetrain import checkpoint
 from drivetrain.backward_window import BackwardWindow
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.loss_watch import LossWatch
+from drivetrain.parameters import whole, whole_state_dict
 from drivetrain.step_reporter import ReportSettings, StepReporter
 
 if TYPE_CHECKING:
@@ -390,12 +391,13 @@ class Engine(nn.Module):
         self.states.rebuild()
 
     def module_state_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """``state_dict`` of the module."""
-        return self.module.state_dict(**kwargs)
+        """``state_dict`` of the module, parameters whole."""
+        return whole_state_dict(self.module, **kwargs)
 
     def load_module_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """Load the module's ``state_dict``; masters follow."""
-        self.module.load_state_dict(state_dict, strict=strict)
+        """Load the module's ``state_dict``, the same on every rank; masters follow."""
+        with whole(self.module, write_rank=0):
+            self.module.load_state_dict(state_dict, strict=strict)
         self.states.refresh()
 
     def save_checkpoint(self, save_dir: str, tag: str | None = None, **kwargs: Any) -> str:
@@ -428,6 +430,7 @@ class Engine(nn.Module):
 
     def _announce(self) -> None:
         """Tell the states whether gradients that arrive now complete the window."""
+        self.states.local = not self._reducing
         self.states.reduce_now = (
             self._reducing
             and self._settings.managed_accumulation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -229,6 +229,34 @@ def segment_fragment(segment: Segment, kind: str, flat: torch.Tensor, home: str)
         read=lambda: part,
         write=write,
     )
+
+
+def step_fragments(home: StateHome, changed: Callable[[], object]) -> list[Fragment]:
+    """How many updates each parameter of ``home`` has seen; rules correct their bias by it.
+
+    Args:
+        home: keeps the count.
+        changed: called when the count is written.
+    """
+
+    def write(values: torch.Tensor) -> None:
+        home.step = int(values)
+        changed()
+
+    return [
+        Fragment(
+            name=segment.name,
+            kind="step",
+            global_shape=(),
+            dtype=torch.int64,
+            boxes=tuple(interval_boxes((), 0, 1)),
+            owner=segment.owner and segment.start == 0,
+            home="host",
+            read=lambda: torch.tensor([home.step]),
+            write=write,
+        )
+        for segment in home.spec.segments
+    ]
 
 
 def _placed(

@@ -22,7 +22,8 @@ class ModelStates(ABC):
 
     An *accumulation window* is all that happens between two updates. One window, on every rank:
 
-    1. before each backward, the engine sets :attr:`reduce_now` (true in the last micro-batch);
+    1. before each backward, the engine sets :attr:`reduce_now` (true in the last micro-batch) and
+       :attr:`local`;
     2. gradients arrive through autograd hooks, or :meth:`gradients_ready`; reduction starts as
        buckets fill and overlaps with the rest of backward;
     3. when a backward ends, :meth:`end_backward`;
@@ -32,6 +33,9 @@ class ModelStates(ABC):
 
     reduce_now: bool = True
     """Whether gradients that arrive now complete the window and may be reduced."""
+
+    local: bool = False
+    """Whether nothing may be communicated in backward (inside ``no_sync``)."""
 
     @abstractmethod
     def gradients_ready(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -72,6 +76,10 @@ class ModelStates(ABC):
     @abstractmethod
     def refresh(self) -> None:
         """Take over parameter values that were written from outside (masters follow)."""
+
+    @abstractmethod
+    def fragments_written(self) -> None:
+        """Make the module's parameters agree with fragments that were written. Collective."""
 
     @abstractmethod
     def rebuild(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -101,6 +101,21 @@ def whole(
     finally:
         for handle in reversed(gathered):
             handle.release(write_rank)
+
+
+def whole_state_dict(module: nn.Module, **options: Any) -> dict[str, Any]:
+    """``module.state_dict(**options)`` with whole parameters, also where they are sharded.
+
+    Collective. What is sharded is copied, everything else is the module's own, as usual.
+    """
+    with whole(module):
+        state: dict[str, Any] = module.state_dict(**options)
+        if any(hasattr(parameter, "drivetrain_handle") for parameter in module.parameters()):
+            state = {
+                key: value.clone() if isinstance(value, torch.Tensor) else value
+                for key, value in state.items()
+            }
+    return state
 
 
 class ParameterTable:

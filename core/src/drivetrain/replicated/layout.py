@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,7 +71,7 @@ class _Kind:
 
 
 def plan_buckets(
-    module: nn.Module,
+    parameters: Iterable[nn.Parameter],
     optimizer: OptimizerPlan,
     table: ParameterTable,
     communicator: Communicator,
@@ -79,15 +79,16 @@ def plan_buckets(
     *,
     gradient_dtype: torch.dtype | None,
     steps: Mapping[str, int],
+    prefix: str = "",
 ) -> list[PlannedBucket]:
     """Cut the trainable parameters of all groups into buckets.
 
-    Parameters are taken in reverse order of the module's, which is about the order in which
+    Parameters are taken in reverse order, which is about the order in which
     backward produces gradients, so the first bucket of the answer is the first to fill. Sparse
     ones come last: their reduction waits for the end of the window.
 
     Args:
-        module: whose parameters; those in no group are left out.
+        parameters: in the module's order; those in no group are left out.
         optimizer: rule and groups.
         table: facts on every parameter.
         communicator: tells which of the equal copies along a reduction is this rank's.
@@ -95,6 +96,7 @@ def plan_buckets(
         gradient_dtype: dtype that gradients accumulate in; ``None`` for each parameter's own.
         steps: parameter name -> updates that its states have seen (0 where absent); one bucket
             has one count, because rules correct their bias by it.
+        prefix: what the buckets' keys begin with.
     """
     rules: dict[int, UpdateRule] = {}
     group_of = {p: i for i, group in enumerate(optimizer.groups) for p in group["params"]}
@@ -102,7 +104,7 @@ def plan_buckets(
     filled: dict[_Kind, int] = defaultdict(int)
     limit = sizes.first
     closed: list[tuple[_Kind, list[nn.Parameter]]] = []
-    for parameter in reversed(list(module.parameters())):
+    for parameter in reversed(list(parameters)):
         if not parameter.requires_grad or parameter not in group_of:
             continue
         info = table.info(parameter)
@@ -131,13 +133,15 @@ def plan_buckets(
     closed += open_buckets.items()
     closed.sort(key=lambda item: item[0].sparse)  # stable
     return [
-        _planned(number, kind, members, rules[kind.rule], table, communicator)
+        _planned(
+            f"{prefix}g{kind.group}.b{number}", kind, members, rules[kind.rule], table, communicator
+        )
         for number, (kind, members) in enumerate(closed)
     ]
 
 
 def _planned(
-    number: int,
+    key: str,
     kind: _Kind,
     members: list[nn.Parameter],
     rule: UpdateRule,
@@ -161,7 +165,7 @@ def _planned(
         )
         offset += parameter.numel()
     spec = BucketSpec(
-        key=f"g{kind.group}.b{number}",
+        key=key,
         numel=offset,
         segments=tuple(segments),
         parameter_dtype=kind.parameter_dtype,

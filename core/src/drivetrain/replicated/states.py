@@ -12,10 +12,16 @@ from torch import nn
 from drivetrain.builtin.defaults import DataParallel
 from drivetrain.builtin.optimization import GradientPredivideFactor, PrescaleGradients
 from drivetrain.communicator import Purpose, Tag
-from drivetrain.errors import TrainingError
-from drivetrain.fragment import Fragment, interval_boxes
+from drivetrain.fragment import Fragment
 from drivetrain.gradients import GradientReducer
-from drivetrain.home import StateHome, segment_fragment, tensor_fragment
+from drivetrain.home import StateHome, segment_fragment, step_fragments
+from drivetrain.loose import (
+    broadcast_first,
+    loose_fragments,
+    refuse_stale_layout,
+    synchronise_loose,
+    trained_parameters,
+)
 from drivetrain.model_states import ModelStates
 from drivetrain.precision import Precision
 from drivetrain.replicated.all_reduce import AllReduceBucket
@@ -23,7 +29,6 @@ from drivetrain.replicated.layout import BucketSizes, PlannedBucket, plan_bucket
 
 if TYPE_CHECKING:
     from drivetrain.job import Job
-    from drivetrain.mesh import Axis
     from drivetrain.update_rule import OptimizerPlan
 
 
@@ -77,28 +82,6 @@ class _Bucket:
         assert rule is not None
         self.gradients.reduced = rule.wants_reduced(self.home.step + 1)
 
-    def step_fragments(self) -> Sequence[Fragment]:
-        """How many updates each parameter has seen; rules correct their bias by it."""
-
-        def write(values: torch.Tensor) -> None:
-            self.home.step = int(values)
-            self.open_window()
-
-        return [
-            Fragment(
-                name=segment.name,
-                kind="step",
-                global_shape=(),
-                dtype=torch.int64,
-                boxes=tuple(interval_boxes((), 0, 1)),
-                owner=segment.owner,
-                home="host",
-                read=lambda: torch.tensor([self.home.step]),
-                write=write,
-            )
-            for segment in self.planned.spec.segments
-        ]
-
 
 class ReplicatedStates(ModelStates):
     """Flat buckets, gradients summed over each parameter's reduction axes, one update a bucket.
@@ -122,7 +105,7 @@ class ReplicatedStates(ModelStates):
         self._optimizer = optimizer
         self._policy = policy
         self._buckets: list[_Bucket] = []
-        self._synchronise_untrained()
+        synchronise_loose(job, module, trained_parameters(optimizer))
         self._build({})
 
     # -- set-up -------------------------------------------------------------------------------
@@ -131,7 +114,7 @@ class ReplicatedStates(ModelStates):
         job, policy = self._job, self._policy
         planned = (
             plan_buckets(
-                self._module,
+                self._module.parameters(),
                 self._optimizer,
                 job.parameters,
                 job.communicator,
@@ -162,7 +145,7 @@ class ReplicatedStates(ModelStates):
         spec = plan.spec
         wide = max((p.dtype for p in plan.parameters), key=lambda dtype: dtype.itemsize)
         originals = torch.cat([p.detach().to(wide).reshape(-1) for p in plan.parameters])
-        self._broadcast(originals, spec.reduction, spec.key)
+        broadcast_first(self._job, originals, spec.reduction, spec.key)
         flat = self._job.communicator.buffer(spec.numel, spec.parameter_dtype, spec.reduction)
         flat.copy_(originals)
         for segment, parameter in zip(spec.segments, plan.parameters, strict=True):
@@ -171,32 +154,6 @@ class ReplicatedStates(ModelStates):
         home.step = plan.step
         home.adopt(flat, originals)
         return flat
-
-    def _synchronise_untrained(self) -> None:
-        """Cast what is not trained to its compute dtype and make all ranks start from rank 0's."""
-        trained = {
-            p
-            for group in (self._optimizer.groups if self._optimizer else ())
-            for p in group["params"]
-        }
-        for parameter in self._module.parameters():
-            info = self._job.parameters.info(parameter)
-            if parameter in trained and parameter.requires_grad:
-                continue
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(info.compute_dtype)
-            self._broadcast(parameter.data, info.reduction, info.name)
-        for name, buffer in self._module.named_buffers():
-            self._broadcast(buffer, "data", name)
-
-    def _broadcast(self, tensor: torch.Tensor, axis: Axis, key: str) -> None:
-        if tensor.is_meta or not tensor.numel():
-            return
-        dense = tensor if tensor.is_contiguous() else tensor.contiguous()
-        tag = Tag(Purpose.STATE, key, "initial values")
-        self._job.communicator.broadcast(dense, axis, tag)
-        if dense is not tensor:
-            tensor.copy_(dense)
 
     # -- gradients ----------------------------------------------------------------------------
 
@@ -257,7 +214,7 @@ class ReplicatedStates(ModelStates):
 
     def update(self, scale: float | torch.Tensor) -> None:
         assert self._optimizer is not None
-        self._refuse_stale_layout()
+        refuse_stale_layout(self._optimizer, self._reducer.slots, self._job.parameters)
         for bucket in self._buckets:
             bucket.home.update(
                 bucket.gradients.gradient,
@@ -277,24 +234,14 @@ class ReplicatedStates(ModelStates):
         for bucket in self._buckets:
             bucket.open_window()
 
-    def _refuse_stale_layout(self) -> None:
-        assert self._optimizer is not None
-        slots = self._reducer.slots
-        for group in self._optimizer.groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad is not (parameter in slots):
-                    name = self._job.parameters.info(parameter).name
-                    change = "unfrozen" if parameter.requires_grad else "frozen"
-                    raise TrainingError(
-                        f"parameter {name} was {change} after the engine was built; "
-                        "call engine.rebuild() after changing requires_grad"
-                    )
-
     # -- changes from outside -----------------------------------------------------------------
 
     def refresh(self) -> None:
         for bucket in self._buckets:
             bucket.home.refresh()
+
+    def fragments_written(self) -> None:
+        pass  # they are the module's parameters
 
     def rebuild(self) -> None:
         self.discard_gradients()
@@ -319,22 +266,9 @@ class ReplicatedStates(ModelStates):
                 flats = {"parameter": bucket.parameters, "gradient": bucket.gradients.gradient}
                 for kind, flat in flats.items():
                     found.append(segment_fragment(segment, kind, flat, "device"))
-            found += bucket.step_fragments()
+            found += step_fragments(bucket.home, bucket.open_window)
             found += bucket.home.fragments()
-        for parameter in self._module.parameters():
-            if parameter not in bucketed:
-                info = self._job.parameters.info(parameter)
-                owner = info.owner and self._job.communicator.rank(info.reduction) == 0
-                found.append(
-                    tensor_fragment(
-                        info.name,
-                        "parameter",
-                        parameter.data,
-                        owner=owner,
-                        placement=info.placement,
-                    )
-                )
-        return found
+        return found + loose_fragments(self._job, self._module, bucketed)
 
     def detach(self) -> None:
         self._reducer.close()
