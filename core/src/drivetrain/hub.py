@@ -7,11 +7,12 @@ The hub owns the pluggy manager; nobody else touches it. Implementations are ask
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import update_wrapper
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import pluggy
 
@@ -21,29 +22,41 @@ from drivetrain.plugin import Plugin
 from drivetrain.wording import did_you_mean
 
 if TYPE_CHECKING:
-    import torch
-
-    from drivetrain.accelerator import Accelerator
-    from drivetrain.batch import Batch
-    from drivetrain.checkpoint import StateReader, StateWriter
-    from drivetrain.communicator import CommunicatorLayer
     from drivetrain.engine import Engine
-    from drivetrain.home import BucketSpec, StateHome
-    from drivetrain.job import Job
-    from drivetrain.loader import LoaderRequest
-    from drivetrain.mesh_layout import AxisRequest
-    from drivetrain.model_states import ModelStates
-    from drivetrain.plan import Plan
-    from drivetrain.plugin import Problem
-    from drivetrain.runner import Runner
-    from drivetrain.step_report import StepReport
-    from drivetrain.transform import Transform
-    from drivetrain.update_rule import OptimizerPlan
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 
 HOOKS = tuple(name for name, value in vars(hookspecs).items() if hasattr(value, "drivetrain_spec"))
 """Names of all hooks, in the order of ``hookspecs.py``."""
 
 _FOLDED = ("prepare_inputs",)
+
+
+def _asked(spec: Callable[P, R]) -> Callable[Concatenate[Hub, P], R]:
+    """The method that calls a hook, with the signature of its specification."""
+    signature = inspect.signature(spec)
+
+    def ask(hub: Hub, /, *arguments: P.args, **named: P.kwargs) -> R:
+        # pluggy takes keywords only
+        answer: R = hub._call(spec.__name__, **signature.bind(*arguments, **named).arguments)
+        return answer
+
+    ask.__name__, ask.__doc__ = spec.__name__, spec.__doc__
+    hub = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    vars(ask)["__signature__"] = signature.replace(parameters=[hub, *signature.parameters.values()])
+    return ask
+
+
+def _collected(spec: Callable[P, Sequence[T]]) -> Callable[Concatenate[Hub, P], list[T]]:
+    """The same for a hook whose answers come as one flat list."""
+    ask: Any = _asked(spec)
+
+    def collect(hub: Hub, /, *arguments: P.args, **named: P.kwargs) -> list[T]:
+        return list(chain.from_iterable(ask(hub, *arguments, **named)))
+
+    return update_wrapper(collect, ask)
 
 
 class Hub:
@@ -122,54 +135,25 @@ class Hub:
         caller: pluggy.HookCaller = getattr(self._manager.hook, hook)
         return caller.get_hookimpls()[::-1]
 
-    # -- plan -------------------------------------------------------------------------------------
+    # -- the hooks --------------------------------------------------------------------------------
 
-    def configure(self, plan: Plan) -> list[Problem]:
-        return self._collect("configure", plan=plan)
-
-    def plan_batch(self, plan: Plan) -> Batch | None:
-        return cast("Batch | None", self._call("plan_batch", plan=plan))
-
-    def mesh_axes(self, plan: Plan) -> list[AxisRequest]:
-        return self._collect("mesh_axes", plan=plan)
-
-    # -- job --------------------------------------------------------------------------------------
-
-    def select_accelerator(
-        self, candidates: Mapping[str, Accelerator], requested: str | None
-    ) -> Accelerator | None:
-        return cast(
-            "Accelerator | None",
-            self._call("select_accelerator", candidates=candidates, requested=requested),
-        )
-
-    def wrap_communicator(self, job: Job) -> list[CommunicatorLayer]:
-        return self._collect("wrap_communicator", job=job)
-
-    def place_state(self, job: Job, specs: Sequence[BucketSpec]) -> Sequence[StateHome] | None:
-        return cast("Sequence[StateHome] | None", self._call("place_state", job=job, specs=specs))
-
-    # -- engine -----------------------------------------------------------------------------------
-
-    def transform_module(self, job: Job, module: torch.nn.Module) -> list[Transform]:
-        return self._collect("transform_module", job=job, module=module)
-
-    def describe_parameters(self, job: Job, module: torch.nn.Module) -> None:
-        self._call("describe_parameters", job=job, module=module)
-
-    def build_model_states(
-        self, job: Job, module: torch.nn.Module, optimizer: OptimizerPlan | None
-    ) -> ModelStates | None:
-        return cast(
-            "ModelStates | None",
-            self._call("build_model_states", job=job, module=module, optimizer=optimizer),
-        )
-
-    def build_runner(self, job: Job, engine: Engine) -> Runner | None:
-        return cast("Runner | None", self._call("build_runner", job=job, engine=engine))
-
-    def build_loader(self, job: Job, request: LoaderRequest) -> Any | None:
-        return self._call("build_loader", job=job, request=request)
+    configure = _collected(hookspecs.configure)
+    plan_batch = _asked(hookspecs.plan_batch)
+    mesh_axes = _collected(hookspecs.mesh_axes)
+    select_accelerator = _asked(hookspecs.select_accelerator)
+    wrap_communicator = _collected(hookspecs.wrap_communicator)
+    place_state = _asked(hookspecs.place_state)
+    transform_module = _collected(hookspecs.transform_module)
+    describe_parameters = _asked(hookspecs.describe_parameters)
+    build_model_states = _asked(hookspecs.build_model_states)
+    build_runner = _asked(hookspecs.build_runner)
+    build_loader = _asked(hookspecs.build_loader)
+    backward = _asked(hookspecs.backward)
+    optimizer_step = _asked(hookspecs.optimizer_step)
+    step_end = _asked(hookspecs.step_end)
+    save_state = _asked(hookspecs.save_state)
+    load_state = _asked(hookspecs.load_state)
+    report_rows = _collected(hookspecs.report_rows)
 
     def prepare_inputs(
         self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -188,27 +172,6 @@ class Hub:
                 args, kwargs = answer
         return args, kwargs
 
-    def backward(self, engine: Engine, loss: torch.Tensor, retain_graph: bool) -> bool | None:
-        return cast(
-            "bool | None",
-            self._call("backward", engine=engine, loss=loss, retain_graph=retain_graph),
-        )
-
-    def optimizer_step(self, engine: Engine) -> bool | None:
-        return cast("bool | None", self._call("optimizer_step", engine=engine))
-
-    def step_end(self, engine: Engine, report: StepReport) -> None:
-        self._call("step_end", engine=engine, report=report)
-
-    def save_state(self, engine: Engine, writer: StateWriter) -> None:
-        self._call("save_state", engine=engine, writer=writer)
-
-    def load_state(self, engine: Engine, reader: StateReader) -> None:
-        self._call("load_state", engine=engine, reader=reader)
-
-    def report_rows(self) -> list[tuple[str, str]]:
-        return self._collect("report_rows")
-
     # -- calling ----------------------------------------------------------------------------------
 
     def _call(self, hook: str, **arguments: Any) -> Any:
@@ -217,9 +180,6 @@ class Hub:
         except Exception as error:
             self._blame(error, hook)
             raise
-
-    def _collect(self, hook: str, **arguments: Any) -> list[Any]:
-        return list(chain.from_iterable(self._call(hook, **arguments)))
 
     def _blame(self, error: Exception, hook: str) -> None:
         """Note on ``error`` whose implementation raised it, found in the traceback."""
