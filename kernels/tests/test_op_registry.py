@@ -174,3 +174,52 @@ def test_arguments_are_checked_before_any_implementation(make_registry):
     registry = make_registry(provider("acme"))
     with pytest.raises(ValueError, match=r"drivetrain::plus: values is int64; expected float32"):
         registry.ops()[0].call(torch.zeros((), dtype=torch.int64))
+
+
+def with_second_choice(broken, make):
+    made = Provider("acme", "1.0", "cpu")
+    library = broken.offers["plus"].library
+    made.implement_native("plus", library, lambda loaded: loaded.plus, otherwise=make)
+    return made
+
+
+def test_a_second_choice_runs_where_native_kernels_cannot_be_built(make_registry, broken, caplog):
+    registry = make_registry(with_second_choice(broken, lambda: lambda values: values + 5))
+    with caplog.at_level(logging.WARNING, logger="drivetrain.kernels"):
+        assert result(registry) == 5.0
+    assert caplog.records == []
+    found = registry.implementations()[0]
+    assert found.provider == "acme 1.0"
+    assert "python, as the native kernels cannot be built: cannot build acme" in found.reason
+
+
+def test_without_either_choice_the_reference_runs_and_both_reasons_are_told(make_registry, broken):
+    def make():
+        raise BuildError("triton is not installed")
+
+    registry = make_registry(with_second_choice(broken, make))
+    assert result(registry) == 1.0
+    reason = registry.implementations()[0].reason
+    assert "cannot build acme" in reason
+    assert reason.endswith("; triton is not installed")
+
+
+def test_a_second_choice_does_not_pass_for_native(make_registry, broken, monkeypatch):
+    monkeypatch.setenv("DRIVETRAIN_REQUIRE_NATIVE", "1")
+    registry = make_registry(with_second_choice(broken, lambda: lambda values: values + 5))
+    with pytest.raises(BuildError, match="cannot build acme"):
+        result(registry)
+
+
+def test_what_is_made_later_is_made_at_the_first_call(make_registry):
+    made, calls = Provider("acme", "1.0", "cpu"), []
+
+    def make():
+        calls.append(1)
+        return lambda values: values + 7
+
+    made.implement_later("plus", make)
+    registry = make_registry(made)
+    assert calls == []
+    assert [result(registry), result(registry)] == [7.0, 7.0]
+    assert calls == [1]

@@ -18,6 +18,7 @@ GROUP = "drivetrain.kernels"
 """Entry-point group of native modules; an entry point's name is the device type that it serves."""
 
 Bind = Callable[[ctypes.CDLL], Callable[..., Any]]
+Make = Callable[[], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,16 @@ class Offer:
     """One provider's implementation of one op.
 
     Args:
-        bind: makes the function, given the loaded library (or ``None`` where there is none).
+        bind: makes the function, given the loaded library (or ``None`` where there is none); may
+            raise ``BuildError``.
         library: the native library to build or find first.
+        otherwise: makes another function, where the first cannot be made; may raise
+            ``BuildError`` too.
     """
 
     bind: Callable[[Any], Callable[..., Any]]
     library: NativeLibrary | None
+    otherwise: Make | None = None
 
 
 class Provider:
@@ -64,11 +69,20 @@ class Provider:
         """Offer ``function``, which takes the op's arguments in schema order."""
         self._offer(op, Offer(bind=lambda _: function, library=None))
 
-    def implement_native(self, op: str, library: NativeLibrary, bind: Bind) -> None:
-        """Offer a function made by ``bind(library)``, after the library was found or built."""
+    def implement_later(self, op: str, make: Make) -> None:
+        """Offer what ``make()`` answers at the first use; it may raise ``BuildError``."""
+        self._offer(op, Offer(bind=lambda _: make(), library=None))
+
+    def implement_native(
+        self, op: str, library: NativeLibrary, bind: Bind, *, otherwise: Make | None = None
+    ) -> None:
+        """Offer a function made by ``bind(library)``, after the library was found or built.
+
+        Where it cannot be built, ``otherwise()`` makes the function instead.
+        """
         if library not in self.libraries:
             self.libraries.append(library)
-        self._offer(op, Offer(bind=bind, library=library))
+        self._offer(op, Offer(bind, library, otherwise))
 
     def also_builds(self, libraries: Sequence[NativeLibrary]) -> None:
         """Name further libraries that ``drivetrain build`` makes ahead of time."""

@@ -166,16 +166,14 @@ class Registry:
         if provider is None:
             reason = f"no installed package implements it for {device_type}"
             return self._reference(op, device_type, reason)
-        offer = provider.offers[op.name]
         try:
-            function = self._bind(offer)
+            function, how = self._bind(provider.offers[op.name])
         except BuildError as error:
             if os.environ.get("DRIVETRAIN_REQUIRE_NATIVE") == "1":
                 raise BuildError(f"{op.qualified_name} on {device_type}: {error}") from error
             self._tell(provider, device_type, op, str(error))
             return self._reference(op, device_type, f"{provider} cannot be built: {error}")
         whose = "the active accelerator's" if rank == 0 else "the device's own"
-        how = offer.library.origin if offer.library is not None else "python"
         return function, Implementation(op.name, device_type, str(provider), f"{whose}, {how}")
 
     def _best(
@@ -198,8 +196,19 @@ class Registry:
         return ranked[rank][0], rank
 
     @staticmethod
-    def _bind(offer: Offer) -> Callable[..., Any]:
-        return offer.bind(offer.library.load() if offer.library is not None else None)
+    def _bind(offer: Offer) -> tuple[Callable[..., Any], str]:
+        """The function of an offer, or its second choice, and how it came about."""
+        if offer.library is None:
+            return offer.bind(None), "python"
+        try:
+            return offer.bind(offer.library.load()), offer.library.origin
+        except BuildError as error:
+            if offer.otherwise is None or os.environ.get("DRIVETRAIN_REQUIRE_NATIVE") == "1":
+                raise
+            try:
+                return offer.otherwise(), f"python, as the native kernels cannot be built: {error}"
+            except BuildError as another:
+                raise BuildError(f"{error}; {another}") from another
 
     @staticmethod
     def _reference(
