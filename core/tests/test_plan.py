@@ -267,6 +267,10 @@ def test_a_plugin_that_is_switched_off_neither_shapes_nor_checks_nor_conflicts(
             "optimizer.type: 'onebitadam' is served by drivetrain-onebit, which is not installed",
         ),
         (
+            {"optimizer": {"type": "muon"}},
+            "optimizer.type: 'muon' is served by drivetrain-optimizers, which is not installed",
+        ),
+        (
             {"scheduler": {"type": "WarmupLRR"}},
             "scheduler.type: no scheduler is named 'WarmupLRR'; did you mean 'WarmupLR'?",
         ),
@@ -279,7 +283,7 @@ def test_core_checks_its_own_sections_against_each_other(
     assert found.startswith(problem)
 
 
-@pytest.mark.parametrize("name", ["Adam", "adamw", "ADAGRAD", "SGD", "rmsprop", "Muon"])
+@pytest.mark.parametrize("name", ["Adam", "adamw", "ADAGRAD", "SGD", "rmsprop"])
 def test_optimizers_of_core_and_torch_are_known_in_any_case(name: str) -> None:
     plan = built({"train_batch_size": 1, "optimizer": {"type": name}})
     assert plan.section(OptimizerSection).type == name

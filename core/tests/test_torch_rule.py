@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule_homes import place
 from torch import nn
 
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.optimizers import TorchRule, rule_from_optimizer, torch_rule
 from drivetrain.optimizers import spans as spans_module
+from drivetrain.testing.rules import place
 
 SHAPES = {"a": (7, 5), "b": (3,), "c": (), "d": (40, 31)}
 SIZES = {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}

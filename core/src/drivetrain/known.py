@@ -48,9 +48,12 @@ OPTIMIZERS = {
     "FusedLamb": "drivetrain-kernels",
     "FusedLion": "drivetrain-kernels",
     "FusedSGD": "drivetrain-kernels",
+    "Lamb": "drivetrain-optimizers",
+    "Lion": "drivetrain-optimizers",
     "MuAdam": "drivetrain-mup",
     "MuAdamW": "drivetrain-mup",
     "MuSGD": "drivetrain-mup",
+    "Muon": "drivetrain-optimizers",
     "OneBitAdam": "drivetrain-onebit",
 }
 """``optimizer.type`` -> first-party distribution that serves it."""

@@ -66,7 +66,8 @@ class UpdateRule(ABC):
     """Turns gradients into weight changes, bucket by bucket.
 
     Rules are found in the ``drivetrain.optimizers`` entry points under the value of
-    ``optimizer.type``; the entry point is a factory ``(params: Mapping, job: Job) -> UpdateRule``.
+    ``optimizer.type``. The entry point is a subclass, whose keyword arguments are
+    ``optimizer.params``, or a factory ``(params: Mapping, job: Job) -> UpdateRule``.
 
     Attributes:
         defaults: hyper-parameters that a group gets where it sets none, e.g. ``{"lr": 1e-3}``.

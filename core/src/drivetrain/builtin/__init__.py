@@ -34,8 +34,8 @@ ENTRIES: dict[str, dict[str, str]] = {
         "test-plugin": "drivetrain.testing.command:test_plugin",
     },
     "optimizers": {
-        name: f"drivetrain.optimizers.factory:{name.lower()}"
-        for name in ("Adam", "AdamW", "Lamb", "Lion", "Muon")
+        "Adam": "drivetrain.optimizers.factory:adam",
+        "AdamW": "drivetrain.optimizers.factory:adamw",
     },
     "schedulers": {
         name: f"drivetrain.schedules:{name}"

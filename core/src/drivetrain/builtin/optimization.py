@@ -149,14 +149,15 @@ def _check_type(
 ) -> list[Problem]:
     if name is None or plan.registry.find(group, name) is not None:
         return []
-    if name.lower() in (known.lower() for known in torch_names):
-        return []
-    for known, distribution in OPTIMIZERS.items() if group == "optimizers" else ():
-        if name.lower() == known.lower():
-            return [Problem(path, f"{name!r} is {not_installed(distribution)}")]
     hidden = plan.registry.hidden(group, name)
     if hidden is not None:
         return [Problem(path, f"{name!r} is {hidden}")]
+    # Before torch's classes, since of torch.optim.Muon no rule over flat buckets can be made.
+    for known, distribution in OPTIMIZERS.items() if group == "optimizers" else ():
+        if name.lower() == known.lower():
+            return [Problem(path, f"{name!r} is {not_installed(distribution)}")]
+    if name.lower() in (known.lower() for known in torch_names):
+        return []
     names = [*plan.registry.names(group), *torch_names, *OPTIMIZERS]
     kind = group[:-1]
     return [Problem(path, f"no {kind} is named {name!r}{did_you_mean(name, names)}")]

@@ -11,9 +11,6 @@ from torch.optim import Optimizer
 from drivetrain.checked_call import call_checked
 from drivetrain.errors import ConfigError, PluginError
 from drivetrain.known import TORCH_OPTIMIZERS
-from drivetrain.optimizers.lamb import Lamb
-from drivetrain.optimizers.lion import Lion
-from drivetrain.optimizers.muon import Muon
 from drivetrain.optimizers.torch_rule import TorchRule, example_parameters
 from drivetrain.update_rule import OptimizerPlan, UpdateRule
 from drivetrain.wording import did_you_mean
@@ -52,7 +49,10 @@ def optimizer_plan(
 
 
 def make_rule(name: str, params: Params, registry: Registry, job: Job) -> UpdateRule:
-    """The update rule of a name: a registered factory's, or else that of a ``torch.optim`` class.
+    """The update rule of a name: a registered one, or else that of a ``torch.optim`` class.
+
+    What is registered is a subclass of :class:`UpdateRule`, whose keyword arguments are the
+    parameters, or a factory.
 
     Raises:
         ConfigError: nobody serves the name, a parameter is unknown or out of range, or the class is
@@ -63,7 +63,9 @@ def make_rule(name: str, params: Params, registry: Registry, job: Job) -> Update
         raise ConfigError(f"{PARAMS}.max_grad_norm: not supported; set gradient_clipping instead")
     entry = registry.find("optimizers", name)
     if entry is not None:
-        rule = entry.load()(params, job)
+        made = entry.load()
+        is_rule = isinstance(made, type) and issubclass(made, UpdateRule)
+        rule = call_checked(PARAMS, made, params) if is_rule else made(params, job)
         if not isinstance(rule, UpdateRule):
             raise PluginError(f"{entry.label} made a {type(rule).__name__}, not an UpdateRule")
         return rule
@@ -150,24 +152,3 @@ def adam(params: Params, job: Job) -> UpdateRule:
 def adamw(params: Params, job: Job) -> UpdateRule:
     """:func:`adam` with decoupled weight decay, whatever ``adam_w_mode`` says."""
     return adam({**params, "adam_w_mode": True}, job)
-
-
-def lion(params: Params, job: Job) -> UpdateRule:
-    """:class:`Lion` from a config."""
-    return _own(Lion, params)
-
-
-def lamb(params: Params, job: Job) -> UpdateRule:
-    """:class:`Lamb` from a config."""
-    return _own(Lamb, params)
-
-
-def muon(params: Params, job: Job) -> UpdateRule:
-    """:class:`Muon` from a config."""
-    return _own(Muon, params)
-
-
-def _own(kind: type[UpdateRule], params: Params) -> UpdateRule:
-    rule = call_checked(PARAMS, kind, params)
-    assert isinstance(rule, UpdateRule)
-    return rule

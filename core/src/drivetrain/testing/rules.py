@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 
-from drivetrain.home import BucketSpec, DeviceHome, Segment
+from drivetrain.home import BucketSpec, DeviceHome, Segment, StateHome
+from drivetrain.update_rule import UpdateRule
+
+Tensors = Mapping[str, torch.Tensor]
 
 
 def place(
-    rule,
-    tensors,
+    rule: UpdateRule,
+    tensors: Tensors,
     *,
-    padding=3,
-    master_dtype=None,
-    state_dtype=None,
-    parameter_dtype=None,
-    gradient_dtype=None,
-):
-    """A home over ``tensors`` (name -> initial values), and its flat parameters.
+    padding: int = 3,
+    master_dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype | None = None,
+    parameter_dtype: torch.dtype | None = None,
+    gradient_dtype: torch.dtype | None = None,
+) -> tuple[DeviceHome, torch.Tensor, Callable[[Tensors], torch.Tensor]]:
+    """A home over tensors, ready for ``home.update(flatten(gradients), hyper, scale)``.
+
+    Args:
+        rule: the rule under test.
+        tensors: name -> initial values, of one dtype.
+        padding: elements of the bucket after the last tensor.
+        master_dtype: dtype of the weights that are updated; that of ``tensors`` if ``None``.
+        state_dtype: dtype of the rule's states; the masters' if ``None``.
+        parameter_dtype: dtype of the parameters; the masters' if ``None``.
+        gradient_dtype: dtype of the gradients; the masters' if ``None``.
 
     Returns:
         The home; the flat parameters; a function that flattens name -> tensor with padding.
@@ -27,7 +41,7 @@ def place(
         segments.append(Segment(name, tuple(tensor.shape), 0, tensor.numel(), offset))
         offset += tensor.numel()
 
-    def flatten(values):
+    def flatten(values: Tensors) -> torch.Tensor:
         parts = [values[name].flatten() for name in tensors]
         return torch.cat([*parts, torch.zeros(padding, dtype=parts[0].dtype)])
 
@@ -52,6 +66,6 @@ def place(
     return home, flat, flatten
 
 
-def read(home, flat):
+def read(home: StateHome, flat: torch.Tensor) -> dict[str, torch.Tensor]:
     """Name -> values of the flat parameters."""
     return {segment.name: segment.of(flat) for segment in home.spec.segments}

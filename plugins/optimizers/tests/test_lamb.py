@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule_homes import place, read
+from drivetrain_optimizers import Lamb
 
-from drivetrain.optimizers import Lamb
+from drivetrain.testing.rules import place, read
 
 SHAPES = {"a": (5, 7), "b": (3,), "c": ()}
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule_homes import place, read
+from drivetrain_optimizers import Muon
+from drivetrain_optimizers.muon import newton_schulz, newton_schulz_gram
 from torch import nn
 
 from drivetrain.errors import ConfigError
-from drivetrain.optimizers import Muon
-from drivetrain.optimizers.muon import newton_schulz, newton_schulz_gram
 from drivetrain.parameters import ParameterTable
+from drivetrain.testing.rules import place, read
 
 SHAPES = {"tall": (9, 4), "wide": (3, 8), "square": (5, 5), "kernel": (4, 3, 2, 2), "row": (1, 6)}
 
