@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from drivetrain.testing.accelerators import AcceleratorConformance as AcceleratorConformance
     from drivetrain.testing.conformance import PluginConformance as PluginConformance
     from drivetrain.testing.distributed import RankError as RankError
     from drivetrain.testing.distributed import RanksFailedError as RanksFailedError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from drivetrain.testing.reference import reference_losses as reference_losses
 
 _HOME = {
+    "AcceleratorConformance": "accelerators",
     "PluginConformance": "conformance",
     "RankError": "distributed",
     "RanksFailedError": "distributed",

@@ -37,7 +37,7 @@ class PluginConformance:
     def test_the_module_imports_without_torch(self) -> None:
         """A config can be checked where torch is not even loaded."""
         module = self.plugin.__module__
-        after = _imports(module)
+        after = imported_with(module)
         assert "torch" not in after, f"importing {module} imports torch; do so inside functions"
 
     def test_importing_has_no_side_effects(self) -> None:
@@ -51,7 +51,7 @@ class PluginConformance:
             f"import {self.plugin.__module__}\n"
             "print(json.dumps([before, state()]))"
         )
-        before, after = json.loads(_python(script))
+        before, after = json.loads(run_python(script))
         assert before == after
 
     def test_sections_round_trip_through_json(self) -> None:
@@ -113,13 +113,14 @@ class PluginConformance:
         return next(member.plugin for member in plan.members if type(member.plugin) is self.plugin)
 
 
-def _imports(module: str) -> set[str]:
-    """Top-level modules that are loaded after importing ``module`` in a new process."""
+def imported_with(module: str) -> set[str]:
+    """Modules that are loaded after importing ``module`` in a new process."""
     script = f"import {module}, sys, json; print(json.dumps(list(sys.modules)))"
-    return set(json.loads(_python(script)))
+    return set(json.loads(run_python(script)))
 
 
-def _python(script: str) -> str:
+def run_python(script: str) -> str:
+    """What a script prints in a new process with this one's path."""
     path = f"import sys; sys.path[:] = {sys.path!r}\n"
     done = subprocess.run(
         [sys.executable, "-c", path + script], capture_output=True, text=True, check=False

@@ -1,0 +1,11 @@
+"""An accelerator that is sound but for its module, which imports torch."""
+
+from __future__ import annotations
+
+import torch  # noqa: F401 - which is the flaw
+
+from drivetrain.accelerator_choice import HostAccelerator
+
+
+class Eager(HostAccelerator):
+    name = "broken"
