@@ -18,6 +18,7 @@ from drivetrain.errors import PluginError
 from drivetrain.plugin import Plugin, Section, hookimpl
 from drivetrain.registry import CORE, Entry, Registry
 from drivetrain.section import Float, PositiveInt, Scalar
+from drivetrain.testing import AcceleratorConformance
 
 
 class GoodSection(Section):
@@ -74,6 +75,13 @@ class Absent(Accelerator):
         return "gloo"
 
 
+class Hasty(Absent):
+    name = "hasty"
+
+    def probe(self) -> bool:
+        return True
+
+
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What seems to be installed: core, two plugins, one that does not load, an accelerator."""
@@ -84,6 +92,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
         Entry("plugins", "good_share", "drivetrain-share", "0.2", f"{__name__}:Share"),
         Entry("plugins", "broken", "drivetrain-broken", "0.3", "no_such_module:Plugin"),
         Entry("accelerators", "absent", "drivetrain-absent", "0.2", f"{__name__}:Absent"),
+        Entry("accelerators", "hasty", "drivetrain-hasty", "0.2", f"{__name__}:Hasty"),
         Entry("reports", "spare parts", "drivetrain-parts", "0.2", f"{__name__}:spare_parts"),
         Entry("reports", "other parts", "drivetrain-parts", "0.2", f"{__name__}:no_parts"),
     ]
@@ -195,13 +204,29 @@ def test_a_plugin_that_ignores_unknown_keys_fails_that_check() -> None:
     assert result.exit_code == 2
     assert cells(result.stdout, "unknown key is refused")[1] != "passed"
     assert cells(result.stdout, "the plugin pickles")[1] == "passed"
-    assert "1 of 8 checks failed for plugin 'careless'" in result.stderr
+    assert "1 of 8 checks failed for 'careless'" in result.stderr
 
 
 def test_a_plugin_that_is_not_installed_is_refused_with_a_suggestion() -> None:
     result = drivetrain("test-plugin", "goood")
     assert result.exit_code == 2
     assert "did you mean 'good'?" in result.stderr
+
+
+def test_an_accelerator_is_tested_too_and_skips_what_needs_its_device() -> None:
+    result = drivetrain("test-plugin", "absent")
+    assert result.exit_code == 0, result.output
+    assert cells(result.stdout, "│ the probe answers")[1] == "passed"
+    row = cells(result.stdout, "│ the device is present")
+    assert row[1] == "skipped: absent cannot be used here: no such device on this machine"
+
+
+def test_an_accelerator_that_fails_a_check_is_told_what_to_do() -> None:
+    result = drivetrain("test-plugin", "hasty")
+    assert result.exit_code == 2
+    row = cells(result.stdout, "│ the probe answers")
+    assert row[1].endswith("found True; return None where the device can be used")
+    assert f"1 of {len(AcceleratorConformance.checks())} checks failed" in result.stderr
 
 
 def test_a_single_value_must_be_given() -> None:

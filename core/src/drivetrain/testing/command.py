@@ -1,19 +1,24 @@
-"""``drivetrain test-plugin``: the conformance kit of an installed plugin, as a table."""
+"""``drivetrain test-plugin``: the conformance kit of what is installed, as a table."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest import SkipTest
 
 import click
 
-from drivetrain.errors import DrivetrainError
+from drivetrain.errors import DrivetrainError, PluginError
 from drivetrain.registry import Registry
+from drivetrain.wording import did_you_mean
 
 if TYPE_CHECKING:  # the help page of all commands imports this module, so it stays light
     from pydantic import BaseModel
+    from rich.table import Table
 
+    from drivetrain.accelerator import Accelerator
     from drivetrain.plugin import Plugin
 
 
@@ -28,28 +33,53 @@ if TYPE_CHECKING:  # the help page of all commands imports this module, so it st
     help="Replace one value of the config; may be repeated.",
 )
 def test_plugin(file: str | None, name: str, overlays: tuple[str, ...]) -> None:
-    """Run the conformance kit of the installed plugin that serves the config path NAME."""
+    """Run the conformance kit of what is installed as NAME.
+
+    NAME is the config path that a plugin serves, or an accelerator; where it is both, both kits are
+    run. The kit of an accelerator trains small models on the device.
+    """
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
     from drivetrain.config.loading import load_config, overlay
 
     registry = Registry.installed()
-    kind = registry.load("plugins", name)
-    given = load_config(file) if file else _switched_on(name, kind, overlays)
-    outcomes = run_kit(kind, overlay(given, overlays))
-    entry = registry.find("plugins", name)
-    table = Table("check", "outcome", title=entry.label if entry else name, title_justify="left")
-    for check, failure in outcomes.items():
-        table.add_row(check, f"[red]{escape(failure)}[/]" if failure else "[green]passed[/]")
-    Console().print(table)
-    failed = sum(1 for failure in outcomes.values() if failure)
+    entries = [registry.find("plugins", name), registry.find("accelerators", name)]
+    found = [entry for entry in entries if entry is not None]
+    if not found:
+        names = [*registry.names("plugins"), *registry.names("accelerators")]
+        reason = registry.hidden("plugins", name) or registry.hidden("accelerators", name)
+        said = f"{name!r} is {reason}" if reason else f"no plugin or accelerator is named {name!r}"
+        raise PluginError(said + ("" if reason else did_you_mean(name, names)))
+    given = load_config(file) if file else None
+    failed = checks = 0
+    for entry in found:
+        kind = entry.load()
+        if entry.group == "plugins":
+            config = overlay(given or _switched_on(name, kind, overlays), overlays)
+            outcomes = run_kit(kind, config)
+        else:
+            outcomes = run_accelerator_kit(kind, overlay(given or {}, overlays))
+        Console().print(_table(entry.label, outcomes))
+        failed += sum(outcome.failed for outcome in outcomes.values())
+        checks += len(outcomes)
     if failed:
-        raise DrivetrainError(f"{failed} of {len(outcomes)} checks failed for plugin {name!r}")
+        raise DrivetrainError(f"{failed} of {checks} checks failed for {name!r}")
 
 
-def run_kit(kind: type[Plugin], config: Mapping[str, Any]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Outcome:
+    """How a check went.
+
+    Args:
+        failed: whether it failed.
+        reason: why it failed or was skipped; empty when it passed.
+    """
+
+    failed: bool = False
+    reason: str = ""
+
+
+def run_kit(kind: type[Plugin], config: Mapping[str, Any]) -> dict[str, Outcome]:
     """Run every check of :class:`PluginConformance` on a plugin class.
 
     Args:
@@ -57,26 +87,62 @@ def run_kit(kind: type[Plugin], config: Mapping[str, Any]) -> dict[str, str]:
         config: a config that switches it on; batch sizes may be left out.
 
     Returns:
-        What is checked -> why it failed, empty when it passed.
+        What is checked -> how it went.
     """
     from drivetrain.testing.conformance import PluginConformance
 
-    kit = type("Kit", (PluginConformance,), {"plugin": kind, "config": config})()
-    outcomes = {}
-    for attribute in dir(kit):
-        if attribute.startswith("test_"):
-            words = attribute.removeprefix("test_").replace("_", " ")
-            outcomes[words] = _outcome(getattr(kit, attribute))
-    return outcomes
+    return _outcomes(type("Kit", (PluginConformance,), {"plugin": kind, "config": config})())
 
 
-def _outcome(check: Any) -> str:
+def run_accelerator_kit(kind: type[Accelerator], config: Mapping[str, Any]) -> dict[str, Outcome]:
+    """Run every check of :class:`AcceleratorConformance` on an accelerator's class.
+
+    Args:
+        kind: the accelerator's class.
+        config: what it needs of a config.
+
+    Returns:
+        What is checked -> how it went.
+    """
+    from drivetrain.testing.accelerators import AcceleratorConformance
+
+    attributes = {"accelerator": kind, "config": config}
+    return _outcomes(type("Kit", (AcceleratorConformance,), attributes)())
+
+
+def _outcomes(kit: object) -> dict[str, Outcome]:
+    names = [name for base in reversed(type(kit).__mro__) for name in vars(base)]
+    return {
+        name.removeprefix("test_").replace("_", " "): _outcome(getattr(kit, name))
+        for name in dict.fromkeys(names)
+        if name.startswith("test_")
+    }
+
+
+def _outcome(check: Any) -> Outcome:
     try:
         check()
+    except SkipTest as skip:
+        return Outcome(reason=str(skip))
     except Exception as error:  # noqa: BLE001 - any failure of a check is its outcome
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        return str(error) or f"{type(error).__name__}: {frame.line}"
-    return ""
+        return Outcome(failed=True, reason=str(error) or f"{type(error).__name__}: {frame.line}")
+    return Outcome()
+
+
+def _table(title: str, outcomes: Mapping[str, Outcome]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("check", "outcome", title=title, title_justify="left")
+    for check, outcome in outcomes.items():
+        if outcome.failed:
+            shown = f"[red]{escape(outcome.reason)}[/]"
+        else:
+            skipped = f"[yellow]skipped: {escape(outcome.reason)}[/]"
+            shown = skipped if outcome.reason else "[green]passed[/]"
+        table.add_row(check, shown)
+    return table
 
 
 def _switched_on(name: str, kind: type[Plugin], overlays: Iterable[str]) -> dict[str, Any]:
