@@ -278,8 +278,8 @@ module = import_module("{0.__module__}")
 for part in "{0.__qualname__}".split("."):
     module = getattr(module, part)
 module().probe()
-torch = sys.modules.get("torch")
-print(torch is not None and torch.get_device_module("{0.device_type}").is_initialized())
+device = getattr(sys.modules.get("torch"), "{0.device_type}", None)
+print(getattr(device, "is_initialized", bool)())
 """
 
 
