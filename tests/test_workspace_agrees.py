@@ -36,15 +36,16 @@ def test_every_served_section_is_in_the_table_of_known_names(
 
 
 @each_distribution
-def test_every_served_optimizer_is_in_the_table_of_known_names(
-    distribution: workspace.Distribution,
+@pytest.mark.parametrize(
+    ("group", "table"), [("optimizers", known.OPTIMIZERS), ("commands", known.COMMANDS)]
+)
+def test_every_served_optimizer_and_command_is_in_the_table_of_known_names(
+    distribution: workspace.Distribution, group: str, table: dict[str, str]
 ) -> None:
     if distribution.name == "drivetrain":
         return
-    names = distribution.entry_points.get("drivetrain.optimizers", ())
-    assert {name: known.OPTIMIZERS.get(name) for name in names} == dict.fromkeys(
-        names, distribution.name
-    )
+    names = distribution.entry_points.get(f"drivetrain.{group}", ())
+    assert {name: table.get(name) for name in names} == dict.fromkeys(names, distribution.name)
 
 
 def test_the_table_of_known_names_promises_no_section_that_its_owner_lacks() -> None:

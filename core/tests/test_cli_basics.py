@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from drivetrain import __version__
 from drivetrain.cli.main import main
 from drivetrain.errors import ConfigError, PluginError
-from drivetrain.registry import CORE, Entry, Registry
+from drivetrain.registry import CORE, Entry, Registry, core_entries
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def raising(error: Exception) -> click.Command:
 def test_help_lists_every_command_of_core() -> None:
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0
-    for name in ("run", "report", "plugins", "config", "explain", "new-plugin", "test-plugin"):
+    for name in ("report", "plugins", "config", "explain", "test-plugin"):
         assert f"\n  {name} " in result.output
     assert "unusable" not in result.output
 
@@ -59,6 +59,15 @@ def test_a_misspelt_command_is_refused_with_a_suggestion() -> None:
     result = CliRunner().invoke(main, ["explian"])
     assert result.exit_code == 2
     assert "no command is named 'explian'; did you mean 'explain'?" in result.stderr
+
+
+def test_a_command_that_is_not_installed_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setattr(Registry, "installed", classmethod(lambda cls: Registry(core_entries())))
+    result = CliRunner().invoke(main, ["run", "train.py"])
+    assert result.exit_code == 2
+    wanted = "command 'run' is served by drivetrain-cli, which is not installed: pip install"
+    assert wanted in result.stderr
+    assert "did you mean 'run'?" in CliRunner().invoke(main, ["rnu"]).stderr
 
 
 def test_a_command_of_another_distribution_is_found(offer) -> None:
@@ -108,7 +117,7 @@ def test_a_bug_is_no_error_of_ours_and_keeps_its_traceback(offer) -> None:
     assert isinstance(result.exception, ZeroDivisionError)
 
 
-@pytest.mark.parametrize("command", ["--help", "plugins", "config schema", "run --help"])
+@pytest.mark.parametrize("command", ["--help", "plugins", "config schema"])
 def test_torch_is_not_imported_by(command: str) -> None:
     assert "torch" not in imported_by(command.split())
 

@@ -58,6 +58,13 @@ OPTIMIZERS = {
 }
 """``optimizer.type`` -> first-party distribution that serves it."""
 
+COMMANDS = {
+    "build": "drivetrain-kernels",
+    "new-plugin": "drivetrain-cli",
+    "run": "drivetrain-cli",
+}
+"""Command -> first-party distribution that has it."""
+
 TORCH_OPTIMIZERS = (
     *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon"),
     *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD", "SparseAdam"),
@@ -70,3 +77,8 @@ TORCH_SCHEDULERS = (
     *("OneCycleLR", "PolynomialLR", "ReduceLROnPlateau", "SequentialLR", "StepLR"),
 )
 """Classes of ``torch.optim.lr_scheduler``, likewise."""
+
+
+def not_installed(distribution: str) -> str:
+    """The phrase for something that a first-party distribution would serve."""
+    return f"served by {distribution}, which is not installed: pip install {distribution}"

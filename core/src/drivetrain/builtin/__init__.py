@@ -27,10 +27,8 @@ ENTRIES: dict[str, dict[str, str]] = {
     "commands": {
         "config": "drivetrain.cli.config:config",
         "explain": "drivetrain.cli.explain:explain",
-        "new-plugin": "drivetrain.cli.new_plugin:new_plugin",
         "plugins": "drivetrain.cli.plugins:plugins",
         "report": "drivetrain.cli.report:report",
-        "run": "drivetrain.cli.run:run",
         "test-plugin": "drivetrain.testing.command:test_plugin",
     },
     "optimizers": {

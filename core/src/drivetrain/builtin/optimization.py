@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from drivetrain.config.composition import not_installed
-from drivetrain.known import OPTIMIZERS, TORCH_OPTIMIZERS, TORCH_SCHEDULERS
+from drivetrain.known import OPTIMIZERS, TORCH_OPTIMIZERS, TORCH_SCHEDULERS, not_installed
 from drivetrain.plugin import Plugin, Problem, Scalar, Section, Sections, hookimpl
 from drivetrain.section import Bool, NonNegativeFloat, PositiveFloat
 from drivetrain.wording import did_you_mean

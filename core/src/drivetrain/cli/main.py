@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import click
 
 from drivetrain import __version__
-from drivetrain.errors import ConfigError, DrivetrainError
-from drivetrain.registry import CORE, Registry
+from drivetrain.errors import ConfigError, DrivetrainError, PluginError
+from drivetrain.known import COMMANDS, not_installed
+from drivetrain.registry import CORE, Entry, Registry
 from drivetrain.wording import did_you_mean
+
+_LIGHT = (CORE, "drivetrain-cli")
+"""Distributions whose commands import quickly, so that the help page can say what they do. Other
+packages may be broken or import torch; that page must be quick and whole."""
 
 
 class Commands(click.Group):
@@ -31,21 +37,18 @@ class Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            hint = did_you_mean(args[0], self.list_commands(ctx))
-            raise click.UsageError(f"no command is named {args[0]!r}{hint}", ctx) from error
+            name = args[0]
+            if name in COMMANDS:
+                problem = f"command {name!r} is {not_installed(COMMANDS[name])}"
+            else:
+                known = [*self.list_commands(ctx), *COMMANDS]
+                problem = f"no command is named {name!r}{did_you_mean(name, known)}"
+            raise click.UsageError(problem, ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        rows = [(name, self._summary(ctx, name)) for name in self.list_commands(ctx)]
+        entries = {entry.name: entry for entry in Registry.installed().entries("commands")}
         with formatter.section("Commands"):
-            formatter.write_dl(rows)
-
-    def _summary(self, ctx: click.Context, name: str) -> str:
-        entry = Registry.installed().find("commands", name)
-        if entry is not None and entry.distribution != CORE:
-            # Its package may be broken, or import torch; the help page must be quick and whole.
-            return f"From {entry.distribution}; see drivetrain {name} --help."
-        command = self.get_command(ctx, name)
-        return command.get_short_help_str(limit=80) if command else ""
+            formatter.write_dl([(name, _summary(entry)) for name, entry in entries.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -54,6 +57,14 @@ class Commands(click.Group):
             if ctx.params["traceback"]:
                 raise
             raise Failure(error) from error
+
+
+def _summary(entry: Entry) -> str:
+    if entry.distribution in _LIGHT:
+        with suppress(PluginError):
+            command: click.Command = entry.load()
+            return command.get_short_help_str(limit=80)
+    return f"From {entry.distribution}; see drivetrain {entry.name} --help."
 
 
 class Failure(click.ClickException):

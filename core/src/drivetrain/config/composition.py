@@ -10,7 +10,7 @@ from pydantic import BaseModel, RootModel, ValidationError
 
 from drivetrain.config.problems import describe
 from drivetrain.errors import ConfigError, PluginError
-from drivetrain.known import SECTIONS
+from drivetrain.known import SECTIONS, not_installed
 from drivetrain.plugin import Plugin
 from drivetrain.registry import CORE, Entry, Registry
 from drivetrain.wording import as_json, did_you_mean
@@ -205,11 +205,6 @@ def _read_choices(value: Any) -> tuple[dict[str, str], list[str], list[str]]:
         if name not in choices and name not in activated
     ]
     return choices, activated, problems
-
-
-def not_installed(distribution: str) -> str:
-    """The phrase for something that a first-party distribution would serve."""
-    return f"served by {distribution}, which is not installed: pip install {distribution}"
 
 
 def _without_autos(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from drivetrain.cli.rank import end_with_parent
+from drivetrain_cli.rank import end_with_parent
 
 INTERRUPTED = 128 + signal.SIGINT
 

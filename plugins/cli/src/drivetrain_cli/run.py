@@ -105,9 +105,9 @@ def run(
     The first rank's output is shown; the output of every rank is kept in the run folder. When a
     rank fails, the others are ended and the first failure is shown.
     """
-    from drivetrain.cli.failures import explain_failure
-    from drivetrain.cli.launch import run_agent
-    from drivetrain.cli.rank import FOLDER_VARIABLE
+    from drivetrain_cli.failures import explain_failure
+    from drivetrain_cli.launch import run_agent
+    from drivetrain_cli.rank import FOLDER_VARIABLE
 
     nodes = Nodes(nnodes, node_rank, master_addr, master_port, rdzv_endpoint, rdzv_id, max_restarts)
     meeting = nodes.arguments()
@@ -116,8 +116,8 @@ def run(
     nodes.check_port()
     folder = _run_folder(log_dir, script, alone=nnodes == "1")
     kind = "module" if module else "script"
-    worker = ["--module", "drivetrain.cli.rank", kind, script, *arguments]
-    agent = [sys.executable, "-m", "drivetrain.cli.agent", str(folder)]
+    worker = ["--module", "drivetrain_cli.rank", kind, script, *arguments]
+    agent = [sys.executable, "-m", "drivetrain_cli.agent", str(folder)]
     # Without a folder of its own torchrun leaves one in the system's temporary folder at every run.
     own = ["--nproc-per-node", str(ranks), "--log-dir", str(folder / "torchrun")]
     command = [*agent, *meeting, *own, *worker]

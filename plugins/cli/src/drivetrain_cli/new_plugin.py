@@ -35,7 +35,7 @@ def new_plugin(name: str, into: Path | None) -> None:
         f"src/{values['package']}/py.typed": None,
         f"tests/test_{values['path']}.py": "test_plugin.py.in",
     }
-    templates = resources.files("drivetrain.cli") / "template"
+    templates = resources.files("drivetrain_cli") / "template"
     texts = {
         path: Template((templates / source).read_text("utf-8")).substitute(values) if source else ""
         for path, source in files.items()

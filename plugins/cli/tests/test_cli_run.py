@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from drivetrain_cli.failures import explain_failure
 
-from drivetrain.cli.failures import explain_failure
 from drivetrain.cli.main import main
 
 COMMAND = [sys.executable, "-m", "drivetrain.cli.main", "run", "--log-dir", "logs"]

@@ -1,0 +1,1 @@
+"""The commands of ``drivetrain``; core finds each as an entry of ``drivetrain.commands``."""
