@@ -43,6 +43,7 @@ class Slot:
         bucket: where it belongs.
         filled: the bucket holds a gradient of it that is not sent yet.
         seen: a gradient arrived since reduction became possible.
+        used: a gradient arrived in this window.
         deferred: hooks are ignored until somebody reports the gradient ready.
         late: what arrived after the bucket was sent.
     """
@@ -53,6 +54,7 @@ class Slot:
     bucket: GradientBucket
     filled: bool = False
     seen: bool = False
+    used: bool = False
     deferred: bool = False
     late: torch.Tensor | None = None
 
@@ -104,7 +106,7 @@ class GradientBucket(ABC):
         """Forget the window's gradients."""
         self.missing, self.sent = len(self.slots), False
         for slot in self.slots:
-            slot.filled = slot.seen = False
+            slot.filled = slot.seen = slot.used = False
             slot.late = None
 
     def begin_round(self) -> None:
@@ -167,6 +169,7 @@ class GradientReducer:
         gradient, slot.parameter.grad = slot.parameter.grad, None
         bucket = slot.bucket
         if gradient is not None:
+            slot.used = True
             if bucket.sent:
                 slot.late = gradient if slot.late is None else slot.late + gradient
                 bucket.wait_for_end = True

@@ -1,0 +1,252 @@
+"""Parameters in one flat buffer, of which every rank keeps a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from drivetrain.communicator import Handle, Purpose, Tag
+from drivetrain.fragment import Fragment
+from drivetrain.home import BucketSpec, StateHome, segment_fragment
+from drivetrain.loose import broadcast_first
+from drivetrain.parameters import whole
+from drivetrain_zero.packing import Packing, pack
+
+if TYPE_CHECKING:
+    from drivetrain.job import Job
+    from drivetrain.mesh import Axis
+    from drivetrain.replicated.layout import PlannedBucket
+
+
+class ShardedBucket:
+    """The parameters of one bucket: whole while they are *gathered*, else only this rank's shard.
+
+    At stages 1 and 2 they are always gathered and the shard is a slice of the whole. At stage 3
+    the whole is memory that comes and goes while its storage object stays: tensors that autograd
+    has saved are views of that storage, and hold the right values again once it is gathered for
+    backward. A parameter that is not gathered keeps its shape and reads as NaN.
+
+    Args:
+        job: memory, collectives, facts about parameters.
+        plan: the parameters and what they have in common.
+        axis: ranks that shard the bucket between them; its reduction, or the inner part of it.
+        replica_axis: the rest of its reduction, over which shards are copies; ``None`` for none.
+        sharded: whether parameters are released between uses.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        plan: PlannedBucket,
+        axis: Axis,
+        replica_axis: Axis | None,
+        *,
+        sharded: bool,
+    ) -> None:
+        self._job = job
+        communicator = job.communicator
+        self.key = plan.spec.key
+        self.plan = plan
+        self.parameters = plan.parameters
+        self.axis = axis
+        self.replica_axis = replica_axis
+        self.ranks = communicator.size(axis)
+        self.sharded = sharded and self.ranks > 1
+        grain = "element" if plan.spec.rule is None else plan.spec.rule.grain
+        self.packing = pack([p.numel() for p in plan.parameters], self.ranks, grain)
+        self.rank = communicator.rank(axis)
+        # Of the ranks that hold the same shard, the first counts in norms and checkpoints.
+        first_copy = communicator.rank(plan.spec.reduction) == self.rank
+        self.counts = first_copy and job.parameters.info(plan.parameters[0]).owner
+        self.spec = _shard_spec(plan.spec, self.packing, self.rank, owner=self.counts)
+        self.home: StateHome
+        self._handle: Handle | None = None
+        self._allocate()
+        self._views = self.views_of(self.whole)
+        self._absent = [_absent(view) for view in self._views]
+        self.gathered = not self.sharded
+        if self.sharded:
+            self.whole.untyped_storage().resize_(0)
+
+    def _allocate(self) -> None:
+        dtype, device, packing = self.spec.parameter_dtype, self.spec.device, self.packing
+        buffer = self._job.communicator.buffer
+        if self.sharded or device.type == "meta":
+            self.whole = torch.empty(packing.numel, dtype=dtype, device=device)
+        else:
+            self.whole = buffer(packing.numel, dtype, self.axis)
+        if not self.sharded:
+            self.shard = self.whole.narrow(0, self.rank * packing.shard, packing.shard)
+        elif device.type == "meta":
+            self.shard = torch.empty(packing.shard, dtype=dtype, device=device)
+        else:
+            self.shard = buffer(packing.shard, dtype, self.axis)
+
+    def views_of(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Every parameter's place in a flat tensor of this layout, in the parameter's shape."""
+        packing = self.packing
+        return [
+            flat.narrow(0, offset, numel).view(parameter.shape)
+            for parameter, offset, numel in zip(
+                self.parameters, packing.offsets, packing.numels, strict=True
+            )
+        ]
+
+    def shard_of(self, flat: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of a flat tensor of this layout."""
+        return flat.narrow(0, self.rank * self.packing.shard, self.packing.shard)
+
+    # -- set-up -------------------------------------------------------------------------------
+
+    def adopt(self, home: StateHome) -> None:
+        """Take the parameters' values, the first rank's on all, and hand the shard to ``home``.
+
+        Collective. Parameters that are sharded already (``zero.Init``) are gathered meanwhile.
+        """
+        self.home = home
+        wide = max((p.dtype for p in self.parameters), key=lambda dtype: dtype.itemsize)
+        with whole(self.parameters):
+            originals = torch.zeros(self.packing.numel, dtype=wide, device=self.spec.device)
+            for view, parameter in zip(self.views_of(originals), self.parameters, strict=True):
+                view.copy_(parameter.detach())
+        broadcast_first(self._job, originals, self.spec.reduction, self.key)
+        mine = self.shard_of(originals)
+        if self.sharded:
+            self.shard.copy_(mine)
+            self._show(self._absent)
+        else:
+            self.whole.copy_(originals)
+            self._show(self._views)
+        for parameter in self.parameters:
+            parameter.grad = None
+        home.step = self.plan.step
+        home.adopt(self.shard, mine)
+
+    # -- the whole, for a while ---------------------------------------------------------------
+
+    def start_gather(self, *, asynchronous: bool) -> None:
+        """Begin to make the parameters whole. Collective."""
+        if self.gathered:
+            return
+        storage = self.whole.untyped_storage()
+        storage.resize_(self.whole.numel() * self.whole.element_size())
+        self._handle = self._gather("gather", asynchronous=asynchronous)
+
+    def finish_gather(self) -> None:
+        """Return once the parameters are whole."""
+        if self._handle is None:
+            return
+        self._handle.wait()
+        self._handle = None
+        self._show(self._views)
+        self.gathered = True
+
+    def release(self) -> None:
+        """Give the whole up again; the shard stays."""
+        self.finish_gather()
+        if self.sharded and self.gathered:
+            self._release()
+
+    def publish(self) -> None:
+        """After an update, begin to show all shards to every rank, where parameters stay whole."""
+        if not self.sharded and self.ranks > 1:
+            self._handle = self._gather("publish", asynchronous=True)
+
+    def finish_publish(self) -> None:
+        """Return once every rank has what was published."""
+        if not self.sharded and self._handle is not None:
+            self._handle.wait()
+            self._handle = None
+
+    def _gather(self, site: str, *, asynchronous: bool) -> Handle:
+        tag = Tag(Purpose.WEIGHT, self.key, site)
+        return self._job.communicator.all_gather(
+            self.whole, self.shard, self.axis, tag, asynchronous=asynchronous
+        )
+
+    def _release(self) -> None:
+        self._show(self._absent)
+        self.whole.untyped_storage().resize_(0)
+        self.gathered = False
+
+    def _show(self, values: Sequence[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.data = value
+
+    # -- states -------------------------------------------------------------------------------
+
+    def state_kinds(self) -> dict[str, torch.dtype]:
+        """Kinds of states that parameters have here, with their dtypes."""
+        spec = self.spec
+        if spec.rule is None:
+            return {}
+        kinds = {
+            state.name: state.dtype or spec.state_dtype
+            for state in spec.rule.states(spec)
+            if state.numel is None
+        }
+        return kinds | ({"master": spec.master_dtype} if spec.has_masters else {})
+
+    # -- changes from outside -----------------------------------------------------------------
+
+    def take_over(self, index: int) -> None:
+        """Keep what the client wrote into gathered parameter ``index``: shard and master."""
+        parameter, view = self.parameters[index], self._views[index]
+        if parameter.data_ptr() != view.data_ptr():
+            view.copy_(parameter.detach())
+            parameter.data = view
+        name = self._job.parameters.info(parameter).name
+        flat = view.reshape(-1)
+        for segment in self.spec.segments:
+            if segment.name == name:
+                values = flat.narrow(0, segment.start, segment.numel)
+                segment.of(self.shard).copy_(values.view_as(segment.of(self.shard)))
+        if not self.spec.has_masters:
+            self.home.refresh()
+            return
+        for fragment in self.home.fragments():
+            if fragment.name == name and fragment.kind == "master":
+                start = next(s.start for s in self.spec.segments if s.name == name)
+                values = flat.narrow(0, start, fragment.read().numel())
+                fragment.write(values.to(fragment.dtype))
+
+    def fragments(self, gradient: torch.Tensor | None) -> list[Fragment]:
+        """Parameters, and gradients if there are any, of this rank's shard."""
+        flats = {"parameter": self.shard}
+        if gradient is not None:
+            flats["gradient"] = gradient
+        return [
+            segment_fragment(segment, kind, flat, "device")
+            for segment in self.spec.segments
+            for kind, flat in flats.items()
+        ]
+
+
+def _shard_spec(spec: BucketSpec, packing: Packing, rank: int, *, owner: bool) -> BucketSpec:
+    """What a home is told of one shard of a bucket."""
+    segments = [
+        replace(
+            spec.segments[part.index],
+            start=part.start,
+            numel=part.numel,
+            offset=part.offset,
+            owner=owner,
+        )
+        for part in packing.parts(rank)
+    ]
+    return replace(spec, numel=packing.shard, segments=tuple(segments))
+
+
+def _absent(view: torch.Tensor) -> torch.Tensor:
+    """What a released parameter shows: its shape, one number, and no memory."""
+    number = float("nan") if view.is_floating_point() else 0
+    return torch.full((), number, dtype=view.dtype, device=view.device).expand(view.shape)
+
+
+def parameters_of(buckets: Sequence[ShardedBucket]) -> list[nn.Parameter]:
+    """The parameters of several buckets, in their order."""
+    return [parameter for bucket in buckets for parameter in bucket.parameters]

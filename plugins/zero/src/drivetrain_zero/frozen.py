@@ -1,0 +1,52 @@
+"""Buckets of parameters that are not trained: they are sharded at stage 3, but never updated."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from drivetrain.home import BucketSpec, Segment
+from drivetrain.replicated.layout import PlannedBucket
+
+if TYPE_CHECKING:
+    from drivetrain.mesh import Axis
+    from drivetrain.parameters import ParameterTable
+
+
+def plan_frozen(
+    parameters: Iterable[nn.Parameter], table: ParameterTable, prefix: str
+) -> list[PlannedBucket]:
+    """One bucket for each dtype, reduction, owner and device among ``parameters``, of any dtype."""
+    kinds: dict[tuple[torch.dtype, Axis, bool, torch.device], list[nn.Parameter]]
+    kinds = defaultdict(list)
+    for parameter in parameters:
+        info = table.info(parameter)
+        dtype = info.compute_dtype if parameter.is_floating_point() else parameter.dtype
+        kinds[dtype, info.reduction, info.owner, parameter.device].append(parameter)
+    planned = []
+    for number, ((dtype, reduction, owner, device), members) in enumerate(kinds.items()):
+        segments, offset = [], 0
+        for parameter in members:
+            info, numel = table.info(parameter), parameter.numel()
+            shape = tuple(parameter.shape)
+            segments.append(Segment(info.name, shape, 0, numel, offset, owner, info.placement))
+            offset += numel
+        spec = BucketSpec(
+            key=f"{prefix}frozen.b{number}",
+            numel=offset,
+            segments=tuple(segments),
+            parameter_dtype=dtype,
+            gradient_dtype=dtype,
+            master_dtype=dtype,
+            state_dtype=dtype,
+            reduction=reduction,
+            rule=None,
+            group=-1,
+            device=device,
+        )
+        planned.append(PlannedBucket(spec, tuple(members), dtype, sparse=False, step=0))
+    return planned

@@ -1,0 +1,346 @@
+"""Stage 3: units of the model are whole while they compute, and only then.
+
+[Note: one unit's way] Before a unit's forward its parameters are gathered, after it they are
+released. A hook on its outputs gathers them again when backward arrives there; when the gradients
+of all its inputs are known, its backward is over and they are released. What is left (inputs
+without gradients, recomputed forwards) is released when the whole backward ends.
+
+Parameters outside all units belong to the *root*, which stays gathered from the beginning of the
+model's forward to the end of its backward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
+
+from drivetrain.backward_window import tensors_in
+from drivetrain.units import units
+from drivetrain_zero.order import Pass
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from drivetrain_zero.bucket import ShardedBucket
+
+logger = logging.getLogger("drivetrain.zero")
+
+
+@dataclass(frozen=True)
+class GatherPolicy:
+    """When parameters are gathered and kept.
+
+    Args:
+        ahead: largest number of elements gathered before they are needed; 0 for none.
+        live: nothing is gathered ahead beyond this number of gathered elements.
+        persistent: units with at most this many elements stay gathered.
+        persistent_total: largest number of elements that stay gathered.
+        reuse_distance: a unit that backward needs within this many elements stays gathered after
+            forward; ``None`` keeps only the last one.
+        log_order: say when units are used in another order than learned.
+    """
+
+    ahead: int
+    live: int
+    persistent: int
+    persistent_total: int
+    reuse_distance: int | None
+    log_order: bool
+
+
+@dataclass(eq=False)
+class GatheredUnit:
+    """Parameters that are gathered together.
+
+    Args:
+        number: position in the module's order.
+        name: path of the module; empty for the root.
+        module: whose forward needs them.
+        buckets: where they lie.
+        persistent: they stay gathered.
+    """
+
+    number: int
+    name: str
+    module: nn.Module
+    parameters: Sequence[nn.Parameter]
+    buckets: list[ShardedBucket] = field(default_factory=list)
+    persistent: bool = False
+    pins: int = 0
+    started: bool = False
+    gathered: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole unit."""
+        return sum(bucket.whole.numel() for bucket in self.buckets)
+
+    def start(self, *, asynchronous: bool) -> None:
+        """Begin to gather. Collective."""
+        if self.started:
+            return
+        for bucket in self.buckets:
+            bucket.start_gather(asynchronous=asynchronous)
+        self.started = True
+
+    def gather(self) -> None:
+        """Make the parameters whole. Collective unless it has been started."""
+        if self.gathered:
+            return
+        self.start(asynchronous=False)
+        for bucket in self.buckets:
+            bucket.finish_gather()
+        self.gathered = True
+
+    def release(self) -> None:
+        """Keep only the shards, unless somebody else needs more."""
+        if not self.started or self.pins or self.persistent:
+            return
+        for bucket in self.buckets:
+            bucket.release()
+        self.started = self.gathered = False
+
+
+def find_units(module: nn.Module) -> list[GatheredUnit]:
+    """The units of ``module`` with the parameters that each gathers: the root first.
+
+    A parameter that several units use (tied weights) belongs to the root.
+    """
+    blocks = [unit for unit in units(module) if unit.module is not module]
+    users: dict[nn.Parameter, set[str]] = {}
+    for block in blocks:
+        for parameter in block.module.parameters():
+            users.setdefault(parameter, set()).add(block.name)
+    inside = {id(m) for block in blocks for m in block.module.modules()}
+    for other in module.modules():
+        if id(other) not in inside:
+            for parameter in other.parameters(recurse=False):
+                users.setdefault(parameter, set()).add("")
+    root = [p for p in module.parameters() if users[p] == {""} or len(users[p]) > 1]
+    found = [GatheredUnit(0, "", module, root)]
+    for number, block in enumerate(blocks, start=1):
+        own = [p for p in block.module.parameters() if users[p] == {block.name}]
+        found.append(GatheredUnit(number, block.name, block.module, own))
+    return found
+
+
+class Gathering:
+    """Gathers and releases units from module and autograd hooks.
+
+    Args:
+        units: the root first; see :func:`find_units`.
+        policy: when to gather and keep.
+        asynchronous: gather ahead while the device computes.
+    """
+
+    def __init__(
+        self, units: Sequence[GatheredUnit], policy: GatherPolicy, *, asynchronous: bool
+    ) -> None:
+        self.units = units
+        self.forward_order = [unit.number for unit in units]
+        self.backward_order = self.forward_order[::-1]
+        self.left_order = False
+        self.gathers = 0
+        """Running digest of the gathers of this window; equal on all ranks."""
+        self._policy = policy
+        self._asynchronous = asynchronous
+        self._forward: Pass | None = None
+        self._backward: Pass | None = None
+        self.last_forward: Pass | None = None
+        self.last_backward: Pass | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._choose_persistent()
+        for unit in units:
+            self._install(unit)
+
+    def _choose_persistent(self) -> None:
+        total = 0
+        for unit in sorted(self.units, key=lambda unit: unit.numel):
+            total += unit.numel
+            fits = total <= self._policy.persistent_total
+            unit.persistent = fits and unit.numel <= self._policy.persistent
+
+    def gather_persistent(self) -> None:
+        """Make the units whole that stay so. Collective."""
+        for unit in self.units:
+            if unit.persistent:
+                unit.gather()
+
+    def gather_anew(self) -> None:
+        """Give units that stay whole over an update their new values. Collective."""
+        for unit in self.units:
+            if unit.gathered:
+                for bucket in unit.buckets:
+                    bucket.release()
+                unit.started = unit.gathered = False
+                unit.gather()
+
+    def release_all(self) -> None:
+        """Keep only shards."""
+        for unit in self.units:
+            unit.release()
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    # -- hooks --------------------------------------------------------------------------------
+
+    def _install(self, unit: GatheredUnit) -> None:
+        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._before_forward(unit, (args, kwargs))
+
+        def after(_module: nn.Module, _args: Any, outputs: Any) -> None:
+            self._after_forward(unit, outputs)
+
+        keep = self._hooks.append
+        keep(unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
+        keep(unit.module.register_forward_hook(after, always_call=True))
+        if unit.number == 0:
+            for module in _owners(unit):
+                keep(module.register_forward_pre_hook(lambda _module, _args: self._need_root()))
+
+    def _need_root(self) -> None:
+        """A part of the root is used outside of the model's forward."""
+        root = self.units[0]
+        if not root.gathered:
+            self._visit(root)
+
+    def _before_forward(self, unit: GatheredUnit, inputs: object) -> None:
+        if not _in_backward() and unit.number == 0 and self._forward is None:
+            self._forward = Pass(self.forward_order)
+        if not (_in_backward() and unit.gathered):
+            self._visit(unit)
+        if unit.number and torch.is_grad_enabled():
+            self._watch_inputs(unit, inputs)
+
+    def _watch_inputs(self, unit: GatheredUnit, inputs: object) -> None:
+        """Release the unit when the gradients of its inputs are known."""
+        watched = [t for t in tensors_in(inputs) if t.requires_grad]
+        if watched:
+            register_multi_grad_hook(watched, lambda _gradients: unit.release())
+
+    def _after_forward(self, unit: GatheredUnit, outputs: object) -> None:
+        if torch.is_grad_enabled():
+            for tensor in tensors_in(outputs):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda _gradient: self._before_backward(unit))
+        if _in_backward():
+            return  # recomputed; its backward comes at once
+        if unit.number:
+            self._rest(unit)
+            return
+        current, self._forward = self._forward, None
+        if current is not None:
+            self._end(current)
+            self.last_forward = current if torch.is_grad_enabled() else self.last_forward
+        self._rest(unit)
+
+    def _before_backward(self, unit: GatheredUnit) -> None:
+        if not unit.gathered:
+            self._visit(unit)
+
+    def end_backward(self) -> None:
+        """The whole backward is over."""
+        current, self._backward = self._backward, None
+        if current is not None:
+            self._end(current)
+            self.last_backward = current
+        self.release_all()
+
+    # -- one pass -----------------------------------------------------------------------------
+
+    def _visit(self, unit: GatheredUnit) -> None:
+        """Gather a unit that is about to be used, after those that come before it."""
+        walk = self._walk()
+        if walk is not None:
+            for number in walk.visit(unit.number):
+                self._join(self.units[number])
+            if walk.left_order and not self.left_order:
+                self.left_order = True
+                self._note_other_order(unit)
+        self._start(unit, asynchronous=False)
+        if walk is not None and self._asynchronous:
+            self._gather_ahead(walk)
+        unit.gather()
+
+    def _walk(self) -> Pass | None:
+        if not _in_backward():
+            return self._forward
+        if self._backward is None:
+            self._backward = Pass(self.backward_order)
+        return self._backward
+
+    def _start(self, unit: GatheredUnit, *, asynchronous: bool) -> None:
+        if not unit.started:
+            self.gathers = (self.gathers * 31 + unit.number + 1) % (2**61 - 1)
+            unit.start(asynchronous=asynchronous)
+
+    def _gather_ahead(self, walk: Pass) -> None:
+        budget = self._policy.ahead
+        live = sum(unit.numel for unit in self.units if unit.started)
+        for number in walk.ahead():
+            unit = self.units[number]
+            if unit.started:
+                continue
+            budget -= unit.numel
+            live += unit.numel
+            if budget < 0 or live > self._policy.live:
+                return
+            self._start(unit, asynchronous=True)
+
+    def _join(self, unit: GatheredUnit) -> None:
+        """Take part in the gather of a unit that other ranks may need."""
+        self._start(unit, asynchronous=False)
+        unit.gather()
+        if _in_backward():
+            unit.release()
+        else:
+            self._rest(unit)
+
+    def _end(self, walk: Pass) -> None:
+        for number in walk.end():
+            self._join(self.units[number])
+
+    def _rest(self, unit: GatheredUnit) -> None:
+        """A unit's forward is over: keep what backward needs soon, else release it."""
+        if not (torch.is_grad_enabled() and self._soon_again(unit)):
+            unit.release()
+
+    def _soon_again(self, unit: GatheredUnit) -> bool:
+        if unit.number == 0:
+            return True
+        place = len(self.forward_order) - 1 - self.forward_order[::-1].index(unit.number)
+        between = self.forward_order[place + 1 :]
+        if self._policy.reuse_distance is None:
+            return not between
+        distance = sum(self.units[number].numel for number in between)
+        return 2 * distance + unit.numel <= self._policy.reuse_distance
+
+    def _note_other_order(self, unit: GatheredUnit) -> None:
+        if self._policy.log_order:
+            logger.warning("unit %r is used in another order than before", unit.name or "root")
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _owners(unit: GatheredUnit) -> Iterator[nn.Module]:
+    """Modules that directly own parameters of the root, but the root module itself."""
+    own = set(unit.parameters)
+    for module in unit.module.modules():
+        if module is not unit.module and _owns_any(module, own):
+            yield module
+
+
+def _owns_any(module: nn.Module, parameters: Iterable[nn.Parameter]) -> bool:
+    return any(p in parameters for p in module.parameters(recurse=False))

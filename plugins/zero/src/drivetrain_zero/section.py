@@ -1,0 +1,207 @@
+"""The config section ``zero_optimization``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from drivetrain.section import Bool, Int, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
+
+_NO_EFFECT = "Accepted, has no effect: "
+
+
+class LeafModules(Section):
+    """Modules that are fetched whole; accepted, because every unit is."""
+
+    classes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    name_suffixes: tuple[str, ...] = ()
+
+
+class LoCo(Section):
+    """Error feedback of quantised gradients (LoCo-Zero++, arXiv:2407.04480)."""
+
+    err_beta: NonNegativeFloat = Field(
+        default=0.8, le=1.0, description="Weight of the newest error in its moving average."
+    )
+    reset_T: PositiveInt = Field(  # noqa: N815 - the key's name
+        default=1024, description="Steps after which the kept error is forgotten."
+    )
+
+
+class ZeroSection(Section):
+    """ZeRO: model states sharded over data-parallel ranks (arXiv:1910.02054)."""
+
+    stage: Int = Field(
+        default=0,
+        ge=0,
+        le=3,
+        description="What is sharded: 1 optimizer states, 2 and gradients, 3 and parameters; 0 "
+        "switches ZeRO off.",
+    )
+    gradient_reduction: Literal["micro_batch", "boundary"] | None = Field(
+        default=None,
+        description="When gradients of several micro-batches are reduced: after each (least "
+        "memory) or once (least traffic). Default: at the boundary at stage 1, else each.",
+    )
+    reduce_bucket_size: PositiveInt | None = Field(
+        default=None,
+        description="Largest number of gradients reduced by one call at stages 1 and 2; by "
+        "default 25 MiB of them. At stage 3 a unit is reduced by one call.",
+    )
+    overlap_comm: Bool | None = Field(
+        default=None,
+        description="Communicate while the device computes. Default: on every device but a CPU, "
+        "which would have to do both.",
+    )
+    round_robin_gradients: Bool = Field(
+        default=False, description=f"{_NO_EFFECT}every bucket is spread over all ranks already."
+    )
+    contiguous_gradients: Bool = Field(
+        default=True, description=f"{_NO_EFFECT}gradients are always reduced from flat buffers."
+    )
+    reduce_scatter: Bool = Field(
+        default=True, description=f"{_NO_EFFECT}gradients are always reduce-scattered."
+    )
+    use_multi_rank_bucket_allreduce: Bool = Field(
+        default=True, description=f"{_NO_EFFECT}gradients are always reduce-scattered."
+    )
+    allgather_partitions: Bool = Field(
+        default=True, description=f"{_NO_EFFECT}parameters are always all-gathered."
+    )
+    allgather_bucket_size: PositiveInt = Field(
+        default=500_000_000, description=f"{_NO_EFFECT}a bucket is gathered by one call."
+    )
+    load_from_fp32_weights: Bool = Field(
+        default=True, description=f"{_NO_EFFECT}masters are loaded where there are any."
+    )
+    elastic_checkpoint: Bool = Field(
+        default=False, description=f"{_NO_EFFECT}checkpoints load at every world size."
+    )
+    sub_group_size: PositiveInt = Field(
+        default=1_000_000_000, description=f"{_NO_EFFECT}updates run bucket by bucket."
+    )
+    ignore_unused_parameters: Bool = Field(
+        default=True,
+        description="false: a parameter without a gradient in a window is an error.",
+    )
+    legacy_stage1: Bool = False
+    pipeline_loading_checkpoint: Bool = Field(
+        default=False, description=f"{_NO_EFFECT}loading reads only what a rank needs."
+    )
+    enable_sanity_checks: Bool = Field(
+        default=False,
+        description="Find parameters that were changed behind ZeRO's back, once a step.",
+    )
+
+    stage3_prefetch_bucket_size: NonNegativeInt = Field(
+        default=50_000_000,
+        description="Largest number of parameters gathered ahead of their use; 0 for none.",
+    )
+    stage3_param_persistence_threshold: NonNegativeInt = Field(
+        default=100_000,
+        description="Units with at most this many parameters stay gathered.",
+    )
+    stage3_model_persistence_threshold: NonNegativeInt = Field(
+        default=2**63 - 1, description="Largest number of parameters that stay gathered."
+    )
+    stage3_max_live_parameters: NonNegativeInt = Field(
+        default=1_000_000_000, description="Nothing is gathered ahead beyond this number."
+    )
+    stage3_max_reuse_distance: NonNegativeInt | None = Field(
+        default=None,
+        description="Keep a unit gathered when it is used again within this many parameters. "
+        "Default: only the unit whose backward comes next.",
+    )
+    stage3_gather_16bit_weights_on_model_save: Bool = Field(
+        default=False, description="Whether save_16bit_model may gather the weights."
+    )
+    stage3_module_granularity_threshold: NonNegativeInt = Field(
+        default=0, description=f"{_NO_EFFECT}repeated blocks are gathered as a whole."
+    )
+    stage3_use_all_reduce_for_fetch_params: Bool = Field(
+        default=False, description=f"{_NO_EFFECT}parameters are always all-gathered."
+    )
+    stage3_allgather_sequential: Bool = Field(
+        default=False, description=f"{_NO_EFFECT}a unit is gathered without a second copy."
+    )
+    memory_efficient_linear: Bool = Field(
+        default=True, description=f"{_NO_EFFECT}no linear layer keeps gathered weights."
+    )
+    override_module_apply: Bool = Field(
+        default=True, description=f"{_NO_EFFECT}Module.apply works inside zero.Init."
+    )
+    log_trace_cache_warnings: Bool = Field(
+        default=False, description="Log when units are used in another order than learned."
+    )
+    leaf_module: LeafModules = Field(
+        default_factory=LeafModules,
+        description=f"{_NO_EFFECT}everything in a unit travels together.",
+    )
+    save_muon_momentum_buffer_in_memory: Bool = Field(
+        default=False, description=f"{_NO_EFFECT}a state's home decides."
+    )
+
+    zero_hpz_partition_size: PositiveInt = Field(
+        default=1,
+        description="hpZ: ranks over which a second copy of the parameters is sharded, which "
+        "backward gathers from; 1 for none (ZeRO++, arXiv:2306.10209).",
+    )
+    zero_quantized_weights: Bool = Field(
+        default=False, description="qwZ: gather parameters as int8 blocks."
+    )
+    zero_quantized_nontrainable_weights: Bool = Field(
+        default=False, description="Gather frozen parameters as int8 blocks."
+    )
+    zero_quantized_gradients: Bool = Field(
+        default=False, description="qgZ: reduce gradients as int4 blocks."
+    )
+    zeropp_loco_param: LoCo | None = Field(
+        default=None, description="Error feedback for qgZ; null for none."
+    )
+    mics_shard_size: Int = Field(
+        default=-1,
+        description="MiCS: ranks over which states are sharded, replicated over the others; -1 "
+        "for all (arXiv:2205.00119).",
+    )
+    mics_hierarchical_params_gather: Bool = Field(
+        default=False, description=f"{_NO_EFFECT}the communicator chooses the route."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_bool(cls, value: Any) -> Any:
+        """``true`` once meant stage 1."""
+        return {"stage": int(value)} if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _possible(self) -> ZeroSection:
+        if self.legacy_stage1:
+            raise ValueError("legacy_stage1 is not supported: use stage 1")
+        if self.mics_shard_size == 0 or self.mics_shard_size < -1:
+            raise ValueError(
+                f"mics_shard_size is {self.mics_shard_size}, expected -1 or at least 1"
+            )
+        if self.mics_shard_size > 0 and self.zero_hpz_partition_size > 1:
+            raise ValueError(
+                "mics_shard_size and zero_hpz_partition_size are both set; MiCS gathers inside a "
+                "shard group already, so give one of them"
+            )
+        if self.zeropp_loco_param is not None and not self.zero_quantized_gradients:
+            raise ValueError("zeropp_loco_param needs zero_quantized_gradients: true")
+        needs_three = {
+            "zero_hpz_partition_size": self.zero_hpz_partition_size > 1,
+            "zero_quantized_nontrainable_weights": self.zero_quantized_nontrainable_weights,
+        }
+        for key, wanted in needs_three.items():
+            if wanted and self.stage < 3:
+                raise ValueError(f"{key} needs stage 3, got stage {self.stage}")
+        return self
+
+    @property
+    def shards_gradients(self) -> bool:
+        """Whether whole gradients are given up after every micro-batch."""
+        if self.gradient_reduction is not None:
+            return self.gradient_reduction == "micro_batch"
+        return self.stage >= 2

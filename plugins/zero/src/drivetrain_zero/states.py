@@ -1,0 +1,375 @@
+"""``ZeroStates``: model states of which every data-parallel rank keeps a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from drivetrain.communicator import Op, Purpose, Tag
+from drivetrain.errors import ConfigError, TrainingError
+from drivetrain.fragment import Fragment
+from drivetrain.gradients import GradientReducer
+from drivetrain.home import step_fragments
+from drivetrain.loose import (
+    loose_fragments,
+    refuse_stale_layout,
+    synchronise_loose,
+    trained_parameters,
+)
+from drivetrain.model_states import ModelStates
+from drivetrain.replicated.layout import BucketSizes, plan_buckets
+from drivetrain.update_rule import UpdateRule
+from drivetrain_zero.bucket import ShardedBucket
+from drivetrain_zero.frozen import plan_frozen
+from drivetrain_zero.gathering import GatheredUnit, Gathering, find_units
+from drivetrain_zero.gradients import GradientMemory, ReduceScatterBucket
+from drivetrain_zero.handle import ShardedParameter, digest
+from drivetrain_zero.order import learned
+from drivetrain_zero.policy import ZeroPolicy
+from drivetrain_zero.reshard import collect_states, restore_states
+
+if TYPE_CHECKING:
+    from drivetrain.job import Job
+    from drivetrain.replicated.layout import PlannedBucket
+    from drivetrain.update_rule import OptimizerPlan
+
+_WHOLE_UNIT = BucketSizes(regular=2**62, first=2**62)
+
+
+class ZeroStates(ModelStates):
+    """Flat buckets of which each rank updates its shard.
+
+    Args:
+        job: communicator, mesh, homes.
+        module: parameters are replaced in place by views of flat buckets, in compute dtype.
+        optimizer: rule and groups; ``None`` for an engine that only serves.
+        policy: what is sharded and how.
+
+    Raises:
+        ConfigError: the update rule cannot work on shards.
+    """
+
+    def __init__(
+        self, job: Job, module: nn.Module, optimizer: OptimizerPlan | None, policy: ZeroPolicy
+    ) -> None:
+        self._job = job
+        self._module = module
+        self._optimizer = optimizer
+        self._policy = policy
+        self._buckets: list[ShardedBucket] = []
+        self._sums: list[ReduceScatterBucket] = []
+        self._gathering: Gathering | None = None
+        self._digests: dict[str, tuple[object, ...]] = {}
+        self._local = False
+        if not policy.parameters:
+            synchronise_loose(job, module, trained_parameters(optimizer))
+        else:
+            synchronise_loose(job, module, set(module.parameters()))
+        self._build({})
+
+    # -- set-up -------------------------------------------------------------------------------
+
+    def _build(self, steps: Mapping[str, int]) -> None:
+        job, policy = self._job, self._policy
+        units = self._units()
+        memory = GradientMemory(job.communicator)
+        planned = [(unit, plan) for unit in units for plan in self._plan(unit, steps)]
+        for _, plan in planned:
+            _refuse_communicating(plan.spec.rule)
+        self._buckets = []
+        for unit, plan in planned:
+            bucket = ShardedBucket(
+                job, plan, *policy.axes(plan.spec.reduction), sharded=policy.parameters
+            )
+            unit.buckets.append(bucket)
+            self._buckets.append(bucket)
+        homes = job.hub.place_state(job, [bucket.spec for bucket in self._buckets])
+        assert homes is not None, "core's default homes answer last"
+        for bucket, home in zip(self._buckets, homes, strict=True):
+            bucket.adopt(home)
+        self._sums = [
+            self._sum_of(bucket, memory) for bucket in self._trained_in_backward_order(units)
+        ]
+        memory.make()
+        self._reducer = GradientReducer(
+            self._sums, job.communicator, every_backward=policy.every_backward
+        )
+        self._shard_parameters(units)
+        self._open_window()
+
+    def _units(self) -> list[GatheredUnit]:
+        if self._policy.parameters:
+            return find_units(self._module)
+        trained = trained_parameters(self._optimizer)
+        own = [p for p in self._module.parameters() if p in trained]
+        return [GatheredUnit(0, "", self._module, own)]
+
+    def _plan(self, unit: GatheredUnit, steps: Mapping[str, int]) -> list[PlannedBucket]:
+        job, policy = self._job, self._policy
+        prefix = f"{unit.name or 'root'}." if policy.parameters else ""
+        planned = []
+        if self._optimizer is not None:
+            planned = plan_buckets(
+                unit.parameters,
+                self._optimizer,
+                job.parameters,
+                job.communicator,
+                _WHOLE_UNIT if policy.parameters else policy.sizes,
+                gradient_dtype=policy.gradient_dtype,
+                steps=steps,
+                prefix=prefix,
+            )
+        if policy.parameters:
+            trained = {p for plan in planned for p in plan.parameters}
+            rest = [p for p in unit.parameters if p not in trained]
+            planned += plan_frozen(rest, job.parameters, prefix)
+        return planned
+
+    def _trained_in_backward_order(self, units: Sequence[GatheredUnit]) -> list[ShardedBucket]:
+        """Trained buckets, those first whose gradients are about the first to be ready."""
+        ordered = [*units[:0:-1], units[0]]
+        return [b for unit in ordered for b in unit.buckets if b.spec.rule is not None]
+
+    def _sum_of(self, bucket: ShardedBucket, memory: GradientMemory) -> ReduceScatterBucket:
+        policy = self._policy
+        return ReduceScatterBucket(
+            key=bucket.key,
+            reduction=bucket.spec.reduction,
+            parameters=bucket,
+            communicator=self._job.communicator,
+            memory=memory,
+            keep=not policy.every_backward,
+            predivide=policy.predivide,
+            asynchronous=policy.overlap,
+        )
+
+    def _shard_parameters(self, units: list[GatheredUnit]) -> None:
+        sharded = [unit for unit in units if any(bucket.sharded for bucket in unit.buckets)]
+        if not sharded:
+            return
+        for unit in units:
+            unit.gathered = unit.started = False
+            for bucket in unit.buckets:
+                for index, parameter in enumerate(bucket.parameters):
+                    handle = ShardedParameter(self._job, unit, bucket, index)
+                    parameter.drivetrain_handle = handle  # type: ignore[attr-defined]
+        policy = self._policy
+        self._gathering = Gathering(units, policy.gather, asynchronous=policy.overlap)
+        self._gathering.gather_persistent()
+
+    # -- gradients ----------------------------------------------------------------------------
+
+    @property
+    def reduce_now(self) -> bool:
+        """See :class:`~drivetrain.model_states.ModelStates`."""
+        return self._reducer.reduce_now
+
+    @reduce_now.setter
+    def reduce_now(self, value: bool) -> None:
+        reduces = not self._local if self._policy.every_backward else value
+        self._reducer.reduce_now = reduces
+        for bucket in self._sums:
+            bucket.local = not reduces
+
+    @property
+    def local(self) -> bool:
+        """See :class:`~drivetrain.model_states.ModelStates`."""
+        return self._local
+
+    @local.setter
+    def local(self, value: bool) -> None:
+        self._local = value
+
+    def gradients_ready(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._reducer.gradients_ready(parameters)
+
+    def defer(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._reducer.defer(parameters)
+
+    def end_backward(self) -> None:
+        self._reducer.end_backward()
+        if self._gathering is not None:
+            self._gathering.end_backward()
+
+    def finish_reduction(self) -> None:
+        if self._policy.need_all_gradients:
+            self._refuse_unused()
+        self._reducer.finish()
+        for bucket in self._sums:
+            bucket.sum_replicas()
+            bucket.parameters.home.gradient_ready(bucket.shard)
+
+    def gradient_norm(self) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=self._job.device)
+        for bucket in self._sums:
+            if bucket.parameters.counts:
+                total += torch.linalg.vector_norm(bucket.shard, dtype=torch.float32) ** 2
+        tag = Tag(Purpose.CONTROL, site="gradient norm")
+        self._job.communicator.all_reduce(total, "world", tag)
+        return total.sqrt() * self._policy.predivide
+
+    def first_nonfinite(self) -> str:
+        for bucket in reversed(self._sums):  # the order of the module
+            for segment in reversed(bucket.parameters.spec.segments):
+                gradient = segment.of(bucket.shard)
+                bad = int((~torch.isfinite(gradient)).sum())
+                if bad:
+                    return f"{segment.name} ({bad} of {gradient.numel()} elements of its gradient)"
+        return "none in this rank's shard"
+
+    def _refuse_unused(self) -> None:
+        unused = [slot.name for slot in self._reducer.slots.values() if not slot.used]
+        if unused:
+            raise TrainingError(
+                f"parameter {unused[0]} got no gradient in this window"
+                + (f", and {len(unused) - 1} more" if unused[1:] else "")
+                + "; zero_optimization.ignore_unused_parameters: true counts them as zero"
+            )
+
+    # -- the end of a window ------------------------------------------------------------------
+
+    def update(self, scale: float | torch.Tensor) -> None:
+        assert self._optimizer is not None
+        refuse_stale_layout(self._optimizer, self._reducer.slots, self._job.parameters)
+        if self._policy.sanity_checks:
+            self._refuse_foreign_changes()
+        for bucket in self._sums:
+            parameters = bucket.parameters
+            parameters.home.update(
+                bucket.shard,
+                self._optimizer.groups[parameters.spec.group],
+                scale * self._policy.predivide,
+            )
+        self._publish()
+        self._agree_on_order()
+        self._open_window()
+
+    def _publish(self) -> None:
+        """Let every rank compute with all updated shards."""
+        for bucket in reversed(self._sums):  # forward needs the last ones to be summed first
+            bucket.parameters.home.publish()
+            bucket.parameters.publish()
+        for bucket in self._sums:
+            bucket.parameters.finish_publish()
+        if self._gathering is not None:
+            self._gathering.release_all()
+            self._gathering.gather_anew()
+        if self._policy.sanity_checks:
+            self._digests = {b.key: digest(b.shard) for b in self._buckets}
+
+    def discard_gradients(self) -> None:
+        self._reducer.drop()
+        self._open_window()
+
+    def _open_window(self) -> None:
+        self._reducer.restart()
+
+    def _agree_on_order(self) -> None:
+        """Learn the order of units together, where any rank has left the known one."""
+        gathering = self._gathering
+        if gathering is None:
+            return
+        communicator, tag = self._job.communicator, Tag(Purpose.CONTROL, site="order of units")
+        digests = torch.tensor([gathering.gathers, -gathering.gathers, int(gathering.left_order)])
+        gathering.gathers = 0
+        communicator.all_reduce(digests, "data", tag, op=Op.MAX)
+        if digests[0] != -digests[1]:
+            raise TrainingError(
+                "ranks gathered the units of the model in different orders in this step, so their "
+                "weights may have been mixed up: see 'ranks that walk differently' in the README "
+                "of drivetrain-zero"
+            )
+        if digests[2]:
+            gathering.left_order = False
+            self._learn_orders(gathering)
+
+    def _learn_orders(self, gathering: Gathering) -> None:
+        count = len(gathering.units)
+        forward, backward = gathering.last_forward, gathering.last_backward
+        if forward is not None:
+            gathering.forward_order = self._from_first(learned(forward.visited, count))
+        if backward is not None:
+            gathering.backward_order = self._from_first(learned(backward.visited, count))
+
+    def _from_first(self, order: list[int]) -> list[int]:
+        """The first rank's list of numbers."""
+        communicator, tag = self._job.communicator, Tag(Purpose.CONTROL, site="order of units")
+        length = torch.tensor([len(order)])
+        communicator.broadcast(length, "data", tag)
+        numbers = torch.zeros(int(length), dtype=torch.int64)
+        known = torch.tensor(order[: int(length)], dtype=torch.int64)
+        numbers[: known.numel()] = known
+        communicator.broadcast(numbers, "data", tag)
+        return [int(number) for number in numbers]
+
+    def _refuse_foreign_changes(self) -> None:
+        for bucket in self._buckets:
+            before = self._digests.get(bucket.key)
+            if before is not None and digest(bucket.shard) != before:
+                names = ", ".join(segment.name for segment in bucket.spec.segments[:4])
+                raise TrainingError(
+                    f"parameters in bucket {bucket.key} ({names}) were changed outside of a step "
+                    "and the change would be lost: change them inside "
+                    "drivetrain.parameters.whole(parameters, write_rank=0)"
+                )
+
+    # -- changes from outside -----------------------------------------------------------------
+
+    def refresh(self) -> None:
+        for bucket in self._buckets:
+            bucket.home.refresh()
+        self._digests.clear()
+
+    def fragments_written(self) -> None:
+        self._publish()
+
+    def rebuild(self) -> None:
+        self.discard_gradients()
+        kept = collect_states(self._job, self._buckets)
+        steps = {
+            segment.name: bucket.home.step
+            for bucket in self._buckets
+            if bucket.spec.rule is not None
+            for segment in bucket.plan.spec.segments
+        }
+        self._reducer.close()
+        if self._gathering is not None:
+            self._gathering.release_all()
+            self._gathering.close()
+        self._gathering = None
+        self._build(steps)
+        restore_states(self._buckets, kept)
+        self._publish()
+
+    def fragments(self) -> Sequence[Fragment]:
+        found: list[Fragment] = []
+        bucketed: set[nn.Parameter] = set()
+        sums = {bucket.key: bucket for bucket in self._sums}
+        for bucket in self._buckets:
+            bucketed.update(bucket.parameters)
+            total = sums.get(bucket.key)
+            found += bucket.fragments(None if total is None else total.shard)
+            if total is not None:
+                found += step_fragments(bucket.home, self._open_window)
+            found += bucket.home.fragments()
+        return found + loose_fragments(self._job, self._module, bucketed)
+
+    def detach(self) -> None:
+        """Remove every hook; sharded parameters stay reachable through ``whole``."""
+        self._reducer.close()
+        if self._gathering is not None:
+            self._gathering.release_all()
+            self._gathering.close()
+
+
+def _refuse_communicating(rule: UpdateRule | None) -> None:
+    """Rules that reduce gradients by themselves need whole ones."""
+    if rule is not None and type(rule).wants_reduced is not UpdateRule.wants_reduced:
+        raise ConfigError(
+            f"zero_optimization: the optimizer {type(rule).__name__} communicates gradients by "
+            "itself and needs them whole, so they cannot be sharded; use stage 0, or another "
+            "optimizer.type"
+        )
