@@ -61,6 +61,36 @@ def test_a_path_returns_the_bits_of_the_generic_path_and_of_the_reference(path, 
                 assert_same(found, outcome(op, op.reference, example), message)
 
 
+def special_values():
+    """Infinities, NaN of several kinds, zeros, subnormals, ties, and what rounds to infinity."""
+    words = [0x7F800000, 0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0, 1, 0x007FFFFF, 0x00008000]
+    words += [0x3F808000, 0x3F818000, 0x3F807FFF, 0x3F808001, 0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF]
+    words += [word | 0x80000000 for word in words]
+    values = torch.tensor([word - 2**32 if word >= 2**31 else word for word in words])
+    # Every value at every place of a vector, and in what is left over.
+    return values.to(torch.int32).view(torch.float32).repeat(17)[:-3]
+
+
+@pytest.mark.parametrize("path", [each.name for each in runnable()])
+@pytest.mark.parametrize("seed", [None, 7])
+def test_special_values_are_rounded_as_the_reference_rounds_them(path, seed, monkeypatch):
+    native, values = functions_of(path, monkeypatch)["sgd"], special_values()
+    (op,) = (op for op in ops() if op.name == "sgd")
+    zero = torch.zeros_like(values)
+    # Steps without a gradient: only the stores change bits.
+    hyper = (0.0, 1.0, 0.0, 0.0, False, False)
+    for stored in (torch.float32, torch.bfloat16):
+        written = []
+        for function in (native, torch.no_grad()(op.reference)):
+            weights = values.to(stored, copy=True)
+            out = torch.ones_like(values, dtype=torch.bfloat16)
+            function(weights, zero, None, out, None, 1.0, seed, *hyper)
+            ordinary, buffer = zero.to(stored, copy=True), values.bfloat16()
+            function(ordinary, zero, buffer, None, None, 1.0, seed, *hyper)
+            written.append([weights, out, buffer])
+        assert_same(*written, f"{stored} on {path}")
+
+
 def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
     functions = functions_of(selected().name, monkeypatch)
     by_name = {op.name: op for op in ops()}

@@ -15,7 +15,7 @@ PROGRAM = """
 import sys
 import torch
 from drivetrain_cpu.instruction_sets import selected
-from drivetrain_cpu.kernels import FLAGS, NATIVE, SOURCES, _with_reference, _BINDINGS
+from drivetrain_cpu.kernels import FLAGS, HEADERS, NATIVE, SOURCES, _BINDINGS, _with_reference
 from drivetrain_cpu.openmp import share_openmp
 from drivetrain_kernels import ops
 from drivetrain_kernels.native import NativeLibrary
@@ -24,7 +24,7 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "
 library = NativeLibrary(
     f"drivetrain_cpu_{selected().name}_sanitized",
     [NATIVE / f"{name}.cpp" for name in SOURCES],
-    headers=[NATIVE / "tiles.h"],
+    headers=[NATIVE / f"{name}.h" for name in HEADERS],
     flags=(*FLAGS, *selected().flags, *SANITIZE),
     link_flags=SANITIZE[:1],
     before_load=share_openmp,

@@ -26,7 +26,7 @@ SOURCES = (
     "shared_group",
     "collectives",
 )
-HEADERS = ("tiles", "shared_group")
+HEADERS = ("dtypes", "rounding", "shared_group", "tiles", "vectors")
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -28,8 +28,7 @@ void copy(const void* source, int source_dtype, int64_t source_start, void* targ
 DRIVETRAIN_API void dt_cast_copy(void* target, int target_dtype, const void* source,
                                  int source_dtype, int64_t count, int scaled, float scale,
                                  int stochastic, uint64_t seed, int threads) {
-  const Rounding rounding{stochastic != 0, seed};
-  if (!scaled && !rounding.stochastic) {
+  if (!scaled && !stochastic) {
     copy(source, source_dtype, 0, target, target_dtype, 0, count, threads);
     return;
   }
@@ -41,7 +40,8 @@ DRIVETRAIN_API void dt_cast_copy(void* target, int target_dtype, const void* sou
       for (int64_t i = 0; i < here; ++i) product.data[i] = values[i] * scale;
       values = product.data;
     }
-    narrow(values, target, target_dtype, start, here, rounding, 0);
+    Rounder rounder(stochastic != 0, seed);
+    rounder.narrow(values, target, target_dtype, start, here, 0);
   });
 }
 

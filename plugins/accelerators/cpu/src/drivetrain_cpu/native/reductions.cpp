@@ -69,7 +69,7 @@ float direction(const Lamb& a, float m, float v, float w) {
 
 // Updates the moments of one tile; answers the squared norms of weights and of the update.
 void lamb_moments(const Lamb& a, int64_t start, int64_t count, Direction& s, double* norms) {
-  const Rounding rounding{a.stochastic != 0, a.seed};
+  Rounder rounder(a.stochastic != 0, a.seed);
   const float* w = view(a.weights, a.weights_dtype, start, count, s.weights);
   const float* g = view(a.gradient, a.gradient_dtype, start, count, s.gradient);
   float* m = s.first.data;
@@ -82,8 +82,8 @@ void lamb_moments(const Lamb& a, int64_t start, int64_t count, Direction& s, dou
     m[i] = m[i] * a.beta1 + gradient * a.rest1;
     v[i] = v[i] * a.beta2 + (gradient * gradient) * a.rest2;
   }
-  narrow(m, a.states[0], a.states_dtype[0], start, count, rounding, 1);
-  narrow(v, a.states[1], a.states_dtype[1], start, count, rounding, 2);
+  rounder.narrow(m, a.states[0], a.states_dtype[0], start, count, 1);
+  rounder.narrow(v, a.states[1], a.states_dtype[1], start, count, 2);
   // The update is defined on the moments as stored.
   widen(a.states[0], a.states_dtype[0], start, count, m);
   widen(a.states[1], a.states_dtype[1], start, count, v);
@@ -95,15 +95,15 @@ void lamb_moments(const Lamb& a, int64_t start, int64_t count, Direction& s, dou
 }
 
 void lamb_step(const Lamb& a, int64_t start, int64_t count, float step, Direction& s) {
-  const Rounding rounding{a.stochastic != 0, a.seed};
+  Rounder rounder(a.stochastic != 0, a.seed);
   const Mutable weights(a.weights, a.weights_dtype, start, count, s.weights);
   float* w = weights.data();
   const float* m = view(a.states[0], a.states_dtype[0], start, count, s.first);
   const float* v = view(a.states[1], a.states_dtype[1], start, count, s.second);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) w[i] = w[i] - direction(a, m[i], v[i], w[i]) * step;
-  weights.put_back(rounding, 0);
-  if (a.out != nullptr) narrow(w, a.out, a.out_dtype, start, count, rounding, 0);
+  weights.put_back(rounder, 0);
+  if (a.out != nullptr) rounder.narrow(w, a.out, a.out_dtype, start, count, 0);
 }
 
 // Calls body(first, count) for pieces of at most a tile.
