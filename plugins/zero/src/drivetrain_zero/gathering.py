@@ -232,7 +232,8 @@ class Gathering:
         if torch.is_grad_enabled():
             for tensor in tensors_in(outputs):
                 if tensor.requires_grad:
-                    tensor.register_hook(lambda _gradient: self._before_backward(unit))
+                    hooked: Any = tensor  # torch does not type the method
+                    hooked.register_hook(lambda _gradient: self._before_backward(unit))
         if _in_backward():
             return  # recomputed; its backward comes at once
         if unit.number:

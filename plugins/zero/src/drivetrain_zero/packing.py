@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 ALIGNMENT = 16
 """Shards are multiples of this many elements: 64 bytes of float32, a cache line."""
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Part:
     """The part of one parameter that lies in one shard.
 
     Args:
