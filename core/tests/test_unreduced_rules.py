@@ -27,7 +27,7 @@ SEEN = "updates seen"
 class OwnSum(UpdateRule):
     """Gradient descent that sums gradients itself from the third step on, and counts its calls."""
 
-    def __init__(self, params: Mapping[str, Any], job: Job) -> None:
+    def __init__(self, job: Job) -> None:
         self.defaults = {"lr": 0.1}
         self._job = job
 
@@ -47,9 +47,13 @@ class OwnSum(UpdateRule):
         bucket.states[SEEN].add_(1 + self._job.rank)
 
 
+def own_sum(params: Mapping[str, Any], job: Job) -> UpdateRule:
+    return OwnSum(job)
+
+
 def registry() -> Registry:
     answer = Registry.installed()
-    answer.add("optimizers", "OwnSum", OwnSum)
+    answer.add("optimizers", "OwnSum", own_sum)
     return answer
 
 
