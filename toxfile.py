@@ -146,7 +146,9 @@ def tox_before_run_commands(tox_env: ToxEnv) -> None:
 
 
 def _requirements(env_conf: ConfigSet) -> list[Requirement]:
-    return workspace.external_requirements(env_conf["distributions"], WORKSPACE)
+    """What one distribution's tests need is kept out of the environments with all of them."""
+    own = env_conf.name in ENVIRONMENTS
+    return workspace.external_requirements(env_conf["distributions"], WORKSPACE, tests=own)
 
 
 def _installed(site_packages: Path) -> set[str]:

@@ -68,6 +68,11 @@ def test_test_groups_count_for_the_distribution_under_test_alone(packages) -> No
     assert needs(packages, "drivetrain-offload") == ["click", "numpy", "psutil>5", "torch>=2"]
 
 
+def test_environments_of_all_distributions_leave_out_what_their_own_tests_need(packages) -> None:
+    found = workspace.external_requirements(packages, packages, tests=False)
+    assert [str(r) for r in found] == ["click", "psutil>5", "torch>=2"]
+
+
 def test_extras_that_another_distribution_asks_for_count(packages, tmp_path) -> None:
     package(tmp_path, "plugins/all", "drivetrain-all", 'dependencies = ["drivetrain-zero[fast]"]\n')
     again = workspace.load(tmp_path)

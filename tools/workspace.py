@@ -75,18 +75,19 @@ def closure(names: Iterable[str], workspace: Mapping[str, Distribution]) -> list
 
 
 def external_requirements(
-    names: Iterable[str], workspace: Mapping[str, Distribution]
+    names: Iterable[str], workspace: Mapping[str, Distribution], *, tests: bool = True
 ) -> list[Requirement]:
-    """What the closure of ``names``, and their tests, need from outside the workspace."""
-    return _walk(names, workspace)[1]
+    """What the closure of ``names`` needs from outside the workspace, and what their tests do."""
+    return _walk(names, workspace, tests)[1]
 
 
 def _walk(
-    names: Iterable[str], workspace: Mapping[str, Distribution]
+    names: Iterable[str], workspace: Mapping[str, Distribution], tests: bool = True
 ) -> tuple[list[str], list[Requirement]]:
     names = list(names)
     queue = [Requirement(name) for name in names]
-    queue += [r for name in names for r in workspace[name].test_requirements]
+    if tests:
+        queue += [r for name in names for r in workspace[name].test_requirements]
     seen: set[tuple[str, frozenset[str]]] = set()
     local: dict[str, None] = {}
     external: dict[str, Requirement] = {}

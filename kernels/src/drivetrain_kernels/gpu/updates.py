@@ -128,7 +128,7 @@ def bind_lamb(kernels: Kernels) -> Callable[..., torch.Tensor]:
         lr, beta1, beta2, eps, decay, low, high, correct, step, bounds = arguments[8:]
         device, factor = weights.device, on_device(scale_tensor)
         first, second = corrections(beta1, beta2, step, correct)
-        chunks, first_chunks = _chunks(tuple(bounds), device)
+        chunks, first_chunks = lamb_chunks(tuple(bounds), device)
         norms = torch.empty(2 * len(chunks), dtype=torch.float64, device=device)
         ratios = torch.empty(len(bounds) - 1, device=device)
         call = _Lamb()
@@ -147,7 +147,7 @@ def bind_lamb(kernels: Kernels) -> Callable[..., torch.Tensor]:
 
 
 @lru_cache(maxsize=256)
-def _chunks(bounds: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def lamb_chunks(bounds: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Pieces (start, count, tensor) of the tensors, and the first of each tensor; on the device.
 
     Buckets keep their bounds, so the tables are made and copied once.
