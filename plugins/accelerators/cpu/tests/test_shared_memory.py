@@ -114,20 +114,27 @@ def exchanges():
         expected = [
             values(10 * k + rank, torch.float32, rows * 3).view(rows, 3) for k in range(size)
         ]
-        output = torch.empty(size * rows, 3)
-        c.all_to_all(output, torch.cat(sent), "data", TAG)
-        assert_equal(output, torch.cat(expected), f"even {rows}")
+        for memory in memories(c, size * rows * 3, torch.float32):
+            memory.copy_(torch.cat(sent).flatten())
+            output = torch.empty(size * rows, 3)
+            c.all_to_all(output, memory.view(-1, 3), "data", TAG)
+            assert_equal(output, torch.cat(expected), f"even {rows}")
+        mine = torch.cat([message(rank, k, rows) for k in range(size)])
         others = [rows_between(k, rank, rows) for k in range(size)]
-        output = torch.empty(sum(others), dtype=torch.bfloat16)
-        c.all_to_all(
-            output,
-            torch.cat([message(rank, k, rows) for k in range(size)]),
-            "data",
-            TAG,
-            output_splits=others,
-            input_splits=[rows_between(rank, k, rows) for k in range(size)],
-        )
-        assert_equal(output, torch.cat([message(k, rank, rows) for k in range(size)]), "uneven")
+        most = max(sum(rows_between(k, r, rows) for r in range(size)) for k in range(size))
+        for memory in memories(c, most, torch.bfloat16):
+            memory[: len(mine)].copy_(mine)
+            output = torch.empty(sum(others), dtype=torch.bfloat16)
+            c.all_to_all(
+                output,
+                memory[: len(mine)],
+                "data",
+                TAG,
+                output_splits=others,
+                input_splits=[rows_between(rank, k, rows) for k in range(size)],
+            )
+            arrived = torch.cat([message(k, rank, rows) for k in range(size)])
+            assert_equal(output, arrived, f"uneven {rows}")
     assert c.inner.carried == []
     c.close()
 
@@ -150,6 +157,13 @@ def mixed_memory():
         memory.fill_(rank + 1)
         c.all_reduce(memory, "data", TAG)
         assert torch.equal(memory, torch.full((numel,), 6.0))
+        output = torch.empty(3 * numel)
+        source = c.buffer(3 * numel, torch.float32, "data")
+        # Only some have registered what they send.
+        source = source if (rank + turn) % 3 else torch.empty(3 * numel)
+        source.fill_(rank)
+        c.all_to_all(output, source, "data", TAG)
+        assert torch.equal(output, torch.arange(3.0).repeat_interleave(numel))
         whole = c.buffer(3 * numel, torch.float32, "data") if rank else torch.empty(3 * numel)
         if not rank:
             c.buffer(3 * numel, torch.float32, "data")

@@ -9,6 +9,7 @@
 // same bits.
 #include <climits>
 #include <new>
+#include <numeric>
 
 #include "shared_group.h"
 #include "tiles.h"
@@ -341,29 +342,62 @@ class Run {
     } while (start < r_.count);
   }
 
+  // Who sends much from registered memory leaves its slot empty at first, hoping that all do, and
+  // then all read each other's memory. Everybody sees who hopes, and that it was in vain.
   void all_to_all() {
     const int64_t piece = share();
     int64_t most = 0, start = 0;
-    do {
-      const char* from = r_.input;
-      for (int k = 0; k < size_; from += r_.sent[k++]) {
-        const int64_t here = std::min(piece, r_.sent[k] - start);
-        if (k != rank_ && here > 0) {
-          std::memcpy(group_.next_slot(rank_) + k * piece, from + start, here);
-        }
-      }
-      if (!meet()) return;
-      if (start == 0 && !sizes_agree(most)) return;
+    if (!hopes(rank_)) stage(piece, start);
+    if (!meet() || !sizes_agree(most)) return;
+    int hoping = 0;
+    for (int k = 0; k < size_; ++k) hoping += hopes(k);
+    if (hoping == size_ && all_registered(true)) return all_to_all_registered();
+    if (hopes(rank_)) stage(piece, start);
+    if (hoping > 0 && !meet()) return;
+    for (;;) {
       receive(piece, start);
       group_.turn();
       start += piece;
-    } while (start < most);
+      if (start >= most) return;
+      stage(piece, start);
+      if (!meet()) return;
+    }
+  }
+
+  const int64_t* sizes_of(int k) const { return group_.control(k).sizes[parity_]; }
+
+  bool hopes(int k) const {
+    const int64_t* sizes = sizes_of(k);
+    const int64_t bytes = std::accumulate(sizes, sizes + size_, int64_t{0});
+    return announced(k).input_segment >= 0 && large(bytes);
+  }
+
+  void all_to_all_registered() {
+    for (int step = 0; step < size_; ++step) {
+      const int k = (rank_ + step) % size_;
+      const int64_t* sizes = sizes_of(k);
+      const char* from = registered_input(k) + std::accumulate(sizes, sizes + rank_, int64_t{0});
+      char* to = r_.output + std::accumulate(r_.received, r_.received + k, int64_t{0});
+      std::memcpy(to, from, r_.received[k]);
+    }
+    meet();
+  }
+
+  // Puts the part of each message from `start` on into the slot, except the rank's own.
+  void stage(int64_t piece, int64_t start) {
+    const char* from = r_.input;
+    for (int k = 0; k < size_; from += r_.sent[k++]) {
+      const int64_t here = std::min(piece, r_.sent[k] - start);
+      if (k != rank_ && here > 0) {
+        std::memcpy(group_.next_slot(rank_) + k * piece, from + start, here);
+      }
+    }
   }
 
   // Whether each rank sends what this one expects; `most` becomes the largest message of all.
   bool sizes_agree(int64_t& most) {
     for (int k = 0; k < size_; ++k) {
-      const int64_t* sizes = group_.control(k).sizes[parity_];
+      const int64_t* sizes = sizes_of(k);
       if (sizes[rank_] != r_.received[k]) outcome_ = {kDisagrees, k};
       most = std::max(most, *std::max_element(sizes, sizes + size_));
     }
