@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest.mock import patch
 
 import pytest
 import torch
+from small_engine import (
+    BF16,
+    CONFIG,
+    Model,
+    contents,
+    damage,
+    load_and_report,
+    make,
+    save_and_report,
+    train,
+)
 from torch import nn
 
 import drivetrain
-from drivetrain.checkpoint import files
-from drivetrain.checkpoint import save as save_function
 from drivetrain.engine import Engine
 from drivetrain.errors import CheckpointError
 from drivetrain.fragment import Box
@@ -26,57 +32,6 @@ from drivetrain.plan import Plan
 from drivetrain.plugin import Plugin, Section, Sections, hookimpl
 from drivetrain.registry import Registry
 from drivetrain.testing import run_distributed
-
-CONFIG: dict[str, Any] = {
-    "train_batch_size": 12,
-    "gradient_clipping": 0.5,
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
-    "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 30}},
-}
-
-BF16 = {"bf16": {"enabled": True}, "data_types": {"buffer_dtype": "bf16"}}
-
-
-class Model(nn.Module):
-    """Dropout and batch statistics: random streams and buffers have to be restored, too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(
-            nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Linear(16, 1)
-        )
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return (self.layers(x.to(self.layers[0].weight.dtype)).float() - y).square().mean()
-
-
-def make(**changes: Any) -> Engine:
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(60, 4, generator=generator)
-    module = Model()
-    engine, *_ = drivetrain.initialize(
-        model=module,
-        model_parameters=module.parameters(),
-        training_data=torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True)),
-        config={**CONFIG, **changes},
-    )
-    return engine
-
-
-def train(engine: Engine, steps: int) -> list[float]:
-    return [engine.train_batch().item() for _ in range(steps)]
-
-
-def contents(engine: Engine) -> dict[str, list[float]]:
-    """Every number of the engine's states, by kind and name."""
-    found = {
-        f"{f.kind} {f.name}": f.read().float().tolist()
-        for f in engine.states.fragments()
-        if f.kind != "gradient"
-    }
-    return found | {n: b.float().tolist() for n, b in engine.module.named_buffers() if b.dim()}
-
 
 # -- functions that run on every rank --------------------------------------------------------------
 
@@ -109,50 +64,6 @@ def resume(folder: str, changes: dict[str, Any]) -> tuple[list[float], dict[str,
     found = contents(engine)
     engine.destroy()
     return losses, found
-
-
-def save_and_report(folder: str, changes: dict[str, Any]) -> dict[str, list[float]]:
-    engine = make(**changes)
-    train(engine, 3)
-    engine.save_checkpoint(folder, "t")
-    found = contents(engine)
-    engine.destroy()
-    return found
-
-
-def load_and_report(folder: str, changes: dict[str, Any]) -> dict[str, list[float]]:
-    engine = make(**changes)
-    engine.load_checkpoint(folder, "t")
-    found = contents(engine)
-    engine.destroy()
-    return found
-
-
-def save_under_tags_of_their_own(folder: str) -> str:
-    engine = make()
-    try:
-        engine.save_checkpoint(folder, f"tag{Ranks.current().rank}")
-    except CheckpointError as error:
-        return str(error)
-    finally:
-        engine.destroy()
-    return "saved"
-
-
-def fail_on_rank_one(folder: str) -> str:
-    def full(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-        raise OSError(28, "No space left on device", str(path))
-
-    engine = make()
-    failing = patch.object(files, "write_tensors", full)
-    try:
-        with failing if Ranks.current().rank == 1 else nullcontext():
-            engine.save_checkpoint(folder, "second")
-    except CheckpointError as error:
-        return str(error)
-    finally:
-        engine.destroy()
-    return "saved"
 
 
 class Halved(Plugin):
@@ -257,7 +168,7 @@ def test_module_only_leaves_counters_and_makes_masters_from_parameters(tmp_path:
     engine.destroy()
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- what is refused, and what is said -------------------------------------------------------------
 
 
 @pytest.fixture
@@ -276,6 +187,20 @@ def load_error(folder: Path, **options: Any) -> str:
     return str(caught.value)
 
 
+def load_with(module: nn.Module, folder: Path, **options: Any) -> str | None:
+    """Load into another module; the message of the error, if there is one."""
+    engine, *_ = drivetrain.initialize(
+        model=module, model_parameters=module.parameters(), config=CONFIG
+    )
+    try:
+        engine.load_checkpoint(folder, "t", **options)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return None
+
+
 def test_without_latest_nothing_is_loaded_and_a_warning_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -289,45 +214,69 @@ def test_a_missing_tag_is_named(tmp_path: Path) -> None:
     assert f"there is no checkpoint {tmp_path / 't'}" in load_error(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "rank00000.json", "rank00000.safetensors"])
-def test_a_missing_file_is_named(saved: Path, name: str) -> None:
-    (saved / name).unlink()
-    assert f"{name} is missing" in load_error(saved.parent)
-
-
-@pytest.mark.parametrize("name", ["manifest.json", "rank00000.json", "rank00000.safetensors"])
-def test_a_truncated_file_is_named(saved: Path, name: str) -> None:
-    path = saved / name
-    path.write_bytes(path.read_bytes()[:-20])
-    assert f"{name} is damaged" in load_error(saved.parent)
-
-
-def test_a_flipped_bit_is_noticed(saved: Path) -> None:
-    path = saved / "rank00000.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-100] ^= 1
-    path.write_bytes(data)
-    assert "checksum is not the recorded one" in load_error(saved.parent)
-
-
-def test_a_tensor_of_another_shape_is_named(saved: Path) -> None:
-    index = json.loads((saved / "rank00000.json").read_text())
-    for entry in index["tensors"]:
-        if entry["name"] == "layers.0.weight":
-            entry["global_shape"] = [4, 4]
-    (saved / "rank00000.json").write_text(json.dumps(index))
-    error = load_error(saved.parent)
-    assert "layers.0.weight (parameter) has shape [16, 4] in the model, but [4, 4]" in error
-
-
-def test_a_missing_parameter_is_named_unless_loading_is_not_strict(saved: Path) -> None:
-    index = json.loads((saved / "rank00000.json").read_text())
-    index["tensors"] = [e for e in index["tensors"] if e["name"] != "layers.3.bias"]
-    (saved / "rank00000.json").write_text(json.dumps(index))
-    assert "lacks layers.3.bias" in load_error(saved.parent)
+def test_a_damaged_latest_gives_way_to_the_last_good_one_loudly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = make()
-    engine.load_checkpoint(saved.parent, "t", load_module_strict=False)
+    train(engine, 2)
+    engine.save_checkpoint(tmp_path)
+    expected = contents(engine)
+    train(engine, 1)
+    engine.save_checkpoint(tmp_path)
+    damage(next((tmp_path / "global_step3").glob("rank*.safetensors")))
+    train(engine, 1)
+    path, _ = engine.load_checkpoint(tmp_path)
+    assert path == str(tmp_path / "global_step2")
+    assert contents(engine) == expected
+    assert engine.global_steps == 2
+    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert "is damaged in checkpoint file" in errors[0]
+    assert "falling back to the last good checkpoint" in errors[0]
+    assert "global_step2, step 2" in errors[1]
+    assert "it is not the latest, which is damaged" in errors[1]
     engine.destroy()
+
+
+def test_a_latest_that_names_nothing_gives_way_too(tmp_path: Path) -> None:
+    save_and_report(str(tmp_path), {})
+    (tmp_path / "latest").write_text("../elsewhere")
+    engine = make()
+    assert engine.load_checkpoint(tmp_path)[0] == str(tmp_path / "t")
+    engine.destroy()
+
+
+def test_a_damaged_tag_that_was_asked_for_is_an_error_that_names_others(tmp_path: Path) -> None:
+    save_and_report(str(tmp_path), {})
+    engine = make()
+    engine.save_checkpoint(tmp_path)
+    engine.destroy()
+    damage(next((tmp_path / "t").glob("rank*.safetensors")))
+    error = load_error(tmp_path)
+    assert "is damaged in checkpoint file" in error
+    assert "other checkpoints there: global_step0" in error
+    assert "the engine's states are no whole now" in error
+
+
+def test_a_module_of_another_shape_is_refused_by_name(saved: Path) -> None:
+    module = Model()
+    module.layers[3] = nn.Linear(16, 2)
+    error = load_with(module, saved.parent)
+    assert error is not None
+    assert "layers.3.bias (parameter) has shape [2] in the model, but [1]" in error
+
+
+def test_a_parameter_more_or_less_is_named_unless_loading_is_not_strict(saved: Path) -> None:
+    more, less = Model(), Model()
+    more.extra = nn.Linear(2, 2)
+    less.layers[3] = nn.Linear(16, 1, bias=False)
+    found = load_with(more, saved.parent, load_module_only=True)
+    assert found is not None
+    assert "lacks extra.bias (parameter), extra.weight (parameter)" in found
+    found = load_with(less, saved.parent)
+    assert found is not None
+    assert "has parameters that the module lacks: layers.3.bias" in found
+    for module in (more, less):
+        assert load_with(module, saved.parent, load_module_strict=False) is None
 
 
 @pytest.mark.parametrize(
@@ -356,39 +305,43 @@ def test_a_tag_that_is_no_directory_name_is_refused(tmp_path: Path, tag: str) ->
     engine.destroy()
 
 
-def test_ranks_with_different_tags_are_refused_on_every_rank(tmp_path: Path) -> None:
-    for rank, answer in enumerate(run_distributed(save_under_tags_of_their_own, 2, str(tmp_path))):
-        assert f"different tags; this rank's is 'tag{rank}'" in answer
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_rank_that_cannot_write_fails_all_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    run_distributed(save_and_report, 2, str(tmp_path), {})
-    answers = run_distributed(fail_on_rank_one, 2, str(tmp_path))
-    assert "No space left on device" in answers[1]
-    assert "rank 1 failed" in answers[0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "t"]
-    assert (tmp_path / "latest").read_text() == "t"
-    run_distributed(load_and_report, 2, str(tmp_path), {})
-
-
-def test_saving_again_under_a_tag_replaces_it(saved: Path) -> None:
-    engine = make()
-    train(engine, 1)
-    engine.save_checkpoint(saved.parent, "t")
-    expected = contents(engine)
-    engine.destroy()
-    assert load_and_report(str(saved.parent), {}) == expected
-    assert sorted(path.name for path in saved.parent.iterdir()) == ["latest", "t"]
-
-
-def test_frozen_parameters_can_be_left_out(tmp_path: Path) -> None:
+def test_frozen_parameters_can_be_left_out_and_then_stay_as_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = make()
     engine.module.layers[0].requires_grad_(False)
     engine.rebuild()
-    save_function(engine, tmp_path, "t", exclude_frozen_parameters=True)
+    engine.save_checkpoint(tmp_path, "t", exclude_frozen_parameters=True)
+    with torch.no_grad():
+        engine.module.layers[0].weight.fill_(7)
+        engine.module.layers[3].weight.fill_(7)
+    caplog.set_level("INFO")
+    engine.load_checkpoint(tmp_path, "t")
+    assert bool((engine.module.layers[0].weight == 7).all())
+    assert not bool((engine.module.layers[3].weight == 7).any())
+    assert "2 frozen parameters were excluded when saving" in caplog.text
     engine.destroy()
-    index = json.loads((tmp_path / "t" / "rank00000.json").read_text())
-    names = {entry["name"] for entry in index["tensors"]}
-    assert "layers.3.weight" in names
-    assert "layers.0.weight" not in names
+
+
+def test_hyper_parameters_follow_their_parameters_into_other_groups(tmp_path: Path) -> None:
+    def grouped(*names: str) -> Engine:
+        module = Model()
+        of_name = dict(module.named_parameters())
+        groups = [{"params": [of_name[n]], "lr": 0.1 * (1 + i)} for i, n in enumerate(names)]
+        engine, *_ = drivetrain.initialize(
+            model=module,
+            model_parameters=groups,
+            config={**CONFIG, "scheduler": {}},
+        )
+        return engine
+
+    names = ["layers.0.weight", "layers.0.bias", "layers.3.weight", "layers.3.bias"]
+    engine = grouped(*names)
+    for group, value in zip(engine.optimizer.param_groups, (1.0, 2.0, 3.0, 4.0), strict=True):
+        group["lr"] = value
+    engine.save_checkpoint(tmp_path, "t")
+    engine.destroy()
+    engine = grouped(*reversed(names))
+    engine.load_checkpoint(tmp_path, "t")
+    assert engine.get_lr() == [4.0, 3.0, 2.0, 1.0]
+    engine.destroy()

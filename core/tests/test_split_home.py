@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,22 +20,11 @@ from drivetrain.plugin import Plugin, hookimpl
 from drivetrain.registry import Registry
 from drivetrain.testing import reference_losses, run_distributed
 from drivetrain.testing.data import Samples
+from drivetrain.testing.sharded import part_of
 from drivetrain.update_rule import Hyper
 
 STEPS = 10
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
-
-
-def part_of(spec: BucketSpec, start: int, stop: int) -> BucketSpec:
-    """Elements [start, stop) of a bucket as a bucket of their own."""
-    segments = []
-    for segment in spec.segments:
-        low, high = max(segment.offset, start), min(segment.offset + segment.numel, stop)
-        if low < high:
-            first = segment.start + low - segment.offset
-            segments.append(replace(segment, start=first, numel=high - low, offset=low - start))
-    key = f"{spec.key}.{start}"
-    return replace(spec, key=key, numel=stop - start, segments=tuple(segments))
 
 
 class SplitHome(StateHome):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from drivetrain.accelerator import Accelerator
     from drivetrain.batch import Batch
-    from drivetrain.checkpoint import StateReader, StateWriter
+    from drivetrain.checkpoint import PendingSave, StateReader, StateWriter
     from drivetrain.communicator import CommunicatorLayer
     from drivetrain.engine import Engine
     from drivetrain.home import BucketSpec, StateHome
@@ -197,7 +197,18 @@ def step_end(engine: Engine, report: StepReport) -> None:
 def save_state(engine: Engine, writer: StateWriter) -> None:
     """Write this plugin's own extra state into a checkpoint, as plain data or tensors.
 
-    Collect. Once per save, on every rank.
+    Collect. Once per save, on every rank; no communication. Keys begin with the plugin's name and a
+    slash. A plugin that stores nothing, or lacks ``load_state``, makes the save fail.
+    """
+
+
+@hookspec(firstresult=True)
+def carry_out_save(engine: Engine, pending: PendingSave) -> bool | None:
+    """Write a save that has been prepared, now or in the background; answer ``True``.
+
+    First result. Once per save, on every rank; may communicate. Every rank calls ``pending.write``,
+    and when all have voted rank 0 calls ``pending.commit``. Who writes later calls
+    ``pending.snapshot`` first: the tensors change as soon as this returns.
     """
 
 

@@ -152,6 +152,7 @@ class Hub:
     optimizer_step = _asked(hookspecs.optimizer_step)
     step_end = _asked(hookspecs.step_end)
     save_state = _asked(hookspecs.save_state)
+    carry_out_save = _asked(hookspecs.carry_out_save)
     load_state = _asked(hookspecs.load_state)
     report_rows = _collected(hookspecs.report_rows)
 

@@ -85,6 +85,9 @@ class ModelStates(ABC):
     def rebuild(self) -> None:
         """Adapt to parameters that were frozen or unfrozen since; keeps states that remain."""
 
+    def flush(self) -> None:  # noqa: B027 - most keep nothing under way
+        """Finish what is under way, so that fragments show a consistent state to be saved."""
+
     @abstractmethod
     def fragments(self) -> Sequence[Fragment]:
         """Every parameter, master and optimizer state of this rank; gradients inside a window."""

@@ -20,7 +20,14 @@ from drivetrain.errors import PluginError
 from drivetrain.wording import did_you_mean
 
 Group = Literal[
-    "plugins", "accelerators", "kernels", "optimizers", "schedulers", "commands", "reports"
+    "plugins",
+    "accelerators",
+    "kernels",
+    "optimizers",
+    "schedulers",
+    "storages",
+    "commands",
+    "reports",
 ]
 """An entry point group of ours, without the prefix ``drivetrain.``."""
 

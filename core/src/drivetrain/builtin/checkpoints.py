@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from drivetrain.plugin import Plugin, Section, Sections
-from drivetrain.section import Bool
+from drivetrain.section import Bool, PositiveInt
 
 _NO_EFFECT = {
     "load_universal": "every checkpoint loads into any layout",
@@ -31,7 +31,18 @@ class CheckpointSection(Section):
     """Saving and loading."""
 
     tag_validation: Annotated[Literal["Ignore", "Warn", "Fail"], BeforeValidator(_capital)] = Field(
-        default="Warn", description="What happens when ranks save under different tags."
+        default="Warn",
+        description="What happens when ranks save under different tags: rank 0's is used "
+        "(after a warning, or silently), or saving fails.",
+    )
+    keep_last: PositiveInt | None = Field(
+        default=None,
+        description="Checkpoints with default tags (global_step<N>) that stay when a new one is "
+        "saved, the newest ones; null keeps all.",
+    )
+    keep_every: PositiveInt | None = Field(
+        default=None,
+        description="Beside those of keep_last, keep checkpoints whose step is a multiple of this.",
     )
     load_universal: Bool = Field(default=False, description=_no_effect("load_universal"))
     use_node_local_storage: Bool = Field(

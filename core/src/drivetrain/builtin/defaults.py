@@ -13,6 +13,7 @@ from drivetrain.section import Bool, PositiveInt
 if TYPE_CHECKING:
     import torch
 
+    from drivetrain.checkpoint import PendingSave
     from drivetrain.engine import Engine
     from drivetrain.home import BucketSpec, StateHome
     from drivetrain.job import Job
@@ -88,3 +89,10 @@ class Defaults(Plugin):
         from drivetrain.stepping import apply_optimizer_step
 
         return apply_optimizer_step(engine)
+
+    @hookimpl
+    def carry_out_save(self, engine: Engine, pending: PendingSave) -> bool:
+        from drivetrain.checkpoint.save import write_and_commit
+
+        write_and_commit(engine, pending)
+        return True

@@ -1,13 +1,14 @@
-"""Saving and loading: one directory a tag, tensors in safetensors, everything else in JSON.
+"""Saving and loading: whole or not at all, from any layout into any other.
 
-``<save_dir>/<tag>/`` holds ``manifest.json`` (counters, schedule, client state, the list of files
-with their checksums) and for every rank ``rank00000.safetensors`` with an index
-``rank00000.json``. ``<save_dir>/latest`` names the newest tag. A checkpoint is written aside and
-renamed when every rank has finished, so a tag that exists is whole.
+``save`` collects what a rank owns (:mod:`~drivetrain.checkpoint.save`), writes it, and makes the
+checkpoint appear when all ranks have written (:mod:`~drivetrain.checkpoint.commit`). ``load`` reads
+what a rank needs (:mod:`~drivetrain.checkpoint.reading`). The format is described in
+:mod:`~drivetrain.checkpoint.index`.
 """
 
+from drivetrain.checkpoint.commit import PendingSave
 from drivetrain.checkpoint.load import load
 from drivetrain.checkpoint.save import save
 from drivetrain.checkpoint.state import StateReader, StateWriter
 
-__all__ = ["StateReader", "StateWriter", "load", "save"]
+__all__ = ["PendingSave", "StateReader", "StateWriter", "load", "save"]

@@ -1,24 +1,53 @@
-"""Reading a checkpoint back, into any layout."""
+"""Reading a checkpoint back, into any layout, or the last good one when it is damaged."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.checkpoint import files
-from drivetrain.checkpoint.state import StateReader
+from drivetrain.checkpoint import index
+from drivetrain.checkpoint.agreement import any_rank, text_of, worst
+from drivetrain.checkpoint.guarantee import (
+    Guarantee,
+    changed_versions,
+    fragments_digest,
+    layout_of,
+)
+from drivetrain.checkpoint.index import Stored, StoredTensor
+from drivetrain.checkpoint.random_state import load_random_state
+from drivetrain.checkpoint.reading import check_coverage, read_whole, restore
+from drivetrain.checkpoint.save import versions
+from drivetrain.checkpoint.state import StateReader, persistent_buffers, tupled
+from drivetrain.checkpoint.storage import Storage, open_storage
+from drivetrain.checkpoint.tensor_file import checksums
 from drivetrain.errors import CheckpointError
 
 if TYPE_CHECKING:
     from drivetrain.engine import Engine
-    from drivetrain.fragment import Box, Fragment
+    from drivetrain.fragment import Fragment
 
 logger = logging.getLogger("drivetrain.checkpoint")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What is restored; see :func:`load`."""
+
+    strict: bool = True
+    optimizer: bool = True
+    schedule: bool = True
+    module_only: bool = False
+
+    @property
+    def states(self) -> bool:
+        """Whether masters and optimizer states are restored."""
+        return self.optimizer and not self.module_only
 
 
 def load(
@@ -31,13 +60,14 @@ def load(
     load_lr_scheduler_states: bool = True,
     load_module_only: bool = False,
 ) -> tuple[str | None, dict[str, Any] | None]:
-    """Restore what ``save`` wrote, on any number of ranks. Collective.
+    """Restore what ``save`` wrote, in any layout. Collective.
 
     Args:
         engine: what to restore into.
-        load_dir: directory of the run's checkpoints.
-        tag: which one; the file ``latest`` decides by default.
-        load_module_strict: every parameter of the module must be in the checkpoint.
+        load_dir: folder of the run's checkpoints, or a URL.
+        tag: which one. By default the one that the file ``latest`` names, or when that is damaged
+            the last good one.
+        load_module_strict: module and checkpoint must have the same parameters and buffers.
         load_optimizer_states: restore masters and optimizer states; otherwise masters are made
             from the loaded parameters and states start fresh.
         load_lr_scheduler_states: restore the schedule and the groups' hyper-parameters.
@@ -45,176 +75,339 @@ def load(
 
     Returns:
         Path and client state; ``(None, None)`` with a warning when no tag is given and the
-        directory has no ``latest``.
+        folder has no ``latest``.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or a tensor does not fit.
+        CheckpointError: on every rank: a file is missing or damaged, or a tensor does not fit.
+            When that turned up while tensors were read, the engine's states are no whole.
     """
-    root = Path(load_dir)
-    if tag is None:
-        pointer = root / files.LATEST
-        if not pointer.exists():
-            logger.warning("no checkpoint loaded: %s does not exist", pointer)
-            return None, None
-        tag = pointer.read_text(encoding="utf-8").strip()
-    path = root / tag
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint {path}")
-    stored = _Stored(path)
-    with_states = load_optimizer_states and not load_module_only
-    _load_fragments(engine, stored, strict=load_module_strict, with_states=with_states)
-    stored.load_buffers(engine)
-    if not with_states:
-        engine.states.refresh()
-    if not load_module_only:
-        _load_progress(engine, stored, schedule=load_lr_scheduler_states)
-    if engine.job.rank == 0:
-        logger.info("loaded checkpoint %s", path)
-    return str(path), stored.manifest["client_state"]
+    options = LoadOptions(
+        load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only
+    )
+    with closing(open_storage(load_dir)) as storage:
+        tags = _candidates(engine, storage) if tag is None else iter([str(tag)])
+        problems: list[str] = []
+        touched: set[tuple[str, str]] = set()
+        for candidate in tags:
+            attempt = _Attempt(engine, storage, candidate, options)
+            problem = attempt.run(touched)
+            if problem is None:
+                return attempt.finish(problems)
+            problems.append(problem)
+            if engine.job.rank == 0 and tag is None:
+                logger.error("%s; falling back to the last good checkpoint", problem)
+    if not problems:
+        logger.warning("no checkpoint loaded: %s does not exist", storage.where(index.LATEST))
+        return None, None
+    hint = "" if tag is None else _other_tags(storage, str(tag))
+    torn = "; the engine's states are no whole now, build it anew" if touched else ""
+    raise CheckpointError(f"{'; '.join(problems)}{hint}{torn}")
 
 
-class _Stored:
-    """An opened checkpoint: manifest, every rank's index, tensor files on demand."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.manifest = files.read_json(path / files.MANIFEST)
-        if self.manifest.get("format") != files.FORMAT:
-            raise CheckpointError(
-                f"{path} has format {self.manifest.get('format')!r}, expected {files.FORMAT!r}"
-            )
-        self.world_size = int(self.manifest["world_size"])
-        self.ranks = [
-            files.read_json(path / files.rank_file(rank, "json")) for rank in range(self.world_size)
-        ]
-        self.boxes: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = defaultdict(list)
-        self.rank_states: dict[tuple[int, str, str], dict[str, Any]] = {}
-        for rank, index in enumerate(self.ranks):
-            for entry in index["tensors"]:
-                if entry["rank_state"]:
-                    self.rank_states[rank, entry["kind"], entry["name"]] = entry
-                else:
-                    self.boxes[entry["kind"], entry["name"]].append((rank, entry))
-        self._files: dict[int, files.TensorFile] = {}
-
-    def tensor(self, rank: int, key: str) -> torch.Tensor:
-        if rank not in self._files:
-            name = files.rank_file(rank, "safetensors")
-            self._files[rank] = files.TensorFile(self.path / name, self.ranks[rank]["sha256"])
-        return self._files[rank].read(key)
-
-    def load_buffers(self, engine: Engine) -> None:
-        rank = engine.job.rank if self.world_size == engine.job.world_size else 0
-        with torch.no_grad():
-            for name, buffer in engine.module.named_buffers():
-                buffer.copy_(self.tensor(rank, f"buffer/{name}"))
-
-
-def _load_fragments(engine: Engine, stored: _Stored, *, strict: bool, with_states: bool) -> None:
-    missing: list[str] = []
-    for fragment in engine.states.fragments():
-        if fragment.kind == "gradient" or (fragment.kind != "parameter" and not with_states):
-            continue
-        if fragment.on_reshape == "reset":
-            _load_rank_state(engine, stored, fragment)
-        elif not _load_boxes(stored, fragment):
-            missing.append(f"{fragment.name} ({fragment.kind})")
-    if missing and strict:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
-        raise CheckpointError(f"checkpoint {stored.path} lacks {shown}")
-    if missing:
-        logger.warning(
-            "checkpoint %s lacks %d tensors, left as they are", stored.path, len(missing)
-        )
-
-
-def _load_rank_state(engine: Engine, stored: _Stored, fragment: Fragment) -> None:
-    entry = stored.rank_states.get((engine.job.rank, fragment.kind, fragment.name))
-    same_layout = stored.world_size == engine.job.world_size
-    if entry is None or not same_layout or tuple(entry["size"]) != fragment.boxes[0].size:
-        logger.warning("%s of %s starts afresh: the layout changed", fragment.kind, fragment.name)
+def _candidates(engine: Engine, storage: Storage) -> Iterator[str]:
+    """The tag in ``latest``, then all others from the newest on; rank 0's view counts."""
+    found = ""
+    if engine.job.rank == 0 and storage.size(index.LATEST) is not None:
+        try:
+            found = storage.get(index.LATEST, 4096).decode(errors="replace").strip() or "?"
+        except (CheckpointError, OSError) as error:
+            logger.warning("%s", error)
+            found = "?"
+    latest = text_of(engine, 0, found)
+    if not latest:
         return
-    fragment.write(stored.tensor(engine.job.rank, entry["key"]).reshape(-1))
+    yield latest
+    others = []
+    if engine.job.rank == 0:
+        others = [tag for tag in tags_by_age(storage) if tag != latest]
+    while (other := text_of(engine, 0, others.pop(0) if others else "")) != "":
+        yield other
 
 
-def _load_boxes(stored: _Stored, fragment: Fragment) -> bool:
-    """Fill a fragment from all stored boxes that overlap it; whether anything was stored."""
-    entries = stored.boxes.get((_source_kind(stored, fragment), fragment.name), [])
-    if not entries:
-        return False
-    local = fragment.read().clone()  # what is in no box (padding) stays as it is
-    found = 0
-    for rank, entry in entries:
-        if tuple(entry["global_shape"]) != fragment.global_shape:
+def tags_by_age(storage: Storage) -> list[str]:
+    """Tags of checkpoints with a readable manifest, the newest first."""
+    found = []
+    for tag in storage.names():
+        try:
+            if index.MANIFEST in storage.names(tag):
+                manifest = Stored(storage, tag).manifest
+                found.append((manifest["step"], manifest["saved_at"], tag))
+        except (CheckpointError, OSError) as error:
+            logger.warning("%s", error)
+    return [tag for *_, tag in sorted(found, reverse=True)]
+
+
+def _other_tags(storage: Storage, tag: str) -> str:
+    others = [other for other in tags_by_age(storage) if other != tag]
+    return f"; other checkpoints there: {', '.join(others[:5])}" if others else ""
+
+
+class _Attempt:
+    """Loading one checkpoint: plan, then tensors, then everything else."""
+
+    def __init__(self, engine: Engine, storage: Storage, tag: str, options: LoadOptions) -> None:
+        self.engine = engine
+        self.storage = storage
+        self.tag = tag
+        self.options = options
+        self.guarantee = Guarantee(same_layout=False)
+
+    def run(self, touched: set[tuple[str, str]]) -> str | None:
+        """Restore tensors; what is wrong, on every rank, if anything is. Collective.
+
+        Args:
+            touched: (kind, name) of what earlier attempts have overwritten; grows.
+        """
+        problem = self._together(self._open)
+        if problem is None:
+            (other,) = any_rank(self.engine, [not self._looks_the_same()])
+            self.guarantee = self._guarantee(not other)
+            self.unexpected = self._find_unexpected()
+            problem = self._together(self._plan)
+        if problem is None:
+            touched.update(self._keys())
+            problem = self._together(self._read)
+        if problem is None and (stale := sorted(touched - self._keys())):
+            problem = f"{self.stored.place} does not have {stale[0][1]}, which is damaged now"
+        return problem
+
+    def finish(self, problems: list[str]) -> tuple[str, dict[str, Any]]:
+        """Restore counters, schedules and all other state, and say what the resume is worth."""
+        engine, manifest = self.engine, self.stored.manifest
+        engine.states.fragments_written()
+        if not self.options.states:
+            engine.states.refresh()
+        try:
+            if not self.options.module_only:
+                self._load_progress(manifest["state"])
+                self._load_own()
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{fragment.name} ({fragment.kind}) has shape {list(fragment.global_shape)} in the "
-                f"model, but {entry['global_shape']} in checkpoint {stored.path}"
+                f"state in {self.stored.place} does not fit: {error!r}"
+            ) from error
+        if engine.job.rank == 0:
+            back = f"; it is not the latest, which is damaged: {problems[0]}" if problems else ""
+            logger.log(
+                logging.ERROR if problems else logging.INFO,
+                "loaded checkpoint %s, step %s; %s%s",
+                *(self.stored.place, manifest["step"], self.guarantee, back),
             )
-        for box in fragment.boxes:
-            found += _copy_overlap(stored, rank, entry, box, local)
-    if found < sum(box.numel for box in fragment.boxes):
+        return self.stored.place, manifest["client_state"]
+
+    # -- planning: nothing is changed --------------------------------------------------------------
+
+    def _together(self, action: Callable[[], None]) -> str | None:
+        problem = None
+        try:
+            action()
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+        return worst(self.engine, problem)
+
+    def _open(self) -> None:
+        """Read manifest, index, and what this rank, or else rank 0, saved for itself."""
+        job = self.engine.job
+        self.stored = Stored(self.storage, self.tag)
+        rank = job.rank if job.world_size == self.stored.world_size else 0
+        check_file(self.stored, rank)
+        self.own = self.stored.own(rank)
+        data = bytes(read_whole(self.storage, self.own["state"]).numpy())
+        self.own_state = index.parse(data, f"state of rank {rank} in {self.stored.place}")
+        self.fragments = [f for f in self.engine.states.fragments() if f.kind != "gradient"]
+
+    def _looks_the_same(self) -> bool:
+        layout = layout_of(self.engine)
+        same = all(self.stored.manifest[key] == value for key, value in layout.items())
+        return same and self.own_state["fragments"] == fragments_digest(self.fragments)
+
+    def _find_unexpected(self) -> list[str]:
+        """Stored parameters that no rank has. Collective."""
+        table = self.engine.job.parameters
+        known = {table.info(parameter).name for parameter in self.engine.module.parameters()}
+        stored = sorted(name for kind, name in self.stored.keys if kind == "parameter")
+        anywhere = any_rank(self.engine, [name in known for name in stored])
+        return [name for name, found in zip(stored, anywhere, strict=True) if not found]
+
+    def _guarantee(self, same: bool) -> Guarantee:
+        manifest, guarantee = self.stored.manifest, Guarantee(same)
+        guarantee.weaken(*manifest["guarantee"]["weaker"])
+        changed = changed_versions(manifest["versions"], versions(self.engine))
+        guarantee.weaken(*(changed if same else manifest["guarantee"]["weaker_reshaped"]))
+        return guarantee
+
+    def _plan(self) -> None:
+        stored = self.stored
+        self.work: list[tuple[Fragment, StoredTensor]] = []
+        missing: list[str] = []
+        for fragment in self.fragments:
+            if fragment.kind != "parameter" and not self.options.states:
+                continue
+            source = self._source(fragment)
+            if source is not None:
+                check_coverage(fragment, source, stored.place)
+                self._note_dtype(fragment, source)
+                self.work.append((fragment, source))
+            elif fragment.on_reshape != "reset":
+                missing.append(f"{fragment.name} ({fragment.kind})")
+        self._plan_buffers(missing)
+        excluded = set(stored.manifest["excluded"])
+        left_out = [m for m in missing if m.removesuffix(" (parameter)") in excluded]
+        if left_out:
+            self.guarantee.weaken(f"{len(left_out)} frozen parameters were excluded when saving")
+        self._refuse_missing([m for m in missing if m not in left_out])
+        self._refuse_unexpected()
+
+    def _source(self, fragment: Fragment) -> StoredTensor | None:
+        """The stored tensor that a fragment is filled from."""
+        if fragment.on_reshape == "reset":
+            own = self.own.get(f"{fragment.kind}/{fragment.name}")
+            fits = own is not None and own.shape == fragment.global_shape
+            if self.guarantee.same_layout and fits:
+                return own
+            self.guarantee.weaken(f"{fragment.kind} belongs to a rank and starts afresh")
+            return None
+        find, name = self.stored.find, fragment.name
+        found = find(fragment.kind, name)
+        if fragment.kind == "master":
+            return found or find("parameter", name)
+        if fragment.kind == "parameter" and found is not None and found.dtype != fragment.dtype:
+            return find("master", name) or found  # rounded once, from the most exact values
+        return found
+
+    def _note_dtype(self, fragment: Fragment, source: StoredTensor) -> None:
+        computed = fragment.kind == "parameter"  # its exact value is the master's
+        if source.dtype.itemsize > fragment.dtype.itemsize and not computed:
+            self.guarantee.weaken(
+                f"{fragment.kind} narrows from {source.dtype} to {fragment.dtype}"
+            )
+
+    def _plan_buffers(self, missing: list[str]) -> None:
+        self.buffers: list[tuple[torch.Tensor, StoredTensor]] = []
+        for name, buffer in persistent_buffers(self.engine.module).items():
+            own = self.own.get(f"buffer/{name}") if self.guarantee.same_layout else None
+            source = own or self.stored.find("buffer", name)
+            if source is None:
+                missing.append(f"{name} (buffer)")
+            elif source.shape != tuple(buffer.shape):
+                raise CheckpointError(
+                    f"{name} (buffer) has shape {list(buffer.shape)} in the model, but "
+                    f"{list(source.shape)} in checkpoint {self.stored.place}"
+                )
+            else:
+                self.buffers.append((buffer, source))
+
+    def _refuse_missing(self, missing: list[str]) -> None:
+        if not missing:
+            return
+        listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
+        if self.options.strict:
+            kinds = {kind for kind, _ in self.stored.keys}
+            only = "; it has parameters only, which load_module_only=True takes"
+            hint = only if kinds <= {"parameter", "buffer"} and self.options.states else ""
+            raise CheckpointError(f"checkpoint {self.stored.place} lacks {listed}{hint}")
+        self.guarantee.weaken(f"the checkpoint lacks {listed}, left as they are")
+
+    def _refuse_unexpected(self) -> None:
+        if self.options.strict and self.unexpected:
+            raise CheckpointError(
+                f"checkpoint {self.stored.place} has parameters that the module lacks: "
+                f"{', '.join(self.unexpected[:5])}"
+            )
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def _keys(self) -> set[tuple[str, str]]:
+        return {(fragment.kind, fragment.name) for fragment, _ in self.work}
+
+    def _read(self) -> None:
+        if self.engine.optimizer is not None:
+            self.engine.states.discard_gradients()
+        self._check_headers()
+        restore(self.storage, self.work)
+        with torch.no_grad():
+            for buffer, source in self.buffers:
+                buffer.copy_(read_whole(self.storage, source))
+        self.plugin_tensors = {
+            key: read_whole(self.storage, source) for key, source in self._plugin_sources()
+        }
+
+    def _check_headers(self) -> None:
+        """Each rank checks some files, so that all are checked, though few may be needed."""
+        job, stored = self.engine.job, self.stored
+        for rank in range(job.rank, stored.world_size, job.world_size):
+            check_file(stored, rank)
+
+    def _plugin_sources(self) -> Iterator[tuple[str, StoredTensor]]:
+        first = self.stored.own(0)
+        for key in self.stored.manifest["state"]["plugin_tensors"]:
+            yield key, first[f"plugin/{key}"]
+        for key, source in self.own.items() if self.guarantee.same_layout else ():
+            if key.startswith("plugin/"):
+                yield key.removeprefix("plugin/"), source
+
+    # -- everything else ---------------------------------------------------------------------------
+
+    def _load_progress(self, state: Mapping[str, Any]) -> None:
+        engine = self.engine
+        engine.progress.load_state_dict(state["progress"])
+        if engine.job.plan.batch is not None:  # a window begins
+            engine.progress.micro_steps -= (
+                engine.progress.micro_steps % engine.gradient_accumulation_steps()
+            )
+        engine.loss_scaler.load_state_dict(state["loss_scaler"])
+        if self.options.schedule and engine.optimizer is not None:
+            self._load_groups(state["groups"])
+            if engine.lr_scheduler is not None and state["scheduler"] is not None:
+                engine.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _load_groups(self, saved: list[Mapping[str, Any]]) -> None:
+        """Hyper-parameters follow their parameters, also into groups that are cut otherwise."""
+        assert self.engine.optimizer is not None
+        table = self.engine.job.parameters
+        by_name = {name: group["hyper"] for group in saved for name in group["parameters"]}
+        for number, group in enumerate(self.engine.optimizer.param_groups):
+            names = [table.info(parameter).name for parameter in group["params"]]
+            found = [by_name[name] for name in names if name in by_name]
+            for key in found[0] if found else ():
+                if all(hyper.get(key) == found[0][key] for hyper in found):
+                    group[key] = tupled(group.get(key), found[0][key])
+                else:
+                    self.guarantee.weaken(
+                        f"parameters of group {number} had different values of {key}, so it stays "
+                        f"{group.get(key)}"
+                    )
+
+    def _load_own(self) -> None:
+        engine, own = self.engine, self.own_state
+        same = self.guarantee.same_layout
+        if same:
+            load_random_state(engine.job, own["random"])
+        loader = engine.training_dataloader
+        if own["loader"] is not None and hasattr(loader, "load_state_dict"):
+            assert loader is not None
+            loader.load_state_dict(own["loader"])
+        data = dict(self.stored.manifest["state"]["plugins"])
+        if same:
+            data.update(own["plugins"])
+        engine.job.hub.load_state(engine, StateReader(data, self.plugin_tensors))
+
+
+def check_file(stored: Stored, rank: int) -> None:
+    """Check length and header of a rank's file.
+
+    Raises:
+        CheckpointError: missing, cut off, longer than it was, or another header.
+    """
+    file, (length, expected) = stored.file(rank), stored.header(rank)
+    size = stored.storage.size(file.path)
+    if size is None:
+        raise CheckpointError(f"checkpoint file {file.place} is missing")
+    if size != file.nbytes:
         raise CheckpointError(
-            f"checkpoint {stored.path} holds only a part of {fragment.name} ({fragment.kind})"
+            f"checkpoint file {file.place} is damaged: it has {size:,} bytes, and {file.nbytes:,} "
+            "were written"
         )
-    fragment.write(local)
-    return True
-
-
-def _source_kind(stored: _Stored, fragment: Fragment) -> str:
-    """Prefer the stored master for a parameter that is its own master now, and the reverse."""
-    name = fragment.name
-    if fragment.kind == "parameter" and fragment.dtype == torch.float32:
-        return "master" if ("master", name) in stored.boxes else "parameter"
-    if fragment.kind == "master" and ("master", name) not in stored.boxes:
-        return "parameter"
-    return fragment.kind
-
-
-def _copy_overlap(
-    stored: _Stored, rank: int, entry: dict[str, Any], box: Box, local: torch.Tensor
-) -> int:
-    """Copy the intersection of a stored box and a local one; how many elements it has."""
-    mine, theirs = [], []
-    for start, size, offset, extent in zip(
-        box.global_offset, box.size, entry["offset"], entry["size"], strict=True
-    ):
-        low, high = max(start, offset), min(start + size, offset + extent)
-        if low >= high:
-            return 0
-        mine.append(slice(low - start, high - start))
-        theirs.append(slice(low - offset, high - offset))
-    target = local.narrow(0, box.local_offset, box.numel).view(box.size)
-    part = target[tuple(mine)]
-    part.copy_(stored.tensor(rank, entry["key"])[tuple(theirs)])
-    return part.numel()
-
-
-def _load_progress(engine: Engine, stored: _Stored, *, schedule: bool) -> None:
-    manifest = stored.manifest
-    engine.progress.load_state_dict(manifest["progress"])
-    engine.loss_scaler.load_state_dict(manifest["loss_scaler"])
-    if schedule and engine.optimizer is not None:
-        for group, saved in zip(engine.optimizer.param_groups, manifest["groups"], strict=False):
-            group.update({key: _tupled(group.get(key), value) for key, value in saved.items()})
-        if engine.lr_scheduler is not None and manifest["scheduler"] is not None:
-            engine.lr_scheduler.load_state_dict(manifest["scheduler"])
-    rank = engine.job.rank if stored.world_size == engine.job.world_size else 0
-    index = stored.ranks[rank]
-    if stored.world_size == engine.job.world_size:
-        engine.job.random.load_state_dict(index["random"])
-        torch.set_rng_state(stored.tensor(rank, "rng/torch"))
-    else:
-        logger.warning(
-            "saved on %d ranks, loaded on %d: random streams start afresh",
-            stored.world_size,
-            engine.job.world_size,
-        )
-    if engine.training_dataloader is not None and index["loader"] is not None:
-        engine.training_dataloader.load_state_dict(index["loader"])
-    tensors = {key: stored.tensor(rank, f"state/{key}") for key in index["state_tensors"]}
-    engine.job.hub.load_state(engine, StateReader(index["state"], tensors))
-
-
-def _tupled(current: Any, saved: Any) -> Any:
-    """JSON turns tuples (betas) into lists."""
-    return tuple(saved) if isinstance(current, tuple) and isinstance(saved, list) else saved
+    header = bytearray(length)
+    stored.storage.read(file.path, 0, memoryview(header))
+    if checksums(header) != expected:
+        raise CheckpointError(f"checkpoint file {file.place} is damaged: its header was changed")

@@ -1,25 +1,41 @@
-"""Writing a checkpoint aside and giving it its name when every rank is done."""
+"""Collecting all that a run needs to go on, and writing it whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
 import os
-import shutil
-from collections import Counter
-from pathlib import Path
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from drivetrain import __version__
-from drivetrain.checkpoint import files
-from drivetrain.checkpoint.state import StateWriter, plain
-from drivetrain.communicator import Op, Purpose, Tag
-from drivetrain.errors import CheckpointError
+from drivetrain.builtin.batch import ManagedAccumulation
+from drivetrain.builtin.checkpoints import CheckpointSection
+from drivetrain.checkpoint import index
+from drivetrain.checkpoint.agreement import same_everywhere, text_of, worst
+from drivetrain.checkpoint.commit import PendingSave, Retention, SavedBox
+from drivetrain.checkpoint.guarantee import fragments_digest, layout_of, promise
+from drivetrain.checkpoint.random_state import random_state
+from drivetrain.checkpoint.state import (
+    StateWriter,
+    is_plain,
+    persistent_buffers,
+    plain,
+    plugin_state,
+)
+from drivetrain.checkpoint.storage import Storage, open_storage
+from drivetrain.checkpoint.tensor_file import NAMES, TensorEntry, as_buffer, checksums, raw_bytes
+from drivetrain.errors import CheckpointError, DrivetrainError
 
 if TYPE_CHECKING:
     from drivetrain.engine import Engine
+    from drivetrain.fragment import Box, Fragment
 
 logger = logging.getLogger("drivetrain.checkpoint")
 
@@ -37,7 +53,7 @@ def save(
 
     Args:
         engine: what to save.
-        save_dir: directory of all checkpoints of a run; shared by all ranks.
+        save_dir: folder of all checkpoints of a run, seen by all ranks; or a URL.
         tag: name of this one; ``global_step<N>`` by default.
         client_state: the caller's own plain data, returned by ``load``.
         save_latest: make this the checkpoint that ``load`` takes by default.
@@ -47,154 +63,277 @@ def save(
         The path of the checkpoint.
 
     Raises:
-        CheckpointError: on every rank, when any rank cannot write, the tags differ, or
-            ``client_state`` is not plain data. Nothing that existed before is touched.
+        CheckpointError: on every rank, when any rank cannot write, a plugin's state would be lost,
+            or ``client_state`` is not plain data. Nothing that existed before is touched.
     """
-    root = Path(save_dir)
-    tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
-    aside, final = root / f".{tag}.saving", root / tag
-    problem = _refuse_tag(tag, save_dir)
-    _agree_on_tag(engine, tag)
+    tag, save_id = _agree_on_names(engine, tag)
+    pending: PendingSave | None = None
+    storage = open_storage(save_dir)
+    problem = None
     try:
-        if problem is None:
-            manifest = _manifest(engine, client_state)
-            if engine.job.rank == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir(parents=True)
-    except (CheckpointError, OSError) as error:
+        if not os.fspath(save_dir):
+            raise CheckpointError("save_dir is empty")
+        if not index.is_plain_name(tag):
+            raise CheckpointError(f"tag {tag!r} is not a plain directory name")
+        contents = _Contents(engine, exclude_frozen_parameters)
+        contents.collect(client_state)
+    except DrivetrainError as error:
         problem = str(error)
-    _agree(engine, problem, final)
-    try:
-        _write_rank(engine, aside, exclude_frozen_parameters)
-    except (CheckpointError, OSError) as error:
-        problem = str(error)
-    _agree(engine, problem, final, aside)
-    try:
-        if engine.job.rank == 0:
-            files.write_json(aside / files.MANIFEST, manifest)
-            _give_name(aside, final)
-            if save_latest:
-                files.replace_atomically(root / files.LATEST, tag)
-    except OSError as error:
-        problem = str(error)
-    _agree(engine, problem, final, aside)
+    raise_together(engine, problem, storage.where(tag))
+    contents.compare_buffers()
+    pending = contents.pending(storage, tag, save_id)
+    pending.save_latest = save_latest
+    engine.job.hub.carry_out_save(engine, pending)
+    return pending.place
+
+
+def write_and_commit(engine: Engine, pending: PendingSave) -> None:
+    """Carry out a save now. Collective.
+
+    Raises:
+        CheckpointError: on every rank, when it failed on any. What was written is removed.
+    """
+    with engine.job.span("checkpoint"):
+        _attempt(engine, pending, pending.write)
+        _attempt(engine, pending, pending.commit if engine.job.rank == 0 else None)
     if engine.job.rank == 0:
-        logger.info("saved checkpoint %s", final)
-    return str(final)
+        announce(pending)
 
 
-def _refuse_tag(tag: str, save_dir: str | os.PathLike[str]) -> str | None:
-    if not os.fspath(save_dir):
-        return "save_dir is empty"
-    if tag in ("", ".", "..") or Path(tag).name != tag:
-        return f"tag {tag!r} is not a plain directory name"
-    return None
+def announce(pending: PendingSave) -> None:
+    """Log that a save is complete, and what it promises."""
+    logger.info("saved checkpoint %s; %s", pending.place, pending.manifest["guarantee"]["promise"])
 
 
-def _agree_on_tag(engine: Engine, tag: str) -> None:
-    """All ranks must save under one name; a rank of its own would leave a torn checkpoint."""
-    digest = int.from_bytes(hashlib.sha256(tag.encode()).digest()[:4], "big")
-    bounds = torch.tensor([digest, -digest], dtype=torch.int64, device=engine.device)
-    tag_of = Tag(Purpose.CONTROL, site="checkpoint tag")
-    engine.job.communicator.all_reduce(bounds, "world", tag_of, op=Op.MAX)
-    if int(bounds[0]) != -int(bounds[1]):
-        raise CheckpointError(f"the ranks save under different tags; this rank's is {tag!r}")
+def raise_together(engine: Engine, problem: str | None, place: str) -> None:
+    """Raise on every rank when any rank has a problem. Collective."""
+    found = worst(engine, problem)
+    if found is not None:
+        raise CheckpointError(f"checkpoint {place} was not saved: {found}")
 
 
-def _agree(engine: Engine, problem: str | None, final: Path, aside: Path | None = None) -> None:
-    """Raise on every rank when any rank has a problem."""
-    rank = engine.job.rank if problem is not None else -1
-    worst = torch.tensor([rank], dtype=torch.int64, device=engine.device)
-    tag = Tag(Purpose.CONTROL, site="checkpoint agreement")
-    engine.job.communicator.all_reduce(worst, "world", tag, op=Op.MAX)
-    if int(worst) < 0:
-        return
-    if engine.job.rank == 0 and aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
-    reason = problem if problem is not None else f"rank {int(worst)} failed; see its message"
-    raise CheckpointError(f"checkpoint {final} was not saved: {reason}")
+def _attempt(engine: Engine, pending: PendingSave, action: Any | None) -> None:
+    problem = None
+    try:
+        if action is not None:
+            action()
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    try:
+        raise_together(engine, problem, pending.place)
+    except CheckpointError:
+        if engine.job.rank == 0:
+            with suppress(OSError):  # the storage that failed may fail again
+                pending.discard()
+        raise
 
 
-def _manifest(engine: Engine, client_state: dict[str, Any] | None) -> dict[str, Any]:
-    scheduler = engine.lr_scheduler
-    groups = engine.optimizer.param_groups if engine.optimizer is not None else []
-    return {
-        "format": files.FORMAT,
-        "version": __version__,
-        "world_size": engine.job.world_size,
-        "progress": engine.progress.state_dict(),
-        "loss_scaler": engine.loss_scaler.state_dict(),
-        "scheduler": plain(scheduler.state_dict(), "scheduler state") if scheduler else None,
-        "groups": [
-            {key: value for key, value in group.items() if key != "params" and _is_plain(value)}
-            for group in groups
-        ],
-        "client_state": plain(client_state or {}, "client_state"),
-    }
+def _agree_on_names(engine: Engine, tag: str | None) -> tuple[str, str]:
+    """Tag and id of a save: rank 0's, once it is clear whether the ranks differ."""
+    own = f"global_step{engine.global_steps}" if tag is None else str(tag)
+    policy = engine.job.plan.section(CheckpointSection).tag_validation
+    if policy != "Ignore" and not same_everywhere(engine, own)[0]:
+        problem = f"the ranks save under different tags; this rank's is {own!r}"
+        if policy == "Fail":
+            raise CheckpointError(f"{problem}; give all ranks the same one")
+        logger.warning("%s; rank 0's is used", problem)
+    save_id, _, agreed = text_of(engine, 0, f"{secrets.token_hex(4)} {own}").partition(" ")
+    return agreed, save_id
 
 
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str, list, tuple))
+@dataclass
+class _Contents:
+    """What one rank has to save."""
 
+    engine: Engine
+    exclude_frozen: bool
+    boxes: list[SavedBox] = field(default_factory=list)
+    empty: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    excluded: list[str] = field(default_factory=list)
+    weaker: list[str] = field(default_factory=list)
+    weaker_reshaped: list[str] = field(default_factory=list)
 
-def _write_rank(engine: Engine, aside: Path, exclude_frozen: bool) -> None:
-    tensors: dict[str, torch.Tensor] = {}
-    index: list[dict[str, Any]] = []
-    numbers: Counter[str] = Counter()  # a home may answer with several fragments of one state
-    frozen = {
-        engine.job.parameters.info(p).name
-        for p in engine.module.parameters()
-        if exclude_frozen and not p.requires_grad
-    }
-    for fragment in engine.states.fragments():
-        if not fragment.owner or fragment.kind == "gradient" or fragment.name in frozen:
-            continue
-        flat = fragment.read()
-        state = f"{fragment.kind}/{fragment.name}"
-        for box in fragment.boxes:
-            key = f"{state}/{numbers[state]}"
-            numbers[state] += 1
-            tensors[key] = box.of_storage(flat).detach().cpu().clone()
-            index.append(
-                {
-                    "key": key,
-                    "kind": fragment.kind,
-                    "name": fragment.name,
-                    "global_shape": fragment.global_shape,
-                    "offset": box.global_offset,
-                    "size": box.size,
-                    "rank_state": fragment.on_reshape == "reset",
-                }
+    def collect(self, client_state: dict[str, Any] | None) -> None:
+        """Everything but buffers; no communication."""
+        engine = self.engine
+        engine.states.flush()
+        fragments = [f for f in engine.states.fragments() if f.kind != "gradient"]
+        self._fragments(fragments)
+        writer = plugin_state(engine.job.hub, engine)
+        self._plugin_tensors(writer)
+        self.own = {
+            "random": random_state(engine.job),
+            "loader": self._loader(),
+            "plugins": writer.data[True],
+            "fragments": fragments_digest(fragments),
+        }
+        self.manifest = {
+            "format": index.FORMAT,
+            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(engine),
+            **layout_of(engine),
+            "step": engine.global_steps,
+            "state": self._state(writer),
+            "client_state": plain(client_state or {}, "client_state"),
+            "excluded": self.excluded,
+        }
+
+    def compare_buffers(self) -> None:
+        """Buffers once; also each rank's own where they differ. Collective."""
+        engine = self.engine
+        buffers = persistent_buffers(engine.module)
+        first = engine.job.mesh.coordinate(("dp", "sp", "tp")) == 0
+        equal = dict.fromkeys(buffers, engine.job.world_size == 1)
+        if buffers and engine.job.mesh.size("pp") == 1:  # else they are not the same buffers
+            digests = [checksums(as_buffer(raw_bytes(b))) for b in buffers.values()]
+            equal = dict(zip(buffers, same_everywhere(engine, *digests), strict=True))
+        for name, buffer in buffers.items():
+            if first:
+                self._box(f"buffer/{name}", buffer, whole=True)
+            if not equal[name]:
+                self._box(f"buffer/{name}", buffer)
+        different = sum(not same for same in equal.values())
+        if different:
+            self.weaker_reshaped.append(
+                f"{different} buffers differ between ranks (such as batch statistics), of which "
+                "rank 0's are taken"
             )
-    writer = StateWriter()
-    engine.job.hub.save_state(engine, writer)
-    tensors.update({f"state/{key}": t.detach().cpu().clone() for key, t in writer.tensors.items()})
-    tensors["rng/torch"] = torch.get_rng_state()
-    for name, buffer in engine.module.named_buffers():  # batch statistics differ between ranks
-        tensors[f"buffer/{name}"] = buffer.detach().cpu().clone()
-    rank = engine.job.rank
-    digest = files.write_tensors(aside / files.rank_file(rank, "safetensors"), tensors)
-    loader = engine.training_dataloader
-    files.write_json(
-        aside / files.rank_file(rank, "json"),
-        {
-            "sha256": digest,
-            "tensors": index,
-            "state": writer.data,
-            "state_tensors": list(writer.tensors),
-            "random": engine.job.random.state_dict(),
-            "loader": loader.state_dict() if loader is not None else None,
-        },
-    )
+
+    def pending(self, storage: Storage, tag: str, save_id: str) -> PendingSave:
+        """The save, ready to be carried out."""
+        section = self.engine.job.plan.section(CheckpointSection)
+        data = torch.frombuffer(bytearray(json.dumps(self.own).encode()), dtype=torch.uint8)
+        self._box("state", data)
+        self.manifest["guarantee"] = {
+            "weaker": self.weaker,
+            "weaker_reshaped": self.weaker_reshaped,
+            "promise": promise(self.weaker, self.weaker_reshaped),
+        }
+        return PendingSave(
+            storage=storage,
+            tag=tag,
+            id=save_id,
+            rank=self.engine.job.rank,
+            world_size=self.engine.job.world_size,
+            # larger elements first, so that all are aligned in the file
+            boxes=sorted(self.boxes, key=lambda box: -box.entry.dtype.itemsize),
+            empty=self.empty,
+            manifest=self.manifest,
+            retention=Retention(section.keep_last, section.keep_every),
+        )
+
+    def _fragments(self, fragments: list[Fragment]) -> None:
+        engine, read = self.engine, _LastFragment()
+        frozen = {
+            engine.job.parameters.info(parameter).name
+            for parameter in engine.module.parameters()
+            if self.exclude_frozen and not parameter.requires_grad
+        }
+        self.excluded = sorted(frozen)
+        reset: dict[str, None] = {}
+        for fragment in fragments:
+            name, key = fragment.name, f"{fragment.kind}/{fragment.name}"
+            if name in frozen or not fragment.owner:
+                continue
+            if fragment.dtype not in NAMES:
+                raise CheckpointError(f"{key} has dtype {fragment.dtype}, which no file can hold")
+            if 0 in fragment.global_shape:
+                self.empty[key] = (fragment.dtype, fragment.global_shape)
+            if fragment.on_reshape == "reset":
+                reset[f"{fragment.kind} belongs to a rank and starts afresh"] = None
+            for box in fragment.boxes:
+                self._fragment_box(fragment, key, box, read)
+        self.weaker_reshaped += reset
+
+    def _fragment_box(self, fragment: Fragment, key: str, box: Box, read: _LastFragment) -> None:
+        own = fragment.on_reshape == "reset"
+        place = ",".join(map(str, box.global_offset))
+        entry = TensorEntry(
+            f"rank/{key}" if own else f"{key}@{place}",
+            fragment.dtype,
+            box.size,
+            lambda: box.of_storage(read(fragment)),
+        )
+        whole = None if own else fragment.global_shape
+        self.boxes.append(SavedBox(entry, key, whole, () if own else box.global_offset))
+
+    def _box(self, key: str, tensor: torch.Tensor, *, whole: bool = False) -> None:
+        shape = tuple(tensor.shape)
+        file_key = f"{key}@{','.join('0' * len(shape))}" if whole else f"rank/{key}"
+        entry = TensorEntry(file_key, tensor.dtype, shape, lambda: tensor)
+        self.boxes.append(SavedBox(entry, key, shape if whole else None, (0,) * len(shape)))
+
+    def _plugin_tensors(self, writer: StateWriter) -> None:
+        for key, tensor in writer.tensors[True].items():
+            self._box(f"plugin/{key}", tensor)
+        for key, tensor in writer.tensors[False].items() if self.engine.job.rank == 0 else ():
+            self._box(f"plugin/{key}", tensor)
+        for key in (*writer.data[True], *writer.tensors[True]):
+            self.weaker_reshaped.append(f"{key} belongs to a rank and starts afresh")
+
+    def _loader(self) -> Any:
+        loader = self.engine.training_dataloader
+        if loader is None:
+            return None
+        if not hasattr(loader, "state_dict"):
+            kind = type(loader).__name__
+            self.weaker.append(f"the data start anew, since {kind} has no state_dict")
+            return None
+        return plain(loader.state_dict(), "state of the data loader")
+
+    def _state(self, writer: StateWriter) -> dict[str, Any]:
+        engine, scheduler = self.engine, self.engine.lr_scheduler
+        unfinished = unfinished_micro_batches(engine)
+        if unfinished:
+            self.weaker.append(
+                f"the gradients of {unfinished} micro-batches of an unfinished step are not saved"
+            )
+        self.weaker_reshaped.append("random streams start afresh")
+        return {
+            "progress": engine.progress.state_dict(),
+            "unfinished_micro_batches": unfinished,
+            "loss_scaler": engine.loss_scaler.state_dict(),
+            "scheduler": plain(scheduler.state_dict(), "scheduler state") if scheduler else None,
+            "groups": list(self._groups()),
+            "plugins": writer.data[False],
+            "plugin_tensors": sorted(writer.tensors[False]),
+        }
+
+    def _groups(self) -> Iterator[Mapping[str, Any]]:
+        """Hyper-parameters, with the names of the parameters that they belong to."""
+        engine = self.engine
+        for number, group in enumerate(engine.optimizer.param_groups if engine.optimizer else ()):
+            names = [engine.job.parameters.info(parameter).name for parameter in group["params"]]
+            values = {key: value for key, value in group.items() if key != "params"}
+            for key in [key for key, value in values.items() if not is_plain(value)]:
+                kind = type(values.pop(key)).__name__
+                self.weaker.append(f"{key} of group {number} is a {kind}, which is not saved")
+            yield {"parameters": names, "hyper": values}
 
 
-def _give_name(aside: Path, final: Path) -> None:
-    """Rename; an older checkpoint of that name stays until the new one has it."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    files.sync_directory(aside)
-    if final.exists():
-        final.rename(old)
-    aside.rename(final)
-    files.sync_directory(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+class _LastFragment:
+    """Reads a fragment once, though its boxes are written one by one."""
+
+    def __init__(self) -> None:
+        self._fragment: Fragment | None = None
+        self._flat = torch.empty(0)
+
+    def __call__(self, fragment: Fragment) -> torch.Tensor:
+        if self._fragment is not fragment:
+            self._fragment, self._flat = fragment, fragment.read()
+        return self._flat
+
+
+def versions(engine: Engine) -> dict[str, str]:
+    """What may change the bits that a step computes."""
+    return {"drivetrain": __version__, "torch": torch.__version__, "device": engine.device.type}
+
+
+def unfinished_micro_batches(engine: Engine) -> int:
+    """Micro-batches since the last boundary, as far as the engine counts them."""
+    plan = engine.job.plan
+    if plan.batch is None or not plan.section(ManagedAccumulation).root:
+        return 0
+    return engine.micro_steps % engine.gradient_accumulation_steps()

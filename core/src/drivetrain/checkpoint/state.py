@@ -1,39 +1,52 @@
-"""How plugins write and read their own extra state."""
+"""State beside tensors of parameters: who registers it, and that nobody forgets to."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from drivetrain.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from drivetrain.hub import Hub
 
 
 class StateWriter:
     """Collects plain data (for JSON) and tensors under the name of whoever writes them."""
 
     def __init__(self) -> None:
-        self.data: dict[str, Any] = {}
-        self.tensors: dict[str, torch.Tensor] = {}
+        self.data: dict[bool, dict[str, Any]] = {False: {}, True: {}}
+        self.tensors: dict[bool, dict[str, torch.Tensor]] = {False: {}, True: {}}
 
-    def put(self, key: str, value: Any) -> None:
-        """Store ``value`` under ``key``, by convention ``"plugin/what"``; taken twice is an error.
+    def put(self, key: str, value: Any, *, per_rank: bool = False) -> None:
+        """Store ``value`` under ``key``: the plugin's name, a slash, and what it is.
 
         Args:
             key: name under which :class:`StateReader` finds it again.
             value: a tensor, or plain data: numbers, strings, booleans, None, lists, dicts.
+            per_rank: whether it differs between ranks. Such state comes back only in the layout
+                that it was saved in; otherwise rank 0's value comes back everywhere.
 
         Raises:
             CheckpointError: not plain data, or the key is taken.
         """
-        if key in self.data or key in self.tensors:
+        if key in self.keys:
             raise CheckpointError(f"two plugins write checkpoint state under {key!r}")
         if isinstance(value, torch.Tensor):
-            self.tensors[key] = value
+            self.tensors[per_rank][key] = value
         else:
-            self.data[key] = plain(value, key)
+            self.data[per_rank][key] = plain(value, key)
+
+    @property
+    def keys(self) -> set[str]:
+        """All keys in use."""
+        return {
+            key for stores in (self.data, self.tensors) for part in stores.values() for key in part
+        }
 
 
 class StateReader:
@@ -50,8 +63,45 @@ class StateReader:
         return self._data.get(key, default)
 
 
+def plugin_state(hub: Hub, engine: Any) -> StateWriter:
+    """The state of all plugins.
+
+    Raises:
+        CheckpointError: a plugin has state that would be lost.
+    """
+    writer = StateWriter()
+    hub.save_state(engine, writer)
+    saves, loads = (
+        {impl.plugin_name for impl in hub.implementations(hook)}
+        for hook in ("save_state", "load_state")
+    )
+    owners = {key.partition("/")[0] for key in writer.keys}
+    for name, plugin in hub.plugins.items():
+        flaw = None
+        if name in saves and name not in owners:
+            flaw = f"its save_state stored nothing under {name + '/'!r}"
+        elif name in saves ^ loads:
+            flaw = "it implements one of save_state and load_state without the other"
+        elif hasattr(plugin, "state_dict") and name not in saves:
+            flaw = "it has a state_dict, but no hook save_state that stores it"
+        if flaw is not None:
+            raise CheckpointError(f"state of {hub.label(name)} would be lost: {flaw}")
+    return writer
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> buffer of all that belong to the module's ``state_dict``."""
+    own = (
+        (prefix, name, module._non_persistent_buffers_set)
+        for prefix, module in module.named_modules(remove_duplicate=False)
+        for name in module._buffers
+    )
+    passing = {".".join(filter(None, (prefix, n))) for prefix, n, passing in own if n in passing}
+    return {name: buffer for name, buffer in module.named_buffers() if name not in passing}
+
+
 def plain(value: Any, what: str) -> Any:
-    """``value`` if it survives JSON unchanged.
+    """``value`` if it survives JSON unchanged, with lists for tuples.
 
     Raises:
         CheckpointError: it does not; names the first part at fault.
@@ -63,6 +113,16 @@ def plain(value: Any, what: str) -> Any:
             "string keys); convert it before saving, e.g. vars(args), tensor.tolist(), str(path)"
         )
     return json.loads(json.dumps(value))
+
+
+def is_plain(value: Any) -> bool:
+    """Whether :func:`plain` takes ``value``."""
+    return _first_fault(value, "") is None
+
+
+def tupled(current: Any, saved: Any) -> Any:
+    """``saved`` as a tuple where ``current`` is one; JSON turns tuples (betas) into lists."""
+    return tuple(saved) if isinstance(current, tuple) and isinstance(saved, list) else saved
 
 
 def _first_fault(value: Any, path: str) -> str | None:

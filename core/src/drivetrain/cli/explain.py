@@ -29,7 +29,7 @@ PHASES = {
     "forward": ("prepare_inputs",),
     "backward": ("backward",),
     "step": ("optimizer_step", "step_end"),
-    "checkpoint": ("save_state", "load_state"),
+    "checkpoint": ("save_state", "carry_out_save", "load_state"),
     "report": ("report_rows",),
 }
 """The way of a job: moment -> hooks that run in it, in order."""

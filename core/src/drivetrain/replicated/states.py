@@ -245,8 +245,7 @@ class ReplicatedStates(ModelStates):
 
     def rebuild(self) -> None:
         self.discard_gradients()
-        for bucket in self._buckets:
-            bucket.home.flush()
+        self.flush()
         kept = _whole_states(f for b in self._buckets for f in b.home.fragments())
         steps = {s.name: b.home.step for b in self._buckets for s in b.planned.spec.segments}
         self._reducer.close()
@@ -256,6 +255,10 @@ class ReplicatedStates(ModelStates):
                 whole = kept.get((fragment.name, fragment.kind))
                 if whole is not None and fragment.boxes:
                     fragment.write(torch.cat([box.of(whole).reshape(-1) for box in fragment.boxes]))
+
+    def flush(self) -> None:
+        for bucket in self._buckets:
+            bucket.home.flush()
 
     def fragments(self) -> Sequence[Fragment]:
         found: list[Fragment] = []

@@ -1,0 +1,221 @@
+"""Where checkpoints lie: a handful of file operations, on a file system or beyond.
+
+All that :class:`LocalStorage` does to a disk goes through functions of the module ``os``, so that
+tests can end a process before, or in the middle of, each of them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from drivetrain.errors import CheckpointError
+from drivetrain.registry import Registry
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+class Sink(ABC):
+    """A file that is being written, from begin to end."""
+
+    @abstractmethod
+    def write(self, data: Buffer) -> None:
+        """Append ``data``."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Return once everything written is durable; called once, not after an error."""
+
+
+class Storage(ABC):
+    """Files by path below a root; paths have forward slashes.
+
+    Reads may come from several threads at once. Every method raises ``OSError`` when the storage
+    fails, and :class:`CheckpointError` when a file to be read is missing or too short.
+
+    Args:
+        root: what the client calls the place.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def where(self, path: str) -> str:
+        """``path`` as messages name it."""
+        return f"{self.root.rstrip('/')}/{path}"
+
+    @abstractmethod
+    def create(self, path: str) -> Sink:
+        """Begin a new file, and its folder if need be; may be incomplete until it is closed."""
+
+    @abstractmethod
+    def put(self, path: str, data: bytes) -> None:
+        """Give a file new contents in one durable step: readers see the old or the new ones."""
+
+    @abstractmethod
+    def size(self, path: str) -> int | None:
+        """Bytes of a file; ``None`` when there is none."""
+
+    @abstractmethod
+    def read(self, path: str, offset: int, into: Buffer) -> None:
+        """Fill ``into`` with the bytes from ``offset`` on."""
+
+    @abstractmethod
+    def names(self, folder: str = "") -> list[str]:
+        """Files and folders directly in ``folder``, sorted; none when it does not exist."""
+
+    @abstractmethod
+    def remove(self, path: str) -> None:
+        """Remove a file or an empty folder; missing is fine, a folder with files stays."""
+
+    def close(self) -> None:  # noqa: B027 - most need nothing
+        """Let go of open files."""
+
+    def get(self, path: str, limit: int) -> bytes:
+        """The contents of a file of at most ``limit`` bytes.
+
+        Raises:
+            CheckpointError: missing, or larger.
+        """
+        size = self.size(path)
+        if size is None:
+            raise CheckpointError(f"checkpoint file {self.where(path)} is missing")
+        if size > limit:
+            raise CheckpointError(
+                f"checkpoint file {self.where(path)} is damaged: it has {size:,} bytes, and no "
+                f"such file has more than {limit:,}"
+            )
+        data = bytearray(size)
+        self.read(path, 0, data)
+        return bytes(data)
+
+
+def open_storage(root: str | os.PathLike[str]) -> Storage:
+    """The storage for a path, or for a URL whose scheme an installed package serves.
+
+    Raises:
+        CheckpointError: nobody serves the scheme.
+    """
+    place = os.fspath(root)
+    scheme, separator, _ = place.partition("://")
+    if not separator:
+        return LocalStorage(place)
+    registry = Registry.installed()
+    if registry.find("storages", scheme) is None:
+        raise CheckpointError(
+            f"no installed package stores checkpoints at {scheme}:// URLs, so {place} cannot be "
+            "opened: pip install drivetrain-checkpoint-tools serves what fsspec does"
+        )
+    storage: Storage = registry.load("storages", scheme)(place)
+    return storage
+
+
+class LocalStorage(Storage):
+    """A folder that all ranks see."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def create(self, path: str) -> Sink:
+        return _LocalSink(self._path(path))
+
+    def put(self, path: str, data: bytes) -> None:
+        target = self._path(path)
+        aside = f"{target}.new"
+        sink = _LocalSink(aside)
+        sink.write(data)
+        sink.close()
+        os.replace(aside, target)
+        _sync_folder(os.path.dirname(target))
+
+    def size(self, path: str) -> int | None:
+        try:
+            return os.stat(self._path(path)).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read(self, path: str, offset: int, into: Buffer) -> None:
+        file, rest = self._open(path), memoryview(into)
+        end = offset + len(rest)
+        while rest:
+            count = os.preadv(file, [rest], end - len(rest))
+            if not count:
+                raise CheckpointError(
+                    f"checkpoint file {self.where(path)} is damaged: it ends at byte "
+                    f"{end - len(rest):,}, but {end:,} are needed"
+                )
+            rest = rest[count:]
+
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            return sorted(os.listdir(self._path(folder)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def remove(self, path: str) -> None:
+        target = self._path(path)
+        if not os.path.isdir(target):
+            if os.path.lexists(target):
+                os.unlink(target)
+        elif not os.listdir(target):
+            os.rmdir(target)
+
+    def close(self) -> None:
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])
+
+    def _path(self, path: str) -> str:
+        return os.path.join(self.root, path) if path else self.root
+
+    def _open(self, path: str) -> int:
+        with self._lock:
+            if path not in self._files:
+                try:
+                    self._files[path] = os.open(self._path(path), os.O_RDONLY)
+                except FileNotFoundError:
+                    raise CheckpointError(
+                        f"checkpoint file {self.where(path)} is missing"
+                    ) from None
+            return self._files[path]
+
+
+class _LocalSink(Sink):
+    def __init__(self, path: str) -> None:
+        self._path = path
+        _make_folder(os.path.dirname(os.path.abspath(path)))
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def write(self, data: Buffer) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._file, rest) :]
+
+    def close(self) -> None:
+        os.fsync(self._file)
+        os.close(self._file)
+        _sync_folder(os.path.dirname(self._path))
+
+
+def _make_folder(path: str) -> None:
+    if not os.path.isdir(path):
+        parent = os.path.dirname(path)
+        _make_folder(parent)
+        with suppress(FileExistsError):  # another rank was faster
+            os.mkdir(path)
+        _sync_folder(parent)
+
+
+def _sync_folder(path: str) -> None:
+    """Wait until what was created or renamed inside ``path`` is on the disk."""
+    folder = os.open(path or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
