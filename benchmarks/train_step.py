@@ -2,13 +2,13 @@
 
     python benchmarks/train_step.py ddp drivetrain
     python benchmarks/train_step.py ddp drivetrain --accumulation 4 --dtype bf16 --pairs 150
-    python benchmarks/train_step.py drivetrain deepspeed@/path/to/other/python --ranks 2
+    python benchmarks/train_step.py ddp drivetrain:2 deepspeed:2@/path/to/other/python fsdp2
 
 Every system runs in ranks of its own. The controller lets them take steps in turn, one step each,
 round after round, so that all see the same machine at the same time; the ratio of two systems is
 the median of the per-round ratios to the first system named, with a 95 % interval from order
-statistics. ``system@interpreter`` runs a system under another Python, for peers that live in an
-environment of their own.
+statistics. ``system:N`` runs ZeRO stage N; ``system@interpreter`` runs a system under another
+Python, for peers that live in an environment of their own.
 """
 
 from __future__ import annotations
@@ -199,8 +199,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "systems",
         nargs="+",
-        help="ddp, drivetrain, deepspeed, fsdp2; the first "
-        "is the baseline; system@interpreter for another Python",
+        help="ddp, drivetrain, deepspeed, fsdp2; the first is the baseline; system:N for ZeRO "
+        "stage N, system@interpreter for another Python",
     )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=100, help="rounds that are counted")

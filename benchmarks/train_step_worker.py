@@ -103,11 +103,12 @@ def ddp(model: nn.Module, shape: dict[str, Any], batches: Batches) -> Step:
     return step
 
 
-def drivetrain(model: nn.Module, shape: dict[str, Any], batches: Batches) -> Step:
-    """The engine with replicated states."""
+def drivetrain(model: nn.Module, shape: dict[str, Any], batches: Batches, stage: int = 0) -> Step:
+    """The engine, with replicated states at stage 0."""
     import drivetrain as library
 
-    return _engine_loop(library.initialize, model, shape, batches, {})
+    config = {"zero_optimization": {"stage": stage}} if stage else {}
+    return _engine_loop(library.initialize, model, shape, batches, config)
 
 
 def deepspeed(model: nn.Module, shape: dict[str, Any], batches: Batches, stage: int = 0) -> Step:
@@ -183,7 +184,8 @@ SYSTEMS: dict[str, Callable[..., Step]] = {
 
 
 def main() -> None:
-    name, shape = sys.argv[1], json.loads(sys.argv[2])
+    name, _, stage = sys.argv[1].partition(":")
+    shape = json.loads(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print must not be taken for an answer
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -191,7 +193,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = GPT(shape)
     parameters = sum(p.numel() for p in model.parameters())
-    step = SYSTEMS[name](model, shape, Batches(shape, dist.get_rank()))
+    stages = {"stage": int(stage)} if stage else {}
+    step = SYSTEMS[name](model, shape, Batches(shape, dist.get_rank()), **stages)
 
     def answer(**facts: object) -> None:
         answers.write(json.dumps(facts) + "\n")
