@@ -50,7 +50,7 @@ class Entry:
             the title of a table in ``drivetrain report``.
         distribution: who offers it; for objects added in this process, their module.
         version: the distribution's version, or ``"in-process"``.
-        value: ``"module:attribute"``.
+        value: ``"module:attribute"``, or ``"module"``.
         requires: the distribution's requirements, as its metadata states them.
         hidden: why an installed entry is switched off, or the empty string.
         target: the object itself, for entries that were added in this process.
@@ -285,7 +285,7 @@ def _scan(path: tuple[str, ...]) -> tuple[Entry, ...]:
                 name=point.name,
                 distribution=distribution.name,
                 version=distribution.version,
-                value=f"{point.module}:{point.attr}",
+                value=f"{point.module}:{point.attr}" if point.attr else point.module,
                 requires=tuple(distribution.requires or ()),
             )
             # A distribution that lies on the path twice is imported from the first place.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from drivetrain.errors import PluginError
+from drivetrain.registry import Entry, Registry
 from drivetrain_kernels.native.library import NativeLibrary
 
 GROUP = "drivetrain.kernels"
@@ -102,7 +102,7 @@ class Provider:
 
 def served_device_types() -> list[str]:
     """Device types that an installed distribution has kernels for; imports none of them."""
-    return sorted({entry.name for entry in entry_points(group=GROUP)})
+    return Registry.installed().names("kernels")
 
 
 def load_providers(device_type: str) -> list[Provider]:
@@ -112,31 +112,20 @@ def load_providers(device_type: str) -> list[Provider]:
         PluginError: a module that cannot be imported or has no ``register``; names distribution,
             version and what to do.
     """
-    found = [entry for entry in entry_points(group=GROUP) if entry.name == device_type]
-    return [_load(entry) for entry in sorted(found, key=_distribution)]
+    entries = Registry.installed().entries("kernels")
+    return [_load(entry) for entry in entries if entry.name == device_type]
 
 
-def _distribution(entry: EntryPoint) -> tuple[str, str]:
-    return (entry.dist.name, entry.value) if entry.dist is not None else ("", entry.value)
-
-
-def _load(entry: EntryPoint) -> Provider:
-    name = entry.dist.name if entry.dist is not None else entry.value
-    version = entry.dist.version if entry.dist is not None else "unknown"
-    try:
-        module = entry.load()
-    except Exception as error:
-        raise PluginError(
-            f"the kernels of {name} {version} for {entry.name} cannot be imported from "
-            f"{entry.value!r}: {error}; repair the installation or uninstall {name}"
-        ) from error
+def _load(entry: Entry) -> Provider:
+    module = entry.load()
     register = getattr(module, "register", None)
     if not isinstance(module, ModuleType) or not callable(register):
         raise PluginError(
-            f"{entry.value!r}, named by {name} {version} in {GROUP}, must be a module with a "
-            "function register(provider)"
+            f"{entry.value!r}, named by {entry.distribution} {entry.version} in {GROUP}, must be a "
+            "module with a function register(provider)"
         )
-    provider = Provider(name, version, entry.name, getattr(module, "accelerator", None))
+    accelerator = getattr(module, "accelerator", None)
+    provider = Provider(entry.distribution, entry.version, entry.name, accelerator)
     register(provider)
     return provider
 
