@@ -1,0 +1,1 @@
+"""An accelerator that Drivetrain's own packages know nothing of."""
