@@ -9,16 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.optim import Optimizer
 
-from drivetrain.builtin.batch import ManagedAccumulation
 from drivetrain.builtin.data import DataloaderDropLast, Seed
-from drivetrain.builtin.observability import MemoryBreakdown, StepsPerPrint, WallClockBreakdown
-from drivetrain.builtin.optimization import (
-    GradientAllreduceOp,
-    GradientClipping,
-    OptimizerSection,
-    SchedulerSection,
-)
-from drivetrain.engine import Engine, EngineSettings
+from drivetrain.builtin.optimization import OptimizerSection, SchedulerSection
+from drivetrain.engine import Engine
 from drivetrain.errors import ConfigError
 from drivetrain.loader import DataLoader, LoaderRequest
 from drivetrain.optimizers.factory import optimizer_plan, rule_from_optimizer
@@ -26,7 +19,6 @@ from drivetrain.optimizers.optimizer import EngineOptimizer, check_groups
 from drivetrain.precision import Precision, loss_scaler
 from drivetrain.progress import Progress
 from drivetrain.schedule_choice import adopt_schedule, make_schedule
-from drivetrain.step_reporter import ReportSettings
 from drivetrain.transform import Phase, Transform
 
 if TYPE_CHECKING:
@@ -94,10 +86,10 @@ def build_engine(
         job,
         module,
         states,
-        _settings(job),
         precision=precision,
         loss_scaler=loss_scaler(plan),
-        progress=_progress(job),
+        # The job's counters are those of its first engine; every other engine has its own.
+        progress=Progress() if job.engines else job.progress,
     )
     if work is not None:
         engine.optimizer = _facade(job, engine, work, optimizer)
@@ -185,28 +177,6 @@ def _schedule(job: Job, optimizer: EngineOptimizer, client: Any | None) -> Any |
     if section.type is None:
         return None
     return make_schedule(section.type, section.params, optimizer, job.plan.registry)
-
-
-def _progress(job: Job) -> Progress:
-    """The job's counters are those of its first engine; every other engine has its own."""
-    if job.engines:
-        return Progress()
-    return job.progress
-
-
-def _settings(job: Job) -> EngineSettings:
-    plan = job.plan
-    return EngineSettings(
-        batch=plan.batch,
-        gradient_clipping=plan.section(GradientClipping).root,
-        average_gradients=plan.section(GradientAllreduceOp).root == "mean",
-        managed_accumulation=plan.section(ManagedAccumulation).root,
-        reports=ReportSettings(
-            steps_per_print=plan.section(StepsPerPrint).root or 0,
-            wall_clock_breakdown=plan.section(WallClockBreakdown).root,
-            memory_breakdown=plan.section(MemoryBreakdown).root,
-        ),
-    )
 
 
 def _is_meta(module: nn.Module) -> bool:

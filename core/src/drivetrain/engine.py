@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +12,12 @@ from torch import nn
 
 from drivetrain import checkpoint
 from drivetrain.backward_window import BackwardWindow
+from drivetrain.builtin.batch import ManagedAccumulation
+from drivetrain.builtin.optimization import GradientAllreduceOp, GradientClipping
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.loss_watch import LossWatch
 from drivetrain.parameters import whole, whole_state_dict
-from drivetrain.step_reporter import ReportSettings, StepReporter
+from drivetrain.step_reporter import StepReporter
 
 if TYPE_CHECKING:
     from drivetrain.batch import Batch
@@ -28,25 +30,6 @@ if TYPE_CHECKING:
     from drivetrain.progress import Progress
     from drivetrain.runner import Runner
     from drivetrain.step_report import StepReport
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What the config says about the loop itself.
-
-    Args:
-        batch: the batch triple; ``None`` for an engine that only runs forward.
-        gradient_clipping: largest global norm; 0 never clips.
-        average_gradients: divide summed gradients by the number of data shards.
-        managed_accumulation: the engine counts micro-batches; otherwise every ``step`` updates.
-        reports: what to print and when.
-    """
-
-    batch: Batch | None
-    gradient_clipping: float
-    average_gradients: bool
-    managed_accumulation: bool
-    reports: ReportSettings
 
 
 class Engine(nn.Module):
@@ -73,7 +56,6 @@ class Engine(nn.Module):
         job: Job,
         module: nn.Module,
         states: ModelStates,
-        settings: EngineSettings,
         *,
         precision: Precision,
         loss_scaler: LossScaler,
@@ -90,7 +72,11 @@ class Engine(nn.Module):
         self.training_dataloader: DataLoader | None = None
         self.progress = progress
         self.last_report: StepReport | None = None
-        self._settings = settings
+        section = job.plan.section
+        self._batch = job.plan.batch
+        self._clipping = section(GradientClipping).root
+        self._managed = section(ManagedAccumulation).root
+        self._averages = section(GradientAllreduceOp).root == "mean"
         self._losses = LossWatch(job.device)
         self._window = BackwardWindow(self._backward_begins, states.end_backward)
         self._boundary: bool | None = None
@@ -100,7 +86,7 @@ class Engine(nn.Module):
         self._norm_wanted = False
         self._applied = False
         self._on_destroy: list[Callable[[], object]] = []
-        self._reporter = StepReporter(settings.reports)
+        self._reporter = StepReporter(job.plan)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -145,7 +131,7 @@ class Engine(nn.Module):
         self._check_loss(loss)
         self._losses.add(loss)
         self._announce()
-        steps = self.gradient_accumulation_steps() if self._settings.managed_accumulation else 1
+        steps = self._counted_steps()
         scaled = self.loss_scaler.scale(loss)
         if not scale_wrt_gas and steps > 1:
             scaled = scaled * steps
@@ -232,7 +218,7 @@ class Engine(nn.Module):
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch under way is the last before an update."""
-        if not self._settings.managed_accumulation:
+        if not self._managed:
             return True
         if self._boundary is not None:
             return self._boundary
@@ -240,7 +226,7 @@ class Engine(nn.Module):
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Decide the boundary by hand from now on; ``None`` returns to counting."""
-        if not self._settings.managed_accumulation:
+        if not self._managed:
             raise TrainingError(
                 "the boundary cannot be set with managed_gradient_accumulation false: "
                 "there every step() is one"
@@ -263,9 +249,7 @@ class Engine(nn.Module):
 
     def gradient_divisor(self) -> int:
         """What summed gradients are divided by: data shards times accumulation steps."""
-        shards = self.job.mesh.size("dp") if self._settings.average_gradients else 1
-        managed = self._settings.managed_accumulation
-        return shards * (self.gradient_accumulation_steps() if managed else 1)
+        return self._counted_steps() * (self.job.mesh.size("dp") if self._averages else 1)
 
     # -- what happened ------------------------------------------------------------------------
 
@@ -282,7 +266,7 @@ class Engine(nn.Module):
         """Whether the step under way has to compute the norm."""
         return (
             self._norm_wanted
-            or self._settings.gradient_clipping > 0
+            or self._clipping > 0
             or self.precision.check_finite
             or self._reporter.prints(self.global_steps + 1)
         )
@@ -347,23 +331,18 @@ class Engine(nn.Module):
                 f"train_batch_size {train_batch_size} is not a multiple of {share} = "
                 f"{batch.micro_batch_size} (micro-batch) x {batch.data_shards} (data shards)"
             )
-        self._set_batch(
-            replace(
-                batch,
-                train_batch_size=train_batch_size,
-                accumulation_steps=train_batch_size // share,
-            )
-        )
+        steps = train_batch_size // share
+        self._batch = replace(batch, train_batch_size=train_batch_size, accumulation_steps=steps)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Change the micro-batch, and the global batch with it."""
         batch = self.batch
         total = micro_batch_size * batch.accumulation_steps * batch.data_shards
-        self._set_batch(replace(batch, micro_batch_size=micro_batch_size, train_batch_size=total))
+        self._batch = replace(batch, micro_batch_size=micro_batch_size, train_batch_size=total)
 
     def gradient_clipping(self) -> float:
         """Largest global gradient norm; 0 when gradients are not clipped."""
-        return self._settings.gradient_clipping
+        return self._clipping
 
     def get_lr(self) -> list[float]:
         """Learning rate of every group."""
@@ -433,8 +412,8 @@ class Engine(nn.Module):
         self.states.local = not self._reducing
         self.states.reduce_now = (
             self._reducing
-            and self._settings.managed_accumulation
-            and (self._settings.batch is None or self.is_gradient_accumulation_boundary())
+            and self._managed
+            and (self._batch is None or self.is_gradient_accumulation_boundary())
         )
 
     def _backward_begins(self) -> None:
@@ -460,8 +439,7 @@ class Engine(nn.Module):
     def _end_window(self, rates: Sequence[float], lr_kwargs: dict[str, Any] | None) -> None:
         if self._applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
-        batch = self._settings.batch
-        samples = batch.train_batch_size if batch is not None else 0
+        samples = 0 if self._batch is None else self._batch.train_batch_size
         tokens = self._reporter.take_tokens() * self.job.mesh.size("data")
         self.progress.end_step(samples=samples, tokens=tokens, applied=self._applied)
         self.last_report = self._reporter.report(
@@ -487,12 +465,13 @@ class Engine(nn.Module):
     @property
     def batch(self) -> Batch:
         """The batch triple as it is now."""
-        if self._settings.batch is None:
+        if self._batch is None:
             raise ConfigError("this job was opened without a batch size")
-        return self._settings.batch
+        return self._batch
 
-    def _set_batch(self, batch: Batch) -> None:
-        self._settings = replace(self._settings, batch=batch)
+    def _counted_steps(self) -> int:
+        """Micro-batches that the engine counts to an update."""
+        return self.gradient_accumulation_steps() if self._managed else 1
 
     def _groups(self) -> Iterable[dict[str, Any]]:
         return () if self.optimizer is None else self.optimizer.param_groups

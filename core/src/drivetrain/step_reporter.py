@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from drivetrain.builtin.observability import MemoryBreakdown, StepsPerPrint, WallClockBreakdown
 from drivetrain.communicator import Purpose, Tag
 from drivetrain.step_report import StepReport
 
@@ -16,30 +16,24 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from drivetrain.engine import Engine
+    from drivetrain.plan import Plan
 
 logger = logging.getLogger("drivetrain.engine")
 
 
-@dataclass(frozen=True)
-class ReportSettings:
-    """What the config says about reports.
+class StepReporter:
+    """Makes one :class:`StepReport` for every accumulation boundary of an engine.
 
     Args:
-        steps_per_print: steps between two log lines; 0 for none.
-        wall_clock_breakdown: add the time split to the line.
-        memory_breakdown: add memory in use to the line.
+        plan: tells how often a step gets a log line, and what stands in it.
     """
 
-    steps_per_print: int = 0
-    wall_clock_breakdown: bool = False
-    memory_breakdown: bool = False
-
-
-class StepReporter:
-    """Makes one :class:`StepReport` for every accumulation boundary of an engine."""
-
-    def __init__(self, settings: ReportSettings) -> None:
-        self._settings = settings
+    def __init__(self, plan: Plan) -> None:
+        self._steps_per_print = plan.section(StepsPerPrint).root or 0
+        self._details = {
+            "breakdown": plan.section(WallClockBreakdown).root,
+            "memory": plan.section(MemoryBreakdown).root,
+        }
         self._tokens = 0
         self._ended_at = time.perf_counter()
 
@@ -56,8 +50,7 @@ class StepReporter:
 
     def prints(self, step: int) -> bool:
         """Whether ``step`` gets a log line."""
-        every = self._settings.steps_per_print
-        return every > 0 and step % every == 0
+        return self._steps_per_print > 0 and step % self._steps_per_print == 0
 
     def take_tokens(self) -> int:
         """Tokens of this data shard since the last call."""
@@ -107,11 +100,6 @@ class StepReporter:
         )
         self._ended_at = now
         if printed and job.rank == 0:
-            logger.info(
-                report.line(
-                    breakdown=self._settings.wall_clock_breakdown,
-                    memory=self._settings.memory_breakdown,
-                )
-            )
+            logger.info(report.line(**self._details))
         job.hub.step_end(engine, report)
         return report
