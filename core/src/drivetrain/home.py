@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from drivetrain.fragment import Box, Fragment, interval_boxes, placed_boxes
+from drivetrain.fragment import Fragment, interval_boxes, placed_boxes
 from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule
 
 if TYPE_CHECKING:
@@ -212,22 +212,69 @@ class DeviceHome(StateHome):
 
 def segment_fragment(segment: Segment, kind: str, flat: torch.Tensor, home: str) -> Fragment:
     """The fragment of one parameter's part of a flat bucket tensor."""
-    part = flat.narrow(0, segment.offset, segment.numel)
-    shape, boxes = _placed(segment.shape, segment.placement, segment.start, segment.numel)
+    return tensor_fragment(
+        segment.name,
+        kind,
+        flat.narrow(0, segment.offset, segment.numel),
+        owner=segment.owner,
+        placement=segment.placement,
+        home=home,
+        shape=segment.shape,
+        start=segment.start,
+    )
+
+
+def bucket_fragment(key: str, kind: str, flat: torch.Tensor, home: str) -> Fragment:
+    """The fragment of a state that belongs to a bucket of this rank, not to a parameter."""
+    return tensor_fragment(f"bucket/{key}", kind, flat, owner=True, home=home, on_reshape="reset")
+
+
+def tensor_fragment(
+    name: str,
+    kind: str,
+    tensor: torch.Tensor,
+    *,
+    owner: bool,
+    placement: Placement | None = None,
+    home: str = "device",
+    shape: tuple[int, ...] | None = None,
+    start: int = 0,
+    on_reshape: Literal["redistribute", "reset"] = "redistribute",
+) -> Fragment:
+    """The fragment of a tensor that is read and written where it lies.
+
+    Args:
+        name: the parameter's.
+        kind: what the tensor is of it.
+        tensor: a part of the parameter in row-major order, or all of it.
+        owner: see :class:`Fragment`.
+        placement: which part of the client's tensor the parameter is; ``None`` for all of it.
+        home: where the tensor lies, for reports.
+        shape: of the whole parameter; the tensor's own if ``None``.
+        start: index of the tensor's first element in the flattened parameter.
+        on_reshape: see :class:`Fragment`.
+    """
+    shape = tuple(tensor.shape) if shape is None else shape
+    stop = start + tensor.numel()
+    if placement is None:
+        boxes = tuple(interval_boxes(shape, start, stop))
+    else:
+        shape, boxes = placement.global_shape, tuple(placed_boxes(placement.boxes, start, stop))
 
     def write(values: torch.Tensor) -> None:
-        part.copy_(values)
+        tensor.copy_(values.view_as(tensor))
 
     return Fragment(
-        name=segment.name,
+        name=name,
         kind=kind,
         global_shape=shape,
-        dtype=flat.dtype,
+        dtype=tensor.dtype,
         boxes=boxes,
-        owner=segment.owner,
+        owner=owner,
         home=home,
-        read=lambda: part,
+        read=lambda: tensor.detach().reshape(-1),
         write=write,
+        on_reshape=on_reshape,
     )
 
 
@@ -257,60 +304,3 @@ def step_fragments(home: StateHome, changed: Callable[[], object]) -> list[Fragm
         )
         for segment in home.spec.segments
     ]
-
-
-def _placed(
-    shape: tuple[int, ...], placement: Placement | None, start: int, numel: int
-) -> tuple[tuple[int, ...], tuple[Box, ...]]:
-    """Global shape and boxes of elements [start, start + numel) of a parameter of ``shape``."""
-    if placement is None:
-        return shape, tuple(interval_boxes(shape, start, start + numel))
-    return placement.global_shape, tuple(placed_boxes(placement.boxes, start, start + numel))
-
-
-def tensor_fragment(
-    name: str,
-    kind: str,
-    tensor: torch.Tensor,
-    *,
-    owner: bool,
-    placement: Placement | None = None,
-    home: str = "device",
-) -> Fragment:
-    """The fragment of a tensor that lies in no bucket."""
-    shape, boxes = _placed(tuple(tensor.shape), placement, 0, tensor.numel())
-
-    def write(values: torch.Tensor) -> None:
-        tensor.copy_(values.view_as(tensor))
-
-    return Fragment(
-        name=name,
-        kind=kind,
-        global_shape=shape,
-        dtype=tensor.dtype,
-        boxes=boxes,
-        owner=owner,
-        home=home,
-        read=lambda: tensor.detach().reshape(-1),
-        write=write,
-    )
-
-
-def bucket_fragment(key: str, kind: str, flat: torch.Tensor, home: str) -> Fragment:
-    """The fragment of a state that belongs to a bucket of this rank, not to a parameter."""
-
-    def write(values: torch.Tensor) -> None:
-        flat.copy_(values)
-
-    return Fragment(
-        name=f"bucket/{key}",
-        kind=kind,
-        global_shape=tuple(flat.shape),
-        dtype=flat.dtype,
-        boxes=tuple(interval_boxes(flat.shape, 0, flat.numel())),
-        owner=True,
-        home=home,
-        read=lambda: flat,
-        write=write,
-        on_reshape="reset",
-    )
