@@ -173,11 +173,6 @@ class MeshLayout:
         first = rank - sum(rank // stride % size * stride for size, stride in digits)
         return tuple(first + offset for offset in _offsets(digits))
 
-    def groups(self, axis: Axis) -> list[tuple[int, ...]]:
-        """Every group of ``axis``, in order of their first ranks."""
-        inside = self.digits(axis.axis if isinstance(axis, SubAxis) else axis)
-        return [self.group(first, axis) for first in _offsets(_complement(self._world, inside))]
-
     def sub_axis(self, axis: str | tuple[str, ...], positions: Sequence[int]) -> SubAxis:
         """Some positions of ``axis``, checked and in ascending order.
 
@@ -212,10 +207,6 @@ class MeshLayout:
                     + ", ".join(f"{name} = {self.group(0, name)[:8]}" for name in axis)
                 )
         return tuple(digits)
-
-    @property
-    def _world(self) -> tuple[Digit, ...]:
-        return _digits(Digit(self.world_size, 1))
 
     def _named(self, name: str) -> tuple[Digit, ...]:
         try:
@@ -313,16 +304,6 @@ def _digits(*digits: Digit) -> tuple[Digit, ...]:
             digit = Digit(merged.pop().size * digit.size, digit.stride)
         merged.append(digit)
     return tuple(merged)
-
-
-def _complement(world: tuple[Digit, ...], inside: tuple[Digit, ...]) -> tuple[Digit, ...]:
-    """The digits of the world that are not in an axis."""
-    outside = []
-    upper = prod(digit.size for digit in world)
-    for size, stride in (*inside, Digit(1, 1)):
-        outside.append(Digit(upper // (size * stride), size * stride))
-        upper = stride
-    return _digits(*outside)
 
 
 def _offsets(digits: tuple[Digit, ...]) -> list[int]:
