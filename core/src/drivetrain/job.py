@@ -140,6 +140,11 @@ class Job:
         """Number of ranks."""
         return self.ranks.world_size
 
+    @property
+    def failures(self) -> FailureBoard | None:
+        """Where ranks tell each other of the first error; ``None`` where ranks cannot talk."""
+        return self._failures
+
     def span(self, name: str) -> Span:
         """A context manager that counts its block's seconds under ``name``."""
         return self.ledger.span(name)

@@ -32,11 +32,25 @@ class Toolchain:
         role: for messages, e.g. ``"C++"``.
         variable: environment variable that names the command and wins over the search.
         candidates: commands to look for on ``PATH``, best first.
+        environment: variables that it is started with.
     """
 
     role: str
     variable: str
     candidates: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def found(self) -> bool:
+        """Whether there is such a compiler."""
+        try:
+            return bool(self.command())
+        except BuildError:
+            return False
+
+    def surroundings(self) -> dict[str, str]:
+        """The environment to run it in."""
+        # Messages are parsed, so the compiler has to speak English.
+        return {**os.environ, "LC_ALL": "C", **dict(self.environment)}
 
     def command(self) -> tuple[str, ...]:
         """The compiler's command line.
@@ -65,7 +79,12 @@ class Toolchain:
         command = self.command()
         try:
             version = subprocess.run(
-                [*command, "--version"], capture_output=True, text=True, check=True, timeout=60
+                [*command, "--version"],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=60,
+                env=self.surroundings(),
             ).stdout
         except (OSError, subprocess.SubprocessError) as error:
             raise BuildError(
@@ -117,8 +136,7 @@ class Recipe:
         ]
         lines += [f"build {output}: link {' '.join(objects)}", f"default {output}", ""]
         (folder / "build.ninja").write_text(self._rules + "\n".join(lines))
-        # Messages are parsed, so the compiler has to speak English.
-        environment = {**os.environ, "LC_ALL": "C", "NINJA_STATUS": ""}
+        environment = {**self.toolchain.surroundings(), "NINJA_STATUS": ""}
         run = subprocess.run(
             [ninja(), "-C", str(folder)],
             capture_output=True,
