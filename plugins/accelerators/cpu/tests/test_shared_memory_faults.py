@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import gc
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -12,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from drivetrain_cpu import shared_memory, shared_segment
+from drivetrain_cpu import shared_memory
 from drivetrain_cpu.shared_memory import native_library, share_memory
 from shared_memory_world import TAG, start
 
@@ -71,24 +74,72 @@ def test_splits_that_do_not_match_are_told():
     run_distributed(wrong_splits, 2)
 
 
-def dies():
+def time_of_death(folder):
+    """Called by the rank that dies: tells the others when, and is gone."""
+    (Path(folder) / "death").write_text(str(time.monotonic()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def survives(c, collective, folder):
+    """Runs ``collective`` until it fails; says with what, how late, and what is left."""
+    with pytest.raises(CommunicationError) as caught:  # noqa: PT012 - one of many fails
+        while True:
+            collective()
+    late = time.monotonic() - float((Path(folder) / "death").read_text())
+    c.close()
+    return str(caught.value), late
+
+
+def dies_before(folder):
     c = start()
     c.barrier("data", TAG)
     if c.rank("data") == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    began = time.monotonic()
-    try:
-        c.all_reduce(torch.ones(100_000), "data", TAG)
-    except CommunicationError as error:
-        raise RuntimeError(f"{error} after {time.monotonic() - began < 5}") from error
+        time_of_death(folder)
+    tensor = torch.ones(100_000)
+    raise RuntimeError(survives(c, lambda: c.all_reduce(tensor, "data", TAG), folder))
 
 
-def test_a_rank_that_is_killed_makes_the_others_fail_with_its_name():
+def dies_within(folder, registered):
+    found = moves_until_death(folder, registered)
+    gc.collect()
+    # What the dead rank shared is freed with its last mapping.
+    raise RuntimeError((*found, "memfd:drivetrain" in Path("/proc/self/maps").read_text()))
+
+
+def moves_until_death(folder, registered):
+    """Rank 1 dies while a thread of its process is moving data."""
+    c = start()
+    count = 4_000_000
+    tensor = c.buffer(count, torch.float32, "data") if registered else torch.zeros(count)
+    assert "/dev/shm" not in Path("/proc/self/maps").read_text()
+    if c.rank("data") == 1:
+        handles = [c.all_reduce(tensor, "data", TAG, asynchronous=True) for _ in range(2000)]
+        time.sleep(0.2)
+        assert not handles[-1]._future.done()
+        time_of_death(folder)
+    return survives(c, lambda: c.all_reduce(tensor, "data", TAG), folder)
+
+
+def assert_named_soon(error, *left):
+    message, late, *rest = ast.literal_eval(error.removeprefix("RuntimeError: "))
+    assert message.endswith("over 'data' failed: rank 1 died")
+    assert late < 5
+    assert rest == list(left)
+
+
+def test_a_rank_that_is_killed_makes_the_others_fail_with_its_name(tmp_path):
     with pytest.raises(RanksFailedError) as caught:
-        run_distributed(dies, 3)
+        run_distributed(dies_before, 3, str(tmp_path))
     for rank in (0, 2):
-        found = caught.value.errors[rank].error
-        assert "rank 1 died after True" in found, found
+        assert_named_soon(caught.value.errors[rank].error)
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_rank_that_is_killed_within_a_collective_leaves_nothing(tmp_path, registered):
+    with pytest.raises(RanksFailedError) as caught:
+        run_distributed(dies_within, 3, str(tmp_path), registered)
+    for rank in (0, 2):
+        assert_named_soon(caught.value.errors[rank].error, False)
 
 
 def leaves():
@@ -143,17 +194,24 @@ def test_a_collective_under_way_fails_when_a_rank_leaves():
 # -- memory --------------------------------------------------------------------------------------
 
 
-def without_memory(caplog_file):
-    real = shared_segment.os.posix_fallocate
+@contextlib.contextmanager
+def segments_up_to(size):
+    """On rank 1, the system refuses segments beyond ``size`` bytes; answers what rank 0 says."""
+    limit = resource.RLIMIT_FSIZE
+    soft, hard = resource.getrlimit(limit)
     if os.environ["RANK"] == "1":
-
-        def refuse(*arguments):
-            raise OSError(28, "No space left on device")
-
-        shared_segment.os.posix_fallocate = refuse
+        resource.setrlimit(limit, (size, hard))
     said = []
     shared_memory.logger.warning = lambda message, *rest: said.append(message % rest)
     try:
+        yield said
+    finally:
+        del shared_memory.logger.warning
+        resource.setrlimit(limit, (soft, hard))
+
+
+def without_memory():
+    with segments_up_to(1000) as said:
         c = start()
         tensor = torch.ones(5)
         c.all_reduce(tensor, "data", TAG)
@@ -162,16 +220,34 @@ def without_memory(caplog_file):
         assert c.inner.carried == ["all_reduce"] * 2
         assert c.buffer(5, torch.float32, "data").tolist() == [0.0] * 5
         c.close()
-    finally:
-        shared_segment.os.posix_fallocate = real
-        del shared_memory.logger.warning
     return said
 
 
 def test_without_memory_on_one_rank_all_fall_back_with_one_line():
-    said = run_distributed(without_memory, 2, None)
+    said = run_distributed(without_memory, 2)
     assert [len(lines) for lines in said] == [1, 0]
     assert said[0][0].startswith("axis 'data' does not communicate through memory: ")
+
+
+def without_memory_for_buffers():
+    with segments_up_to(100_000) as said:
+        c = start()
+        for _ in range(3):
+            tensor = c.buffer(50_000, torch.float32, "data").fill_(1)
+            c.all_reduce(tensor, "data", TAG)
+            assert torch.equal(tensor, torch.full((50_000,), 2.0))
+        assert c.buffer(1000, torch.float32, "data").tolist() == [0.0] * 1000
+        assert c.inner.carried == []
+        c.close()
+    return said
+
+
+def test_buffers_that_do_not_fit_are_ordinary_memory_with_one_line():
+    said = run_distributed(without_memory_for_buffers, 2)
+    assert said == [
+        ["buffers over axis 'data' are in ordinary memory: another rank cannot share memory"],
+        [],
+    ]
 
 
 def failing_library():
@@ -217,16 +293,6 @@ def buffers_come_and_go():
 
 def test_buffers_are_unmapped_with_their_last_view():
     run_distributed(buffers_come_and_go, 2)
-
-
-def test_nothing_is_left_in_dev_shm():
-    def listing():
-        return {path.name for path in Path("/dev/shm").iterdir() if "drivetrain" in path.name}
-
-    before = listing()
-    with pytest.raises(RanksFailedError):
-        run_distributed(dies, 2)
-    assert listing() == before
 
 
 # -- as a layer of a job -------------------------------------------------------------------------

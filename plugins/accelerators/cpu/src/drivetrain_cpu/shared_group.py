@@ -164,6 +164,23 @@ class SharedGroup:
                 request.count, request.source = collective.input.nbytes, collective.peer
         return self._issue(request)
 
+    def is_registered(self, tensor: torch.Tensor) -> bool:
+        """Whether every rank can read every rank's ``tensor``."""
+        return self._locate(tensor)[0] >= 0
+
+    def read(self, gather: Collective) -> bool:
+        """Do an all-gather without the other ranks, if its input is registered."""
+        number, offset = self._locate(gather.input)
+        if number < 0:
+            return False
+        addresses, output = self._registered[number].addresses, gather.output.data_ptr()
+        size = gather.input.nbytes
+        for position in range(self.size):
+            source, target = addresses[position] + offset, output + position * size
+            if source != target:
+                ctypes.memmove(target, source, size)
+        return True
+
     def _bytes_of_rows(self, tensor: torch.Tensor, splits: Sequence[int] | None) -> Any:
         """What each rank's share of the rows of ``tensor`` has; evenly without ``splits``."""
         if splits is None:
@@ -266,7 +283,8 @@ class SharedGroup:
         self._inner.all_gather(offers, mine, self._axis, SETUP)
         table = offers.view(self.size, 4).tolist()
         mappings: list[Mapping] = []
-        if own is not None and len({host for host, *_ in table}) == 1:
+        hosts = {host for host, *_ in table}
+        if own is not None and len(hosts) == 1:
             try:
                 mappings = [
                     own.mapping if k == self.rank else map_peer(*table[k][1:])
@@ -275,7 +293,7 @@ class SharedGroup:
             except OSError as error:
                 problem = f"cannot map the memory of another rank: {error.strerror}"
         elif own is not None:
-            problem = "its ranks are on several hosts, or one has no memory to share"
+            problem = "its ranks are on several hosts" if -1 not in hosts else ""
         agreed = self._agree(bool(mappings))
         if own is not None:
             own.close_descriptor()

@@ -121,6 +121,7 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         self._explain = explain
         self._opened: dict[tuple[int, ...], _Line | None] = {}
         self._lines: dict[Axis, _Line | None] = {}
+        self._without_buffers: set[Axis] = set()
         self._closed = False
 
     def close(self) -> None:
@@ -136,7 +137,13 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         line = self._line(collective.axis) if collective.kind in NUMBERS else None
         if line is None or not line.group.serves(collective):
             return super().run(collective)
+        if collective.settled and line.group.read(collective):
+            return DONE
         return line.run(collective)
+
+    def reads_settled(self, input: torch.Tensor, axis: Axis) -> bool:
+        line = self._line(axis)
+        return line is not None and line.group.is_registered(input)
 
     def buffer(self, numel: int, dtype: torch.dtype, axis: Axis) -> torch.Tensor:
         line = self._line(axis)
@@ -144,7 +151,9 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
             try:
                 return line.group.buffer(numel, dtype)
             except UnavailableError as reason:
-                _say("a buffer over axis %r is in ordinary memory: %s", axis, reason, line.group)
+                if line.group.rank == 0 and axis not in self._without_buffers:
+                    self._without_buffers.add(axis)
+                    logger.warning("buffers over axis %r are in ordinary memory: %s", axis, reason)
         return super().buffer(numel, dtype, axis)
 
     def _line(self, axis: Axis) -> _Line | None:
@@ -198,8 +207,3 @@ def share_memory(job: Job) -> Sequence[CommunicatorLayer]:
 def native_library() -> ctypes.CDLL:
     """The kernels of the path that this machine runs best."""
     return kernel_library(selected()).load()
-
-
-def _say(message: str, axis: Axis, reason: UnavailableError, group: SharedGroup) -> None:
-    if group.rank == 0:
-        logger.warning(message, axis, reason)
