@@ -78,6 +78,8 @@ class Collective:
             to.
         output_splits: rows of the output that come from each rank; ``None`` for equal shares.
         input_splits: rows of the input that go to each rank; ``None`` for equal shares.
+        settled: of an all-gather: every rank's input stays as it is from one other collective of
+            the axis to the next, so that whoever can read it where it lies may do so alone.
     """
 
     kind: Kind
@@ -89,6 +91,7 @@ class Collective:
     peer: int = 0
     output_splits: Sequence[int] | None = None
     input_splits: Sequence[int] | None = None
+    settled: bool = False
 
     @property
     def output(self) -> torch.Tensor:

@@ -86,6 +86,13 @@ class Communicator(ABC):
     def buffer(self, numel: int, dtype: torch.dtype, axis: Axis) -> torch.Tensor:
         """Flat zeroed memory on the job's device in which ``axis`` communicates fastest."""
 
+    def reads_settled(self, input: torch.Tensor, axis: Axis) -> bool:
+        """Whether a settled all-gather of ``input`` needs no other rank to take part.
+
+        Then ranks may gather at different times, or not at all.
+        """
+        return False
+
     def all_reduce(
         self,
         tensor: torch.Tensor,
@@ -123,13 +130,22 @@ class Communicator(ABC):
         tag: Tag,
         *,
         asynchronous: bool = False,
+        settled: bool = False,
     ) -> Handle:
         """Concatenate every rank's flat ``input`` [n] into ``output`` [n * size].
 
-        ``input`` may be slice ``rank`` of ``output``.
+        ``input`` may be slice ``rank`` of ``output``. With ``settled``, see :class:`Collective`.
         """
-        tensors = (output, input)
-        return self.run(Collective(Kind.ALL_GATHER, tensors, axis, tag, Op.SUM, asynchronous))
+        return self.run(
+            Collective(
+                Kind.ALL_GATHER,
+                (output, input),
+                axis,
+                tag,
+                asynchronous=asynchronous,
+                settled=settled,
+            )
+        )
 
     def broadcast(
         self,
@@ -219,6 +235,9 @@ class CommunicatorWrapper(Communicator):
 
     def buffer(self, numel: int, dtype: torch.dtype, axis: Axis) -> torch.Tensor:
         return self.inner.buffer(numel, dtype, axis)
+
+    def reads_settled(self, input: torch.Tensor, axis: Axis) -> bool:
+        return self.inner.reads_settled(input, axis)
 
 
 class CommunicatorPhase(IntEnum):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from drivetrain.communicator import Communicator, Purpose, Tag
+from drivetrain.communicator import Communicator, Op, Purpose, Tag
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -245,9 +245,10 @@ class GradientReducer:
             if bucket.reduced and self._communicator.size(bucket.reduction) > 1:
                 by_axis.setdefault(bucket.reduction, []).append(bucket)
         for axis, members in by_axis.items():
-            counts = torch.tensor([int(flags[b.key]) for b in members], dtype=torch.int32)
-            self._communicator.all_reduce(counts, axis, Tag(Purpose.CONTROL, site="late gradients"))
-            flags.update({b.key: bool(n) for b, n in zip(members, counts.tolist(), strict=True)})
+            late = torch.tensor([int(flags[b.key]) for b in members], dtype=torch.int8)
+            tag = Tag(Purpose.CONTROL, site="late gradients")
+            self._communicator.all_reduce(late, axis, tag, op=Op.MAX)
+            flags.update({b.key: bool(n) for b, n in zip(members, late.tolist(), strict=True)})
         return [bucket for bucket in self.buckets if flags[bucket.key]]
 
     def drop(self) -> None:

@@ -165,7 +165,12 @@ class ShardedBucket:
     def _gather(self, site: str, *, asynchronous: bool) -> Handle:
         tag = Tag(Purpose.WEIGHT, self.key, site)
         return self._job.communicator.all_gather(
-            self.whole, self.shard, self.axis, tag, asynchronous=asynchronous
+            self.whole,
+            self.shard,
+            self.axis,
+            tag,
+            asynchronous=asynchronous,
+            settled=self.sharded,  # shards change in updates and writes only, which end together
         )
 
     def _release(self) -> None:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     from drivetrain_zero.bucket import ShardedBucket
 
+_DIGEST_PRIME = 16_777_213
+"""Below 2^24, so that a digest is a whole number in float32."""
+
 logger = logging.getLogger("drivetrain.zero")
 
 
@@ -137,12 +140,20 @@ class Gathering:
         units: the root first; see :func:`find_units`.
         policy: when to gather and keep.
         asynchronous: gather ahead while the device computes.
+        alone: a rank reads the others' shards where they lie, so none has to take part in the
+            gathers of another.
     """
 
     def __init__(
-        self, units: Sequence[GatheredUnit], policy: GatherPolicy, *, asynchronous: bool
+        self,
+        units: Sequence[GatheredUnit],
+        policy: GatherPolicy,
+        *,
+        asynchronous: bool,
+        alone: bool,
     ) -> None:
         self.units = units
+        self.alone = alone
         self.forward_order = [unit.number for unit in units]
         self.backward_order = self.forward_order[::-1]
         self.left_order = False
@@ -263,7 +274,8 @@ class Gathering:
         """Gather a unit that is about to be used, after those that come before it."""
         walk = self._walk()
         if walk is not None:
-            for number in walk.visit(unit.number):
+            skipped = walk.visit(unit.number)
+            for number in () if self.alone else skipped:
                 self._join(self.units[number])
             if walk.left_order and not self.left_order:
                 self.left_order = True
@@ -282,7 +294,7 @@ class Gathering:
 
     def _start(self, unit: GatheredUnit, *, asynchronous: bool) -> None:
         if not unit.started:
-            self.gathers = (self.gathers * 31 + unit.number + 1) % (2**61 - 1)
+            self.gathers = (self.gathers * 31 + unit.number + 1) % _DIGEST_PRIME
             unit.start(asynchronous=asynchronous)
 
     def _gather_ahead(self, walk: Pass) -> None:
@@ -308,7 +320,7 @@ class Gathering:
             self._rest(unit)
 
     def _end(self, walk: Pass) -> None:
-        for number in walk.end():
+        for number in () if self.alone else walk.end():
             self._join(self.units[number])
 
     def _rest(self, unit: GatheredUnit) -> None:

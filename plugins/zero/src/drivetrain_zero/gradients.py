@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,13 +23,15 @@ class GradientMemory:
     """Buffers for whole gradients, lent to one bucket after another.
 
     They are made at set-up, because memory that ranks communicate from is made by all of them
-    together. When all are lent out, a bucket gets ordinary memory.
+    together. When all are lent out, the one that has travelled longest is waited for; if none
+    travels (buckets that fill slowly, one after another), a bucket gets ordinary memory.
     """
 
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
         self._wanted: dict[tuple[torch.dtype, Axis, torch.device], int] = defaultdict(int)
         self._free: dict[tuple[torch.dtype, Axis, torch.device], list[torch.Tensor]] = {}
+        self._travelling: deque[ReduceScatterBucket] = deque()
 
     def announce(self, numel: int, dtype: torch.dtype, axis: Axis, device: torch.device) -> None:
         """A bucket will borrow ``numel`` elements."""
@@ -51,9 +53,15 @@ class GradientMemory:
     ) -> torch.Tensor:
         """``numel`` elements of any values; :meth:`give_back` ends the loan."""
         free = self._free.get((dtype, axis, device))
+        while free == [] and self._travelling:
+            self._travelling.popleft().collect()
         if free and free[-1].numel() >= numel:
             return free.pop()
         return torch.empty(numel, dtype=dtype, device=device)
+
+    def travels(self, bucket: ReduceScatterBucket) -> None:
+        """A loan of ``bucket`` ends as soon as it is collected."""
+        self._travelling.append(bucket)
 
     def give_back(self, buffer: torch.Tensor, axis: Axis) -> None:
         """End a loan."""
@@ -155,6 +163,10 @@ class ReduceScatterBucket(GradientBucket):
             result, wire, self.parameters.axis, tag, asynchronous=self.asynchronous
         )
         self._travelling = (handle, result)
+        if self.asynchronous:
+            self.memory.travels(self)
+        else:
+            self.collect()
 
     def collect(self) -> None:
         if self._travelling is None:

@@ -96,6 +96,7 @@ class ShardedParameter:
         if values.data_ptr() != parameter.data_ptr():
             parameter.data = values
         self._bucket.take_over(self._index)
+        communicator.barrier(info.reduction, tag)  # others may read the shard from now on
 
     @property
     def _name(self) -> str:

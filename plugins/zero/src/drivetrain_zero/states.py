@@ -156,8 +156,19 @@ class ZeroStates(ModelStates):
                 for index, parameter in enumerate(bucket.parameters):
                     handle = ShardedParameter(self._job, unit, bucket, index)
                     parameter.drivetrain_handle = handle  # type: ignore[attr-defined]
-        policy = self._policy
-        self._gathering = Gathering(units, policy.gather, asynchronous=policy.overlap)
+        policy, communicator = self._policy, self._job.communicator
+        self._gathering = Gathering(
+            units,
+            policy.gather,
+            asynchronous=policy.overlap,
+            alone=all(
+                communicator.reads_settled(bucket.shard, bucket.axis)
+                for unit in sharded
+                for bucket in unit.buckets
+                if bucket.sharded
+            ),
+        )
+        self._job.communicator.barrier("data", Tag(Purpose.CONTROL, site="first shards"))
         self._gathering.gather_persistent()
 
     # -- gradients ----------------------------------------------------------------------------
@@ -244,7 +255,6 @@ class ZeroStates(ModelStates):
                 scale * self._policy.predivide,
             )
         self._publish()
-        self._agree_on_order()
         self._open_window()
 
     def _publish(self) -> None:
@@ -255,6 +265,7 @@ class ZeroStates(ModelStates):
         for bucket in self._sums:
             bucket.parameters.finish_publish()
         if self._gathering is not None:
+            self._agree_on_order(self._gathering)
             self._gathering.release_all()
             self._gathering.gather_anew()
         if self._policy.sanity_checks:
@@ -267,22 +278,22 @@ class ZeroStates(ModelStates):
     def _open_window(self) -> None:
         self._reducer.restart()
 
-    def _agree_on_order(self) -> None:
-        """Learn the order of units together, where any rank has left the known one."""
-        gathering = self._gathering
-        if gathering is None:
-            return
-        communicator, tag = self._job.communicator, Tag(Purpose.CONTROL, site="order of units")
-        digests = torch.tensor([gathering.gathers, -gathering.gathers, int(gathering.left_order)])
-        gathering.gathers = 0
-        communicator.all_reduce(digests, "data", tag, op=Op.MAX)
-        if digests[0] != -digests[1]:
+    def _agree_on_order(self, gathering: Gathering) -> None:
+        """Learn the order of units together, where any rank has left the known one.
+
+        This is also where ranks wait for each other's updates before they gather.
+        """
+        tag = Tag(Purpose.CONTROL, site="order of units")
+        digest, gathering.gathers = 0 if gathering.alone else gathering.gathers, 0
+        votes = torch.tensor([digest, -digest, gathering.left_order], dtype=torch.float32)
+        self._job.communicator.all_reduce(votes, "data", tag, op=Op.MAX)
+        if votes[0] != -votes[1]:
             raise TrainingError(
                 "ranks gathered the units of the model in different orders in this step, so their "
                 "weights may have been mixed up: see 'ranks that walk differently' in the README "
                 "of drivetrain-zero"
             )
-        if digests[2]:
+        if votes[2]:
             gathering.left_order = False
             self._learn_orders(gathering)
 
