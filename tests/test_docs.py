@@ -167,7 +167,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, run in {
         "pip": f'[ "$1" = install ] && shift && set -- install {offline} "$@"\n'
         f'exec {python} -m pip "$@"',
-        "drivetrain": f'exec {python} -m drivetrain.cli.main "$@"',
+        "drivetrain": f'exec {python} -m drivetrain.cli "$@"',
         "pytest": f'exec {python} -m pytest -p no:cacheprovider "$@"',
     }.items():
         (folder / "bin" / name).write_text(f"#!/bin/sh\n{run}\n")

@@ -21,7 +21,7 @@ import torch
 from drivetrain.errors import DrivetrainError
 from drivetrain.loader import DataLoader, LoaderRequest
 
-DRIVETRAIN = [sys.executable, "-m", "drivetrain.cli.main"]
+DRIVETRAIN = [sys.executable, "-m", "drivetrain.cli"]
 SMALL = shlex.split("--layers 1 --width 32 --context 64 --validation 8 --sample 40")
 PATIENCE = 120.0
 

@@ -14,7 +14,7 @@ LISTEN = """
 import copy, dataclasses, json
 import torch
 from click.testing import CliRunner
-from drivetrain.cli.main import main
+from drivetrain.cli import main
 from drivetrain.job import Job
 from drivetrain.plan import Plan
 from drivetrain_kernels.registry import registry

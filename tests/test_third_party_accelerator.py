@@ -86,7 +86,7 @@ def test_its_own_tests_pass_which_are_the_kits(with_lantern: Run, root: Path) ->
 
 
 def test_the_kit_runs_from_the_shell(with_lantern: Run) -> None:
-    shown = with_lantern("-m", "drivetrain.cli.main", "test-plugin", "lantern")
+    shown = with_lantern("-m", "drivetrain.cli", "test-plugin", "lantern")
     assert "accelerator 'lantern' (lantern-drivetrain 0.1.0)" in shown
     assert shown.count("│ passed ") == len([line for line in shown.splitlines() if "│" in line])
 
@@ -99,7 +99,7 @@ def kernels_of_lion(report: str) -> str:
 
 
 def test_the_report_names_its_kernel_while_it_is_chosen(with_lantern: Run) -> None:
-    report = ("-m", "drivetrain.cli.main", "report")
+    report = ("-m", "drivetrain.cli", "report")
     plain, chosen = with_lantern(*report), with_lantern(*report, DRIVETRAIN_ACCELERATOR="lantern")
     assert "│ lantern (lantern-drivetrain 0.1.0) │ usable" in plain
     assert "lantern-drivetrain" not in kernels_of_lion(plain)

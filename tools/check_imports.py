@@ -28,9 +28,6 @@ LIGHT = tuple(
 )
 """Modules that must import without torch; a test imports each of them."""
 
-ASK_FOR_TORCH = ("drivetrain.cli.report",)
-"""Light modules with a function whose work is torch's."""
-
 LINTER = Path(sys.executable).with_name("lint-imports")
 
 
@@ -58,7 +55,6 @@ def contracts(packages: Iterable[str]) -> configparser.ConfigParser:
         "forbidden_modules": "torch",
         # hooks import what they build; that importing stays light is tested
         "allow_indirect_imports": "True",
-        "ignore_imports": _lines(f"{name} -> torch" for name in ASK_FOR_TORCH),
     }
     if kernels and plugins:
         config["importlinter:contract:kernels"] = {

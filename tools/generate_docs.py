@@ -20,9 +20,10 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from drivetrain_cli.explain import PHASES, WHEN
+
 from drivetrain import hookspecs
-from drivetrain.cli.explain import PHASES, WHEN
-from drivetrain.cli.main import main as command_line
+from drivetrain.cli import main as command_line
 from drivetrain.hub import HOOKS
 from drivetrain.registry import Entry, Registry
 from tools import workspace

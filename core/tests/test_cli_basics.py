@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from drivetrain import __version__
-from drivetrain.cli.main import main
+from drivetrain.cli import main
 from drivetrain.errors import ConfigError, PluginError
-from drivetrain.registry import CORE, Entry, Registry, core_entries
+from drivetrain.registry import Entry, Registry, core_entries
 
 
 @pytest.fixture
@@ -27,6 +27,12 @@ def offer(monkeypatch: pytest.MonkeyPatch):
     return offering
 
 
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Core seems to be all that is installed."""
+    monkeypatch.setattr(Registry, "installed", classmethod(lambda cls: Registry(core_entries())))
+
+
 def raising(error: Exception) -> click.Command:
     @click.command()
     def fail() -> None:
@@ -35,20 +41,12 @@ def raising(error: Exception) -> click.Command:
     return fail
 
 
-def test_help_lists_every_command_of_core() -> None:
+def test_help_says_how_to_get_a_command_that_is_missing(bare) -> None:
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0
-    for name in ("report", "plugins", "config", "explain", "test-plugin"):
-        assert f"\n  {name} " in result.output
-    assert "unusable" not in result.output
-
-
-def test_every_command_of_core_has_help() -> None:
-    for entry in Registry.installed().entries("commands"):
-        if entry.distribution == CORE:
-            result = CliRunner().invoke(main, [entry.name, "--help"])
-            assert result.exit_code == 0, entry.name
-            assert "Usage: " in result.output
+    for name in ("run", "report", "plugins", "config", "explain", "new-plugin", "test-plugin"):
+        row = next(row for row in result.output.splitlines() if row.startswith(f"  {name} "))
+        assert row.endswith("Not installed: pip install drivetrain-cli."), row
 
 
 def test_version_is_cores() -> None:
@@ -61,8 +59,7 @@ def test_a_misspelt_command_is_refused_with_a_suggestion() -> None:
     assert "no command is named 'explian'; did you mean 'explain'?" in result.stderr
 
 
-def test_a_command_that_is_not_installed_says_what_to_install(monkeypatch) -> None:
-    monkeypatch.setattr(Registry, "installed", classmethod(lambda cls: Registry(core_entries())))
+def test_a_command_that_is_not_installed_says_what_to_install(bare) -> None:
     result = CliRunner().invoke(main, ["run", "train.py"])
     assert result.exit_code == 2
     wanted = "command 'run' is served by drivetrain-cli, which is not installed: pip install"
@@ -117,26 +114,14 @@ def test_a_bug_is_no_error_of_ours_and_keeps_its_traceback(offer) -> None:
     assert isinstance(result.exception, ZeroDivisionError)
 
 
-@pytest.mark.parametrize("command", ["--help", "plugins", "config schema"])
-def test_torch_is_not_imported_by(command: str) -> None:
-    assert "torch" not in imported_by(command.split())
-
-
-def test_neither_pydantic_nor_rich_is_imported_by_help() -> None:
-    assert not {"pydantic", "rich"} & imported_by(["--help"])
-
-
-@pytest.mark.parametrize("command", ["config check", "explain"])
-def test_torch_is_not_imported_to_look_at_a_config(command: str, tmp_path) -> None:
-    file = tmp_path / "config.json"
-    file.write_text('{"train_batch_size": 8, "optimizer": {"type": "AdamW"}}')
-    assert "torch" not in imported_by([*command.split(), str(file)])
+def test_help_imports_no_torch_pydantic_or_rich() -> None:
+    assert not {"torch", "pydantic", "rich"} & imported_by(["--help"])
 
 
 def imported_by(arguments: list[str]) -> set[str]:
     code = (
         "import sys\n"
-        "from drivetrain.cli.main import main\n"
+        "from drivetrain.cli import main\n"
         f"main({arguments!r}, standalone_mode=False)\n"
         "print('\\nMODULES', *sys.modules)"
     )

@@ -60,8 +60,8 @@ OPTIMIZERS = {
 
 COMMANDS = {
     "build": "drivetrain-kernels",
-    "new-plugin": "drivetrain-cli",
-    "run": "drivetrain-cli",
+    **dict.fromkeys(("config", "explain", "new-plugin", "plugins"), "drivetrain-cli"),
+    **dict.fromkeys(("report", "run", "test-plugin"), "drivetrain-cli"),
 }
 """Command -> first-party distribution that has it."""
 

@@ -18,9 +18,9 @@ import pytest
 from click.testing import CliRunner
 from drivetrain_cli.failures import explain_failure
 
-from drivetrain.cli.main import main
+from drivetrain.cli import main
 
-COMMAND = [sys.executable, "-m", "drivetrain.cli.main", "run", "--log-dir", "logs"]
+COMMAND = [sys.executable, "-m", "drivetrain.cli", "run", "--log-dir", "logs"]
 
 SLEEPER = """
 import os, pathlib, sys, time

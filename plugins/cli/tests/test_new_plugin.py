@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from drivetrain import __version__
-from drivetrain.cli.main import main
+from drivetrain.cli import main
 from drivetrain.plugin import Plugin
 from drivetrain.registry import Entry, Registry
 
@@ -47,7 +47,7 @@ def test_a_new_plugin_passes_its_own_tests_as_made(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "10 passed" in done.stdout
-    listing = [sys.executable, "-m", "drivetrain.cli.main", "plugins", "--json"]
+    listing = [sys.executable, "-m", "drivetrain.cli", "plugins", "--json"]
     shown = subprocess.run(listing, env=environment, capture_output=True, text=True, check=True)
     row = next(row for row in json.loads(shown.stdout) if row["names"] == ["loss_alarm"])
     assert row["distribution"] == "drivetrain-loss-alarm"

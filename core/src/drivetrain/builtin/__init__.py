@@ -24,13 +24,6 @@ ENTRIES: dict[str, dict[str, str]] = {
         for value, paths in _PATHS.items()
         for path in paths.split()
     },
-    "commands": {
-        "config": "drivetrain.cli.config:config",
-        "explain": "drivetrain.cli.explain:explain",
-        "plugins": "drivetrain.cli.plugins:plugins",
-        "report": "drivetrain.cli.report:report",
-        "test-plugin": "drivetrain.testing.command:test_plugin",
-    },
     "optimizers": {
         "Adam": "drivetrain.optimizers.factory:adam",
         "AdamW": "drivetrain.optimizers.factory:adamw",

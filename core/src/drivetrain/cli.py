@@ -10,11 +10,11 @@ import click
 from drivetrain import __version__
 from drivetrain.errors import ConfigError, DrivetrainError, PluginError
 from drivetrain.known import COMMANDS, not_installed
-from drivetrain.registry import CORE, Entry, Registry
+from drivetrain.registry import Entry, Registry
 from drivetrain.wording import did_you_mean
 
-_LIGHT = (CORE, "drivetrain-cli")
-"""Distributions whose commands import quickly, so that the help page can say what they do. Other
+_QUICK = "drivetrain-cli"
+"""The distribution whose commands import quickly, so that the help page can say what they do. Other
 packages may be broken or import torch; that page must be quick and whole."""
 
 
@@ -47,8 +47,10 @@ class Commands(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         entries = {entry.name: entry for entry in Registry.installed().entries("commands")}
+        rows = {name: f"Not installed: pip install {owner}." for name, owner in COMMANDS.items()}
+        rows.update({name: _summary(entry) for name, entry in entries.items()})
         with formatter.section("Commands"):
-            formatter.write_dl([(name, _summary(entry)) for name, entry in entries.items()])
+            formatter.write_dl(sorted(rows.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -60,7 +62,7 @@ class Commands(click.Group):
 
 
 def _summary(entry: Entry) -> str:
-    if entry.distribution in _LIGHT:
+    if entry.distribution == _QUICK:
         with suppress(PluginError):
             command: click.Command = entry.load()
             return command.get_short_help_str(limit=80)

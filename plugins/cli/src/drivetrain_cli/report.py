@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import click
 
 from drivetrain import __version__, known
-from drivetrain.cli.plugins import GROUPS
 from drivetrain.errors import DrivetrainError
 from drivetrain.registry import CORE, Entry, Registry
+from drivetrain_cli.plugins import GROUPS
 
 if TYPE_CHECKING:
     from drivetrain.accelerator import Accelerator

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from drivetrain.cli.config import OVERLAY_OPTION, WORLD_SIZE_OPTION
 from drivetrain.errors import DrivetrainError
+from drivetrain_cli.config import OVERLAY_OPTION, WORLD_SIZE_OPTION
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,7 +106,7 @@ def _hooks(explanation: Explanation) -> Iterator[tuple[str, str, list[str]]]:
 def page(explanation: Explanation, title: str) -> str:
     """A self-contained HTML page: the way of a job with its hooks, plugins, values and mesh."""
     numbers = {label: at for at, label in enumerate(explanation.plugins)}
-    template = resources.files("drivetrain.cli").joinpath("explain.html").read_text("utf-8")
+    template = resources.files("drivetrain_cli").joinpath("explain.html").read_text("utf-8")
     return Template(template).substitute(
         title=escape(title),
         way="".join(_moment(moment, explanation, numbers) for moment in PHASES),

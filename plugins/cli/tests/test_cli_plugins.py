@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 
 from drivetrain import __version__
 from drivetrain.accelerator import Accelerator
-from drivetrain.cli.main import main
+from drivetrain.cli import main
 from drivetrain.errors import PluginError
 from drivetrain.plugin import Plugin, Section, hookimpl
 from drivetrain.registry import CORE, Entry, Registry
@@ -81,7 +81,8 @@ class Hasty(Absent):
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What seems to be installed: core, two plugins, one that does not load, an accelerator."""
-    core = [entry for entry in Registry.installed()._entries if entry.distribution == CORE]
+    ours = (CORE, "drivetrain-cli")
+    core = [entry for entry in Registry.installed()._entries if entry.distribution in ours]
     others = [
         Entry("plugins", "good", "drivetrain-good", "0.2", f"{__name__}:Good"),
         Entry("plugins", "careless", "drivetrain-careless", "0.2", f"{__name__}:Careless"),

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from drivetrain_cli.config import json_schema
+from drivetrain_cli.explain import PHASES, WHEN
 
-from drivetrain.cli.config import json_schema
-from drivetrain.cli.explain import PHASES, WHEN
-from drivetrain.cli.main import main
+from drivetrain.cli import main
 from drivetrain.hub import HOOKS
 from drivetrain.plugin import Plugin, Section
 from drivetrain.registry import Registry

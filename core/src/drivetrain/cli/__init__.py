@@ -1,1 +1,0 @@
-"""The command line ``drivetrain NAME``; every name is an entry of ``drivetrain.commands``."""
