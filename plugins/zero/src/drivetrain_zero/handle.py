@@ -2,36 +2,71 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
-from drivetrain.communicator import Purpose, Tag
+from drivetrain.communicator import Communicator, Purpose, Tag
 from drivetrain.errors import TrainingError
 
 if TYPE_CHECKING:
     from drivetrain.job import Job
+    from drivetrain.mesh import Axis
     from drivetrain_zero.bucket import ShardedBucket
     from drivetrain_zero.gathering import GatheredUnit
 
 
-class ShardedParameter:
-    """The handle of one sharded parameter; see :class:`drivetrain.parameters.ParameterHandle`.
+class WholeOnDemand(ABC):
+    """The rules for using a sharded parameter whole, wherever its shards are kept.
 
-    Args:
-        job: communicator and names.
-        unit: gathered when the parameter is.
-        bucket: where the parameter lies.
-        index: which of the bucket's parameters it is.
+    A parameter may be gathered inside a block that gathers it already, but for reading only, and
+    what was changed must have been gathered for writing; see
+    :class:`drivetrain.parameters.ParameterHandle`.
     """
 
-    def __init__(self, job: Job, unit: GatheredUnit, bucket: ShardedBucket, index: int) -> None:
-        self._job = job
-        self._unit = unit
-        self._bucket = bucket
-        self._index = index
+    may_be_resized = False
+    """Whether a change may give the parameter another shape."""
+
+    def __init__(self) -> None:
         self._depth = 0
         self._before: tuple[object, ...] = ()
+
+    # -- where it is kept ---------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def parameter(self) -> nn.Parameter:
+        """Whose handle this is."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    @abstractmethod
+    def gathered(self) -> bool:
+        """Whether the parameter is whole now."""
+
+    @abstractmethod
+    def _ranks(self) -> tuple[Communicator, Axis]:
+        """Who has to agree on its values."""
+
+    @abstractmethod
+    def _fetch(self, *, writable: bool) -> None:
+        """Make it whole and keep it so; ``writable``: in memory of this rank alone. Collective."""
+
+    @abstractmethod
+    def _let_go(self) -> None:
+        """Undo one :meth:`_fetch`."""
+
+    @abstractmethod
+    def _take_over(self) -> None:
+        """Keep what the parameter, which is whole, now holds; equal on all ranks."""
+
+    # -- the rules ----------------------------------------------------------------------------
 
     def gather(self, write_rank: int | None) -> None:
         """Make the parameter whole. Collective.
@@ -41,11 +76,10 @@ class ShardedParameter:
         """
         if self._depth and write_rank is not None:
             raise TrainingError(
-                f"parameter {self._name} is gathered for writing inside a block that gathers it "
+                f"parameter {self.name} is gathered for writing inside a block that gathers it "
                 "already: leave the outer block first, its changes might be lost"
             )
-        self._unit.gather()
-        self._unit.pins += 1
+        self._fetch(writable=write_rank is not None)
         self._depth += 1
         if self._depth == 1:
             self._before = self._state()
@@ -62,50 +96,106 @@ class ShardedParameter:
                 self._write(write_rank, changed)
             elif changed:
                 raise TrainingError(
-                    f"parameter {self._name} was changed inside a block that gathers it for "
+                    f"parameter {self.name} was changed inside a block that gathers it for "
                     "reading, so the change would be lost: give modifier_rank (write_rank)"
                 )
         finally:
             self._depth -= 1
-            self._unit.pins -= 1
-            self._unit.release()
+            self._let_go()
 
     def _write(self, write_rank: int, changed: bool) -> None:
-        parameter = self._bucket.parameters[self._index]
-        info = self._job.parameters.info(parameter)
-        communicator, tag = self._job.communicator, Tag(Purpose.STATE, info.name, "changed whole")
-        rank = communicator.rank(info.reduction)
-        changes = torch.zeros(communicator.size(info.reduction), dtype=torch.int32)
+        communicator, axis = self._ranks()
+        tag = Tag(Purpose.STATE, self.name, "changed whole")
+        rank = communicator.rank(axis)
+        changes = torch.zeros(communicator.size(axis), dtype=torch.int32)
         changes[rank] = int(changed)
-        communicator.all_reduce(changes, info.reduction, tag)
+        communicator.all_reduce(changes, axis, tag)
         who = changes.nonzero().flatten().tolist()
         if who and write_rank not in who:
             raise TrainingError(
-                f"parameter {self._name} was changed on rank {who[0]}, but modifier_rank "
+                f"parameter {self.name} was changed on rank {who[0]}, but modifier_rank "
                 f"(write_rank) is {write_rank}, whose copy is as it was: the change would be lost"
             )
-        if not who:
-            return
-        if tuple(parameter.shape) != info.shape:
+        if who:
+            self._broadcast(write_rank)
+            self._take_over()
+
+    def _broadcast(self, source: int) -> None:
+        """Give the parameter, which is whole, the values of rank ``source``."""
+        communicator, axis = self._ranks()
+        tag = Tag(Purpose.STATE, self.name, "changed whole")
+        values = self.parameter.detach()
+        shape = torch.zeros(9, dtype=torch.int64)
+        shape[0], shape[1 : values.dim() + 1] = values.dim(), torch.tensor(values.shape)
+        communicator.broadcast(shape, axis, tag, source=source)
+        wanted = torch.Size(shape[1 : int(shape[0]) + 1].tolist())
+        if wanted != self._shape_before and not self.may_be_resized:
             raise TrainingError(
-                f"parameter {self._name} has shape {tuple(parameter.shape)} after it was changed, "
-                f"expected {info.shape}: resize parameters before the engine is built"
+                f"parameter {self.name} has shape {tuple(wanted)} after it was changed, "
+                f"expected {tuple(self._shape_before)}: resize parameters before the engine is "
+                "built"
             )
-        values = parameter.detach().contiguous()
-        communicator.broadcast(values, info.reduction, tag, source=write_rank)
-        if values.data_ptr() != parameter.data_ptr():
-            parameter.data = values
-        self._bucket.take_over(self._index)
-        communicator.barrier(info.reduction, tag)  # others may read the shard from now on
+        if values.shape != wanted:
+            values = values.new_empty(wanted)
+        values = values.contiguous()
+        communicator.broadcast(values, axis, tag, source=source)
+        if values.data_ptr() != self.parameter.data_ptr() or values.shape != self.parameter.shape:
+            self.parameter.data = values
 
     @property
-    def _name(self) -> str:
-        return self._job.parameters.info(self._bucket.parameters[self._index]).name
+    def _shape_before(self) -> torch.Size:
+        shape = self._before[1]
+        assert isinstance(shape, torch.Size)
+        return shape
 
     def _state(self) -> tuple[object, ...]:
         """Changes when the parameter does: where it is, and what is in it."""
-        parameter = self._bucket.parameters[self._index]
-        return parameter.data_ptr(), parameter.shape, *digest(parameter.detach())
+        values = self.parameter.detach()
+        return values.data_ptr(), values.shape, *digest(values)
+
+
+class ShardedParameter(WholeOnDemand):
+    """The handle of one parameter in a bucket of a gathered unit.
+
+    Args:
+        job: communicator and names.
+        unit: gathered when the parameter is.
+        bucket: where the parameter lies.
+        index: which of the bucket's parameters it is.
+    """
+
+    def __init__(self, job: Job, unit: GatheredUnit, bucket: ShardedBucket, index: int) -> None:
+        super().__init__()
+        self._job = job
+        self.unit = unit
+        self._bucket = bucket
+        self._index = index
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self._bucket.parameters[self._index]
+
+    @property
+    def name(self) -> str:
+        return self._job.parameters.info(self.parameter).name
+
+    @property
+    def gathered(self) -> bool:
+        return self.unit.gathered
+
+    def _ranks(self) -> tuple[Communicator, Axis]:
+        return self._job.communicator, self._job.parameters.info(self.parameter).reduction
+
+    def _fetch(self, *, writable: bool) -> None:
+        self.unit.gather()
+        self.unit.pins += 1
+
+    def _let_go(self) -> None:
+        self.unit.pins -= 1
+        self.unit.release()
+
+    def _take_over(self) -> None:
+        self._bucket.take_over(self._index)
 
 
 def digest(tensor: torch.Tensor) -> tuple[int, str]:
@@ -115,4 +205,4 @@ def digest(tensor: torch.Tensor) -> tuple[int, str]:
     """
     if tensor.is_meta or not tensor.numel():
         return 0, ""
-    return int(torch.hash_tensor(tensor)), str(tensor.sum().item())
+    return int(torch.hash_tensor(tensor).view(torch.int64)), str(tensor.sum().item())
