@@ -9,7 +9,7 @@ import click
 
 from drivetrain import __version__
 from drivetrain.errors import ConfigError, DrivetrainError, PluginError
-from drivetrain.known import COMMANDS, not_installed
+from drivetrain.known import COMMANDS
 from drivetrain.registry import Entry, Registry
 from drivetrain.wording import did_you_mean
 
@@ -38,11 +38,11 @@ class Commands(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
             name = args[0]
-            if name in COMMANDS:
-                problem = f"command {name!r} is {not_installed(COMMANDS[name])}"
-            else:
-                known = [*self.list_commands(ctx), *COMMANDS]
-                problem = f"no command is named {name!r}{did_you_mean(name, known)}"
+            hint = did_you_mean(name, [*self.list_commands(ctx), *COMMANDS])
+            reason = Registry.installed().missing("commands", name)
+            problem = (
+                f"command {name!r} is {reason}" if reason else f"no command is named {name!r}{hint}"
+            )
             raise click.UsageError(problem, ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -65,6 +65,17 @@ COMMANDS = {
 }
 """Command -> first-party distribution that has it."""
 
+ACCELERATORS = {name: f"drivetrain-{name}" for name in ("cuda", "rocm", "xpu")}
+"""Accelerator -> first-party distribution that brings it; core has one for the CPU itself."""
+
+OWNERS = {
+    "accelerators": ACCELERATORS,
+    "commands": COMMANDS,
+    "optimizers": OPTIMIZERS,
+    "plugins": SECTIONS,
+}
+"""Entry point group -> name -> first-party distribution that serves it."""
+
 TORCH_OPTIMIZERS = (
     *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon"),
     *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD", "SparseAdam"),
@@ -77,8 +88,3 @@ TORCH_SCHEDULERS = (
     *("OneCycleLR", "PolynomialLR", "ReduceLROnPlateau", "SequentialLR", "StepLR"),
 )
 """Classes of ``torch.optim.lr_scheduler``, likewise."""
-
-
-def not_installed(distribution: str) -> str:
-    """The phrase for something that a first-party distribution would serve."""
-    return f"served by {distribution}, which is not installed: pip install {distribution}"

@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn, cast, get_args
 from drivetrain import __version__
 from drivetrain.builtin import ENTRIES
 from drivetrain.errors import PluginError
+from drivetrain.known import OWNERS
 from drivetrain.wording import did_you_mean
 
 Group = Literal[
@@ -235,7 +236,7 @@ class Registry:
         """
         entry = self.find(group, name)
         if entry is None:
-            reason = self.hidden(group, name)
+            reason = self.missing(group, name)
             raise PluginError(
                 f"{group[:-1]} {name!r} is {reason}"
                 if reason
@@ -243,11 +244,17 @@ class Registry:
             )
         return entry.load()
 
-    def hidden(self, group: Group, name: str) -> str | None:
-        """Why an installed entry of that name is switched off, or ``None``."""
+    def missing(self, group: Group, name: str) -> str | None:
+        """Why a name that has an owner cannot be used; ``None`` where nobody is known to own it.
+
+        The owner is switched off, or a first-party distribution that is not installed.
+        """
         for entry in self._entries:
             if entry.hidden and entry.group == group and _same(group, entry.name, name):
                 return f"served by {entry.distribution}, which is {entry.hidden}"
+        for known, owner in OWNERS.get(group, {}).items():
+            if _same(group, known, name):
+                return f"served by {owner}, which is not installed: pip install {owner}"
         return None
 
     def _matching(self, group: Group, name: str) -> list[Entry]:

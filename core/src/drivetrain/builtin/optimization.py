@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from drivetrain.known import OPTIMIZERS, TORCH_OPTIMIZERS, TORCH_SCHEDULERS, not_installed
+from drivetrain.known import OWNERS, TORCH_OPTIMIZERS, TORCH_SCHEDULERS
 from drivetrain.plugin import Plugin, Problem, Scalar, Section, Sections, hookimpl
 from drivetrain.section import Bool, NonNegativeFloat, PositiveFloat
 from drivetrain.wording import did_you_mean
@@ -148,15 +148,12 @@ def _check_type(
 ) -> list[Problem]:
     if name is None or plan.registry.find(group, name) is not None:
         return []
-    hidden = plan.registry.hidden(group, name)
-    if hidden is not None:
-        return [Problem(path, f"{name!r} is {hidden}")]
     # Before torch's classes, since of torch.optim.Muon no rule over flat buckets can be made.
-    for known, distribution in OPTIMIZERS.items() if group == "optimizers" else ():
-        if name.lower() == known.lower():
-            return [Problem(path, f"{name!r} is {not_installed(distribution)}")]
+    reason = plan.registry.missing(group, name)
+    if reason is not None:
+        return [Problem(path, f"{name!r} is {reason}")]
     if name.lower() in (known.lower() for known in torch_names):
         return []
-    names = [*plan.registry.names(group), *torch_names, *OPTIMIZERS]
+    names = [*plan.registry.names(group), *torch_names, *OWNERS.get(group, ())]
     kind = group[:-1]
     return [Problem(path, f"no {kind} is named {name!r}{did_you_mean(name, names)}")]

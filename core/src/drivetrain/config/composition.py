@@ -10,7 +10,7 @@ from pydantic import BaseModel, RootModel, ValidationError
 
 from drivetrain.config.problems import describe
 from drivetrain.errors import ConfigError, PluginError
-from drivetrain.known import SECTIONS, not_installed
+from drivetrain.known import SECTIONS
 from drivetrain.plugin import Plugin
 from drivetrain.registry import CORE, Entry, Registry
 from drivetrain.wording import as_json, did_you_mean
@@ -184,12 +184,8 @@ class _Builder:
         return [p[len(path) + 1 :].partition(".")[0] for p in inside]
 
     def _missing(self, path: str) -> str:
-        hidden = self.registry.hidden("plugins", path)
-        if hidden is not None:
-            return hidden
-        if path in SECTIONS:
-            return not_installed(SECTIONS[path])
-        return f"no plugin of that name is installed{did_you_mean(path, self._known)}"
+        unknown = f"no plugin of that name is installed{did_you_mean(path, self._known)}"
+        return self.registry.missing("plugins", path) or unknown
 
 
 def _read_choices(value: Any) -> tuple[dict[str, str], list[str], list[str]]:

@@ -47,7 +47,7 @@ def test_plugin(file: str | None, name: str, overlays: tuple[str, ...]) -> None:
     found = [entry for entry in entries if entry is not None]
     if not found:
         names = [*registry.names("plugins"), *registry.names("accelerators")]
-        reason = registry.hidden("plugins", name) or registry.hidden("accelerators", name)
+        reason = registry.missing("plugins", name) or registry.missing("accelerators", name)
         said = f"{name!r} is {reason}" if reason else f"no plugin or accelerator is named {name!r}"
         raise PluginError(said + ("" if reason else did_you_mean(name, names)))
     given = load_config(file) if file else None
