@@ -14,7 +14,7 @@ from drivetrain import known
 from drivetrain.errors import ConfigError, PluginError
 from drivetrain.plan import Plan
 from drivetrain.plugin import Plugin, Section
-from drivetrain.registry import CORE, Registry, core_entries
+from drivetrain.registry import CORE, Entry, Registry, core_entries
 
 Install = Callable[..., None]
 
@@ -124,6 +124,18 @@ def test_optimizers_are_chosen_by_group_and_name(install: Install) -> None:
         Registry.installed().find("optimizers", "Special")
     chosen = Registry.installed().choosing({"optimizers.Special": "other-rules"})
     assert chosen.load("optimizers", "Special").__module__ == "other_rules"
+
+
+def test_cores_own_optimizer_makes_way_for_an_installed_one() -> None:
+    acme = Entry("optimizers", "adamW", "acme-rules", "1", "acme_rules:rule")
+    other = Entry("optimizers", "AdamW", "other-rules", "1", "other_rules:rule")
+    assert Registry([*core_entries(), acme]).find("optimizers", "AdamW") is acme
+    with pytest.raises(PluginError, match=r"other-rules 1.* and .*acme-rules 1.* claim the same"):
+        Registry([*core_entries(), acme, other]).find("optimizers", "AdamW")
+    with pytest.raises(PluginError, match="claim the same name"):
+        Registry([*core_entries(), Entry("schedulers", "OneCycle", "acme-rules", "1", "x:y")]).find(
+            "schedulers", "OneCycle"
+        )
 
 
 def test_optimizer_names_compare_case_insensitively_but_config_paths_do_not(

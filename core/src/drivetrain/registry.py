@@ -39,6 +39,7 @@ CORE = "drivetrain"
 IN_PROCESS = "in-process"
 
 _CASE_INSENSITIVE = ("optimizers", "schedulers")
+_CORE_IS_ASKED_LAST = ("optimizers",)
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,8 @@ class Registry:
         added = [entry for entry in claimants if entry.version == IN_PROCESS]
         if added:
             return added[0]
+        if group in _CORE_IS_ASKED_LAST and len(claimants) > 1:
+            claimants = [entry for entry in claimants if entry.distribution != CORE]
         if len(claimants) > 1:
             raise PluginError(
                 f"{' and '.join(entry.label for entry in claimants)} claim the same name; choose "
