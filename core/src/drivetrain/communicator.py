@@ -93,6 +93,21 @@ class Communicator(ABC):
         """
         return False
 
+    def joined_page(self, axis: Axis) -> int:
+        """Bytes that each rank's part of a :meth:`joined_buffer` must be a multiple of.
+
+        0 where the ranks of ``axis`` share no memory.
+        """
+        return 0
+
+    def joined_buffer(self, numel: int, dtype: torch.dtype, axis: Axis) -> torch.Tensor | None:
+        """Zeroed memory of all ranks as one flat tensor [numel * size] that each reads in place.
+
+        Slice ``rank`` is this rank's, and it alone writes there. ``None``, on every rank, where
+        they cannot share that memory. Collective.
+        """
+        return None
+
     def all_reduce(
         self,
         tensor: torch.Tensor,
@@ -238,6 +253,12 @@ class CommunicatorWrapper(Communicator):
 
     def reads_settled(self, input: torch.Tensor, axis: Axis) -> bool:
         return self.inner.reads_settled(input, axis)
+
+    def joined_page(self, axis: Axis) -> int:
+        return self.inner.joined_page(axis)
+
+    def joined_buffer(self, numel: int, dtype: torch.dtype, axis: Axis) -> torch.Tensor | None:
+        return self.inner.joined_buffer(numel, dtype, axis)
 
 
 class CommunicatorPhase(IntEnum):

@@ -15,6 +15,7 @@ from drivetrain.home import BucketSpec, StateHome, segment_fragment
 from drivetrain.loose import broadcast_first
 from drivetrain.parameters import whole
 from drivetrain_zero.packing import Packing, pack
+from drivetrain_zero.secondary import SecondaryShard
 
 if TYPE_CHECKING:
     from drivetrain.job import Job
@@ -30,12 +31,17 @@ class ShardedBucket:
     has saved are views of that storage, and hold the right values again once it is gathered for
     backward. A parameter that is not gathered keeps its shape and reads as NaN.
 
+    Ranks that share memory need no copy to compute: the whole is there, as one row of all shards,
+    and gathering is only a matter of showing it. Whoever may write gets a copy (``private``).
+
     Args:
         job: memory, collectives, facts about parameters.
         plan: the parameters and what they have in common.
         axis: ranks that shard the bucket between them; its reduction, or the inner part of it.
         replica_axis: the rest of its reduction, over which shards are copies; ``None`` for none.
         sharded: whether parameters are released between uses.
+        rounds: whether the communicator rounds what it gathers of them (qwZ). The shard is then
+            memory of its own and stays exact, also where parameters are always gathered.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class ShardedBucket:
         replica_axis: Axis | None,
         *,
         sharded: bool,
+        rounds: bool = False,
     ) -> None:
         self._job = job
         communicator = job.communicator
@@ -56,8 +63,16 @@ class ShardedBucket:
         self.replica_axis = replica_axis
         self.ranks = communicator.size(axis)
         self.sharded = sharded and self.ranks > 1
+        self.rounds = rounds and self.ranks > 1
+        self._secondary: SecondaryShard | None = None
         grain = "element" if plan.spec.rule is None else plan.spec.rule.grain
-        self.packing = pack([p.numel() for p in plan.parameters], self.ranks, grain)
+        page = communicator.joined_page(axis) if self.sharded and not self.rounds else 0
+        self.packing = pack(
+            [p.numel() for p in plan.parameters],
+            self.ranks,
+            grain,
+            page // plan.spec.parameter_dtype.itemsize,
+        )
         self.rank = communicator.rank(axis)
         # Of the ranks that hold the same shard, the first counts in norms and checkpoints.
         first_copy = communicator.rank(plan.spec.reduction) == self.rank
@@ -65,26 +80,39 @@ class ShardedBucket:
         self.spec = _shard_spec(plan.spec, self.packing, self.rank, owner=self.counts)
         self.home: StateHome
         self._handle: Handle | None = None
-        self._allocate()
+        self._copied = self._exact = False
+        self._row = self._joined()
+        self.whole, self.shard = self._allocate()
         self._views = self.views_of(self.whole)
+        self._row_views = [] if self._row is None else self.views_of(self._row)
         self._absent = [_absent(view) for view in self._views]
         self.gathered = not self.sharded
         if self.sharded:
             self.whole.untyped_storage().resize_(0)
 
-    def _allocate(self) -> None:
+    def _joined(self) -> torch.Tensor | None:
+        """All shards as they lie in memory that the ranks share, if they do."""
         dtype, device, packing = self.spec.parameter_dtype, self.spec.device, self.packing
-        buffer = self._job.communicator.buffer
+        communicator = self._job.communicator
+        page = communicator.joined_page(self.axis) if device.type == "cpu" else 0
+        if not self.sharded or self.rounds or not page or packing.shard * dtype.itemsize % page:
+            return None
+        return communicator.joined_buffer(packing.shard, dtype, self.axis)
+
+    def _allocate(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole and the shard."""
+        dtype, device, packing = self.spec.parameter_dtype, self.spec.device, self.packing
         if self.sharded or device.type == "meta":
-            self.whole = torch.empty(packing.numel, dtype=dtype, device=device)
+            whole = torch.empty(packing.numel, dtype=dtype, device=device)
         else:
-            self.whole = buffer(packing.numel, dtype, self.axis)
-        if not self.sharded:
-            self.shard = self.whole.narrow(0, self.rank * packing.shard, packing.shard)
-        elif device.type == "meta":
-            self.shard = torch.empty(packing.shard, dtype=dtype, device=device)
-        else:
-            self.shard = buffer(packing.shard, dtype, self.axis)
+            whole = self._job.communicator.buffer(packing.numel, dtype, self.axis)
+        if not self.sharded and not self.rounds:
+            return whole, self.shard_of(whole)
+        if self._row is not None:
+            return whole, self.shard_of(self._row)
+        if device.type == "meta":
+            return whole, torch.empty(packing.shard, dtype=dtype, device=device)
+        return whole, self._job.communicator.buffer(packing.shard, dtype, self.axis)
 
     def views_of(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Every parameter's place in a flat tensor of this layout, in the parameter's shape."""
@@ -115,8 +143,9 @@ class ShardedBucket:
                 view.copy_(parameter.detach())
         broadcast_first(self._job, originals, self.spec.reduction, self.key)
         mine = self.shard_of(originals)
-        if self.sharded:
+        if self.sharded or self.rounds:
             self.shard.copy_(mine)
+        if self.sharded:
             self._show(self._absent)
         else:
             self.whole.copy_(originals)
@@ -125,34 +154,71 @@ class ShardedBucket:
             parameter.grad = None
         home.step = self.plan.step
         home.adopt(self.shard, mine)
+        if self.rounds:
+            self.publish()
+            self.finish_publish()
+
+    def keep_secondary(self, axis: Axis) -> None:
+        """From now on, gather from a second shard over ``axis`` where that is up to date (hpZ)."""
+        if self._row is None:
+            communicator, numel = self._job.communicator, self.packing.numel
+            self._secondary = SecondaryShard(communicator, axis, numel, self.spec)
 
     # -- the whole, for a while ---------------------------------------------------------------
 
     def start_gather(self, *, asynchronous: bool) -> None:
-        """Begin to make the parameters whole. Collective."""
+        """Begin to make the parameters whole, for reading. Collective."""
+        if self._row is None:
+            self._start_copy(asynchronous=asynchronous)
+
+    def finish_gather(self) -> None:
+        """Return once the parameters are whole."""
+        if self._row is not None and not self.gathered:
+            self._show(self._row_views)
+            self.gathered = True
+        self._finish_copy()
+
+    def gather_private(self) -> None:
+        """Make the parameters whole in memory of this rank's own, unrounded. Collective."""
+        self._start_copy(asynchronous=False)
+        self._finish_copy()
+        if self.rounds and not self._exact:
+            tag = Tag(Purpose.STATE, self.key, "exact")
+            self._job.communicator.all_gather(self.whole, self.shard, self.axis, tag)
+            self._exact = True
+
+    def release(self) -> None:
+        """Give the whole up again; the shard stays. Collective where it was shown unrounded."""
+        exact, self._exact = self._exact, False
+        if not self.sharded:
+            if exact:
+                self._gather("publish", asynchronous=False)
+            return
+        self._finish_copy()
         if self.gathered:
+            self._show(self._absent)
+            self.whole.untyped_storage().resize_(0)
+            self.gathered = self._copied = False
+
+    def _start_copy(self, *, asynchronous: bool) -> None:
+        if not self.sharded or self._copied or self._handle is not None:
             return
         storage = self.whole.untyped_storage()
         storage.resize_(self.whole.numel() * self.whole.element_size())
         self._handle = self._gather("gather", asynchronous=asynchronous)
 
-    def finish_gather(self) -> None:
-        """Return once the parameters are whole."""
-        if self._handle is None:
-            return
-        self._handle.wait()
-        self._handle = None
-        self._show(self._views)
-        self.gathered = True
-
-    def release(self) -> None:
-        """Give the whole up again; the shard stays."""
-        self.finish_gather()
-        if self.sharded and self.gathered:
-            self._release()
+    def _finish_copy(self) -> None:
+        if self.sharded and self._handle is not None:
+            self._handle.wait()
+            self._handle = None
+            if self._secondary is not None and not self._secondary.valid:
+                self._secondary.keep(self.whole)
+            self._show(self._views)
+            self.gathered = self._copied = True
 
     def publish(self) -> None:
         """After an update, begin to show all shards to every rank, where parameters stay whole."""
+        self.forget_secondary()
         if not self.sharded and self.ranks > 1:
             self._handle = self._gather("publish", asynchronous=True)
 
@@ -162,21 +228,21 @@ class ShardedBucket:
             self._handle.wait()
             self._handle = None
 
+    def forget_secondary(self) -> None:
+        """The shard has changed: the next gather is made from it."""
+        if self._secondary is not None:
+            self._finish_copy()  # what is under way brings old values
+            self._secondary.valid = False
+
     def _gather(self, site: str, *, asynchronous: bool) -> Handle:
         tag = Tag(Purpose.WEIGHT, self.key, site)
+        source, axis, settled = self.shard, self.axis, self.sharded
+        if self._secondary is not None and self._secondary.valid:
+            source, axis, settled = self._secondary.shard, self._secondary.axis, False
+        # Shards are settled: they change in updates and writes only, which end together.
         return self._job.communicator.all_gather(
-            self.whole,
-            self.shard,
-            self.axis,
-            tag,
-            asynchronous=asynchronous,
-            settled=self.sharded,  # shards change in updates and writes only, which end together
+            self.whole, source, axis, tag, asynchronous=asynchronous, settled=settled
         )
-
-    def _release(self) -> None:
-        self._show(self._absent)
-        self.whole.untyped_storage().resize_(0)
-        self.gathered = False
 
     def _show(self, values: Sequence[torch.Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
@@ -205,6 +271,7 @@ class ShardedBucket:
             view.copy_(parameter.detach())
             parameter.data = view
         name = self._job.parameters.info(parameter).name
+        self.forget_secondary()
         flat = view.reshape(-1)
         for segment in self.spec.segments:
             if segment.name == name:

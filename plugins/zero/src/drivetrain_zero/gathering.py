@@ -78,6 +78,7 @@ class GatheredUnit:
     pins: int = 0
     started: bool = False
     gathered: bool = False
+    _in_use: bool = False
 
     @property
     def numel(self) -> int:
@@ -100,6 +101,26 @@ class GatheredUnit:
         for bucket in self.buckets:
             bucket.finish_gather()
         self.gathered = True
+
+    def pin(self) -> None:
+        """Make the parameters whole for somebody who may write, until :meth:`unpin`. Collective."""
+        for bucket in self.buckets:
+            bucket.gather_private()
+        if not self.pins:
+            self._in_use = self.gathered
+        self.pins += 1
+        self.started = self.gathered = True
+
+    def unpin(self) -> None:
+        """End one :meth:`pin`; the unit is as it was before once all have ended."""
+        self.pins -= 1
+        if self.pins:
+            return
+        for bucket in self.buckets:
+            bucket.release()
+        self.started = self.gathered = False
+        if self._in_use or self.persistent:
+            self.gather()
 
     def release(self) -> None:
         """Keep only the shards, unless somebody else needs more."""
@@ -189,7 +210,9 @@ class Gathering:
             if unit.gathered:
                 for bucket in unit.buckets:
                     bucket.release()
-                unit.started = unit.gathered = False
+                    if unit.pins:
+                        bucket.gather_private()
+                unit.started = unit.gathered = unit.pins > 0
                 unit.gather()
 
     def release_all(self) -> None:

@@ -9,6 +9,9 @@ from typing import Literal
 ALIGNMENT = 16
 """Shards are multiples of this many elements: 64 bytes of float32, a cache line."""
 
+WORTH_PAGES = 64
+"""From so many pages on a shard is rounded up to whole ones, which adds at most 1.6 %."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -74,25 +77,36 @@ class Packing:
             yield at, self.numel - at
 
 
-def pack(numels: Sequence[int], ranks: int, grain: Literal["element", "tensor"]) -> Packing:
+def pack(
+    numels: Sequence[int],
+    ranks: int,
+    grain: Literal["element", "tensor"],
+    page: int = 0,
+) -> Packing:
     """Lay out parameters for ``ranks`` shards.
 
     With grain ``"element"`` they follow one another and are cut wherever a shard ends, so that
     shards are equal up to padding. With grain ``"tensor"`` every parameter lies whole in one
     shard, the largest placed first, each where least is; shards are then as long as the fullest.
+
+    Args:
+        numels: elements of each parameter.
+        ranks: number of shards.
+        grain: where parameters may be cut.
+        page: make shards a multiple of this many elements, unless they have only few pages.
     """
     if grain == "element":
         offsets, at = [], 0
         for numel in numels:
             offsets.append(at)
             at += numel
-        return Packing(tuple(numels), tuple(offsets), _aligned(-(-at // ranks)), ranks)
+        return Packing(tuple(numels), tuple(offsets), _aligned(-(-at // ranks), page), ranks)
     filled = [0] * ranks
     homes = [0] * len(numels)
     for index in sorted(range(len(numels)), key=lambda i: -numels[i]):
         homes[index] = min(range(ranks), key=filled.__getitem__)
         filled[homes[index]] += numels[index]
-    shard = _aligned(max(filled))
+    shard = _aligned(max(filled), page)
     at_in = [rank * shard for rank in range(ranks)]
     placed = []
     for index, numel in enumerate(numels):
@@ -101,5 +115,6 @@ def pack(numels: Sequence[int], ranks: int, grain: Literal["element", "tensor"])
     return Packing(tuple(numels), tuple(placed), shard, ranks)
 
 
-def _aligned(numel: int) -> int:
-    return max(-(-numel // ALIGNMENT), 1) * ALIGNMENT
+def _aligned(numel: int, page: int) -> int:
+    step = page if page and numel >= WORTH_PAGES * page else ALIGNMENT
+    return max(-(-numel // step), 1) * step

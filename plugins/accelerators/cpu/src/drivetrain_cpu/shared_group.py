@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int, c_int32, c_int64, c_uint32
 from ctypes import c_void_p as pointer
 from dataclasses import dataclass
@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drivetrain.communicator import Collective, Communicator, Kind, Op, Purpose, Tag
-from drivetrain_cpu.shared_segment import Mapping, OwnSegment, host_identity, map_peer
+from drivetrain_cpu.shared_segment import (
+    PAGE,
+    Mapping,
+    OwnSegment,
+    Row,
+    host_identity,
+    peer_file,
+)
 
 if TYPE_CHECKING:
     from drivetrain.mesh_layout import Axis
@@ -212,6 +219,27 @@ class SharedGroup:
             else torch.empty(0, dtype=dtype)
         )
 
+    def joined(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory of all ranks, one after another, as one flat tensor; collective.
+
+        Args:
+            numel: elements of each rank; whole pages.
+            dtype: of the elements.
+
+        Raises:
+            UnavailableError: on every rank, if any has not enough memory.
+        """
+        size = numel * dtype.itemsize
+        row = Row(self.size, size)
+        self._share(size, place=row.place)
+        number, self._made = self._made, self._made + 1
+        places = [row.address + position * size for position in range(self.size)]
+        addresses = (pointer * self.size)(*places)
+        self._registered[number] = _Registered(places[self.rank], size, [], addresses)
+        self._tabulate()
+        weakref.finalize(row.block, self._forget, number).atexit = False
+        return torch.frombuffer(row.block, dtype=dtype, count=self.size * numel)
+
     def _forget(self, number: int) -> None:
         del self._registered[number]
         self._tabulate()
@@ -269,9 +297,24 @@ class SharedGroup:
 
     # -- set-up ------------------------------------------------------------------------------------
 
-    def _share(self, size: int, problem: str = "") -> list[Mapping]:
-        """Make a segment on every rank, unless this one has a problem, and map all; collective."""
+    def _share(
+        self, size: int, problem: str = "", place: Callable[[int, int], object] | None = None
+    ) -> list[Mapping]:
+        """Make a segment on every rank, unless this one has a problem, and map all; collective.
+
+        Args:
+            size: bytes of each segment.
+            problem: why this rank has none.
+            place: maps the segment of a position from its open file; by default they are mapped
+                anywhere, and the mappings are the answer.
+        """
         own, offer = None, [-1] * 4
+        mappings: list[Mapping] = []
+
+        def anywhere(_position: int, descriptor: int) -> None:
+            mappings.append(Mapping(descriptor, -(-size // PAGE) * PAGE))
+
+        place = place or anywhere
         try:
             if not problem:
                 own = OwnSegment(size)
@@ -282,19 +325,22 @@ class SharedGroup:
         mine = torch.tensor(offer, dtype=torch.int64)
         self._inner.all_gather(offers, mine, self._axis, SETUP)
         table = offers.view(self.size, 4).tolist()
-        mappings: list[Mapping] = []
+        mapped = False
         hosts = {host for host, *_ in table}
         if own is not None and len(hosts) == 1:
             try:
-                mappings = [
-                    own.mapping if k == self.rank else map_peer(*table[k][1:])
-                    for k in range(self.size)
-                ]
+                for position, (_, process, descriptor, _) in enumerate(table):
+                    if position == self.rank:
+                        place(position, own.descriptor)
+                    else:
+                        with peer_file(process, descriptor) as opened:
+                            place(position, opened)
+                mapped = True
             except OSError as error:
                 problem = f"cannot map the memory of another rank: {error.strerror}"
         elif own is not None:
             problem = "its ranks are on several hosts" if -1 not in hosts else ""
-        agreed = self._agree(bool(mappings))
+        agreed = self._agree(mapped)
         if own is not None:
             own.close_descriptor()
         if not agreed:

@@ -30,6 +30,7 @@ from drivetrain.failure import broken
 from drivetrain_cpu.instruction_sets import selected
 from drivetrain_cpu.kernels import kernel_library
 from drivetrain_cpu.shared_group import NUMBERS, SharedGroup, UnavailableError
+from drivetrain_cpu.shared_segment import PAGE
 
 if TYPE_CHECKING:
     from drivetrain.job import Job
@@ -155,6 +156,19 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
                     self._without_buffers.add(axis)
                     logger.warning("buffers over axis %r are in ordinary memory: %s", axis, reason)
         return super().buffer(numel, dtype, axis)
+
+    def joined_page(self, axis: Axis) -> int:
+        return PAGE if self._line(axis) is not None else 0
+
+    def joined_buffer(self, numel: int, dtype: torch.dtype, axis: Axis) -> torch.Tensor | None:
+        line = self._line(axis)
+        if line is None:
+            return None
+        try:
+            return line.group.joined(numel, dtype)
+        except UnavailableError as reason:
+            _say("axis %r does not share a buffer: %s", axis, reason, line.group)
+            return None
 
     def _line(self, axis: Axis) -> _Line | None:
         """The shared memory of an axis; ``None`` where its ranks cannot share any."""

@@ -9,9 +9,25 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PAGE = mmap.PAGESIZE
+
+_MAP_FIXED = 0x10  # Linux, on every architecture; the module mmap has no name for it
+_RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_NO_ACCESS = 0  # PROT_NONE
+_FIXED = mmap.MAP_SHARED | _MAP_FIXED
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long,
+]  # fmt: skip
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 class Mapping:
@@ -48,7 +64,6 @@ class OwnSegment:
         self.descriptor = os.memfd_create("drivetrain", os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(self.descriptor, 0, self.size)
-            self.mapping = Mapping(self.descriptor, self.size)
         except OSError:
             self.close_descriptor()
             raise
@@ -58,17 +73,53 @@ class OwnSegment:
         os.close(self.descriptor)
 
 
-def map_peer(process: int, descriptor: int, size: int) -> Mapping:
-    """Map a segment of another process.
+class Row:
+    """Segments of one size mapped one after another, so that they read as one.
+
+    Args:
+        count: number of segments.
+        size: bytes of each, a multiple of the page size.
+
+    Raises:
+        OSError: there are not that many addresses.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self.size = size
+        self.address = _map(None, count * size, _NO_ACCESS, _RESERVED, -1)
+        self.block = (ctypes.c_char * (count * size)).from_address(self.address)
+        weakref.finalize(self.block, _libc.munmap, self.address, count * size).atexit = False
+
+    def place(self, position: int, descriptor: int) -> None:
+        """Map the open file of a segment at its place.
+
+        Raises:
+            OSError: it cannot be mapped.
+        """
+        address = self.address + position * self.size
+        _map(address, self.size, mmap.PROT_READ | mmap.PROT_WRITE, _FIXED, descriptor)
+
+
+@contextmanager
+def peer_file(process: int, descriptor: int) -> Iterator[int]:
+    """The file of a segment of another process, opened.
 
     Raises:
         OSError: the process is gone, or the system does not let this one look into it.
     """
     opened = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
     try:
-        return Mapping(opened, size)
+        yield opened
     finally:
         os.close(opened)
+
+
+def _map(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
+    found = _libc.mmap(address, size, protection, flags, descriptor, 0)
+    if found == _FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return int(found)
 
 
 def host_identity() -> int:
