@@ -51,6 +51,15 @@ def test_every_served_optimizer_and_command_is_in_the_table_of_known_names(
     assert {name: table.get(name) for name in names} == dict.fromkeys(names, distribution.name)
 
 
+def test_every_gpus_accelerator_is_in_the_table_of_known_names() -> None:
+    served = {
+        name: d.name
+        for d in DISTRIBUTIONS
+        for name in d.entry_points.get("drivetrain.accelerators", ())
+    }
+    assert {**known.ACCELERATORS, "cpu": "drivetrain-cpu"} == served
+
+
 def test_the_table_of_known_names_promises_no_section_that_its_owner_lacks() -> None:
     broken = {
         path: owner
