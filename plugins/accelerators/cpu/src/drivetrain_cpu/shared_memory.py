@@ -152,9 +152,7 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
             try:
                 return line.group.buffer(numel, dtype)
             except UnavailableError as reason:
-                if line.group.rank == 0 and axis not in self._without_buffers:
-                    self._without_buffers.add(axis)
-                    logger.warning("buffers over axis %r are in ordinary memory: %s", axis, reason)
+                self._note_no_buffers(axis, line, reason)
         return super().buffer(numel, dtype, axis)
 
     def joined_page(self, axis: Axis) -> int:
@@ -167,8 +165,13 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         try:
             return line.group.joined(numel, dtype)
         except UnavailableError as reason:
-            _say("axis %r does not share a buffer: %s", axis, reason, line.group)
+            self._note_no_buffers(axis, line, reason)
             return None
+
+    def _note_no_buffers(self, axis: Axis, line: _Line, reason: UnavailableError) -> None:
+        if line.group.rank == 0 and axis not in self._without_buffers:
+            self._without_buffers.add(axis)
+            logger.warning("buffers over axis %r are in ordinary memory: %s", axis, reason)
 
     def _line(self, axis: Axis) -> _Line | None:
         """The shared memory of an axis; ``None`` where its ranks cannot share any."""
