@@ -12,20 +12,31 @@ from drivetrain.communicator import Communicator, Purpose, Tag
 
 TAG = Tag(Purpose.GRADIENT, "benchmark")
 Contenders = Mapping[str, Callable[[], object]]
+Clock = Callable[[], float]
 
 
 def take_turns(
-    contenders: Contenders, rounds: int, before: Callable[[], object] = lambda: None
+    contenders: Contenders,
+    rounds: int,
+    before: Callable[[], object] = lambda: None,
+    finish: Callable[[], object] = lambda: None,
+    calls: int = 1,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; one round more is run and forgotten."""
+    """Seconds of each contender in each round; one round more is run and forgotten.
+
+    A turn is ``calls`` calls and then ``finish``, which waits for a device; its time is divided.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, run in contenders.items():
             before()
-            began = time.perf_counter()
-            run()
+            began = clock()
+            for _ in range(calls):
+                run()
+            finish()
             if number:
-                times[name].append(time.perf_counter() - began)
+                times[name].append((clock() - began) / calls)
     return times
 
 
@@ -71,6 +82,11 @@ def all_gather(c: Communicator, x: torch.Tensor) -> None:
     c.all_gather(x, _own_part(c, x), "data", TAG)
 
 
+def all_to_all(c: Communicator, x: torch.Tensor) -> None:
+    sent, received = x.view(2, -1)
+    c.all_to_all(received, sent, "data", TAG)
+
+
 def small_all_reduces(c: Communicator, x: torch.Tensor) -> None:
     for _ in range(100):
         c.all_reduce(x[:1024], "data", TAG)
@@ -80,6 +96,7 @@ COLLECTIVES = {
     "reduce-scatter": reduce_scatter,
     "all-gather": all_gather,
     "all-reduce": all_reduce,
+    "all-to-all": all_to_all,
     "100 all-reduces of 4 KiB": small_all_reduces,
 }
 
