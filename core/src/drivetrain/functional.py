@@ -23,7 +23,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from drivetrain.communicator import Communicator, Purpose, Tag
+from drivetrain.collective import Collective, Kind, Op, Purpose, Tag
+from drivetrain.communicator import Communicator
 from drivetrain.mesh_layout import Axis
 
 _TAG = Tag(Purpose.ACTIVATION, site="functional")
@@ -110,98 +111,76 @@ _lines: WeakValueDictionary[int, Functional] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
-# -- operators: what a graph contains --------------------------------------------------------------
+# -- what a graph contains: one operator for all of them -------------------------------------------
 
 _library = torch.library.Library("drivetrain_functional", "DEF")  # type: ignore[no-untyped-call]
-_ops = torch.ops.drivetrain_functional
+_library.define(  # type: ignore[no-untyped-call]
+    "collective(Tensor x, int line, str kind, int source=0, "
+    "SymInt[]? output_splits=None, SymInt[]? input_splits=None) -> Tensor"
+)
+_collective = torch.ops.drivetrain_functional.collective
 
 
-def _all_reduce(x: torch.Tensor, line: int) -> torch.Tensor:
-    f, y = _lines[line], x.clone(memory_format=torch.contiguous_format)
-    f.communicator.all_reduce(y, f.axis, f.tag)
-    return y
-
-
-def _all_gather(x: torch.Tensor, line: int) -> torch.Tensor:
-    f, y = _lines[line], _gathered(x, line)
-    f.communicator.all_gather(y.view(-1), x.contiguous().view(-1), f.axis, f.tag)
-    return y
-
-
-def _reduce_scatter(x: torch.Tensor, line: int) -> torch.Tensor:
-    f, y = _lines[line], _scattered(x, line)
-    f.communicator.reduce_scatter(y.view(-1), x.contiguous().view(-1), f.axis, f.tag)
-    return y
-
-
-def _broadcast(x: torch.Tensor, line: int, source: int) -> torch.Tensor:
-    f, y = _lines[line], x.clone(memory_format=torch.contiguous_format)
-    f.communicator.broadcast(y, f.axis, f.tag, source=source)
-    return y
-
-
-def _all_to_all(
+def _run(
     x: torch.Tensor,
     line: int,
-    output_splits: Sequence[int] | None,
-    input_splits: Sequence[int] | None,
+    kind: str,
+    source: int = 0,
+    output_splits: Sequence[int] | None = None,
+    input_splits: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    f, y = _lines[line], _exchanged(x, line, output_splits, input_splits)
-    f.communicator.all_to_all(
-        y, x.contiguous(), f.axis, f.tag, output_splits=output_splits, input_splits=input_splits
-    )
+    f, y = _lines[line], _result(x, line, kind, source, output_splits)
+    tensors: tuple[torch.Tensor, ...]
+    if kind in (Kind.ALL_REDUCE, Kind.BROADCAST):
+        tensors = (y.copy_(x),)
+    elif kind == Kind.ALL_TO_ALL:
+        tensors = (y, x.contiguous())
+    else:
+        tensors = (y.view(-1), x.contiguous().view(-1))
+    rows = (output_splits, input_splits)
+    f.communicator.run(Collective(Kind(kind), tensors, f.axis, f.tag, Op.SUM, False, source, *rows))
     return y
 
 
-def _same(x: torch.Tensor, *_: object) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _gathered(x: torch.Tensor, line: int) -> torch.Tensor:
-    return x.new_empty((x.shape[0] * _lines[line].size, *x.shape[1:]))
-
-
-def _scattered(x: torch.Tensor, line: int) -> torch.Tensor:
-    return x.new_empty((x.shape[0] // _lines[line].size, *x.shape[1:]))
-
-
-def _exchanged(
-    x: torch.Tensor, line: int, output_splits: Sequence[int] | None, _: object
+def _result(
+    x: torch.Tensor,
+    line: int,
+    kind: str,
+    source: int = 0,
+    output_splits: Sequence[int] | None = None,
+    input_splits: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    return x.new_empty((x.shape[0] if output_splits is None else sum(output_splits), *x.shape[1:]))
+    """Memory for the result, of which a compiler needs to know no more than the shape."""
+    if kind == Kind.ALL_GATHER:
+        rows = x.shape[0] * _lines[line].size
+    elif kind == Kind.REDUCE_SCATTER:
+        rows = x.shape[0] // _lines[line].size
+    elif output_splits is not None:
+        rows = sum(output_splits)
+    else:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty((rows, *x.shape[1:]))
 
 
-for _schema, _implementation, _shape in (
-    ("all_reduce(Tensor x, int line)", _all_reduce, _same),
-    ("all_gather(Tensor x, int line)", _all_gather, _gathered),
-    ("reduce_scatter(Tensor x, int line)", _reduce_scatter, _scattered),
-    ("broadcast(Tensor x, int line, int source)", _broadcast, _same),
-    (
-        "all_to_all(Tensor x, int line, SymInt[]? output_splits, SymInt[]? input_splits)",
-        _all_to_all,
-        _exchanged,
-    ),
-):
-    _name = _library.define(f"{_schema} -> Tensor")  # type: ignore[no-untyped-call]
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"drivetrain_functional::{_name}", _shape, lib=_library)
+_library.impl("collective", _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("drivetrain_functional::collective", _result, lib=_library)
 
 
 # -- what autograd sees ----------------------------------------------------------------------------
 
 _FORWARD: dict[str, Callable[..., torch.Tensor]] = {
-    "all_reduce": lambda x, line, size, rank: _ops.all_reduce(x, line),
-    "reduce": lambda x, line, size, rank: _ops.all_reduce(x, line),
+    "all_reduce": lambda x, line, size, rank: _collective(x, line, "all_reduce"),
+    "reduce": lambda x, line, size, rank: _collective(x, line, "all_reduce"),
     "copy": lambda x, line, size, rank: x.view_as(x),
-    "all_gather": lambda x, line, size, rank: _ops.all_gather(x, line),
-    "gather": lambda x, line, size, rank: _ops.all_gather(x, line),
-    "reduce_scatter": lambda x, line, size, rank: _ops.reduce_scatter(x, line),
+    "all_gather": lambda x, line, size, rank: _collective(x, line, "all_gather"),
+    "gather": lambda x, line, size, rank: _collective(x, line, "all_gather"),
+    "reduce_scatter": lambda x, line, size, rank: _collective(x, line, "reduce_scatter"),
     "split": lambda x, line, size, rank: x.chunk(size)[rank].clone(),
-    "broadcast": lambda x, line, size, rank, source: _ops.broadcast(x, line, source),
+    "broadcast": lambda x, line, size, rank, at: _collective(x, line, "broadcast", at),
     # A product, because a compiler would drop an all-reduce whose result is not looked at.
-    "sum at": lambda x, line, size, rank, source: _ops.all_reduce(x, line) * int(rank == source),
-    "exchange": lambda x, line, size, rank, come, go: _ops.all_to_all(x, line, come, go),
-    "return": lambda x, line, size, rank, come, go: _ops.all_to_all(x, line, go, come),
+    "sum at": lambda x, line, size, rank, at: _collective(x, line, "all_reduce") * int(rank == at),
+    "exchange": lambda x, line, size, rank, to, of: _collective(x, line, "all_to_all", 0, to, of),
+    "return": lambda x, line, size, rank, to, of: _collective(x, line, "all_to_all", 0, of, to),
 }
 
 _ADJOINT = {
