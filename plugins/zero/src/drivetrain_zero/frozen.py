@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from drivetrain.parameters import ParameterTable
 
 
+_FROZEN = "frozen."
+
+
+def is_frozen(key: str) -> bool:
+    """Whether ``key`` is that of a bucket of :func:`plan_frozen`."""
+    place, _, number = key.rpartition("b")
+    return number.isdigit() and (place == _FROZEN or place.endswith(f".{_FROZEN}"))
+
+
 def plan_frozen(
     parameters: Iterable[nn.Parameter], table: ParameterTable, prefix: str
 ) -> list[PlannedBucket]:
@@ -36,7 +45,7 @@ def plan_frozen(
             segments.append(Segment(info.name, shape, 0, numel, offset, owner, info.placement))
             offset += numel
         spec = BucketSpec(
-            key=f"{prefix}frozen.b{number}",
+            key=f"{prefix}{_FROZEN}b{number}",
             numel=offset,
             segments=tuple(segments),
             parameter_dtype=dtype,

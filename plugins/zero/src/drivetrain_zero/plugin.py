@@ -11,6 +11,7 @@ from drivetrain_zero.section import ZeroSection
 if TYPE_CHECKING:
     from torch import nn
 
+    from drivetrain.communicator import CommunicatorLayer
     from drivetrain.job import Job
     from drivetrain.mesh_layout import AxisRequest
     from drivetrain.model_states import ModelStates
@@ -21,6 +22,8 @@ PATH = "zero_optimization"
 
 SHARD_AXIS = "zero_shard"
 REPLICA_AXIS = "zero_replica"
+SECONDARY_AXIS = "zero_secondary"
+_SECONDARY_COPIES = "zero_secondary_copies"
 
 
 class Zero(Plugin):
@@ -42,6 +45,9 @@ class Zero(Plugin):
             f"{PATH}.stage": self.config.stage,
             f"{PATH}.gradient_reduction": self.config.gradient_reduction,
             f"{PATH}.mics_shard_size": self.config.mics_shard_size,
+            f"{PATH}.zero_hpz_partition_size": self.config.zero_hpz_partition_size,
+            f"{PATH}.zero_quantized_weights": self.config.zero_quantized_weights,
+            f"{PATH}.zero_quantized_gradients": self.config.zero_quantized_gradients,
         }
 
     def feature_values(self) -> Mapping[str, Sequence[object]]:
@@ -52,25 +58,49 @@ class Zero(Plugin):
 
     @hookimpl
     def configure(self, plan: Plan) -> Sequence[Problem]:
-        size, shards = self.config.mics_shard_size, plan.layout.size("data")
-        if size > 0 and shards % size:
-            return [
-                Problem(
-                    f"{PATH}.mics_shard_size",
-                    f"is {size}, which does not divide the {shards} data-parallel ranks",
-                )
-            ]
-        return []
+        config, shards = self.config, plan.layout.size("data")
+        data = "data-parallel ranks"
+        divisors = [
+            ("mics_shard_size", config.mics_shard_size, shards, data),
+            ("zero_hpz_partition_size", config.zero_hpz_partition_size, shards, data),
+            ("zero_ranks_per_node", config.zero_ranks_per_node or 1, plan.world_size, "ranks"),
+        ]
+        return [
+            Problem(f"{PATH}.{key}", f"is {size}, which does not divide the {whole} {what}")
+            for key, size, whole, what in divisors
+            if size > 0 and whole % size
+        ]
 
     @hookimpl
     def mesh_axes(self, plan: Plan) -> Sequence[AxisRequest]:
         from drivetrain.mesh_layout import SplitAxis
 
-        size = self.config.mics_shard_size
-        if size <= 0:
+        config, splits = self.config, []
+        if config.mics_shard_size > 0:
+            path = f"{PATH}.mics_shard_size"
+            size = config.mics_shard_size
+            splits.append(SplitAxis(SHARD_AXIS, size, complement=REPLICA_AXIS, source=path))
+        if config.zero_hpz_partition_size > 1:
+            path = f"{PATH}.zero_hpz_partition_size"
+            size = config.zero_hpz_partition_size
+            splits.append(
+                SplitAxis(SECONDARY_AXIS, size, complement=_SECONDARY_COPIES, source=path)
+            )
+        return splits
+
+    @hookimpl
+    def wrap_communicator(self, job: Job) -> Sequence[CommunicatorLayer]:
+        config = self.config
+        quantised = (
+            config.zero_quantized_weights,
+            config.zero_quantized_nontrainable_weights,
+            config.zero_quantized_gradients,
+        )
+        if not any(quantised):
             return ()
-        path = f"{PATH}.mics_shard_size"
-        return [SplitAxis(SHARD_AXIS, size, complement=REPLICA_AXIS, source=path)]
+        from drivetrain_zero.layers import layers_of
+
+        return layers_of(job, config)
 
     @hookimpl
     def build_model_states(

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 from drivetrain.replicated import ReductionPolicy
 from drivetrain.replicated.layout import BucketSizes
 from drivetrain_zero.gathering import GatherPolicy
-from drivetrain_zero.plugin import REPLICA_AXIS, SHARD_AXIS
+from drivetrain_zero.layers import rounded_keys
+from drivetrain_zero.plugin import REPLICA_AXIS, SECONDARY_AXIS, SHARD_AXIS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from drivetrain.job import Job
@@ -32,6 +35,10 @@ class ZeroPolicy:
         gather: when parameters are gathered at stage 3.
         replica_axis: axis over which shards of ``"data"`` are copies (MiCS); ``None`` for none.
         shard_axis: axis that states reduced over ``"data"`` are sharded over.
+        secondary_axis: axis that parameters reduced over ``"data"`` are sharded over a second
+            time (hpZ); ``None`` for no such shards.
+        rounds: tells of a bucket's key whether gathers round its parameters (qwZ); ``None`` for
+            no bucket.
         need_all_gradients: a parameter without gradient in a window is an error.
         sanity_checks: find parameters that were changed behind the states' back.
     """
@@ -45,6 +52,8 @@ class ZeroPolicy:
     gather: GatherPolicy
     shard_axis: Axis = "data"
     replica_axis: Axis | None = None
+    secondary_axis: Axis | None = None
+    rounds: Callable[[str], bool] | None = None
     need_all_gradients: bool = False
     sanity_checks: bool = False
 
@@ -82,6 +91,8 @@ def policy_of(job: Job, section: ZeroSection) -> ZeroPolicy:
         ),
         shard_axis=SHARD_AXIS if mics else "data",
         replica_axis=REPLICA_AXIS if mics else None,
+        secondary_axis=SECONDARY_AXIS if section.zero_hpz_partition_size > 1 else None,
+        rounds=rounded_keys(section),
         need_all_gradients=not section.ignore_unused_parameters,
         sanity_checks=section.enable_sanity_checks,
     )

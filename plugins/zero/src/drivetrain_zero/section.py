@@ -23,7 +23,7 @@ class LoCo(Section):
     """Error feedback of quantised gradients (LoCo-Zero++, arXiv:2407.04480)."""
 
     err_beta: NonNegativeFloat = Field(
-        default=0.8, le=1.0, description="Weight of the newest error in its moving average."
+        default=0.8, gt=0.0, le=1.0, description="Weight of the newest error in its moving average."
     )
     reset_T: PositiveInt = Field(  # noqa: N815 - the key's name
         default=1024, description="Steps after which the kept error is forgotten."
@@ -157,6 +157,11 @@ class ZeroSection(Section):
     zero_quantized_gradients: Bool = Field(
         default=False, description="qgZ: reduce gradients as int4 blocks."
     )
+    zero_ranks_per_node: PositiveInt | None = Field(
+        default=None,
+        description="Ranks between which communication is fast: qgZ adds up gradients among them "
+        "first and sends only sums further. Default: those on one host.",
+    )
     zeropp_loco_param: LoCo | None = Field(
         default=None, description="Error feedback for qgZ; null for none."
     )
@@ -188,8 +193,17 @@ class ZeroSection(Section):
                 "mics_shard_size and zero_hpz_partition_size are both set; MiCS gathers inside a "
                 "shard group already, so give one of them"
             )
-        if self.zeropp_loco_param is not None and not self.zero_quantized_gradients:
-            raise ValueError("zeropp_loco_param needs zero_quantized_gradients: true")
+        for key in ("zeropp_loco_param", "zero_ranks_per_node"):
+            if getattr(self, key) is not None and not self.zero_quantized_gradients:
+                raise ValueError(f"{key} needs zero_quantized_gradients: true")
+        needs_any = {
+            "zero_quantized_weights": self.zero_quantized_weights,
+            "zero_quantized_gradients": self.zero_quantized_gradients,
+            "mics_shard_size": self.mics_shard_size > 0,
+        }
+        for key, wanted in needs_any.items():
+            if wanted and self.stage == 0:
+                raise ValueError(f"{key} needs stage 1, 2 or 3, got stage 0, which shards nothing")
         needs_three = {
             "zero_hpz_partition_size": self.zero_hpz_partition_size > 1,
             "zero_quantized_nontrainable_weights": self.zero_quantized_nontrainable_weights,

@@ -27,6 +27,7 @@ from drivetrain_zero.frozen import plan_frozen
 from drivetrain_zero.gathering import GatheredUnit, Gathering, find_units
 from drivetrain_zero.gradients import GradientMemory, ReduceScatterBucket
 from drivetrain_zero.handle import ShardedParameter, digest
+from drivetrain_zero.layers import kept_errors
 from drivetrain_zero.order import learned
 from drivetrain_zero.policy import ZeroPolicy
 from drivetrain_zero.reshard import collect_states, restore_states
@@ -64,6 +65,7 @@ class ZeroStates(ModelStates):
         self._gathering: Gathering | None = None
         self._digests: dict[str, tuple[object, ...]] = {}
         self._local = False
+        self._prefix = f"engine{len(job.engines)}." if job.engines else ""
         if not policy.parameters:
             synchronise_loose(job, module, trained_parameters(optimizer))
         else:
@@ -82,7 +84,11 @@ class ZeroStates(ModelStates):
         self._buckets = []
         for unit, plan in planned:
             bucket = ShardedBucket(
-                job, plan, *policy.axes(plan.spec.reduction), sharded=policy.parameters
+                job,
+                plan,
+                *policy.axes(plan.spec.reduction),
+                sharded=policy.parameters,
+                rounds=policy.rounds is not None and policy.rounds(plan.spec.key),
             )
             unit.buckets.append(bucket)
             self._buckets.append(bucket)
@@ -94,6 +100,7 @@ class ZeroStates(ModelStates):
             self._sum_of(bucket, memory) for bucket in self._trained_in_backward_order(units)
         ]
         memory.make()
+        self._errors = kept_errors(job.communicator, [bucket.parameters for bucket in self._sums])
         self._reducer = GradientReducer(
             self._sums, job.communicator, every_backward=policy.every_backward
         )
@@ -109,7 +116,7 @@ class ZeroStates(ModelStates):
 
     def _plan(self, unit: GatheredUnit, steps: Mapping[str, int]) -> list[PlannedBucket]:
         job, policy = self._job, self._policy
-        prefix = f"{unit.name or 'root'}." if policy.parameters else ""
+        prefix = self._prefix + (f"{unit.name or 'root'}." if policy.parameters else "")
         planned = []
         if self._optimizer is not None:
             planned = plan_buckets(
@@ -149,27 +156,40 @@ class ZeroStates(ModelStates):
     def _shard_parameters(self, units: list[GatheredUnit]) -> None:
         sharded = [unit for unit in units if any(bucket.sharded for bucket in unit.buckets)]
         if not sharded:
+            # What is whole already is made exact on demand, where gathers round it.
+            for bucket in (bucket for bucket in self._buckets if bucket.rounds):
+                own = GatheredUnit(0, bucket.key, self._module, bucket.parameters, [bucket])
+                own.persistent = own.started = own.gathered = True
+                self._attach_handles(own)
             return
         for unit in units:
             unit.gathered = unit.started = False
-            for bucket in unit.buckets:
-                for index, parameter in enumerate(bucket.parameters):
-                    handle = ShardedParameter(self._job, unit, bucket, index)
-                    parameter.drivetrain_handle = handle  # type: ignore[attr-defined]
+            self._attach_handles(unit)
         policy, communicator = self._policy, self._job.communicator
         self._gathering = Gathering(
             units,
             policy.gather,
             asynchronous=policy.overlap,
-            alone=all(
+            alone=policy.secondary_axis is None
+            and all(
                 communicator.reads_settled(bucket.shard, bucket.axis)
                 for unit in sharded
                 for bucket in unit.buckets
                 if bucket.sharded
             ),
         )
-        self._job.communicator.barrier("data", Tag(Purpose.CONTROL, site="first shards"))
+        if policy.secondary_axis is not None:
+            for bucket in (b for u in units if not u.persistent for b in u.buckets):
+                if bucket.sharded and bucket.axis == "data":
+                    bucket.keep_secondary(policy.secondary_axis)
+        communicator.barrier("data", Tag(Purpose.CONTROL, site="first shards"))
         self._gathering.gather_persistent()
+
+    def _attach_handles(self, unit: GatheredUnit) -> None:
+        for bucket in unit.buckets:
+            for index, parameter in enumerate(bucket.parameters):
+                handle = ShardedParameter(self._job, unit, bucket, index)
+                parameter.drivetrain_handle = handle  # type: ignore[attr-defined]
 
     # -- gradients ----------------------------------------------------------------------------
 
@@ -335,6 +355,8 @@ class ZeroStates(ModelStates):
         self._digests.clear()
 
     def fragments_written(self) -> None:
+        for bucket in self._buckets:
+            bucket.forget_secondary()
         self._publish()
 
     def rebuild(self) -> None:
@@ -366,7 +388,7 @@ class ZeroStates(ModelStates):
             if total is not None:
                 found += step_fragments(bucket.home, self._open_window)
             found += bucket.home.fragments()
-        return found + loose_fragments(self._job, self._module, bucketed)
+        return found + self._errors + loose_fragments(self._job, self._module, bucketed)
 
     def detach(self) -> None:
         """Remove every hook; sharded parameters stay reachable through ``whole``."""

@@ -1,0 +1,27 @@
+"""A collective with something left to do when its data has arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from drivetrain.communicator import Handle
+
+
+class Continued:
+    """The handle of a collective whose result is made from what it brought.
+
+    Args:
+        handle: of the collective.
+        finish: makes the result; called once.
+    """
+
+    def __init__(self, handle: Handle, finish: Callable[[], None]) -> None:
+        self._handle = handle
+        self._finish: Callable[[], None] | None = finish
+
+    def wait(self) -> None:
+        """See :class:`~drivetrain.communicator.Handle`."""
+        if self._finish is not None:
+            self._handle.wait()
+            self._finish()
+            self._finish = None  # waits may repeat, and tensors need not be held longer
