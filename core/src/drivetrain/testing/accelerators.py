@@ -46,13 +46,14 @@ class AcceleratorConformance(Kit):
     Class attributes:
         accelerator: the accelerator's class.
         config: what the accelerator needs of a config besides its name.
-        tolerance: largest relative difference of a loss from plain torch on the host in float32.
+        tolerance: largest relative difference of a loss from plain torch on the host in float32;
+            sums in another order cost less, products in a lower precision more.
         expected_failures: name of a check -> why it fails; see :class:`Kit`.
     """
 
     accelerator: ClassVar[type[Accelerator]]
     config: ClassVar[Mapping[str, Any]] = {}
-    tolerance: ClassVar[float] = 1e-5
+    tolerance: ClassVar[float] = 1e-4
 
     # -- what it is ---------------------------------------------------------------------------
 
