@@ -86,8 +86,9 @@ def main() -> None:
     else:
         bits_after = bits_per_byte(engine, validation)
         console.print(f"held-out text after training: {bits_after:.3f} bits per byte")
-        if engine.job.rank == 0:
-            show_results(engine.module, run, bits_after, args, console)
+        with drivetrain.whole(engine.module):  # one rank writes, with parameters of all
+            if engine.job.rank == 0:
+                show_results(engine.module, run, bits_after, args, console)
     engine.destroy()
 
 

@@ -117,6 +117,22 @@ def test_the_gpt_leaves_checkpoints_a_sample_and_a_picture(trained) -> None:
     assert len(picture) > 10_000
 
 
+def test_every_stage_of_zero_learns_alike(run, tmp_path) -> None:
+    configs = ["gpt.json", "gpt_zero1.json", "gpt_zero3.json"]
+    curves = [
+        losses(
+            run(
+                "train_gpt.py",
+                *[*SMALL, "--config", f"examples/{config}"],
+                *["--steps", 6, "--out", tmp_path / config],
+            )
+        )
+        for config in configs
+    ]
+    assert len(curves[0]) == 6
+    assert curves[0] == curves[1] == curves[2]
+
+
 def test_progress_is_shown_while_it_is_made(trained) -> None:
     output, _ = trained
     assert list(losses(output)) == list(range(6, 61, 6))
