@@ -10,6 +10,7 @@ SECTIONS = {
     "activation_checkpointing": "drivetrain-activation-checkpointing",
     "aio": "drivetrain-offload",
     "autotuning": "drivetrain-autotuning",
+    "checkpoint.background": "drivetrain-checkpoint-tools",
     "comet": "drivetrain-comet",
     "comms_logger": "drivetrain-comms-logger",
     "compile": "drivetrain-compile",
@@ -60,6 +61,7 @@ OPTIMIZERS = {
 
 COMMANDS = {
     "build": "drivetrain-kernels",
+    "checkpoint": "drivetrain-checkpoint-tools",
     **dict.fromkeys(("config", "explain", "new-plugin", "plugins"), "drivetrain-cli"),
     **dict.fromkeys(("report", "run", "test-plugin"), "drivetrain-cli"),
 }

@@ -272,7 +272,7 @@ class _Attempt:
             return found or find("parameter", name)
         if fragment.kind == "parameter" and found is not None and found.dtype != fragment.dtype:
             return find("master", name) or found  # rounded once, from the most exact values
-        return found
+        return found or (find("master", name) if fragment.kind == "parameter" else None)
 
     def _note_dtype(self, fragment: Fragment, source: StoredTensor) -> None:
         computed = fragment.kind == "parameter"  # its exact value is the master's

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -82,9 +82,11 @@ class WrittenFile:
     places: list[tuple[int, str]]
 
 
-def write_tensors(sink: Sink, entries: Sequence[TensorEntry]) -> WrittenFile:
+def write_tensors(
+    sink: Sink, entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None = None
+) -> WrittenFile:
     """Write a safetensors file. Tensors are aligned if those with larger elements come first."""
-    head = _header(entries)
+    head = _header(entries, metadata)
     sink.write(head)
     at, places = len(head), []
     for entry in entries:
@@ -114,8 +116,8 @@ def checksums(data: Buffer) -> str:
     return "".join(f"{zlib.crc32(block):08x}" for block in blocks)
 
 
-def _header(entries: Sequence[TensorEntry]) -> bytes:
-    described: dict[str, object] = {}
+def _header(entries: Sequence[TensorEntry], metadata: Mapping[str, str] | None) -> bytes:
+    described: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for entry in entries:
         end = begin + entry.nbytes

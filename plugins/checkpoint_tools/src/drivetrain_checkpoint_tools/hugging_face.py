@@ -1,0 +1,147 @@
+"""Weights in the layout of the Hugging Face Hub: ``model.safetensors``, whole or in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from drivetrain.checkpoint.agreement import worst
+from drivetrain.checkpoint.index import StoredTensor, is_plain_name, parse
+from drivetrain.checkpoint.reading import check_coverage, read_whole, restore
+from drivetrain.checkpoint.state import persistent_buffers
+from drivetrain.checkpoint.storage import Storage, open_storage
+from drivetrain.errors import CheckpointError
+from drivetrain_checkpoint_tools.conversion import Imported, Source, write_checkpoint
+from drivetrain_checkpoint_tools.export import INDEX
+from drivetrain_checkpoint_tools.safetensors_file import read_header, stored_tensor
+
+if TYPE_CHECKING:
+    from drivetrain.engine import Engine
+
+_INDEX_LIMIT = 1 << 28
+_SINGLE = "model.safetensors"
+
+
+def find_weights(storage: Storage) -> dict[str, StoredTensor]:
+    """Name -> tensor of all weights in a folder; nothing but headers is read.
+
+    Raises:
+        CheckpointError: there are none, or a file is damaged or not where it may be.
+    """
+    names = storage.names()
+    if INDEX in names:
+        index = parse(storage.get(INDEX, _INDEX_LIMIT), storage.where(INDEX))
+        weights = index.get("weight_map")
+        if not isinstance(weights, dict):
+            raise CheckpointError(f"{storage.where(INDEX)} is damaged: it has no weight_map")
+        files = sorted({str(file) for file in weights.values()})
+        for file in files:
+            if not is_plain_name(file):
+                raise CheckpointError(
+                    f"{storage.where(INDEX)} names {file!r}, which leads elsewhere"
+                )
+    else:
+        weights, files = None, [_SINGLE] if _SINGLE in names else []
+    if not files:
+        raise CheckpointError(
+            f"{storage.root} has no {_SINGLE} and no {INDEX}; weights in .bin files are pickles: "
+            "convert them to safetensors first"
+        )
+    found = {
+        name: stored_tensor(storage, file, name, place)
+        for file in files
+        for name, place in read_header(storage, file).items()
+        if weights is None or weights.get(name) == file
+    }
+    if weights is not None and (lost := sorted(set(weights) - set(found))):
+        raise CheckpointError(f"{storage.root} lacks {', '.join(lost[:5])}, which its index names")
+    return found
+
+
+def load_pretrained(
+    engine: Engine,
+    folder: str,
+    *,
+    rename: Callable[[str], str] = str,
+    strict: bool = True,
+) -> None:
+    """Fill an engine's parameters, masters and buffers straight from files. Collective.
+
+    Each rank reads only what it holds. Masters take the files' precision; optimizer states stay as
+    they are.
+
+    Args:
+        engine: what to fill.
+        folder: with weights in safetensors files; a path or a URL.
+        rename: a parameter's name in the module -> its name in the files.
+        strict: module and files must have the same names.
+
+    Raises:
+        CheckpointError: on every rank: names or shapes differ, or a file is damaged.
+    """
+    storage = open_storage(folder)
+    problem = None
+    try:
+        _fill(engine, storage, rename, strict=strict)
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    finally:
+        storage.close()
+    found = worst(engine, problem)
+    if found is not None:
+        raise CheckpointError(f"weights were not loaded from {folder}: {found}")
+    engine.states.fragments_written()
+
+
+def import_weights(source: str, folder: str, tag: str | None = None) -> str:
+    """Make a checkpoint of weights alone, which loads with ``load_module_only=True``.
+
+    Args:
+        source: with weights in safetensors files; a path or a URL.
+        folder: of the checkpoints.
+        tag: of the new one; ``global_step0`` by default.
+
+    Returns:
+        The checkpoint's path.
+
+    Raises:
+        CheckpointError: a file is damaged, or there are no weights.
+    """
+    storage = open_storage(source)
+    sources = [
+        Source("parameter", name, t.dtype, t.shape, partial(read_whole, storage, t))
+        for name, t in find_weights(storage).items()
+    ]
+    imported = Imported(sources, weaker=["there are weights only, so load_module_only=True"])
+    place = write_checkpoint(imported, folder, tag)
+    storage.close()
+    return place
+
+
+def _fill(engine: Engine, storage: Storage, rename: Callable[[str], str], *, strict: bool) -> None:
+    weights = find_weights(storage)
+    used: set[str] = set()
+    missing: list[str] = []
+
+    def source(name: str) -> StoredTensor | None:
+        wanted = rename(name)
+        used.add(wanted)
+        if wanted not in weights:
+            missing.append(wanted)
+        return weights.get(wanted)
+
+    fragments = [f for f in engine.states.fragments() if f.kind in ("parameter", "master")]
+    work = [(f, found) for f in fragments if (found := source(f.name)) is not None]
+    buffers = persistent_buffers(engine.module)
+    filled = [(buffer, weights[rename(n)]) for n, buffer in buffers.items() if rename(n) in weights]
+    used.update(map(rename, buffers))
+    if strict and missing:
+        raise CheckpointError(f"they lack {', '.join(sorted(set(missing))[:5])}")
+    if strict and (extra := sorted(set(weights) - used)):
+        raise CheckpointError(f"they have {', '.join(extra[:5])}, which the module lacks")
+    for fragment, tensor in work:
+        check_coverage(fragment, tensor, storage.root)
+    restore(storage, work)
+    for buffer, tensor in filled:
+        buffer.copy_(read_whole(storage, tensor))

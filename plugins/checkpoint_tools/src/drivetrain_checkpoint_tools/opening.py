@@ -1,0 +1,42 @@
+"""Which checkpoint a command means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from drivetrain.checkpoint.index import LATEST, MANIFEST, Stored
+from drivetrain.checkpoint.storage import open_storage
+from drivetrain.errors import CheckpointError
+
+
+@contextmanager
+def opened(place: str, tag: str | None = None) -> Iterator[Stored]:
+    """A checkpoint, by its own folder, or by its run's folder and a tag.
+
+    Args:
+        place: a checkpoint's folder, or that of a run; a path or a URL.
+        tag: which of the run's; the one that ``latest`` names by default.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    trimmed = place.rstrip("/")
+    if tag is None and "/" not in trimmed and "://" not in trimmed:
+        trimmed = f"./{trimmed}"
+    run, _, last = trimmed.rpartition("/")
+    if tag is None and last and MANIFEST in open_storage(trimmed).names():
+        storage, tag = open_storage(run or "/"), last
+    else:
+        storage = open_storage(trimmed)
+        if tag is None:
+            if storage.size(LATEST) is None:
+                raise CheckpointError(
+                    f"{place} is no checkpoint, and no folder of checkpoints: it has neither "
+                    f"{MANIFEST} nor {LATEST}"
+                )
+            tag = storage.get(LATEST, 4096).decode(errors="replace").strip()
+    try:
+        yield Stored(storage, tag)
+    finally:
+        storage.close()

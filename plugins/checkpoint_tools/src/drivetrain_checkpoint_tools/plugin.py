@@ -1,0 +1,60 @@
+"""The ``checkpoint.background`` section: saving while training goes on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakKeyDictionary
+
+from pydantic import Field
+
+from drivetrain.plugin import Plugin, Section, Sections, hookimpl
+from drivetrain.section import Bool, PositiveFloat
+
+if TYPE_CHECKING:
+    from drivetrain.checkpoint import PendingSave
+    from drivetrain.engine import Engine
+    from drivetrain.step_report import StepReport
+    from drivetrain_checkpoint_tools.background import BackgroundWriter
+
+PATH = "checkpoint.background"
+
+
+class BackgroundSection(Section):
+    """Saving in the background, from a copy in host memory."""
+
+    enabled: Bool = Field(default=True, description="Write in the background.")
+    vote_timeout: PositiveFloat = Field(
+        default=1800.0,
+        description="Seconds that rank 0, when it has written its own part, waits for the other "
+        "ranks' before the save has failed.",
+    )
+
+
+class BackgroundSaves(Plugin):
+    """Owns ``checkpoint.background``."""
+
+    name = PATH
+    sections: ClassVar[Sections] = {PATH: BackgroundSection}
+
+    @hookimpl
+    def carry_out_save(self, engine: Engine, pending: PendingSave) -> bool:
+        writer = writers.get(engine)
+        if writer is None:
+            from drivetrain_checkpoint_tools.background import BackgroundWriter
+
+            timeout = self.section(BackgroundSection).vote_timeout
+            writer = writers[engine] = BackgroundWriter(engine.device, timeout)
+            engine.on_destroy(writer.wait)
+            engine.job.on_close(writer.wait)
+        with engine.job.span("checkpoint"):
+            writer.submit(pending)
+        return True
+
+    @hookimpl
+    def step_end(self, engine: Engine, report: StepReport) -> None:
+        if engine in writers:
+            writers[engine].raise_error()
+
+
+writers: WeakKeyDictionary[Engine, BackgroundWriter] = WeakKeyDictionary()
+"""The writer of every engine that has saved."""

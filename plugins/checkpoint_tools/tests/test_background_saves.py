@@ -1,0 +1,210 @@
+"""Saving while training goes on: what is written is what there was, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drivetrain_checkpoint_tools import wait_for_saves
+from drivetrain_checkpoint_tools.opening import opened
+from drivetrain_checkpoint_tools.verification import verify
+from torch import nn
+
+import drivetrain
+from drivetrain.checkpoint import PendingSave
+from drivetrain.engine import Engine
+from drivetrain.errors import CheckpointError
+from drivetrain.job import Ranks
+from drivetrain.registry import Registry
+from drivetrain.testing import run_distributed
+from drivetrain.testing.sharded import ShardedStates
+
+
+def make(**changes: Any) -> Engine:
+    torch.manual_seed(1)
+    engine, *_ = drivetrain.initialize(
+        model=nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)),
+        config={
+            "train_batch_size": 4,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
+            "checkpoint": {"background": {"enabled": True, "vote_timeout": 20}},
+            **changes,
+        },
+        registry=Registry.installed().with_plugins(ShardedStates),
+    )
+    return engine
+
+
+def train(engine: Engine, steps: int) -> None:
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        engine.backward(engine(torch.randn(2, 5, generator=generator)).square().mean())
+        engine.step()
+
+
+def contents(engine: Engine) -> dict[str, list[float]]:
+    return {
+        f"{f.kind} {f.name} {f.boxes}": f.read().tolist()
+        for f in engine.states.fragments()
+        if f.kind != "gradient"
+    }
+
+
+class Gate:
+    """Holds back the writing of all saves until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = threading.Event()
+        self.entered = threading.Event()
+        original = PendingSave.write
+
+        def write(pending: PendingSave) -> None:
+            self.entered.set()
+            assert self.opened.wait(20)
+            original(pending)
+
+        monkeypatch.setattr(PendingSave, "write", write)
+
+
+def test_training_goes_on_and_what_is_saved_is_what_there_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    engine = make()
+    train(engine, 2)
+    expected = contents(engine)
+    engine.save_checkpoint(tmp_path)
+    assert gate.entered.wait(20)
+    train(engine, 3)  # while nothing is written yet
+    assert not (tmp_path / "latest").exists()
+    gate.opened.set()
+    wait_for_saves(engine)
+    assert contents(engine) != expected
+    path, _ = engine.load_checkpoint(tmp_path)
+    assert path == str(tmp_path / "global_step2")
+    assert contents(engine) == expected
+    engine.destroy()
+
+
+def test_a_second_save_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    engine = make()
+    engine.save_checkpoint(tmp_path, "first")
+    threading.Timer(0.3, gate.opened.set).start()
+    begin = time.monotonic()
+    engine.save_checkpoint(tmp_path, "second")
+    assert time.monotonic() - begin > 0.2
+    assert (tmp_path / "first" / "manifest.json").exists()
+    wait_for_saves(engine)
+    assert (tmp_path / "latest").read_text() == "second"
+    engine.destroy()
+
+
+def full(pending: PendingSave) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_an_error_comes_up_at_the_next_step_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    engine.save_checkpoint(tmp_path)
+    wait_for_saves(engine)
+    train(engine, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(PendingSave, "write", full)
+        engine.save_checkpoint(tmp_path)
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint-write":
+                thread.join()
+    with pytest.raises(CheckpointError, match=r"step1 was not saved in the background: .*28"):
+        train(engine, 1)
+    train(engine, 1)
+    assert (tmp_path / "latest").read_text() == "global_step0"
+    assert not (tmp_path / "global_step1").exists()
+    engine.destroy()
+
+
+def test_an_error_of_the_last_save_comes_up_when_the_engine_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    monkeypatch.setattr(PendingSave, "write", full)
+    engine.save_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="was not saved in the background"):
+        engine.destroy()
+
+
+def save_on_ranks(folder: str, failing: int | None) -> str:
+    engine = make(plugins={"sharded_states": True})
+    if Ranks.current().rank == failing:
+        PendingSave.write, original = full, PendingSave.write  # type: ignore[method-assign]
+    train(engine, 2)
+    engine.save_checkpoint(folder)
+    try:
+        wait_for_saves(engine)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        if Ranks.current().rank == failing:
+            PendingSave.write = original  # type: ignore[method-assign]
+        engine.destroy()
+    return "saved"
+
+
+def test_ranks_save_together_in_the_background(tmp_path: Path) -> None:
+    assert run_distributed(save_on_ranks, 2, str(tmp_path), None) == ["saved"] * 2
+    with opened(str(tmp_path)) as stored:
+        assert verify(stored) == []
+        assert stored.world_size == 2
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_cannot_write_makes_the_save_fail_on_all(tmp_path: Path, failing: int) -> None:
+    for answer in run_distributed(save_on_ranks, 2, str(tmp_path), failing):
+        assert "No space left on device" in answer
+    assert not (tmp_path / "latest").exists()
+
+
+SCRIPT = """
+import sys, time
+import torch
+import drivetrain
+from drivetrain.checkpoint import PendingSave
+
+original = PendingSave.write
+
+def slow(pending):
+    time.sleep(0.5)
+    original(pending)
+
+PendingSave.write = slow
+engine, *_ = drivetrain.initialize(
+    model=torch.nn.Linear(3, 1),
+    config={
+        "train_batch_size": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "checkpoint": {"background": {}},
+    },
+)
+engine.save_checkpoint(sys.argv[1])
+"""
+
+
+def test_the_process_does_not_end_before_the_save_has(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    with opened(str(tmp_path)) as stored:
+        assert verify(stored) == []
