@@ -12,6 +12,7 @@ from drivetrain.communicator import Purpose, Tag
 from drivetrain.errors import TrainingError
 from drivetrain.fragment import Fragment
 from drivetrain.home import tensor_fragment
+from drivetrain.parameters import handed_over
 
 if TYPE_CHECKING:
     from drivetrain.job import Job
@@ -60,8 +61,9 @@ def synchronise_loose(job: Job, module: nn.Module, bucketed: Collection[nn.Param
         if parameter in bucketed:
             continue
         info = job.parameters.info(parameter)
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(info.compute_dtype)
+        with handed_over([parameter]):
+            values = parameter.data
+        parameter.data = values.to(info.compute_dtype) if parameter.is_floating_point() else values
         broadcast_first(job, parameter.data, info.reduction, info.name)
     for name, buffer in module.named_buffers():
         broadcast_first(job, buffer, "data", name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -101,6 +101,19 @@ def whole(
     finally:
         for handle in reversed(gathered):
             handle.release(write_rank)
+
+
+@contextmanager
+def handed_over(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Take the values of ``parameters`` inside the block, whole; whoever sharded them forgets them.
+
+    For model states that are about to keep the parameters in their own way. Collective, as
+    :func:`whole` is.
+    """
+    with whole(parameters):
+        yield
+    for parameter in parameters:
+        vars(parameter).pop("drivetrain_handle", None)
 
 
 def whole_state_dict(module: nn.Module, **options: Any) -> dict[str, Any]:

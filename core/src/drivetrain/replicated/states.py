@@ -23,6 +23,7 @@ from drivetrain.loose import (
     trained_parameters,
 )
 from drivetrain.model_states import ModelStates
+from drivetrain.parameters import handed_over
 from drivetrain.precision import Precision
 from drivetrain.replicated.all_reduce import AllReduceBucket
 from drivetrain.replicated.layout import BucketSizes, PlannedBucket, plan_buckets
@@ -144,7 +145,8 @@ class ReplicatedStates(ModelStates):
         """Move a bucket's parameters into one flat tensor and hand it to its home."""
         spec = plan.spec
         wide = max((p.dtype for p in plan.parameters), key=lambda dtype: dtype.itemsize)
-        originals = torch.cat([p.detach().to(wide).reshape(-1) for p in plan.parameters])
+        with handed_over(plan.parameters):
+            originals = torch.cat([p.detach().to(wide).reshape(-1) for p in plan.parameters])
         broadcast_first(self._job, originals, spec.reduction, spec.key)
         flat = self._job.communicator.buffer(spec.numel, spec.parameter_dtype, spec.reduction)
         flat.copy_(originals)

@@ -13,7 +13,7 @@ from drivetrain.communicator import Handle, Purpose, Tag
 from drivetrain.fragment import Fragment
 from drivetrain.home import BucketSpec, StateHome, segment_fragment
 from drivetrain.loose import broadcast_first
-from drivetrain.parameters import whole
+from drivetrain.parameters import handed_over
 from drivetrain_zero.packing import Packing, pack
 from drivetrain_zero.secondary import SecondaryShard
 
@@ -137,7 +137,7 @@ class ShardedBucket:
         """
         self.home = home
         wide = max((p.dtype for p in self.parameters), key=lambda dtype: dtype.itemsize)
-        with whole(self.parameters):
+        with handed_over(self.parameters):
             originals = torch.zeros(self.packing.numel, dtype=wide, device=self.spec.device)
             for view, parameter in zip(self.views_of(originals), self.parameters, strict=True):
                 view.copy_(parameter.detach())

@@ -26,8 +26,10 @@ from drivetrain_zero.bucket import ShardedBucket
 from drivetrain_zero.frozen import plan_frozen
 from drivetrain_zero.gathering import GatheredUnit, Gathering, find_units
 from drivetrain_zero.gradients import GradientMemory, ReduceScatterBucket
+from drivetrain_zero.guards import refuse_released_state_dict
 from drivetrain_zero.handle import ShardedParameter, digest
 from drivetrain_zero.layers import kept_errors
+from drivetrain_zero.init_shards import refuse_other_layout
 from drivetrain_zero.order import learned
 from drivetrain_zero.policy import ZeroPolicy
 from drivetrain_zero.reshard import collect_states, restore_states
@@ -66,6 +68,7 @@ class ZeroStates(ModelStates):
         self._digests: dict[str, tuple[object, ...]] = {}
         self._local = False
         self._prefix = f"engine{len(job.engines)}." if job.engines else ""
+        refuse_other_layout(job, module.parameters())
         if not policy.parameters:
             synchronise_loose(job, module, trained_parameters(optimizer))
         else:
@@ -184,6 +187,8 @@ class ZeroStates(ModelStates):
                     bucket.keep_secondary(policy.secondary_axis)
         communicator.barrier("data", Tag(Purpose.CONTROL, site="first shards"))
         self._gathering.gather_persistent()
+        for part in self._module.modules():
+            refuse_released_state_dict(part)
 
     def _attach_handles(self, unit: GatheredUnit) -> None:
         for bucket in unit.buckets:

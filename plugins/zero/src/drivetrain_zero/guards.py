@@ -1,0 +1,29 @@
+"""What keeps released parameters from being used by mistake."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch import nn
+
+from drivetrain.errors import TrainingError
+
+_guarded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def refuse_released_state_dict(module: nn.Module) -> None:
+    """Make ``state_dict()`` of ``module`` an error while its own parameters are released."""
+    if module._parameters and module not in _guarded:
+        _guarded.add(module)
+        module.register_state_dict_pre_hook(_check_gathered)  # type: ignore[no-untyped-call]
+
+
+def _check_gathered(module: nn.Module, prefix: str, _keep_vars: bool) -> None:
+    for name, parameter in dict(module._parameters).items():
+        handle = getattr(parameter, "drivetrain_handle", None)
+        if handle is not None and not getattr(handle, "gathered", True):
+            raise TrainingError(
+                f"state_dict() of a module whose parameter {prefix}{name} is sharded: the values "
+                "are not here. Call engine.module_state_dict(), or do it inside "
+                "drivetrain.whole(module)"
+            )
