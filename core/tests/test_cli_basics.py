@@ -77,7 +77,7 @@ def test_a_command_that_does_not_load_leaves_the_help_page_usable(offer) -> None
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0
     assert "From somebody; see drivetrain broken --help." in result.output
-    assert "Check a config" in result.output
+    assert "\n  config " in result.output
 
 
 def test_an_error_of_ours_is_a_message_without_traceback_and_exit_code_2(offer) -> None:
