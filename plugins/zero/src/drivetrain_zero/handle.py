@@ -187,12 +187,10 @@ class ShardedParameter(WholeOnDemand):
         return self._job.communicator, self._job.parameters.info(self.parameter).reduction
 
     def _fetch(self, *, writable: bool) -> None:
-        self.unit.gather()
-        self.unit.pins += 1
+        self.unit.pin()
 
     def _let_go(self) -> None:
-        self.unit.pins -= 1
-        self.unit.release()
+        self.unit.unpin()
 
     def _take_over(self) -> None:
         self._bucket.take_over(self._index)
