@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from drivetrain_zero.block_codec import BlockCodec
 from drivetrain_zero.error_feedback import ErrorFeedback
 
 from drivetrain.communicator import Op, Purpose, Tag
@@ -182,8 +183,6 @@ def test_all_ranks_gather_the_same_rounded_weights(dtype):
 
 def send_200_times(feedback: ErrorFeedback | None) -> torch.Tensor:
     """How far the sum of what was sent is from the sum of gradients, as float64."""
-    from drivetrain_zero.block_codec import BlockCodec
-
     codec = BlockCodec("int4")
     steady = torch.rand(256, generator=torch.Generator().manual_seed(1)) * 0.06
     drift = torch.zeros(256, dtype=torch.float64)
@@ -215,13 +214,11 @@ def test_any_weight_of_the_newest_error_bounds_the_drift(beta):
 
 
 def test_errors_are_forgotten_after_as_many_steps_as_asked_for():
-    from drivetrain_zero.block_codec import BlockCodec
-
-    steps = 0
-    feedback = ErrorFeedback(1.0, 3, lambda: steps)
+    done = [0]
+    feedback = ErrorFeedback(1.0, 3, lambda: done[0])
     device, codec = torch.device("cpu"), BlockCodec("int4")
     forgotten = []
-    for steps in range(8):
+    for done[0] in range(8):
         for key in ("a", "b"):  # two buckets, each reduced twice in a step
             for again in range(2):
                 kept = feedback.of(key, 1, 256, device)
@@ -235,8 +232,6 @@ def test_errors_are_forgotten_after_as_many_steps_as_asked_for():
 
 
 def test_a_window_with_infinite_gradients_leaves_no_trace_in_the_errors():
-    from drivetrain_zero.block_codec import BlockCodec
-
     codec = BlockCodec("int4")
     feedback = ErrorFeedback(0.8, 10**6, lambda: 1)
     message = torch.zeros(1, codec.message_bytes(512), dtype=torch.uint8)

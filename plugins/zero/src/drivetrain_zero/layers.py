@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +52,7 @@ def rounded_keys(section: ZeroSection) -> Callable[[str], bool] | None:
     return is_frozen if section.zero_quantized_nontrainable_weights else None
 
 
-def kept_errors(communicator: Communicator, trained: Iterable[ShardedBucket]) -> Sequence[Fragment]:
+def kept_errors(communicator: Communicator, trained: Iterable[ShardedBucket]) -> list[Fragment]:
     """Make room for the quantisation errors of gradients, if they are fed back (LoCo).
 
     Returns:

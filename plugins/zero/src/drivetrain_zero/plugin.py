@@ -58,18 +58,11 @@ class Zero(Plugin):
 
     @hookimpl
     def configure(self, plan: Plan) -> Sequence[Problem]:
-        config, shards = self.config, plan.layout.size("data")
-        data = "data-parallel ranks"
-        divisors = [
-            ("mics_shard_size", config.mics_shard_size, shards, data),
-            ("zero_hpz_partition_size", config.zero_hpz_partition_size, shards, data),
-            ("zero_ranks_per_node", config.zero_ranks_per_node or 1, plan.world_size, "ranks"),
-        ]
-        return [
-            Problem(f"{PATH}.{key}", f"is {size}, which does not divide the {whole} {what}")
-            for key, size, whole, what in divisors
-            if size > 0 and whole % size
-        ]
+        size, ranks = self.config.zero_ranks_per_node or 1, plan.world_size
+        if ranks % size:
+            flaw = f"is {size}, which does not divide the {ranks} ranks"
+            return [Problem(f"{PATH}.zero_ranks_per_node", flaw)]
+        return []
 
     @hookimpl
     def mesh_axes(self, plan: Plan) -> Sequence[AxisRequest]:

@@ -61,7 +61,9 @@ class QuantizedGather(CommunicatorWrapper):
         handle = self.inner.all_gather(
             messages, mine, axis, collective.tag, asynchronous=collective.asynchronous
         )
-        finish = partial(_decode_all, messages.view(-1, mine.numel()), whole.view(-1, shard.numel()))
+        finish = partial(
+            _decode_all, messages.view(-1, mine.numel()), whole.view(-1, shard.numel())
+        )
         if collective.asynchronous:
             return Continued(handle, finish)
         finish()
