@@ -4,7 +4,7 @@
 namespace drivetrain {
 namespace {
 
-// Layout shared with updates.py. A chunk is (start, count, tensor); chunks of a tensor are in order.
+// Layout shared with updates.py. A chunk is (start, count, tensor); those of a tensor are in order.
 struct Lamb {
   Update u;
   const int64_t* chunks;

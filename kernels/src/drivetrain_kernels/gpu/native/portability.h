@@ -1,8 +1,8 @@
 // The little that CUDA and HIP spell differently, and launching a kernel.
 //
-// Every kernel takes one structure by value and walks its work with a stride, so one launcher serves
-// all. DRIVETRAIN_GPU_RUNTIME names a header that stands in for both runtimes: tests run the
-// kernels on the host through one.
+// Every kernel takes one structure by value and walks its work with a stride, so one launcher
+// serves all. DRIVETRAIN_GPU_RUNTIME names a header that stands in for both runtimes: tests run
+// the kernels on the host through one.
 #pragma once
 
 #include <cstdint>

@@ -293,8 +293,9 @@ DRIVETRAIN_API int dt_quantize(const void* values, int dtype, int format, int64_
                                int64_t block, uint8_t* codes, float* parameters, void* stream) {
   const Layout layout = layout_of(format, count, block);
   const int64_t piece = (block % 4 == 0 ? 4 : 2) * size_of(dtype);
-  const bool aligned = reinterpret_cast<uintptr_t>(values) % piece == 0;
-  return encode_all(EncodeTask<Memory>{layout, {values, dtype, aligned}, codes, parameters}, stream);
+  const int32_t aligned = reinterpret_cast<uintptr_t>(values) % piece == 0;
+  const Memory memory{values, dtype, aligned};
+  return encode_all(EncodeTask<Memory>{layout, memory, codes, parameters}, stream);
 }
 
 DRIVETRAIN_API int dt_dequantize(const uint8_t* codes, const float* parameters, int format,

@@ -10,7 +10,9 @@ constexpr int kTensors = 96;
 // Elements that one block of threads takes at a time.
 constexpr int64_t kChunk = 16384;
 
-__host__ __device__ inline int64_t chunks_of(int64_t count) { return (count + kChunk - 1) / kChunk; }
+__host__ __device__ inline int64_t chunks_of(int64_t count) {
+  return (count + kChunk - 1) / kChunk;
+}
 
 // Up to kTensors tensors of a list, and where their chunks begin in the order of all chunks.
 struct Tensors {

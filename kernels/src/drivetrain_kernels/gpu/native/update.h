@@ -94,8 +94,11 @@ __global__ void __launch_bounds__(kThreads) update_randomly_kernel(UpdateTask<Ru
 #pragma unroll
       for (int k = 0; k < kStates; ++k) load<1>(u.states[k], u.states_dtype[k], at, states + k);
       task.rule(weight, gradient * factor, states);
-      // Stream 0 is the low half of the words, stream 1 the high half, stream 2 the low half again.
-      if (kStates > 0) store_randomly(u.states[0], u.states_dtype[0], at, states[0], words[w] >> 16);
+      // Stream 0 is the low half of the words, stream 1 the high half, stream 2 the low half of
+      // other words.
+      if (kStates > 0) {
+        store_randomly(u.states[0], u.states_dtype[0], at, states[0], words[w] >> 16);
+      }
       if (kStates > 1) store_randomly(u.states[1], u.states_dtype[1], at, states[1], more[w]);
       store_randomly(u.weights, u.weights_dtype, at, weight, words[w]);
       if (u.out != nullptr) store_randomly(u.out, u.out_dtype, at, weight, words[w]);

@@ -1,9 +1,9 @@
 // Values in storage dtypes, seen as float32 in registers.
 //
-// A dtype is a run-time number: kernels of this library wait for memory, so a branch that all threads
-// take alike costs nothing, and dtypes add up instead of multiplying. Loads are issued first and
-// converted later, so that several are under way at once. Conversions are made of integer
-// operations: all devices round alike.
+// A dtype is a run-time number: kernels of this library wait for memory, so a branch that all
+// threads take alike costs nothing, and dtypes add up instead of multiplying. Loads are issued
+// first and converted later, so that several are under way at once. Conversions are made of
+// integer operations: all devices round alike.
 #pragma once
 
 #include "portability.h"
