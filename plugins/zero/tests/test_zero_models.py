@@ -1,0 +1,75 @@
+"""Models that are awkward to shard train at every stage to plain torch."""
+
+from __future__ import annotations
+
+import pytest
+from zero_harness import SGD, Run, assert_equal_to_plain, config, sgd
+from zero_models import (
+    ADAPTED,
+    BODY,
+    EMBEDDED,
+    RECOMPUTED,
+    REENTRANT,
+    ROUTED,
+    SHARED,
+    TINY,
+    UNEVEN,
+)
+
+from drivetrain.testing.reference import CASES, Case
+
+STAGES = (1, 2, 3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", [1, 3])
+def test_uneven_empty_scalar_and_unused_parameters_train(stage: int, world: int) -> None:
+    settings = config(stage, accumulation=2, gradient_clipping=0.5)
+    assert_equal_to_plain(Run(settings, UNEVEN), world)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_more_ranks_than_elements_train(stage: int) -> None:
+    assert_equal_to_plain(Run(config(stage, gradient_clipping=0.5), TINY), 4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("reduction", ["micro_batch", "boundary"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(SHARED, id="tied and called twice"),
+        pytest.param(RECOMPUTED, id="checkpointed"),
+        pytest.param(REENTRANT, id="checkpointed re-entrantly"),
+        pytest.param(ADAPTED, id="adapters on frozen and packed weights"),
+        pytest.param(ROUTED, id="experts that a rank does not use"),
+    ],
+)
+def test_awkward_modules_train(stage: int, reduction: str, case: Case) -> None:
+    settings = config(
+        stage, accumulation=2, gradient_clipping=0.5, zero={"gradient_reduction": reduction}
+    )
+    assert_equal_to_plain(Run(settings, case), 2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("case", [EMBEDDED, CASES["tied"]], ids=["sparse in torch", "dense"])
+def test_sparse_embeddings_train(stage: int, case: Case) -> None:
+    settings = config(stage, accumulation=2, sparse_gradients=True, optimizer=SGD)
+    assert_equal_to_plain(Run(settings, case), 2, optimizer=sgd)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"stage3_prefetch_bucket_size": 0},
+        {"stage3_max_reuse_distance": 10**9},
+        {"stage3_max_live_parameters": 0},
+        {"stage3_param_persistence_threshold": 10**6},
+        {"stage3_param_persistence_threshold": 150, "stage3_model_persistence_threshold": 300},
+        {"overlap_comm": True},
+    ],
+    ids=str,
+)
+def test_when_stage_3_gathers_does_not_change_what_is_learned(keys: dict[str, int]) -> None:
+    assert_equal_to_plain(Run(config(3, accumulation=2, zero=keys), BODY), 2)
