@@ -57,7 +57,7 @@ def test_every_gpus_accelerator_is_in_the_table_of_known_names() -> None:
         for d in DISTRIBUTIONS
         for name in d.entry_points.get("drivetrain.accelerators", ())
     }
-    assert {**known.ACCELERATORS, "cpu": "drivetrain-cpu"} == served
+    assert served == {**known.ACCELERATORS, "cpu": "drivetrain-cpu"}
 
 
 def test_the_table_of_known_names_promises_no_section_that_its_owner_lacks() -> None:
