@@ -66,13 +66,13 @@ class FailureBoard:
     """Where the ranks of one job tell each other of a failure.
 
     Args:
-        store: shared by all ranks.
+        store: shared by all ranks; plugins may keep keys of their own under a prefix.
         rank: this rank.
         world_size: number of ranks.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
-        self._store = store
+        self.store = store
         self._rank = rank
         self._world_size = world_size
         self._acknowledged = False
@@ -82,21 +82,31 @@ class FailureBoard:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         notice = json.dumps({"rank": self._rank, "error": text})
         with suppress(*_STORE_IS_GONE):
-            self._store.compare_set("failure", "", notice)
+            self.store.compare_set("failure", "", notice)
             self._acknowledge()
 
     def first(self, wait: float = 0.0) -> Failure | None:
         """The job's failure, if there is one within ``wait`` seconds."""
         deadline = time.monotonic() + wait
         with suppress(*_STORE_IS_GONE):
-            while not self._store.check(["failure"]):
+            while not self.store.check(["failure"]):
                 if time.monotonic() > deadline:
                     return None
                 time.sleep(_POLL_SECONDS)
-            notice = json.loads(self._store.get("failure"))
+            notice = json.loads(self.store.get("failure"))
             self._acknowledge()
             return Failure(notice["rank"], notice["error"])
         return Failure(0, "lost contact with the store of the process group, which rank 0 hosts")
+
+    def check(self, what: str) -> None:
+        """For ranks that wait for others by themselves.
+
+        Raises:
+            CommunicationError: another rank has failed, which breaks off ``what``.
+        """
+        failure = self.first()
+        if failure is not None and failure.rank != self._rank:
+            raise CommunicationError(f"{what} was broken off because {failure}")
 
     def explain(self, what: str, error: BaseException) -> CommunicationError:
         """The exception to raise when ``what`` broke with torch's ``error``."""
@@ -111,16 +121,13 @@ class FailureBoard:
         Raises:
             CommunicationError: a rank failed; names it.
         """
-        if self._store.add(f"met/{name}", 1) == ranks:
-            self._store.set(f"all/{name}", "")
+        if self.store.add(f"met/{name}", 1) == ranks:
+            self.store.set(f"all/{name}", "")
         while True:
             try:
-                self._store.wait([f"all/{name}"], timedelta(seconds=1))
-            except dist.DistStoreError as error:  # the second is over
-                failure = self.first()
-                if failure is not None and failure.rank != self._rank:
-                    what = f"creating process group {name}"
-                    raise CommunicationError(f"{what} was broken off because {failure}") from error
+                self.store.wait([f"all/{name}"], timedelta(seconds=1))
+            except dist.DistStoreError:  # the second is over
+                self.check(f"creating process group {name}")
             else:
                 return
 
@@ -128,7 +135,7 @@ class FailureBoard:
         """On rank 0, wait until all ranks know of the failure, but not for long."""
         deadline = time.monotonic() + _FAREWELL_SECONDS
         with suppress(*_STORE_IS_GONE):
-            while self._rank == 0 and self._store.add("acknowledged", 0) < self._world_size:
+            while self._rank == 0 and self.store.add("acknowledged", 0) < self._world_size:
                 if time.monotonic() > deadline:
                     return
                 time.sleep(_POLL_SECONDS)
@@ -141,13 +148,18 @@ class FailureBoard:
     def _acknowledge(self) -> None:
         if not self._acknowledged:
             self._acknowledged = True
-            self._store.add("acknowledged", 1)
+            self.store.add("acknowledged", 1)
 
 
 def broken(what: str, error: BaseException) -> CommunicationError:
     """The exception to raise when nobody knows more than how ``what`` broke."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return CommunicationError(f"{what} failed: {lines[0]}")
+
+
+def open_jobs() -> list[Job]:
+    """The jobs of this process that are open, in the order in which they were opened."""
+    return list(_open_jobs)
 
 
 def watch(job: Job) -> None:

@@ -70,6 +70,7 @@ class GradientBucket(ABC):
         reduced: false while the update rule communicates by itself.
         wait_for_end: whether it is sent at the end of the window only.
         missing: parameters that have not been seen.
+        passed: backward is beyond it on all ranks.
         sent: whether its reduction has begun.
     """
 
@@ -79,6 +80,7 @@ class GradientBucket(ABC):
     slots: list[Slot] = field(default_factory=list)
     reduced: bool = True
     missing: int = 0
+    passed: bool = False
     sent: bool = False
 
     @abstractmethod
@@ -104,14 +106,14 @@ class GradientBucket(ABC):
 
     def restart(self) -> None:
         """Forget the window's gradients."""
-        self.missing, self.sent = len(self.slots), False
+        self.missing, self.passed, self.sent = len(self.slots), False, False
         for slot in self.slots:
             slot.filled = slot.seen = slot.used = False
             slot.late = None
 
     def begin_round(self) -> None:
         """Make ready for another backward; late gradients take part in its reduction."""
-        self.missing, self.sent = len(self.slots), False
+        self.missing, self.passed, self.sent = len(self.slots), False, False
         for slot in self.slots:
             slot.filled = slot.seen = False
         for slot in self.slots:
@@ -127,6 +129,11 @@ class GradientReducer:
         buckets: in the order in which they are reduced on every rank.
         communicator: carries the agreement on late gradients.
         every_backward: reduce each backward by itself, not the sum of a window.
+
+    Attributes:
+        reduce_now: whether gradients that arrive now may be reduced.
+        in_turn: buckets are reduced when :meth:`passed` says so, not when their gradients are
+            there: between other collectives that ranks have to issue in one order.
     """
 
     def __init__(
@@ -137,6 +144,7 @@ class GradientReducer:
         every_backward: bool = False,
     ) -> None:
         self.reduce_now = True
+        self.in_turn = False
         self.buckets = buckets
         self.slots = {slot.parameter: slot for bucket in buckets for slot in bucket.slots}
         self._communicator = communicator
@@ -182,10 +190,25 @@ class GradientReducer:
             if not bucket.missing:
                 self._send_in_order()
 
+    def passed(self, buckets: Iterable[GradientBucket]) -> None:
+        """Backward is beyond ``buckets`` on all ranks: what they lack counts as zero."""
+        if not self.reduce_now:
+            return
+        for bucket in buckets:
+            self._end(bucket)
+        self._send_in_order()
+
+    def _end(self, bucket: GradientBucket) -> None:
+        if not any(slot.deferred for slot in bucket.slots):
+            bucket.missing, bucket.passed = 0, True
+            for slot in bucket.slots:
+                slot.seen = True
+
     def _send_in_order(self) -> None:
         while self._next < len(self.buckets):
             bucket = self.buckets[self._next]
-            if bucket.missing or bucket.wait_for_end:
+            waits = bucket.missing or bucket.wait_for_end or (self.in_turn and not bucket.passed)
+            if waits:
                 return
             self._send(bucket)
 
@@ -205,10 +228,7 @@ class GradientReducer:
             self._begin_round()
             return
         for bucket in self.buckets:
-            if not any(slot.deferred for slot in bucket.slots):
-                bucket.missing = 0
-                for slot in bucket.slots:
-                    slot.seen = True
+            self._end(bucket)
         self._send_in_order()
 
     def _begin_round(self) -> None:
@@ -231,8 +251,18 @@ class GradientReducer:
         for bucket in self.buckets:
             bucket.collect()
         for bucket in late:
-            bucket.wait_for_end = True
             bucket.add_late()
+            bucket.wait_for_end = bucket.sent = True
+            for slot in bucket.slots:
+                slot.late = None
+
+    def complete(self) -> bool:
+        """:meth:`finish`, if any rank has a gradient in this window; whether one has."""
+        used = torch.tensor([any(slot.used for slot in self.slots.values())], dtype=torch.int32)
+        self._communicator.all_reduce(used, "data", Tag(Purpose.CONTROL, site="gradients"))
+        if used:
+            self.finish()
+        return bool(used)
 
     def _agree_on_late(self) -> list[GradientBucket]:
         """Buckets in which any rank has late accumulations; one small host collective per axis.

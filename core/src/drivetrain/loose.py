@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,15 +77,8 @@ def loose_fragments(
     found = []
     for parameter in module.parameters():
         if parameter not in bucketed:
-            info = job.parameters.info(parameter)
+            info, data = job.parameters.info(parameter), parameter.data
             owner = info.owner and job.communicator.rank(info.reduction) == 0
-            found.append(
-                tensor_fragment(
-                    info.name,
-                    "parameter",
-                    parameter.data,
-                    owner=owner,
-                    placement=info.placement,
-                )
-            )
+            fragment = partial(tensor_fragment, owner=owner, placement=info.placement)
+            found.append(fragment(info.name, "parameter", data))
     return found

@@ -54,6 +54,15 @@ class ModelStates(ABC):
         """Return once every gradient of the window is reduced, late arrivals included."""
 
     @abstractmethod
+    def complete_gradients(self) -> float | None:
+        """Reduce what the window holds after its last backward, and leave it open. Collective.
+
+        Returns:
+            What gradient fragments are multiplied by to be sums over ranks; ``None`` when no rank
+            has a gradient yet, or the update rule reduces them by itself.
+        """
+
+    @abstractmethod
     def gradient_norm(self) -> torch.Tensor:
         """Global L2 norm of the reduced, unscaled sums of gradients, a 0-d float32 tensor.
 

@@ -182,6 +182,10 @@ class ReplicatedStates(ModelStates):
         for bucket in self._buckets:
             bucket.home.gradient_ready(bucket.gradients.gradient)
 
+    def complete_gradients(self) -> float | None:
+        reduced = all(bucket.gradients.reduced for bucket in self._buckets)
+        return self._policy.predivide if reduced and self._reducer.complete() else None
+
     def gradient_norm(self) -> torch.Tensor:
         communicator, world = self._job.communicator, self._job.mesh.size("world")
         total = torch.zeros((), dtype=torch.float32, device=self._job.device)
@@ -217,12 +221,10 @@ class ReplicatedStates(ModelStates):
     def update(self, scale: float | torch.Tensor) -> None:
         assert self._optimizer is not None
         refuse_stale_layout(self._optimizer, self._reducer.slots, self._job.parameters)
+        scale = scale * self._policy.predivide
         for bucket in self._buckets:
-            bucket.home.update(
-                bucket.gradients.gradient,
-                self._optimizer.groups[bucket.planned.spec.group],
-                scale * self._policy.predivide,
-            )
+            hyper = self._optimizer.groups[bucket.planned.spec.group]
+            bucket.home.update(bucket.gradients.gradient, hyper, scale)
         for bucket in self._buckets:
             bucket.home.publish()
         self._open_window()

@@ -99,6 +99,7 @@ class ReduceScatterBucket(GradientBucket):
     _loan: torch.Tensor | None = None
     _travelling: tuple[Handle, torch.Tensor] | None = None
     _has_sum: bool = False
+    _has_replicas: bool = False
 
     def __post_init__(self) -> None:
         spec, packing = self.parameters.spec, self.parameters.packing
@@ -201,25 +202,32 @@ class ReduceScatterBucket(GradientBucket):
         result = self.parameters.shard_of(wire)
         tag = Tag(Purpose.GRADIENT, self.key, "zero, late")
         self.communicator.reduce_scatter(result, wire, self.parameters.axis, tag)
+        if self._has_replicas:
+            self._sum_replicas(result)
         self._keep_sum(result)
 
     # -- a window -----------------------------------------------------------------------------
 
     def restart(self) -> None:
         super().restart()
-        self._has_sum = False
+        self._has_sum = self._has_replicas = False
         if self._loan is not None:
             self._close()
 
     def sum_replicas(self) -> None:
         """Add the sums of ranks that hold the same shard (MiCS); they travel once a window."""
+        if not self._has_replicas:
+            self._sum_replicas(self.shard)
+            self._has_replicas = True
+
+    def _sum_replicas(self, shard: torch.Tensor) -> None:
         axis = self.parameters.replica_axis
         if axis is not None:
             tag = Tag(Purpose.GRADIENT, self.key, "zero, replicas")
-            wire = self.shard.to(self.parameters.plan.wire_dtype)
+            wire = shard.to(self.parameters.plan.wire_dtype)
             self.communicator.all_reduce(wire, axis, tag, op=Op.SUM)
-            if wire is not self.shard:
-                self.shard.copy_(wire)
+            if wire is not shard:
+                shard.copy_(wire)
 
     # -- the whole buffer ---------------------------------------------------------------------
 

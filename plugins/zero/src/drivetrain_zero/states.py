@@ -238,6 +238,13 @@ class ZeroStates(ModelStates):
             bucket.sum_replicas()
             bucket.parameters.home.gradient_ready(bucket.shard)
 
+    def complete_gradients(self) -> float | None:
+        if not self._reducer.complete():
+            return None
+        for bucket in self._sums:
+            bucket.sum_replicas()
+        return self._policy.predivide
+
     def gradient_norm(self) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=self._job.device)
         for bucket in self._sums:

@@ -1,0 +1,275 @@
+"""Reading and writing single states of an engine, whatever keeps them: over fragments.
+
+Values are those of the parameter as this rank's module has it. Every rank that shares the
+parameter calls with the same one; what no rank shares (another tensor-parallel shard, another
+pipeline stage) is not asked.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from drivetrain.communicator import Op, Purpose, Tag
+from drivetrain.errors import TrainingError
+from drivetrain.failure import open_jobs
+
+if TYPE_CHECKING:
+    from drivetrain.engine import Engine
+    from drivetrain.fragment import Fragment
+    from drivetrain.mesh import Axis
+    from drivetrain.parameters import ParameterInfo
+
+MASTER = "master"
+GRADIENT = "gradient"
+
+_NOT_STATES = (MASTER, GRADIENT, "parameter", "step")
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+"""[Note: absent elements] Ranks put their parts together as integers of which the largest counts.
+Nothing is lost so, neither NaN nor the sign of zero, and replicas need not agree on who is the
+owner. An element that a rank does not have is -0.0, whose bits are the smallest integer."""
+
+
+class StateAccess:
+    """One kind of states of some parameters of one engine.
+
+    Args:
+        parameters: of one engine, all trained.
+        kind: :data:`MASTER` (the parameter itself where it is its own master), :data:`GRADIENT`,
+            or an optimizer state's name.
+
+    Raises:
+        TrainingError: the parameters belong to no engine or to several.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], kind: str) -> None:
+        engine = engine_of(parameters[0])
+        own = {id(p) for p in engine.module.parameters()} if engine is not None else set()
+        if engine is None or any(id(parameter) not in own for parameter in parameters):
+            raise TrainingError(
+                f"the {kind} of a parameter that belongs to no open engine was asked for: pass "
+                "parameters of one engine's module"
+            )
+        self.engine = engine
+        self._parts = [_Part(p, engine.job.parameters.info(p), kind) for p in parameters]
+        self._kind = kind
+
+    def read(self) -> list[torch.Tensor | None]:
+        """Whole values, float32 or float64; ``None`` where no gradient is. Collective.
+
+        Raises:
+            TrainingError: no rank has such a state, or a window is not complete.
+        """
+        scale = self._scale()
+        if scale is None:
+            return [None] * len(self._parts)
+        whole = self._gathered(self._fragments())
+        for part in self._parts:
+            if whole[part] is None:
+                raise TrainingError(f"parameter {part.info.name} has no {part.kind}{self._known()}")
+        return [_scaled(whole[part], scale) for part in self._parts]
+
+    def write(self, values: Sequence[torch.Tensor]) -> None:
+        """Overwrite with whole values; those of the first rank that shares it. Collective.
+
+        Raises:
+            TrainingError: a shape is wrong, there is no gradient, or a window is not complete.
+        """
+        scale = self._scale()
+        if scale is None:
+            raise TrainingError("there is no gradient yet in this window that could be overwritten")
+        fragments = self._fragments()
+        for part, given in zip(self._parts, values, strict=True):
+            if given.shape != part.parameter.shape:
+                raise TrainingError(
+                    f"the {part.kind} of parameter {part.info.name} has shape "
+                    f"{tuple(part.parameter.shape)}, got a value of shape {tuple(given.shape)}"
+                )
+            value = given.detach().to(self.engine.device, part.dtype, copy=True).contiguous()
+            tag = Tag(Purpose.STATE, part.info.name, f"set {part.kind}")
+            self.engine.job.communicator.broadcast(value, part.info.reduction, tag)
+            for fragment in self._followers(fragments, part):
+                _put(fragment, part.info, value / scale)
+        self._written()
+
+    def read_local(self) -> list[torch.Tensor | None]:
+        """What this rank keeps, flat."""
+        scale, fragments = self._scale(), self._fragments()
+        if scale is None:
+            return [None] * len(self._parts)
+        return [_scaled(_flat(fragments[p.key], p.dtype), scale) for p in self._parts]
+
+    def write_local(self, values: Sequence[torch.Tensor]) -> None:
+        """Overwrite what this rank keeps. Collective.
+
+        Raises:
+            TrainingError: a length is wrong, there is no gradient, or a window is not complete.
+        """
+        scale, fragments = self._scale(), self._fragments()
+        if scale is None:
+            raise TrainingError("there is no gradient yet in this window that could be overwritten")
+        for part, given in zip(self._parts, values, strict=True):
+            have = fragments[part.key]
+            lengths = [sum(box.numel for box in fragment.boxes) for fragment in have]
+            if given.numel() != sum(lengths):
+                raise TrainingError(
+                    f"this rank keeps {sum(lengths)} elements of the {part.kind} of parameter "
+                    f"{part.info.name}, got {given.numel()}"
+                )
+            pieces = (given.detach().reshape(-1) / scale).split(lengths)
+            for group in {part.key, part.follower}:
+                for fragment, piece in zip(fragments[group], pieces, strict=True):
+                    fragment.write(piece.to(fragment.dtype))
+        self._written()
+
+    # -- internals ----------------------------------------------------------------------------
+
+    def _scale(self) -> float | None:
+        """What stored numbers are multiplied by to be what users mean; ``None``: no gradients."""
+        engine = self.engine
+        if self._kind != GRADIENT:
+            engine.states.flush()
+            return 1.0
+        if not engine.is_gradient_accumulation_boundary():
+            raise TrainingError(
+                "gradients are summed over ranks in the last micro-batch of a window: read and "
+                f"write them after its backward, not in micro-step {engine.micro_steps}"
+            )
+        factor = engine.states.complete_gradients()
+        if factor is None:
+            return None
+        return factor / (engine.loss_scaler.scale_value * engine.gradient_divisor())
+
+    def _fragments(self) -> dict[tuple[str, str], list[Fragment]]:
+        wanted = {key for part in self._parts for key in (part.key, part.follower)}
+        found: dict[tuple[str, str], list[Fragment]] = defaultdict(list)
+        for fragment in self.engine.states.fragments():
+            key = (fragment.name, fragment.kind)
+            if key in wanted and fragment.on_reshape == "redistribute":
+                found[key].append(fragment)
+        return found
+
+    def _followers(
+        self, fragments: dict[tuple[str, str], list[Fragment]], part: _Part
+    ) -> list[Fragment]:
+        keys = dict.fromkeys((part.key, part.follower))
+        return [fragment for key in keys for fragment in fragments[key]]
+
+    def _gathered(
+        self, fragments: dict[tuple[str, str], list[Fragment]]
+    ) -> dict[_Part, torch.Tensor | None]:
+        together: dict[tuple[Axis, torch.dtype], list[_Part]] = defaultdict(list)
+        for part in self._parts:
+            together[part.info.reduction, part.dtype].append(part)
+        found: dict[_Part, torch.Tensor | None] = {}
+        for (axis, dtype), parts in together.items():
+            sizes = [part.parameter.numel() + 1 for part in parts]  # one says that it is there
+            flat = torch.full((sum(sizes),), -0.0, dtype=dtype, device=self.engine.device)
+            slots = flat.split(sizes)
+            for part, slot in zip(parts, slots, strict=True):
+                for fragment in fragments[part.key]:
+                    _take(fragment, part.info, slot[:-1])
+                    slot[-1] = 1.0
+            tag = Tag(Purpose.STATE, parts[0].info.name, f"get {self._kind}")
+            communicator = self.engine.job.communicator
+            communicator.all_reduce(flat.view(_BITS[dtype]), axis, tag, op=Op.MAX)
+            for part, slot in zip(parts, slots, strict=True):
+                there = float(slot[-1]) == 1.0
+                found[part] = slot[:-1].view(part.parameter.shape) if there else None
+        return found
+
+    def _known(self) -> str:
+        kinds = {fragment.kind for fragment in self.engine.states.fragments()}
+        names = ", ".join(sorted(kinds.difference(_NOT_STATES)))
+        return f"; its engine keeps {names}" if names else ""
+
+    def _written(self) -> None:
+        if self._kind == MASTER:
+            self.engine.states.fragments_written()
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One parameter's state."""
+
+    parameter: nn.Parameter
+    info: ParameterInfo
+    kind: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Name and kind of the fragments that hold it."""
+        own_master = self.info.master_dtype in (None, self.info.compute_dtype)
+        kind = "parameter" if self.kind == MASTER and own_master else self.kind
+        return self.info.name, kind
+
+    @property
+    def follower(self) -> tuple[str, str]:
+        """Name and kind of fragments that get the same values."""
+        return (self.info.name, "parameter") if self.kind == MASTER else self.key
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it is handed to users."""
+        return torch.float64 if self.parameter.dtype == torch.float64 else torch.float32
+
+
+def engine_of(parameter: nn.Parameter) -> Engine | None:
+    """The newest engine of an open job that has ``parameter`` in its module."""
+    for job in reversed(open_jobs()):
+        if parameter in job.parameters:
+            for engine in reversed(job.engines):
+                if any(own is parameter for own in engine.module.parameters()):
+                    return engine
+    return None
+
+
+def is_trained(parameter: nn.Parameter) -> bool:
+    """Whether an engine updates ``parameter``."""
+    engine = engine_of(parameter)
+    if engine is None or engine.optimizer is None or not parameter.requires_grad:
+        return False
+    groups = engine.optimizer.param_groups
+    return any(own is parameter for group in groups for own in group["params"])
+
+
+def _scaled(values: torch.Tensor | None, scale: float) -> torch.Tensor | None:
+    return values if values is None or scale == 1.0 else values * scale
+
+
+def _flat(fragments: Sequence[Fragment], dtype: torch.dtype) -> torch.Tensor:
+    parts = [box.of_storage(f.read()).reshape(-1) for f in fragments for box in f.boxes]
+    return torch.cat([part.to(dtype) for part in parts]) if parts else torch.empty(0, dtype=dtype)
+
+
+def _take(fragment: Fragment, info: ParameterInfo, flat: torch.Tensor) -> None:
+    """Copy what ``fragment`` holds to its places in the flat parameter."""
+    stored, placement = fragment.read(), info.placement
+    target = (
+        flat.view(info.shape) if placement is None else flat.new_full(placement.global_shape, -0.0)
+    )
+    for box in fragment.boxes:
+        box.of(target).copy_(box.of_storage(stored))
+    for box in placement.boxes if placement is not None else ():
+        mine, new = box.of_storage(flat), box.of(target)
+        held = new.view(_BITS[flat.dtype]) != torch.iinfo(_BITS[flat.dtype]).min
+        mine.copy_(torch.where(held, new, mine))
+
+
+def _put(fragment: Fragment, info: ParameterInfo, value: torch.Tensor) -> None:
+    """Overwrite what ``fragment`` holds with its places of the whole parameter."""
+    source = value
+    if info.placement is not None:
+        source = value.new_zeros(info.placement.global_shape)
+        for box in info.placement.boxes:
+            box.of(source).copy_(box.of_storage(value.reshape(-1)))
+    stored = fragment.read().detach().clone()
+    for box in fragment.boxes:
+        box.of_storage(stored).copy_(box.of(source))
+    fragment.write(stored)
