@@ -85,7 +85,6 @@ class Hub:
         self._manager.add_hookspecs(hookspecs)
         self._labels = dict(labels or {})
         self._frozen = False
-        self._prepare_inputs: list[pluggy.HookImpl] | None = None
         defaults = list(core)
         # pluggy asks the last registered first, so the first in order is registered last.
         for plugin in [*defaults, *reversed(in_order(others, (p.name for p in defaults)))]:
@@ -109,7 +108,6 @@ class Hub:
         except (ValueError, pluggy.PluginValidationError) as error:
             reason = " ".join(str(error).split())
             raise PluginError(f"{self.label(name)} cannot be registered: {reason}") from error
-        self._prepare_inputs = None
 
     def freeze(self) -> None:
         """Accept no more registrations; :class:`~drivetrain.job.Job` does this when it opens."""
@@ -160,9 +158,7 @@ class Hub:
         self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # pluggy gives all implementations the same arguments; here each feeds the next.
-        if self._prepare_inputs is None:
-            self._prepare_inputs = self.implementations("prepare_inputs")
-        for impl in self._prepare_inputs:
+        for impl in self.implementations("prepare_inputs"):
             values: dict[str, Any] = {"engine": engine, "args": args, "kwargs": kwargs}
             try:
                 answer: Any = impl.function(*[values[name] for name in impl.argnames])
