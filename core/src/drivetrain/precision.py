@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -164,21 +163,17 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _modules(paths: tuple[str, ...] | None) -> tuple[type[nn.Module], ...]:
-    return _SAFE_MODULES if paths is None else tuple(_classes(paths))
+    return _SAFE_MODULES if paths is None else tuple(map(_module_class, paths))
 
 
-def _classes(paths: tuple[str, ...]) -> Iterator[type[nn.Module]]:
+def _module_class(path: str) -> type[nn.Module]:
     from pkgutil import resolve_name
 
-    for path in paths:
-        try:
-            found = resolve_name(path)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(
-                f"torch_autocast.lower_precision_safe_modules: no class {path!r}: {error}"
-            ) from error
-        if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise ConfigError(
-                f"torch_autocast.lower_precision_safe_modules: {path!r} is no torch.nn.Module class"
-            )
-        yield found
+    where = "torch_autocast.lower_precision_safe_modules"
+    try:
+        found = resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{where}: no class {path!r}: {error}") from error
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        return found
+    raise ConfigError(f"{where}: {path!r} is no torch.nn.Module class")
