@@ -31,11 +31,10 @@ class Counting(TorchCommunicator):
 
 
 def start(slot=SLOT, timeout=60.0, library=native_library):
-    shared_group.SLOT_BYTES = slot
     dist.init_process_group("gloo")
     mesh = Mesh(MeshLayout.build(dist.get_world_size(), ()), dist.get_rank())
     inner = Counting(mesh, torch.device("cpu"))
-    return SharedMemoryCommunicator(inner, library, mesh.ranks, timeout)
+    return SharedMemoryCommunicator(inner, library, mesh.ranks, timeout, slot_bytes=slot)
 
 
 def values(rank, dtype, numel):

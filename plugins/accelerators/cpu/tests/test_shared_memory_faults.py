@@ -250,6 +250,23 @@ def test_buffers_that_do_not_fit_are_ordinary_memory_with_one_line():
     ]
 
 
+def buffers_of_different_sizes():
+    c = start()
+    with segments_up_to(resource.RLIM_INFINITY) as said:
+        rank = c.rank("data")
+        assert c.buffer(5000 * (rank + 1), torch.float32, "data").numel() == 5000 * (rank + 1)
+        c.barrier("data", TAG)
+    c.close()
+    return said
+
+
+def test_buffers_of_different_sizes_are_ordinary_memory():
+    first, _ = run_distributed(buffers_of_different_sizes, 2)
+    assert first == [
+        "buffers over axis 'data' are in ordinary memory: its ranks ask for different sizes"
+    ]
+
+
 def failing_library():
     raise BuildError("no C++ compiler found")
 

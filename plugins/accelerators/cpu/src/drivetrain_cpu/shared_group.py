@@ -107,20 +107,26 @@ class SharedGroup:
         inner: how the ranks talk until they share memory.
         axis: the axis.
         timeout: seconds after which a rank that does not come counts as lost.
+        slot_bytes: size of a staging slot, the same on all ranks.
 
     Raises:
         UnavailableError: on every rank, if any of them cannot share memory with all others.
     """
 
     def __init__(
-        self, library: ctypes.CDLL | str, inner: Communicator, axis: Axis, timeout: float
+        self,
+        library: ctypes.CDLL | str,
+        inner: Communicator,
+        axis: Axis,
+        timeout: float,
+        slot_bytes: int = SLOT_BYTES,
     ) -> None:
         self.size, self.rank = inner.size(axis), inner.rank(axis)
         self._inner, self._axis = inner, axis
         if self.size > LARGEST_GROUP:
             raise UnavailableError(f"{self.size} ranks are more than {LARGEST_GROUP}")
         problem = library if isinstance(library, str) else ""
-        self._mappings = self._share(CONTROL_BYTES + 2 * SLOT_BYTES, problem)
+        self._mappings = self._share(CONTROL_BYTES + 2 * slot_bytes, problem)
         self._processes, cores = self._watch()
         assert isinstance(library, ctypes.CDLL), "the ranks agreed, so this one has the kernels"
         assert library.dt_group_control_bytes() == CONTROL_BYTES
@@ -136,7 +142,7 @@ class SharedGroup:
         library.dt_group_run.argtypes = [pointer, POINTER(Request), POINTER(c_int)]
         self._run = library.dt_group_run
         self._group = library.dt_group_create(
-            self.rank, self.size, addresses, SLOT_BYTES, processes, self.size > cores, timeout
+            self.rank, self.size, addresses, slot_bytes, processes, self.size > cores, timeout
         )
         self._registered: dict[int, _Registered] = {}
         self._segments = (POINTER(pointer) * 0)()
@@ -326,8 +332,9 @@ class SharedGroup:
         self._inner.all_gather(offers, mine, self._axis, SETUP)
         table = offers.view(self.size, 4).tolist()
         mapped = False
-        hosts = {host for host, *_ in table}
-        if own is not None and len(hosts) == 1:
+        obstacle = _obstacle(table)
+        if not obstacle:
+            assert own is not None, "every rank made an offer"
             try:
                 for position, (_, process, descriptor, _) in enumerate(table):
                     if position == self.rank:
@@ -338,13 +345,11 @@ class SharedGroup:
                 mapped = True
             except OSError as error:
                 problem = f"cannot map the memory of another rank: {error.strerror}"
-        elif own is not None:
-            problem = "its ranks are on several hosts" if -1 not in hosts else ""
         agreed = self._agree(mapped)
         if own is not None:
             own.close_descriptor()
         if not agreed:
-            raise UnavailableError(problem or "another rank cannot share memory")
+            raise UnavailableError(problem or obstacle or "another rank cannot share memory")
         return mappings
 
     def _watch(self) -> tuple[list[int], int]:
@@ -375,3 +380,13 @@ class SharedGroup:
         mine = torch.tensor([int(fine)], dtype=torch.int64)
         self._inner.all_gather(votes, mine, self._axis, SETUP)
         return bool(votes.all())
+
+
+def _obstacle(offers: Sequence[Sequence[int]]) -> str:
+    """Why segments of these (host, process, descriptor, size) cannot be mapped by all ranks."""
+    hosts, sizes = {offer[0] for offer in offers}, {offer[3] for offer in offers}
+    if -1 in hosts:
+        return "another rank cannot share memory"
+    if len(hosts) > 1:
+        return "its ranks are on several hosts"
+    return "its ranks ask for different sizes" if len(sizes) > 1 else ""

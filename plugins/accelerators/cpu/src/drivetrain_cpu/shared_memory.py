@@ -29,7 +29,7 @@ from drivetrain.errors import BuildError, CommunicationError
 from drivetrain.failure import broken
 from drivetrain_cpu.instruction_sets import selected
 from drivetrain_cpu.kernels import kernel_library
-from drivetrain_cpu.shared_group import NUMBERS, SharedGroup, UnavailableError
+from drivetrain_cpu.shared_group import NUMBERS, SLOT_BYTES, SharedGroup, UnavailableError
 from drivetrain_cpu.shared_segment import PAGE
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         ranks: answers the global ranks along an axis, for messages.
         explain: makes the exception of a collective that broke, from what it was and how it broke.
         timeout: seconds after which a rank that does not come counts as lost.
+        slot_bytes: size of a staging slot, the same on all ranks.
     """
 
     def __init__(
@@ -116,8 +117,10 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         ranks: Callable[[Axis], Sequence[int]],
         timeout: float = TIMEOUT,
         explain: Explain = broken,
+        slot_bytes: int = SLOT_BYTES,
     ) -> None:
         super().__init__(inner)
+        self._slot_bytes = slot_bytes
         self._library, self._ranks, self._timeout = library, ranks, timeout
         self._explain = explain
         self._opened: dict[tuple[int, ...], _Line | None] = {}
@@ -198,7 +201,7 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
             # The other ranks have to hear of it, or they would wait for this one.
             library = str(error)
         try:
-            group = SharedGroup(library, self.inner, axis, self._timeout)
+            group = SharedGroup(library, self.inner, axis, self._timeout, self._slot_bytes)
         except UnavailableError as reason:
             if self.rank(axis) == 0:
                 logger.warning("axis %r does not communicate through memory: %s", axis, reason)
