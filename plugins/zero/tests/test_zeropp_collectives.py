@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from drivetrain_zero.block_codec import BlockCodec
 from drivetrain_zero.error_feedback import ErrorFeedback
 
@@ -176,6 +177,33 @@ def test_all_ranks_gather_the_same_rounded_weights(dtype):
                 bound = half_steps(values) * 14 / 254
                 assert (row <= bound * 1.001 + values.abs() * torch.finfo(dtype).eps).all()
         assert answer["sent"] == 3 * MESSAGE["int8"]  # instead of 3 * 2000 in bfloat16
+
+
+def a_thousand_ranks_on_meta() -> dict[str, float]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=777, world_size=1000)
+    zero = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True}
+    settings = {"train_batch_size": 1000, "zero_optimization": {**zero, "zero_ranks_per_node": 8}}
+    with Job.open(Plan.build(settings, world_size=1000)) as job:
+        part = torch.empty(1024, dtype=torch.bfloat16, device="meta")
+        whole = torch.empty(1000 * 1024, dtype=torch.bfloat16, device="meta")
+        job.communicator.all_gather(whole, part, "data", Tag(Purpose.WEIGHT, "b"))
+        job.communicator.reduce_scatter(part, whole, "data", Tag(Purpose.GRADIENT, "b"))
+        return {
+            f"{call.purpose.value} of {job.mesh.size(call.axis)}": traffic.sent_bytes
+            for call, traffic in job.byte_log.items()
+            if call.purpose in (Purpose.WEIGHT, Purpose.GRADIENT)
+        }
+
+
+def test_traffic_of_a_thousand_ranks():
+    (found,) = run_distributed(a_thousand_ranks_on_meta, 1)
+    assert found == {
+        "weight of 1000": 999 * 1040,  # plain bfloat16: 999 * 2048
+        "gradient of 8": 7 * 125 * 528,
+        "gradient of 125": 124 * 528,  # leaves the node; plain: 999 * 2048, of which 7 stay
+    }
 
 
 # -- error feedback, without ranks -----------------------------------------------------------
