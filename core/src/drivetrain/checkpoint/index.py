@@ -196,8 +196,11 @@ class StoredTensor:
             raise ValueError("a box that is no part of the tensor")
 
     def __len__(self) -> int:
-        """Number of boxes."""
+        """Number of boxes; a tensor without elements has none."""
         return len(self._checksums)
+
+    def __bool__(self) -> bool:
+        return True
 
     def box(self, index: int) -> StoredBox:
         """One box.
