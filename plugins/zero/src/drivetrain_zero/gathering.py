@@ -12,7 +12,7 @@ model's forward to the end of its backward.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +23,12 @@ from torch.autograd.graph import register_multi_grad_hook
 from drivetrain.backward_window import tensors_in
 from drivetrain.units import units
 from drivetrain_zero.order import Pass
+from drivetrain_zero.outside_use import remove, returns_own
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
+    from drivetrain_zero.agreement import Agreement
     from drivetrain_zero.bucket import ShardedBucket
 
 _DIGEST_PRIME = 16_777_213
@@ -72,12 +74,14 @@ class GatheredUnit:
     number: int
     name: str
     module: nn.Module
-    parameters: Sequence[nn.Parameter]
+    parameters: list[nn.Parameter]
     buckets: list[ShardedBucket] = field(default_factory=list)
     persistent: bool = False
     pins: int = 0
     started: bool = False
     gathered: bool = False
+    held: bool = False
+    turn: int = 0
     _in_use: bool = False
 
     @property
@@ -124,7 +128,7 @@ class GatheredUnit:
 
     def release(self) -> None:
         """Keep only the shards, unless somebody else needs more."""
-        if not self.started or self.pins or self.persistent:
+        if not self.started or self.pins or self.persistent or self.held:
             return
         for bucket in self.buckets:
             bucket.release()
@@ -134,24 +138,28 @@ class GatheredUnit:
 def find_units(module: nn.Module) -> list[GatheredUnit]:
     """The units of ``module`` with the parameters that each gathers: the root first.
 
-    A parameter that several units use (tied weights) belongs to the root.
+    Besides the repeated blocks, modules that say ``drivetrain_unit = True`` are units, anywhere,
+    and a parameter belongs to the innermost. One that several units use (tied weights) belongs to
+    the root.
     """
-    blocks = [unit for unit in units(module) if unit.module is not module]
-    users: dict[nn.Parameter, set[str]] = {}
-    for block in blocks:
-        for parameter in block.module.parameters():
-            users.setdefault(parameter, set()).add(block.name)
-    inside = {id(m) for block in blocks for m in block.module.modules()}
-    for other in module.modules():
-        if id(other) not in inside:
-            for parameter in other.parameters(recurse=False):
-                users.setdefault(parameter, set()).add("")
-    root = [p for p in module.parameters() if users[p] == {""} or len(users[p]) > 1]
-    found = [GatheredUnit(0, "", module, root)]
-    for number, block in enumerate(blocks, start=1):
-        own = [p for p in block.module.parameters() if users[p] == {block.name}]
-        found.append(GatheredUnit(number, block.name, block.module, own))
-    return found
+    heads = {unit.module for unit in units(module)}
+    found = {module: GatheredUnit(0, "", module, [])}
+    users: dict[nn.Parameter, set[nn.Module]] = {}
+
+    def visit(part: nn.Module, path: str, inside: nn.Module) -> None:
+        if part in heads or getattr(part, "drivetrain_unit", False):
+            found.setdefault(part, GatheredUnit(len(found), path, part, []))
+            inside = part
+        for parameter in part.parameters(recurse=False):
+            users.setdefault(parameter, set()).add(inside)
+        for name, child in part.named_children():
+            visit(child, f"{path}.{name}" if path else name, inside)
+
+    visit(module, "", module)
+    for parameter in module.parameters():
+        inside, *others = users[parameter]
+        found[module if others else inside].parameters.append(parameter)
+    return list(found.values())
 
 
 class Gathering:
@@ -161,8 +169,9 @@ class Gathering:
         units: the root first; see :func:`find_units`.
         policy: when to gather and keep.
         asynchronous: gather ahead while the device computes.
-        alone: a rank reads the others' shards where they lie, so none has to take part in the
-            gathers of another.
+        agreement: keeps gathers of different units apart; ``None`` where a rank reads the others'
+            shards where they lie, so that none has to take part in the gathers of another.
+        passed: told in backward, at the same places on all ranks, which units are behind it.
     """
 
     def __init__(
@@ -171,10 +180,13 @@ class Gathering:
         policy: GatherPolicy,
         *,
         asynchronous: bool,
-        alone: bool,
+        agreement: Agreement | None,
+        passed: Callable[[Sequence[int]], None],
     ) -> None:
         self.units = units
-        self.alone = alone
+        self.alone = agreement is None
+        self._agreement = agreement
+        self._passed = passed
         self.forward_order = [unit.number for unit in units]
         self.backward_order = self.forward_order[::-1]
         self.left_order = False
@@ -225,6 +237,9 @@ class Gathering:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        remove(self.units)
+        if self._agreement is not None:
+            self._agreement.close()
 
     # -- hooks --------------------------------------------------------------------------------
 
@@ -251,10 +266,26 @@ class Gathering:
     def _before_forward(self, unit: GatheredUnit, inputs: object) -> None:
         if not _in_backward() and unit.number == 0 and self._forward is None:
             self._forward = Pass(self.forward_order)
-        if not (_in_backward() and unit.gathered):
+        if not _in_backward():
             self._visit(unit)
+        else:
+            self._before_backward(unit)
         if unit.number and torch.is_grad_enabled():
             self._watch_inputs(unit, inputs)
+
+    def use_outside(self, unit: GatheredUnit) -> None:
+        """Somebody uses parameters of ``unit`` outside of its module, while the model computes."""
+        if self._forward is None and not _in_backward():
+            return
+        if not unit.gathered:
+            self._visit(unit)
+        unit.held = True  # nobody can tell for how long
+
+    def _release_held(self) -> None:
+        for unit in self.units:
+            if unit.held:
+                unit.held = False
+                unit.release()
 
     def _watch_inputs(self, unit: GatheredUnit, inputs: object) -> None:
         """Release the unit when the gradients of its inputs are known."""
@@ -271,8 +302,12 @@ class Gathering:
         if _in_backward():
             return  # recomputed; its backward comes at once
         if unit.number:
+            if returns_own(unit, outputs):
+                self.use_outside(unit)
             self._rest(unit)
             return
+        if not torch.is_grad_enabled():
+            self._release_held()
         current, self._forward = self._forward, None
         if current is not None:
             self._end(current)
@@ -280,15 +315,21 @@ class Gathering:
         self._rest(unit)
 
     def _before_backward(self, unit: GatheredUnit) -> None:
-        if not unit.gathered:
+        walk = self._walk()
+        assert walk is not None, "backward makes its own walk"
+        # A unit that forward has kept is visited all the same, so that ranks which have skipped
+        # it know where it is; but the root, which is kept till the end.
+        comes = unit.number and not self.alone and unit.number not in walk.reached
+        if comes or not unit.gathered:
             self._visit(unit)
 
     def end_backward(self) -> None:
         """The whole backward is over."""
-        current, self._backward = self._backward, None
-        if current is not None:
-            self._end(current)
+        current, self._backward = self._backward or Pass(self.backward_order), None
+        self._end(current)  # also if this rank's backward used no unit at all
+        if current.visited:
             self.last_backward = current
+        self._release_held()
         self.release_all()
 
     # -- one pass -----------------------------------------------------------------------------
@@ -296,17 +337,31 @@ class Gathering:
     def _visit(self, unit: GatheredUnit) -> None:
         """Gather a unit that is about to be used, after those that come before it."""
         walk = self._walk()
-        if walk is not None:
-            skipped = walk.visit(unit.number)
-            for number in () if self.alone else skipped:
-                self._join(self.units[number])
-            if walk.left_order and not self.left_order:
-                self.left_order = True
-                self._note_other_order(unit)
-        self._start(unit, asynchronous=False)
-        if walk is not None and self._asynchronous:
-            self._gather_ahead(walk)
-        unit.gather()
+        if walk is None:
+            self._start(unit, asynchronous=False)
+            self._finish(unit)
+            return
+        skipped = walk.visit(unit.number)
+        for number in () if self.alone else skipped:
+            self._join(self.units[number], walk)
+        if walk.is_lost:
+            self._note_other_order(unit)
+            self._start(unit, asynchronous=False, known=False)
+        else:
+            self._reach(unit, walk)
+        self._finish(unit)
+
+    def _reach(self, unit: GatheredUnit, walk: Pass) -> None:
+        """The walk has come to ``unit``: what all ranks do at this place, whoever uses it."""
+        if not self.alone:
+            if unit.number in walk.reached:
+                unit.release()  # as it is on ranks that have only joined it
+            if _in_backward():
+                self._passed(walk.reached[-1:])
+        walk.reached.append(unit.number)
+        self._start(unit, asynchronous=self._asynchronous)
+        if self._asynchronous:
+            self._gather_ahead(unit, walk)
 
     def _walk(self) -> Pass | None:
         if not _in_backward():
@@ -315,28 +370,38 @@ class Gathering:
             self._backward = Pass(self.backward_order)
         return self._backward
 
-    def _start(self, unit: GatheredUnit, *, asynchronous: bool) -> None:
-        if not unit.started:
-            self.gathers = (self.gathers * 31 + unit.number + 1) % _DIGEST_PRIME
+    def _start(self, unit: GatheredUnit, *, asynchronous: bool, known: bool = True) -> None:
+        if unit.started:
+            return
+        self.gathers = (self.gathers * 31 + unit.number + 1) % _DIGEST_PRIME
+        if self._agreement is None:
+            unit.start(asynchronous=asynchronous)
+            return
+        unit.turn = self._agreement.begin(unit.name, known=known)
+        with self._agreement.waits(unit.turn, unit.name):
             unit.start(asynchronous=asynchronous)
 
-    def _gather_ahead(self, walk: Pass) -> None:
-        budget = self._policy.ahead
-        live = sum(unit.numel for unit in self.units if unit.started)
-        for number in walk.ahead():
-            unit = self.units[number]
-            if unit.started:
-                continue
-            budget -= unit.numel
-            live += unit.numel
-            if budget < 0 or live > self._policy.live:
-                return
-            self._start(unit, asynchronous=True)
+    def _finish(self, unit: GatheredUnit) -> None:
+        if self._agreement is None or unit.gathered:
+            unit.gather()
+            return
+        with self._agreement.waits(unit.turn, unit.name):
+            unit.gather()
 
-    def _join(self, unit: GatheredUnit) -> None:
+    def _gather_ahead(self, unit: GatheredUnit, walk: Pass) -> None:
+        """Start the next units. Which ones depends on the order alone, not on what is gathered."""
+        room = min(self._policy.ahead, self._policy.live - unit.numel)
+        for number in walk.ahead():
+            following = self.units[number]
+            room -= following.numel
+            if room < 0:
+                return
+            self._start(following, asynchronous=True)
+
+    def _join(self, unit: GatheredUnit, walk: Pass) -> None:
         """Take part in the gather of a unit that other ranks may need."""
-        self._start(unit, asynchronous=False)
-        unit.gather()
+        self._reach(unit, walk)
+        self._finish(unit)
         if _in_backward():
             unit.release()
         else:
@@ -344,7 +409,7 @@ class Gathering:
 
     def _end(self, walk: Pass) -> None:
         for number in () if self.alone else walk.end():
-            self._join(self.units[number])
+            self._join(self.units[number], walk)
 
     def _rest(self, unit: GatheredUnit) -> None:
         """A unit's forward is over: keep what backward needs soon, else release it."""
@@ -362,7 +427,8 @@ class Gathering:
         return 2 * distance + unit.numel <= self._policy.reuse_distance
 
     def _note_other_order(self, unit: GatheredUnit) -> None:
-        if self._policy.log_order:
+        first, self.left_order = not self.left_order, True
+        if first and self._policy.log_order:
             logger.warning("unit %r is used in another order than before", unit.name or "root")
 
 

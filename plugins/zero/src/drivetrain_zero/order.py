@@ -24,7 +24,11 @@ class Pass:
         self._order = order
         self._at = 0
         self.visited: list[int] = []
+        self.reached: list[int] = []
+        """Units of the order that all ranks have come to by now, used or joined."""
         self.left_order = False
+        self.is_lost = False
+        """Whether the latest visit is one that the order does not have."""
 
     def visit(self, unit: int) -> Sequence[int]:
         """Note that ``unit`` is used now.
@@ -37,8 +41,9 @@ class Pass:
         try:
             place = self._order.index(unit, self._at)
         except ValueError:
-            self.left_order = True
+            self.left_order = self.is_lost = True
             return ()
+        self.is_lost = False
         skipped = self._order[self._at : place]
         self._at = place + 1
         return skipped

@@ -22,14 +22,17 @@ from drivetrain.loose import (
 from drivetrain.model_states import ModelStates
 from drivetrain.replicated.layout import BucketSizes, plan_buckets
 from drivetrain.update_rule import UpdateRule
+from drivetrain_zero import outside_use
+from drivetrain_zero.agreement import agreement_of
+from drivetrain_zero import outside_use
 from drivetrain_zero.bucket import ShardedBucket
 from drivetrain_zero.frozen import plan_frozen
 from drivetrain_zero.gathering import GatheredUnit, Gathering, find_units
 from drivetrain_zero.gradients import GradientMemory, ReduceScatterBucket
 from drivetrain_zero.guards import refuse_released_state_dict
 from drivetrain_zero.handle import ShardedParameter, digest
-from drivetrain_zero.layers import kept_errors
 from drivetrain_zero.init_shards import refuse_other_layout
+from drivetrain_zero.layers import kept_errors
 from drivetrain_zero.order import learned
 from drivetrain_zero.policy import ZeroPolicy
 from drivetrain_zero.reshard import collect_states, restore_states
@@ -169,18 +172,20 @@ class ZeroStates(ModelStates):
             unit.gathered = unit.started = False
             self._attach_handles(unit)
         policy, communicator = self._policy, self._job.communicator
+        alone = policy.secondary_axis is None and all(
+            communicator.reads_settled(bucket.shard, bucket.axis)
+            for unit in sharded
+            for bucket in unit.buckets
+            if bucket.sharded
+        )
         self._gathering = Gathering(
             units,
             policy.gather,
             asynchronous=policy.overlap,
-            alone=policy.secondary_axis is None
-            and all(
-                communicator.reads_settled(bucket.shard, bucket.axis)
-                for unit in sharded
-                for bucket in unit.buckets
-                if bucket.sharded
-            ),
+            agreement=None if alone else agreement_of(self._job),
+            passed=self._units_passed,
         )
+        self._reducer.in_turn = not self._gathering.alone
         if policy.secondary_axis is not None:
             for bucket in (b for u in units if not u.persistent for b in u.buckets):
                 if bucket.sharded and bucket.axis == "data":
@@ -189,6 +194,7 @@ class ZeroStates(ModelStates):
         self._gathering.gather_persistent()
         for part in self._module.modules():
             refuse_released_state_dict(part)
+        outside_use.install(units, self._gathering)
 
     def _attach_handles(self, unit: GatheredUnit) -> None:
         for bucket in unit.buckets:
@@ -226,9 +232,14 @@ class ZeroStates(ModelStates):
         self._reducer.defer(parameters)
 
     def end_backward(self) -> None:
-        self._reducer.end_backward()
         if self._gathering is not None:
             self._gathering.end_backward()
+        self._reducer.end_backward()
+
+    def _units_passed(self, numbers: Sequence[int]) -> None:
+        assert self._gathering is not None
+        buckets = {id(b) for number in numbers for b in self._gathering.units[number].buckets}
+        self._reducer.passed(sum_ for sum_ in self._sums if id(sum_.parameters) in buckets)
 
     def finish_reduction(self) -> None:
         if self._policy.need_all_gradients:

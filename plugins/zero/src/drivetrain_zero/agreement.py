@@ -1,0 +1,137 @@
+"""Agreeing on a gather that the known order does not have, before anything is sent.
+
+A rank that leaves the order of units may be the only one. Gathers of different units must never
+meet: at best they break the process, at worst they mix up weights. So such a rank first writes
+down which unit it wants, and goes on when all have written the same. A rank that keeps the order
+writes nothing; but if it waits in a gather for long, it writes down in which. Whoever finds that
+another rank waits for another unit at the same place raises, and names both.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from drivetrain.errors import TrainingError
+
+if TYPE_CHECKING:
+    from drivetrain.job import Job
+
+LONG = 2.0
+"""Seconds in a gather after which a rank writes down where it is."""
+
+_POLL = 0.02
+
+
+class Agreement:
+    """One rank's part.
+
+    Args:
+        store: shared by the ranks.
+        rank: this rank, of all.
+        peers: the other ranks that gather with it.
+        check: raises if a rank has failed.
+    """
+
+    def __init__(
+        self, store: Store, rank: int, peers: Sequence[int], check: Callable[[], None]
+    ) -> None:
+        self._store = PrefixStore("zero/units", store)
+        self._rank = rank
+        self._peers = peers
+        self._check = check
+        self._count = 0
+        self._waiting: tuple[int, str, float] | None = None
+        self._closed = threading.Event()
+        self._watch = threading.Thread(target=self._write_waits, daemon=True, name="zero-agreement")
+        self._watch.start()
+
+    def begin(self, unit: str, *, known: bool) -> int:
+        """The next gather is that of ``unit``.
+
+        Args:
+            unit: its name.
+            known: whether the order says so; otherwise this returns once all ranks agree.
+
+        Returns:
+            The number of the gather, for :meth:`waits`.
+
+        Raises:
+            TrainingError: another rank needs another unit.
+        """
+        self._count += 1
+        if not known:
+            self._agree(unit)
+        return self._count
+
+    @contextmanager
+    def waits(self, number: int, unit: str) -> Iterator[None]:
+        """The block waits for gather ``number``."""
+        self._waiting = (number, unit, time.monotonic())
+        try:
+            yield
+        finally:
+            self._waiting = None
+
+    def close(self) -> None:
+        """End the watch."""
+        self._closed.set()
+        self._watch.join()
+
+    def _agree(self, unit: str) -> None:
+        self._store.set(f"wants/{self._rank}", json.dumps([self._count, unit]))
+        missing = set(self._peers)
+        while True:
+            for peer in tuple(missing):
+                wanted = self._read(f"wants/{peer}")
+                found = wanted if wanted is not None else self._read(f"waits/{peer}")
+                if found == unit:
+                    missing.discard(peer)
+                elif found is not None:
+                    raise TrainingError(
+                        f"rank {self._rank} needs unit {unit or 'root'!r} of the model while rank "
+                        f"{peer} needs {found or 'root'!r}: ranks walk through the model "
+                        "differently; see 'ranks that walk differently' in the README of "
+                        "drivetrain-zero"
+                    )
+            if not missing:
+                return
+            self._check()
+            time.sleep(_POLL)
+
+    def _read(self, key: str) -> str | None:
+        """What a rank has written about the gather that this rank is at."""
+        if not self._store.check([key]):
+            return None
+        count, unit = json.loads(self._store.get(key))
+        return str(unit) if count == self._count else None
+
+    def _write_waits(self) -> None:
+        """Write down a gather that lasts long, once."""
+        written = 0
+        while not self._closed.wait(LONG / 4):
+            waiting = self._waiting
+            if waiting is None or time.monotonic() - waiting[2] < LONG or waiting[0] == written:
+                continue
+            written = waiting[0]
+            try:
+                self._store.set(f"waits/{self._rank}", json.dumps(waiting[:2]))
+            except RuntimeError:
+                return  # the store went with the process that hosts it; the job is over
+
+
+def agreement_of(job: Job) -> Agreement | None:
+    """The agreement of the data-parallel ranks of a job; ``None`` if there is only one."""
+    ranks = job.mesh.ranks("data")
+    if job.failures is None or len(ranks) == 1:
+        return None
+    peers = [rank for rank in ranks if rank != job.rank]
+    check = partial(job.failures.check, "agreeing on the next unit")
+    return Agreement(job.failures.store, job.rank, peers, check)
