@@ -446,6 +446,17 @@ def test_the_explanation_says_what_is_active_why_and_in_which_order() -> None:
     ]
 
 
+def test_keys_that_are_only_accepted_are_noted_where_they_are_given() -> None:
+    optimizer = {"type": "Adam", "legacy_fusion": True}
+    config = {"bf16": {"immediate_grad_update": True}, "optimizer": optimizer}
+    assert sorted(built({"train_batch_size": 1, **config}).explain().notes) == [
+        "bf16.immediate_grad_update: no effect, gradients are always accumulated as they appear",
+        "optimizer.legacy_fusion: no effect, updates always run over flat buckets",
+    ]
+    del config["bf16"]["immediate_grad_update"], optimizer["legacy_fusion"]
+    assert list(built({"train_batch_size": 1, **config}).explain().notes) == []
+
+
 def test_a_broken_check_of_a_plugin_names_the_plugin() -> None:
     class Broken(Plugin):
         name = "broken"

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import pluggy
 from pydantic import BaseModel
 
-from drivetrain.section import Scalar, Section
+from drivetrain.section import NO_EFFECT, Scalar, Section
 
 __all__ = ["Conflict", "Plugin", "Problem", "Scalar", "Section", "hookimpl"]
 
@@ -109,5 +109,12 @@ class Plugin:
         return ()
 
     def notes(self) -> Sequence[str]:
-        """Remarks for ``drivetrain explain``, such as keys that are accepted without effect."""
-        return ()
+        """Remarks for ``drivetrain explain``; by default, of given keys that have no effect."""
+        return [
+            f"{path}.{name}: no effect, {field.description.removeprefix(NO_EFFECT).rstrip('.')}"
+            for path, section in self._sections.items()
+            for name, field in type(section).model_fields.items()
+            if name in section.model_fields_set
+            and field.description is not None
+            and field.description.startswith(NO_EFFECT)
+        ]

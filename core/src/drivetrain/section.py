@@ -15,6 +15,10 @@ from drivetrain.wording import as_json
 
 T = TypeVar("T")
 
+NO_EFFECT = "Accepted, has no effect: "
+"""What the description of a key begins with that is only there for the format's sake; the reason
+follows. ``drivetrain explain`` tells those who give it."""
+
 
 def _number(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):

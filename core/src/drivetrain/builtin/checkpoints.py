@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from drivetrain.plugin import Plugin, Section, Sections
-from drivetrain.section import Bool, PositiveInt
-
-_NO_EFFECT = {
-    "load_universal": "every checkpoint loads into any layout",
-    "use_node_local_storage": "a checkpoint is one directory that all ranks can see",
-    "parallel_write": "every rank always writes what it owns",
-    "checkpoint_serialization": "tensors are written as they are, without pickle",
-    "writer": "there is one writer",
-}
-
-
-def _no_effect(key: str) -> str:
-    return f"Accepted, has no effect: {_NO_EFFECT[key]}."
+from drivetrain.section import NO_EFFECT, Bool, PositiveInt
 
 
 def _capital(value: Any) -> Any:
@@ -44,15 +31,20 @@ class CheckpointSection(Section):
         default=None,
         description="Beside those of keep_last, keep checkpoints whose step is a multiple of this.",
     )
-    load_universal: Bool = Field(default=False, description=_no_effect("load_universal"))
+    load_universal: Bool = Field(
+        default=False, description=f"{NO_EFFECT}every checkpoint loads into any layout."
+    )
     use_node_local_storage: Bool = Field(
-        default=False, description=_no_effect("use_node_local_storage")
+        default=False,
+        description=f"{NO_EFFECT}a checkpoint is one directory that all ranks can see.",
     )
-    parallel_write: dict[str, Any] = Field(default={}, description=_no_effect("parallel_write"))
+    parallel_write: dict[str, Any] = Field(
+        default={}, description=f"{NO_EFFECT}every rank always writes what it owns."
+    )
     checkpoint_serialization: Bool = Field(
-        default=True, description=_no_effect("checkpoint_serialization")
+        default=True, description=f"{NO_EFFECT}tensors are written as they are, without pickle."
     )
-    writer: dict[str, Any] = Field(default={}, description=_no_effect("writer"))
+    writer: dict[str, Any] = Field(default={}, description=f"{NO_EFFECT}there is one writer.")
 
 
 class Checkpoints(Plugin):
@@ -60,7 +52,3 @@ class Checkpoints(Plugin):
 
     name = "checkpoint"
     sections: ClassVar[Sections] = {"checkpoint": CheckpointSection}
-
-    def notes(self) -> Sequence[str]:
-        given = self.section(CheckpointSection).model_fields_set
-        return [f"checkpoint.{k}: no effect, {why}" for k, why in _NO_EFFECT.items() if k in given]

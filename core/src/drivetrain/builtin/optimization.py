@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from drivetrain.known import OWNERS, TORCH_OPTIMIZERS, TORCH_SCHEDULERS
 from drivetrain.plugin import Plugin, Problem, Scalar, Section, Sections, hookimpl
-from drivetrain.section import Bool, NonNegativeFloat, PositiveFloat
+from drivetrain.section import NO_EFFECT, Bool, NonNegativeFloat, PositiveFloat
 from drivetrain.wording import did_you_mean
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class OptimizerSection(_Typed):
     )
     legacy_fusion: Bool = Field(
         default=False,
-        description="Accepted, has no effect: updates always run over flat buckets.",
+        description=f"{NO_EFFECT}updates always run over flat buckets.",
     )
 
     @model_validator(mode="after")
@@ -136,11 +136,6 @@ class Optimization(Plugin):
             "gradient_allreduce_op": ("mean", "sum"),
             "sparse_gradients": (False, True),
         }
-
-    def notes(self) -> Sequence[str]:
-        if self.section(OptimizerSection).legacy_fusion:
-            return ["optimizer.legacy_fusion: no effect, updates always run over flat buckets"]
-        return []
 
 
 def _check_type(

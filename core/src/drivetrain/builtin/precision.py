@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from drivetrain.plugin import Plugin, Problem, Scalar, Section, Sections, hookimpl
-from drivetrain.section import Bool, NonNegativeFloat, NonNegativeInt, PositiveInt
+from drivetrain.section import NO_EFFECT, Bool, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 if TYPE_CHECKING:
     from drivetrain.engine import Engine
@@ -69,7 +69,7 @@ class BF16(Section):
     enabled: Bool = Field(default=False, description="Train in bfloat16.")
     immediate_grad_update: Bool = Field(
         default=False,
-        description="Accepted, has no effect: gradients are always accumulated as they appear.",
+        description=f"{NO_EFFECT}gradients are always accumulated as they appear.",
     )
     check_grad_overflow: Bool = Field(
         default=True, description="Skip a step whose gradients are infinite or no number."
@@ -187,8 +187,3 @@ class Precision(Plugin):
             "data_types.grad_accum_dtype": (None, "fp32"),
             "communication_data_type": (None, "fp32"),
         }
-
-    def notes(self) -> Sequence[str]:
-        if self.section(BF16).immediate_grad_update:
-            return ["bf16.immediate_grad_update: no effect, gradients are accumulated as they come"]
-        return []
