@@ -87,10 +87,3 @@ class CpuAccelerator(Accelerator):
         from drivetrain_cpu.shared_memory import share_memory
 
         return share_memory(job)
-
-    @hookimpl
-    def report_rows(self) -> Sequence[tuple[str, str]]:
-        """Which kernels run on tensors in host memory, and why."""
-        from drivetrain_kernels.report import report_rows
-
-        return report_rows(self.device_type)
