@@ -363,7 +363,9 @@ class Engine(nn.Module):
         from drivetrain.units import units
 
         for unit in units(self.module):
-            unit.module.compile(backend=backend, **kwargs)
+            # Not the module's hooks: those that gather parameters stay outside of graphs.
+            forward = torch.compile(unit.module.forward, backend=backend, **kwargs)
+            unit.module.forward = forward  # type: ignore[method-assign]
 
     def rebuild(self) -> None:
         """Adapt the states after ``requires_grad`` of parameters was changed."""

@@ -26,7 +26,10 @@ def config(stage: int, **keys: object) -> dict:
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "optimizer": {"type": "AdamW", "params": {"lr": RATE, "eps": EPSILON}},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": RATE, "eps": EPSILON, "weight_decay": 0.01},
+        },
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         **keys,
     }

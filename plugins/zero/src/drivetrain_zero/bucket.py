@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,8 @@ class ShardedBucket:
         self.counts = first_copy and job.parameters.info(plan.parameters[0]).owner
         self.spec = _shard_spec(plan.spec, self.packing, self.rank, owner=self.counts)
         self.home: StateHome
+        self.shown: Callable[[bool], None] | None = None
+        """Told whenever the parameters become whole or are released."""
         self._handle: Handle | None = None
         self._copied = self._exact = False
         self._row = self._joined()
@@ -247,6 +249,8 @@ class ShardedBucket:
     def _show(self, values: Sequence[torch.Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.data = value
+        if self.shown is not None:
+            self.shown(values is not self._absent)
 
     # -- states -------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ class GatheredUnit:
     number: int
     name: str
     module: nn.Module
-    parameters: list[nn.Parameter]
+    parameters: Sequence[nn.Parameter]
     buckets: list[ShardedBucket] = field(default_factory=list)
     persistent: bool = False
     pins: int = 0
@@ -143,12 +143,12 @@ def find_units(module: nn.Module) -> list[GatheredUnit]:
     the root.
     """
     heads = {unit.module for unit in units(module)}
-    found = {module: GatheredUnit(0, "", module, [])}
+    paths = {module: ""}
     users: dict[nn.Parameter, set[nn.Module]] = {}
 
     def visit(part: nn.Module, path: str, inside: nn.Module) -> None:
         if part in heads or getattr(part, "drivetrain_unit", False):
-            found.setdefault(part, GatheredUnit(len(found), path, part, []))
+            paths.setdefault(part, path)
             inside = part
         for parameter in part.parameters(recurse=False):
             users.setdefault(parameter, set()).add(inside)
@@ -156,10 +156,11 @@ def find_units(module: nn.Module) -> list[GatheredUnit]:
             visit(child, f"{path}.{name}" if path else name, inside)
 
     visit(module, "", module)
+    own: dict[nn.Module, list[nn.Parameter]] = {part: [] for part in paths}
     for parameter in module.parameters():
         inside, *others = users[parameter]
-        found[module if others else inside].parameters.append(parameter)
-    return list(found.values())
+        own[module if others else inside].append(parameter)
+    return [GatheredUnit(i, paths[part], part, own[part]) for i, part in enumerate(paths)]
 
 
 class Gathering:

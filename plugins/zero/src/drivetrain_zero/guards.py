@@ -19,7 +19,7 @@ def refuse_released_state_dict(module: nn.Module) -> None:
 
 
 def _check_gathered(module: nn.Module, prefix: str, _keep_vars: bool) -> None:
-    for name, parameter in dict(module._parameters).items():
+    for name, parameter in module._parameters.items():
         handle = getattr(parameter, "drivetrain_handle", None)
         if handle is not None and not getattr(handle, "gathered", True):
             raise TrainingError(

@@ -122,7 +122,7 @@ class StateAccess:
                     f"this rank keeps {sum(lengths)} elements of the {part.kind} of parameter "
                     f"{part.info.name}, got {given.numel()}"
                 )
-            pieces = (given.detach().reshape(-1) / scale).split(lengths)
+            pieces = torch.split(given.detach().reshape(-1) / scale, lengths)
             for group in {part.key, part.follower}:
                 for fragment, piece in zip(fragments[group], pieces, strict=True):
                     fragment.write(piece.to(fragment.dtype))
@@ -171,7 +171,7 @@ class StateAccess:
         for (axis, dtype), parts in together.items():
             sizes = [part.parameter.numel() + 1 for part in parts]  # one says that it is there
             flat = torch.full((sum(sizes),), -0.0, dtype=dtype, device=self.engine.device)
-            slots = flat.split(sizes)
+            slots = torch.split(flat, sizes)
             for part, slot in zip(parts, slots, strict=True):
                 for fragment in fragments[part.key]:
                     _take(fragment, part.info, slot[:-1])

@@ -24,7 +24,6 @@ from drivetrain.replicated.layout import BucketSizes, plan_buckets
 from drivetrain.update_rule import UpdateRule
 from drivetrain_zero import outside_use
 from drivetrain_zero.agreement import agreement_of
-from drivetrain_zero import outside_use
 from drivetrain_zero.bucket import ShardedBucket
 from drivetrain_zero.frozen import plan_frozen
 from drivetrain_zero.gathering import GatheredUnit, Gathering, find_units
@@ -164,7 +163,7 @@ class ZeroStates(ModelStates):
         if not sharded:
             # What is whole already is made exact on demand, where gathers round it.
             for bucket in (bucket for bucket in self._buckets if bucket.rounds):
-                own = GatheredUnit(0, bucket.key, self._module, bucket.parameters, [bucket])
+                own = GatheredUnit(0, bucket.key, self._module, [*bucket.parameters], [bucket])
                 own.persistent = own.started = own.gathered = True
                 self._attach_handles(own)
             return
