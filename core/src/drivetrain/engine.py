@@ -365,7 +365,7 @@ class Engine(nn.Module):
         for unit in units(self.module):
             # Not the module's hooks: those that gather parameters stay outside of graphs.
             forward = torch.compile(unit.module.forward, backend=backend, **kwargs)
-            unit.module.forward = forward  # type: ignore[method-assign]
+            unit.module.forward = forward
 
     def rebuild(self) -> None:
         """Adapt the states after ``requires_grad`` of parameters was changed."""
