@@ -83,9 +83,8 @@ def plan_buckets(
 ) -> list[PlannedBucket]:
     """Cut the trainable parameters of all groups into buckets.
 
-    Parameters are taken in reverse order, which is about the order in which
-    backward produces gradients, so the first bucket of the answer is the first to fill. Sparse
-    ones come last: their reduction waits for the end of the window.
+    Parameters are taken in reverse order, about that in which backward produces gradients, so the
+    first bucket is the first to fill. Sparse ones come last: they wait for the end of the window.
 
     Args:
         parameters: in the module's order; those in no group are left out.
