@@ -120,6 +120,7 @@ def test_quantised_training_stays_near_the_plain_one_for_less_traffic(stage, pre
                     **QUANTISED,
                     "zeropp_loco_param": LOCO,
                     "zero_ranks_per_node": 2,
+                    "overlap_comm": True,
                     **({"zero_hpz_partition_size": 2} if stage == 3 else {}),
                 },
                 **keys,
@@ -147,8 +148,10 @@ def test_mics_trains_like_the_reference(stage):
     assert_trains_like_reference(settings, RANKS, model="gpt", steps=8, rtol=1e-5)
 
 
-def test_hpz_trains_like_the_reference():
-    settings = config({"stage": 3, "zero_hpz_partition_size": 2}, gradient_clipping=0.1)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_hpz_trains_like_the_reference(overlap):
+    zero = {"stage": 3, "zero_hpz_partition_size": 2, "overlap_comm": overlap}
+    settings = config(zero, gradient_clipping=0.1)
     assert_trains_like_reference(settings, RANKS, model="gpt", steps=8, rtol=1e-5)
 
 
@@ -236,14 +239,9 @@ def test_mics_sums_replicas_once_a_window():
 # -- what stays exact ------------------------------------------------------------------------
 
 
-def exactness(stage: int, threshold: int) -> dict[str, Any]:
-    zero = {
-        "stage": stage,
-        "zero_quantized_weights": True,
-        "stage3_param_persistence_threshold": threshold,
-    }
+def exactness(zero: dict[str, Any]) -> dict[str, Any]:
     still = {"type": "SGD", "params": {"lr": 0.0}}
-    engine = build(config(zero, optimizer=still))
+    engine = build(config({**zero, "zero_quantized_weights": True}, optimizer=still))
     module, parameter = engine.module, engine.module.blocks[0].up.weight
     seen: list[torch.Tensor] = []
     hook = module.blocks[0].up.register_forward_pre_hook(
@@ -263,9 +261,18 @@ def exactness(stage: int, threshold: int) -> dict[str, Any]:
     return {"seen": seen, "values": values, "written": written}
 
 
-@pytest.mark.parametrize(("stage", "threshold"), [(1, 0), (2, 0), (3, 0), (3, 10**6)])
-def test_all_ranks_compute_with_the_same_rounded_weights_and_keep_exact_ones(stage, threshold):
-    answers = run_distributed(exactness, RANKS, stage, threshold)
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"stage": 1},
+        {"stage": 2},
+        {"stage": 3},
+        {"stage": 3, "stage3_param_persistence_threshold": 10**6},
+        {"stage": 3, "zero_hpz_partition_size": 2},
+    ],
+)
+def test_all_ranks_compute_with_the_same_rounded_weights_and_keep_exact_ones(zero):
+    answers = run_distributed(exactness, RANKS, zero)
     original = models.tiny_gpt()
     parameter = original.blocks[0].up.weight.detach()
     for answer in answers:
