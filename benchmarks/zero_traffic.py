@@ -2,7 +2,7 @@
 
 python benchmarks/zero_traffic.py [--ranks 4] [--per-node 2] [--rounds 3]
 
-A GPT of 4.9 million parameters in bf16, stage 3, two micro-batches a step, through gloo (no shared
+A GPT of 4.2 million parameters in bf16, stage 3, two micro-batches a step, through gloo (no shared
 memory). "Between nodes" counts bytes to ranks of other nodes of ``--per-node`` neighbours, as ring
 algorithms send them: an all-gather or reduce-scatter of one hop over n nodes crosses nodes with
 (n - 1) / n of its payload per node, an exchange with what is meant for other nodes.
