@@ -73,11 +73,11 @@ def test_the_table_of_known_names_promises_no_section_that_its_owner_lacks() -> 
 def test_every_distribution_has_a_test_environment_of_its_own() -> None:
     names = [distribution.environment for distribution in DISTRIBUTIONS]
     assert len(set(names)) == len(names)
-    assert not {"lint", "integration", "docs"} & set(names)
+    assert not {"lint", "checkpoints", "integration", "docs"} & set(names)
     config = configparser.ConfigParser(interpolation=None)
     config.read(workspace.ROOT / "tox.ini", "utf-8")
     sections = {s.removeprefix("testenv:") for s in config.sections() if s.startswith("testenv:")}
-    assert sections - set(names) == {"lint", "integration", "docs"}
+    assert sections - set(names) == {"lint", "checkpoints", "integration", "docs"}
 
 
 def test_the_readme_lists_exactly_the_packages_that_exist() -> None:

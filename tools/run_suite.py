@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import workspace
 
-ALONE = ("core", "integration")
+ALONE = ("core", "checkpoints", "integration")
 """Environments whose tests start several processes each and take minutes."""
 
 
@@ -56,7 +56,7 @@ def main() -> int:
     started = time.time()
     names = [d.environment for d in workspace.load().values()]
     cheap = ["lint", *(name for name in names if name not in ALONE)]
-    alone = [name for name in ALONE if name in (*names, "integration")]
+    alone = [name for name in ALONE if name in (*names, "checkpoints", "integration")]
     work = workspace.ROOT / ".tox"
     for name in (*cheap, *alone):
         (work / name / "report.xml").unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -166,9 +166,9 @@ class PendingSave:
             shape = entry.shape if box.shape is None else box.shape
             raw = into.setdefault(box.key, _columns(entry.dtype, shape))
             offset = box.offset or (0,) * len(shape)
-            row = (self.rank, at, offset, entry.shape, crc)
-            for column, value in zip(_COLUMNS, row, strict=True):
-                raw[column].append(value)
+            row = ([self.rank], [at], offset, entry.shape, [crc])
+            for column, values in zip(_COLUMNS, row, strict=True):
+                raw[column] += values
         facts = {"bytes": written.nbytes, "header": written.header, "crc": written.checksum}
         return {"tensors": tensors, "rank": {**facts, "own": own}}
 
@@ -186,7 +186,7 @@ class PendingSave:
             CheckpointError: a rank voted against it, or the parts are no whole.
             OSError: the storage fails. The checkpoint exists then if its manifest does.
         """
-        whole = merge([self._read_part(rank) for rank in range(self.world_size)])
+        whole = merge(map(self._read_part, range(self.world_size)))
         data = json.dumps(whole, separators=(",", ":")).encode()
         self.storage.put(self._path(index.index_file(self.id)), data)
         digest = hashlib.sha256(data).hexdigest()
@@ -224,14 +224,16 @@ class PendingSave:
         return f"{self.tag}/{name}"
 
 
-def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The index made of the ranks' parts.
 
     Raises:
         CheckpointError: the boxes of a tensor do not make it up.
     """
     tensors: dict[str, Any] = {}
+    ranks = []
     for part in parts:
+        ranks.append(part["rank"])
         for key, raw in part["tensors"].items():
             whole = tensors.setdefault(key, raw)
             if whole is raw:
@@ -241,29 +243,37 @@ def merge(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for column in _COLUMNS:
                 whole[column] += raw[column]
     for key, raw in tensors.items():
-        numel = prod(raw["shape"])
-        if sum(map(prod, raw["size"])) != numel:
-            raw.update(_without_copies(key, raw))
-        if (held := sum(map(prod, raw["size"]))) != numel:
+        if _held(raw) != prod(raw["shape"]):
+            _drop_copies(key, raw)
+        if (held := _held(raw)) != (numel := prod(raw["shape"])):
             raise CheckpointError(
                 f"the ranks own {held:,} of the {numel:,} elements of {key}; whoever shards it "
                 "must make exactly one rank the owner of each"
             )
-    return {"tensors": tensors, "ranks": [part["rank"] for part in parts]}
+    return {"tensors": tensors, "ranks": ranks}
 
 
-def _without_copies(key: str, raw: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The columns of a tensor of which several ranks wrote the same box, such as update counts."""
-    first: dict[str, tuple[Any, ...]] = {}
-    for row in zip(*(raw[column] for column in _COLUMNS), strict=True):
-        *_, offset, size, crc = row
-        box = repr((offset, size))
-        if first.setdefault(box, row)[-1] != crc:
+def _held(raw: Mapping[str, Any]) -> int:
+    """Elements in all boxes of a tensor."""
+    sizes = torch.tensor(raw["size"], dtype=torch.int64)
+    return int(sizes.reshape(len(raw["rank"]), len(raw["shape"])).prod(dim=1).sum())
+
+
+def _drop_copies(key: str, raw: dict[str, Any]) -> None:
+    """Keep the first of equal boxes that several ranks wrote, such as update counts."""
+    dims, first = len(raw["shape"]), dict[tuple[int, ...], int]()
+    for number, crc in enumerate(raw["crc"]):
+        place = slice(number * dims, (number + 1) * dims)
+        other = first.setdefault((*raw["offset"][place], *raw["size"][place]), number)
+        if raw["crc"][other] != crc:
             raise CheckpointError(
-                f"ranks {first[box][0]} and {row[0]} both own "
-                f"elements of {key}, with different values"
+                f"ranks {raw['rank'][other]} and {raw['rank'][number]} both own elements of {key}, "
+                "with different values"
             )
-    return {column: [row[place] for row in first.values()] for place, column in enumerate(_COLUMNS)}
+    raw["offset"] = [x for box in first for x in box[:dims]]
+    raw["size"] = [x for box in first for x in box[dims:]]
+    for column in ("rank", "at", "crc"):
+        raw[column] = [raw[column][number] for number in first.values()]
 
 
 def remove_checkpoint(storage: Storage, tag: str) -> None:

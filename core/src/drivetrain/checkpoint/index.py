@@ -158,7 +158,8 @@ class StoredTensor:
         name: what messages call it.
         dtype: of its elements.
         shape: of the whole.
-        columns: ``rank``, ``at``, ``offset``, ``size``, ``crc``, each a list with a value per box.
+        columns: ``rank``, ``at`` and ``crc`` with a value per box, ``offset`` and ``size`` with a
+            value per box and dimension.
         files: the files by rank.
         checked: whether boxes have checksums.
 
@@ -181,9 +182,7 @@ class StoredTensor:
         self.shape = shape
         self._files = files
         self._checked = checked
-        count = len(columns["rank"])
-        if any(len(columns[key]) != count for key in ("at", "offset", "size", "crc")):
-            raise ValueError("columns of different length")
+        count = len(columns["crc"])
         extents = (count, len(shape))
         self._ranks = torch.tensor(columns["rank"], dtype=torch.int64).reshape(count)
         self._places = torch.tensor(columns["at"], dtype=torch.int64).reshape(count)

@@ -106,20 +106,17 @@ def load(
 
 def _candidates(engine: Engine, storage: Storage) -> Iterator[str]:
     """The tag in ``latest``, then all others from the newest on; rank 0's view counts."""
-    found = ""
-    if engine.job.rank == 0 and storage.size(index.LATEST) is not None:
-        try:
+    found, first = "", engine.job.rank == 0
+    try:
+        if first and storage.size(index.LATEST) is not None:
             found = storage.get(index.LATEST, 4096).decode(errors="replace").strip() or "?"
-        except (CheckpointError, OSError) as error:
-            logger.warning("%s", error)
-            found = "?"
-    latest = text_of(engine, 0, found)
-    if not latest:
+    except (CheckpointError, OSError) as error:
+        logger.warning("%s", error)
+        found = "?"
+    if not (latest := text_of(engine, 0, found)):
         return
     yield latest
-    others = []
-    if engine.job.rank == 0:
-        others = [tag for tag in tags_by_age(storage) if tag != latest]
+    others = [tag for tag in tags_by_age(storage) if tag != latest] if first else []
     while (other := text_of(engine, 0, others.pop(0) if others else "")) != "":
         yield other
 
@@ -230,20 +227,21 @@ class _Attempt:
 
     def _guarantee(self, same: bool) -> Guarantee:
         manifest, guarantee = self.stored.manifest, Guarantee(same)
-        guarantee.weaken(*manifest["guarantee"]["weaker"])
+        guarantee.weaken(*manifest["guarantee"].get("weaker", ()))
         changed = changed_versions(manifest["versions"], versions(self.engine))
-        guarantee.weaken(*(changed if same else manifest["guarantee"]["weaker_reshaped"]))
+        guarantee.weaken(*(changed if same else manifest["guarantee"].get("weaker_reshaped", ())))
         return guarantee
 
     def _plan(self) -> None:
-        stored = self.stored
+        stored, table = self.stored, self.engine.job.parameters
+        frozen = (p for p in self.engine.module.parameters() if not p.requires_grad)
+        self.frozen = {table.info(parameter).name for parameter in frozen}
         self.work: list[tuple[Fragment, StoredTensor]] = []
-        missing: list[str] = []
+        missing = list[str]()
         for fragment in self.fragments:
             if fragment.kind != "parameter" and not self.options.states:
                 continue
-            source = self._source(fragment)
-            if source is not None:
+            if (source := self._source(fragment)) is not None:
                 check_coverage(fragment, source, stored.place)
                 self._note_dtype(fragment, source)
                 self.work.append((fragment, source))
@@ -275,8 +273,9 @@ class _Attempt:
         return found or (find("master", name) if fragment.kind == "parameter" else None)
 
     def _note_dtype(self, fragment: Fragment, source: StoredTensor) -> None:
-        computed = fragment.kind == "parameter"  # its exact value is the master's
-        if source.dtype.itemsize > fragment.dtype.itemsize and not computed:
+        # the exact value of a trained parameter is its master's
+        exact = fragment.kind != "parameter" or fragment.name in self.frozen
+        if source.dtype.itemsize > fragment.dtype.itemsize and exact:
             self.guarantee.weaken(
                 f"{fragment.kind} narrows from {source.dtype} to {fragment.dtype}"
             )

@@ -73,7 +73,7 @@ def check_coverage(fragment: Fragment, source: StoredTensor, place: str) -> None
         )
     for box in fragment.boxes:
         found = source.overlaps(box.global_offset, box.size)
-        held = sum(_numel((low, high)) for _, low, high in found)
+        held = sum(prod(_minus(high, low)) for _, low, high in found)
         if held != box.numel:
             problem = "holds only a part of" if held < box.numel else "holds twice a part of"
             raise CheckpointError(f"checkpoint {place} {problem} {what}")
@@ -245,7 +245,3 @@ def _minus(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
 
 def _with(position: tuple[int, ...], axis: int, value: int) -> tuple[int, ...]:
     return (*position[:axis], value, *position[axis + 1 :])
-
-
-def _numel(region: Region) -> int:
-    return prod(_minus(region[1], region[0]))

@@ -67,9 +67,7 @@ def save(
             or ``client_state`` is not plain data. Nothing that existed before is touched.
     """
     tag, save_id = _agree_on_names(engine, tag)
-    pending: PendingSave | None = None
-    storage = open_storage(save_dir)
-    problem = None
+    storage, problem = open_storage(save_dir), None
     try:
         if not os.fspath(save_dir):
             raise CheckpointError("save_dir is empty")
@@ -81,8 +79,7 @@ def save(
         problem = str(error)
     raise_together(engine, problem, storage.where(tag))
     contents.compare_buffers()
-    pending = contents.pending(storage, tag, save_id)
-    pending.save_latest = save_latest
+    pending = contents.pending(storage, tag, save_id, save_latest=save_latest)
     engine.job.hub.carry_out_save(engine, pending)
     return pending.place
 
@@ -201,7 +198,9 @@ class _Contents:
                 "rank 0's are taken"
             )
 
-    def pending(self, storage: Storage, tag: str, save_id: str) -> PendingSave:
+    def pending(
+        self, storage: Storage, tag: str, save_id: str, *, save_latest: bool
+    ) -> PendingSave:
         """The save, ready to be carried out."""
         section = self.engine.job.plan.section(CheckpointSection)
         data = torch.frombuffer(bytearray(json.dumps(self.own).encode()), dtype=torch.uint8)
@@ -221,6 +220,7 @@ class _Contents:
             boxes=sorted(self.boxes, key=lambda box: -box.entry.dtype.itemsize),
             empty=self.empty,
             manifest=self.manifest,
+            save_latest=save_latest,
             retention=Retention(section.keep_last, section.keep_every),
         )
 

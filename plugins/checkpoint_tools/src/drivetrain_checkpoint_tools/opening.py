@@ -22,11 +22,9 @@ def opened(place: str, tag: str | None = None) -> Iterator[Stored]:
         CheckpointError: there is none, or it is damaged.
     """
     trimmed = place.rstrip("/")
-    if tag is None and "/" not in trimmed and "://" not in trimmed:
-        trimmed = f"./{trimmed}"
-    run, _, last = trimmed.rpartition("/")
+    run, separator, last = trimmed.rpartition("/")
     if tag is None and last and MANIFEST in open_storage(trimmed).names():
-        storage, tag = open_storage(run or "/"), last
+        storage, tag = open_storage(run or separator or "."), last
     else:
         storage = open_storage(trimmed)
         if tag is None:

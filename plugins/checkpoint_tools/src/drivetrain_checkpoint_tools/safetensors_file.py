@@ -67,8 +67,8 @@ def stored_tensor(storage: Storage, path: str, name: str, place: TensorPlace) ->
     columns: dict[str, list[Any]] = {
         "rank": [0],
         "at": [place.begin],
-        "offset": [[0] * len(place.shape)],
-        "size": [list(place.shape)],
+        "offset": [0] * len(place.shape),
+        "size": list(place.shape),
         "crc": [""],
     }
     file = DataFile(path, storage.where(path), size)

@@ -1,0 +1,99 @@
+"""A small model trained in any layout, with all that a resume has to bring back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from drivetrain_checkpoint_tools import inspect
+from drivetrain_checkpoint_tools.opening import opened
+from torch import nn
+
+import drivetrain
+from drivetrain.engine import Engine
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a job is laid out.
+
+    Args:
+        stage: of ZeRO.
+        world: number of ranks.
+        dtype: of the parameters; masters and optimizer states are fp32 in all of them.
+    """
+
+    stage: int
+    world: int
+    dtype: str = "fp32"
+
+    def __str__(self) -> str:
+        return f"zero{self.stage}-{self.world}ranks-{self.dtype}"
+
+    def config(self) -> dict[str, Any]:
+        """The job's config."""
+        config: dict[str, Any] = {
+            "train_batch_size": 12,
+            "gradient_clipping": 0.5,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 30}},
+            "data_parallel": {"bucket_bytes": 256, "first_bucket_bytes": 128},
+            "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
+        }
+        if self.dtype != "fp32":
+            config[self.dtype] = {"enabled": True}
+        return config
+
+
+class Model(nn.Module):
+    """Blocks with dropout, sizes that no number of ranks divides, a tied and a frozen weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(4, 7)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(7), nn.Linear(7, 7), nn.Dropout(0.2)) for _ in range(2)
+        )
+        self.again = nn.Linear(7, 7, bias=False)
+        self.again.weight = self.blocks[0][1].weight
+        self.frozen = nn.Linear(7, 3)
+        self.frozen.requires_grad_(False)
+        with torch.no_grad():  # it has no master, so only such values survive in bf16
+            for parameter in self.frozen.parameters():
+                parameter.copy_(parameter.bfloat16())
+        self.outer = nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Samples [batch, 4], targets [batch, 1] -> scalar."""
+        x = self.inner(x.to(self.inner.weight.dtype))
+        for block in self.blocks:
+            x = x + block(x)
+        return (self.outer(self.frozen(self.again(x))).float() - y).square().mean()
+
+
+def make(layout: Layout) -> Engine:
+    """An engine with its own data."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(60, 4, generator=generator)
+    module = Model()
+    engine, *_ = drivetrain.initialize(
+        model=module,
+        model_parameters=[p for p in module.parameters() if p.requires_grad],
+        training_data=torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True)),
+        config=layout.config(),
+    )
+    return engine
+
+
+def train(engine: Engine, steps: int) -> list[float]:
+    """Losses of so many steps."""
+    return [engine.train_batch().item() for _ in range(steps)]
+
+
+def hashes(folder: Path, tag: str) -> dict[str, str]:
+    """SHA-256 of every stored tensor, by kind and name."""
+    with opened(str(folder), tag) as stored:
+        return {f"{t.kind} {t.name}": t.values["sha256"] for t in inspect(stored, hashes=True)}
