@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 from drivetrain_checkpoint_tools import inspect, verify
 from drivetrain_checkpoint_tools.command import checkpoint
-from drivetrain_checkpoint_tools.export import parse_size
+from drivetrain_checkpoint_tools.exporting import parse_size
 from drivetrain_checkpoint_tools.opening import opened
 from safetensors.torch import load_file, save_file
 from torch import nn

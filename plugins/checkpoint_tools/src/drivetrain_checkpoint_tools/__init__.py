@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from drivetrain_checkpoint_tools.background import wait_for_saves as wait_for_saves
     from drivetrain_checkpoint_tools.comparison import diff as diff
     from drivetrain_checkpoint_tools.deepspeed import import_deepspeed as import_deepspeed
-    from drivetrain_checkpoint_tools.export import export as export
+    from drivetrain_checkpoint_tools.exporting import export as export
     from drivetrain_checkpoint_tools.hugging_face import import_weights as import_weights
     from drivetrain_checkpoint_tools.hugging_face import load_pretrained as load_pretrained
     from drivetrain_checkpoint_tools.inspection import inspect as inspect
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "diff": "comparison",
-    "export": "export",
+    "export": "exporting",
     "import_deepspeed": "deepspeed",
     "import_weights": "hugging_face",
     "inspect": "inspection",

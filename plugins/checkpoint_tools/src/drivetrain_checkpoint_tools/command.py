@@ -112,8 +112,8 @@ def export(
     folder: str, out: str, tag: str | None, dtype: str, max_shard_size: str, config: Path | None
 ) -> None:
     """Write full weights as safetensors files, which Transformers loads, into the folder OUT."""
-    from drivetrain_checkpoint_tools.export import export as write
-    from drivetrain_checkpoint_tools.export import parse_size
+    from drivetrain_checkpoint_tools.exporting import export as write
+    from drivetrain_checkpoint_tools.exporting import parse_size
     from drivetrain_checkpoint_tools.opening import opened
 
     with opened(folder, tag) as stored:

@@ -13,7 +13,7 @@ from drivetrain.checkpoint.state import persistent_buffers
 from drivetrain.checkpoint.storage import Storage, open_storage
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.conversion import Imported, Source, write_checkpoint
-from drivetrain_checkpoint_tools.export import INDEX
+from drivetrain_checkpoint_tools.exporting import INDEX
 from drivetrain_checkpoint_tools.safetensors_file import read_header, stored_tensor
 
 if TYPE_CHECKING:
