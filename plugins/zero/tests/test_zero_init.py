@@ -388,6 +388,21 @@ def test_wrong_arguments_are_refused() -> None:
     check_arguments()
 
 
+def check_replaced() -> None:
+    with Init():
+        layer = nn.Linear(3, 3)
+        layer.weight.data.zero_()
+        layer.weight = nn.Parameter(torch.ones(3, 3))  # the one just touched is gone
+        nn.Linear(2, 2)
+    assert layer.weight.isnan().all()
+    with whole(layer):
+        assert torch.equal(layer.weight, torch.ones(3, 3))
+
+
+def test_parameters_may_be_replaced_inside_the_context() -> None:
+    run_distributed(check_replaced, 2)
+
+
 def check_copies() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with Init():

@@ -77,8 +77,8 @@ class InitTouch(TorchFunctionMode):
             self._close(handle)
 
     def _close(self, handle: InitParameter) -> None:
-        del self._open[handle]
         handle.close()
+        del self._open[handle]  # which may be the last use of its parameter
 
 
 def _handles(arguments: Any) -> list[InitParameter]:
