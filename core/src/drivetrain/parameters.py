@@ -74,7 +74,7 @@ class ParameterHandle(Protocol):
 
 @contextmanager
 def whole(
-    target: nn.Module | Iterable[nn.Parameter], write_rank: int | None = None
+    target: nn.Module | nn.Parameter | Iterable[nn.Parameter], write_rank: int | None = None
 ) -> Iterator[None]:
     """Use parameters whole inside the block, wherever they are kept.
 
@@ -82,14 +82,14 @@ def whole(
     that with ``write_rank`` their owners must make the same change on every rank themselves.
 
     Args:
-        target: a module (all its parameters) or parameters.
+        target: a module (all its parameters), a parameter, or several.
         write_rank: the data-parallel rank whose changes are kept; ``None`` discards changes of
             sharded parameters.
     """
-    parameters = target.parameters() if isinstance(target, nn.Module) else target
+    several = target.parameters() if isinstance(target, nn.Module) else target
     handles = [
         handle
-        for parameter in parameters
+        for parameter in ([several] if isinstance(several, nn.Parameter) else several)
         if (handle := getattr(parameter, "drivetrain_handle", None)) is not None
     ]
     gathered = []

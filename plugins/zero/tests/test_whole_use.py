@@ -180,6 +180,22 @@ def test_generation_may_differ_between_ranks() -> None:
     assert all(all(released) for released in run_distributed(check_generation, 2))
 
 
+def check_arrays() -> None:
+    engine = engine_of(models.tiny_gpt())
+    weight = engine.module.blocks[0].up.weight
+    plain = models.tiny_gpt().blocks[0].up.weight.detach()
+    with drivetrain.whole(weight):  # one parameter need not be in a list
+        kept = weight.detach().numpy()  # torch gives memory with an array on it no new size
+    with drivetrain.whole(engine.module):
+        assert torch.equal(weight, plain)
+    assert torch.equal(torch.from_numpy(kept), plain)
+    engine.job.close()
+
+
+def test_an_array_of_a_gathered_parameter_may_be_kept() -> None:
+    run_distributed(check_arrays, 2)
+
+
 def check_state_dict() -> None:
     engine = engine_of(models.tiny_gpt())
     with pytest.raises(TrainingError, match=r"parameter blocks.0.attention_norm.weight is sharded"):

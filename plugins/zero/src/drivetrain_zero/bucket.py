@@ -90,7 +90,7 @@ class ShardedBucket:
         self._absent = [_absent(view) for view in self._views]
         self.gathered = not self.sharded
         if self.sharded:
-            self.whole.untyped_storage().resize_(0)
+            self._free()
 
     def _joined(self) -> torch.Tensor | None:
         """All shards as they lie in memory that the ranks share, if they do."""
@@ -199,8 +199,16 @@ class ShardedBucket:
         self._finish_copy()
         if self.gathered:
             self._show(self._absent)
-            self.whole.untyped_storage().resize_(0)
+            self._free()
             self.gathered = self._copied = False
+
+    def _free(self) -> None:
+        """Give back the memory of the whole, but keep its storage object."""
+        if not self.whole.untyped_storage().resizable():
+            # A client has taken ``.numpy()`` of a parameter and may hold it for good.
+            self.whole = torch.empty_like(self.whole)
+            self._views = self.views_of(self.whole)
+        self.whole.untyped_storage().resize_(0)
 
     def _start_copy(self, *, asynchronous: bool) -> None:
         if not self.sharded or self._copied or self._handle is not None:
