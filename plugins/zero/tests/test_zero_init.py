@@ -9,6 +9,7 @@ import os
 import resource
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -460,6 +461,8 @@ class PeakMemory(threading.Thread):
 
 M_MMAP_THRESHOLD = -3
 
+SHARE_MEMORY = find_spec("drivetrain_cpu") is not None
+
 
 def check_peak() -> tuple[int, int, int]:
     config = {**STAGE_3, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
@@ -480,7 +483,8 @@ def test_no_rank_ever_holds_more_than_shards_and_a_unit() -> None:
     for constructing, adopting, left in run_distributed(check_peak, 4):
         # 64 MiB in all, in blocks of one; a rank keeps 16.
         assert 12 * megabyte < constructing < 20 * megabyte
-        assert adopting < 8 * megabyte
-        # 16 of gradient shards have come, and those of zero.Init have gone; the engine's parameters
-        # lie in memory that the ranks share.
-        assert left < 6 * megabyte
+        # 16 of gradient shards come, those of zero.Init go; the engine's 16 lie in memory that
+        # ranks share, if they do.
+        own = 0 if SHARE_MEMORY else 16 * megabyte
+        assert adopting < own + 8 * megabyte
+        assert left < own + 6 * megabyte

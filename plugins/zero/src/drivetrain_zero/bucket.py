@@ -83,12 +83,15 @@ class ShardedBucket:
         """Told whenever the parameters become whole or are released."""
         self._handle: Handle | None = None
         self._copied = self._exact = False
+        self.gathered = not self.sharded
+
+    def _make_memory(self) -> None:
+        """Allocate the whole and the shard; not before the client's values can take their place."""
         self._row = self._joined()
         self.whole, self.shard = self._allocate()
         self._views = self.views_of(self.whole)
         self._row_views = [] if self._row is None else self.views_of(self._row)
         self._absent = [_absent(view) for view in self._views]
-        self.gathered = not self.sharded
         if self.sharded:
             self._free()
 
@@ -137,6 +140,7 @@ class ShardedBucket:
 
         Collective. Parameters that are sharded already (``zero.Init``) are gathered meanwhile.
         """
+        self._make_memory()
         self.home = home
         wide = max((p.dtype for p in self.parameters), key=lambda dtype: dtype.itemsize)
         with handed_over(self.parameters):
