@@ -14,6 +14,7 @@ from drivetrain.fragment import Fragment
 from drivetrain.home import BucketSpec, StateHome, segment_fragment
 from drivetrain.loose import broadcast_first
 from drivetrain.parameters import handed_over
+from drivetrain_zero.foreign_changes import ForeignChanges
 from drivetrain_zero.packing import Packing, pack
 from drivetrain_zero.secondary import SecondaryShard
 
@@ -81,6 +82,8 @@ class ShardedBucket:
         self.home: StateHome
         self.shown: Callable[[bool], None] | None = None
         """Told whenever the parameters become whole or are released."""
+        self.watch: ForeignChanges | None = None
+        """Finds changes of what the parameters show that did not come from here."""
         self._handle: Handle | None = None
         self._copied = self._exact = False
         self.gathered = not self.sharded
@@ -192,6 +195,7 @@ class ShardedBucket:
             tag = Tag(Purpose.STATE, self.key, "exact")
             self._job.communicator.all_gather(self.whole, self.shard, self.axis, tag)
             self._exact = True
+            self._note()
 
     def release(self) -> None:
         """Give the whole up again; the shard stays. Collective where it was shown unrounded."""
@@ -199,6 +203,7 @@ class ShardedBucket:
         if not self.sharded:
             if exact:
                 self._gather("publish", asynchronous=False)
+                self._note()
             return
         self._finish_copy()
         if self.gathered:
@@ -259,10 +264,17 @@ class ShardedBucket:
         )
 
     def _show(self, values: Sequence[torch.Tensor]) -> None:
+        if self.watch is not None:
+            self.watch.check()
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.data = value
+        self._note()
         if self.shown is not None:
             self.shown(values is not self._absent)
+
+    def _note(self) -> None:
+        if self.watch is not None:
+            self.watch.note()
 
     # -- states -------------------------------------------------------------------------------
 
@@ -286,6 +298,7 @@ class ShardedBucket:
         if parameter.data_ptr() != view.data_ptr():
             view.copy_(parameter.detach())
             parameter.data = view
+        self._note()
         name = self._job.parameters.info(parameter).name
         self.forget_secondary()
         flat = view.reshape(-1)

@@ -10,6 +10,7 @@ from torch import nn
 
 from drivetrain.communicator import Communicator, Purpose, Tag
 from drivetrain.errors import TrainingError
+from drivetrain_zero.foreign_changes import digest
 
 if TYPE_CHECKING:
     from drivetrain.job import Job
@@ -190,17 +191,9 @@ class ShardedParameter(WholeOnDemand):
         self.unit.pin()
 
     def _let_go(self) -> None:
+        if self._bucket.watch is not None:
+            self._bucket.watch.note()  # changes were looked for above, with better advice
         self.unit.unpin()
 
     def _take_over(self) -> None:
         self._bucket.take_over(self._index)
-
-
-def digest(tensor: torch.Tensor) -> tuple[int, str]:
-    """Tells changes of a tensor's numbers, but for their order.
-
-    Of an even number of equal elements the hash alone would not see another value; the sum does.
-    """
-    if tensor.is_meta or not tensor.numel():
-        return 0, ""
-    return int(torch.hash_tensor(tensor).view(torch.int64)), str(tensor.sum().item())

@@ -25,11 +25,12 @@ from drivetrain.update_rule import UpdateRule
 from drivetrain_zero import outside_use
 from drivetrain_zero.agreement import agreement_of
 from drivetrain_zero.bucket import ShardedBucket
+from drivetrain_zero.foreign_changes import ForeignChanges
 from drivetrain_zero.frozen import plan_frozen
 from drivetrain_zero.gathering import GatheredUnit, Gathering, find_units
 from drivetrain_zero.gradients import GradientMemory, ReduceScatterBucket
 from drivetrain_zero.guards import refuse_released_state_dict
-from drivetrain_zero.handle import ShardedParameter, digest
+from drivetrain_zero.handle import ShardedParameter
 from drivetrain_zero.init_shards import refuse_other_layout
 from drivetrain_zero.layers import kept_errors
 from drivetrain_zero.order import learned
@@ -67,7 +68,6 @@ class ZeroStates(ModelStates):
         self._buckets: list[ShardedBucket] = []
         self._sums: list[ReduceScatterBucket] = []
         self._gathering: Gathering | None = None
-        self._digests: dict[str, tuple[object, ...]] = {}
         self._local = False
         self._prefix = f"engine{len(job.engines)}." if job.engines else ""
         refuse_other_layout(job, module.parameters())
@@ -110,6 +110,11 @@ class ZeroStates(ModelStates):
             self._sums, job.communicator, every_backward=policy.every_backward
         )
         self._shard_parameters(units)
+        if policy.sanity_checks:
+            for bucket in self._buckets:
+                names = [segment.name for segment in bucket.plan.spec.segments]
+                bucket.watch = ForeignChanges(names, bucket.parameters)
+            self._note_parameters()
         self._open_window()
 
     def _units(self) -> list[GatheredUnit]:
@@ -301,6 +306,8 @@ class ZeroStates(ModelStates):
 
     def _publish(self) -> None:
         """Let every rank compute with all updated shards."""
+        for watch in self._watches():
+            watch.forget()
         for bucket in reversed(self._sums):  # forward needs the last ones to be summed first
             bucket.parameters.home.publish()
             bucket.parameters.publish()
@@ -310,8 +317,7 @@ class ZeroStates(ModelStates):
             self._agree_on_order(self._gathering)
             self._gathering.release_all()
             self._gathering.gather_anew()
-        if self._policy.sanity_checks:
-            self._digests = {b.key: digest(b.shard) for b in self._buckets}
+        self._note_parameters()
 
     def discard_gradients(self) -> None:
         self._reducer.drop()
@@ -358,28 +364,30 @@ class ZeroStates(ModelStates):
         communicator.broadcast(numbers, "data", tag)
         return [int(number) for number in numbers]
 
-    def _refuse_foreign_changes(self) -> None:
-        for bucket in self._buckets:
-            before = self._digests.get(bucket.key)
-            if before is not None and digest(bucket.shard) != before:
-                names = ", ".join(segment.name for segment in bucket.spec.segments[:4])
-                raise TrainingError(
-                    f"parameters in bucket {bucket.key} ({names}) were changed outside of a step "
-                    "and the change would be lost: change them inside "
-                    "drivetrain.parameters.whole(parameters, write_rank=0)"
-                )
-
     # -- changes from outside -----------------------------------------------------------------
 
     def refresh(self) -> None:
         for bucket in self._buckets:
             bucket.home.refresh()
-        self._digests.clear()
+        self._note_parameters()
 
     def fragments_written(self) -> None:
         for bucket in self._buckets:
             bucket.forget_secondary()
         self._publish()
+
+    def _refuse_foreign_changes(self) -> None:
+        for watch in self._watches():
+            watch.check()
+        # Ranks that share memory see each other's updates at once.
+        self._job.communicator.barrier("data", Tag(Purpose.CONTROL, site="sanity checks"))
+
+    def _watches(self) -> list[ForeignChanges]:
+        return [bucket.watch for bucket in self._buckets if bucket.watch is not None]
+
+    def _note_parameters(self) -> None:
+        for watch in self._watches():
+            watch.note()
 
     def rebuild(self) -> None:
         self.discard_gradients()
