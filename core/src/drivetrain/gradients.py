@@ -207,8 +207,7 @@ class GradientReducer:
     def _send_in_order(self) -> None:
         while self._next < len(self.buckets):
             bucket = self.buckets[self._next]
-            waits = bucket.missing or bucket.wait_for_end or (self.in_turn and not bucket.passed)
-            if waits:
+            if bucket.missing or bucket.wait_for_end or (self.in_turn and not bucket.passed):
                 return
             self._send(bucket)
 

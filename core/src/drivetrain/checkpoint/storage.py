@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -121,6 +122,7 @@ class LocalStorage(Storage):
         super().__init__(root)
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._files)  # for who forgets to close it
 
     def create(self, path: str) -> Sink:
         return _LocalSink(self._path(path))
@@ -168,8 +170,7 @@ class LocalStorage(Storage):
 
     def close(self) -> None:
         with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+            _close_all(self._files)
 
     def _path(self, path: str) -> str:
         return os.path.join(self.root, path) if path else self.root
@@ -201,6 +202,11 @@ class _LocalSink(Sink):
         os.fsync(self._file)
         os.close(self._file)
         _sync_folder(os.path.dirname(self._path))
+
+
+def _close_all(files: dict[str, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 def _make_folder(path: str) -> None:

@@ -90,11 +90,10 @@ def plan_buckets(
         parameters: in the module's order; those in no group are left out.
         optimizer: rule and groups.
         table: facts on every parameter.
-        communicator: tells which of the equal copies along a reduction is this rank's.
+        communicator: tells which of the copies along a reduction is this rank's.
         sizes: bucket limits.
         gradient_dtype: dtype that gradients accumulate in; ``None`` for each parameter's own.
-        steps: parameter name -> updates that its states have seen (0 where absent); one bucket
-            has one count, because rules correct their bias by it.
+        steps: parameter name -> updates that its states have seen; a bucket has one such count.
         prefix: what the buckets' keys begin with.
     """
     rules: dict[int, UpdateRule] = {}
