@@ -132,9 +132,9 @@ def plan_buckets(
     closed.sort(key=lambda item: item[0].sparse)  # stable
     return [
         _planned(
-            f"{prefix}g{kind.group}.b{number}", kind, members, rules[kind.rule], table, communicator
+            f"{prefix}g{kind.group}.b{n}", kind, members, rules[kind.rule], table, communicator
         )
-        for number, (kind, members) in enumerate(closed)
+        for n, (kind, members) in enumerate(closed)
     ]
 
 
