@@ -131,9 +131,7 @@ def plan_buckets(
     closed += open_buckets.items()
     closed.sort(key=lambda item: item[0].sparse)  # stable
     return [
-        _planned(
-            f"{prefix}g{kind.group}.b{n}", kind, members, rules[kind.rule], table, communicator
-        )
+        _planned(f"{prefix}g{kind.group}.b{n}", kind, members, table, communicator, rules)
         for n, (kind, members) in enumerate(closed)
     ]
 
@@ -142,9 +140,9 @@ def _planned(
     key: str,
     kind: _Kind,
     members: list[nn.Parameter],
-    rule: UpdateRule,
     table: ParameterTable,
     communicator: Communicator,
+    rules: Mapping[int, UpdateRule],
 ) -> PlannedBucket:
     # Which copy is the first is no part of a kind: copies must be cut into buckets alike.
     owner = kind.owner and communicator.rank(kind.reduction) == 0
@@ -171,7 +169,7 @@ def _planned(
         master_dtype=kind.master_dtype,
         state_dtype=kind.state_dtype,
         reduction=kind.reduction,
-        rule=rule,
+        rule=rules[kind.rule],
         group=kind.group,
         device=kind.device,
     )
