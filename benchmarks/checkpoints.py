@@ -97,7 +97,8 @@ def saved_boxes(fragments: list[Fragment]) -> list[SavedBox]:
 def pending(folder: Path, fragments: list[Fragment], rank: int, world: int) -> PendingSave:
     manifest = {
         "format": index.FORMAT,
-        **{key: {} for key in ("versions", "axes", "state", "client_state", "guarantee")},
+        **{key: {} for key in ("versions", "axes", "state", "client_state")},
+        "guarantee": {"promise": ""},
         "saved_at": "",
         "world_size": world,
         "step": 1,
@@ -125,13 +126,17 @@ def disk(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     numel = sum(torch.Size(shape).numel() for shape in model.values())
     nbytes = numel * sum(dtype.itemsize for dtype in KINDS.values())
     rows: dict[str, list[float]] = {}
+    busy: dict[str, list[float]] = {}
     for _ in range(REPEATS):
         for what in ("dd write", "save", "dd read", "load", "load reshaped"):
-            seconds = _timed(what, options, folder, nbytes)
+            seconds, used = _timed(what, options, folder, nbytes)
             rows.setdefault(what, []).append(nbytes / seconds / 1e6)
+            busy.setdefault(what, []).append(used / nbytes * 1e9)
     shutil.rmtree(folder)
     medians = {what: statistics.median(values) for what, values in rows.items()}
+    processor = {what: statistics.median(values) for what, values in busy.items()}
     yield {"bytes": nbytes, "ranks": options.ranks, "MB/s": medians}
+    yield {"processor seconds per GB": processor}
     yield {
         "save / dd write": medians["save"] / medians["dd write"],
         "load / dd read": medians["load"] / medians["dd read"],
@@ -139,7 +144,9 @@ def disk(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
 
 
-def _timed(what: str, options: argparse.Namespace, folder: Path, nbytes: int) -> float:
+def _timed(
+    what: str, options: argparse.Namespace, folder: Path, nbytes: int
+) -> tuple[float, float]:
     blob, blocks = folder / "blob", nbytes >> 20
     folder.mkdir(exist_ok=True)
     if what == "dd write":
@@ -157,28 +164,33 @@ def _timed(what: str, options: argparse.Namespace, folder: Path, nbytes: int) ->
     return _seconds([[*worker, str(folder), str(rank), str(ranks)] for rank in range(ranks)])
 
 
-def _seconds(commands: list[list[str]]) -> float:
-    """Time of all processes together, without their start: workers wait for a word."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def _seconds(commands: list[list[str]]) -> tuple[float, float]:
+    """Wall time of the slowest process and processor time of all, without start and end."""
+    if commands[0][0] == "dd":
+        begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(commands[0], stderr=subprocess.DEVNULL, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return time.perf_counter() - begin, used
     workers = [
         subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
         )
         for command in commands
     ]
-    if commands[0][0] != "dd":
-        for worker in workers:
-            assert worker.stdout is not None
-            worker.stdout.readline()
-    begin = time.perf_counter()
     for worker in workers:
-        worker.communicate(b"go\n")
-    assert all(worker.returncode == 0 for worker in workers), commands
-    return time.perf_counter() - begin
+        assert worker.stdout is not None
+        worker.stdout.readline()
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    answers = [json.loads(worker.communicate()[0]) for worker in workers]
+    return max(a["wall"] for a in answers), sum(a["processor"] for a in answers)
 
 
 def _forget(folder: Path) -> None:
@@ -195,12 +207,13 @@ def worker(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One rank that saves or loads its share when it is told."""
     model = shapes(1024, max(1, int(options.gigabytes * 1e9 / 14 / (12 * 1024**2)) - 3))
     numel = sum(torch.Size(shape).numel() for shape in model.values())
-    memory = torch.zeros(numel * 14 // options.ranks + (1 << 20) * 64, dtype=torch.uint8)
+    memory = torch.ones(numel * 14 // options.ranks + (1 << 20) * 64, dtype=torch.uint8)
     fragments = layout(model, options.rank, options.ranks, memory)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     sys.stdin.readline()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin, processor = time.perf_counter(), time.process_time()
     if options.action == "save":
         save = pending(options.folder, fragments, options.rank, options.ranks)
         save.write()
@@ -212,7 +225,8 @@ def worker(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         stored = Stored(LocalStorage(str(options.folder)), "t")
         restore(stored.storage, list(_work(stored, fragments)))
     extra = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    yield {"extra KiB": extra}
+    wall = time.perf_counter() - begin
+    yield {"extra KiB": extra, "wall": wall, "processor": time.process_time() - processor}
 
 
 def _work(stored: Stored, fragments: list[Fragment]) -> Iterator[tuple[Fragment, StoredTensor]]:
@@ -325,7 +339,7 @@ def main() -> None:
     command.add_argument("ranks", type=int)
     options = parser.parse_args()
     for row in options.function(options):
-        print(json.dumps(row, indent=1))
+        print(json.dumps(row, indent=None if options.command == "worker" else 1))
 
 
 if __name__ == "__main__":
