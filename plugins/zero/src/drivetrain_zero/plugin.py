@@ -52,7 +52,7 @@ class Zero(Plugin):
 
     def feature_values(self) -> Mapping[str, Sequence[object]]:
         return {
-            f"{PATH}.stage": (1, 2, 3),
+            f"{PATH}.stage": (0, 1, 2, 3),
             f"{PATH}.gradient_reduction": (None, "micro_batch", "boundary"),
         }
 
