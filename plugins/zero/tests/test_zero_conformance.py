@@ -1,0 +1,17 @@
+"""What every plugin holds to."""
+
+from __future__ import annotations
+
+from drivetrain.testing import PluginConformance
+from drivetrain_zero.plugin import Zero
+
+
+class TestZero(PluginConformance):
+    plugin = Zero
+    config = {
+        "zero_optimization": {
+            "stage": 3,
+            "gradient_reduction": "boundary",
+            "stage3_param_persistence_threshold": 0,
+        }
+    }
