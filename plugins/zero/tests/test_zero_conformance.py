@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from drivetrain.testing import PluginConformance
 from drivetrain_zero.plugin import Zero
+
+from drivetrain.testing import PluginConformance
 
 
 class TestZero(PluginConformance):
