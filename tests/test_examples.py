@@ -198,17 +198,22 @@ def test_an_interrupted_run_ends_cleanly_and_can_go_on(start, root, tmp_path, nu
     assert list(losses(done.stdout)) == [step + 1, step + 2]
 
 
+def saved(folder: Path) -> bool:
+    """Whether a checkpoint is whole: its manifest comes last."""
+    return (folder / "manifest.json").exists()
+
+
 def test_a_run_interrupted_while_saving_leaves_whole_checkpoints_only(start, run, tmp_path) -> None:
     flags = [*SMALL, "--save-every", 1, "--width", 256, "--out", tmp_path]
     process = start("train_gpt.py", *flags, "--steps", 100_000)
     checkpoints = tmp_path / "checkpoints"
     wait_until((checkpoints / "latest").exists)
-    wait_until(lambda: any(checkpoints.glob(".*.saving")))
+    wait_until(lambda: any(not saved(folder) for folder in checkpoints.glob("global_step*")))
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGINT
     assert "which is saved" in output
-    assert not [path for path in checkpoints.iterdir() if path.name.startswith(".")]
+    assert all(saved(folder) for folder in checkpoints.glob("global_step*"))
     step = int((checkpoints / "latest").read_text().removeprefix("global_step"))
     assert f"resumed from {checkpoints}/global_step{step}" in run(
         "train_gpt.py", *flags, "--steps", step + 2, "--resume"

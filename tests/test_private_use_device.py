@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from drivetrain.testing import AcceleratorConformance
+from drivetrain.testing.distributed import start_anew
 
 sys.path.insert(0, str(Path(__file__).parent / "private_use"))
 
@@ -17,8 +18,12 @@ from warp_accelerator import Warp, library
 
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
-    """Ranks find the device in the cache; it takes half a minute to compile."""
+    """Ranks find the device in the cache; it takes half a minute to compile.
+
+    They are new ones: torch's autograd knows only devices that were there when it first ran.
+    """
     library().ensure_built()
+    start_anew()
 
 
 class TestWarp(AcceleratorConformance):

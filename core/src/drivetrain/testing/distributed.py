@@ -288,6 +288,12 @@ class _Pool:
         return value
 
 
+def start_anew() -> None:
+    """Let the next call start new ranks, for what has to be loaded before anything else runs."""
+    while _pools:
+        _pools.pop().close()
+
+
 _pools: list[_Pool] = []
 
 

@@ -14,9 +14,9 @@ _NO_EFFECT = "Accepted, has no effect: "
 class LeafModules(Section):
     """Modules that are fetched whole; accepted, because every unit is."""
 
-    classes: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
-    name_suffixes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = Field(default=(), description="Names of module classes.")
+    names: tuple[str, ...] = Field(default=(), description="Paths of modules.")
+    name_suffixes: tuple[str, ...] = Field(default=(), description="Ends of paths of modules.")
 
 
 class LoCo(Section):
@@ -86,7 +86,7 @@ class ZeroSection(Section):
         default=True,
         description="false: a parameter without a gradient in a window is an error.",
     )
-    legacy_stage1: Bool = False
+    legacy_stage1: Bool = Field(default=False, description="true is refused; use stage 1.")
     pipeline_loading_checkpoint: Bool = Field(
         default=False, description=f"{_NO_EFFECT}loading reads only what a rank needs."
     )
