@@ -12,8 +12,10 @@ from zero_models import (
     REENTRANT,
     ROUTED,
     SHARED,
+    SKIPPING,
     TINY,
     UNEVEN,
+    USED_OUTSIDE,
 )
 
 from drivetrain.testing.reference import CASES, Case
@@ -42,7 +44,9 @@ def test_more_ranks_than_elements_train(stage: int) -> None:
         pytest.param(RECOMPUTED, id="checkpointed"),
         pytest.param(REENTRANT, id="checkpointed re-entrantly"),
         pytest.param(ADAPTED, id="adapters on frozen and packed weights"),
+        pytest.param(USED_OUTSIDE, id="packed weights used outside of their block"),
         pytest.param(ROUTED, id="experts that a rank does not use"),
+        pytest.param(SKIPPING, id="blocks that a rank skips"),
     ],
 )
 def test_awkward_modules_train(stage: int, reduction: str, case: Case) -> None:

@@ -115,7 +115,10 @@ class Adapter(nn.Module):
 
 
 class Adapted(Body):
-    """Adapters on frozen layers, of which one keeps its weights as bytes; the head is frozen."""
+    """Adapters on frozen layers; the head is frozen.
+
+    A block keeps weights as bytes, which are used outside of the block.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,6 +246,10 @@ def adapted() -> nn.Module:
     return _seeded(PackedInside)
 
 
+def used_outside() -> nn.Module:
+    return _seeded(Adapted)
+
+
 def routed() -> nn.Module:
     return _seeded(Routed)
 
@@ -270,3 +277,5 @@ BODY, UNEVEN, TINY, SHARED, RECOMPUTED, REENTRANT, ADAPTED, ROUTED, SKIPPING, EM
         embedded,
     )
 )
+
+USED_OUTSIDE = Case(used_outside, vectors)
