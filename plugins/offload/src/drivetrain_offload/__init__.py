@@ -1,0 +1,1 @@
+"""Model states and activations in host memory and on NVMe."""

@@ -1,0 +1,49 @@
+"""The plugin: gives states homes in host memory and in files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from drivetrain.plugin import Plugin, Sections, hookimpl
+from drivetrain_offload.section import Aio, OffloadOptimizer, OffloadParam
+
+if TYPE_CHECKING:
+    from drivetrain.home import BucketSpec, StateHome
+    from drivetrain.job import Job
+
+OPTIMIZER = "zero_optimization.offload_optimizer"
+PARAM = "zero_optimization.offload_param"
+
+
+class Offload(Plugin):
+    """Owns both offload sections of ``zero_optimization``, and ``aio``."""
+
+    name = "offload"
+    sections: ClassVar[Sections] = {OPTIMIZER: OffloadOptimizer, PARAM: OffloadParam, "aio": Aio}
+
+    def enabled(self) -> bool:
+        devices = (self.section(OffloadOptimizer).device, self.section(OffloadParam).device)
+        return any(device != "none" for device in devices)
+
+    def features(self) -> Mapping[str, object]:
+        optimizer = self.section(OffloadOptimizer)
+        return {
+            f"{OPTIMIZER}.device": optimizer.device,
+            f"{PARAM}.device": self.section(OffloadParam).device,
+            f"{OPTIMIZER}.ratio": optimizer.ratio,
+            f"{OPTIMIZER}.delayed_update": optimizer.delayed_update,
+            f"{OPTIMIZER}.super_offload": optimizer.super_offload,
+        }
+
+    @hookimpl
+    def place_state(self, job: Job, specs: Sequence[BucketSpec]) -> Sequence[StateHome]:
+        from drivetrain_offload.placement import homes_of
+
+        return homes_of(
+            job,
+            specs,
+            self.section(OffloadOptimizer),
+            self.section(OffloadParam),
+            self.section(Aio),
+        )
