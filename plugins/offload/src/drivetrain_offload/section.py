@@ -6,9 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from drivetrain.section import Bool, Float, NonNegativeInt, PositiveInt, Section
-
-_NO_EFFECT = "Accepted, has no effect: "
+from drivetrain.section import NO_EFFECT, Bool, Float, NonNegativeInt, PositiveInt, Section
 
 
 class OffloadOptimizer(Section):
@@ -42,7 +40,7 @@ class OffloadOptimizer(Section):
         default=True, description="Write updated tiles while the next one is updated."
     )
     fast_init: Bool = Field(
-        default=False, description=f"{_NO_EFFECT}files are made in one sequential pass."
+        default=False, description=f"{NO_EFFECT}files are made in one sequential pass."
     )
     ratio: Float = Field(
         default=1.0,
@@ -85,10 +83,10 @@ class OffloadParam(Section):
         default=True, description="Lock host memory that the device copies from and to."
     )
     buffer_count: PositiveInt = Field(
-        default=5, description=f"{_NO_EFFECT}units are read ahead as far as ZeRO asks for them."
+        default=5, description=f"{NO_EFFECT}units are read ahead as far as ZeRO asks for them."
     )
     buffer_size: PositiveInt = Field(
-        default=100_000_000, description=f"{_NO_EFFECT}buffers are as large as the units."
+        default=100_000_000, description=f"{NO_EFFECT}buffers are as large as the units."
     )
     max_in_cpu: NonNegativeInt = Field(
         default=1_000_000_000,
