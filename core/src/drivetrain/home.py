@@ -63,6 +63,8 @@ class BucketSpec:
         rule: the update rule, or ``None`` for parameters that are not trained.
         group: index of the hyper-parameter group.
         device: the device that parameters and gradients are on.
+        released: whether the parameters are needed now and then only, so that a home may keep them
+            meanwhile (:class:`ParameterHome`).
     """
 
     key: str
@@ -76,6 +78,7 @@ class BucketSpec:
     rule: UpdateRule | None
     group: int
     device: torch.device
+    released: bool = False
 
     @property
     def has_masters(self) -> bool:
@@ -106,29 +109,46 @@ class StateHome(ABC):
                 from these.
         """
 
-    @abstractmethod
-    def gradient_ready(self, gradient: torch.Tensor) -> None:
+    def gradient_ready(self, gradient: torch.Tensor) -> None:  # noqa: B027 - may be ignored
         """The reduced gradient [numel] of this step is final and stays until :meth:`publish`."""
 
     @abstractmethod
     def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
         """Run the rule on ``gradient * scale``; ``gradient`` may be overwritten."""
 
-    @abstractmethod
-    def publish(self) -> None:
+    def publish(self) -> None:  # noqa: B027 - for homes that update in line
         """Return once the adopted parameters hold their updated values."""
 
     @abstractmethod
     def refresh(self) -> None:
         """Make masters anew from the parameters, which someone changed (a load, a client)."""
 
-    @abstractmethod
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027 - for homes that update in line
         """Finish whatever is under way, so that fragments show a consistent state."""
 
     @abstractmethod
     def fragments(self) -> Sequence[Fragment]:
         """Master (when kept) and optimizer states of every segment, read and written lazily."""
+
+
+class ParameterHome(StateHome):
+    """A home that keeps a bucket's parameters too; they are on the device while they are used.
+
+    Only buckets whose spec says ``released`` may get one. What is adopted is copied, and its
+    memory may be used for something else afterwards.
+    """
+
+    @abstractmethod
+    def fetch(self, into: torch.Tensor) -> None:
+        """Begin to copy the parameters [numel], as last published, to memory on the device."""
+
+    @abstractmethod
+    def fetched(self) -> None:
+        """Return once work queued from now on finds the parameters where they were fetched to."""
+
+    @abstractmethod
+    def keep(self, parameters: torch.Tensor) -> None:
+        """Take new values [numel] of the parameters, not of masters."""
 
 
 class DeviceHome(StateHome):
@@ -160,9 +180,6 @@ class DeviceHome(StateHome):
                 device=self._device,
             )
 
-    def gradient_ready(self, gradient: torch.Tensor) -> None:
-        pass
-
     def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
         spec = self.spec
         assert spec.rule is not None, f"bucket {spec.key} is not trained"
@@ -179,15 +196,9 @@ class DeviceHome(StateHome):
         )
         spec.rule.update(view, hyper, scale)
 
-    def publish(self) -> None:
-        pass
-
     def refresh(self) -> None:
         if self.spec.has_masters:
             self._masters.copy_(self._parameters)
-
-    def flush(self) -> None:
-        pass
 
     def fragments(self) -> Sequence[Fragment]:
         own = {state.name for state in self._declared() if state.numel is not None}

@@ -66,9 +66,6 @@ class ShardedHome(StateHome):
         self._parameters = parameters
         self._part.adopt(parameters[self._begin : self._end], originals[self._begin : self._end])
 
-    def gradient_ready(self, gradient: torch.Tensor) -> None:
-        pass
-
     def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
         self._part.update(gradient[self._begin : self._end], hyper, scale)
 
@@ -80,9 +77,6 @@ class ShardedHome(StateHome):
 
     def refresh(self) -> None:
         self._part.refresh()
-
-    def flush(self) -> None:
-        pass
 
     def fragments(self) -> Sequence[Fragment]:
         return self._part.fragments()
