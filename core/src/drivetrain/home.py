@@ -110,7 +110,10 @@ class StateHome(ABC):
         """
 
     def gradient_ready(self, gradient: torch.Tensor) -> None:  # noqa: B027 - may be ignored
-        """The reduced gradient [numel] of this step is final and stays until :meth:`publish`."""
+        """The reduced gradient [numel] of this step is there, and stays until :meth:`publish`.
+
+        Called again when something is added to it late.
+        """
 
     @abstractmethod
     def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from drivetrain.communicator import Handle, Purpose, Tag
 from drivetrain.fragment import Fragment
-from drivetrain.home import BucketSpec, StateHome, segment_fragment
+from drivetrain.home import BucketSpec, ParameterHome, StateHome, segment_fragment
 from drivetrain.loose import broadcast_first
 from drivetrain.parameters import handed_over
 from drivetrain_zero.foreign_changes import ForeignChanges
@@ -34,6 +34,9 @@ class ShardedBucket:
 
     Ranks that share memory need no copy to compute: the whole is there, as one row of all shards,
     and gathering is only a matter of showing it. Whoever may write gets a copy (``private``).
+
+    A :class:`~drivetrain.home.ParameterHome` keeps the shard itself. It is then fetched to its
+    place in the whole and gathered there; a single rank releases its parameters too.
 
     Args:
         job: memory, collectives, facts about parameters.
@@ -78,14 +81,16 @@ class ShardedBucket:
         # Of the ranks that hold the same shard, the first counts in norms and checkpoints.
         first_copy = communicator.rank(plan.spec.reduction) == self.rank
         self.counts = first_copy and job.parameters.info(plan.parameters[0]).owner
-        self.spec = _shard_spec(plan.spec, self.packing, self.rank, owner=self.counts)
+        spec = _shard_spec(plan.spec, self.packing, self.rank, owner=self.counts)
+        self.spec = replace(spec, released=sharded)
         self.home: StateHome
+        self._keeper: ParameterHome | None = None
         self.shown: Callable[[bool], None] | None = None
         """Told whenever the parameters become whole or are released."""
         self.watch: ForeignChanges | None = None
         """Finds changes of what the parameters show that did not come from here."""
         self._handle: Handle | None = None
-        self._copied = self._exact = False
+        self._copied = self._exact = self._fetching = self._changed = False
         self.gathered = not self.sharded
 
     def _make_memory(self) -> None:
@@ -103,7 +108,8 @@ class ShardedBucket:
         dtype, device, packing = self.spec.parameter_dtype, self.spec.device, self.packing
         communicator = self._job.communicator
         page = communicator.joined_page(self.axis) if device.type == "cpu" else 0
-        if not self.sharded or self.rounds or not page or packing.shard * dtype.itemsize % page:
+        apart = not self.sharded or self.rounds or self._keeper is not None
+        if apart or not page or packing.shard * dtype.itemsize % page:
             return None
         return communicator.joined_buffer(packing.shard, dtype, self.axis)
 
@@ -114,7 +120,7 @@ class ShardedBucket:
             whole = torch.empty(packing.numel, dtype=dtype, device=device)
         else:
             whole = self._job.communicator.buffer(packing.numel, dtype, self.axis)
-        if not self.sharded and not self.rounds:
+        if self._keeper is not None or (not self.sharded and not self.rounds):
             return whole, self.shard_of(whole)
         if self._row is not None:
             return whole, self.shard_of(self._row)
@@ -143,8 +149,10 @@ class ShardedBucket:
 
         Collective. Parameters that are sharded already (``zero.Init``) are gathered meanwhile.
         """
-        self._make_memory()
         self.home = home
+        if isinstance(home, ParameterHome):
+            self._keeper, self.sharded, self.gathered = home, True, False
+        self._make_memory()
         wide = max((p.dtype for p in self.parameters), key=lambda dtype: dtype.itemsize)
         with handed_over(self.parameters):
             originals = torch.zeros(self.packing.numel, dtype=wide, device=self.spec.device)
@@ -152,6 +160,8 @@ class ShardedBucket:
                 view.copy_(parameter.detach())
         broadcast_first(self._job, originals, self.spec.reduction, self.key)
         mine = self.shard_of(originals)
+        if self._keeper is not None:
+            self._grow()
         if self.sharded or self.rounds:
             self.shard.copy_(mine)
         if self.sharded:
@@ -163,6 +173,8 @@ class ShardedBucket:
             parameter.grad = None
         home.step = self.plan.step
         home.adopt(self.shard, mine)
+        if self._keeper is not None:
+            self._free()
         if self.rounds:
             self.publish()
             self.finish_publish()
@@ -174,6 +186,26 @@ class ShardedBucket:
             self._secondary = SecondaryShard(communicator, axis, numel, self.spec)
 
     # -- the whole, for a while ---------------------------------------------------------------
+
+    @property
+    def fetches(self) -> bool:
+        """Whether the shard comes from elsewhere before it is gathered."""
+        return self._keeper is not None
+
+    def fetch_ahead(self) -> None:
+        """Begin to bring this rank's shard to where it is gathered from. Not collective."""
+        if self._keeper is None or self._copied or self._handle is not None or self._fetching:
+            return
+        if self._secondary is None or not self._secondary.valid:
+            self._grow()
+            self._keeper.fetch(self.shard)
+            self._fetching = True
+
+    def _finish_fetch(self) -> None:
+        if self._fetching:
+            assert self._keeper is not None
+            self._keeper.fetched()
+            self._fetching = False
 
     def start_gather(self, *, asynchronous: bool) -> None:
         """Begin to make the parameters whole, for reading. Collective."""
@@ -192,6 +224,9 @@ class ShardedBucket:
         self._start_copy(asynchronous=False)
         self._finish_copy()
         if self.rounds and not self._exact:
+            if self._keeper is not None:
+                self._keeper.fetch(self.shard)  # its place holds what was gathered, rounded
+                self._keeper.fetched()
             tag = Tag(Purpose.STATE, self.key, "exact")
             self._job.communicator.all_gather(self.whole, self.shard, self.axis, tag)
             self._exact = True
@@ -206,10 +241,23 @@ class ShardedBucket:
                 self._note()
             return
         self._finish_copy()
+        if self._changed:
+            assert self._keeper is not None
+            self._keeper.keep(self.shard)
+            self._changed = False
         if self.gathered:
             self._show(self._absent)
             self._free()
             self.gathered = self._copied = False
+        elif self._fetching:
+            self._finish_fetch()
+            self._free()
+
+    def _grow(self) -> None:
+        """Take memory for the whole, if it has none."""
+        storage = self.whole.untyped_storage()
+        if storage.nbytes() == 0:
+            storage.resize_(self.whole.numel() * self.whole.element_size())
 
     def _free(self) -> None:
         """Give back the memory of the whole, but keep its storage object."""
@@ -217,13 +265,16 @@ class ShardedBucket:
             # A client has taken ``.numpy()`` of a parameter and may hold it for good.
             self.whole = torch.empty_like(self.whole)
             self._views = self.views_of(self.whole)
+            if self._keeper is not None:
+                self.shard = self.shard_of(self.whole)
         self.whole.untyped_storage().resize_(0)
 
     def _start_copy(self, *, asynchronous: bool) -> None:
         if not self.sharded or self._copied or self._handle is not None:
             return
-        storage = self.whole.untyped_storage()
-        storage.resize_(self.whole.numel() * self.whole.element_size())
+        self.fetch_ahead()
+        self._finish_fetch()
+        self._grow()
         self._handle = self._gather("gather", asynchronous=asynchronous)
 
     def _finish_copy(self) -> None:
@@ -249,13 +300,15 @@ class ShardedBucket:
 
     def forget_secondary(self) -> None:
         """The shard has changed: the next gather is made from it."""
+        if self._keeper is not None and self._fetching:
+            self.release()  # what is under way brings old values
         if self._secondary is not None:
-            self._finish_copy()  # what is under way brings old values
+            self._finish_copy()
             self._secondary.valid = False
 
     def _gather(self, site: str, *, asynchronous: bool) -> Handle:
         tag = Tag(Purpose.WEIGHT, self.key, site)
-        source, axis, settled = self.shard, self.axis, self.sharded
+        source, axis, settled = self.shard, self.axis, self.sharded and self._keeper is None
         if self._secondary is not None and self._secondary.valid:
             source, axis, settled = self._secondary.shard, self._secondary.axis, False
         # Shards are settled: they change in updates and writes only, which end together.
@@ -306,6 +359,7 @@ class ShardedBucket:
             if segment.name == name:
                 values = flat.narrow(0, segment.start, segment.numel)
                 segment.of(self.shard).copy_(values.view_as(segment.of(self.shard)))
+        self._changed = self._keeper is not None
         if not self.spec.has_masters:
             self.home.refresh()
             return
@@ -317,7 +371,7 @@ class ShardedBucket:
 
     def fragments(self, gradient: torch.Tensor | None) -> list[Fragment]:
         """Parameters, and gradients if there are any, of this rank's shard."""
-        flats = {"parameter": self.shard}
+        flats = {} if self.fetches else {"parameter": self.shard}
         if gradient is not None:
             flats["gradient"] = gradient
         return [

@@ -81,6 +81,7 @@ class GatheredUnit:
     started: bool = False
     gathered: bool = False
     held: bool = False
+    fetching: bool = False
     turn: int = 0
     _in_use: bool = False
 
@@ -88,6 +89,13 @@ class GatheredUnit:
     def numel(self) -> int:
         """Elements of the whole unit."""
         return sum(bucket.whole.numel() for bucket in self.buckets)
+
+    def fetch_ahead(self) -> None:
+        """Begin to bring this rank's shards to the device, if they are kept elsewhere."""
+        if not self.started and not self.fetching:
+            for bucket in self.buckets:
+                bucket.fetch_ahead()
+            self.fetching = True
 
     def start(self, *, asynchronous: bool) -> None:
         """Begin to gather. Collective."""
@@ -128,11 +136,12 @@ class GatheredUnit:
 
     def release(self) -> None:
         """Keep only the shards, unless somebody else needs more."""
-        if not self.started or self.pins or self.persistent or self.held:
+        idle = not self.started and not self.fetching
+        if idle or self.pins or self.persistent or self.held:
             return
         for bucket in self.buckets:
             bucket.release()
-        self.started = self.gathered = False
+        self.started = self.gathered = self.fetching = False
 
 
 def find_units(module: nn.Module) -> list[GatheredUnit]:
@@ -200,6 +209,7 @@ class Gathering:
         self.last_forward: Pass | None = None
         self.last_backward: Pass | None = None
         self._hooks: list[RemovableHandle] = []
+        self._fetches = any(bucket.fetches for unit in units for bucket in unit.buckets)
         self._choose_persistent()
         for unit in units:
             self._install(unit)
@@ -361,6 +371,8 @@ class Gathering:
                 self._passed(walk.reached[-1:])
         walk.reached.append(unit.number)
         self._start(unit, asynchronous=self._asynchronous)
+        if self._fetches:
+            self._fetch_ahead(unit, walk)
         if self._asynchronous:
             self._gather_ahead(unit, walk)
 
@@ -398,6 +410,16 @@ class Gathering:
             if room < 0:
                 return
             self._start(following, asynchronous=True)
+
+    def _fetch_ahead(self, unit: GatheredUnit, walk: Pass) -> None:
+        """Bring near what is gathered after the next units; a matter of this rank alone."""
+        room = min(2 * self._policy.ahead, self._policy.live - unit.numel)
+        for place, number in enumerate(walk.ahead() if self._policy.ahead else ()):
+            following = self.units[number]
+            room -= following.numel
+            if room < 0 and place:  # the very next one is as good as in use
+                return
+            following.fetch_ahead()
 
     def _join(self, unit: GatheredUnit, walk: Pass) -> None:
         """Take part in the gather of a unit that other ranks may need."""

@@ -92,6 +92,8 @@ class ReduceScatterBucket(GradientBucket):
     asynchronous: bool = field(kw_only=True)
     local: bool = False
     """Several micro-batches are being added up before anything travels."""
+    last: bool = False
+    """This is the window's last micro-batch, so that the home may have each sum at once."""
 
     shard: torch.Tensor = field(init=False)
     _whole: torch.Tensor | None = None
@@ -100,6 +102,7 @@ class ReduceScatterBucket(GradientBucket):
     _travelling: tuple[Handle, torch.Tensor] | None = None
     _has_sum: bool = False
     _has_replicas: bool = False
+    _told: bool = False
 
     def __post_init__(self) -> None:
         spec, packing = self.parameters.spec, self.parameters.packing
@@ -185,6 +188,15 @@ class ReduceScatterBucket(GradientBucket):
         elif result.data_ptr() != self.shard.data_ptr():
             self.shard.copy_(result)
         self._has_sum = True
+        self._told = False
+        if self.last and self.parameters.replica_axis is None:
+            self.tell_home()
+
+    def tell_home(self) -> None:
+        """Show the home this rank's sum, unless it has seen it."""
+        if not self._told:
+            self.parameters.home.gradient_ready(self.shard)
+            self._told = True
 
     # -- late gradients -----------------------------------------------------------------------
 
@@ -210,7 +222,7 @@ class ReduceScatterBucket(GradientBucket):
 
     def restart(self) -> None:
         super().restart()
-        self._has_sum = self._has_replicas = False
+        self._has_sum = self._has_replicas = self._told = False
         if self._loan is not None:
             self._close()
 

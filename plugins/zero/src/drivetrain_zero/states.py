@@ -219,6 +219,7 @@ class ZeroStates(ModelStates):
         self._reducer.reduce_now = reduces
         for bucket in self._sums:
             bucket.local = not reduces
+            bucket.last = value
 
     @property
     def local(self) -> bool:
@@ -251,7 +252,7 @@ class ZeroStates(ModelStates):
         self._reducer.finish()
         for bucket in self._sums:
             bucket.sum_replicas()
-            bucket.parameters.home.gradient_ready(bucket.shard)
+            bucket.tell_home()
 
     def complete_gradients(self) -> float | None:
         if not self._reducer.complete():
