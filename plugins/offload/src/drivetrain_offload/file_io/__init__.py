@@ -1,0 +1,17 @@
+"""Asynchronous reads and writes between tensors in host memory and files."""
+
+from drivetrain_offload.file_io.async_file import AsyncFile, Request
+from drivetrain_offload.file_io.engines import release_engine
+from drivetrain_offload.file_io.errors import FileIOError
+from drivetrain_offload.file_io.memory import ALIGNMENT, aligned_empty
+from drivetrain_offload.file_io.settings import IOSettings
+
+__all__ = [
+    "ALIGNMENT",
+    "AsyncFile",
+    "FileIOError",
+    "IOSettings",
+    "Request",
+    "aligned_empty",
+    "release_engine",
+]
