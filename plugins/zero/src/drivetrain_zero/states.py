@@ -295,13 +295,11 @@ class ZeroStates(ModelStates):
         refuse_stale_layout(self._optimizer, self._reducer.slots, self._job.parameters)
         if self._policy.sanity_checks:
             self._refuse_foreign_changes()
+        scale = scale * self._policy.predivide
         for bucket in self._sums:
             parameters = bucket.parameters
-            parameters.home.update(
-                bucket.shard,
-                self._optimizer.groups[parameters.spec.group],
-                scale * self._policy.predivide,
-            )
+            hyper = self._optimizer.groups[parameters.spec.group]
+            parameters.home.update(bucket.shard, hyper, scale)
         self._publish()
         self._open_window()
 
