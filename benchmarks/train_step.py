@@ -7,7 +7,9 @@
 Every system runs in ranks of its own. The controller lets them take steps in turn, one step each,
 round after round, so that all see the same machine at the same time; the ratio of two systems is
 the median of the per-round ratios to the first system named, with a 95 % interval from order
-statistics. ``system:N`` runs ZeRO stage N; ``system@interpreter`` runs a system under another
+statistics. ``system:N`` runs ZeRO stage N; ``system:N+host`` keeps its
+optimizer states in host memory, ``system:N+nvme`` in files under ``--nvme-path``, and
+``system:3+nvme-params`` the parameters too. ``system@interpreter`` runs a system under another
 Python, for peers that live in an environment of their own.
 """
 
@@ -45,6 +47,7 @@ class Shape:
     accumulation: int = 1
     dtype: str = "fp32"
     clipping: float = 0.0
+    nvme_path: str = ""
 
 
 class System:

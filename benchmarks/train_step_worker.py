@@ -103,20 +103,39 @@ def ddp(model: nn.Module, shape: dict[str, Any], batches: Batches) -> Step:
     return step
 
 
-def drivetrain(model: nn.Module, shape: dict[str, Any], batches: Batches, stage: int = 0) -> Step:
+def drivetrain(
+    model: nn.Module, shape: dict[str, Any], batches: Batches, stage: int = 0, homes: str = ""
+) -> Step:
     """The engine, with replicated states at stage 0."""
     import drivetrain as library
 
-    config = {"zero_optimization": {"stage": stage}} if stage else {}
+    config = {"zero_optimization": {"stage": stage, **_offload(shape, homes)}} if stage else {}
     return _engine_loop(library.initialize, model, shape, batches, config)
 
 
-def deepspeed(model: nn.Module, shape: dict[str, Any], batches: Batches, stage: int = 0) -> Step:
-    """DeepSpeed's engine with torch's own AdamW, so that nothing has to be compiled."""
+def deepspeed(
+    model: nn.Module, shape: dict[str, Any], batches: Batches, stage: int = 0, homes: str = ""
+) -> Step:
+    """DeepSpeed's engine, with its own CPU Adam where it offloads.
+
+    Elsewhere it has torch's AdamW, so that nothing has to be compiled.
+    """
     import deepspeed as library
 
-    config = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
-    return _engine_loop(library.initialize, model, shape, batches, config)
+    config = {
+        "zero_optimization": {"stage": stage, **_offload(shape, homes)},
+        "zero_allow_untested_optimizer": True,
+    }
+    return _engine_loop(library.initialize, model, shape, batches, config, torch_adam=not homes)
+
+
+def _offload(shape: dict[str, Any], homes: str) -> dict[str, Any]:
+    """``host``: states in host memory; ``nvme``: in files; ``nvme-params``: parameters as well."""
+    section = {"device": "cpu" if homes == "host" else "nvme", "nvme_path": shape["nvme_path"]}
+    found: dict[str, Any] = {"offload_optimizer": section} if homes else {}
+    if homes == "nvme-params":
+        found["offload_param"] = {**section, "max_in_cpu": 0}
+    return found
 
 
 def fsdp2(model: nn.Module, shape: dict[str, Any], batches: Batches) -> Step:
@@ -149,6 +168,8 @@ def _engine_loop(
     shape: dict[str, Any],
     batches: Batches,
     extra: dict[str, Any],
+    *,
+    torch_adam: bool = True,
 ) -> Step:
     config = {
         "train_micro_batch_size_per_gpu": shape["micro_batch"],
@@ -159,7 +180,7 @@ def _engine_loop(
         "data_types": {"grad_accum_dtype": shape["dtype"]},
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": LEARNING_RATE, "weight_decay": 0.01, "torch_adam": True},
+            "params": {"lr": LEARNING_RATE, "weight_decay": 0.01, "torch_adam": torch_adam},
         },
         **extra,
     }
@@ -184,7 +205,8 @@ SYSTEMS: dict[str, Callable[..., Step]] = {
 
 
 def main() -> None:
-    name, _, stage = sys.argv[1].partition(":")
+    name, _, setting = sys.argv[1].partition(":")
+    stage, _, homes = setting.partition("+")
     shape = json.loads(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print must not be taken for an answer
@@ -193,8 +215,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = GPT(shape)
     parameters = sum(p.numel() for p in model.parameters())
-    stages = {"stage": int(stage)} if stage else {}
-    step = SYSTEMS[name](model, shape, Batches(shape, dist.get_rank()), **stages)
+    settings = {"stage": int(stage), "homes": homes} if stage else {}
+    step = SYSTEMS[name](model, shape, Batches(shape, dist.get_rank()), **settings)
 
     def answer(**facts: object) -> None:
         answers.write(json.dumps(facts) + "\n")
