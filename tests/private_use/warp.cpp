@@ -14,6 +14,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
+#include <limits>
 #include <map>
 #include <mutex>
 
@@ -26,9 +28,11 @@ const c10::DispatchKeySet kKey(c10::DispatchKey::PrivateUse1);
 struct Blocks {
   std::mutex mutex;
   std::map<void*, int64_t> sizes;
-  int64_t now = 0, peak = 0;
+  int64_t now = 0, peak = 0, limit = std::numeric_limits<int64_t>::max();
 
   void* make(size_t bytes) {
+    TORCH_CHECK_WITH(OutOfMemoryError, now + static_cast<int64_t>(bytes) <= limit,
+                     "the device has no ", bytes, " bytes left");
     void* data = c10::alloc_cpu(bytes);
     if (data == nullptr) return data;
     const std::lock_guard<std::mutex> lock(mutex);
@@ -112,6 +116,13 @@ struct WarpHooks final : at::PrivateUse1HooksInterface {
   c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
   bool isPinnedPtr(const void* data) const override { return memory<c10::kCPU>().holds(data); }
   at::Device getDeviceFromPtr(void*) const override { return kDevice; }
+  void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
+    c10::DataPtr data = allocator.allocate(bytes);
+    const size_t kept = std::min(bytes, storage.nbytes());
+    if (kept > 0) std::memcpy(data.get(), storage.data(), kept);
+    storage.unsafeGetStorageImpl()->set_data_ptr_noswap(std::move(data));
+    storage.unsafeGetStorageImpl()->set_nbytes(bytes);
+  }
 };
 
 WarpHooks hooks;
@@ -190,4 +201,5 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) { KERNEL_PRIVATEUSEONE(linear, 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 EXPORT int64_t warp_allocated() { return memory<kWarp>().now; }
 EXPORT int64_t warp_peak() { return memory<kWarp>().peak; }
+EXPORT void warp_limit(int64_t bytes) { memory<kWarp>().limit = bytes; }
 EXPORT void warp_reset_peak() { memory<kWarp>().peak = memory<kWarp>().now; }

@@ -93,6 +93,7 @@ def module(native: Any) -> ModuleType:
         "memory_allocated": native.warp_allocated,
         "max_memory_allocated": native.warp_peak,
         "reset_peak_memory_stats": native.warp_reset_peak,
+        "limit_memory": lambda total=2**62: native.warp_limit(ctypes.c_int64(total)),
         "mem_get_info": lambda: (2**33 - native.warp_allocated(), 2**33),
     }
     vars(found).update(members)

@@ -419,6 +419,7 @@ class Engine(nn.Module):
         )
 
     def _backward_begins(self) -> None:
+        self._announce()
         if self.loss_scaler.active and not self._in_scaled_backward:
             raise TrainingError(
                 "loss.backward() without loss scaling: with fp16 call engine.backward(loss), or "

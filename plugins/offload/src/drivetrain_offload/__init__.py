@@ -1,1 +1,43 @@
-"""Model states and activations in host memory and on NVMe."""
+"""Model states and activations in host memory and on NVMe.
+
+Names are imported when they are first used, so that a config can be checked without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from drivetrain_offload.on_demand import (
+        StateKind,
+        offload_states,
+        reload_states,
+        state_devices,
+    )
+
+__all__ = [
+    "StateKind",
+    "offload_states",
+    "reload_states",
+    "state_devices",
+]
+
+_HOME = {
+    "StateKind": "on_demand",
+    "offload_states": "on_demand",
+    "reload_states": "on_demand",
+    "state_devices": "on_demand",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'drivetrain_offload' has no attribute {name!r}")
+    value = getattr(import_module(f"drivetrain_offload.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
