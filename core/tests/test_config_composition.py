@@ -136,6 +136,14 @@ def test_a_dotted_path_is_cut_out_of_the_section_of_another_plugin() -> None:
     assert found["offloading"].section(Offload).device == "cpu"
 
 
+def test_a_section_that_holds_only_those_of_others_needs_no_owner() -> None:
+    config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    assert list(others(composed(config))) == ["offloading"]
+    config["zero_optimization"]["stage"] = {}
+    with pytest.raises(ConfigError, match=r"zero_optimization\.stage"):
+        composed(config)
+
+
 def test_one_object_per_class_holds_all_its_sections() -> None:
     config = {"aio": {"queue_depth": 4}, "zero_optimization": {"offload_optimizer": {"ratio": 1}}}
     offloading = others(composed(config))["offloading"]

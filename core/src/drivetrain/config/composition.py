@@ -113,10 +113,13 @@ class _Builder:
             path = prefix + key
             has_owner = path in self._known
             leads_on = isinstance(node[key], dict) and bool(self._children(path))
+            is_filled = leads_on and bool(node[key])
             if leads_on:
                 self.cut(node[key], path + ".", owned=has_owner)
             if has_owner:
-                self.sections[path] = node.pop(key)
+                value = node.pop(key)
+                if value or not is_filled:  # else all that it held is others'
+                    self.sections[path] = value
             elif not owned and not leads_on:
                 self._unknown.append(path)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from drivetrain.plugin import Plugin, Sections, hookimpl
+from drivetrain.plugin import Plugin, Problem, Sections, hookimpl
 from drivetrain_offload.section import Aio, OffloadOptimizer, OffloadParam
 
 if TYPE_CHECKING:
     from drivetrain.home import BucketSpec, StateHome
     from drivetrain.job import Job
+    from drivetrain.plan import Plan
 
 OPTIMIZER = "zero_optimization.offload_optimizer"
 PARAM = "zero_optimization.offload_param"
+STAGE = "zero_optimization.stage"
 
 
 class Offload(Plugin):
@@ -35,6 +37,20 @@ class Offload(Plugin):
             f"{OPTIMIZER}.delayed_update": optimizer.delayed_update,
             f"{OPTIMIZER}.super_offload": optimizer.super_offload,
         }
+
+    def feature_values(self) -> Mapping[str, Sequence[object]]:
+        return {f"{OPTIMIZER}.device": ("none", "cpu"), f"{OPTIMIZER}.ratio": (1.0, 0.4)}
+
+    @hookimpl
+    def configure(self, plan: Plan) -> Sequence[Problem]:
+        optimizer, stage = self.section(OffloadOptimizer), plan.features().get(STAGE, 0)
+        found = []
+        if optimizer.ratio < 1 and optimizer.device == "none":
+            found.append(Problem(f"{OPTIMIZER}.ratio", "is given, but device is none"))
+        if self.section(OffloadParam).device != "none" and stage != 3:
+            flaw = f"parameters stay away from the device at stage 3 only, got stage {stage}"
+            found.append(Problem(f"{PARAM}.device", flaw))
+        return found
 
     @hookimpl
     def place_state(self, job: Job, specs: Sequence[BucketSpec]) -> Sequence[StateHome]:

@@ -17,12 +17,12 @@ class OffloadOptimizer(Section):
     )
     nvme_path: str | None = Field(default=None, description="Folder for files; needed for nvme.")
     pin_memory: Bool = Field(
-        default=True, description="Lock host memory that the device copies from and to."
+        default=True,
+        description="Lock the host memory that the device copies from and to: a few buffers.",
     )
     pinned_memory_budget: PositiveInt | None = Field(
         default=None,
-        description="Largest number of bytes that one rank may lock; null for all that the system "
-        "allows.",
+        description="Largest number of bytes that one rank locks; null for as many as it needs.",
     )
     buffer_count: PositiveInt = Field(
         default=4,
@@ -56,13 +56,14 @@ class OffloadOptimizer(Section):
     super_offload: Bool = Field(
         default=False,
         description="Update each bucket as soon as its gradient is there, before it is known "
-        "whether the step is clipped or skipped, and take it back where it is.",
+        "whether the step is clipped or skipped, and take it back where it is (arXiv:2509.21271).",
     )
     cpuadam_cores_perc: Float = Field(
         default=0.8,
         gt=0.0,
         le=1.0,
-        description="Share of a rank's cores that updates on the host use while the device works.",
+        description="Share of a rank's threads (OMP_NUM_THREADS, or its cores) that updates on the "
+        "host use beside a device; a rank whose device is the CPU updates with all of them.",
     )
 
     @model_validator(mode="after")

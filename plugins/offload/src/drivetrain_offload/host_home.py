@@ -1,0 +1,204 @@
+"""States in host memory, updated there while the device goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from drivetrain.home import BucketSpec, DeviceHome
+from drivetrain.update_rule import BucketView
+from drivetrain_offload.copies import Lane, Mark, Reached
+from drivetrain_offload.host_side import HostScale, HostSide, as_they_are
+
+if TYPE_CHECKING:
+    from drivetrain.fragment import Fragment
+    from drivetrain.update_rule import Hyper
+    from drivetrain_offload.worker import Ticket
+
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update was asked to do.
+
+    Args:
+        gradient: where the model states keep it; stays until it is published.
+        hyper: as they were when it was asked.
+        scale: likewise.
+        step: its number, from 1.
+        asked: where the rank's stream was then.
+    """
+
+    gradient: torch.Tensor
+    hyper: Mapping[str, Any]
+    scale: HostScale
+    step: int
+    asked: Mark
+
+
+class HostHome(DeviceHome):
+    """Masters and optimizer states in host memory.
+
+    Where gradient and parameters are in host memory too, the update is the device home's, in line.
+    Elsewhere it runs on the rank's :class:`~drivetrain_offload.worker.Worker`: the gradient comes
+    down into a lane, the rule writes low-precision parameters beside it, and these go up while the
+    next bucket is updated. Parameters that are their own masters stay where they are and come down
+    with the gradient, so that nobody's change of them is lost.
+
+    Args:
+        spec: the bucket.
+        side: what all host homes of the job share.
+    """
+
+    name = "host"
+
+    def __init__(self, spec: BucketSpec, side: HostSide) -> None:
+        super().__init__(spec, HOST)
+        self.side = side
+        self._lane: Lane | None = None
+        self._ticket: Ticket | None = None
+        self._uploaded: Mark = Reached()
+
+    # -- the way of a step ----------------------------------------------------------------------
+
+    def gradient_ready(self, gradient: torch.Tensor) -> None:
+        if self._is_in_line(gradient):
+            return
+        self._finish()
+        # What has come down before is out of date, or of a step that was dropped.
+        self.side.lanes.release(self._lane, self)
+        self._lane = self._fill(gradient, self.side.down.mark(), steal=False)
+
+    def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
+        if self._is_in_line(gradient):
+            super().update(gradient, hyper, scale)
+            return
+        self._finish()
+        self.step += 1
+        side = self.side
+        asked = side.down.mark()
+        work = Update(gradient, as_they_are(hyper), side.scale(scale), self.step, asked)
+        self._ticket = side.worker.submit(
+            partial(self._carry_out, work), prepare=partial(self._prepare, work)
+        )
+
+    def publish(self) -> None:
+        self._finish()
+        self._uploaded.wait()
+
+    def flush(self) -> None:
+        self._finish()
+        self._uploaded.synchronize()
+
+    # -- changes from outside -------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        self.flush()
+        super().refresh()
+
+    def fragments(self) -> Sequence[Fragment]:
+        self.flush()
+        return super().fragments()
+
+    # -- on the worker's thread -----------------------------------------------------------------
+
+    def _prepare(self, work: Update) -> None:
+        """Bring the gradient down while the bucket before is updated."""
+        if not self.side.lanes.holds(self._lane, self):
+            self._lane = self._fill(work.gradient, work.asked, steal=False)
+
+    def _carry_out(self, work: Update) -> None:
+        side = self.side
+        if not side.lanes.holds(self._lane, self):
+            self._lane = self._fill(work.gradient, work.asked, steal=True)
+        lane = self._lane
+        assert lane is not None, "a lane can be stolen"
+        lane.filled.synchronize()
+        parameters = self._parameters_in(lane)
+        self.run_rule(
+            work,
+            work.gradient if _on_host(work.gradient) else self._gradient_in(lane),
+            self._masters if self.spec.has_masters else parameters,
+            parameters if self.spec.has_masters else None,
+        )
+        if parameters is not self._parameters:
+            lane.drained = self._uploaded = side.up.copy(
+                [(self._parameters, parameters)], [work.asked]
+            )
+        side.lanes.release(lane, self)
+        self._lane = None
+
+    def run_rule(
+        self,
+        work: Update,
+        gradient: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor | None,
+    ) -> None:
+        """Update host tensors.
+
+        Args:
+            work: hyper-parameters, scale and step.
+            gradient: flat [numel], overwritten or not.
+            weights: masters, or parameters that are their own [numel].
+            out: takes the new parameters [numel] where they have masters.
+        """
+        spec = self.spec
+        assert spec.rule is not None, f"bucket {spec.key} is not trained"
+        view = BucketView(
+            key=spec.key,
+            weights=weights,
+            gradient=gradient,
+            states=self._states,
+            segments=spec.segments,
+            step=work.step,
+            out=out,
+            reduction=spec.reduction,
+        )
+        spec.rule.update(view, work.hyper, work.scale.value())
+
+    # -- internals ------------------------------------------------------------------------------
+
+    def _is_in_line(self, gradient: torch.Tensor) -> bool:
+        return _on_host(gradient) and _on_host(self._parameters)
+
+    def _fill(self, gradient: torch.Tensor, ready: Mark, *, steal: bool) -> Lane | None:
+        """Begin to bring down what the update needs, if there is a lane."""
+
+        def fill(lane: Lane) -> Mark:
+            pairs = []
+            if not _on_host(gradient):
+                pairs.append((self._gradient_in(lane), gradient))
+            if not self.spec.has_masters and not _on_host(self._parameters):
+                pairs.append((self._parameters_in(lane), self._parameters))
+            return self.side.down.copy(pairs, [ready, lane.drained])
+
+        return self.side.lanes.claim(self, fill, steal=steal)
+
+    def _gradient_in(self, lane: Lane) -> torch.Tensor:
+        return _part(lane.gradient, self.spec.numel, self.spec.gradient_dtype)
+
+    def _parameters_in(self, lane: Lane) -> torch.Tensor:
+        """Where the rule leaves new parameters: the lane, or their own place if that is here."""
+        if _on_host(self._parameters):
+            return self._parameters
+        return _part(lane.parameters, self.spec.numel, self.spec.parameter_dtype)
+
+    def _finish(self) -> None:
+        """Wait for the update under way; its error is raised once."""
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            ticket.wait()
+
+
+def _on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _part(flat: torch.Tensor, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    return flat.narrow(0, 0, numel * dtype.itemsize).view(dtype)

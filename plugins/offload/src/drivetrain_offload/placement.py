@@ -1,0 +1,121 @@
+"""Which home each bucket gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from drivetrain.errors import ConfigError
+from drivetrain.home import BucketSpec, DeviceHome, StateHome
+from drivetrain.update_rule import UpdateRule
+from drivetrain_offload.host_home import HostHome
+from drivetrain_offload.host_memory import refuse_too_little
+from drivetrain_offload.host_side import HostSide
+from drivetrain_offload.split_home import SplitHome, cuts, part_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from drivetrain.job import Job
+    from drivetrain_offload.section import Aio, OffloadOptimizer, OffloadParam
+
+    Factory = Callable[[Sequence[BucketSpec]], list[StateHome]]
+
+_PATH = "zero_optimization.offload_optimizer"
+
+
+def homes_of(
+    job: Job,
+    specs: Sequence[BucketSpec],
+    optimizer: OffloadOptimizer,
+    param: OffloadParam,
+    aio: Aio,
+) -> list[StateHome]:
+    """A home for every bucket, in the order of ``specs``.
+
+    Raises:
+        ConfigError: the host has too little memory, or an update rule cannot work on it.
+    """
+    homes = _state_homes(job, specs, optimizer, aio)
+    if param.device == "none":
+        return homes
+    from drivetrain_offload.kept_parameters import keep
+
+    return keep(job, specs, homes, param, aio)
+
+
+def _state_homes(
+    job: Job, specs: Sequence[BucketSpec], section: OffloadOptimizer, aio: Aio
+) -> list[StateHome]:
+    """Homes of masters and optimizer states."""
+    if section.device == "none":
+        return [DeviceHome(spec) for spec in specs]
+    make: Factory = partial(host_homes, job, section)
+    if section.device == "nvme":
+        from drivetrain_offload.nvme_home import nvme_homes
+
+        make = partial(nvme_homes, job, section=section, aio=aio)
+    kept = cuts(specs, section.ratio)
+    offloaded = [
+        part_of(spec, cut, spec.numel)
+        for spec, cut in zip(specs, kept, strict=True)
+        if spec.rule is not None and cut < spec.numel
+    ]
+    made = iter(make(offloaded))
+    homes: list[StateHome] = []
+    for spec, cut in zip(specs, kept, strict=True):
+        if spec.rule is None or cut == spec.numel:
+            homes.append(DeviceHome(spec))
+        elif cut == 0:
+            homes.append(next(made))
+        else:
+            homes.append(SplitHome(spec, DeviceHome(part_of(spec, 0, cut)), next(made)))
+    return homes
+
+
+def host_homes(job: Job, section: OffloadOptimizer, specs: Sequence[BucketSpec]) -> list[StateHome]:
+    """Homes in host memory.
+
+    Raises:
+        ConfigError: the host has too little memory, or an update rule communicates.
+    """
+    side = HostSide.of(job, section)
+    on_device = [spec for spec in specs if spec.device.type != "cpu"]
+    _refuse_communicating(on_device)
+    states = sum(map(state_bytes, specs))
+    gradient = max((s.numel * s.gradient_dtype.itemsize for s in on_device), default=0)
+    parameters = max((s.numel * s.parameter_dtype.itemsize for s in on_device), default=0)
+    lanes = side.lanes.COUNT * (gradient + parameters)
+    refuse_too_little(
+        states + lanes,
+        job.ranks.ranks_on_host,
+        what=f"{_PATH}: device cpu needs {states:,} bytes of masters and optimizer states"
+        + (f" and {lanes:,} of buffers" if lanes else ""),
+    )
+    side.reserve(gradient, parameters)
+    return [HostHome(spec, side) for spec in specs]
+
+
+def state_bytes(spec: BucketSpec) -> int:
+    """Bytes of a bucket's masters, where it has any, and optimizer states."""
+    assert spec.rule is not None, f"bucket {spec.key} is not trained"
+    masters = spec.numel * spec.master_dtype.itemsize if spec.has_masters else 0
+    return masters + sum(
+        (spec.numel if state.numel is None else state.numel)
+        * (state.dtype or spec.state_dtype).itemsize
+        for state in spec.rule.states(spec)
+    )
+
+
+def _refuse_communicating(specs: Sequence[BucketSpec]) -> None:
+    """Rules that communicate do so from the device's memory, on the rank's own thread."""
+    for spec in specs:
+        assert spec.rule is not None, f"bucket {spec.key} is not trained"
+        kind = type(spec.rule)
+        if kind.wants_reduced is not UpdateRule.wants_reduced:
+            raise ConfigError(
+                f"{_PATH}: the optimizer {kind.__name__} communicates gradients by "
+                "itself, so its states cannot leave the device; use device none, or another "
+                "optimizer.type"
+            )
