@@ -99,8 +99,9 @@ class PythonEngine(Engine):
         began = time.perf_counter()
         stop = at + nbytes
         while at < stop:
+            struck, fault = fault, 0
             try:
-                moved, fault = _struck(_call(transfer, at, stop - at, direct), fault), 0
+                moved = _struck(_call(transfer, at, stop - at, direct), struck)
             except OSError as error:
                 if error.errno == errno.EINVAL and direct:
                     direct, transfer.file.refused = False, True
