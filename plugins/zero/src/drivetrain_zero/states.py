@@ -295,21 +295,30 @@ class ZeroStates(ModelStates):
         refuse_stale_layout(self._optimizer, self._reducer.slots, self._job.parameters)
         if self._policy.sanity_checks:
             self._refuse_foreign_changes()
+        for watch in self._watches():
+            watch.forget()
         scale = scale * self._policy.predivide
-        for bucket in self._sums:
+        updated: list[ShardedBucket] = []
+        for bucket in reversed(self._sums):  # forward needs the last ones to be summed first
             parameters = bucket.parameters
             hyper = self._optimizer.groups[parameters.spec.group]
             parameters.home.update(bucket.shard, hyper, scale)
-        self._publish()
+            updated.append(parameters)
+            if self._policy.overlap and len(updated) > 1:
+                _begin_publish(updated.pop(0))  # travels while the others are updated
+        self._finish_publish(updated)
         self._open_window()
 
     def _publish(self) -> None:
-        """Let every rank compute with all updated shards."""
+        """Let every rank compute with all shards, which somebody has changed."""
         for watch in self._watches():
             watch.forget()
-        for bucket in reversed(self._sums):  # forward needs the last ones to be summed first
-            bucket.parameters.home.publish()
-            bucket.parameters.publish()
+        self._finish_publish([bucket.parameters for bucket in reversed(self._sums)])
+
+    def _finish_publish(self, updated: Sequence[ShardedBucket]) -> None:
+        """Show every rank the last updated shards, and wait for all that are under way."""
+        for parameters in updated:
+            _begin_publish(parameters)
         for bucket in self._sums:
             bucket.parameters.finish_publish()
         if self._gathering is not None:
@@ -425,6 +434,12 @@ class ZeroStates(ModelStates):
         if self._gathering is not None:
             self._gathering.release_all()
             self._gathering.close()
+
+
+def _begin_publish(parameters: ShardedBucket) -> None:
+    """Begin to show an updated shard to every rank."""
+    parameters.home.publish()
+    parameters.publish()
 
 
 def _refuse_communicating(rule: UpdateRule | None) -> None:
