@@ -33,6 +33,16 @@ class Warp(Accelerator):
         return "gloo"
 
 
+class Event:
+    """Reached as soon as it is recorded."""
+
+    def wait(self, stream: Stream | None = None) -> None:
+        return
+
+    def synchronize(self) -> None:
+        return
+
+
 class Stream:
     """The device runs everything at once."""
 
@@ -44,6 +54,9 @@ class Stream:
 
     def query(self) -> bool:
         return True
+
+    def record_event(self) -> Event:
+        return Event()
 
 
 def library() -> NativeLibrary:
@@ -85,6 +98,7 @@ def module(native: Any) -> ModuleType:
         "set_device": lambda device: setattr(state, "used", True),
         "synchronize": lambda: None,
         "Stream": Stream,
+        "current_stream": lambda device=None: Stream(),
         "stream": lambda stream: stream,
         "manual_seed_all": lambda seed: None,  # the generator is the host's
         "get_rng_state": lambda device=None: torch.get_rng_state(),

@@ -1,0 +1,154 @@
+"""ZeRO whose shards are updated in host memory, where that is the device's memory too."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import drivetrain
+from drivetrain.errors import ConfigError
+from drivetrain.job import Ranks
+from drivetrain.plan import Plan
+from drivetrain.testing import assert_trains_like_reference, run_distributed
+from drivetrain.testing.models import tiny_gpt
+
+OPTIMIZER = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}
+WORLD = 2
+
+
+def config(stage: int, offload: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "train_batch_size": 8,
+        "optimizer": OPTIMIZER,
+        "gradient_clipping": 0.1,  # bites
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 100,
+            "reduce_bucket_size": 5_000,
+            "offload_optimizer": offload,
+        },
+        **more,
+    }
+
+
+def losses_and_weights(
+    given: dict[str, Any], steps: int, folder: str | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """With a folder, the job is saved half way, and a new one goes on from there."""
+    losses: list[float] = []
+    engine = start(given)
+    for step in range(steps):
+        if folder is not None and step == steps // 2:
+            engine.save_checkpoint(folder)
+            engine.destroy()
+            engine.job.close()
+            engine = start(given)
+            engine.load_checkpoint(folder)
+        generator = torch.Generator().manual_seed(100 * step + Ranks.current().rank)
+        tokens = torch.randint(64, (4, 9), generator=generator)
+        loss = engine(tokens[:, :-1], tokens[:, 1:])
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    weights = engine.module_state_dict()
+    engine.job.close()
+    return losses, weights
+
+
+def start(given: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    module = tiny_gpt()
+    engine, *_ = drivetrain.initialize(
+        model=module, model_parameters=module.parameters(), config=given
+    )
+    return engine
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8}},
+    "accumulating": {"bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
+}
+
+
+@cache
+def without(stage: int, mode: str) -> list[Any]:
+    given = config(stage, {"device": "none"}, **MODES[mode])
+    return run_distributed(losses_and_weights, WORLD, given, 6)
+
+
+def assert_equal(found: list[Any], expected: list[Any]) -> None:
+    for (losses, weights), (other_losses, other_weights) in zip(found, expected, strict=True):
+        assert losses == other_losses
+        for name, value in other_weights.items():
+            assert torch.equal(weights[name], value), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_training_is_bitwise_that_without_offload(stage: int, mode: str) -> None:
+    given = config(stage, {"device": "cpu"}, **MODES[mode])
+    assert_equal(run_distributed(losses_and_weights, WORLD, given, 6), without(stage, mode))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_ratio_works_at_every_stage(stage: int) -> None:
+    given = config(stage, {"device": "cpu", "ratio": 0.5}, **MODES["bf16"])
+    assert_equal(run_distributed(losses_and_weights, WORLD, given, 6), without(stage, "bf16"))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_resumed_run_is_bitwise_one_that_was_not_stopped(stage: int, tmp_path: Path) -> None:
+    given = config(stage, {"device": "cpu"}, **MODES["bf16"])
+    found = run_distributed(losses_and_weights, WORLD, given, 6, str(tmp_path))
+    assert_equal(found, without(stage, "bf16"))
+
+
+def resume_with_another_home(folder: str, first: dict[str, Any], second: dict[str, Any]) -> Any:
+    engine = start(first)
+    train = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(3))
+    engine.backward(engine(train[:, :-1], train[:, 1:]))
+    engine.step()
+    engine.save_checkpoint(folder)
+    engine.job.close()
+    engine = start(second)
+    engine.load_checkpoint(folder)
+    engine.backward(engine(train[:, :-1], train[:, 1:]))
+    engine.step()
+    weights = engine.module_state_dict()
+    engine.job.close()
+    return weights
+
+
+def test_checkpoints_are_the_same_with_and_without_offload(tmp_path: Path) -> None:
+    homes = ({"device": "none"}, {"device": "cpu"}, {"device": "cpu", "ratio": 0.4})
+    answers = [
+        run_distributed(
+            resume_with_another_home,
+            WORLD,
+            str(tmp_path / str(number)),
+            config(2, homes[number], **MODES["bf16"]),
+            config(3, homes[(number + 1) % 3], **MODES["bf16"]),
+        )
+        for number in range(3)
+    ]
+    for answer in answers[1:]:
+        for weights, expected in zip(answer, answers[0], strict=True):
+            assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+def test_training_is_that_of_plain_torch() -> None:
+    given = config(3, {"device": "cpu"}, gradient_accumulation_steps=2)
+    assert_trains_like_reference(given, WORLD, model="gpt")
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_parameters_are_offloaded_at_stage_3_alone(stage: int) -> None:
+    section = {"stage": stage, "offload_param": {"device": "cpu"}}
+    with pytest.raises(ConfigError, match=f"at stage 3 only, got stage {stage}"):
+        Plan.build({"train_batch_size": 8, "zero_optimization": section}, world_size=1)
