@@ -108,7 +108,7 @@ def _print_table(path: Path, rows: Iterable[Row], chosen: Row) -> None:
         title=f"reads and writes in {path}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         show_edge=False,
         pad_edge=False,
     )
