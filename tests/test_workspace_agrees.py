@@ -38,7 +38,7 @@ def test_every_served_section_is_in_the_table_of_known_names(
 
 @each_distribution
 @pytest.mark.parametrize(
-    ("group", "table"), [("optimizers", known.OPTIMIZERS), ("commands", known.COMMANDS)]
+    ("group", "table"), [("optimizers", known.OWNERS["optimizers"]), ("commands", known.COMMANDS)]
 )
 def test_every_served_optimizer_and_command_is_in_the_table_of_known_names(
     distribution: workspace.Distribution, group: str, table: dict[str, str]
@@ -57,7 +57,7 @@ def test_every_gpus_accelerator_is_in_the_table_of_known_names() -> None:
         for d in DISTRIBUTIONS
         for name in d.entry_points.get("drivetrain.accelerators", ())
     }
-    assert served == {**known.ACCELERATORS, "cpu": "drivetrain-cpu"}
+    assert served == {**known.OWNERS["accelerators"], "cpu": "drivetrain-cpu"}
 
 
 def test_the_table_of_known_names_promises_no_section_that_its_owner_lacks() -> None:
