@@ -82,11 +82,31 @@ def test_a_share_that_stays_changes_nothing(stage: int, ratio: float) -> None:
     assert_equal(found, without(stage, "bf16", 2))
 
 
-def test_small_buckets_take_turns_in_the_lanes() -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_guesses_change_nothing(stage: int, precision: str) -> None:
+    given = config(stage, precision, {"super_offload": True})
+    found = run_distributed(_train, 2, given, STEPS, True)
+    assert_equal(found, without(stage, precision, 2))
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_late_updates_are_the_same_however_late_copies_are(stage: int) -> None:
+    given = config(stage, "bf16", {"delayed_update": True})
+    early, late = (run_distributed(_train, 2, given, STEPS, late) for late in (False, True))
+    assert_equal(late, early)
+    losses = [losses for losses, _ in early]
+    others = [losses for losses, _ in without(stage, "bf16", 2)]
+    assert [each[0] for each in losses] == [each[0] for each in others]
+    assert losses != others
+
+
+@pytest.mark.parametrize("mode", [{}, {"super_offload": True}], ids=str)
+def test_small_buckets_take_turns_in_the_lanes(mode: dict[str, Any]) -> None:
     buckets = {"data_parallel": {"bucket_bytes": 2000, "first_bucket_bytes": 500}}
     expected, found = (
-        run_distributed(_train, 1, config(0, "bf16", offload, **buckets), STEPS, True)
-        for offload in ({"device": "none"}, {})
+        run_distributed(_train, 1, config(0, "fp32", offload, **buckets), STEPS, True)
+        for offload in ({"device": "none"}, mode)
     )
     assert_equal(found, expected)
 

@@ -83,9 +83,7 @@ class HostHome(DeviceHome):
         side = self.side
         asked = side.down.mark()
         work = Update(gradient, as_they_are(hyper), side.scale(scale), self.step, asked)
-        self._ticket = side.worker.submit(
-            partial(self._carry_out, work), prepare=partial(self._prepare, work)
-        )
+        self._ticket = self._submit(work)
 
     def publish(self) -> None:
         self._finish()
@@ -113,25 +111,33 @@ class HostHome(DeviceHome):
             self._lane = self._fill(work.gradient, work.asked, steal=False)
 
     def _carry_out(self, work: Update) -> None:
-        side = self.side
-        if not side.lanes.holds(self._lane, self):
+        lane = self._filled(work)
+        try:
+            self._run(work, lane)
+            source = self._parameters_in(lane)
+            if source is not self._parameters:
+                pairs = [(self._parameters, source)]
+                lane.drained = self._uploaded = self.side.up.copy(pairs, [work.asked])
+        finally:
+            self.side.lanes.release(lane, self)
+
+    def _filled(self, work: Update) -> Lane:
+        """A lane with all that the update needs."""
+        if not self.side.lanes.holds(self._lane, self):
             self._lane = self._fill(work.gradient, work.asked, steal=True)
-        lane = self._lane
-        assert lane is not None, "a lane can be stolen"
-        lane.filled.synchronize()
+        assert self._lane is not None, "a lane can be stolen"
+        self._lane.filled.synchronize()
+        return self._lane
+
+    def _run(self, work: Update, lane: Lane) -> None:
+        """Leave the new parameters where :meth:`_parameters_in` says."""
+        stays = self._is_in_place(work.gradient)
+        gradient = work.gradient if stays else self._gradient_in(lane)
         parameters = self._parameters_in(lane)
-        self.run_rule(
-            work,
-            work.gradient if _on_host(work.gradient) else self._gradient_in(lane),
-            self._masters if self.spec.has_masters else parameters,
-            parameters if self.spec.has_masters else None,
-        )
-        if parameters is not self._parameters:
-            lane.drained = self._uploaded = side.up.copy(
-                [(self._parameters, parameters)], [work.asked]
-            )
-        side.lanes.release(lane, self)
-        self._lane = None
+        if self.spec.has_masters:
+            self.run_rule(work, gradient, self._masters, parameters)
+        else:
+            self.run_rule(work, gradient, parameters, None)
 
     def run_rule(
         self,
@@ -164,28 +170,41 @@ class HostHome(DeviceHome):
 
     # -- internals ------------------------------------------------------------------------------
 
+    def _is_in_place(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is worked on where it is."""
+        return tensor.device.type == "cpu"
+
     def _is_in_line(self, gradient: torch.Tensor) -> bool:
-        return _on_host(gradient) and _on_host(self._parameters)
+        return self._is_in_place(gradient) and self._is_in_place(self._parameters)
+
+    def _submit(self, work: Update) -> Ticket:
+        return self.side.worker.submit(
+            partial(self._carry_out, work), prepare=partial(self._prepare, work)
+        )
 
     def _fill(self, gradient: torch.Tensor, ready: Mark, *, steal: bool) -> Lane | None:
         """Begin to bring down what the update needs, if there is a lane."""
 
         def fill(lane: Lane) -> Mark:
             pairs = []
-            if not _on_host(gradient):
+            if not self._is_in_place(gradient):
                 pairs.append((self._gradient_in(lane), gradient))
-            if not self.spec.has_masters and not _on_host(self._parameters):
+            if not self.spec.has_masters and not self._is_in_place(self._parameters):
                 pairs.append((self._parameters_in(lane), self._parameters))
-            return self.side.down.copy(pairs, [ready, lane.drained])
+            return self.side.down.copy(pairs, [ready, *self._waits_for(lane)])
 
         return self.side.lanes.claim(self, fill, steal=steal)
+
+    def _waits_for(self, lane: Lane) -> Sequence[Mark]:
+        """When what is in the lane may be overwritten."""
+        return [lane.drained]
 
     def _gradient_in(self, lane: Lane) -> torch.Tensor:
         return _part(lane.gradient, self.spec.numel, self.spec.gradient_dtype)
 
     def _parameters_in(self, lane: Lane) -> torch.Tensor:
         """Where the rule leaves new parameters: the lane, or their own place if that is here."""
-        if _on_host(self._parameters):
+        if self._is_in_place(self._parameters):
             return self._parameters
         return _part(lane.parameters, self.spec.numel, self.spec.parameter_dtype)
 
@@ -194,10 +213,6 @@ class HostHome(DeviceHome):
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
             ticket.wait()
-
-
-def _on_host(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 def _part(flat: torch.Tensor, numel: int, dtype: torch.dtype) -> torch.Tensor:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from drivetrain.errors import ConfigError
 from drivetrain.home import BucketSpec, DeviceHome, StateHome
 from drivetrain.update_rule import UpdateRule
+from drivetrain_offload.delayed_home import DelayedHome
 from drivetrain_offload.host_home import HostHome
 from drivetrain_offload.host_memory import refuse_too_little
 from drivetrain_offload.host_side import HostSide
+from drivetrain_offload.speculative_home import SpeculativeHome
 from drivetrain_offload.split_home import SplitHome, cuts, part_of
 
 if TYPE_CHECKING:
@@ -82,19 +84,28 @@ def host_homes(job: Job, section: OffloadOptimizer, specs: Sequence[BucketSpec])
     """
     side = HostSide.of(job, section)
     on_device = [spec for spec in specs if spec.device.type != "cpu"]
-    _refuse_communicating(on_device)
-    states = sum(map(state_bytes, specs))
-    gradient = max((s.numel * s.gradient_dtype.itemsize for s in on_device), default=0)
-    parameters = max((s.numel * s.parameter_dtype.itemsize for s in on_device), default=0)
-    lanes = side.lanes.COUNT * (gradient + parameters)
+    through_lanes = [] if section.delayed_update else on_device
+    states, extra = sum(map(state_bytes, specs)), 0
+    make: Callable[[BucketSpec, HostSide], StateHome] = HostHome
+    if section.delayed_update:
+        _refuse_without_masters(specs)
+        make, extra = DelayedHome, sum(map(DelayedHome.extra_bytes, specs))
+    elif section.super_offload:
+        through_lanes = specs
+        make = SpeculativeHome
+        extra = sum(SpeculativeHome.extra_bytes(spec, state_bytes(spec)) for spec in specs)
+    _refuse_communicating(on_device if make is HostHome else specs)
+    gradient = max((s.numel * s.gradient_dtype.itemsize for s in through_lanes), default=0)
+    parameters = max((s.numel * s.parameter_dtype.itemsize for s in through_lanes), default=0)
+    extra += side.lanes.COUNT * (gradient + parameters)
     refuse_too_little(
-        states + lanes,
+        states + extra,
         job.ranks.ranks_on_host,
         what=f"{_PATH}: device cpu needs {states:,} bytes of masters and optimizer states"
-        + (f" and {lanes:,} of buffers" if lanes else ""),
+        + (f" and {extra:,} of buffers" if extra else ""),
     )
     side.reserve(gradient, parameters)
-    return [HostHome(spec, side) for spec in specs]
+    return [make(spec, side) for spec in specs]
 
 
 def state_bytes(spec: BucketSpec) -> int:
@@ -118,4 +129,14 @@ def _refuse_communicating(specs: Sequence[BucketSpec]) -> None:
                 f"{_PATH}: the optimizer {kind.__name__} communicates gradients by "
                 "itself, so its states cannot leave the device; use device none, or another "
                 "optimizer.type"
+            )
+
+
+def _refuse_without_masters(specs: Sequence[BucketSpec]) -> None:
+    for spec in specs:
+        if not spec.has_masters:
+            raise ConfigError(
+                f"{_PATH}.delayed_update: parameters in {spec.parameter_dtype} are their own "
+                "masters here, and nothing could be a step ahead of them; use bf16 or fp16 with "
+                "float32 masters"
             )

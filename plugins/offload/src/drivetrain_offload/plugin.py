@@ -47,6 +47,13 @@ class Offload(Plugin):
         found = []
         if optimizer.ratio < 1 and optimizer.device == "none":
             found.append(Problem(f"{OPTIMIZER}.ratio", "is given, but device is none"))
+        both = [key for key in ("delayed_update", "super_offload") if getattr(optimizer, key)]
+        if both[1:]:
+            flaw = "updates a step late, so there is nothing to guess: super_offload must be false"
+            found.append(Problem(f"{OPTIMIZER}.delayed_update", flaw))
+        if both and optimizer.device != "cpu":
+            flaw = f"needs device cpu, got {optimizer.device}"
+            found += [Problem(f"{OPTIMIZER}.{key}", flaw) for key in both]
         if self.section(OffloadParam).device != "none" and stage != 3:
             flaw = f"parameters stay away from the device at stage 3 only, got stage {stage}"
             found.append(Problem(f"{PARAM}.device", flaw))

@@ -36,10 +36,14 @@ class Ticket:
         if self._error is not None:
             raise self._error
 
-    def settle(self) -> bool:
-        """Return once the work is done, or has failed; whether it was done."""
+    def settle(self) -> None:
+        """Return once the work is done, or has failed."""
         self._done.wait()
-        return self._error is None
+
+    @property
+    def done(self) -> bool:
+        """Whether the work is done, or has failed."""
+        return self._done.is_set()
 
     def carry_out(self) -> None:
         """Run; an error is kept for whoever waits."""
