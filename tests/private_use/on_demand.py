@@ -25,10 +25,10 @@ from drivetrain.testing.models import tiny_gpt
 MICRO_BATCH = 2
 
 
-def start(config: Mapping[str, Any]) -> Engine:
+def start(config: Mapping[str, Any], module: nn.Module | None = None) -> Engine:
     registry = Registry.installed()
     registry.add("accelerators", WarpWithRanks.name, WarpWithRanks)
-    module = tiny_gpt()
+    module = module or tiny_gpt()
     engine, *_ = drivetrain.initialize(
         model=module,
         model_parameters=module.parameters(),

@@ -1,0 +1,79 @@
+"""The plugin that keeps activations in host memory or in files between forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from drivetrain.plugin import Plugin, Sections, hookimpl
+from drivetrain.section import Bool, NonNegativeInt, PositiveInt, Section
+from drivetrain.transform import Phase, Transform
+
+if TYPE_CHECKING:
+    import torch
+
+    from drivetrain.job import Job
+
+PATH = "activation_offload"
+
+
+class ActivationOffloadSection(Section):
+    """Where activations wait for backward."""
+
+    enabled: Bool = Field(default=False, description="Move activations off the device.")
+    device: Literal["cpu", "nvme"] = Field(
+        default="cpu", description="Where they wait: in host memory or in files."
+    )
+    nvme_path: str | None = Field(default=None, description="Folder for files; needed for nvme.")
+    min_bytes: PositiveInt = Field(
+        default=1 << 20, description="Smaller tensors stay where they are."
+    )
+    pin_memory: Bool = Field(
+        default=True, description="Lock the host memory, so that copies run beside the device."
+    )
+    prefetch: NonNegativeInt = Field(
+        default=1, description="Repeated blocks whose activations are fetched ahead in backward."
+    )
+    keep_last: NonNegativeInt = Field(
+        default=1,
+        description="Repeated blocks at the end of forward whose activations stay on the device, "
+        "because backward begins with them.",
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> ActivationOffloadSection:
+        if self.device == "nvme" and not self.nvme_path:
+            raise ValueError("device is nvme, which needs nvme_path: the folder for the files")
+        return self
+
+
+class ActivationOffload(Plugin):
+    """Owns ``activation_offload``."""
+
+    name = PATH
+    sections: ClassVar[Sections] = {PATH: ActivationOffloadSection}
+
+    @hookimpl
+    def transform_module(self, job: Job, module: torch.nn.Module) -> Sequence[Transform]:
+        from drivetrain_offload.activations import offload_activations
+
+        section = self.section(ActivationOffloadSection)
+        # Behind the hooks that gather parameters, so that those which are gathered are known.
+        return [Transform(Phase.COMPILE, lambda final: offload_activations(job, final, section))]
+
+    def features(self) -> Mapping[str, object]:
+        section = self.section(ActivationOffloadSection)
+        return {f"{PATH}.enabled": section.enabled, f"{PATH}.device": section.device}
+
+    def feature_values(self) -> Mapping[str, Sequence[object]]:
+        return {f"{PATH}.enabled": (False, True)}
+
+    def notes(self) -> Sequence[str]:
+        found = list(super().notes())
+        if self.section(ActivationOffloadSection).device == "cpu":
+            found.append(
+                f"{PATH}: does nothing on ranks that compute on the CPU, whose memory is the host's"
+            )
+        return found

@@ -1,0 +1,64 @@
+"""Jobs on the C++ device whose activations leave it; each function runs on a rank."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from drivetrain_offload.activations import activation_memory
+from on_demand import allocated, loss_of, start
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from drivetrain.engine import Engine
+from drivetrain.testing.models import TinyGPT
+
+
+def model(checkpointing: str | None = None) -> nn.Module:
+    torch.manual_seed(1)
+    module = TinyGPT(layers=4, dropout=0.1)
+    if checkpointing:
+        for block in module.blocks:
+            inner = copy.copy(block.forward)
+            block.forward = lambda x, inner=inner: checkpoint(
+                inner, x, use_reentrant=checkpointing == "reentrant"
+            )
+    return module
+
+
+def losses(config: Mapping[str, Any], checkpointing: str | None, steps: int) -> list[float]:
+    engine = start(config, model(checkpointing))
+    found = []
+    for step in range(steps * engine.gradient_accumulation_steps()):
+        loss = loss_of(engine, step)
+        engine.backward(loss)
+        engine.step()
+        found.append(loss.item())
+        with torch.no_grad():
+            found.append(loss_of(engine, 50).item())
+    assert all(memory.pool.in_use == 0 for memory in activation_memory(engine.job))
+    engine.destroy()
+    return found
+
+
+def bytes_between(config: Mapping[str, Any], checkpointing: str | None) -> tuple[int, int, int]:
+    """The device's bytes that a forward leaves behind; its peak in backward; the host's bytes."""
+    engine = start(config, model(checkpointing))
+    _step(engine)
+    before = allocated()
+    loss = loss_of(engine, 1)
+    kept = allocated() - before
+    host = sum(memory.pool.in_use for memory in activation_memory(engine.job))
+    engine.job.accelerator.reset_peak_memory()
+    engine.backward(loss)
+    peak = engine.job.accelerator.max_memory_allocated() - before
+    engine.step()
+    engine.destroy()
+    return kept, peak, host
+
+
+def _step(engine: Engine) -> None:
+    engine.backward(loss_of(engine, 0))
+    engine.step()
