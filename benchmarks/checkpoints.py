@@ -157,7 +157,9 @@ def _timed(
         seconds = _seconds([["dd", f"if={blob}", "of=/dev/null", "bs=1M"]])
         blob.unlink()
         return seconds
-    if what != "save":
+    if what == "save":  # neither it nor dd's has an earlier file to cut off
+        shutil.rmtree(folder / "t", ignore_errors=True)
+    else:
         _forget(folder)
     ranks = options.ranks + (what == "load reshaped")
     worker = [sys.executable, __file__, "worker", what.partition(" ")[0], str(options.gigabytes)]

@@ -13,6 +13,7 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -196,8 +197,8 @@ class LocalStorage(Storage):
 class _LocalSink(Sink):
     """Writes past the page cache where the file system can: the kernel then copies nothing.
 
-    That takes aligned memory and lengths, so what is written goes through a buffer, and the last
-    few bytes the usual way.
+    That takes aligned memory and lengths, so what is written goes through two buffers, of which one
+    is filled while a thread writes the other, and the last few bytes go the usual way.
     """
 
     def __init__(self, path: str) -> None:
@@ -206,8 +207,10 @@ class _LocalSink(Sink):
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self._flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
         self._direct = True
-        self._buffer = memoryview(mmap.mmap(-1, _BUFFER))  # of whole pages
+        self._buffer, self._spare = (memoryview(mmap.mmap(-1, _BUFFER)) for _ in range(2))
         self._filled = 0
+        self._thread = ThreadPoolExecutor(1, "checkpoint-write")
+        self._written: Future[None] | None = None
         with suppress(OSError):  # a file system that cannot
             fcntl.fcntl(self._file, fcntl.F_SETFL, self._flags | getattr(os, "O_DIRECT", 0))
 
@@ -218,30 +221,35 @@ class _LocalSink(Sink):
             self._buffer[self._filled : self._filled + count] = rest[:count]
             self._filled, rest = self._filled + count, rest[count:]
             if self._filled == _BUFFER:
-                self._drain(_BUFFER)
+                self._wait()
+                self._written = self._thread.submit(self._drain, self._buffer)
+                self._buffer, self._spare, self._filled = self._spare, self._buffer, 0
 
     def close(self) -> None:
-        self._drain(self._filled // _PAGE * _PAGE)
+        self._wait()
+        self._thread.shutdown()
+        aligned = self._filled // _PAGE * _PAGE
+        self._drain(self._buffer[:aligned])
         self._go_through_the_cache()
-        self._drain(self._filled)
+        self._drain(self._buffer[aligned : self._filled])
         os.fsync(self._file)
         os.close(self._file)
         _sync_folder(os.path.dirname(self._path))
 
-    def _drain(self, nbytes: int) -> None:
-        """Write the first bytes of the buffer."""
-        done = 0
-        while done < nbytes:
+    def _wait(self) -> None:
+        if self._written is not None:
+            self._written.result()
+
+    def _drain(self, rest: memoryview) -> None:
+        while rest:
             try:
-                done += os.write(self._file, self._buffer[done:nbytes])
+                rest = rest[os.write(self._file, rest) :]
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
                 self._go_through_the_cache()  # it promised more than it can
-            if done % _PAGE:
+            if len(rest) % _PAGE:
                 self._go_through_the_cache()  # which says why there is no room for the rest
-        rest = self._buffer[nbytes : self._filled]
-        self._buffer[: len(rest)], self._filled = rest, len(rest)
 
     def _go_through_the_cache(self) -> None:
         fcntl.fcntl(self._file, fcntl.F_SETFL, self._flags)
