@@ -145,6 +145,61 @@ def test_checkpointed_blocks_send_their_inputs_only(how: str, inside: bool) -> N
     assert offloader.memory.pool.in_use == 0
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("how", CHECKPOINTED)
+def test_a_model_that_is_recomputed_as_a_whole_is_left_alone(how: str) -> None:
+    plain, moved = (Checkpointed(how, inside=False) for _ in range(2))
+    offloader = offload(moved, keep_last=0)
+    x = torch.randn(16, 8, requires_grad=True)
+    found = [
+        gradients(module, checkpoint(module, x, use_reentrant=how == "reentrant"))
+        for module in (plain, moved)
+    ]
+    assert equal(*found)
+    assert offloader.memory.pool.total == 0
+
+
+def test_hooks_around_the_model_go_before() -> None:
+    module = gpt()
+    offloader = offload(module)
+    with torch.autograd.graph.save_on_cpu():
+        loss = module(*tokens())
+    loss.backward()
+    assert offloader.memory.pool.total == 0
+
+
+def test_a_tensor_that_is_changed_between_two_uses_is_sent_twice() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = x * 1
+            first = y.sin()
+            y.mul_(2)
+            return first, y.cos()
+
+    x = torch.linspace(0, 1, 64, requires_grad=True)
+    module = Twice()
+    offload(module)
+    first, second = module(x)
+    (found,) = torch.autograd.grad(second.sum(), x)
+    assert torch.equal(found, torch.autograd.grad(Twice()(x)[1].sum(), x)[0])
+    assert first.requires_grad  # its graph is alive, and so is what it has sent
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_blocks_may_be_compiled(backend: str) -> None:
+    plain = gpt()
+    moved = copy.deepcopy(plain)
+    offloader = offload(moved)
+    found = []
+    for module in (plain, moved):
+        for block in module.blocks:
+            block.forward = torch.compile(block.forward, backend=backend)
+        loss = module(*tokens())
+        found.append((loss, offloader.memory.pool.in_use))
+    assert found[0][1] == 0 < found[1][1]
+    assert equal(gradients(plain, found[0][0]), gradients(moved, found[1][0]))
+
+
 def test_several_forwards_may_be_open_at_once() -> None:
     plain = gpt()
     moved = copy.deepcopy(plain)

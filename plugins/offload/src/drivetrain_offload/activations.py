@@ -9,8 +9,8 @@ between two of them. When backward first asks for something of a span, all of th
 and the spans of the next blocks that backward will come to begin to be. What the last blocks and
 everything behind them have saved stays, since backward wants it at once.
 
-Where somebody else's hooks are innermost, as in a checkpointed block, they decide: its activations
-are recomputed, and only its inputs are seen here. What is recomputed in backward is left alone.
+Where somebody else has hooks, they decide: of a checkpointed block, which is recomputed, only the
+inputs are seen here. What is recomputed in backward is left alone.
 """
 
 from __future__ import annotations
@@ -319,7 +319,8 @@ def _changed(tensor: torch.Tensor) -> TrainingError:
 
 
 def _may_hook() -> bool:
-    """Whether this is a forward of its own, not one that backward or a transform runs."""
-    autograd: Any = torch._C._autograd  # torch does not type the function
+    """Whether what is saved now is ours: nobody else's, and not that of a backward."""
+    autograd: Any = torch._C._autograd  # torch does not type these functions
     enabled: bool = autograd._saved_tensors_hooks_is_enabled()
-    return enabled and torch._C._current_graph_task_id() == -1
+    others = autograd._top_saved_tensors_default_hooks(False)
+    return enabled and others is None and torch._C._current_graph_task_id() == -1
