@@ -186,9 +186,7 @@ def between_uses(run: Run) -> tuple[int, bool]:
     engine = run.engine()
     pair = batches(run, 1)[0][0][0]
     run_engine(engine, [pair], 0)
-    held = sum(
-        p.untyped_storage().nbytes() for p in engine.module.parameters() if p.stride() != (0,)
-    )
+    held = sum(p.untyped_storage().nbytes() for p in engine.module.parameters() if any(p.stride()))
     shown = {f.name: f.read().clone() for f in engine.states.fragments() if f.kind == "parameter"}
     found = whole_parameters(engine)
     alike = all(torch.equal(shown[name], found[name].reshape(-1)) for name in found)
@@ -203,7 +201,7 @@ def test_a_single_rank_releases_them_too() -> None:
     held, alike = answer
     plain_held, _ = run_distributed(between_uses, 1, Run(settings, BODY))[0]
     assert alike
-    assert held < plain_held / 4
+    assert held == 0 < plain_held
 
 
 def seen_in_backward(run: Run) -> list[bool]:

@@ -317,6 +317,8 @@ class _Files:
     """Makes the files of a rank's parameters."""
 
     def __init__(self, job: Job, section: OffloadParam, aio: Aio) -> None:
+        from drivetrain_offload.swap_folder import SwapFolder
+
         assert section.nvme_path is not None, "the section has been validated"
         self._folder = SwapFolder.of(job, section.nvme_path)
         self._aio = aio
