@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from drivetrain_offload.placement import homes_of
 from drivetrain_offload.section import Aio, OffloadOptimizer, OffloadParam
+from drivetrain_offload.zenflow_section import ZenFlow
 
 from drivetrain.home import BucketSpec, DeviceHome, Segment, StateHome
 from drivetrain.job import Job
@@ -85,10 +86,12 @@ def adopt(home: StateHome) -> torch.Tensor:
     return parameters
 
 
-def place(job: Job, specs: Sequence[BucketSpec], **section: Any) -> list[StateHome]:
+def place(
+    job: Job, specs: Sequence[BucketSpec], zenflow: ZenFlow | None = None, **section: Any
+) -> list[StateHome]:
     """The homes that a section gives to buckets."""
     optimizer = OffloadOptimizer.model_validate({"device": "cpu", **section})
-    return homes_of(job, specs, optimizer, OffloadParam(), Aio())
+    return homes_of(job, specs, optimizer, OffloadParam(), Aio(), zenflow)
 
 
 def states(home: StateHome) -> dict[tuple[str, str], torch.Tensor]:

@@ -66,10 +66,7 @@ class DelayedHome(HostHome):
             self._start_copy(gradient)
         self._coming = 0
         self.step += 1
-        if self._newest is None:
-            self._uploaded.synchronize()
-            self._newest = self._buffers[0].copy_(self._masters)
-        self._due = self._newest
+        self._due = self._rounded()
         asked = self.side.down.mark()
         work = Update(self._gradient, as_they_are(hyper), self.side.scale(scale), self.step, asked)
         run = partial(self._compute, work, self._copied, self._uploaded)
@@ -98,6 +95,13 @@ class DelayedHome(HostHome):
         self.flush()
         write(values)
         self._newest = None
+
+    def _rounded(self) -> torch.Tensor:
+        """The masters in the parameters' dtype; nothing may be under way."""
+        if self._newest is None:
+            self._uploaded.synchronize()
+            self._newest = self._buffers[0].copy_(self._masters)
+        return self._newest
 
     def _start_copy(self, gradient: torch.Tensor) -> None:
         down = self.side.down

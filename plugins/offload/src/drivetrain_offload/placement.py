@@ -15,12 +15,14 @@ from drivetrain_offload.host_memory import refuse_too_little
 from drivetrain_offload.host_side import HostSide
 from drivetrain_offload.speculative_home import SpeculativeHome
 from drivetrain_offload.split_home import SplitHome, cuts, part_of
+from drivetrain_offload.zenflow_home import ZenFlowHome
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from drivetrain.job import Job
     from drivetrain_offload.section import Aio, OffloadOptimizer, OffloadParam
+    from drivetrain_offload.zenflow_section import ZenFlow
 
     Factory = Callable[[Sequence[BucketSpec]], list[StateHome]]
 
@@ -33,13 +35,14 @@ def homes_of(
     optimizer: OffloadOptimizer,
     param: OffloadParam,
     aio: Aio,
+    zenflow: ZenFlow | None = None,
 ) -> list[StateHome]:
     """A home for every bucket, in the order of ``specs``.
 
     Raises:
         ConfigError: the host has too little memory, or an update rule cannot work on it.
     """
-    homes = _state_homes(job, specs, optimizer, aio)
+    homes = _state_homes(job, specs, optimizer, aio, zenflow)
     if param.device == "none":
         return homes
     from drivetrain_offload.kept_parameters import keep
@@ -48,12 +51,16 @@ def homes_of(
 
 
 def _state_homes(
-    job: Job, specs: Sequence[BucketSpec], section: OffloadOptimizer, aio: Aio
+    job: Job,
+    specs: Sequence[BucketSpec],
+    section: OffloadOptimizer,
+    aio: Aio,
+    zenflow: ZenFlow | None,
 ) -> list[StateHome]:
     """Homes of masters and optimizer states."""
     if section.device == "none":
         return [DeviceHome(spec) for spec in specs]
-    make: Factory = partial(host_homes, job, section)
+    make: Factory = partial(host_homes, job, section, zenflow=zenflow)
     if section.device == "nvme":
         from drivetrain_offload.nvme_home import nvme_homes
 
@@ -76,7 +83,13 @@ def _state_homes(
     return homes
 
 
-def host_homes(job: Job, section: OffloadOptimizer, specs: Sequence[BucketSpec]) -> list[StateHome]:
+def host_homes(
+    job: Job,
+    section: OffloadOptimizer,
+    specs: Sequence[BucketSpec],
+    *,
+    zenflow: ZenFlow | None = None,
+) -> list[StateHome]:
     """Homes in host memory.
 
     Raises:
@@ -84,11 +97,16 @@ def host_homes(job: Job, section: OffloadOptimizer, specs: Sequence[BucketSpec])
     """
     side = HostSide.of(job, section)
     on_device = [spec for spec in specs if spec.device.type != "cpu"]
-    through_lanes = [] if section.delayed_update else on_device
+    through_lanes = [] if section.delayed_update or zenflow is not None else on_device
     states, extra = sum(map(state_bytes, specs)), 0
     make: Callable[[BucketSpec, HostSide], StateHome] = HostHome
-    if section.delayed_update:
-        _refuse_without_masters(specs)
+    if zenflow is not None:
+        _refuse_without_masters(specs, "zero_optimization.zenflow")
+        _refuse_whole_tensors(specs)
+        make = partial(ZenFlowHome, section=zenflow)
+        extra = sum(map(ZenFlowHome.extra_bytes, specs))
+    elif section.delayed_update:
+        _refuse_without_masters(specs, f"{_PATH}.delayed_update")
         make, extra = DelayedHome, sum(map(DelayedHome.extra_bytes, specs))
     elif section.super_offload:
         through_lanes = specs
@@ -132,11 +150,22 @@ def _refuse_communicating(specs: Sequence[BucketSpec]) -> None:
             )
 
 
-def _refuse_without_masters(specs: Sequence[BucketSpec]) -> None:
+def _refuse_without_masters(specs: Sequence[BucketSpec], path: str) -> None:
     for spec in specs:
         if not spec.has_masters:
             raise ConfigError(
-                f"{_PATH}.delayed_update: parameters in {spec.parameter_dtype} are their own "
-                "masters here, and nothing could be a step ahead of them; use bf16 or fp16 with "
-                "float32 masters"
+                f"{path}: parameters in {spec.parameter_dtype} are their own masters here, so that "
+                "nothing can be ahead of them; use bf16 or fp16 with float32 masters"
+            )
+
+
+def _refuse_whole_tensors(specs: Sequence[BucketSpec]) -> None:
+    for spec in specs:
+        assert spec.rule is not None, f"bucket {spec.key} is not trained"
+        of_bucket = any(state.numel is not None for state in spec.rule.states(spec))
+        if spec.rule.grain != "element" or of_bucket:
+            raise ConfigError(
+                f"zero_optimization.zenflow: the optimizer {type(spec.rule).__name__} does not "
+                "work element by element, so columns cannot be updated by themselves; use AdamW, "
+                "for example"
             )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from drivetrain.plugin import Plugin, Problem, Sections, hookimpl
 from drivetrain_offload.section import Aio, OffloadOptimizer, OffloadParam
+from drivetrain_offload.zenflow_section import ZenFlow
 
 if TYPE_CHECKING:
     from drivetrain.home import BucketSpec, StateHome
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 OPTIMIZER = "zero_optimization.offload_optimizer"
 PARAM = "zero_optimization.offload_param"
+ZENFLOW = "zero_optimization.zenflow"
 STAGE = "zero_optimization.stage"
 
 
@@ -22,11 +24,21 @@ class Offload(Plugin):
     """Owns both offload sections of ``zero_optimization``, and ``aio``."""
 
     name = "offload"
-    sections: ClassVar[Sections] = {OPTIMIZER: OffloadOptimizer, PARAM: OffloadParam, "aio": Aio}
+    sections: ClassVar[Sections] = {
+        OPTIMIZER: OffloadOptimizer,
+        PARAM: OffloadParam,
+        ZENFLOW: ZenFlow,
+        "aio": Aio,
+    }
+
+    @property
+    def _zenflow(self) -> ZenFlow | None:
+        """The section, if the config contains it."""
+        return self.section(ZenFlow) if ZENFLOW in self._sections else None
 
     def enabled(self) -> bool:
         devices = (self.section(OffloadOptimizer).device, self.section(OffloadParam).device)
-        return any(device != "none" for device in devices)
+        return any(device != "none" for device in devices) or self._zenflow is not None
 
     def features(self) -> Mapping[str, object]:
         optimizer = self.section(OffloadOptimizer)
@@ -36,6 +48,7 @@ class Offload(Plugin):
             f"{OPTIMIZER}.ratio": optimizer.ratio,
             f"{OPTIMIZER}.delayed_update": optimizer.delayed_update,
             f"{OPTIMIZER}.super_offload": optimizer.super_offload,
+            ZENFLOW: self._zenflow is not None,
         }
 
     def feature_values(self) -> Mapping[str, Sequence[object]]:
@@ -47,13 +60,21 @@ class Offload(Plugin):
         found = []
         if optimizer.ratio < 1 and optimizer.device == "none":
             found.append(Problem(f"{OPTIMIZER}.ratio", "is given, but device is none"))
-        both = [key for key in ("delayed_update", "super_offload") if getattr(optimizer, key)]
-        if both[1:]:
-            flaw = "updates a step late, so there is nothing to guess: super_offload must be false"
-            found.append(Problem(f"{OPTIMIZER}.delayed_update", flaw))
-        if both and optimizer.device != "cpu":
-            flaw = f"needs device cpu, got {optimizer.device}"
-            found += [Problem(f"{OPTIMIZER}.{key}", flaw) for key in both]
+        kinds = [
+            f"{OPTIMIZER}.{key}"
+            for key in ("delayed_update", "super_offload")
+            if getattr(optimizer, key)
+        ]
+        kinds += [ZENFLOW] if self._zenflow is not None else []
+        if kinds[1:]:
+            flaw = f"cannot be combined with {kinds[1]}: each says when an update is computed"
+            found.append(Problem(kinds[0], flaw))
+        if optimizer.device != "cpu":
+            flaw = f"needs offload_optimizer.device cpu, got {optimizer.device}"
+            found += [Problem(path, flaw) for path in kinds]
+        if optimizer.super_offload and self.section(OffloadParam).device == "nvme":
+            flaw = "updates parameters while backward goes on, when they may be in their files only"
+            found.append(Problem(f"{OPTIMIZER}.super_offload", flaw))
         if self.section(OffloadParam).device != "none" and stage != 3:
             flaw = f"parameters stay away from the device at stage 3 only, got stage {stage}"
             found.append(Problem(f"{PARAM}.device", flaw))
@@ -69,4 +90,5 @@ class Offload(Plugin):
             self.section(OffloadOptimizer),
             self.section(OffloadParam),
             self.section(Aio),
+            self._zenflow,
         )
