@@ -90,6 +90,25 @@ def test_guesses_change_nothing(stage: int, precision: str) -> None:
     assert_equal(found, without(stage, precision, 2))
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_columns_may_be_updated_on_the_device(stage: int, overlap: bool) -> None:
+    given = config(stage, "bf16", {})
+    given["zero_optimization"]["zenflow"] = {
+        "topk_ratio": 0.2,
+        "update_interval": 2,
+        "select_interval": 2,
+        "overlap_step": overlap,
+    }
+    early, late = (run_distributed(_train, 2, given, 8, late) for late in (False, True))
+    assert_equal(late, early)
+    (seen,) = run_distributed(host_offload.where_rules_run, 1, given)
+    assert {(device, thread) for device, thread, _ in seen} == {
+        ("cpu", "drivetrain-offload"),
+        ("warp", "MainThread"),
+    }
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_late_updates_are_the_same_however_late_copies_are(stage: int) -> None:
     given = config(stage, "bf16", {"delayed_update": True})

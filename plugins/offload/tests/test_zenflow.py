@@ -329,6 +329,13 @@ def test_it_is_one_of_three_ways_to_update(key: str) -> None:
         Plan.build(given, world_size=1)
 
 
+def test_it_needs_parameters_on_the_device() -> None:
+    given = config()
+    given["zero_optimization"] |= {"zenflow": {}, "offload_param": {"device": "cpu"}}
+    with pytest.raises(ConfigError, match="zenflow updates columns on the device"):
+        Plan.build(given, world_size=1)
+
+
 def test_rules_over_whole_tensors_are_refused() -> None:
     with opened() as job, pytest.raises(ConfigError, match="FusedLamb does not work element by"):
         place(job, [spec_of(FusedLamb())], ZenFlow())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,6 @@ from drivetrain_offload.split_home import SplitHome, cuts, part_of
 from drivetrain_offload.zenflow_home import ZenFlowHome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from drivetrain.job import Job
     from drivetrain_offload.section import Aio, OffloadOptimizer, OffloadParam
     from drivetrain_offload.zenflow_section import ZenFlow
@@ -96,34 +95,56 @@ def host_homes(
         ConfigError: the host has too little memory, or an update rule communicates.
     """
     side = HostSide.of(job, section)
-    on_device = [spec for spec in specs if spec.device.type != "cpu"]
-    through_lanes = [] if section.delayed_update or zenflow is not None else on_device
-    states, extra = sum(map(state_bytes, specs)), 0
-    make: Callable[[BucketSpec, HostSide], StateHome] = HostHome
-    if zenflow is not None:
-        _refuse_without_masters(specs, "zero_optimization.zenflow")
-        _refuse_whole_tensors(specs)
-        make = partial(ZenFlowHome, section=zenflow)
-        extra = sum(map(ZenFlowHome.extra_bytes, specs))
-    elif section.delayed_update:
-        _refuse_without_masters(specs, f"{_PATH}.delayed_update")
-        make, extra = DelayedHome, sum(map(DelayedHome.extra_bytes, specs))
-    elif section.super_offload:
-        through_lanes = specs
-        make = SpeculativeHome
-        extra = sum(SpeculativeHome.extra_bytes(spec, state_bytes(spec)) for spec in specs)
-    _refuse_communicating(on_device if make is HostHome else specs)
-    gradient = max((s.numel * s.gradient_dtype.itemsize for s in through_lanes), default=0)
-    parameters = max((s.numel * s.parameter_dtype.itemsize for s in through_lanes), default=0)
-    extra += side.lanes.COUNT * (gradient + parameters)
+    way = _way_of(section, specs, zenflow)
+    states = sum(map(state_bytes, specs))
+    gradient = max((s.numel * s.gradient_dtype.itemsize for s in way.through_lanes), default=0)
+    parameters = max((s.numel * s.parameter_dtype.itemsize for s in way.through_lanes), default=0)
+    buffers = way.extra_bytes + side.lanes.COUNT * (gradient + parameters)
     refuse_too_little(
-        states + extra,
+        states + buffers,
         job.ranks.ranks_on_host,
         what=f"{_PATH}: device cpu needs {states:,} bytes of masters and optimizer states"
-        + (f" and {extra:,} of buffers" if extra else ""),
+        + (f" and {buffers:,} of buffers" if buffers else ""),
     )
     side.reserve(gradient, parameters)
-    return [make(spec, side) for spec in specs]
+    return [way.make(spec, side) for spec in specs]
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How buckets are updated on the host.
+
+    Args:
+        make: makes a home.
+        through_lanes: buckets that come down and go up through the shared lanes.
+        extra_bytes: of host memory beside masters, states and lanes.
+    """
+
+    make: Callable[[BucketSpec, HostSide], StateHome]
+    through_lanes: Sequence[BucketSpec] = ()
+    extra_bytes: int = 0
+
+
+def _way_of(
+    section: OffloadOptimizer, specs: Sequence[BucketSpec], zenflow: ZenFlow | None
+) -> _Way:
+    if zenflow is not None:
+        _refuse_communicating(specs)
+        _refuse_without_masters(specs, "zero_optimization.zenflow")
+        _refuse_whole_tensors(specs)
+        extra = sum(map(ZenFlowHome.extra_bytes, specs))
+        return _Way(partial(ZenFlowHome, section=zenflow), extra_bytes=extra)
+    if section.delayed_update:
+        _refuse_communicating(specs)
+        _refuse_without_masters(specs, f"{_PATH}.delayed_update")
+        return _Way(DelayedHome, extra_bytes=sum(map(DelayedHome.extra_bytes, specs)))
+    if section.super_offload:
+        _refuse_communicating(specs)
+        extra = sum(SpeculativeHome.extra_bytes(spec, state_bytes(spec)) for spec in specs)
+        return _Way(SpeculativeHome, specs, extra)
+    on_device = [spec for spec in specs if spec.device.type != "cpu"]
+    _refuse_communicating(on_device)
+    return _Way(HostHome, on_device)
 
 
 def state_bytes(spec: BucketSpec) -> int:

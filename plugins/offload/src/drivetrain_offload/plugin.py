@@ -72,6 +72,9 @@ class Offload(Plugin):
         if optimizer.device != "cpu":
             flaw = f"needs offload_optimizer.device cpu, got {optimizer.device}"
             found += [Problem(path, flaw) for path in kinds]
+        if self._zenflow is not None and self.section(OffloadParam).device != "none":
+            flaw = "updates columns on the device, where the parameters have to stay for that"
+            found.append(Problem(f"{PARAM}.device", f"zenflow {flaw}"))
         if optimizer.super_offload and self.section(OffloadParam).device == "nvme":
             flaw = "updates parameters while backward goes on, when they may be in their files only"
             found.append(Problem(f"{OPTIMIZER}.super_offload", flaw))
