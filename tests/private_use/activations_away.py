@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from drivetrain_offload.activations import activation_memory
+from drivetrain_offload import memory_table
 from on_demand import allocated, loss_of, start
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -38,7 +38,7 @@ def losses(config: Mapping[str, Any], checkpointing: str | None, steps: int) -> 
         found.append(loss.item())
         with torch.no_grad():
             found.append(loss_of(engine, 50).item())
-    assert all(memory.pool.in_use == 0 for memory in activation_memory(engine.job))
+    assert _away(engine) == 0
     engine.destroy()
     return found
 
@@ -50,13 +50,17 @@ def bytes_between(config: Mapping[str, Any], checkpointing: str | None) -> tuple
     before = allocated()
     loss = loss_of(engine, 1)
     kept = allocated() - before
-    host = sum(memory.pool.in_use for memory in activation_memory(engine.job))
+    host = _away(engine)
     engine.job.accelerator.reset_peak_memory()
     engine.backward(loss)
     peak = engine.job.accelerator.max_memory_allocated() - before
     engine.step()
     engine.destroy()
     return kept, peak, host
+
+
+def _away(engine: Engine) -> int:
+    return sum(row.nbytes for row in memory_table(engine) if row.kind == "activations")
 
 
 def _step(engine: Engine) -> None:

@@ -9,6 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from drivetrain_offload.memory import (
+        MemoryRow,
+        memory_table,
+        memory_text,
+    )
     from drivetrain_offload.on_demand import (
         StateKind,
         offload_states,
@@ -17,13 +22,19 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "MemoryRow",
     "StateKind",
+    "memory_table",
+    "memory_text",
     "offload_states",
     "reload_states",
     "state_devices",
 ]
 
 _HOME = {
+    "MemoryRow": "memory",
+    "memory_table": "memory",
+    "memory_text": "memory",
     "StateKind": "on_demand",
     "offload_states": "on_demand",
     "reload_states": "on_demand",

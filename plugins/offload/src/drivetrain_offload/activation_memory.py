@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from drivetrain_offload.copies import CopyStream
+from drivetrain_offload.memory import MemoryRow
 
 if TYPE_CHECKING:
     from drivetrain.accelerator import Accelerator
@@ -40,10 +41,10 @@ class HostPool:
         self.peak = 0
         """Most bytes that were ever in use at once."""
 
-    @property
-    def pinned(self) -> bool:
-        """Whether its memory is page-locked."""
-        return self._pin
+    def rows(self) -> list[MemoryRow]:
+        """What there is, for tables of memory."""
+        sizes = {"activations": self.in_use, "activations, free buffers": self.total - self.in_use}
+        return [MemoryRow(kind, "host", n, n if self._pin else 0) for kind, n in sizes.items()]
 
     def take(self, nbytes: int) -> torch.Tensor:
         """At least ``nbytes`` of uint8, any values."""

@@ -29,6 +29,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from drivetrain.errors import TrainingError
 from drivetrain.units import units
 from drivetrain_offload.activation_memory import Activation, ActivationMemory
+from drivetrain_offload.memory import note_memory
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -47,8 +48,6 @@ _UNDER_WAY = 2
 _Span = WeakKeyDictionary[Activation, None]
 """What backward needs of a part of forward and has not used up, in the order of forward."""
 
-_memories: WeakKeyDictionary[Job, list[ActivationMemory]] = WeakKeyDictionary()
-
 
 def offload_activations(
     job: Job, module: nn.Module, section: ActivationOffloadSection
@@ -59,15 +58,9 @@ def offload_activations(
             logger.info("activation_offload: nothing to do, the device is the CPU")
         return module
     memory = ActivationMemory(job.accelerator, job.device, pin=section.pin_memory)
-    offloader = ActivationOffloader(module, memory, section)
-    _memories.setdefault(job, []).append(memory)
-    job.on_close(offloader.close)
+    job.on_close(ActivationOffloader(module, memory, section).close)
+    note_memory(job, memory.pool.rows)
     return module
-
-
-def activation_memory(job: Job) -> list[ActivationMemory]:
-    """The memory of all engines of ``job`` whose activations are moved."""
-    return list(_memories.get(job, ()))
 
 
 class ActivationOffloader:

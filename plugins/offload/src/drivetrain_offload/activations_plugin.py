@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -14,6 +14,7 @@ from drivetrain.transform import Phase, Transform
 if TYPE_CHECKING:
     import torch
 
+    from drivetrain.engine import Engine
     from drivetrain.job import Job
 
 PATH = "activation_offload"
@@ -62,6 +63,14 @@ class ActivationOffload(Plugin):
         section = self.section(ActivationOffloadSection)
         # Behind the hooks that gather parameters, so that those which are gathered are known.
         return [Transform(Phase.COMPILE, lambda final: offload_activations(job, final, section))]
+
+    @hookimpl(wrapper=True)
+    def optimizer_step(self, engine: Engine) -> Generator[None, bool | None, bool | None]:
+        applied = yield
+        from drivetrain_offload.memory import log_memory
+
+        log_memory(engine)
+        return applied
 
     def features(self) -> Mapping[str, object]:
         section = self.section(ActivationOffloadSection)

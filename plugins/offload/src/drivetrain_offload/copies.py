@@ -114,6 +114,11 @@ class Lanes:
         self._sizes = (0, 0)
         self._lanes: list[Lane] = []
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all lanes."""
+        return len(self._lanes) * sum(self._sizes)
+
     def grow(self, gradient: int, parameters: int) -> None:
         """Make room for buckets of that many bytes; nothing may be under way."""
         sizes = (max(gradient, self._sizes[0]), max(parameters, self._sizes[1]))

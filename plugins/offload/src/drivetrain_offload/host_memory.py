@@ -58,7 +58,7 @@ class PinnedMemory:
         try:
             pinned = self._accelerator.pin_memory(plain)
         except RuntimeError as error:
-            limit = f"; the system lets a process lock {_lockable()}"
+            limit = f"; the system lets a process lock {lockable()}"
             self._give_up(f"{nbytes:,} bytes: {str(error).splitlines()[0]}{limit}")
             return plain
         self.locked += nbytes
@@ -161,7 +161,8 @@ def _number(path: Path) -> int | None:
     return int(text) if text.isdecimal() else None  # "max" is no limit
 
 
-def _lockable() -> str:
+def lockable() -> str:
+    """How much memory the system lets this process lock, in words."""
     if sys.platform == "win32":
         return "an unknown number of bytes"
     import resource

@@ -10,6 +10,7 @@ import torch
 
 from drivetrain_offload.copies import CopyStream, Lanes, Mark, Reached
 from drivetrain_offload.host_memory import PinnedMemory
+from drivetrain_offload.memory import MemoryRow, note_memory
 from drivetrain_offload.worker import Worker
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class HostSide:
         self.up = CopyStream(accelerator, job.device)
         self._scale: HostScale | None = None
         job.on_close(self.worker.close)
+        note_memory(job, self._rows)
 
     @classmethod
     def of(cls, job: Job, section: OffloadOptimizer) -> HostSide:
@@ -44,6 +46,10 @@ class HostSide:
         if job not in _sides:
             _sides[job] = cls(job, section)
         return _sides[job]
+
+    def _rows(self) -> list[MemoryRow]:
+        """Buffers, for tables of memory; all that is locked here, states too, counts with them."""
+        return [MemoryRow("buffers of updates", "host", self.lanes.nbytes, self.memory.locked)]
 
     def reserve(self, gradient: int, parameters: int) -> None:
         """Make lanes large enough for buckets of that many bytes of both."""
