@@ -105,6 +105,17 @@ def test_memory_breakdown_logs_it_with_every_progress_line(
     assert all("exp_avg_sq" in text and " MiB now" in text for text in found)
 
 
+def test_one_table_is_logged_where_both_plugins_are_active(
+    engines: list[Engine], caplog: pytest.LogCaptureFixture
+) -> None:
+    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+    both = {"activation_offload": {"enabled": True}, **offload}
+    engine = start(engines, memory_breakdown=True, steps_per_print=1, **both)
+    with caplog.at_level(logging.INFO, "drivetrain"):
+        step(engine)
+    assert len([r for r in caplog.records if "memory of rank 0" in r.getMessage()]) == 1
+
+
 def test_without_memory_breakdown_nothing_is_logged(
     engines: list[Engine], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -117,4 +128,4 @@ def test_without_memory_breakdown_nothing_is_logged(
 def test_the_report_tells_of_the_hosts_memory() -> None:
     rows = dict(report_memory())
     assert float(rows["host"].split()[0].replace(",", "")) > 0
-    assert "bytes" in rows["can be page-locked"]
+    assert "bytes" in rows["limit of locked pages"]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from drivetrain.plugin import Plugin, Sections, hookimpl
+from drivetrain.plugin import Sections, hookimpl
 from drivetrain.section import Bool, NonNegativeInt, PositiveInt, Section
 from drivetrain.transform import Phase, Transform
+from drivetrain_offload.memory import LogsMemory
 
 if TYPE_CHECKING:
     import torch
 
-    from drivetrain.engine import Engine
     from drivetrain.job import Job
 
 PATH = "activation_offload"
@@ -50,7 +50,7 @@ class ActivationOffloadSection(Section):
         return self
 
 
-class ActivationOffload(Plugin):
+class ActivationOffload(LogsMemory):
     """Owns ``activation_offload``."""
 
     name = PATH
@@ -63,14 +63,6 @@ class ActivationOffload(Plugin):
         section = self.section(ActivationOffloadSection)
         # Behind the hooks that gather parameters, so that those which are gathered are known.
         return [Transform(Phase.COMPILE, lambda final: offload_activations(job, final, section))]
-
-    @hookimpl(wrapper=True)
-    def optimizer_step(self, engine: Engine) -> Generator[None, bool | None, bool | None]:
-        applied = yield
-        from drivetrain_offload.memory import log_memory
-
-        log_memory(engine)
-        return applied
 
     def features(self) -> Mapping[str, object]:
         section = self.section(ActivationOffloadSection)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from drivetrain.builtin.observability import MemoryBreakdown, StepsPerPrint
+from drivetrain.plugin import Plugin, hookimpl
 
 if TYPE_CHECKING:
     from drivetrain.engine import Engine
@@ -92,10 +93,20 @@ def memory_text(rows: Sequence[MemoryRow]) -> str:
     return "\n".join(lines)
 
 
-def log_memory(engine: Engine) -> None:
+class LogsMemory(Plugin):
+    """A plugin of this package, where ``memory_breakdown`` logs tables."""
+
+    @hookimpl(wrapper=True)
+    def optimizer_step(self, engine: Engine) -> Generator[None, bool | None, bool | None]:
+        applied = yield
+        _log_memory(engine)
+        return applied
+
+
+def _log_memory(engine: Engine) -> None:
     """Log rank 0's table where ``memory_breakdown`` and ``steps_per_print`` ask for it.
 
-    Called at a boundary, before the step is counted.
+    The step is not counted yet.
     """
     plan, step = engine.job.plan, engine.global_steps + 1
     every = plan.section(StepsPerPrint).root or 0

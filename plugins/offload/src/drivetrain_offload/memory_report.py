@@ -13,7 +13,7 @@ def report_memory() -> Iterator[tuple[str, str]]:
     """Rows of the table ``memory``."""
     for label, nbytes in (("host", total_bytes()), ("available", available_bytes())):
         yield label, "unknown" if nbytes is None else f"{nbytes / _GIB:,.1f} GiB"
-    yield "can be page-locked", lockable()
+    yield "limit of locked pages", lockable()
     yield (
         "by kind and place",
         'in a running job: "memory_breakdown": true, or drivetrain_offload.memory_table(engine)',

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from drivetrain.plugin import Plugin, Problem, Sections, hookimpl
+from drivetrain.plugin import Problem, Sections, hookimpl
+from drivetrain_offload.memory import LogsMemory
 from drivetrain_offload.section import Aio, OffloadOptimizer, OffloadParam
 from drivetrain_offload.zenflow_section import ZenFlow
 
@@ -20,7 +21,7 @@ ZENFLOW = "zero_optimization.zenflow"
 STAGE = "zero_optimization.stage"
 
 
-class Offload(Plugin):
+class Offload(LogsMemory):
     """Owns both offload sections of ``zero_optimization``, and ``aio``."""
 
     name = "offload"
