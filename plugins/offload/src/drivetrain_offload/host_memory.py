@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,8 @@ logger = logging.getLogger("drivetrain.offload")
 _MIB = 1 << 20
 
 _MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 class PinnedMemory:
@@ -37,6 +38,7 @@ class PinnedMemory:
         self._accelerator = accelerator
         self._wanted = wanted and accelerator.device_type != "cpu"
         self._budget = budget
+        self._said = False
         self.locked = 0
         """Bytes locked now."""
 
@@ -50,7 +52,7 @@ class PinnedMemory:
         if not self._wanted or not numel:
             return plain
         if self._budget is not None and self.locked + nbytes > self._budget:
-            self._give_up(
+            self._say(
                 f"{nbytes:,} bytes more than the {self.locked:,} locked so far would exceed "
                 f"pinned_memory_budget ({self._budget:,})"
             )
@@ -59,7 +61,8 @@ class PinnedMemory:
             pinned = self._accelerator.pin_memory(plain)
         except RuntimeError as error:
             limit = f"; the system lets a process lock {lockable()}"
-            self._give_up(f"{nbytes:,} bytes: {str(error).splitlines()[0]}{limit}")
+            self._wanted = False
+            self._say(f"{nbytes:,} bytes: {str(error).splitlines()[0]}{limit}")
             return plain
         self.locked += nbytes
         weakref.finalize(pinned, self._unlock, nbytes)
@@ -68,37 +71,28 @@ class PinnedMemory:
     def _unlock(self, nbytes: int) -> None:
         self.locked -= nbytes
 
-    def _give_up(self, why: str) -> None:
-        self._wanted = False
-        logger.warning(
-            "offload_optimizer: some host memory is not page-locked, so copies from and to the "
-            "device do not overlap with its work: %s",
-            why,
-        )
+    def _say(self, why: str) -> None:
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "some host memory is not page-locked, so that copies between it and the device do "
+                "not overlap with other work: %s",
+                why,
+            )
 
 
-def refuse_too_little(
-    needed: int,
-    ranks: int,
-    *,
-    what: str,
-    available: Callable[[], int | None] | None = None,
-    total: Callable[[], int | None] | None = None,
-) -> None:
+def refuse_too_little(needed: int, ranks: int, *, what: str) -> None:
     """Make sure that the host has room before any of it is taken.
 
     Args:
         needed: bytes that this rank will allocate.
         ranks: ranks on this host, taken to need as much each.
         what: what they are for, with config path and arithmetic.
-        available: bytes that can be had now; the system's answer by default.
-        total: bytes that there are altogether; likewise.
 
     Raises:
         ConfigError: there is too little, for this rank alone or for all together.
     """
-    left = (available or available_bytes)()
-    everything = (total or total_bytes)()
+    left, everything = available_bytes(), total_bytes()
     if left is not None and needed > left:
         raise ConfigError(
             f"{what} = {_mib(needed)} of host memory for this rank, but only {_mib(left)} are "
@@ -115,17 +109,17 @@ def refuse_too_little(
 
 def available_bytes() -> int | None:
     """Bytes that can be allocated without swapping; ``None`` where the system does not say."""
-    return _smaller(_meminfo("MemAvailable"), _cgroup_left())
+    return _smallest([_meminfo("MemAvailable"), *map(_left_in, _own_cgroups())])
 
 
 def total_bytes() -> int | None:
     """Bytes of memory of the host, or of this process's control group."""
-    return _smaller(_meminfo("MemTotal"), _number(_CGROUP / "memory.max"))
+    limits = [_number(folder / "memory.max") for folder in _own_cgroups()]
+    return _smallest([_meminfo("MemTotal"), *limits])
 
 
-def _smaller(one: int | None, other: int | None) -> int | None:
-    known = [number for number in (one, other) if number is not None]
-    return min(known) if known else None
+def _smallest(numbers: Iterable[int | None]) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)
 
 
 def _meminfo(key: str) -> int | None:
@@ -140,13 +134,24 @@ def _meminfo(key: str) -> int | None:
     return None
 
 
-def _cgroup_left() -> int | None:
-    """What the control group (version 2) still allows; file pages that can be dropped count."""
-    limit, used = _number(_CGROUP / "memory.max"), _number(_CGROUP / "memory.current")
+def _own_cgroups() -> list[Path]:
+    """Folders of this process's control group (version 2) and of those around it."""
+    try:
+        lines = _OWN_CGROUP.read_text().splitlines()
+    except OSError:
+        return []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    path = _CGROUPS / own
+    return [folder for folder in (path, *path.parents) if folder.is_relative_to(_CGROUPS)]
+
+
+def _left_in(cgroup: Path) -> int | None:
+    """What a control group still allows; pages of files that can be dropped count as free."""
+    limit, used = _number(cgroup / "memory.max"), _number(cgroup / "memory.current")
     if limit is None or used is None:
         return None
     try:
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        lines = (cgroup / "memory.stat").read_text().splitlines()
     except OSError:
         lines = []
     statistics = dict(line.split() for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from drivetrain_offload.zenflow_section import ZenFlow
 
     Factory = Callable[[Sequence[BucketSpec]], list[StateHome]]
+
+logger = logging.getLogger("drivetrain.offload")
 
 _PATH = "zero_optimization.offload_optimizer"
 
@@ -107,6 +110,10 @@ def host_homes(
         + (f" and {buffers:,} of buffers" if buffers else ""),
     )
     side.reserve(gradient, parameters)
+    logger.info(
+        "rank %d keeps %s bytes of masters and optimizer states in host memory, and %s of buffers",
+        *(job.rank, f"{states:,}", f"{buffers:,}"),
+    )
     return [way.make(spec, side) for spec in specs]
 
 

@@ -1,0 +1,98 @@
+"""The thread that updates on the host."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from drivetrain_offload.worker import Worker
+
+from drivetrain.errors import TrainingError
+
+
+@pytest.fixture
+def worker():
+    made = Worker(cores=3)
+    yield made
+    made.close()
+
+
+def test_work_runs_in_order_and_the_next_is_prepared_before_one_runs(worker: Worker) -> None:
+    seen: list[str] = []
+    held = threading.Event()
+    worker.submit(lambda: held.wait(60) and None)
+    for name in "abc":
+        ticket = worker.submit(
+            lambda name=name: seen.append(f"run {name}"),
+            prepare=lambda name=name: seen.append(f"prepare {name}"),
+        )
+    held.set()
+    ticket.wait()
+    expected = ["prepare a", "prepare b", "run a", "prepare c", "run b", "run c"]
+    # the first may have begun before there was a second
+    assert [s for s in seen if s != "prepare a"] == [s for s in expected if s != "prepare a"]
+
+
+def test_an_error_is_raised_by_who_waits_and_stops_nobody_else(worker: Worker) -> None:
+    failed = worker.submit(lambda: 1 / 0 and None)
+    after = worker.submit(lambda: None)
+    after.wait()
+    with pytest.raises(ZeroDivisionError):
+        failed.wait()
+    failed.settle()
+    assert failed.done
+
+
+def test_what_cannot_be_prepared_does_not_run(worker: Worker) -> None:
+    ran: list[int] = []
+    ticket = worker.submit(lambda: ran.append(1), prepare=lambda: 1 / 0 and None)
+    with pytest.raises(ZeroDivisionError):
+        ticket.wait()
+    assert not ran
+
+
+def test_closing_ends_the_thread_and_drops_what_is_queued() -> None:
+    worker = Worker(cores=1)
+    begun, held = threading.Event(), threading.Event()
+
+    def block() -> None:
+        begun.set()
+        held.wait(60)
+
+    running, queued = worker.submit(block), worker.submit(lambda: None)
+    begun.wait(60)
+    threading.Timer(0.05, held.set).start()
+    worker.close()
+    running.wait()
+    with pytest.raises(TrainingError, match="closed before the update"):
+        queued.wait()
+    with pytest.raises(TrainingError, match="after their job was closed"):
+        worker.submit(lambda: None)
+    worker.drain()
+    assert not [t for t in threading.enumerate() if t.name == "drivetrain-offload"]
+
+
+def test_a_worker_without_work_has_no_thread() -> None:
+    before = threading.active_count()
+    worker = Worker(cores=1)
+    worker.drain()
+    assert threading.active_count() == before
+    worker.close()
+
+
+def test_its_number_of_threads_is_its_own(worker: Worker) -> None:
+    found: list[int] = []
+    before = torch.get_num_threads()
+    worker.submit(lambda: found.append(torch.get_num_threads())).wait()
+    other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    assert found == [3, before]
+    assert torch.get_num_threads() == before
+
+
+def test_it_records_no_graph(worker: Worker) -> None:
+    found: list[bool] = []
+    worker.submit(lambda: found.append(torch.is_grad_enabled())).wait()
+    assert found == [False]
