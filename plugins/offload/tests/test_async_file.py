@@ -151,6 +151,15 @@ def test_a_tensor_that_the_caller_drops_lives_until_it_is_written(
     assert (tmp_path / "file").read_bytes() == expected
 
 
+def test_a_file_that_the_caller_drops_lives_until_its_request_is_over(
+    engine: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(range(200)))
+    back = torch.zeros(200, dtype=torch.uint8)
+    AsyncFile(tmp_path / "file", engine=engine).read(back).wait()
+    assert back.tolist() == list(range(200))
+
+
 # -- choosing an engine --------------------------------------------------------------------------
 
 

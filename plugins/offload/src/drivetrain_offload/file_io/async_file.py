@@ -43,8 +43,10 @@ class Request:
     """
 
     def __init__(self, file: AsyncFile, tensor: torch.Tensor, transfer: Transfer) -> None:
-        self._file = file
+        # Both live until the request is over; then nothing here keeps a file open.
+        self._file: AsyncFile | None = file
         self._tensor: torch.Tensor | None = tensor
+        self._engine, self._path = file.engine, file.path
         self._transfer = transfer
         self._lock = threading.Lock()
         self._error: FileIOError | None = None
@@ -57,7 +59,7 @@ class Request:
         if not self._lock.acquire(blocking=False):
             return False  # another thread waits for it
         try:
-            return self._tensor is None or self._file.engine.done(self._ticket)
+            return self._tensor is None or self._engine.done(self._ticket)
         finally:
             self._lock.release()
 
@@ -71,40 +73,46 @@ class Request:
         if self._process != os.getpid():
             raise FileIOError(
                 "cannot wait in a forked process for a request of its parent on",
-                self._file.path,
+                self._path,
                 errno.ECHILD,
             )
+        file = self._file  # its end waits for its requests, so it must not come inside the lock
         with self._lock:
             if self._tensor is not None:
-                while not self._file.engine.wait(self._ticket, _WAKE_SECONDS):
+                while not self._engine.wait(self._ticket, _WAKE_SECONDS):
                     pass
                 self._settle()
         if self._error is not None:
             self._heard = True
             raise self._error
+        del file
 
     def unheard(self) -> bool:
         """Whether :meth:`wait` would raise what it has told nobody yet."""
+        file = self._file  # as in wait
         with self._lock:
-            if self._tensor is not None and self._file.engine.done(self._ticket):
+            if self._tensor is not None and self._engine.done(self._ticket):
                 self._settle()
-            return self._error is not None and not self._heard
+            unheard = self._error is not None and not self._heard
+        del file
+        return unheard
 
     def _settle(self) -> None:
         """Take note of what became of a request that is over, and let go of its tensor."""
-        self._tensor, self._error = None, self._failure()
+        self._error = self._failure()
+        self._file = self._tensor = None
 
     def _failure(self) -> FileIOError | None:
-        outcome = self._file.engine.outcome(self._ticket)
-        if outcome.refused:
+        outcome = self._engine.outcome(self._ticket)
+        if outcome.refused and self._file is not None:
             self._file.direct = False
-            _say_buffered(self._file.path)
+            _say_buffered(self._path)
         if not outcome.error:
             return None
         verb = "write to" if self._transfer.writes else "read from"
         first, stop = outcome.offset, outcome.offset + outcome.nbytes
         return FileIOError(
-            f"cannot {verb}", self._file.path, outcome.error, f", bytes {first} to {stop}"
+            f"cannot {verb}", self._path, outcome.error, f", bytes {first} to {stop}"
         )
 
 

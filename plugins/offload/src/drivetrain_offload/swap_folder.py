@@ -1,0 +1,207 @@
+"""The folder of one rank's files under ``nvme_path``, and what becomes of those of killed jobs.
+
+Under ``<nvme_path>/drivetrain`` each rank of each job makes a folder of its own and holds a lock on
+a file in it. The system releases the lock with the process, however that ends, so a folder whose
+lock can be had belonged to a job that was killed; the next job that starts removes it. Folders come
+and go under one more lock, on ``drivetrain/lock``, so that none is taken for abandoned before its
+owner has locked it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import fcntl
+import logging
+import os
+import re
+import socket
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from drivetrain_offload.file_io import AsyncFile, FileIOError
+
+if TYPE_CHECKING:
+    from drivetrain.job import Job
+    from drivetrain_offload.section import Aio
+
+logger = logging.getLogger("drivetrain.offload")
+
+LOCK = "lock"
+SUFFIX = ".swap"
+_OURS = re.compile(r"[\w.-]+-pid\d+-rank\d+-\w+")
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+class SwapFolder:
+    """Files of one rank, which disappear with it.
+
+    Args:
+        root: ``nvme_path``; made if it is not there.
+        rank: part of the folder's name.
+
+    Raises:
+        FileIOError: the folder cannot be made.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], rank: int = 0) -> None:
+        self._numbers = count()
+        self._before_close: list[Callable[[], object]] = []
+        self._files: weakref.WeakSet[AsyncFile] = weakref.WeakSet()
+        self._process = os.getpid()
+        shared = Path(root) / "drivetrain"
+        name = f"{socket.gethostname()}-pid{os.getpid()}-rank{rank}-"
+        try:
+            shared.mkdir(parents=True, exist_ok=True)
+            # On a disk that users share each removes only what is his.
+            with suppress(PermissionError):
+                shared.chmod(0o1777)
+            with _locked(shared / LOCK):
+                _reclaim(shared)
+                self.path = Path(tempfile.mkdtemp(prefix=name, dir=shared))
+                self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                _try_lock(self._lock)
+        except OSError as error:
+            raise FileIOError("cannot make a folder in", root, error.errno or errno.EIO) from error
+        # Also for jobs that nobody closes.
+        self._end = weakref.finalize(self, _remove, self.path, self._lock, os.getpid())
+        _folders.add(self)
+
+    @classmethod
+    def of(cls, job: Job, root: str) -> SwapFolder:
+        """The folder of ``job`` under ``root``, made on demand and removed when the job closes."""
+        folders = _of_jobs.setdefault(job, {})
+        if root not in folders:
+            folders[root] = cls(root, job.rank)
+            job.on_close(folders[root].close)
+        return folders[root]
+
+    def create(self, name: str, aio: Aio) -> AsyncFile:
+        """A new file, which is removed when nobody uses it any more.
+
+        Args:
+            name: for those who look into the folder.
+            aio: how it is read and written.
+
+        Raises:
+            FileIOError: it cannot be made.
+        """
+        readable = re.sub(r"[^\w.-]", "_", name)[:100]
+        path = self.path / f"{next(self._numbers)}-{readable}{SUFFIX}"
+        file = AsyncFile(path, mode="x", **aio.model_dump(exclude={"use_gds"}))
+        weakref.finalize(file, _unlink, path, os.getpid())
+        self._files.add(file)
+        return file
+
+    def free_bytes(self) -> int:
+        """What the disk has left for this user."""
+        left = os.statvfs(self.path)
+        return left.f_bavail * left.f_frsize
+
+    def before_close(self, end: Callable[[], object]) -> None:
+        """Have ``end`` called before the files are closed, also by a process that just ends."""
+        self._before_close.append(end)
+
+    def close(self) -> None:
+        """Wait for what is under way and remove everything. May be called repeatedly."""
+        if self._process == os.getpid():
+            while self._before_close:
+                self._before_close.pop()()
+            for file in list(self._files):
+                try:
+                    file.close()
+                except FileIOError as error:
+                    logger.error("%s", error)
+        self._end()
+
+    def let_go_in_child(self) -> None:
+        """A forked process must not keep the lock when its parent is gone."""
+        os.close(self._lock)
+        self._end.detach()
+
+
+_folders: weakref.WeakSet[SwapFolder] = weakref.WeakSet()
+_of_jobs: weakref.WeakKeyDictionary[Job, dict[str, SwapFolder]] = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _close_all() -> None:
+    for folder in list(_folders):
+        folder.close()
+
+
+def _let_go() -> None:
+    for folder in list(_folders):
+        folder.let_go_in_child()
+    _folders.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone, among all processes, where the file system has locks."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        with suppress(PermissionError):
+            path.chmod(0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock a file if nobody has; ``False`` also where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, *_NO_LOCKS):
+            raise
+        return False
+    return True
+
+
+def _reclaim(shared: Path) -> None:
+    """Remove the folders of processes that are gone."""
+    for folder in shared.iterdir():
+        if not _OURS.fullmatch(folder.name):
+            continue
+        try:
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError:  # another user's, or its owner is removing it
+            continue
+        if _try_lock(descriptor):
+            size = sum(file.stat().st_blocks * 512 for file in folder.glob(f"*{SUFFIX}"))
+            logger.warning("removing %s, %s bytes of a job that was killed", folder, f"{size:,}")
+            _remove(folder, descriptor, os.getpid())
+        else:
+            os.close(descriptor)
+
+
+def _remove(folder: Path, lock: int, process: int) -> None:
+    """Remove what this module has made in a folder, and the folder if that is all."""
+    if process != os.getpid():
+        return
+    with suppress(OSError):
+        for file in folder.glob(f"*{SUFFIX}"):
+            file.unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()
+    os.close(lock)
+
+
+def _unlink(path: Path, process: int) -> None:
+    if process == os.getpid():
+        with suppress(OSError):  # its folder may be gone
+            path.unlink()
