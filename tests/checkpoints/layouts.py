@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,24 @@ class Layout:
         stage: of ZeRO.
         world: number of ranks.
         dtype: of the parameters; masters and optimizer states are fp32 in all of them.
+        offload: ``"host"`` for optimizer states in host memory, ``"files"`` for states in files,
+            ``"all-files"`` for parameters as well.
+        folder: for those files.
     """
 
     stage: int
     world: int
     dtype: str = "fp32"
+    offload: str = ""
+    folder: str = field(default="", compare=False)
 
     def __str__(self) -> str:
-        return f"zero{self.stage}-{self.world}ranks-{self.dtype}"
+        offload = f"-{self.offload}" if self.offload else ""
+        return f"zero{self.stage}-{self.world}ranks-{self.dtype}{offload}"
+
+    def below(self, folder: Path) -> Layout:
+        """The same layout, with its files somewhere in ``folder``."""
+        return replace(self, folder=str(folder / "swap"))
 
     def config(self) -> dict[str, Any]:
         """The job's config."""
@@ -44,6 +54,13 @@ class Layout:
         }
         if self.dtype != "fp32":
             config[self.dtype] = {"enabled": True}
+        if self.offload:
+            device = "cpu" if self.offload == "host" else "nvme"
+            states = {"device": device, "nvme_path": self.folder, "buffer_size": 16}
+            config["zero_optimization"]["offload_optimizer"] = states
+        if self.offload == "all-files":
+            parameters = {"device": "nvme", "nvme_path": self.folder, "max_in_cpu": 0}
+            config["zero_optimization"]["offload_param"] = parameters
         return config
 
 

@@ -17,14 +17,14 @@ LAYOUTS = [
     Layout(0, 3, "bf16"),
     Layout(1, 1, "bf16"),
     Layout(1, 2),
-    Layout(1, 3),
+    Layout(1, 3, "fp32", "host"),
     Layout(1, 4, "bf16"),
-    Layout(2, 2, "bf16"),
+    Layout(2, 2, "bf16", "files"),
     Layout(2, 3),
     Layout(2, 4),
-    Layout(3, 1),
-    Layout(3, 2, "bf16"),
-    Layout(3, 3),
+    Layout(3, 1, "fp32", "all-files"),
+    Layout(3, 2, "bf16", "all-files"),
+    Layout(3, 3, "fp32", "host"),
     Layout(3, 4, "bf16"),
 ]
 
@@ -77,9 +77,10 @@ def resume(folder: str, layout: Layout, step: int) -> list[float]:
 def everywhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every layout's own checkpoint, and each of them saved again by every other layout."""
     folder = tmp_path_factory.mktemp("layouts")
-    for layout in LAYOUTS:
+    layouts = [layout.below(folder) for layout in LAYOUTS]
+    for layout in layouts:
         run_distributed(train_and_save, layout.world, str(folder / "own"), layout)
-    for layout in LAYOUTS:
+    for layout in layouts:
         tags = [str(other) for other in LAYOUTS if other != layout]
         target = str(folder / "there")
         run_distributed(pass_on, layout.world, str(folder / "own"), target, layout, tags)
@@ -93,7 +94,8 @@ def test_there_and_back_through_every_other_layout_the_content_is_the_same(
     others = [other for other in LAYOUTS if other != layout]
     tags = [f"{layout}-via-{other}" for other in others]
     there = str(everywhere / "there")
-    run_distributed(pass_on, layout.world, there, str(tmp_path), layout, tags)
+    placed = layout.below(tmp_path)
+    run_distributed(pass_on, layout.world, there, str(tmp_path), placed, tags)
     expected = hashes(everywhere / "own", str(layout))
     kinds = {key.split()[0] for key in expected}
     assert {"parameter", "exp_avg", "exp_avg_sq", "step"} <= kinds
@@ -102,11 +104,20 @@ def test_there_and_back_through_every_other_layout_the_content_is_the_same(
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(0, 1), Layout(1, 3), Layout(2, 2, "bf16"), Layout(3, 2, "bf16")], ids=str
+    "layout",
+    [
+        Layout(0, 1),
+        Layout(1, 3),
+        Layout(2, 2, "bf16", "host"),
+        Layout(3, 2, "bf16"),
+        Layout(3, 2, "bf16", "all-files"),
+    ],
+    ids=str,
 )
 def test_a_run_resumed_at_random_steps_is_the_unbroken_one_50_steps_on(
     layout: Layout, tmp_path: Path
 ) -> None:
+    layout = layout.below(tmp_path)
     seed = random.SystemRandom().randrange(1 << 30)
     saves = sorted(random.Random(seed).sample(range(1, 40), 3))
     folder = str(tmp_path)
