@@ -142,6 +142,42 @@ def test_checkpoints_are_the_same_with_and_without_offload(tmp_path: Path) -> No
             assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
+def change_the_model(given: dict[str, Any]) -> list[Any]:
+    """Weights of a run in which some are frozen, thawed, and overwritten."""
+    engine = start(given)
+    tokens = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(3))
+    frozen = next(iter(engine.module.parameters()))
+    for step in range(6):
+        if step in (2, 4):
+            frozen.requires_grad = step == 4
+            engine.rebuild()
+        if step == 3:
+            with drivetrain.whole(engine.module, write_rank=0), torch.no_grad():
+                for parameter in engine.module.parameters():
+                    parameter.mul_(0.5)
+            engine.states.refresh()
+        engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
+        engine.step()
+    weights = list(engine.module_state_dict().values())
+    engine.job.close()
+    return weights
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_freezing_and_overwriting_weights_works_as_without_offload(stage: int, mode: str) -> None:
+    sections = ({"device": "none"}, {}, {"ratio": 0.5}, {"super_offload": True})
+    expected, *others = (
+        run_distributed(
+            change_the_model, WORLD, config(stage, {"device": "cpu", **section}, **MODES[mode])
+        )
+        for section in sections
+    )
+    for found in others:
+        for mine, theirs in zip(found, expected, strict=True):
+            assert all(map(torch.equal, mine, theirs))
+
+
 def test_training_is_that_of_plain_torch() -> None:
     given = config(3, {"device": "cpu"}, gradient_accumulation_steps=2)
     assert_trains_like_reference(given, WORLD, model="gpt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -26,7 +27,7 @@ from offload_harness import (
 )
 
 from drivetrain.errors import ConfigError
-from drivetrain.home import DeviceHome
+from drivetrain.home import DeviceHome, Segment
 from drivetrain.optimizers.torch_rule import TorchRule
 from drivetrain.testing import assert_trains_like_reference, run_distributed
 
@@ -141,6 +142,23 @@ def test_parts_of_a_bucket_hold_parts_of_its_tensors() -> None:
     assert found == [("b0.p1", 5, 6, 0), ("b0.p2", 0, 24, 6)]
     assert rest.numel == spec.numel - 40
     assert rest.key != spec.key
+
+
+@pytest.mark.parametrize("dims", [(20, 10), (200,)])
+def test_a_tensor_in_two_homes_is_one_fragment_of_each_kind(dims: tuple[int, ...]) -> None:
+    rule = FusedAdam()
+    spec = spec_of(rule, padding=130)
+    whole = replace(spec, segments=(Segment("w", dims, 0, 200, 0),))
+    with opened() as job:
+        (home,) = place(job, [whole], ratio=0.5)
+        assert type(home) is SplitHome
+        adopt(home)
+        master = next(f for f in home.fragments() if f.kind == "master")
+        assert [f.kind for f in home.fragments()].count("master") == 1
+        assert sum(box.numel for box in master.boxes) == 200
+        assert torch.equal(states(home)["w", "master"].flatten(), values(whole, 1)[:200])
+        master.write(torch.arange(200.0))
+        assert torch.equal(states(home)["w", "master"].flatten(), torch.arange(200.0))
 
 
 def test_a_split_bucket_counts_one_step() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -71,6 +73,28 @@ def test_closing_ends_the_thread_and_drops_what_is_queued() -> None:
         worker.submit(lambda: None)
     worker.drain()
     assert not [t for t in threading.enumerate() if t.name == "drivetrain-offload"]
+
+
+def test_a_process_ends_well_though_nobody_closed_its_job() -> None:
+    script = """
+import time, torch
+from drivetrain_offload.worker import Worker
+weights = torch.zeros(1 << 20)
+def work():
+    end = time.monotonic() + 0.2
+    while time.monotonic() < end:
+        weights.add_(1)
+    print("done")
+worker = Worker(cores=1)
+worker.submit(work)
+worker.submit(lambda: print("dropped or done"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("done")
+    assert done.stderr == ""
 
 
 def test_a_worker_without_work_has_no_thread() -> None:

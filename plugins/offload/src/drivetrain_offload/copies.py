@@ -129,6 +129,11 @@ class Lanes:
                 Lane(self._allocate(sizes[0]), self._allocate(sizes[1])) for _ in range(self.COUNT)
             ]
 
+    def free(self) -> None:
+        """Give all memory back."""
+        self._sizes = (0, 0)
+        self._lanes.clear()
+
     def claim(self, owner: object, fill: Callable[[Lane], Mark], *, steal: bool) -> Lane | None:
         """Fill a lane for ``owner``; with ``steal`` another's that waits, if none is free.
 

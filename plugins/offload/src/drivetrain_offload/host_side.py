@@ -37,7 +37,7 @@ class HostSide:
         self.down = CopyStream(accelerator, job.device)
         self.up = CopyStream(accelerator, job.device)
         self._scale: HostScale | None = None
-        job.on_close(self.worker.close)
+        job.on_close(self._close)
         note_memory(job, self._rows)
 
     @classmethod
@@ -50,6 +50,10 @@ class HostSide:
     def _rows(self) -> list[MemoryRow]:
         """Buffers, for tables of memory; all that is locked here, states too, counts with them."""
         return [MemoryRow("buffers of updates", "host", self.lanes.nbytes, self.memory.locked)]
+
+    def _close(self) -> None:
+        self.worker.close()
+        self.lanes.free()
 
     def reserve(self, gradient: int, parameters: int) -> None:
         """Make lanes large enough for buckets of that many bytes of both."""

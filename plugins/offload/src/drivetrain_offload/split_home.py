@@ -68,7 +68,30 @@ class SplitHome(StateHome):
         self._rest.flush()
 
     def fragments(self) -> Sequence[Fragment]:
-        return [*self._first.fragments(), *self._rest.fragments()]
+        """One for each state of each parameter, as of a bucket that is not split."""
+        found = {(fragment.name, fragment.kind): fragment for fragment in self._first.fragments()}
+        sizes = {segment.name: segment.numel for segment in self._first.spec.segments}
+        for fragment in self._rest.fragments():
+            key = (fragment.name, fragment.kind)
+            found[key] = (
+                _joined(found[key], fragment, sizes[fragment.name]) if key in found else fragment
+            )
+        return list(found.values())
+
+
+def _joined(first: Fragment, rest: Fragment, size: int) -> Fragment:
+    """The fragment of a tensor whose first ``size`` elements are elsewhere than the rest."""
+
+    def read() -> torch.Tensor:
+        return torch.cat([first.read().cpu(), rest.read().cpu()])
+
+    def write(values: torch.Tensor) -> None:
+        flat = values.reshape(-1)
+        first.write(flat[:size])
+        rest.write(flat[size:])
+
+    behind = (replace(box, local_offset=box.local_offset + size) for box in rest.boxes)
+    return replace(rest, boxes=(*first.boxes, *behind), read=read, write=write)
 
 
 def cuts(specs: Sequence[BucketSpec], ratio: float) -> list[int]:

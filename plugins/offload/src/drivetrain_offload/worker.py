@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -106,6 +107,7 @@ class Worker:
 
     def close(self) -> None:
         """End the thread after the work under way; what is queued is dropped."""
+        atexit.unregister(self.close)
         with self._changed:
             self._closed = True
             dropped = list(self._queue)
@@ -123,6 +125,7 @@ class Worker:
         )
         self._thread.start()
         started.wait()
+        atexit.register(self.close)  # nothing may run while the interpreter goes down
         # A thread's number becomes the default of those that start later; put that back.
         torch.set_num_threads(torch.get_num_threads())
 

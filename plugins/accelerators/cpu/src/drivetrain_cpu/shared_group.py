@@ -252,15 +252,16 @@ class SharedGroup:
 
     def _tabulate(self) -> None:
         table = (POINTER(pointer) * self._made)()
-        for number, registered in self._registered.items():
+        for number, registered in self._registered.copy().items():
             table[number] = ctypes.cast(registered.addresses, POINTER(pointer))
         self._segments = table
 
     def _locate(self, tensor: torch.Tensor) -> tuple[int, int]:
         """Segment and offset of a tensor in registered memory; (-1, 0) for any other."""
         start = tensor.data_ptr()
-        # A copy, since another thread may let go of a buffer meanwhile.
-        for number, registered in tuple(self._registered.items()):
+        # A copy, since another thread may let go of a buffer meanwhile; made by the one call that
+        # cannot be interrupted, not even by a garbage collection that lets go of one.
+        for number, registered in self._registered.copy().items():
             if registered.start <= start < registered.start + registered.size:
                 return number, start - registered.start
         return -1, 0
