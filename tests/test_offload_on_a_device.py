@@ -54,8 +54,8 @@ def config(stage: int, precision: str, offload: dict[str, Any], **more: Any) -> 
 
 
 @cache
-def without(stage: int, precision: str, world: int) -> list[Any]:
-    given = config(stage, precision, {"device": "none"})
+def without(stage: int, precision: str, world: int, accumulation: int = 1) -> list[Any]:
+    given = config(stage, precision, {"device": "none"}, gradient_accumulation_steps=accumulation)
     return run_distributed(host_offload.losses_and_weights, world, given, STEPS)
 
 
@@ -84,6 +84,17 @@ def test_a_share_that_stays_changes_nothing(stage: int, ratio: float) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("section", [{}, {"super_offload": True}], ids=str)
+def test_accumulated_gradients_come_down_in_the_last_backward(
+    stage: int, precision: str, section: dict[str, Any]
+) -> None:
+    given = config(stage, precision, section, gradient_accumulation_steps=2)
+    found = run_distributed(_train, 2, given, STEPS, True)
+    assert_equal(found, without(stage, precision, 2, 2))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_guesses_change_nothing(stage: int, precision: str) -> None:
     given = config(stage, precision, {"super_offload": True})
     found = run_distributed(_train, 2, given, STEPS, True)

@@ -115,6 +115,7 @@ def where_rules_run(config: Mapping[str, Any]) -> set[tuple[str, str, bool]]:
 
     with patch.object(kind, "update", update):
         train(engine, range(2))
+        engine.states.flush()
     engine.destroy()
     return seen
 
