@@ -415,6 +415,10 @@ class ZeroStates(ModelStates):
         restore_states(self._buckets, kept)
         self._publish()
 
+    def flush(self) -> None:
+        for bucket in self._buckets:
+            bucket.home.flush()
+
     def fragments(self) -> Sequence[Fragment]:
         found: list[Fragment] = []
         bucketed: set[nn.Parameter] = set()
