@@ -56,6 +56,25 @@ def test_losses_are_bitwise_those_without(given: dict[str, Any], checkpointing: 
     assert run_distributed(activations_away.losses, 2, {**given, **AWAY}, *arguments) == plain
 
 
+@pytest.mark.parametrize("accelerator", ["warp", "cpu"])
+@pytest.mark.parametrize("name", ["accumulating", "fp16", "zero2", "zero3"])
+def test_activations_in_files_change_nothing(name: str, accelerator: str, tmp_path: Path) -> None:
+    given = {**CASES[name], "accelerator": accelerator}
+    files = {"device": "nvme", "nvme_path": str(tmp_path)}
+    away = {"activation_offload": {**AWAY["activation_offload"], **files}}
+    plain = run_distributed(activations_away.losses, 2, given, None, 3)
+    assert run_distributed(activations_away.losses, 2, {**given, **away}, None, 3) == plain
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+    assert left == []
+
+
+def test_activations_in_files_leave_host_memory_too(tmp_path: Path) -> None:
+    files = {"device": "nvme", "nvme_path": str(tmp_path), "keep_last": 0}
+    away = {"activation_offload": {**AWAY["activation_offload"], **files}}
+    rows = run_distributed(activations_away.places_between, 1, {**config(0), **away})[0]
+    assert rows["nvme"] > 5 * rows["host"] > 0
+
+
 def test_the_device_holds_less_between_forward_and_backward() -> None:
     """Of four blocks one keeps its activations, so that at most about half of all stays.
 

@@ -59,6 +59,16 @@ def bytes_between(config: Mapping[str, Any], checkpointing: str | None) -> tuple
     return kept, peak, host
 
 
+def places_between(config: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of activations by place, between forward and backward."""
+    engine = start(config, model())
+    loss = loss_of(engine, 1)
+    found = {row.place: row.nbytes for row in memory_table(engine) if row.kind == "activations"}
+    engine.backward(loss)
+    engine.destroy()
+    return found
+
+
 def _away(engine: Engine) -> int:
     return sum(row.nbytes for row in memory_table(engine) if row.kind == "activations")
 

@@ -40,7 +40,8 @@ def start(config: Mapping[str, Any], module: nn.Module | None = None) -> Engine:
 
 def loss_of(engine: nn.Module, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 * step + Ranks.current().rank)
-    tokens = torch.randint(64, (MICRO_BATCH, 9), generator=generator).to("warp")
+    tokens = torch.randint(64, (MICRO_BATCH, 9), generator=generator)
+    tokens = tokens.to(next(engine.parameters()).device)
     loss: torch.Tensor = engine(tokens[:, :-1], tokens[:, 1:])
     return loss
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from drivetrain_offload.activation_memory import Activation, ActivationMemory, HostPool
+from drivetrain_offload.activation_memory import Activation, HostActivation, HostMemory, HostPool
 from drivetrain_offload.activations import ActivationOffloader
 from drivetrain_offload.activations_plugin import ActivationOffload, ActivationOffloadSection
+from drivetrain_offload.copies import Reached
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +33,7 @@ class TestPlugin(PluginConformance):
 
 
 def offload(module: nn.Module, **section: Any) -> ActivationOffloader:
-    memory = ActivationMemory(choose_accelerator(), CPU, pin=False)
+    memory = HostMemory(choose_accelerator(), CPU, pin=False)
     given = ActivationOffloadSection(enabled=True, **{"min_bytes": 1, **section})
     return ActivationOffloader(module, memory, given)
 
@@ -341,7 +342,7 @@ def test_a_pool_holds_no_more_than_was_once_in_use() -> None:
     pool = HostPool(choose_accelerator(), pin=False)
     large = [pool.take(1 << 20) for _ in range(2)]
     for buffer in large:
-        pool.give(buffer)
+        pool.give(buffer, Reached())
     small = [pool.take(1 << 16) for _ in range(24)]
     assert pool.total <= pool.peak == 2 << 20
     assert all(buffer.numel() == 1 << 16 for buffer in small)
@@ -360,19 +361,19 @@ def test_buffers_are_at_most_a_quarter_or_a_page_too_large(nbytes: int) -> None:
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What happens in backward: fetches that begin, and uses."""
     events: list[str] = []
-    fetch, use = Activation.fetch, Activation.on_device
+    fetch, use = HostActivation.fetch, HostActivation.on_device
 
-    def noted_fetch(self: Activation) -> None:
-        if self._source is None and self._fetched is None:
+    def noted_fetch(self: HostActivation) -> None:
+        if self._source is None and self._back is None:
             events.append("fetch")
         fetch(self)
 
-    def noted_use(self: Activation) -> torch.Tensor:
-        events.append("use" if self._fetched is not None else "late")
+    def noted_use(self: HostActivation) -> torch.Tensor:
+        events.append("use" if self._back is not None else "late")
         return use(self)
 
-    monkeypatch.setattr(Activation, "fetch", noted_fetch)
-    monkeypatch.setattr(Activation, "on_device", noted_use)
+    monkeypatch.setattr(HostActivation, "fetch", noted_fetch)
+    monkeypatch.setattr(HostActivation, "on_device", noted_use)
     return events
 
 
@@ -401,7 +402,7 @@ def test_as_many_blocks_as_wanted_are_ahead(prefetch: int) -> None:
     offloader.memory.send = noted  # type: ignore[method-assign]
     loss = module(torch.randn(4, 8, requires_grad=True)).sum()
     for block in module:
-        block[0].weight.register_hook(lambda _: away.append(sum(a._fetched is None for a in live)))
+        block[0].weight.register_hook(lambda _: away.append(sum(a._back is None for a in live)))
     loss.backward()
     # A block needs its input, which is the tanh of the block before, and its own tanh.
     assert away[0] == len(live) - 2 - prefetch

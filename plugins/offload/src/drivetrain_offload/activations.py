@@ -28,8 +28,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from drivetrain.errors import TrainingError
 from drivetrain.units import units
-from drivetrain_offload.activation_memory import Activation, ActivationMemory
+from drivetrain_offload.activation_memory import Activation, ActivationMemory, HostMemory
 from drivetrain_offload.memory import note_memory
+from drivetrain_offload.section import Aio
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -57,10 +58,21 @@ def offload_activations(
         if job.rank == 0:
             logger.info("activation_offload: nothing to do, the device is the CPU")
         return module
-    memory = ActivationMemory(job.accelerator, job.device, pin=section.pin_memory)
+    memory = _memory(job, section)
     job.on_close(ActivationOffloader(module, memory, section).close)
-    note_memory(job, memory.pool.rows)
+    note_memory(job, memory.rows)
     return module
+
+
+def _memory(job: Job, section: ActivationOffloadSection) -> ActivationMemory:
+    if section.nvme_path is None or section.device == "cpu":
+        return HostMemory(job.accelerator, job.device, pin=section.pin_memory)
+    from drivetrain_offload.activation_files import FileMemory
+    from drivetrain_offload.swap_folder import SwapFolder
+
+    folder = SwapFolder.of(job, section.nvme_path)
+    file = folder.create("activations", job.plan.section(Aio))
+    return FileMemory(job.accelerator, job.device, file, pin=section.pin_memory)
 
 
 class ActivationOffloader:
@@ -298,7 +310,8 @@ class Sent:
         """The tensor, back on the device."""
         values = self._activation.on_device()
         found = torch.empty(0, dtype=self._dtype, device=values.device)
-        found.set_(values.untyped_storage(), self._offset, self._size, self._stride)
+        offset = self._offset + values.storage_offset() // self._dtype.itemsize
+        found.set_(values.untyped_storage(), offset, self._size, self._stride)
         if self._activation.changed:
             raise _changed(found)
         return found

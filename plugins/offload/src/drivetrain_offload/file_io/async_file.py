@@ -321,8 +321,9 @@ class AsyncFile:
         )
         with self._lock:
             while self._under_way and self._under_way[0].done():
-                over = self._under_way.popleft()
-                self._failed += [over] if over.unheard() else []
+                self._failed.append(self._under_way.popleft())
+            # An error that was raised holds the frames that it went through, and all they hold.
+            self._failed = [request for request in self._failed if request.unheard()]
             request = Request(self, tensor, transfer)
             self._under_way.append(request)
         return request
