@@ -277,7 +277,7 @@ class _ParameterGuard:
             hook.remove()
         for parameter, handle in self._handles:
             if handle is None:
-                del parameter.drivetrain_handle
+                vars(parameter).pop("drivetrain_handle")
             else:
                 parameter.drivetrain_handle = handle  # type: ignore[attr-defined]
         for parameter, values in self._shown:
