@@ -101,6 +101,28 @@ def test_guesses_change_nothing(stage: int, precision: str) -> None:
     assert_equal(found, without(stage, precision, 2))
 
 
+@pytest.mark.parametrize(
+    "section", [{}, {"ratio": 0.5}, {"delayed_update": True}, {"super_offload": True}], ids=str
+)
+def test_parameters_may_wait_in_host_memory_too(section: dict[str, Any]) -> None:
+    given = config(3, "bf16", section)
+    expected = run_distributed(_train, 2, given, STEPS, False)
+    given["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    assert_equal(run_distributed(_train, 2, given, STEPS, True), expected)
+
+
+@pytest.mark.parametrize("name", ["Muon", "Lamb", "Lion", "Adagrad"])
+@pytest.mark.parametrize("stage", [0, 2])
+def test_other_optimizers_are_run_on_the_host(stage: int, name: str) -> None:
+    optimizer = {"optimizer": {"type": name, "params": {"lr": 1e-2}}}
+    found, expected = (
+        run_distributed(_train, 2, config(stage, "bf16", offload, **optimizer), STEPS, True)
+        for offload in ({}, {"device": "none"})
+    )
+    for (losses, _), (others, _) in zip(found, expected, strict=True):
+        assert losses == pytest.approx(others, rel=1e-3)  # kernels of two devices
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_columns_may_be_updated_on_the_device(stage: int, overlap: bool) -> None:

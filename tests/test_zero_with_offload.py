@@ -109,6 +109,22 @@ def test_a_resumed_run_is_bitwise_one_that_was_not_stopped(stage: int, tmp_path:
     assert_equal(found, without(stage, "bf16"))
 
 
+ZENFLOW = {"topk_ratio": 0.2, "update_interval": 2, "select_interval": 2, "overlap_step": True}
+
+
+@pytest.mark.parametrize("way", ["delayed_update", "super_offload", "zenflow"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_so_is_one_whose_updates_come_late_or_early(stage: int, way: str, tmp_path: Path) -> None:
+    given = config(stage, {"device": "cpu"}, **MODES["bf16"])
+    zero = given["zero_optimization"]
+    if way == "zenflow":
+        zero["zenflow"] = ZENFLOW
+    else:
+        zero["offload_optimizer"][way] = True
+    whole = run_distributed(losses_and_weights, WORLD, given, 6)
+    assert_equal(run_distributed(losses_and_weights, WORLD, given, 6, str(tmp_path)), whole)
+
+
 def resume_with_another_home(folder: str, first: dict[str, Any], second: dict[str, Any]) -> Any:
     engine = start(first)
     train = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(3))

@@ -59,7 +59,10 @@ class LateStream(CopyStream):
 @contextmanager
 def late_copies() -> Iterator[None]:
     """Every copy happens at the last moment."""
-    with patch("drivetrain_offload.host_side.CopyStream", LateStream):
+    with (
+        patch("drivetrain_offload.host_side.CopyStream", LateStream),
+        patch("drivetrain_offload.parameter_stores.CopyStream", LateStream),
+    ):
         yield
 
 

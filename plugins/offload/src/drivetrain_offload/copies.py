@@ -39,13 +39,14 @@ class CopyStream:
 
     Args:
         accelerator: makes the stream; without streams, copies end before they return.
-        device: the rank's.
     """
 
-    def __init__(self, accelerator: Accelerator, device: torch.device) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._stream = accelerator.stream()
-        self._module: Any = None if self._stream is None else torch.get_device_module(device)
+        self._module: Any = None
+        if self._stream is not None:
+            self._module = torch.get_device_module(accelerator.device_type)
 
     def mark(self) -> Mark:
         """Where the caller's current stream is now."""

@@ -34,8 +34,8 @@ class HostSide:
         )
         self.worker = Worker(max(1, int(section.cpuadam_cores_perc * torch.get_num_threads())))
         self.lanes = Lanes(self.memory.empty)
-        self.down = CopyStream(accelerator, job.device)
-        self.up = CopyStream(accelerator, job.device)
+        self.down = CopyStream(accelerator)
+        self.up = CopyStream(accelerator)
         self._scale: HostScale | None = None
         job.on_close(self._close)
         note_memory(job, self._rows)

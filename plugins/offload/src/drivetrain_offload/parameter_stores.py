@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+
+from drivetrain_offload.copies import CopyStream, Mark, Reached
 
 if TYPE_CHECKING:
     from drivetrain.accelerator import Accelerator
@@ -48,45 +50,30 @@ class HostStore(ParameterStore):
 
     Args:
         values: host memory [numel], page-locked if it can be.
-        accelerator: gives the stream that copies run on.
+        accelerator: copies run on a side stream of it.
     """
 
     place = "host"
 
     def __init__(self, values: torch.Tensor, accelerator: Accelerator) -> None:
         self.values = values
-        self._accelerator = accelerator
-        self._stream = accelerator.stream()
-        self._read_event: Any = None
-        self._write_event: Any = None
+        self._copies = CopyStream(accelerator)
+        self._read: Mark = Reached()
+        self._written: Mark = Reached()
 
     def begin_read(self, into: torch.Tensor) -> None:
         self.finish_write()
-        self._read_event = self._copy(into, self.values)
+        self._read = self._copies.copy([(into, self.values)], [self._copies.mark()])
 
     def finish_read(self) -> None:
-        if self._read_event is not None:
-            torch.accelerator.current_stream().wait_event(self._read_event)
-            self._read_event = None
+        self._read.wait()
 
     def begin_write(self, values: torch.Tensor) -> None:
         if values.data_ptr() != self.values.data_ptr():  # updated where they lie
-            self._write_event = self._copy(self.values, values)
+            self._written = self._copies.copy([(self.values, values)], [self._copies.mark()])
 
     def finish_write(self) -> None:
-        if self._write_event is not None:
-            self._write_event.synchronize()
-            self._write_event = None
-
-    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> Any:
-        """Copy on the side stream, after what has been queued; answers what ends it."""
-        if self._stream is None:
-            target.copy_(source)
-            return None
-        self._stream.wait_stream(torch.accelerator.current_stream())
-        with self._accelerator.on_stream(self._stream):
-            target.copy_(source, non_blocking=True)
-            return self._stream.record_event()
+        self._written.synchronize()
 
     def read_part(self, start: int, numel: int) -> torch.Tensor:
         self.finish_write()
