@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,13 @@ def test_every_distribution_has_a_readme_types_and_tests(
     assert distribution.packages
     for package in distribution.packages:
         assert (folder / "src" / package / "py.typed").is_file()
+
+
+def test_core_has_an_extra_for_every_other_distribution() -> None:
+    with (workspace.ROOT / "core" / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    assert extras == {
+        d.name.removeprefix("drivetrain-"): [f"{d.name}>=0.1.0,<0.2"]
+        for d in DISTRIBUTIONS
+        if d.name != "drivetrain"
+    }
