@@ -45,7 +45,7 @@ class FileMemory(ActivationMemory):
         self.file = file
         self.direct = device.type == "cpu"
         self.pool = HostPool(accelerator, pin=pin)
-        self.copies = CopyStream(accelerator, device)
+        self.copies = CopyStream(accelerator)
         self.slots = Slots()
         self._writing: deque[weakref.ref[FileActivation]] = deque()
 

@@ -184,7 +184,7 @@ class HostMemory(ActivationMemory):
         super().__init__(device)
         self.pool = HostPool(accelerator, pin=pin)
         # One stream for both ways: a buffer that is used again is first read to its end.
-        self.copies = CopyStream(accelerator, device)
+        self.copies = CopyStream(accelerator)
 
     def send(self, storage: torch.UntypedStorage, watched: torch.Tensor) -> Activation:
         return HostActivation(self, storage, watched)
