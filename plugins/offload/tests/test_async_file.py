@@ -178,6 +178,20 @@ def test_equal_settings_share_an_engine(tmp_path: Path) -> None:
         assert one.engine is not other.engine
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_an_engine_ends_with_its_last_file(tmp_path: Path) -> None:
+    settings = {"queue_depth": 5, "intra_op_parallelism": 3, "engine": "threads"}
+    before = len(list(Path("/proc/self/task").iterdir()))
+    one, two = (AsyncFile(tmp_path / name, mode="w", **settings) for name in "ab")
+    running = len(list(Path("/proc/self/task").iterdir()))
+    one.write_sync(torch.zeros(10))
+    one.close()
+    two.write_sync(torch.zeros(10))
+    two.close()
+    assert running >= before + 5
+    assert len(list(Path("/proc/self/task").iterdir())) == before
+
+
 FORBIDDEN = """
 import ctypes, struct, sys
 from drivetrain_offload.file_io import AsyncFile

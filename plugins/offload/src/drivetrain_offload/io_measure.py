@@ -21,7 +21,6 @@ from drivetrain_offload.file_io import (
     IOSettings,
     Request,
     aligned_empty,
-    release_engine,
 )
 
 Direction = Literal["read", "write"]
@@ -171,7 +170,6 @@ def move(
         file.wait()
         spent, cpu = time.perf_counter() - began, time.process_time() - cpu
         latencies, name = file.engine.latencies().since(before), file.engine.name
-    release_engine(settings)
     measured = Measurement(moved / spent, latencies.mean, latencies.quantile(0.99), cpu / spent)
     return measured, name
 

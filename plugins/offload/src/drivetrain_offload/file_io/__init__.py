@@ -1,7 +1,6 @@
 """Asynchronous reads and writes between tensors in host memory and files."""
 
 from drivetrain_offload.file_io.async_file import AsyncFile, Request
-from drivetrain_offload.file_io.engines import release_engine
 from drivetrain_offload.file_io.errors import FileIOError
 from drivetrain_offload.file_io.memory import ALIGNMENT, aligned_empty
 from drivetrain_offload.file_io.settings import IOSettings
@@ -13,5 +12,4 @@ __all__ = [
     "IOSettings",
     "Request",
     "aligned_empty",
-    "release_engine",
 ]

@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from drivetrain_offload.file_io.engine import Engine, Transfer
-from drivetrain_offload.file_io.engines import engine_for, say_once
+from drivetrain_offload.file_io.engines import acquire_engine, release_engine, say_once
 from drivetrain_offload.file_io.errors import FileIOError
 from drivetrain_offload.file_io.faults import Faults
 from drivetrain_offload.file_io.settings import EngineName, IOSettings
@@ -156,16 +156,22 @@ class AsyncFile:
         self._descriptors: list[int] = []
         if mode not in _FLAGS:
             raise ValueError(f"mode must be one of {', '.join(_FLAGS)}, got {mode!r}")
-        settings = IOSettings(
+        self._settings = IOSettings(
             block_size, queue_depth, intra_op_parallelism, single_submit, overlap_events, engine
         )
         self.path = os.fspath(path)
-        self.engine: Engine = engine_for(settings)
         self._under_way: deque[Request] = deque()
         self._failed: list[Request] = []
         self._lock = threading.Lock()
         self._process = os.getpid()
-        self._descriptors = self._open(_FLAGS[mode])
+        opened = self._open(_FLAGS[mode])
+        try:
+            self.engine: Engine = acquire_engine(self._settings)
+        except BaseException:
+            for descriptor in opened:
+                os.close(descriptor)
+            raise
+        self._descriptors = opened
         self.direct = len(self._descriptors) > 1
         """Whether bytes go past the page cache."""
         self._token: Any = self.engine.open(
@@ -267,14 +273,17 @@ class AsyncFile:
         if not self._descriptors:
             return
         _open_files.discard(self)
+        is_ours = self._process == os.getpid()
         try:
-            if self._process == os.getpid():
+            if is_ours:
                 self.wait()
-                self.engine.forget(self._token)
         finally:
-            for descriptor in self._descriptors:
+            descriptors, self._descriptors = self._descriptors, []
+            for descriptor in descriptors:
                 os.close(descriptor)
-            self._descriptors = []
+            if is_ours:
+                self.engine.forget(self._token)
+                release_engine(self._settings)
 
     def __enter__(self) -> AsyncFile:
         return self

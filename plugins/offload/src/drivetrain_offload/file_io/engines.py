@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from dataclasses import dataclass
 
 from drivetrain.errors import BuildError, ConfigError
 from drivetrain_offload.file_io.engine import Engine
@@ -15,26 +16,33 @@ from drivetrain_offload.file_io.settings import IOSettings
 logger = logging.getLogger("drivetrain.offload")
 
 
+@dataclass
+class _Used:
+    engine: Engine
+    files: int = 0
+
+
 class _Engines:
     """What this process has made."""
 
     def __init__(self) -> None:
-        self.made: dict[IOSettings, Engine] = {}
-        self.lock = threading.Lock()
+        self.made: dict[IOSettings, _Used] = {}
+        # Taken again by the thread that has it when a file ends in the middle of something.
+        self.lock = threading.RLock()
         self.said: set[str] = set()
 
     def start_anew(self) -> None:
         """In a forked child, which has none of the threads and must leave the parent's alone."""
         self.made = {}
-        self.lock = threading.Lock()  # a thread of the parent may have held it
+        self.lock = threading.RLock()  # a thread of the parent may have held it
 
 
 _process = _Engines()
 os.register_at_fork(after_in_child=_process.start_anew)
 
 
-def engine_for(settings: IOSettings) -> Engine:
-    """The engine of these settings, made at the first call.
+def acquire_engine(settings: IOSettings) -> Engine:
+    """The engine of these settings, for a file; made when there is none.
 
     Raises:
         BuildError: there is no native library, and ``DRIVETRAIN_REQUIRE_NATIVE=1`` forbids to do
@@ -43,16 +51,21 @@ def engine_for(settings: IOSettings) -> Engine:
     """
     with _process.lock:
         if settings not in _process.made:
-            _process.made[settings] = _make(settings)
-        return _process.made[settings]
+            _process.made[settings] = _Used(_make(settings))
+        used = _process.made[settings]
+        used.files += 1
+        return used.engine
 
 
 def release_engine(settings: IOSettings) -> None:
-    """End the threads of an engine that no open file uses."""
+    """A file that acquired an engine is closed; the engine ends with the last one."""
     with _process.lock:
-        engine = _process.made.pop(settings, None)
-    if engine is not None:
-        engine.close()
+        used = _process.made[settings]
+        used.files -= 1
+        if used.files:
+            return
+        del _process.made[settings]
+    used.engine.close()
 
 
 def say_once(text: str) -> None:
