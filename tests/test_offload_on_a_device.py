@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from drivetrain.testing import run_distributed
+from drivetrain.testing import RanksFailedError, run_distributed
 from drivetrain.testing.distributed import start_anew
 
 sys.path.insert(0, str(Path(__file__).parent / "private_use"))
@@ -189,6 +189,17 @@ def test_with_a_ratio_both_sides_update() -> None:
 def test_an_error_of_the_rule_is_raised_by_the_step_and_by_that_alone() -> None:
     (found,) = run_distributed(host_offload.fails_in_the_worker, 1, config(0, "bf16", {}))
     assert found == ["ZeroDivisionError: planted"]
+
+
+@pytest.mark.parametrize("section", [{}, {"delayed_update": True}], ids=str)
+def test_ranks_that_wait_for_one_whose_update_failed_end_with_its_error(
+    section: dict[str, Any],
+) -> None:
+    given = config(2, "bf16", section)
+    with pytest.raises(RanksFailedError) as caught:
+        run_distributed(host_offload.fails_on_rank_1, 2, given, timeout=60)
+    assert "rank 1 of 2 failed first: ZeroDivisionError: planted" in str(caught.value)
+    assert "rank 1 failed: ZeroDivisionError: planted" in caught.value.errors[0].error
 
 
 # -- pinned memory ---------------------------------------------------------------------------------

@@ -147,6 +147,22 @@ def fails_in_the_worker(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def fails_on_rank_1(config: Mapping[str, Any]) -> None:
+    """Trains until the rule fails on one rank."""
+    engine = start(config)
+    rule: Any = engine.states._optimizer.rule  # type: ignore[attr-defined]
+    kind: type[UpdateRule] = type(rule)
+    before = kind.update
+
+    def update(self: UpdateRule, bucket: Any, *arguments: Any) -> None:
+        if engine.job.rank == 1 and bucket.step == 2:
+            raise ZeroDivisionError("planted")
+        before(self, bucket, *arguments)
+
+    with patch.object(kind, "update", update), engine.job:
+        train(engine, range(9))
+
+
 def pinning(config: Mapping[str, Any], *, fails: bool) -> tuple[int, list[str], list[float]]:
     """Bytes that are locked, warnings, and losses."""
     import logging

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +143,20 @@ def test_parts_of_a_bucket_hold_parts_of_its_tensors() -> None:
     assert found == [("b0.p1", 5, 6, 0), ("b0.p2", 0, 24, 6)]
     assert rest.numel == spec.numel - 40
     assert rest.key != spec.key
+
+
+def test_the_rest_may_be_in_files(tmp_path: Path) -> None:
+    rule = FusedAdam(lr=1e-2)
+    spec = spec_of(rule, padding=130)
+    with opened() as job:
+        (home,) = place(job, [spec], ratio=0.5, device="nvme", nvme_path=str(tmp_path))
+        assert type(home) is SplitHome
+        parameters = adopt(home)
+        other, expected = on_device(spec)
+        for number in range(3):
+            for each in (home, other):
+                step(each, values(spec, number, torch.bfloat16), rule.defaults)
+        assert_same(home, parameters, other, expected)
 
 
 @pytest.mark.parametrize("dims", [(20, 10), (200,)])
