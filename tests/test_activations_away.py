@@ -32,8 +32,9 @@ def built() -> None:
 
 
 def config(stage: int, **more: Any) -> dict[str, Any]:
-    zero = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
-    return {**BASE, **(zero if stage else {}), **more}
+    offload = {key: more.pop(key) for key in list(more) if key.startswith("offload")}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **offload}
+    return {**BASE, **({"zero_optimization": zero} if stage else {}), **more}
 
 
 CASES = {
@@ -45,6 +46,9 @@ CASES = {
     "zero2": config(2, gradient_accumulation_steps=2, **BF16),
     "zero3": config(3, gradient_accumulation_steps=2, **BF16),
     "zero3-fp32": config(3),
+    "kept-parameters": config(
+        3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}, **BF16
+    ),
 }
 
 

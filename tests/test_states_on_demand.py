@@ -31,8 +31,9 @@ def built() -> None:
 
 
 def config(stage: int, **more: Any) -> dict[str, Any]:
-    zero = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100}}
-    return {**BASE, **(zero if stage else {}), **more}
+    offload = {key: more.pop(key) for key in list(more) if key.startswith("offload")}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 100, **offload}
+    return {**BASE, **({"zero_optimization": zero} if stage else {}), **more}
 
 
 BF16 = {"bf16": {"enabled": True}}
@@ -44,6 +45,11 @@ CASES = {
     "zero3": config(3, **BF16),
     "zero3-fp32": config(3),
     "accumulating": config(2, gradient_accumulation_steps=2, **BF16),
+    "host-homes": config(2, offload_optimizer={"device": "cpu"}, **BF16),
+    "half-host": config(1, offload_optimizer={"device": "cpu", "ratio": 0.5}, **BF16),
+    "kept-parameters": config(
+        3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}, **BF16
+    ),
 }
 each_case = pytest.mark.parametrize("given", CASES.values(), ids=CASES)
 each_stage = pytest.mark.parametrize("stage", [0, 1, 2, 3])
