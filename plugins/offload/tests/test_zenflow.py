@@ -226,6 +226,20 @@ def test_written_masters_reach_both_sides() -> None:
         assert parameters[:70].tolist() == [3.0] * 70
 
 
+def test_both_sides_begin_anew_from_parameters_that_someone_changed() -> None:
+    rule = FusedSGD(lr=0.0)
+    with opened() as job:
+        (home,) = place(job, [spec_of(rule)], ZenFlow(update_interval=2))
+        parameters = adopt(home)
+        for number in range(6):
+            if number == 3:
+                parameters.fill_(5.0)
+                home.refresh()
+            step(home, values(home.spec, number, torch.bfloat16), rule.defaults)
+        assert parameters.tolist() == [5.0] * home.spec.numel
+        assert states(home)["b0.p0", "master"].unique().tolist() == [5.0]
+
+
 # -- importance --------------------------------------------------------------------------------
 
 
