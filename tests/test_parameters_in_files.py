@@ -110,6 +110,12 @@ def test_guessing_ahead_is_refused(tmp_path: Path) -> None:
         Plan.build(given, world_size=1)
 
 
+def test_direct_storage_is_refused(tmp_path: Path) -> None:
+    given = {**config(tmp_path, "nvme"), "aio": {"use_gds": True}}
+    with pytest.raises(ConfigError, match=r"aio.use_gds: no accelerator"):
+        Plan.build(given, world_size=1)
+
+
 def a_path_that_cannot_be(folder: str) -> str:
     given = config(Path(folder), train_batch_size=8)
     try:

@@ -79,6 +79,9 @@ class Offload(LogsMemory):
         if optimizer.super_offload and self.section(OffloadParam).device == "nvme":
             flaw = "updates parameters while backward goes on, when they may be in their files only"
             found.append(Problem(f"{OPTIMIZER}.super_offload", flaw))
+        if self.section(Aio).use_gds:
+            flaw = "no accelerator moves data between files and its memory directly yet; use false"
+            found.append(Problem("aio.use_gds", flaw))
         if self.section(OffloadParam).device != "none" and stage != 3:
             flaw = f"parameters stay away from the device at stage 3 only, got stage {stage}"
             found.append(Problem(f"{PARAM}.device", flaw))

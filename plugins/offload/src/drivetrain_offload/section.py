@@ -122,7 +122,7 @@ class Aio(Section):
     )
     use_gds: Bool = Field(
         default=False,
-        description="Move data between files and a GPU directly; needs an accelerator that can.",
+        description="Between files and a GPU directly; refused, since no accelerator can yet.",
     )
     engine: Literal["auto", "io_uring", "libaio", "threads"] = Field(
         default="auto", description="The system's interface; auto takes the first that works."
