@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +64,19 @@ def test_offloaded_states_are_in_host_memory(engines: list[Engine]) -> None:
     found = by_kind(start(engines, bf16={"enabled": True}, **offload))
     assert found["parameter"] == ("device", 2 * COUNT)
     assert found["master"] == found["exp_avg"] == found["exp_avg_sq"] == ("host", 4 * COUNT)
+
+
+def test_states_in_files_leave_their_buffers_in_host_memory(
+    engines: list[Engine], tmp_path: Path
+) -> None:
+    files = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 3, "buffer_size": 512}
+    offload = {"zero_optimization": {"offload_optimizer": files}}
+    found = by_kind(start(engines, bf16={"enabled": True}, **offload))
+    assert found["master"] == found["exp_avg"] == found["exp_avg_sq"] == ("nvme", 4 * COUNT)
+    # Three buffers for at least 512 elements of three states, and at most all elements.
+    place, nbytes = found["buffers of tiles"]
+    assert place == "host"
+    assert 3 * 512 * 12 <= nbytes <= 3 * (COUNT * 12 + 3 * 4096)
 
 
 def test_buffers_that_are_noted_are_told_as_they_are_now(engines: list[Engine]) -> None:

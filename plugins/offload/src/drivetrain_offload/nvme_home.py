@@ -23,6 +23,7 @@ from drivetrain.home import (
 from drivetrain.update_rule import BucketView, UpdateRule
 from drivetrain_offload.host_memory import PinnedMemory
 from drivetrain_offload.host_side import as_they_are
+from drivetrain_offload.memory import MemoryRow, note_memory
 from drivetrain_offload.swap_folder import SwapFolder
 from drivetrain_offload.tile_pipeline import Place, StateFile, TilePipeline
 from drivetrain_offload.tiles import Tile, TileLayout
@@ -274,6 +275,9 @@ def _shared(job: Job, folder: SwapFolder, section: OffloadOptimizer, tile_bytes:
         job.accelerator, wanted=section.pin_memory, budget=section.pinned_memory_budget
     )
     _of_jobs[job] = _Shared(pipeline, Staging(memory))
+    note_memory(
+        job, lambda: [MemoryRow("buffers of tiles", "host", pipeline.nbytes, memory.locked)]
+    )
     logger.info("states in files: %d buffers of %s bytes", section.buffer_count, f"{tile_bytes:,}")
     return _of_jobs[job]
 
