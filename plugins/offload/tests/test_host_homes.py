@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from drivetrain_kernels.rules import FusedAdam, FusedLamb, FusedLion, FusedSGD
+from drivetrain_offload.delayed_home import DelayedHome
 from drivetrain_offload.host_home import HostHome
 from drivetrain_offload.placement import state_bytes
+from drivetrain_offload.speculative_home import SpeculativeHome
 from drivetrain_offload.split_home import SplitHome, cuts, part_of
+from drivetrain_offload.zenflow_home import ZenFlowHome
+from drivetrain_offload.zenflow_section import ZenFlow
 from offload_harness import (
     PRECISIONS,
     adopt,
@@ -198,6 +202,43 @@ def test_states_are_counted_with_their_dtypes() -> None:
     spec = spec_of(FusedAdam(state_dtype="bf16"))
     assert state_bytes(spec) == spec.numel * (4 + 2 + 2)
     assert state_bytes(spec_of(FusedSGD(), "fp32")) == 0
+
+
+WAYS = {
+    "plain": ({}, None, 12),
+    "late": ({"delayed_update": True}, None, 12 + 6),
+    "guessing": ({"super_offload": True}, None, 12 + 14),
+    "by importance": ({}, ZenFlow(), 12 + 11),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_home_takes_the_bytes_a_parameter_that_are_checked_and_documented(way: str) -> None:
+    section, zenflow, expected = WAYS[way]
+    spec = spec_of(FusedAdam())
+    with opened() as job:
+        (home,) = place(job, [spec], zenflow, **section)
+        parameters = adopt(home)
+        tensors = [value for found in vars(home).values() for value in all_tensors(found)]
+        sizes = {t.data_ptr(): t.nbytes for t in tensors if t.data_ptr() != parameters.data_ptr()}
+        counts = 16 if zenflow is not None else 0  # two integers
+        assert sum(sizes.values()) == expected * spec.numel + counts
+    extra = {
+        "plain": 0,
+        "late": DelayedHome.extra_bytes(spec),
+        "guessing": SpeculativeHome.extra_bytes(spec, state_bytes(spec)),
+        "by importance": ZenFlowHome.extra_bytes(spec),
+    }
+    assert state_bytes(spec) + extra[way] == expected * spec.numel
+
+
+def all_tensors(found: object) -> list[torch.Tensor]:
+    if isinstance(found, torch.Tensor):
+        return [found] if found.numel() else []
+    inner = found.values() if isinstance(found, dict) else found
+    return (
+        [t for t in inner if isinstance(t, torch.Tensor)] if isinstance(found, dict | list) else []
+    )
 
 
 def test_too_little_memory_is_an_error_before_any_is_taken(monkeypatch) -> None:
