@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from drivetrain_offload.file_io import IOSettings
-from drivetrain_offload.io_measure import move, scratch_file
+from drivetrain_offload.io_measure import move
 
 FIO_ENGINES = {"io_uring": "io_uring", "libaio": "libaio", "threads": "psync"}
 
@@ -53,30 +54,33 @@ def main() -> None:
         for kib, depth, threads in options.settings
         for direction in ("write", "read")
     ]
-    with scratch_file(options.folder, options.mib << 20) as path:
-        # fio opens files by name in processes of its own.
-        target = options.folder / "drivetrain-fio"
-        try:
-            fio(str(target), Case("io_uring", 1 << 20, 8, 1, "write"), options.mib, None)
-            move(path, IOSettings(), "write", options.mib << 20, seconds=1e9, passes=1)
-            for case in cases:
-                measure(path, str(target), case, options)
-        finally:
-            target.unlink(missing_ok=True)
+    # One file for both, by name: fio opens it in a process of its own.
+    target = options.folder / "drivetrain-benchmark-of-files"
+    try:
+        target.touch(exist_ok=False)
+        size = options.mib << 20
+        os.posix_fallocate(os.open(target, os.O_RDWR), 0, size)
+        move(str(target), IOSettings(), "write", size, seconds=1e9, passes=1)
+        for case in cases:
+            measure(str(target), case, options)
+    finally:
+        target.unlink(missing_ok=True)
 
 
-def measure(path: str, target: str, case: Case, options: argparse.Namespace) -> None:
-    own: list[Figure] = []
-    other: list[Figure] = []
-    for _ in range(options.rounds):
-        own.append(ours(path, case, options.mib, options.seconds))
-        other.append(fio(target, case, options.mib, options.seconds))
-    ours_speed, fio_speed = (median(f.speed for f in figures) for figures in (own, other))
-    ours_cpu, fio_cpu = (median(f.cpu for f in figures) for figures in (own, other))
+def measure(target: str, case: Case, options: argparse.Namespace) -> None:
+    figures: dict[str, list[Figure]] = {"ours": [], "fio": []}
+    both = {"ours": ours, "fio": fio}
+    for number in range(options.rounds):
+        # Who comes first may find another disk than who comes second.
+        for name in sorted(both, reverse=number % 2 == 1):
+            figures[name].append(both[name](target, case, options.mib, options.seconds))
+    ratios = [a.speed / b.speed for a, b in zip(figures["ours"], figures["fio"], strict=True)]
+    speed = {name: median(f.speed for f in found) for name, found in figures.items()}
+    cpu = {name: median(f.cpu for f in found) for name, found in figures.items()}
     print(
         f"| {case.engine} | {case.direction} | {case.block >> 10} | {case.depth} | {case.threads} "
-        f"| {ours_speed:.2f} | {fio_speed:.2f} | {ours_speed / fio_speed:.2f} "
-        f"| {ours_cpu:.3f} | {fio_cpu:.3f} |",
+        f"| {speed['ours']:.2f} | {speed['fio']:.2f} | {median(ratios):.2f} "
+        f"({min(ratios):.2f} to {max(ratios):.2f}) | {cpu['ours']:.2f} | {cpu['fio']:.2f} |",
         flush=True,
     )
 
@@ -90,7 +94,7 @@ def ours(path: str, case: Case, mib: int, seconds: float) -> Figure:
     return Figure(found.bytes_per_second / 1e9, found.cores / (found.bytes_per_second / 1e9))
 
 
-def fio(target: str, case: Case, mib: int, seconds: float | None) -> Figure:
+def fio(target: str, case: Case, mib: int, seconds: float) -> Figure:
     """fio's figure: one thread per job, each with its own part of the file and its own queue."""
     # Its synchronous engine gets its depth from threads, as ours does.
     blocking = case.engine == "threads"
@@ -110,7 +114,8 @@ def fio(target: str, case: Case, mib: int, seconds: float | None) -> Figure:
         "--thread",
         "--group_reporting",
         "--output-format=json",
-        *(["--time_based", f"--runtime={seconds}"] if seconds is not None else []),
+        "--time_based",
+        f"--runtime={round(seconds * 1000)}ms",
     ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -121,7 +126,7 @@ def fio(target: str, case: Case, mib: int, seconds: float | None) -> Figure:
     return Figure(speed, cpu / (job[case.direction]["io_bytes"] / 1e9))
 
 
-def median(values: Sequence[float]) -> float:
+def median(values: Iterable[float]) -> float:
     return statistics.median(list(values))
 
 
@@ -142,7 +147,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     print(time.strftime("%Y-%m-%d"), f"{options.rounds} rounds, medians")
     print(
-        "| engine | direction | block, KiB | depth | threads | ours, GB/s | fio, GB/s | ours ÷ fio "
+        "| engine | direction | block, KiB | depth | threads | ours, GB/s | fio, GB/s "
+        "| ours ÷ fio (range) "
         "| ours, CPU s/GB | fio, CPU s/GB |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     return options

@@ -3,9 +3,10 @@
     python benchmarks/nvme_home.py --folder /scratch --millions 128 --steps 5
 
 One bucket of bf16 parameters with float32 masters and Adam's moments. The disk's share is the
-states' bytes at the bandwidths measured, with the same ``aio`` settings and in the same run, for
-reading and for writing alone; compute is the same update with the states in memory. Rounds of all
-three take turns, so that a disk whose speed changes does so for all.
+states' bytes at the bandwidths measured, with the same ``aio`` settings and in the same run: for
+reading and for writing alone, one after the other, and for both at once, which is what a step does.
+Compute is the same update with the states in memory. All take turns, so that a disk whose speed
+changes does so for all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -69,9 +71,8 @@ def main() -> None:
         move(scratch, settings, "write", options.mib << 20, seconds=1e9, passes=1)
 
         def bandwidth(direction: str) -> float:
-            found, _ = move(
-                scratch, settings, direction, options.mib << 20, seconds=options.seconds
-            )
+            seconds = options.seconds
+            found, _ = move(scratch, settings, direction, options.mib << 20, seconds=seconds)
             return found.bytes_per_second
 
         measure(home, memory, gradient, bandwidth, options.steps)
@@ -88,18 +89,24 @@ def measure(
     nbytes = gradient.numel() * KINDS * 4
     for number in range(steps + 1):
         read, write = bandwidth("read"), bandwidth("write")
+        with ThreadPoolExecutor() as pool:
+            both = sum(pool.map(bandwidth, ("read", "write")))
         compute = timed(memory, gradient)
         cpu = time.process_time()
         spent = timed(home, gradient)
         cpu = time.process_time() - cpu
         if number:  # the first step finds nothing read ahead
-            rows.append((spent, nbytes / read + nbytes / write, compute, cpu, read, write))
-    step, disk, compute, cpu, read, write = map(statistics.median, zip(*rows, strict=True))
+            in_turn = nbytes / read + nbytes / write
+            rows.append((spent, in_turn, 2 * nbytes / both, compute, cpu, read, write, both))
+    step, in_turn, at_once, compute, cpu, *speeds = map(statistics.median, zip(*rows, strict=True))
+    read, write, both = (f"{speed / 1e9:.2f}" for speed in speeds)
     print(
-        f"states {nbytes / 1e9:.2f} GB; disk reads {read / 1e9:.2f} GB/s, writes {write / 1e9:.2f} "
-        f"GB/s\nstep {step:.2f} s; disk alone {disk:.2f} s; compute alone {compute:.2f} s; "
-        f"step / larger of both {step / max(disk, compute):.2f}; processor {cpu:.2f} s"
+        f"states of {nbytes / 1e9:.2f} GB; disk: {read} GB/s read, {write} GB/s written, {both} "
+        f"GB/s both at once\nstep {step:.2f} s (processor {cpu:.2f} s); disk alone {in_turn:.2f} s "
+        f"in turn, {at_once:.2f} s at once; compute alone {compute:.2f} s"
     )
+    ratios = sorted(row[0] / max(row[2], row[3]) for row in rows)
+    print("step / larger of disk at once and compute:", *(f"{ratio:.2f}" for ratio in ratios))
 
 
 def timed(home: StateHome, gradient: torch.Tensor) -> float:

@@ -150,18 +150,17 @@ def move(
     """
     window = settings.block_size * settings.queue_depth * settings.intra_op_parallelism
     # While one request waits to be taken note of, the others keep the queues full.
-    memory = [
-        aligned_empty(request, torch.uint8).fill_(at) for at in range(2 + 2 * window // request)
-    ]
+    count = 2 + 2 * window // request
+    memory = aligned_empty(count * request, torch.uint8).fill_(1).view(count, -1).unbind()
     starts = range(0, nbytes - request + 1, request)
-    count = None if passes is None else passes * len(starts)
+    last = None if passes is None else passes * len(starts)
     under_way: deque[Request] = deque()
     with AsyncFile(path, mode="r+", **asdict(settings)) as file:
         begin = file.read if direction == "read" else file.write
         before, moved = file.engine.latencies(), 0
         cpu, began = time.process_time(), time.perf_counter()
         for number, start in enumerate(itertools.cycle(starts)):
-            if number == count or time.perf_counter() - began > seconds:
+            if number == last or time.perf_counter() - began > seconds:
                 break
             if len(under_way) == len(memory):
                 under_way.popleft().wait()

@@ -135,8 +135,9 @@ class TilePipeline:
             self.settle()
             self.buffer_bytes = buffer_bytes
             self._free.clear()  # first, so that old and new are never there together
-            for _ in range(self._count):
-                self._free.append(aligned_empty(buffer_bytes, torch.uint8))
+            self._free.extend(
+                aligned_empty(self.nbytes, torch.uint8).view(self._count, -1).unbind()
+            )
 
     # -- tiles ----------------------------------------------------------------------------------
 
