@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from drivetrain.testing import run_distributed
 from drivetrain.testing.distributed import start_anew
@@ -141,6 +142,14 @@ def test_a_checkpoint_can_be_saved_but_not_loaded_meanwhile(stage: int, tmp_path
     given = config(stage, **BF16)
     for first, second in run_distributed(on_demand.saved_while_away, 2, given, str(tmp_path)):
         assert first == second
+
+
+@each_stage
+def test_single_states_can_be_read_meanwhile(stage: int) -> None:
+    given = config(stage, **BF16)
+    for before, between in run_distributed(on_demand.read_while_away, 2, given):
+        assert all(map(torch.equal, before, between))
+        assert before[0].shape == (128, 32)
 
 
 def test_places_are_told(tmp_path: Path) -> None:

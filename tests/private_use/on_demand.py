@@ -256,3 +256,26 @@ def shared_with_a_client(config: Mapping[str, Any]) -> tuple[dict[str, int], lis
     reload_states(engine)
     engine.destroy()
     return moved, said
+
+
+def read_while_away(config: Mapping[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Whole states of a parameter, read while they are on the device and while they are not."""
+    from drivetrain_zero import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    engine = start(config)
+    train(engine, range(2), lambda: None)
+    parameter = engine.module.blocks[0].up.weight
+
+    def states() -> list[torch.Tensor]:
+        found = safe_get_full_fp32_param(parameter)
+        moment = safe_get_full_optimizer_state(parameter, "exp_avg")
+        assert found is not None
+        assert moment is not None
+        return [found.cpu(), moment.cpu()]
+
+    before = states()
+    offload_states(engine)
+    between = states()
+    reload_states(engine)
+    engine.destroy()
+    return before, between

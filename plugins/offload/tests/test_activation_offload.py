@@ -292,6 +292,22 @@ def test_small_tensors_parameters_and_buffers_stay() -> None:
     assert offloader.memory.pool.peak > 0
 
 
+def test_sparse_tensors_stay() -> None:
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mixing", torch.eye(64).to_sparse())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sparse.mm(self.mixing, x).exp().sum()
+
+    module = Mixes()
+    offload(module)
+    x = torch.randn(64, 8, requires_grad=True)
+    (found,) = torch.autograd.grad(module(x), x)
+    assert torch.equal(found, torch.autograd.grad(Mixes()(x), x)[0])
+
+
 def test_views_of_one_storage_are_stored_once() -> None:
     class Split(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -181,7 +181,8 @@ class ForwardPass:
 
     def protect(self, tensors: Iterable[torch.Tensor]) -> None:
         """Leave the memory of ``tensors`` alone: it is not autograd's, and may come and go."""
-        self._protected.update(tensor.untyped_storage()._cdata for tensor in tensors)
+        dense = (tensor for tensor in tensors if tensor.layout is torch.strided)
+        self._protected.update(tensor.untyped_storage()._cdata for tensor in dense)
 
     def enter_block(self) -> None:
         """A block begins."""
