@@ -117,7 +117,7 @@ def config(folder: Path | str) -> dict[str, object]:
     return {
         "train_batch_size": 8,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
-        "zero_optimization": {"stage": 0, "offload_optimizer": offload},
+        "zero_optimization": {"offload_optimizer": offload},
     }
 
 

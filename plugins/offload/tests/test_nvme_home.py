@@ -279,7 +279,7 @@ def test_a_job_trains_like_the_reference(tmp_path: Path, world: int) -> None:
     config = {
         "train_batch_size": 8,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}},
-        "zero_optimization": {"stage": 0, "offload_optimizer": offload},
+        "zero_optimization": {"offload_optimizer": offload},
     }
     assert_trains_like_reference(config, world_size=world)
     assert files_in(tmp_path) == []

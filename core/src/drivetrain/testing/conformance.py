@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import subprocess
@@ -68,11 +69,14 @@ class PluginConformance:
 
     def test_an_unknown_key_is_refused_by_its_path(self) -> None:
         """A misspelt key is never ignored."""
-        for path, value in self.config.items():
-            if not isinstance(value, Mapping):
-                continue
-            config = {**self.rest, **self.config, path: {**value, "no_such_key": 1}}
-            assert f"{path}.no_such_key" in self._refusal(config)
+        for path in self._plugin()._sections:
+            config = copy.deepcopy({**self.rest, **self.config})
+            section = config
+            for name in path.split("."):
+                section = section[name]
+            if isinstance(section, dict):
+                section["no_such_key"] = 1
+                assert f"{path}.no_such_key" in self._refusal(config)
 
     def test_the_order_of_the_config_does_not_matter(self) -> None:
         """A config means the same whichever way round it is written."""
@@ -85,8 +89,8 @@ class PluginConformance:
     def test_the_plugin_pickles(self) -> None:
         """A plan can be sent to another process."""
         plugin = self._plugin()
-        copy = pickle.loads(pickle.dumps(plugin))  # noqa: S301 - it is our own
-        assert copy._sections == plugin._sections
+        other = pickle.loads(pickle.dumps(plugin))  # noqa: S301 - it is our own
+        assert other._sections == plugin._sections
 
     def test_the_class_says_what_it_is(self) -> None:
         """Name, sections, features and conflicts fit together."""
