@@ -269,8 +269,8 @@ def test_memory_is_that_of_the_buffers(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     grown, buffers, counted = map(int, run.stdout.split())
     assert counted == buffers
-    # The states take 100 MB; the buffers were there before.
-    assert grown < buffers // 2
+    # The states take 100 MB; the buffers were there before, and code is loaded on the way.
+    assert grown < 16 << 20
 
 
 @pytest.mark.parametrize("world", [1, 2])
