@@ -90,7 +90,10 @@ void Engine::submit(Request* request) {
     }
     waiting_.push_back(request);
   }
-  work_.notify_all();
+  // Only as many workers as there are blocks: the others would wake up for nothing.
+  const auto workers = static_cast<int64_t>(workers_.size());
+  const int64_t blocks = (request->bytes - 1) / options_.block_size + 1;
+  for (int64_t woken = std::min(blocks, workers); woken > 0; --woken) work_.notify_one();
 }
 
 bool Engine::done(Request* request) {
