@@ -48,7 +48,7 @@ class HostSide:
         return _sides[job]
 
     def _rows(self) -> list[MemoryRow]:
-        """Buffers, for tables of memory; all that is locked here, states too, counts with them."""
+        """Buffers, for tables of memory; whatever is locked here counts with them."""
         return [MemoryRow("buffers of updates", "host", self.lanes.nbytes, self.memory.locked)]
 
     def _close(self) -> None:
