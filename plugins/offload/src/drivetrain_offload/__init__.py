@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from drivetrain_offload.file_io import AsyncFile, FileIOError, Request, aligned_empty
     from drivetrain_offload.memory import (
         MemoryRow,
         memory_table,
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AsyncFile",
+    "FileIOError",
     "MemoryRow",
+    "Request",
     "StateKind",
+    "aligned_empty",
     "memory_table",
     "memory_text",
     "offload_states",
@@ -32,6 +37,10 @@ __all__ = [
 ]
 
 _HOME = {
+    "AsyncFile": "file_io",
+    "FileIOError": "file_io",
+    "Request": "file_io",
+    "aligned_empty": "file_io",
     "MemoryRow": "memory",
     "memory_table": "memory",
     "memory_text": "memory",
