@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_kernels.rules import FusedAdam, FusedLamb, FusedLion, FusedSGD
+from drivetrain_offload import nvme_home
 from drivetrain_offload.file_io import ALIGNMENT
 from drivetrain_offload.tiles import TileLayout
 from nvme_harness import TILE, files_in, in_files, large_spec
@@ -138,6 +139,32 @@ class Counting(UpdateRule):
 
 def test_rules_with_a_state_per_bucket_see_the_bucket_whole(tmp_path: Path) -> None:
     run_both(tmp_path, [large_spec(Counting())], steps=3)
+
+
+@pytest.mark.parametrize("precision", list(PRECISIONS))
+def test_tensors_on_a_device_pass_through_staging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    elsewhere: set[int] = set()
+    spec = large_spec(FusedAdam(lr=1e-2), precision)
+    # The device is the host here, taken for a device by the addresses of its tensors.
+    monkeypatch.setattr(
+        nvme_home, "_is_near", lambda tensor: tensor.untyped_storage().data_ptr() not in elsewhere
+    )
+    with opened() as job:
+        (home,) = in_files(job, [spec], tmp_path)
+        home.staging.reserve(4 * TILE, 4 * TILE)
+        parameters = adopt(home)
+        other, expected = on_device(spec)
+        for number in range(3):
+            gradient = values(spec, number, spec.gradient_dtype)
+            before = gradient.clone()
+            elsewhere.update((parameters.data_ptr(), gradient.data_ptr()))
+            home.update(gradient, spec.rule.defaults, 0.5)
+            assert torch.equal(gradient, before)
+            step(other, gradient, spec.rule.defaults, 0.5)
+        home.flush()
+        assert_same(home, parameters, other, expected)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

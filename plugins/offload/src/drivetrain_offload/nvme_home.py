@@ -92,7 +92,7 @@ class NvmeHome(StateHome):
         self.step = 0
         self._store = store
         self.pipeline = pipeline
-        self._staging = staging
+        self.staging = staging
         self._parameters = torch.empty(0)
         self._own: dict[str, torch.Tensor] = {}
 
@@ -156,11 +156,11 @@ class NvmeHome(StateHome):
         scale: float | torch.Tensor,
     ) -> None:
         there = tile.of(self._parameters)
-        here = self._staging.parameters(there, filled=not self.spec.has_masters)
+        here = self.staging.parameters(there, filled=not self.spec.has_masters)
         view = BucketView(
             key=tile.key,
             weights=kinds.pop(MASTER, here),
-            gradient=self._staging.gradient(tile.of(gradient)),
+            gradient=self.staging.gradient(tile.of(gradient)),
             states={**kinds, **self._own},
             segments=tile.segments,
             step=self.step,
