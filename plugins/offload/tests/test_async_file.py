@@ -34,7 +34,9 @@ def test_any_part_of_a_file_is_written_without_touching_its_neighbours(
     part = memory[:size] if aligned else memory[1:]
     part.copy_(random_bytes(size, seed=2))
     with AsyncFile(path, mode="r+", engine=engine, block_size=65536) as file:
+        past_the_cache = file.direct
         file.write(part, offset).wait()
+        assert file.direct == past_the_cache  # every piece was one that the system takes
     assert path.read_bytes() == before[:offset] + content(part) + before[offset + size :]
 
 

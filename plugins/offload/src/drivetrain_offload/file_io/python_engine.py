@@ -101,7 +101,7 @@ class PythonEngine(Engine):
         while at < stop:
             struck, fault = fault, 0
             try:
-                moved = _struck(_call(transfer, at, stop - at, direct), struck)
+                moved = _call(transfer, at, stop - at, direct, struck)
             except OSError as error:
                 if error.errno == errno.EINVAL and direct:
                     direct, transfer.file.refused = False, True
@@ -131,16 +131,13 @@ class PythonEngine(Engine):
             self._counts[bucket] += 1
 
 
-def _call(transfer: Transfer, at: int, nbytes: int, direct: bool) -> int:
-    """One call of the system; answers how many bytes it moved."""
+def _call(transfer: Transfer, at: int, nbytes: int, direct: bool, fault: int) -> int:
+    """One call of the system, or what a test makes of it; answers how many bytes it moved."""
+    if fault > 0:
+        raise OSError(fault, os.strerror(fault))
+    if fault < 0:
+        nbytes = nbytes // 1024 * 512 if direct else (nbytes + 1) // 2
     memory: Any = (ctypes.c_char * nbytes).from_address(transfer.address + at)
     descriptor = transfer.file.direct if direct else transfer.file.buffered
     move = os.pwritev if transfer.writes else os.preadv
     return move(descriptor, [memoryview(memory)], transfer.offset + at)
-
-
-def _struck(moved: int, fault: int) -> int:
-    """What a fault makes of a call that moved some bytes."""
-    if fault > 0:
-        raise OSError(fault, os.strerror(fault))
-    return max(1, moved // 2) if fault < 0 else moved

@@ -32,6 +32,12 @@ bool make_queues(Kind kind, const Options& options, std::vector<std::unique_ptr<
   return true;
 }
 
+// What a test makes of a transfer: half of it, in whole sectors past the cache.
+void cut_short(Slot& slot) {
+  size_t& length = slot.vector.iov_len;
+  length = slot.direct ? length / 1024 * 512 : (length + 1) / 2;
+}
+
 int bucket_of(int64_t nanoseconds) {
   const int power = 63 - __builtin_clzll(static_cast<uint64_t>(std::max<int64_t>(nanoseconds, 4)));
   const int quarter = static_cast<int>((nanoseconds >> (power - 2)) & 3);
@@ -171,6 +177,7 @@ bool Engine::take(Slot& slot, bool wait) {
   lock.unlock();
   slot.began = std::chrono::steady_clock::now();
   aim(slot);
+  if (request.fault < 0 && request.fault.exchange(0) < 0) cut_short(slot);
   return true;
 }
 
@@ -193,9 +200,7 @@ void Engine::aim(Slot& slot) const {
 // Answers whether the slot is through with its piece; if not, it has to be pushed again.
 bool Engine::settle(Slot& slot, int64_t result) {
   Request& request = *slot.request;
-  if (const int fault = result > 0 ? request.fault.exchange(0) : 0) {
-    result = fault > 0 ? -fault : std::max<int64_t>(1, result / 2);
-  }
+  if (const int fault = result > 0 ? request.fault.exchange(0) : 0) result = -fault;
   if (result == -EAGAIN || result == -EINTR) {
     if (++slot.tries > kBusyTries) return finish(slot, static_cast<int>(-result)), true;
     usleep(100);
