@@ -53,6 +53,17 @@ def test_training_is_bitwise_that_without_offload(
     assert not left
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_states_in_files_train_alike_at_the_other_stages(stage: int, tmp_path: Path) -> None:
+    bare = config(None, **MODES["bf16"])
+    given = config(tmp_path, "nvme", **MODES["bf16"])
+    del given["zero_optimization"]["offload_param"]
+    for each in (bare, given):
+        each["zero_optimization"]["stage"] = stage
+    expected = run_distributed(losses_and_weights, 2, bare, STEPS)
+    assert_equal(run_distributed(losses_and_weights, 2, given, STEPS), expected)
+
+
 @pytest.mark.parametrize("optimizer", ["none", "nvme"])
 def test_a_resumed_run_is_bitwise_one_that_was_not_stopped(optimizer: str, tmp_path: Path) -> None:
     given = config(tmp_path / "swap", optimizer, **MODES["bf16"])
