@@ -109,6 +109,21 @@ def near(home: KeptParameters) -> bool:
     return home._work.untyped_storage().nbytes() > 0
 
 
+def test_the_next_bucket_is_read_ahead_also_while_others_are_published(tmp_path: Path) -> None:
+    """Without masters an update begins with reading, so that must have begun before."""
+    homes = kept(tmp_path, specs_of("fp32", count=4))
+    for home in homes:
+        adopt(home)
+    ahead = []
+    for step in range(2):
+        for number, home in enumerate(homes):
+            ahead.append((step, number, near(home)))
+            home.update(values(home.spec, number), RULE.defaults, 1.0)
+            home.publish()
+    assert [number for step, number, was_near in ahead if was_near and step == 0] == []
+    assert [number for step, number, was_near in ahead if was_near and step == 1] == [1, 2, 3]
+
+
 @EVERY_PRECISION
 def test_what_is_written_from_outside_is_kept(tmp_path: Path, precision: str) -> None:
     (home,) = kept(tmp_path, specs_of(precision, count=1))

@@ -41,21 +41,22 @@ class UpdateOrder:
     def __init__(self) -> None:
         self._follows: dict[KeptParameters, KeptParameters] = {}
         self._latest: KeptParameters | None = None
+        self._updated: set[KeptParameters] = set()
         self._writing: list[KeptParameters] = []
 
     def begin(self, home: KeptParameters) -> None:
         """``home`` is updated now."""
         home.bring_near()
-        if self._latest is not None and self._latest is not home:
+        if home in self._updated:  # the next step; before it, parameters may have changed
+            self._updated.clear()
+            self._latest = None
+        if self._latest is not None:
             self._follows[self._latest] = home
         self._latest = home
+        self._updated.add(home)
         following = self._follows.get(home)
         if following is not None and following.begins_with_reading:
             following.begin_to_bring_near()
-
-    def rest(self) -> None:
-        """The step is over; before the next one parameters may change in other ways."""
-        self._latest = None
 
     def end(self, home: KeptParameters) -> None:
         """``home`` has been updated and is being written."""
@@ -133,7 +134,6 @@ class KeptParameters(ParameterHome):
     def publish(self) -> None:
         if self.stays_near:
             self._states.publish()
-        self._order.rest()
 
     def refresh(self) -> None:
         if self.spec.has_masters:
