@@ -218,13 +218,7 @@ class Communicator(ABC):
         self.run(Collective(Kind.BARRIER, (), axis, tag))
 
     def _to_or_from(
-        self,
-        kind: Kind,
-        tensor: torch.Tensor,
-        axis: Axis,
-        tag: Tag,
-        peer: int,
-        asynchronous: bool,
+        self, kind: Kind, tensor: torch.Tensor, axis: Axis, tag: Tag, peer: int, asynchronous: bool
     ) -> Handle:
         return self.run(Collective(kind, (tensor,), axis, tag, Op.SUM, asynchronous, peer))
 

@@ -198,10 +198,7 @@ class _Excepthook:
             cls.installed = None
 
     def __call__(
-        self,
-        kind: type[BaseException],
-        error: BaseException,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
         self.previous(kind, error, traceback)
         for job in tuple(_open_jobs):  # failing closes a job

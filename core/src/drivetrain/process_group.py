@@ -112,11 +112,7 @@ def init_distributed(
 
 
 def start(
-    backend: str,
-    ranks: Ranks,
-    *,
-    timeout: timedelta | None = None,
-    init_method: str | None = None,
+    backend: str, ranks: Ranks, *, timeout: timedelta | None = None, init_method: str | None = None
 ) -> None:
     """Start the default process group.
 

@@ -24,11 +24,7 @@ if TYPE_CHECKING:
     from drivetrain.failure import FailureBoard
     from drivetrain.mesh import Mesh
 
-_REDUCE_OPS = {
-    Op.SUM: dist.ReduceOp.SUM,
-    Op.MAX: dist.ReduceOp.MAX,
-    Op.MIN: dist.ReduceOp.MIN,
-}
+_REDUCE_OPS = {Op.SUM: dist.ReduceOp.SUM, Op.MAX: dist.ReduceOp.MAX, Op.MIN: dist.ReduceOp.MIN}
 
 # torch 2.13 renamed these two and warns of the old names; 2.11 has only those.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

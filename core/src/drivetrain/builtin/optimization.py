@@ -37,8 +37,7 @@ class OptimizerSection(_Typed):
         default=None, description="An installed optimizer or a class of torch.optim, any case."
     )
     legacy_fusion: Bool = Field(
-        default=False,
-        description=f"{NO_EFFECT}updates always run over flat buckets.",
+        default=False, description=f"{NO_EFFECT}updates always run over flat buckets."
     )
 
     @model_validator(mode="after")

@@ -68,8 +68,7 @@ class BF16(Section):
 
     enabled: Bool = Field(default=False, description="Train in bfloat16.")
     immediate_grad_update: Bool = Field(
-        default=False,
-        description=f"{NO_EFFECT}gradients are always accumulated as they appear.",
+        default=False, description=f"{NO_EFFECT}gradients are always accumulated as they appear."
     )
     check_grad_overflow: Bool = Field(
         default=True, description="Skip a step whose gradients are infinite or no number."

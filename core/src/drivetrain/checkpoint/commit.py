@@ -24,12 +24,7 @@ import torch
 
 from drivetrain.checkpoint import index
 from drivetrain.checkpoint.storage import Storage
-from drivetrain.checkpoint.tensor_file import (
-    NAMES,
-    TensorEntry,
-    WrittenFile,
-    write_tensors,
-)
+from drivetrain.checkpoint.tensor_file import NAMES, TensorEntry, WrittenFile, write_tensors
 from drivetrain.errors import CheckpointError
 
 logger = logging.getLogger("drivetrain.checkpoint")

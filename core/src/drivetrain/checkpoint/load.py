@@ -13,12 +13,7 @@ import torch
 
 from drivetrain.checkpoint import index
 from drivetrain.checkpoint.agreement import any_rank, text_of, worst
-from drivetrain.checkpoint.guarantee import (
-    Guarantee,
-    changed_versions,
-    fragments_digest,
-    layout_of,
-)
+from drivetrain.checkpoint.guarantee import Guarantee, changed_versions, fragments_digest, layout_of
 from drivetrain.checkpoint.index import Stored, StoredTensor
 from drivetrain.checkpoint.random_state import load_random_state
 from drivetrain.checkpoint.reading import check_coverage, read_whole, restore

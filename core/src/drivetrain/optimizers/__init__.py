@@ -4,10 +4,4 @@ from drivetrain.optimizers.factory import make_rule, optimizer_plan, rule_from_o
 from drivetrain.optimizers.optimizer import EngineOptimizer
 from drivetrain.optimizers.torch_rule import TorchRule
 
-__all__ = [
-    "EngineOptimizer",
-    "TorchRule",
-    "make_rule",
-    "optimizer_plan",
-    "rule_from_optimizer",
-]
+__all__ = ["EngineOptimizer", "TorchRule", "make_rule", "optimizer_plan", "rule_from_optimizer"]

@@ -95,11 +95,7 @@ class ReplicatedStates(ModelStates):
     """
 
     def __init__(
-        self,
-        job: Job,
-        module: nn.Module,
-        optimizer: OptimizerPlan | None,
-        policy: ReductionPolicy,
+        self, job: Job, module: nn.Module, optimizer: OptimizerPlan | None, policy: ReductionPolicy
     ) -> None:
         self._job = job
         self._module = module
