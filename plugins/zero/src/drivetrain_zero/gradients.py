@@ -33,6 +33,11 @@ class GradientMemory:
         self._free: dict[tuple[torch.dtype, Axis, torch.device], list[torch.Tensor]] = {}
         self._travelling: deque[ReduceScatterBucket] = deque()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers that :meth:`make` allocates."""
+        return _KEPT * sum(numel * dtype.itemsize for (dtype, *_), numel in self._wanted.items())
+
     def announce(self, numel: int, dtype: torch.dtype, axis: Axis, device: torch.device) -> None:
         """A bucket will borrow ``numel`` elements."""
         kind = (dtype, axis, device)

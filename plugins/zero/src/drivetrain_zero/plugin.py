@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from drivetrain.communicator import CommunicatorLayer
+    from drivetrain.engine import Engine
     from drivetrain.job import Job
     from drivetrain.mesh_layout import AxisRequest
     from drivetrain.model_states import ModelStates
@@ -103,3 +104,9 @@ class Zero(Plugin):
         from drivetrain_zero.states import ZeroStates
 
         return ZeroStates(job, module, optimizer, policy_of(job, self.config))
+
+    @hookimpl(optionalhook=True)  # of drivetrain-cli
+    def memory_rows(self, engine: Engine) -> Sequence[tuple[str, str, int, int]]:
+        from drivetrain_zero.states import ZeroStates
+
+        return engine.states.memory_rows() if isinstance(engine.states, ZeroStates) else ()

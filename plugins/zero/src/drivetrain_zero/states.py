@@ -34,6 +34,7 @@ from drivetrain_zero.handle import ShardedParameter
 from drivetrain_zero.init_shards import refuse_other_layout
 from drivetrain_zero.layers import kept_errors
 from drivetrain_zero.order import learned
+from drivetrain_zero.passing_memory import most_gathered
 from drivetrain_zero.policy import ZeroPolicy
 from drivetrain_zero.reshard import collect_states, restore_states
 
@@ -82,7 +83,7 @@ class ZeroStates(ModelStates):
     def _build(self, steps: Mapping[str, int]) -> None:
         job, policy = self._job, self._policy
         units = self._units()
-        memory = GradientMemory(job.communicator)
+        self._memory = GradientMemory(job.communicator)
         planned = [(unit, plan) for unit in units for plan in self._plan(unit, steps)]
         for _, plan in planned:
             _refuse_communicating(plan.spec.rule)
@@ -101,10 +102,8 @@ class ZeroStates(ModelStates):
         assert homes is not None, "core's default homes answer last"
         for bucket, home in zip(self._buckets, homes, strict=True):
             bucket.adopt(home)
-        self._sums = [
-            self._sum_of(bucket, memory) for bucket in self._trained_in_backward_order(units)
-        ]
-        memory.make()
+        self._sums = [self._sum_of(bucket) for bucket in self._trained_in_backward_order(units)]
+        self._memory.make()
         self._errors = kept_errors(job.communicator, [bucket.parameters for bucket in self._sums])
         self._reducer = GradientReducer(
             self._sums, job.communicator, every_backward=policy.every_backward
@@ -150,14 +149,14 @@ class ZeroStates(ModelStates):
         ordered = [*units[:0:-1], units[0]]
         return [b for unit in ordered for b in unit.buckets if b.spec.rule is not None]
 
-    def _sum_of(self, bucket: ShardedBucket, memory: GradientMemory) -> ReduceScatterBucket:
+    def _sum_of(self, bucket: ShardedBucket) -> ReduceScatterBucket:
         policy = self._policy
         return ReduceScatterBucket(
             key=bucket.key,
             reduction=bucket.spec.reduction,
             parameters=bucket,
             communicator=self._job.communicator,
-            memory=memory,
+            memory=self._memory,
             keep=not policy.every_backward,
             predivide=policy.predivide,
             asynchronous=policy.overlap,
@@ -431,6 +430,16 @@ class ZeroStates(ModelStates):
                 found += step_fragments(bucket.home, self._open_window)
             found += bucket.home.fragments()
         return found + self._errors + loose_fragments(self._job, self._module, bucketed)
+
+    def memory_rows(self) -> list[tuple[str, str, int, int]]:
+        """Memory on the device beside parameters and states: (kind, place, bytes, locked)."""
+        rows = [("gradients on their way", "device", self._memory.nbytes, 0)]
+        if self._gathering is not None:
+            most = most_gathered(
+                self._gathering.units, self._policy.gather, asynchronous=self._policy.overlap
+            )
+            rows.append(("gathered parameters, at most", "device", most, 0))
+        return rows
 
     def detach(self) -> None:
         """Remove every hook; sharded parameters stay reachable through ``whole``."""
