@@ -225,3 +225,48 @@ def test_a_job_without_batch_size_and_optimizer_runs_forward(world: int, bf16: b
         expected = network(0).to(dtype)(inputs(0, 0).to(dtype))
     for outputs in run_distributed(serve, world, bf16):
         torch.testing.assert_close(outputs, expected)
+
+
+def test_a_parameter_that_another_engine_trains_is_refused_by_name() -> None:
+    module = network(0)
+    first, *_ = drivetrain.initialize(model=module, optimizer=adamw("first", module), config=CONFIG)
+    shared = nn.Sequential(nn.Linear(4, 4), module[2])
+    message = (
+        r"parameter 1\.\w+ is trained by another engine.*call destroy\(\) on that engine first"
+    )
+    with pytest.raises(ConfigError, match=message):
+        drivetrain.initialize(model=shared, optimizer=adamw("first", shared), config=CONFIG)
+    first.destroy()
+    second, *_ = drivetrain.initialize(
+        model=shared, optimizer=adamw("first", shared), config=CONFIG
+    )
+    first.destroy()  # once more, which frees nothing that is the second engine's now
+    with pytest.raises(ConfigError, match="trained by another engine"):
+        drivetrain.initialize(model=module, optimizer=adamw("first", module), config=CONFIG)
+    second.destroy()
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"config": {**CONFIG, "scheduler": {"type": "WarmupLR", "params": {"steps": 3}}}},
+        {"training_data": torch.utils.data.TensorDataset(torch.zeros(0, 4))},
+    ],
+    ids=["scheduler", "data"],
+)
+def test_a_module_trains_in_the_engine_that_is_built_after_one_that_could_not_be(
+    mistake: dict[str, Any],
+) -> None:
+    module = network(0)
+    with pytest.raises(ConfigError):
+        drivetrain.initialize(
+            model=module, **{"optimizer": adamw("first", module), "config": CONFIG, **mistake}
+        )
+    engine, *_ = drivetrain.initialize(
+        model=module, optimizer=adamw("first", module), config=CONFIG
+    )
+    before = [p.detach().clone() for p in module.parameters()]
+    engine.backward(engine(inputs(0, 0)).sum())
+    engine.step()
+    assert not any(torch.equal(old, p) for old, p in zip(before, module.parameters(), strict=True))
+    engine.destroy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -80,27 +81,29 @@ def build_engine(
     work = _optimizer_plan(job, module, optimizer, parameters)
     states = hub.build_model_states(job, module, work)
     assert states is not None, "core's default states answer last"
-    module = _apply(transforms, Phase.COMPILE, module)
-
-    engine = Engine(
-        job,
-        module,
-        states,
-        precision=precision,
-        loss_scaler=loss_scaler(plan),
-        # The job's counters are those of its first engine; every other engine has its own.
-        progress=Progress() if job.engines else job.progress,
-    )
-    if work is not None:
-        engine.optimizer = _facade(job, engine, work, optimizer)
-        engine.lr_scheduler = _schedule(job, engine.optimizer, scheduler)
-    runner = hub.build_runner(job, engine)
-    assert runner is not None, "core's default runner answers last"
-    engine.runner = runner
-    if training_data is not None:
-        engine.training_dataloader = build_loader(
-            job, training_data, engine.batch, collate_fn=collate_fn
+    with ExitStack() as undone:  # what fails from here on leaves the module to a better try
+        undone.callback(states.detach)
+        module = _apply(transforms, Phase.COMPILE, module)
+        engine = Engine(
+            job,
+            module,
+            states,
+            precision=precision,
+            loss_scaler=loss_scaler(plan),
+            # The job's counters are those of its first engine; every other engine has its own.
+            progress=Progress() if job.engines else job.progress,
         )
+        if work is not None:
+            engine.optimizer = _facade(job, engine, work, optimizer)
+            engine.lr_scheduler = _schedule(job, engine.optimizer, scheduler)
+        runner = hub.build_runner(job, engine)
+        assert runner is not None, "core's default runner answers last"
+        engine.runner = runner
+        if training_data is not None:
+            engine.training_dataloader = build_loader(
+                job, training_data, engine.batch, collate_fn=collate_fn
+            )
+        undone.pop_all()
     return engine
 
 
@@ -134,10 +137,7 @@ def _apply(transforms: Sequence[Transform], phase: Phase, module: nn.Module) -> 
 
 
 def _optimizer_plan(
-    job: Job,
-    module: nn.Module,
-    optimizer: ClientOptimizer | None,
-    parameters: Iterable[Any] | None,
+    job: Job, module: nn.Module, optimizer: ClientOptimizer | None, parameters: Iterable[Any] | None
 ) -> OptimizerPlan | None:
     section = job.plan.section(OptimizerSection)
     if optimizer is not None:

@@ -17,19 +17,24 @@ Where every backward is reduced, each one is a *round*: what is late in one take
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from drivetrain.communicator import Communicator, Op, Purpose, Tag
+from drivetrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from drivetrain.mesh import Axis
+
+_taken: MutableMapping[nn.Parameter, None] = WeakTensorKeyDictionary()
+"""Parameters whose gradients a reducer takes away, so that a second one would get none."""
 
 
 @dataclass(slots=True, eq=False)
@@ -130,6 +135,9 @@ class GradientReducer:
         communicator: carries the agreement on late gradients.
         every_backward: reduce each backward by itself, not the sum of a window.
 
+    Raises:
+        ConfigError: another engine trains one of the parameters.
+
     Attributes:
         reduce_now: whether gradients that arrive now may be reduced.
         in_turn: buckets are reduced when :meth:`passed` says so, not when their gradients are
@@ -152,7 +160,13 @@ class GradientReducer:
         self._between_rounds = False
         self._next = 0
         self._hooks: list[RemovableHandle] = []
+        if shared := [slot.name for slot in self.slots.values() if slot.parameter in _taken]:
+            raise ConfigError(
+                f"parameter {shared[0]} is trained by another engine, which would take its "
+                "gradients; call destroy() on that engine first"
+            )
         for slot in self.slots.values():
+            _taken[slot.parameter] = None
             parameter: Any = slot.parameter  # torch does not type the method
             hook = parameter.register_post_accumulate_grad_hook(
                 lambda _parameter, slot=slot: None if slot.deferred else self._take(slot)
@@ -295,6 +309,8 @@ class GradientReducer:
             bucket.restart()
 
     def close(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
+        """Remove the hooks, so that another engine may train the parameters."""
+        for slot, hook in zip(self.slots.values(), self._hooks, strict=False):
             hook.remove()
+            del _taken[slot.parameter]
+        self._hooks.clear()
