@@ -52,7 +52,7 @@ def ranks_with_different_numbers_of_groups_still_meet() -> None:
 
 
 def test_ranks_with_different_numbers_of_groups_still_meet():
-    run_distributed(ranks_with_different_numbers_of_groups_still_meet, 4, timeout=20)
+    run_distributed(ranks_with_different_numbers_of_groups_still_meet, 4)
 
 
 def equal_meshes_share_groups_until_the_last_closes() -> None:

@@ -115,10 +115,10 @@ def hang(rank: int) -> None:
 def test_a_time_out_shows_where_ranks_are():
     run_distributed(pid, 2)  # has this module imported, which may take a while
     with pytest.raises(RanksFailedError) as caught:
-        run_distributed(hang, 2, 1, timeout=2)
+        run_distributed(hang, 2, 1, timeout=5)
     assert list(caught.value.errors) == [1]
     error = caught.value.errors[1]
-    assert error.error == "did not end within 2 s"
+    assert error.error == "did not end within 5 s"
     assert "in hang" in error.stack
 
 
@@ -129,7 +129,7 @@ def hang_without_the_interpreter() -> None:
 def test_a_time_out_ends_ranks_that_are_deaf():
     run_distributed(pid, 1)
     with pytest.raises(RanksFailedError) as caught:
-        run_distributed(hang_without_the_interpreter, 1, timeout=2)
+        run_distributed(hang_without_the_interpreter, 1, timeout=5)
     assert "in hang_without_the_interpreter" in caught.value.errors[0].stack
 
 
@@ -166,8 +166,8 @@ def alive(process: int) -> bool:
 
 
 def gone(processes: list[int]) -> bool:
-    """Whether all are gone, within ten seconds."""
-    for _ in range(200):
+    """Whether all are gone, within a minute."""
+    for _ in range(1200):
         if not any(map(alive, processes)):
             return True
         time.sleep(0.05)
@@ -209,7 +209,7 @@ def test_no_process_outlives_its_caller(ending, tmp_path):
     ranks = [int(word) for word in process.stdout.readline().split()]
     assert len(ranks) == 2
     if ending == "end":
-        assert process.wait(60) == 0
+        assert process.wait() == 0
     else:
         time.sleep(0.2)
         process.kill()
@@ -225,9 +225,9 @@ def test_a_guarded_script_may_run_its_own_functions(tmp_path: Path):
     script.write_text(
         "from drivetrain.testing import run_distributed\n"
         "def own(): return 3\n"
-        "if __name__ == '__main__': print(run_distributed(own, 2, timeout=20))\n"
+        "if __name__ == '__main__': print(run_distributed(own, 2))\n"
     )
     found = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, str(script)], capture_output=True, text=True, check=False
     )
     assert (found.stdout.strip(), found.returncode) == ("[3, 3]", 0), found.stderr
