@@ -93,10 +93,10 @@ class Seeds(Host):
 
 
 class Stream:
-    """Finishes its work in a while."""
+    """Finishes its work after a while."""
 
-    def __init__(self):
-        self.work = threading.Thread(target=time.sleep, args=(0.3,))
+    def __init__(self, seconds=0.3):
+        self.work = threading.Thread(target=time.sleep, args=(seconds,), daemon=True)
 
     def query(self):
         return not self.work.is_alive()
@@ -106,7 +106,7 @@ class DoesNotWait(Host):
     """Its streams run beside the host, and ``synchronize`` does nothing."""
 
     def stream(self):
-        return Stream()
+        return Stream(60)  # however late somebody looks
 
     @contextmanager
     def on_stream(self, stream) -> Iterator[None]:
