@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -180,18 +181,27 @@ def test_equal_settings_share_an_engine(tmp_path: Path) -> None:
         assert one.engine is not other.engine
 
 
+def threads() -> set[str]:
+    """Those of this process, of Python and others."""
+    return {path.name for path in Path("/proc/self/task").iterdir()}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_an_engine_ends_with_its_last_file(tmp_path: Path) -> None:
     settings = {"queue_depth": 5, "intra_op_parallelism": 3, "engine": "threads"}
-    before = len(list(Path("/proc/self/task").iterdir()))
+    before = threads()
     one, two = (AsyncFile(tmp_path / name, mode="w", **settings) for name in "ab")
-    running = len(list(Path("/proc/self/task").iterdir()))
+    running = threads() - before
     one.write_sync(torch.zeros(10))
     one.close()
+    assert running <= threads()
     two.write_sync(torch.zeros(10))
     two.close()
-    assert running >= before + 5
-    assert len(list(Path("/proc/self/task").iterdir())) == before
+    assert len(running) >= 5
+    deadline = time.monotonic() + 60
+    while running & threads():  # the system lists a thread a little longer than it runs
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 FORBIDDEN = """
@@ -280,7 +290,7 @@ assert torch.equal(back, torch.arange(1000))
 
 def test_a_forked_process_has_engines_of_its_own(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FORKED, str(tmp_path / "file")]
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True)
     child = torch.frombuffer(bytearray((tmp_path / "file.child").read_bytes()), dtype=torch.int64)
     assert child.tolist() == [0, 1, 2, 3, 4]
 
@@ -291,7 +301,7 @@ def test_a_process_that_ends_lets_its_transfers_end(tmp_path: Path) -> None:
         "file = AsyncFile(sys.argv[1], mode='w', block_size=4096)\n"
         "for at in range(64): file.write(torch.full((4096,), at, dtype=torch.uint8), at * 4096)\n"
     )
-    subprocess.run([sys.executable, "-c", program, str(tmp_path / "file")], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "file")], check=True)
     written = (tmp_path / "file").read_bytes()
     assert written == b"".join(bytes([at]) * 4096 for at in range(64))
 

@@ -26,11 +26,10 @@ folder = SwapFolder(sys.argv[1], rank=3)
 file = folder.create("states", Aio())
 file.write_sync(torch.arange(10_000))
 if "fork" in sys.argv:
-    child = os.fork()
-    if child == 0:
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)  # by the child, which has let go of the lock by now
         os.close(1)
         time.sleep(600)
-    print(child, flush=True)
 else:
     print(folder.path, flush=True)
 if "end" not in sys.argv:
@@ -84,7 +83,7 @@ def test_a_job_leaves_the_files_of_a_running_one_alone(tmp_path: Path) -> None:
 
 def test_a_process_that_ends_without_closing_leaves_nothing(tmp_path: Path) -> None:
     with owner(tmp_path, "end") as (process, _):
-        assert process.wait(timeout=60) == 0
+        assert process.wait() == 0
     assert [path.name for path in (tmp_path / "drivetrain").iterdir()] == ["lock"]
 
 
@@ -150,7 +149,7 @@ def test_closing_forgives_a_folder_that_somebody_removed(tmp_path: Path) -> None
 def test_folders_can_be_made_at_the_same_moment(tmp_path: Path) -> None:
     command = [sys.executable, "-c", OWNER, str(tmp_path)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(4)]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     try:
         while len(files_in(tmp_path)) < 4:
             assert time.monotonic() < deadline

@@ -64,8 +64,15 @@ def test_closing_ends_the_thread_and_drops_what_is_queued() -> None:
 
     running, queued = worker.submit(block), worker.submit(lambda: None)
     begun.wait(60)
-    threading.Timer(0.05, held.set).start()
+
+    def release() -> None:
+        queued.settle()  # closing does that, and then waits for what runs
+        held.set()
+
+    releasing = threading.Thread(target=release)
+    releasing.start()
     worker.close()
+    releasing.join()
     running.wait()
     with pytest.raises(TrainingError, match="closed before the update"):
         queued.wait()
@@ -77,10 +84,11 @@ def test_closing_ends_the_thread_and_drops_what_is_queued() -> None:
 
 def test_a_process_ends_well_though_nobody_closed_its_job() -> None:
     script = """
-import time, torch
+import threading, time, torch
 from drivetrain_offload.worker import Worker
-weights = torch.zeros(1 << 20)
+weights, begun = torch.zeros(1 << 20), threading.Event()
 def work():
+    begun.set()
     end = time.monotonic() + 0.2
     while time.monotonic() < end:
         weights.add_(1)
@@ -88,9 +96,10 @@ def work():
 worker = Worker(cores=1)
 worker.submit(work)
 worker.submit(lambda: print("dropped or done"))
+begun.wait()
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("done")
@@ -98,10 +107,10 @@ worker.submit(lambda: print("dropped or done"))
 
 
 def test_a_worker_without_work_has_no_thread() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     worker = Worker(cores=1)
     worker.drain()
-    assert threading.active_count() == before
+    assert set(threading.enumerate()) <= before
     worker.close()
 
 
