@@ -126,7 +126,7 @@ def fails() -> None:
 
 def test_ranks_that_wait_in_shared_memory_fail_with_the_error_of_the_one_that_raised(built):
     with pytest.raises(RanksFailedError) as caught:
-        run_distributed(fails, 3, timeout=30)
+        run_distributed(fails, 3)
     for rank in (0, 2):
         assert caught.value.errors[rank].error.endswith(
             "because rank 1 failed: ValueError: no more data"

@@ -123,7 +123,7 @@ def moves_until_death(folder, registered):
 def assert_named_soon(error, *left):
     message, late, *rest = ast.literal_eval(error.removeprefix("RuntimeError: "))
     assert message.endswith("over 'data' failed: rank 1 died")
-    assert late < 5
+    assert late < 30  # not the minute after which a rank that does not come is lost
     assert rest == list(left)
 
 
@@ -159,7 +159,7 @@ def test_a_rank_that_leaves_makes_the_others_fail_with_its_name():
 
 def dawdles():
     c = start(timeout=0.3)
-    c.barrier("data", TAG)
+    assert c.joined_page("data") > 0  # memory is shared from here on; nobody was waited for in it
     if c.rank("data") == 0:
         with pytest.raises(CommunicationError, match="rank 1 did not come in time"):
             c.barrier("data", TAG)
