@@ -105,7 +105,7 @@ def test_a_damaged_entry_is_rebuilt(source, cache, damage):
 def test_processes_that_start_together_all_get_the_library(source, cache):
     command = [sys.executable, "-c", CHILD, str(source)]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    assert [child.communicate(timeout=120)[0].strip() for child in children] == ["42"] * 4
+    assert [child.communicate()[0].strip() for child in children] == ["42"] * 4
     assert len(entries(cache)) == 1
 
 
@@ -113,13 +113,13 @@ def test_a_killed_build_blocks_nobody_and_leaves_nothing(source, cache, tmp_path
     slow = tmp_path / "slow-cxx"
     compiling = tmp_path / "compiling"
     slow.write_text(
-        f'#!/bin/sh\ncase "$*" in *--version*) ;; *) touch {compiling}; sleep 30 ;; esac\n'
+        f'#!/bin/sh\ncase "$*" in *--version*) ;; *) touch {compiling}; sleep 600 ;; esac\n'
         'exec c++ "$@"\n'
     )
     slow.chmod(0o755)
     monkeypatch.setenv("CXX", str(slow))
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(source)], start_new_session=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not compiling.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -131,7 +131,7 @@ def test_a_killed_build_blocks_nobody_and_leaves_nothing(source, cache, tmp_path
         began = time.monotonic()
         library = NativeLibrary("answer", [source])
         assert library.load().answer() == 42
-        assert time.monotonic() - began < 25
+        assert time.monotonic() - began < 300  # half of what the slow one takes
         assert [name for name in entries(cache) if name.startswith(".")] == []
     finally:
         os.killpg(child.pid, signal.SIGKILL)

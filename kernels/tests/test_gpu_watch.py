@@ -43,7 +43,7 @@ def test_the_failure_of_another_rank_aborts():
     made, aborted = watching(board)
     assert not aborted.wait(0.1)
     board.failure = Failure(1, "ValueError: no more data")
-    assert aborted.wait(5)
+    assert aborted.wait(60)
     made.close()
 
 
@@ -67,7 +67,7 @@ def test_nothing_is_aborted_twice():
     board, calls = Board(), []
     board.failure = Failure(1, "ValueError: no more data")
     made = Watch(board, 0, lambda: calls.append(1))
-    made._thread.join(5)
+    made._thread.join(60)
     made.close()
     assert calls == [1]
 
@@ -96,13 +96,13 @@ def waits() -> None:
     if job.rank == 1:
         time.sleep(0.2)
         raise ValueError("no more data")
-    assert freed.wait(20), "nobody aborted"
+    assert freed.wait(120), "nobody aborted"
     raise job.explain("all_reduce of gradients", RuntimeError("NCCL communicator was aborted"))
 
 
 def test_a_rank_that_waits_fails_with_the_error_of_the_one_that_raised():
     with pytest.raises(RanksFailedError) as caught:
-        run_distributed(waits, 2, timeout=60)
+        run_distributed(waits, 2)
     assert caught.value.errors[0].error.endswith("because rank 1 failed: ValueError: no more data")
 
 
@@ -122,12 +122,12 @@ def _tag():
 
 
 def test_jobs_of_two_ranks_that_end_well_abort_nothing():
-    assert run_distributed(closes_in_turn, 2, timeout=60) == [True, True]
+    assert run_distributed(closes_in_turn, 2) == [True, True]
 
 
 def test_a_job_of_one_rank_is_not_watched():
     with Job.open(Plan.build({"accelerator": "cpu"}, batch_required=False, world_size=1)) as job:
-        before = threading.active_count()
+        before = set(threading.enumerate())
         watch(job)
-        assert threading.active_count() == before
+        assert set(threading.enumerate()) <= before
         assert job.device == torch.device("cpu")
