@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def make(**changes: Any) -> Engine:
         config={
             "train_batch_size": 4,
             "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
-            "checkpoint": {"background": {"enabled": True, "vote_timeout": 20}},
+            "checkpoint": {"background": {"enabled": True, "vote_timeout": 120}},
             **changes,
         },
         registry=Registry.installed().with_plugins(ShardedStates),
@@ -67,7 +66,7 @@ class Gate:
 
         def write(pending: PendingSave) -> None:
             self.entered.set()
-            assert self.opened.wait(20)
+            assert self.opened.wait(120)
             original(pending)
 
         monkeypatch.setattr(PendingSave, "write", write)
@@ -81,7 +80,7 @@ def test_training_goes_on_and_what_is_saved_is_what_there_was(
     train(engine, 2)
     expected = contents(engine)
     engine.save_checkpoint(tmp_path)
-    assert gate.entered.wait(20)
+    assert gate.entered.wait(120)
     train(engine, 3)  # while nothing is written yet
     assert not (tmp_path / "latest").exists()
     gate.opened.set()
@@ -97,10 +96,19 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.M
     gate = Gate(monkeypatch)
     engine = make()
     engine.save_checkpoint(tmp_path, "first")
-    threading.Timer(0.3, gate.opened.set).start()
-    begin = time.monotonic()
+    returned = threading.Event()
+    early: list[bool] = []
+
+    def open_later() -> None:
+        early.append(returned.wait(0.3))
+        gate.opened.set()
+
+    opening = threading.Thread(target=open_later)
+    opening.start()
     engine.save_checkpoint(tmp_path, "second")
-    assert time.monotonic() - begin > 0.2
+    returned.set()
+    opening.join()
+    assert early == [False]
     assert (tmp_path / "first" / "manifest.json").exists()
     wait_for_saves(engine)
     assert (tmp_path / "latest").read_text() == "second"
