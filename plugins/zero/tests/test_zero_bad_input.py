@@ -25,7 +25,7 @@ STAGES = (1, 2, 3)
 def refused_on_all(function: Callable[..., object], world: int, *arguments: Any) -> list[str]:
     """The errors of every rank; each has its own, and none was waited for in vain."""
     with pytest.raises(RanksFailedError) as caught:
-        run_distributed(function, world, *arguments, timeout=60)
+        run_distributed(function, world, *arguments)
     errors = caught.value.errors
     assert sorted(errors) == list(range(world))
     return [errors[rank].error for rank in range(world)]

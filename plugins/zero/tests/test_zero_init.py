@@ -446,12 +446,16 @@ class PeakMemory(threading.Thread):
     def __exit__(self, *_error: object) -> None:
         self.ended = True
         self.join()
+        self.look()  # the thread may not have run for a while
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 17)
 
     def run(self) -> None:
         while not self.ended:
-            self.peak = max(self.peak, self.now() - self.before)
+            self.look()
             time.sleep(0.0005)
+
+    def look(self) -> None:
+        self.peak = max(self.peak, self.now() - self.before)
 
     @staticmethod
     def now() -> int:
