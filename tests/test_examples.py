@@ -23,7 +23,7 @@ from drivetrain.loader import DataLoader, LoaderRequest
 
 DRIVETRAIN = [sys.executable, "-m", "drivetrain.cli"]
 SMALL = shlex.split("--layers 1 --width 32 --context 64 --validation 8 --sample 40")
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 Start = Callable[..., "subprocess.Popen[str]"]
 

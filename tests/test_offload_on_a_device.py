@@ -197,7 +197,7 @@ def test_ranks_that_wait_for_one_whose_update_failed_end_with_its_error(
 ) -> None:
     given = config(2, "bf16", section)
     with pytest.raises(RanksFailedError) as caught:
-        run_distributed(host_offload.fails_on_rank_1, 2, given, timeout=60)
+        run_distributed(host_offload.fails_on_rank_1, 2, given)
     assert caught.value.errors[1].error == "ZeroDivisionError: planted"
     assert "rank 1 failed: ZeroDivisionError: planted" in caught.value.errors[0].error
 

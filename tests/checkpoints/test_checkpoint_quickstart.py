@@ -14,7 +14,7 @@ from pathlib import Path
 
 SMALL = shlex.split("--layers 1 --width 32 --context 64 --validation 4 --sample 4")
 STEPS = 60
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 
 def start(root: Path, out: Path, logs: Path, *arguments: str) -> subprocess.Popen[str]:
