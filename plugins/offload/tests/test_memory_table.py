@@ -92,14 +92,27 @@ def test_a_table_has_a_line_a_kind_and_a_column_a_place() -> None:
         MemoryRow("master", "nvme", 3 << 20),
         MemoryRow("master", "host", 1 << 19),
         MemoryRow("parameter", "device", 2 << 30),
-        MemoryRow("buffers", "host", 0, locked=1 << 20),
     ]
     assert memory_text(rows).splitlines() == [
         "MiB            device        host        nvme",
         "master           0.00        0.50        3.00",
         "parameter    2,048.00        0.00        0.00",
         "total        2,048.00        0.50        3.00",
-        "page-locked: 1.00 MiB of the host's",
+    ]
+
+
+def test_what_is_page_locked_has_a_column_by_kind() -> None:
+    rows = [
+        MemoryRow("buffers", "host", 3 << 20, locked=1 << 20),
+        MemoryRow("parameter", "host", 1 << 20, locked=1 << 20),
+        MemoryRow("master", "host", 4 << 20),
+    ]
+    assert memory_text(rows).splitlines() == [
+        "MiB            device        host      pinned        nvme",
+        "buffers          0.00        3.00        1.00        0.00",
+        "parameter        0.00        1.00        1.00        0.00",
+        "master           0.00        4.00        0.00        0.00",
+        "total            0.00        8.00        2.00        0.00",
     ]
 
 

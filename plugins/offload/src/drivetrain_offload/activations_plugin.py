@@ -15,9 +15,13 @@ from drivetrain_offload.memory import LogsMemory
 if TYPE_CHECKING:
     import torch
 
+    from drivetrain.engine import Engine
     from drivetrain.job import Job
 
 PATH = "activation_offload"
+
+_BLOCKS_ON_THEIR_WAY = 2
+"""Blocks whose activations are on the device while they leave it or come back."""
 
 
 class ActivationOffloadSection(Section):
@@ -78,3 +82,21 @@ class ActivationOffload(LogsMemory):
                 f"{PATH}: does nothing on ranks that compute on the CPU, whose memory is the host's"
             )
         return found
+
+    @hookimpl(optionalhook=True)  # of drivetrain-cli
+    def memory_rows(
+        self, engine: Engine, block_activations: int, blocks: int
+    ) -> Sequence[tuple[str, str, int, int]]:
+        section, on_cpu = self.section(ActivationOffloadSection), _computes_on_host(engine)
+        sent = block_activations * max(0, blocks - section.keep_last)
+        freed = block_activations * max(0, blocks - section.keep_last - _BLOCKS_ON_THEIR_WAY)
+        if not section.enabled or (section.device == "cpu" and on_cpu):
+            return ()
+        rows = [("activations", "device", -freed, 0)]
+        if section.device == "cpu":
+            return [*rows, ("activations", "host", sent, sent if section.pin_memory else 0)]
+        return [*rows, ("activations", "nvme", sent, 0)]
+
+
+def _computes_on_host(engine: Engine) -> bool:
+    return engine.job.accelerator.device_type == "cpu"

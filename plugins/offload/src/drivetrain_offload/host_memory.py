@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from drivetrain.errors import ConfigError
+from drivetrain_offload.locked_memory import lock
 
 if TYPE_CHECKING:
     from drivetrain.accelerator import Accelerator
@@ -58,7 +59,7 @@ class PinnedMemory:
             )
             return plain
         try:
-            pinned = self._accelerator.pin_memory(plain)
+            pinned = lock(self._accelerator, plain)
         except RuntimeError as error:
             limit = f"; the system lets a process lock {lockable()}"
             self._wanted = False

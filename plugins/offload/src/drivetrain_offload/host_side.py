@@ -36,6 +36,7 @@ class HostSide:
         self.lanes = Lanes(self.memory.empty)
         self.down = CopyStream(accelerator)
         self.up = CopyStream(accelerator)
+        self._extra = 0
         self._scale: HostScale | None = None
         job.on_close(self._close)
         note_memory(job, self._rows)
@@ -49,16 +50,24 @@ class HostSide:
 
     def _rows(self) -> list[MemoryRow]:
         """Buffers, for tables of memory; whatever is locked here counts with them."""
-        return [MemoryRow("buffers of updates", "host", self.lanes.nbytes, self.memory.locked)]
+        nbytes = self.lanes.nbytes + self._extra
+        return [MemoryRow("buffers of updates", "host", nbytes, self.memory.locked)]
 
     def _close(self) -> None:
         self.worker.close()
         self.lanes.free()
 
-    def reserve(self, gradient: int, parameters: int) -> None:
-        """Make lanes large enough for buckets of that many bytes of both."""
+    def reserve(self, gradient: int, parameters: int, extra: int) -> None:
+        """Make lanes large enough for one more engine's buckets, and count its own buffers.
+
+        Args:
+            gradient: largest bytes of a gradient.
+            parameters: largest bytes of a bucket's parameters.
+            extra: bytes that its homes allocate beside states and lanes.
+        """
         self.worker.drain()
         self.lanes.grow(gradient, parameters)
+        self._extra += extra
 
     def scale(self, scale: float | torch.Tensor) -> HostScale:
         """A scale on its way to the host; one that several buckets share goes once."""

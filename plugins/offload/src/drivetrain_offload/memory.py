@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from drivetrain.builtin.observability import MemoryBreakdown, StepsPerPrint
 from drivetrain.plugin import Plugin, hookimpl
+from drivetrain_offload.locked_memory import is_locked
 
 if TYPE_CHECKING:
     from drivetrain.engine import Engine
@@ -21,6 +22,7 @@ logger = logging.getLogger("drivetrain.offload")
 PLACES = ("device", "host", "nvme")
 """Columns of a table; where a device is the host, its memory is ``"device"``."""
 
+_LOCKED = "pinned"
 _MIB = 1 << 20
 
 
@@ -58,38 +60,73 @@ def note_memory(job: Job, rows: Callable[[], Iterable[MemoryRow]]) -> None:
     _noted[job].append(rows)
 
 
+def noted_memory(job: Job) -> list[MemoryRow]:
+    """What :func:`note_memory` was told of, as it is now."""
+    return [row for rows in _noted.get(job, ()) for row in rows()]
+
+
 def memory_table(engine: Engine) -> list[MemoryRow]:
     """What an engine keeps on this rank, and the buffers of its job; largest first.
 
-    Sizes of states are those of their elements, without padding. What only lives during a pass
-    (weights that are gathered, activations on the device, workspace) is not in it; the accelerator
-    counts it. Reads no state, and does not communicate.
+    Sizes of states are those of their elements, without padding; parameters that are whole on the
+    device count as a whole. What only lives during a pass (weights that are gathered, activations
+    on the device, workspace) is not in it; the accelerator counts it. Copies nothing and does not
+    communicate.
     """
+    from drivetrain_offload.suspended import SuspendedStates
+
     sizes: dict[tuple[str, str], int] = defaultdict(int)
+    locked: dict[tuple[str, str], int] = defaultdict(int)
+    shards: dict[str, tuple[int, int]] = {}  # parameter -> storage and bytes of this rank's part
     for fragment in engine.states.fragments():
-        numel = sum(box.numel for box in fragment.boxes)
-        sizes[fragment.kind, fragment.home] += numel * fragment.dtype.itemsize
-    rows = [MemoryRow(kind, place, nbytes) for (kind, place), nbytes in sizes.items()]
-    for noted in _noted.get(engine.job, ()):
-        rows += noted()
+        key = fragment.kind, fragment.home
+        nbytes = sum(box.numel for box in fragment.boxes) * fragment.dtype.itemsize
+        sizes[key] += nbytes
+        if key == ("parameter", "host") and nbytes:  # other states are updated where they lie
+            locked[key] += nbytes if is_locked(fragment.read()) else 0
+        elif key == ("parameter", "device") and nbytes:
+            shards[fragment.name] = fragment.read().untyped_storage()._cdata, nbytes
+    if isinstance(engine.states, SuspendedStates):
+        for kind, nbytes in engine.states.locked_bytes().items():
+            locked[kind, "host"] += nbytes if kind != "parameter" else 0  # counted above
+    sizes["parameter", "device"] += _whole_beside(engine, shards)
+    rows = [MemoryRow(*key, nbytes, locked[key]) for key, nbytes in sizes.items()]
+    rows += noted_memory(engine.job)
     return sorted((row for row in rows if row.nbytes or row.locked), key=lambda row: -row.nbytes)
 
 
+def _whole_beside(engine: Engine, shards: Mapping[str, tuple[int, int]]) -> int:
+    """Bytes of the parameters that are whole on the device, without the shards that they show."""
+    total = 0
+    for parameter in engine.module.parameters():
+        values = parameter.data
+        storage = values.untyped_storage()
+        is_whole = storage.nbytes() >= values.nbytes > 0  # one that is released shows a number
+        if is_whole and values.device == engine.device:
+            name = engine.job.parameters.info(parameter).name
+            place, nbytes = shards.get(name, (0, 0))
+            total += values.nbytes - (nbytes if place == storage._cdata else 0)
+    return total
+
+
 def memory_text(rows: Sequence[MemoryRow]) -> str:
-    """A table as text: a line for each kind, a column for each place, in MiB."""
+    """A table as text: a line for each kind, a column for each place, in MiB.
+
+    What is page-locked stands in a column of its own, and counts as host memory, too.
+    """
     places = [*PLACES, *sorted({row.place for row in rows} - {*PLACES})]
+    if any(row.locked for row in rows):
+        places.insert(places.index("host") + 1, _LOCKED)
     sizes: dict[str, dict[str, int]] = defaultdict(lambda: dict.fromkeys(places, 0))
-    for row in (row for row in rows if row.nbytes):
-        sizes[row.kind][row.place] += row.nbytes
-        sizes["total"][row.place] += row.nbytes
+    for row in (row for row in rows if row.nbytes or row.locked):
+        for kind in (row.kind, "total"):
+            sizes[kind][row.place] += row.nbytes
+            sizes[kind][_LOCKED] = sizes[kind].get(_LOCKED, 0) + row.locked
     sizes["total"] = sizes.pop("total", dict.fromkeys(places, 0))
     width = max(map(len, sizes))
     lines = [f"{'MiB':{width}}" + "".join(f"{place:>12}" for place in places)]
     for kind, columns in sizes.items():
         lines.append(f"{kind:{width}}" + "".join(f"{columns[p] / _MIB:12,.2f}" for p in places))
-    locked = sum(row.locked for row in rows)
-    if locked:
-        lines.append(f"page-locked: {locked / _MIB:,.2f} MiB of the host's")
     return "\n".join(lines)
 
 

@@ -51,6 +51,11 @@ class Staging:
         self._gradient = memory.empty(0)
         self._parameters = memory.empty(0)
 
+    @property
+    def nbytes(self) -> int:
+        """Host memory that it takes."""
+        return self._gradient.nbytes + self._parameters.nbytes
+
     def reserve(self, gradient: int, parameters: int) -> None:
         """Make room for tiles of that many bytes."""
         if gradient > self._gradient.nbytes:
@@ -226,11 +231,11 @@ def nvme_homes(
         FileIOError: files cannot be made.
     """
     assert section.nvme_path is not None, "the section has been validated"
-    stateful = [spec for spec in specs if _kinds(spec)]
+    stateful = [spec for spec in specs if kinds_of(spec)]
     for spec in stateful:
-        _refuse_communicating(spec)
+        refuse_communicating(spec)
     folder = SwapFolder.of(job, section.nvme_path)
-    layouts = [TileLayout.of(spec, _kinds(spec), _largest(spec, section)) for spec in stateful]
+    layouts = [TileLayout.of(spec, kinds_of(spec), tile_limit(spec, section)) for spec in stateful]
     _refuse_full_disk(folder, section.nvme_path, stateful, layouts)
     shared = _shared(job, folder, section, max((each.largest for each in layouts), default=0))
     stores = []
@@ -248,7 +253,7 @@ def nvme_homes(
     left = iter(stores)
     return [
         NvmeHome(spec, next(left), shared.pipeline, shared.staging)
-        if _kinds(spec)
+        if kinds_of(spec)
         else DeviceHome(spec)  # keeps nothing of its elements, so nothing can be kept elsewhere
         for spec in specs
     ]
@@ -274,15 +279,20 @@ def _shared(job: Job, folder: SwapFolder, section: OffloadOptimizer, tile_bytes:
     memory = PinnedMemory(
         job.accelerator, wanted=section.pin_memory, budget=section.pinned_memory_budget
     )
-    _of_jobs[job] = _Shared(pipeline, Staging(memory))
+    staging = Staging(memory)
+    _of_jobs[job] = _Shared(pipeline, staging)
     note_memory(
-        job, lambda: [MemoryRow("buffers of tiles", "host", pipeline.nbytes, memory.locked)]
+        job,
+        lambda: [
+            MemoryRow("buffers of tiles", "host", pipeline.nbytes),
+            MemoryRow("staging of tiles", "host", staging.nbytes, memory.locked),
+        ],
     )
     logger.info("states in files: %d buffers of %s bytes", section.buffer_count, f"{tile_bytes:,}")
     return _of_jobs[job]
 
 
-def _kinds(spec: BucketSpec) -> dict[str, torch.dtype]:
+def kinds_of(spec: BucketSpec) -> dict[str, torch.dtype]:
     """What is kept of every element."""
     kinds = {MASTER: spec.master_dtype} if spec.has_masters else {}
     for state in _rule(spec).states(spec):
@@ -291,7 +301,7 @@ def _kinds(spec: BucketSpec) -> dict[str, torch.dtype]:
     return kinds
 
 
-def _largest(spec: BucketSpec, section: OffloadOptimizer) -> int | None:
+def tile_limit(spec: BucketSpec, section: OffloadOptimizer) -> int | None:
     """Elements of a tile; a rule that keeps something per bucket has to see all of it."""
     whole = any(state.numel is not None for state in _rule(spec).states(spec))
     return None if whole else section.buffer_size
@@ -311,7 +321,12 @@ def _refuse_full_disk(
         )
 
 
-def _refuse_communicating(spec: BucketSpec) -> None:
+def refuse_communicating(spec: BucketSpec) -> None:
+    """Refuse a rule that communicates gradients from a device with memory of its own.
+
+    Raises:
+        ConfigError: it is one.
+    """
     kind = type(_rule(spec))
     if kind.wants_reduced is not UpdateRule.wants_reduced and spec.device.type != "cpu":
         raise ConfigError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from drivetrain.errors import ConfigError
 from drivetrain.home import BucketSpec, DeviceHome, StateHome
 from drivetrain.update_rule import UpdateRule
+from drivetrain_offload.copies import Lanes
 from drivetrain_offload.delayed_home import DelayedHome
 from drivetrain_offload.host_home import HostHome
 from drivetrain_offload.host_memory import refuse_too_little
@@ -44,6 +45,10 @@ def homes_of(
     Raises:
         ConfigError: the host has too little memory, or an update rule cannot work on it.
     """
+    if any(spec.device.type == "meta" for spec in specs):
+        from drivetrain_offload.rehearsal import rehearsed_homes
+
+        return rehearsed_homes(job, specs, optimizer, param, zenflow)
     homes = _state_homes(job, specs, optimizer, aio, zenflow)
     if param.device == "none":
         return homes
@@ -67,7 +72,24 @@ def _state_homes(
         from drivetrain_offload.nvme_home import nvme_homes
 
         make = partial(nvme_homes, job, section=section, aio=aio)
-    kept = cuts(specs, section.ratio)
+    return divided_homes(specs, section.ratio, make)
+
+
+def divided_homes(
+    specs: Sequence[BucketSpec],
+    ratio: float,
+    make: Factory,
+    split: type[SplitHome] = SplitHome,
+) -> list[StateHome]:
+    """A home for every bucket, of which all or a part is kept off the device.
+
+    Args:
+        specs: all buckets.
+        ratio: share of the elements of trained ones that is offloaded.
+        make: makes homes for that share.
+        split: home of a bucket of which the device keeps a part.
+    """
+    kept = cuts(specs, ratio)
     offloaded = [
         part_of(spec, cut, spec.numel)
         for spec, cut in zip(specs, kept, strict=True)
@@ -81,7 +103,7 @@ def _state_homes(
         elif cut == 0:
             homes.append(next(made))
         else:
-            homes.append(SplitHome(spec, DeviceHome(part_of(spec, 0, cut)), next(made)))
+            homes.append(split(spec, DeviceHome(part_of(spec, 0, cut)), next(made)))
     return homes
 
 
@@ -98,18 +120,15 @@ def host_homes(
         ConfigError: the host has too little memory, or an update rule communicates.
     """
     side = HostSide.of(job, section)
-    way = _way_of(section, specs, zenflow)
-    states = sum(map(state_bytes, specs))
-    gradient = max((s.numel * s.gradient_dtype.itemsize for s in way.through_lanes), default=0)
-    parameters = max((s.numel * s.parameter_dtype.itemsize for s in way.through_lanes), default=0)
-    buffers = way.extra_bytes + side.lanes.COUNT * (gradient + parameters)
+    way = way_of(section, specs, zenflow)
+    states, buffers = sum(map(state_bytes, specs)), way.buffer_bytes
     refuse_too_little(
         states + buffers,
         job.ranks.ranks_on_host,
         what=f"{_PATH}: device cpu needs {states:,} bytes of masters and optimizer states"
         + (f" and {buffers:,} of buffers" if buffers else ""),
     )
-    side.reserve(gradient, parameters)
+    side.reserve(*way.lane_bytes, way.extra_bytes - way.shown_bytes)
     logger.info(
         "rank %d keeps %s bytes of masters and optimizer states in host memory, and %s of buffers",
         *(job.rank, f"{states:,}", f"{buffers:,}"),
@@ -118,40 +137,62 @@ def host_homes(
 
 
 @dataclass(frozen=True)
-class _Way:
+class Way:
     """How buckets are updated on the host.
 
     Args:
         make: makes a home.
         through_lanes: buckets that come down and go up through the shared lanes.
         extra_bytes: of host memory beside masters, states and lanes.
+        locked_bytes: how many of these are page-locked where that is wanted.
+        shown_bytes: how many of these the homes' fragments show.
     """
 
     make: Callable[[BucketSpec, HostSide], StateHome]
     through_lanes: Sequence[BucketSpec] = ()
     extra_bytes: int = 0
+    locked_bytes: int = 0
+    shown_bytes: int = 0
+
+    @property
+    def lane_bytes(self) -> tuple[int, int]:
+        """Bytes of a gradient and of parameters in each lane."""
+        lanes = self.through_lanes
+        gradient = max((s.numel * s.gradient_dtype.itemsize for s in lanes), default=0)
+        return gradient, max((s.numel * s.parameter_dtype.itemsize for s in lanes), default=0)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of host memory beside masters and states."""
+        return self.extra_bytes + Lanes.COUNT * sum(self.lane_bytes)
 
 
-def _way_of(
-    section: OffloadOptimizer, specs: Sequence[BucketSpec], zenflow: ZenFlow | None
-) -> _Way:
+def way_of(section: OffloadOptimizer, specs: Sequence[BucketSpec], zenflow: ZenFlow | None) -> Way:
+    """How a config wants buckets updated.
+
+    Raises:
+        ConfigError: their update rule, or their dtypes, do not allow it.
+    """
+    delayed = sum(map(DelayedHome.extra_bytes, specs))
     if zenflow is not None:
         _refuse_communicating(specs)
         _refuse_without_masters(specs, "zero_optimization.zenflow")
         _refuse_whole_tensors(specs)
         extra = sum(map(ZenFlowHome.extra_bytes, specs))
-        return _Way(partial(ZenFlowHome, section=zenflow), extra_bytes=extra)
+        make = partial(ZenFlowHome, section=zenflow)
+        return Way(make, (), extra, locked_bytes=delayed, shown_bytes=extra - delayed)
     if section.delayed_update:
         _refuse_communicating(specs)
         _refuse_without_masters(specs, f"{_PATH}.delayed_update")
-        return _Way(DelayedHome, extra_bytes=sum(map(DelayedHome.extra_bytes, specs)))
+        return Way(DelayedHome, extra_bytes=delayed, locked_bytes=delayed)
     if section.super_offload:
         _refuse_communicating(specs)
         extra = sum(SpeculativeHome.extra_bytes(spec, state_bytes(spec)) for spec in specs)
-        return _Way(SpeculativeHome, specs, extra)
+        out = sum(spec.numel * spec.parameter_dtype.itemsize for spec in specs)
+        return Way(SpeculativeHome, specs, extra, locked_bytes=out)
     on_device = [spec for spec in specs if spec.device.type != "cpu"]
     _refuse_communicating(on_device)
-    return _Way(HostHome, on_device)
+    return Way(HostHome, on_device)
 
 
 def state_bytes(spec: BucketSpec) -> int:

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from drivetrain.plugin import Problem, Sections, hookimpl
-from drivetrain_offload.memory import LogsMemory
+from drivetrain_offload.memory import LogsMemory, noted_memory
 from drivetrain_offload.section import Aio, OffloadOptimizer, OffloadParam
 from drivetrain_offload.zenflow_section import ZenFlow
 
 if TYPE_CHECKING:
+    from drivetrain.engine import Engine
     from drivetrain.home import BucketSpec, StateHome
     from drivetrain.job import Job
     from drivetrain.plan import Plan
@@ -99,3 +100,7 @@ class Offload(LogsMemory):
             self.section(Aio),
             self._zenflow,
         )
+
+    @hookimpl(optionalhook=True)  # of drivetrain-cli
+    def memory_rows(self, engine: Engine) -> Sequence[tuple[str, str, int, int]]:
+        return [(r.kind, r.place, r.nbytes, r.locked) for r in noted_memory(engine.job)]

@@ -30,48 +30,48 @@ class SplitHome(StateHome):
     def __init__(self, spec: BucketSpec, first: DeviceHome, rest: StateHome) -> None:
         assert first.spec.numel + rest.spec.numel == spec.numel
         self.spec = spec
-        self._first = first
-        self._rest = rest
+        self.first = first
+        self.rest = rest
         self._cut = first.spec.numel
         self.step = 0
 
     @property
     def step(self) -> int:
         """Number of updates applied so far, to both parts."""
-        return self._rest.step
+        return self.rest.step
 
     @step.setter
     def step(self, value: int) -> None:
-        self._first.step = self._rest.step = value
+        self.first.step = self.rest.step = value
 
     def adopt(self, parameters: torch.Tensor, originals: torch.Tensor) -> None:
-        self._first.adopt(parameters[: self._cut], originals[: self._cut])
-        self._rest.adopt(parameters[self._cut :], originals[self._cut :])
+        self.first.adopt(parameters[: self._cut], originals[: self._cut])
+        self.rest.adopt(parameters[self._cut :], originals[self._cut :])
 
     def gradient_ready(self, gradient: torch.Tensor) -> None:
-        self._rest.gradient_ready(gradient[self._cut :])
+        self.rest.gradient_ready(gradient[self._cut :])
 
     def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
-        self._rest.update(gradient[self._cut :], hyper, scale)
-        self._first.update(gradient[: self._cut], hyper, scale)
+        self.rest.update(gradient[self._cut :], hyper, scale)
+        self.first.update(gradient[: self._cut], hyper, scale)
 
     def publish(self) -> None:
-        self._first.publish()
-        self._rest.publish()
+        self.first.publish()
+        self.rest.publish()
 
     def refresh(self) -> None:
-        self._first.refresh()
-        self._rest.refresh()
+        self.first.refresh()
+        self.rest.refresh()
 
     def flush(self) -> None:
-        self._first.flush()
-        self._rest.flush()
+        self.first.flush()
+        self.rest.flush()
 
     def fragments(self) -> Sequence[Fragment]:
         """One for each state of each parameter, as of a bucket that is not split."""
-        found = {(fragment.name, fragment.kind): fragment for fragment in self._first.fragments()}
-        sizes = {segment.name: segment.numel for segment in self._first.spec.segments}
-        for fragment in self._rest.fragments():
+        found = {(fragment.name, fragment.kind): fragment for fragment in self.first.fragments()}
+        sizes = {segment.name: segment.numel for segment in self.first.spec.segments}
+        for fragment in self.rest.fragments():
             key = (fragment.name, fragment.kind)
             found[key] = (
                 _joined(found[key], fragment, sizes[fragment.name]) if key in found else fragment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
@@ -11,6 +12,7 @@ from torch import nn
 
 from drivetrain.errors import TrainingError
 from drivetrain.model_states import ModelStates
+from drivetrain_offload.locked_memory import is_locked, lock
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -81,7 +83,16 @@ class SuspendedStates(ModelStates):
 
     def _host_memory(self, nbytes: int, pin_memory: bool) -> torch.Tensor:
         memory = torch.empty(nbytes, dtype=torch.uint8)
-        return self.engine.job.accelerator.pin_memory(memory) if pin_memory else memory
+        return lock(self.engine.job.accelerator, memory) if pin_memory else memory
+
+    def locked_bytes(self) -> dict[str, int]:
+        """Kind of fragment -> bytes of it that are away in page-locked memory."""
+        found: dict[str, int] = defaultdict(int)
+        for storage in self.away:
+            if storage.host is not None and is_locked(storage.host):
+                for fragment, view in storage.fragments:
+                    found[fragment.kind] += view.nbytes
+        return dict(found)
 
     def _guard_parameters(self, storages: Sequence[PlacedStorage]) -> None:
         if self._guard is None:
