@@ -8,14 +8,16 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from drivetrain import __version__, known
 from drivetrain.errors import DrivetrainError
 from drivetrain.registry import CORE, Entry, Registry
+from drivetrain_cli.config import OVERLAY_OPTION
 from drivetrain_cli.plugins import GROUPS
 
 if TYPE_CHECKING:
@@ -28,11 +30,58 @@ _ADDS_TO_CPU = "drivetrain-cpu"
 
 
 @click.command()
-def report() -> None:
+@click.option("--memory", is_flag=True, help="Where bytes live: what there is, what a job needs.")
+@click.option("--config", metavar="FILE", help="Of the job, with --memory.")
+@OVERLAY_OPTION
+@click.option("--parameters", metavar="N", help="Size of its model: 7b, 125M, 1.3e9.")
+@click.option("--model", metavar="MODULE:FUNCTION", help="What makes its model, instead of a size.")
+@click.option("--layers", type=click.IntRange(1), help="Its blocks; default: usual for the size.")
+@click.option("--hidden", type=click.IntRange(1), help="Its hidden size; default: likewise.")
+@click.option("--sequence", type=click.IntRange(1), default=2048, show_default=True, help="Tokens.")
+@click.option("--nproc", type=click.IntRange(1), help="Ranks on a machine; default: one a device.")
+@click.option("--nnodes", type=click.IntRange(1), default=1, show_default=True, help="Machines.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "gpu"]),
+    help="What ranks compute on; default: what a job gets here.",
+)
+def report(memory: bool, **job: Any) -> None:
     """Show system, torch, accelerators, plugins and kernels; what is missing and how to get it.
 
     It is about what a job would use here whose config names no accelerator.
+
+    With --memory it shows how much memory of each kind this machine has. With --config as well,
+    and the size of a model, it shows what each rank of that job would keep where, before it runs:
+    bytes of the device, of the host, how many of these are page-locked, and of files.
     """
+    if memory:
+        from drivetrain_cli.memory_report import report_memory
+
+        report_memory(MemoryRequest(**job), _chosen()[0])
+        return
+    given = [name for name in ("config", "parameters", "model") if job[name] is not None]
+    if given:
+        raise click.UsageError(f"--{given[0]} needs --memory")
+    _show_all()
+
+
+@dataclass(frozen=True)
+class MemoryRequest:
+    """The options of ``drivetrain report --memory``, as they were given."""
+
+    config: str | None
+    overlays: tuple[str, ...]
+    parameters: str | None
+    model: str | None
+    layers: int | None
+    hidden: int | None
+    sequence: int
+    nproc: int | None
+    nnodes: int
+    device: str | None
+
+
+def _show_all() -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

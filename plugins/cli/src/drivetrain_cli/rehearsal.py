@@ -1,0 +1,153 @@
+"""A job that is put together as it would run, but of tensors without memory and of one rank alone.
+
+Every part of it is the real one: the plugins of the config lay out parameters, gradients and
+states as they would on each of many ranks. The device is torch's ``meta``, and collectives are
+those of torch's fake process group, so that nothing is allocated, sent or written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from drivetrain.accelerator import Accelerator
+from drivetrain.builtin.optimization import OptimizerSection
+from drivetrain.errors import DrivetrainError
+from drivetrain.job import Job, Ranks
+from drivetrain.plan import Plan
+from drivetrain.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from os import PathLike
+
+    from torch import nn
+
+    from drivetrain.engine import Engine
+
+_NAME = "rehearsal"
+
+
+class RehearsedDevice(Accelerator):
+    """A device with memory of its own, none of which is ever used."""
+
+    name = _NAME
+    device_type = "meta"
+
+    def probe(self) -> str | None:
+        return None
+
+    def communication_backend(self) -> str:
+        return "fake"
+
+    def device(self, local_rank: int) -> torch.device:
+        return torch.device("meta")
+
+    def start(self, local_rank: int, ranks_on_host: int) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def memory_allocated(self) -> int:
+        return 0
+
+    def max_memory_allocated(self) -> int:
+        return 0
+
+    def reset_peak_memory(self) -> None:
+        pass
+
+    def total_memory(self) -> int:
+        return 0
+
+    def pin_memory(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def stream(self) -> None:
+        return None
+
+    def on_stream(self, stream: Any | None) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+class RehearsedHost(RehearsedDevice):
+    """A device whose memory is the host's."""
+
+    device_type = "cpu"
+
+
+@contextmanager
+def rehearsal(
+    config: Mapping[str, Any] | str | PathLike[str],
+    module: nn.Module,
+    *,
+    ranks: int,
+    ranks_on_host: int,
+    on_cpu: bool,
+    overlays: Sequence[str] = (),
+) -> Iterator[Engine]:
+    """The engine of rank 0, ended with the context. It cannot run.
+
+    Args:
+        config: as a job gets it; one that leaves the optimizer to the script gets AdamW.
+        module: made of tensors on the device ``meta``; changed in place.
+        ranks: number of ranks.
+        ranks_on_host: how many of them share a host.
+        on_cpu: whether ranks compute on a CPU, and not on a device with memory of its own.
+        overlays: ``path=value`` assignments on top of the config.
+
+    Raises:
+        ConfigError: the config is not one that a job would run.
+        DrivetrainError: this process is a rank of a job already.
+    """
+    if dist.is_initialized():
+        raise DrivetrainError("a process that is a rank of a job cannot rehearse another one")
+    registry = Registry.installed().choosing({})
+    registry.add("accelerators", _NAME, RehearsedHost if on_cpu else RehearsedDevice)
+    options: dict[str, Any] = {
+        "world_size": ranks,
+        "registry": registry,
+        "batch_required": False,
+    }
+    overlays = [*overlays, f"accelerator={_NAME}"]
+    plan = Plan.build(config, overlays=overlays, **options)
+    optimizer = None
+    if plan.section(OptimizerSection).type is None:
+        optimizer = torch.optim.AdamW(module.parameters())
+    with _fake_ranks(ranks), _silence(), Job.open(plan, Ranks(0, ranks, 0, ranks_on_host)) as job:
+        yield job.engine(module, optimizer)
+
+
+@contextmanager
+def _fake_ranks(count: int) -> Iterator[None]:
+    """A process group of so many ranks that do not exist."""
+    if count > 1:
+        # Registers the backend "fake", which torch has for dry runs such as this one.
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        store: Any = FakeStore()
+        dist.init_process_group("fake", store=store, rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Say nothing of a job that does not run, but what may be wrong."""
+    logger = logging.getLogger("drivetrain")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
