@@ -57,7 +57,8 @@ class Model:
         shape = Shape.of(parameters, layers, hidden)
         module = without_memory(lambda: StandIn(shape), "a transformer of that size")
         how = ", a usual shape for this size" if shape.guessed else ""
-        what = f"{shape.layers} blocks of hidden size {shape.hidden}{how}"
+        blocks = "1 block" if shape.layers == 1 else f"{shape.layers} blocks"
+        what = f"{blocks} of hidden size {shape.hidden}{how}"
         return cls(module, f"{parameters:,} parameters ({what})", shape.hidden)
 
     @classmethod

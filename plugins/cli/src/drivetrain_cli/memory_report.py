@@ -51,12 +51,13 @@ def report_memory(request: MemoryRequest, accelerator: Accelerator | None) -> No
     ranks = Ranks(request.nproc or max(1, machine.devices), request.nnodes, on_cpu)
     model = _model(request)
     expected = forecast(merged, model, ranks, sequence=request.sequence)
-    title = f"{model.what}, {ranks.per_machine * ranks.machines} ranks"
-    console.print(forecast_table(expected, ranks, machine, title))
+    count = ranks.per_machine * ranks.machines
+    click.echo(f"{model.what} on {count} rank{'s'[: count != 1]}")
+    console.print(forecast_table(expected, ranks, machine))
     for note in expected.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
+        click.echo(f"note: {note}")
     for shortage in shortages(expected, ranks, machine):
-        console.print(f"too little: {shortage}", markup=False, highlight=False, style="red")
+        click.secho(f"too little: {shortage}", fg="red")
 
 
 def _model(request: MemoryRequest) -> Model:

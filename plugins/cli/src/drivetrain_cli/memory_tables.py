@@ -40,14 +40,12 @@ def machine_table(machine: Machine) -> Table:
     return table
 
 
-def forecast_table(forecast: Forecast, ranks: Ranks, machine: Machine, title: str) -> Table:
+def forecast_table(forecast: Forecast, ranks: Ranks, machine: Machine) -> Table:
     """Needs of one rank by kind, all of them, and what there is for them."""
     kinds = forecast.by_kind()
     totals = total_of(forecast)
     unit, name = (_GIB, "GiB") if max(totals.values()) >= _GIB else (_MIB, "MiB")
-    table = Table(
-        "one rank", "each device", *COLUMNS[1:], title=f"{title}; in {name}", title_justify="left"
-    )
+    table = Table(f"one rank, {name}", "each device", *COLUMNS[1:])
     states = {kind for kind, *_ in forecast.held}
     for kind, places in kinds.items():
         usual = f"optimizer state {kind}" if kind in states else kind
