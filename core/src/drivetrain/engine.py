@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 class Engine(nn.Module):
     """A module together with its states, optimizer and schedule; built by ``job.engine``.
 
-    Attributes that an engine does not have are looked up in :attr:`module`.
+    Attributes that an engine does not have are looked up in :attr:`module`, and then among the
+    methods that installed packages offer: functions whose first argument is the engine, named by
+    entry points of ``drivetrain.methods``.
 
     Attributes:
         module: the client's module, after transforms.
@@ -92,9 +94,11 @@ class Engine(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "module":
+            if name in ("module", "job"):
                 raise
-            return getattr(self.module, name)
+            own = hasattr(self.module, name)
+            entry = None if own else self.job.plan.registry.find("methods", name)
+            return getattr(self.module, name) if entry is None else entry.load().__get__(self)
 
     # -- the loop -----------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ Group = Literal[
     "storages",
     "commands",
     "reports",
+    "methods",
 ]
 """An entry point group of ours, without the prefix ``drivetrain.``."""
 
@@ -48,8 +49,8 @@ class Entry:
 
     Args:
         group: what kind of thing.
-        name: the config path, or the accelerator's, optimizer's, schedule's or command's name, or
-            the title of a table in ``drivetrain report``.
+        name: the config path, or the accelerator's, optimizer's, schedule's or command's name, the
+            title of a table in ``drivetrain report``, or how an engine calls a method.
         distribution: who offers it; for objects added in this process, their module.
         version: the distribution's version, or ``"in-process"``.
         value: ``"module:attribute"``, or ``"module"``.
@@ -159,8 +160,7 @@ class Registry:
         """A copy that also has these plugin classes, under their name and every path they own."""
         copy = self.choosing({})
         for plugin in plugins:
-            owned = dict.fromkeys([plugin.name, *plugin.sections])  # type: ignore[attr-defined]
-            for path in owned:
+            for path in dict.fromkeys([plugin.name, *plugin.sections]):  # type: ignore[attr-defined]
                 copy.add("plugins", path, plugin)
         return copy
 
@@ -206,8 +206,7 @@ class Registry:
                     return entry
             offered = ", ".join(entry.distribution for entry in claimants) or "nobody"
             raise PluginError(f"{choice!r} does not offer {key}, which is offered by {offered}")
-        added = [entry for entry in claimants if entry.version == IN_PROCESS]
-        if added:
+        if added := [entry for entry in claimants if entry.version == IN_PROCESS]:
             return added[0]
         if group in _CORE_IS_ASKED_LAST and len(claimants) > 1:
             claimants = [entry for entry in claimants if entry.distribution != CORE]
