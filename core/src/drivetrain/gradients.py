@@ -51,6 +51,8 @@ class Slot:
         used: a gradient arrived in this window.
         deferred: hooks are ignored until somebody reports the gradient ready.
         late: what arrived after the bucket was sent.
+        dtype: of the parameter.
+        version: counts changes of the parameter in place; those that states know of.
     """
 
     name: str
@@ -62,6 +64,15 @@ class Slot:
     used: bool = False
     deferred: bool = False
     late: torch.Tensor | None = None
+    dtype: torch.dtype = field(init=False)
+    version: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.note()
+
+    def note(self) -> None:
+        """The states know the parameter as it is now."""
+        self.dtype, self.version = self.parameter.dtype, self.parameter._version
 
 
 @dataclass(eq=False)
@@ -307,6 +318,11 @@ class GradientReducer:
         self._next, self._between_rounds = 0, False
         for bucket in self.buckets:
             bucket.restart()
+
+    def note_parameters(self) -> None:
+        """States have taken over the parameters as they are now."""
+        for slot in self.slots.values():
+            slot.note()
 
     def close(self) -> None:
         """Remove the hooks, so that another engine may train the parameters."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from drivetrain.home import tensor_fragment
 from drivetrain.parameters import handed_over
 
 if TYPE_CHECKING:
+    from drivetrain.gradients import Slot
     from drivetrain.job import Job
     from drivetrain.mesh import Axis
     from drivetrain.parameters import ParameterTable
@@ -39,12 +40,13 @@ def trained_parameters(optimizer: OptimizerPlan | None) -> set[nn.Parameter]:
 
 
 def refuse_stale_layout(
-    optimizer: OptimizerPlan, bucketed: Collection[nn.Parameter], table: ParameterTable
+    optimizer: OptimizerPlan, bucketed: Mapping[nn.Parameter, Slot], table: ParameterTable
 ) -> None:
-    """Check that exactly the parameters that take gradients are in buckets.
+    """Check that exactly the parameters that take gradients are in buckets, and as they were put.
 
     Raises:
-        TrainingError: some were frozen or unfrozen since the buckets were laid out.
+        TrainingError: some were frozen, unfrozen or cast since the buckets were laid out, or
+            changed in place beside their masters.
     """
     for group in optimizer.groups:
         for parameter in group["params"]:
@@ -54,6 +56,22 @@ def refuse_stale_layout(
                     f"parameter {table.info(parameter).name} was {change} after the engine was "
                     "built; call engine.rebuild() after changing requires_grad"
                 )
+    for parameter, slot in bucketed.items():
+        if parameter.dtype is not slot.dtype:
+            raise TrainingError(
+                f"parameter {slot.name} was cast from {slot.dtype} to {parameter.dtype} after the "
+                "engine was built, whose updates it does not see now; set the precision in the "
+                "config instead"
+            )
+        if parameter._version != slot.version:
+            if table.info(parameter).master_dtype and not hasattr(parameter, "drivetrain_handle"):
+                raise TrainingError(
+                    f"parameter {slot.name} was changed in place after the engine was built, and "
+                    "the step would undo that from its master weight; load weights with "
+                    "engine.load_module_state_dict(), or change them on every rank and then call "
+                    "engine.states.refresh()"
+                )
+            slot.note()
 
 
 def synchronise_loose(job: Job, module: nn.Module, bucketed: Collection[nn.Parameter]) -> None:

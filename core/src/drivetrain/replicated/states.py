@@ -135,6 +135,7 @@ class ReplicatedStates(ModelStates):
             _Bucket(plan, self._flatten(plan, home), gradients, home)
             for plan, home, gradients in zip(planned, homes, sums, strict=True)
         ]
+        self._reducer.note_parameters()  # as they are in buckets now
         self._open_window()
 
     def _flatten(self, plan: PlannedBucket, home: StateHome) -> torch.Tensor:
@@ -239,6 +240,7 @@ class ReplicatedStates(ModelStates):
     def refresh(self) -> None:
         for bucket in self._buckets:
             bucket.home.refresh()
+        self._reducer.note_parameters()
 
     def fragments_written(self) -> None:
         pass  # they are the module's parameters

@@ -376,6 +376,7 @@ class ZeroStates(ModelStates):
     def refresh(self) -> None:
         for bucket in self._buckets:
             bucket.home.refresh()
+        self._reducer.note_parameters()
         self._note_parameters()
 
     def fragments_written(self) -> None:
