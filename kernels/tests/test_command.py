@@ -33,6 +33,14 @@ def test_build_makes_what_this_machine_uses(acme):
     assert "acme_spare" not in result.output
 
 
+def test_build_makes_what_is_used_for_no_op(acme):
+    made = registry.providers("cpu")[0]
+    made.uses(next(each for each in made.libraries if each.name == "acme_spare"))
+    result = CliRunner().invoke(command_module.build, [])
+    assert "acme 1.0: acme_used: built acme_used" in result.output
+    assert "acme 1.0: acme_spare: built acme_spare" in result.output
+
+
 def test_build_all_makes_every_variant_and_ships_it(acme):
     output = acme / "prebuilt"
     result = CliRunner().invoke(command_module.build, ["--all", "--output", str(output)])

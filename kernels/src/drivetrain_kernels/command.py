@@ -1,4 +1,4 @@
-"""``drivetrain build``: compile native kernels ahead of time."""
+"""``drivetrain build``: compile native code ahead of time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from drivetrain_kernels.registry import registry
     help="Also copy the binaries into this folder, to ship them in a wheel.",
 )
 def build(everything: bool, output: Path | None) -> None:
-    """Build the native kernels of all installed packages into the per-user cache.
+    """Build the native code of all installed packages into the per-user cache.
 
     Builds what this machine uses; with --all every instruction set and architecture that the
     compilers here can make. Exits with status 1 if anything fails, after trying all of it.
@@ -34,10 +34,8 @@ def build(everything: bool, output: Path | None) -> None:
 
 def _build(provider: Provider, everything: bool, output: Path | None) -> bool:
     """Build one provider's libraries; answers whether all went well."""
-    used = [offer.library for offer in provider.offers.values() if offer.library is not None]
-    wanted = [each for each in provider.libraries if everything or each in used]
     sound = True
-    for library in wanted:
+    for library in provider.libraries if everything else provider.used:
         try:
             path = library.ship(output) if output is not None else library.ensure_built()
         except BuildError as error:

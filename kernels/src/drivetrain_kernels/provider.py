@@ -61,6 +61,7 @@ class Provider:
         self.accelerator = accelerator or device_type
         self.offers: dict[str, Offer] = {}
         self.libraries: list[NativeLibrary] = []
+        self.used: list[NativeLibrary] = []
 
     def __str__(self) -> str:
         return f"{self.distribution} {self.version}"
@@ -80,9 +81,14 @@ class Provider:
 
         Where it cannot be built, ``otherwise()`` makes the function instead.
         """
-        if library not in self.libraries:
-            self.libraries.append(library)
+        self.uses(library)
         self._offer(op, Offer(bind, library, otherwise))
+
+    def uses(self, library: NativeLibrary) -> None:
+        """Name a library that the package uses on this machine, be it for no op at all."""
+        for known in (self.used, self.libraries):
+            if library not in known:
+                known.append(library)
 
     def also_builds(self, libraries: Sequence[NativeLibrary]) -> None:
         """Name further libraries that ``drivetrain build`` makes ahead of time."""

@@ -6,7 +6,7 @@ import ctypes
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drivetrain_kernels.native import NativeLibrary
 
@@ -19,6 +19,9 @@ from drivetrain_offload.file_io.engine import (
     Transfer,
 )
 from drivetrain_offload.file_io.settings import KINDS, IOSettings
+
+if TYPE_CHECKING:
+    from drivetrain_kernels import Provider
 
 NATIVE = Path(__file__).parent / "native"
 SOURCES = ("api", "engine", "uring_queue", "aio_queue", "blocking_queue")
@@ -70,6 +73,11 @@ def native_library() -> NativeLibrary:
         link_flags=("-pthread",),
         prebuilt=NATIVE / "prebuilt",
     )
+
+
+def register(provider: Provider) -> None:
+    """Let ``drivetrain build`` compile it; the engine is no kernel, and is offered for none."""
+    provider.uses(native_library())
 
 
 @cache
