@@ -83,8 +83,6 @@ def held(stage: int, sections: dict[str, Any]) -> dict[tuple[str, str], float]:
         what = row.kind if known else "states" if row.kind in STATES else "buffers"
         if row.kind != "step":
             sizes[what, row.place] += row.nbytes
-    if stage < 3:  # fragments show shards, but every rank has the whole
-        sizes["parameter", "device"] = sum(p.numel() * p.element_size() for p in model.parameters())
     engine.job.close()
     return {key: size / count for key, size in sizes.items()}
 

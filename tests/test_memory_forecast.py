@@ -70,20 +70,26 @@ def held_beside_the_host(given: dict[str, Any]) -> tuple[Table, Table]:
 
 
 def lent_out(pin_memory: bool) -> tuple[Table, Table]:
-    """The same with states away on demand."""
-    from drivetrain_offload import offload_states
+    """The same with states away on demand; afterwards they are where they were."""
     from on_demand import start
 
     engine = start(config(2), gpt())
-    offload_states(engine, include=["optim_states", "lp_params"], pin_memory=pin_memory)
-    return table_and_locked(engine)
+    before = table_and_locked(engine)[0]
+    engine.offload_states(include=["optim_states", "lp_params"], pin_memory=pin_memory)
+    found = table_and_locked(engine)
+    engine.reload_states()
+    assert table_and_locked(engine)[0] == before
+    engine.destroy()
+    return found
 
 
 def after_a_step(engine: Engine) -> tuple[Table, Table]:
     tokens = torch.ones(1, 9, dtype=torch.int64, device=engine.device)
     engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
     engine.step()
-    return table_and_locked(engine)
+    found = table_and_locked(engine)
+    engine.destroy()
+    return found
 
 
 def table_and_locked(engine: Engine) -> tuple[Table, Table]:
@@ -94,7 +100,6 @@ def table_and_locked(engine: Engine) -> tuple[Table, Table]:
         if row.kind != "step":
             sizes[row.kind, row.place] += row.nbytes
             locked[row.kind, row.place] += row.locked
-    engine.destroy()
     return dict(sizes), dict(locked)
 
 
