@@ -385,9 +385,9 @@ class Engine(nn.Module):
             self.module.load_state_dict(state_dict, strict=strict)
         self.states.refresh()
 
-    def save_checkpoint(self, save_dir: str, tag: str | None = None, **kwargs: Any) -> str:
+    def save_checkpoint(self, save_dir: str, tag: str | None = None, *rest: Any, **kw: Any) -> str:
         """See :func:`drivetrain.checkpoint.save`."""
-        return checkpoint.save(self, save_dir, tag, **kwargs)
+        return checkpoint.save(self, save_dir, tag, *rest, **kw)
 
     def load_checkpoint(
         self, load_dir: str, tag: str | None = None, **kwargs: Any

@@ -44,8 +44,8 @@ def save(
     engine: Engine,
     save_dir: str | os.PathLike[str],
     tag: str | None = None,
-    *,
     client_state: dict[str, Any] | None = None,
+    *,
     save_latest: bool = True,
     exclude_frozen_parameters: bool = False,
 ) -> str:
