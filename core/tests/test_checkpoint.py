@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,7 +49,7 @@ def run_until_saved(folder: str, changes: dict[str, Any]) -> None:
     torch.manual_seed(10 + Ranks.current().rank)
     engine = make(**changes)
     train(engine, 7)  # in the middle of the second epoch
-    engine.save_checkpoint(folder, client_state={"note": "seven"})
+    engine.save_checkpoint(folder, None, {"note": "seven"})  # in the order that DeepSpeed has, too
     engine.destroy()
 
 
@@ -277,6 +277,31 @@ def test_a_parameter_more_or_less_is_named_unless_loading_is_not_strict(saved: P
     assert "has parameters that the module lacks: layers.3.bias" in found
     for module in (more, less):
         assert load_with(module, saved.parent, load_module_strict=False) is None
+
+
+def compiled_whole() -> nn.Module:
+    return torch.compile(Model(), backend="eager")
+
+
+def compiled_in_part() -> nn.Module:
+    module = Model()
+    module.layers[1] = torch.compile(module.layers[1], backend="eager")
+    return module
+
+
+@pytest.mark.parametrize("make_compiled", [compiled_whole, compiled_in_part])
+def test_what_torch_compile_wraps_is_saved_under_its_own_names(
+    tmp_path: Path, make_compiled: Callable[[], nn.Module]
+) -> None:
+    compiled, *_ = drivetrain.initialize(model=make_compiled(), config=CONFIG)
+    for parameter in compiled.module.parameters():
+        parameter.data.fill_(0.5)
+    compiled.save_checkpoint(tmp_path)
+    compiled.destroy()
+    plain = make()
+    assert plain.load_checkpoint(tmp_path)[0] is not None
+    assert all(bool((p == 0.5).all()) for p in plain.module.parameters())
+    plain.destroy()
 
 
 @pytest.mark.parametrize(

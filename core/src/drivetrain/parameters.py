@@ -139,11 +139,14 @@ class ParameterTable:
         self._infos: MutableMapping[nn.Parameter, ParameterInfo] = WeakTensorKeyDictionary()
 
     def register(self, module: nn.Module, reduction: Axis) -> None:
-        """Name every parameter that is not yet known; tied parameters keep their first name."""
+        """Name every parameter that is not yet known; tied parameters keep their first name.
+
+        A module that ``torch.compile`` has wrapped keeps the names that it has without.
+        """
         for name, parameter in module.named_parameters():
             if parameter not in self._infos:
                 self._infos[parameter] = ParameterInfo(
-                    name=name,
+                    name=name.replace("_orig_mod.", ""),
                     shape=tuple(parameter.shape),
                     compute_dtype=parameter.dtype,
                     reduction=reduction,

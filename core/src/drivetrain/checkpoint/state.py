@@ -97,7 +97,8 @@ def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
         for name in module._buffers
     )
     passing = {".".join(filter(None, (prefix, n))) for prefix, n, passing in own if n in passing}
-    return {name: buffer for name, buffer in module.named_buffers() if name not in passing}
+    lasting = {name: buffer for name, buffer in module.named_buffers() if name not in passing}
+    return {name.replace("_orig_mod.", ""): buffer for name, buffer in lasting.items()}
 
 
 def plain(value: Any, what: str) -> Any:
