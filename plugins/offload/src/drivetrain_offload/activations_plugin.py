@@ -95,7 +95,10 @@ class ActivationOffload(LogsMemory):
         rows = [("activations", "device", -freed, 0)]
         if section.device == "cpu":
             return [*rows, ("activations", "host", sent, sent if section.pin_memory else 0)]
-        return [*rows, ("activations", "nvme", sent, 0)]
+        passing = 0 if on_cpu else min(sent, block_activations * _BLOCKS_ON_THEIR_WAY)
+        locked = passing if section.pin_memory else 0
+        buffers = ("activations on their way, at most", "host", passing, locked)
+        return [*rows, ("activations", "nvme", sent, 0), buffers]
 
 
 def _computes_on_host(engine: Engine) -> bool:
