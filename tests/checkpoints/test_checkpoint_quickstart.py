@@ -46,12 +46,14 @@ def test_killed_at_a_random_moment_and_resumed_it_has_the_same_loss_curve(
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     process = start(root, broken, tmp_path / "logs2")
-    begin = time.monotonic()
-    while not (broken / "checkpoints" / "latest").exists():
+    begin, chance = time.monotonic(), random.SystemRandom()
+    # A step is chosen, and not a number of seconds, in which a fast machine could take all of them.
+    first, some = "latest", f"global_step{chance.randrange(4, STEPS - 15, 4)}"
+    while not all((broken / "checkpoints" / name).exists() for name in (first, some)):
         assert process.poll() is None
         assert time.monotonic() - begin < PATIENCE
         time.sleep(0.01)
-    time.sleep(random.SystemRandom().uniform(0.0, 1.0))
+    time.sleep(chance.uniform(0.0, 0.1))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (broken / "checkpoints" / f"global_step{STEPS}").exists()
