@@ -238,7 +238,7 @@ def check_export(folder: str, stage: int) -> int:
         return values
 
     with patch.object(export._Once, "read", counting):
-        assert zero.save_16bit_model(engine, folder)
+        assert engine.save_16bit_model(folder)  # as scripts for DeepSpeed call it
     zero.save_16bit_model(engine, folder, "trained.safetensors", exclude_frozen_parameters=True)
     return max(counts)
 
@@ -259,6 +259,13 @@ def test_the_16_bit_model_loads_strictly_and_is_never_whole(stage, tmp_path: Pat
     assert names == set(loaded) - {"norm.weight", "norm.bias"}
     files = {path.name for path in tmp_path.iterdir()}
     assert files == {"model.safetensors", "trained.safetensors"}
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_an_engine_tells_its_stage(stage: int) -> None:
+    engine = engine_of(models.MLP(), stage=stage)
+    assert engine.zero_optimization_stage() == stage
+    engine.destroy()
 
 
 def check_forbidden(folder: str) -> None:

@@ -25,7 +25,9 @@ from zero_harness import (
 from zero_models import BODY, SHARED, UNEVEN, WIDTH
 
 import drivetrain
+from drivetrain.communicator import Purpose
 from drivetrain.engine import Engine
+from drivetrain.errors import TrainingError
 from drivetrain.job import Job
 from drivetrain.mesh_layout import Atom, AxisRequest, SplitAxis
 from drivetrain.parameters import whole
@@ -65,6 +67,21 @@ def without_sync(engine: Engine, micro_batches: Sequence[Samples], step: int) ->
         engine.step()
         total += loss.item()
     return total / len(micro_batches)
+
+
+def coalesced(engine: Engine, micro_batches: Sequence[Samples], step: int) -> float:
+    """No gradient travels before the block ends."""
+    losses, sent = [], engine.job.byte_log.total(Purpose.GRADIENT).calls
+    with engine.coalesce_grad_reduction():
+        for inputs, targets in micro_batches:
+            losses.append(engine(inputs, targets))
+            engine.backward(losses[-1])
+        with pytest.raises(TrainingError, match="leave the block before stepping"):
+            engine.step()
+        assert engine.job.byte_log.total(Purpose.GRADIENT).calls == sent
+    for _ in micro_batches:
+        engine.step()
+    return sum(loss.item() for loss in losses) / len(losses)
 
 
 def evaluates_between(engine: Engine, micro_batches: Sequence[Samples], step: int) -> float:
@@ -124,7 +141,10 @@ def unfreezes(engine: Engine, micro_batches: Sequence[Samples], step: int) -> fl
     return run_engine(engine, micro_batches, step)
 
 
-LOOPS = [plain_backward, without_sync, evaluates_between, two_losses_one_backward, wholes_between]
+LOOPS = [
+    *(plain_backward, without_sync, coalesced),
+    *(evaluates_between, two_losses_one_backward, wholes_between),
+]
 
 
 @EVERY_STAGE
