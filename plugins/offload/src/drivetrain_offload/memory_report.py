@@ -16,5 +16,6 @@ def report_memory() -> Iterator[tuple[str, str]]:
     yield "limit of locked pages", lockable()
     yield (
         "by kind and place",
-        'in a running job: "memory_breakdown": true, or drivetrain_offload.memory_table(engine)',
+        "before a job runs: drivetrain report --memory --config FILE; in a running job: "
+        '"memory_breakdown": true, or drivetrain_offload.memory_table(engine)',
     )
