@@ -14,8 +14,8 @@ def report_memory() -> Iterator[tuple[str, str]]:
     for label, nbytes in (("host", total_bytes()), ("available", available_bytes())):
         yield label, "unknown" if nbytes is None else f"{nbytes / _GIB:,.1f} GiB"
     yield "limit of locked pages", lockable()
+    yield "by kind and place", "before a job runs: drivetrain report --memory --config FILE"
     yield (
         "by kind and place",
-        "before a job runs: drivetrain report --memory --config FILE; in a running job: "
-        '"memory_breakdown": true, or drivetrain_offload.memory_table(engine)',
+        'in a running job: "memory_breakdown": true, or drivetrain_offload.memory_table(engine)',
     )
