@@ -31,7 +31,7 @@ from drivetrain.testing.conformance import imported_with, run_python
 from drivetrain.testing.distributed import run_distributed
 from drivetrain.testing.reference import reference_losses
 
-TIMEOUT = 120.0
+TIMEOUT = 300.0
 """Seconds that the ranks of one check may take."""
 
 STEPS = 6

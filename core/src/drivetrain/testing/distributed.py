@@ -67,7 +67,7 @@ def run_distributed(
     function: Callable[..., Any],
     world_size: int,
     *arguments: Any,
-    timeout: float = 180.0,
+    timeout: float = 300.0,
     env: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """Call ``function(*arguments)`` on every rank of a world, each a process with one thread.

@@ -106,7 +106,7 @@ def assert_trains_like_reference(
     rtol: float = 1e-6,
     learning_rate: Callable[[int], float] | None = None,
     inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    timeout: float = 120.0,
+    timeout: float = 300.0,
 ) -> list[float]:
     """Train with ``config`` on ``world_size`` ranks and compare every loss with plain torch.
 
