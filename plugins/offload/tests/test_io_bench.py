@@ -86,6 +86,12 @@ def _is_scratch_file(link: Path) -> bool:
     return "io-bench" in target and target.endswith("(deleted)")
 
 
+def test_an_old_section_may_call_threads_by_their_old_name() -> None:
+    old = {"block_size": 1_048_576, "thread_count": 4, "queue_depth": 16}
+    assert Aio.model_validate(old) == Aio(intra_op_parallelism=4, queue_depth=16)
+    assert Aio.model_validate({**old, "intra_op_parallelism": 2}).intra_op_parallelism == 2
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(io_bench, [str(tmp_path / "gone")])
     assert result.exit_code == 2

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from drivetrain_zero.section import ZeroSection
 from torch import nn
 from zero_harness import Run, config, train_steps, whole_parameters
 from zero_models import BODY, UNEVEN
@@ -51,6 +52,8 @@ def plan(section: object, world: int) -> Plan:
         ({"stage": 1, "reduce_bucket_size": -5}, ["zero_optimization.reduce_bucket_size"]),
         ({"stage": 1, "gradient_reduction": "never"}, ["zero_optimization.gradient_reduction"]),
         ({"stage": 1, "legacy_stage1": True}, ["legacy_stage1", "use stage 1"]),
+        ({"stage": 2, "cpu_offload": True}, ["cpu_offload is offload_optimizer: {"]),
+        ({"stage": 3, "cpu_offload_params": True}, ["cpu_offload_params is offload_param: {"]),
         ({"stage": 2, "zero_hpz_partition_size": 2}, ["zero_hpz_partition_size", "stage 3"]),
         ({"stage": 3, "mics_shard_size": 0}, ["mics_shard_size is 0", "-1 or at least 1"]),
         ({"stage": 3, "mics_shard_size": 3}, ["zero_optimization.mics_shard_size", "4"]),
@@ -72,6 +75,13 @@ def test_wrong_values_are_refused_by_their_path(section: dict[str, Any], said: l
 @pytest.mark.parametrize("value", [True, False])
 def test_a_bare_bool_is_stage_1_or_none(value: bool) -> None:
     assert ("zero_optimization" in plan(value, 2).hub.plugins) is value
+
+
+def test_an_old_config_may_say_that_nothing_is_offloaded_and_use_an_old_name() -> None:
+    old = {"cpu_offload": False, "stage3_gather_fp16_weights_on_model_save": True}
+    section = plan({"stage": 3, **old}, 2).section(ZeroSection)
+    assert section.stage3_gather_16bit_weights_on_model_save
+    assert section == ZeroSection(stage=3, stage3_gather_16bit_weights_on_model_save=True)
 
 
 @pytest.mark.parametrize("size", [2**62, 2**100])

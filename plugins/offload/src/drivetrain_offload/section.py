@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -127,6 +127,15 @@ class Aio(Section):
     engine: Literal["auto", "io_uring", "libaio", "threads"] = Field(
         default="auto", description="The system's interface; auto takes the first that works."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_old_spelling(cls, value: Any) -> Any:
+        """``thread_count`` is what ``intra_op_parallelism`` was called."""
+        if not isinstance(value, dict) or "thread_count" not in value:
+            return value
+        kept = dict(value)
+        return {"intra_op_parallelism": kept.pop("thread_count"), **kept}
 
     @model_validator(mode="after")
     def _aligned(self) -> Aio:

@@ -10,6 +10,16 @@ from drivetrain.section import Bool, Int, NonNegativeFloat, NonNegativeInt, Posi
 
 _NO_EFFECT = "Accepted, has no effect: "
 
+_MOVED = {
+    "cpu_offload": 'offload_optimizer: {"device": "cpu"}',
+    "cpu_offload_params": 'offload_param: {"device": "cpu"}',
+    "cpu_offload_param": 'offload_param: {"device": "cpu"}',
+    "cpu_offload_use_pin_memory": "pin_memory in offload_optimizer and offload_param",
+}
+"""Keys of old configs, which may stay as long as they are off; what they are called now."""
+
+_GATHER_FP16 = "stage3_gather_fp16_weights_on_model_save"
+
 
 class LeafModules(Section):
     """Modules that are fetched whole; accepted, because every unit is."""
@@ -176,9 +186,19 @@ class ZeroSection(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_bool(cls, value: Any) -> Any:
-        """``true`` once meant stage 1."""
-        return {"stage": int(value)} if isinstance(value, bool) else value
+    def _from_old_spelling(cls, value: Any) -> Any:
+        """``true`` once meant stage 1, and some keys had other names."""
+        if isinstance(value, bool):
+            return {"stage": int(value)}
+        if not isinstance(value, dict):
+            return value
+        for key, successor in _MOVED.items():
+            if value.get(key):
+                raise ValueError(f"{key} is {successor} now")
+        kept = {key: item for key, item in value.items() if key not in _MOVED}
+        if _GATHER_FP16 in kept:
+            kept.setdefault("stage3_gather_16bit_weights_on_model_save", kept.pop(_GATHER_FP16))
+        return kept
 
     @model_validator(mode="after")
     def _possible(self) -> ZeroSection:
