@@ -110,6 +110,22 @@ def test_state_dict_holds_hyper_parameters_and_loads_into_the_same_dicts():
     assert isinstance(group["params"][0], nn.Parameter)
 
 
+def test_what_is_not_loaded_is_said_or_refused(caplog):
+    module = model()
+    optimizer = facade(module)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert [r.getMessage() for r in caplog.records] == [
+        "only hyper-parameters were loaded; states come back with engine.load_checkpoint()"
+    ]
+    plain = torch.optim.Adam(module.parameters())
+    module(torch.ones(1, 2)).sum().backward()
+    plain.step()
+    with pytest.raises(
+        ConfigError, match=r"states are loaded by engine\.load_checkpoint\(\) alone"
+    ):
+        optimizer.load_state_dict(plain.state_dict())
+
+
 def test_a_state_of_other_groups_is_refused():
     module = model()
     optimizer = facade(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,15 +44,13 @@ class EngineOptimizer(Optimizer):
     ) -> None:
         check_groups(groups, names)
         self.type_name = type_name
-        self._engine_step = step
         self._engine_zero_grad = zero_grad
-        self._sealed = False
         super().__init__(list(groups), dict(defaults or {}))
-        self._sealed = True
+        self._engine_step = step
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once the states of the groups are placed."""
-        if self._sealed:
+        if hasattr(self, "_engine_step"):
             raise TrainingError(
                 "parameter groups cannot be added after initialize; build the engine anew"
             )
@@ -59,10 +58,8 @@ class EngineOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run ``closure`` if there is one, then the engine's step; returns the closure's value."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         self._engine_step()
         return loss
 
@@ -71,20 +68,25 @@ class EngineOptimizer(Optimizer):
         self._engine_zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over hyper-parameters, into the same group dicts.
+        """Take over hyper-parameters, into the same group dicts, and say that this is all.
 
         Raises:
-            ConfigError: the groups are not as many, or not as large, as this optimizer's.
+            ConfigError: there are states, which checkpoints alone bring back, or the groups are
+                not as many, or not as large, as this optimizer's.
         """
-        given = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if [len(group["params"]) for group in given] != sizes:
+        given, own = state_dict["param_groups"], self.param_groups
+        sizes, wanted = ([len(group["params"]) for group in groups] for groups in (given, own))
+        if sizes != wanted:
             raise ConfigError(
-                f"the optimizer state has {len(given)} groups of "
-                f"{[len(group['params']) for group in given]} parameters, but this optimizer has "
-                f"{len(sizes)} of {sizes}"
+                f"the optimizer state has {len(sizes)} groups of {sizes} parameters, but this "
+                f"optimizer has {len(wanted)} of {wanted}"
             )
-        for group, values in zip(self.param_groups, given, strict=True):
+        if state_dict.get("state"):
+            raise ConfigError("an optimizer's states are loaded by engine.load_checkpoint() alone")
+        logging.getLogger("drivetrain.engine").warning(
+            "only hyper-parameters were loaded; states come back with engine.load_checkpoint()"
+        )
+        for group, values in zip(own, given, strict=True):
             group.update({key: value for key, value in values.items() if key != "params"})
 
 
