@@ -12,6 +12,7 @@
 namespace drivetrain {
 namespace {
 
+constexpr int kReadsPerWrite = 3;  // blocks
 constexpr int kBusyTries = 10000;  // of 0.1 ms: what the system puts off for a second is an error
 
 std::unique_ptr<Queue> make_queue(Kind kind, int depth, std::string& why) {
@@ -94,7 +95,7 @@ void Engine::submit(Request* request) {
       request->done = true;
       return;
     }
-    waiting_.push_back(request);
+    (request->writes ? writes_ : reads_).push_back(request);
   }
   // Only as many workers as there are blocks: the others would wake up for nothing.
   const auto workers = static_cast<int64_t>(workers_.size());
@@ -146,13 +147,25 @@ void Engine::work(Queue& queue) {
   }
 }
 
-// The next piece of the oldest request. False if there is none; with `wait`, if there is to be none
-// any more.
+// Where the next piece comes from. Somebody is about to wait for what is read, and seldom for what
+// is written, which may not starve all the same.
+std::deque<Request*>& Engine::next() {
+  if (reads_.empty() || (passed_ >= kReadsPerWrite && !writes_.empty())) {
+    passed_ = 0;
+    return writes_;
+  }
+  if (!writes_.empty()) ++passed_;
+  return reads_;
+}
+
+// The next piece of the oldest read or write. False if there is none; with `wait`, if there is to
+// be none any more.
 bool Engine::take(Slot& slot, bool wait) {
   std::unique_lock<std::mutex> lock(mutex_);
-  if (wait) work_.wait(lock, [this] { return stopping_ || !waiting_.empty(); });
-  if (waiting_.empty()) return false;
-  Request& request = *waiting_.front();
+  if (wait) work_.wait(lock, [this] { return stopping_ || !reads_.empty() || !writes_.empty(); });
+  std::deque<Request*>& waiting = next();
+  if (waiting.empty()) return false;
+  Request& request = *waiting.front();
   const File& file = *request.file;
   slot.request = &request;
   slot.writes = request.writes;
@@ -173,7 +186,7 @@ bool Engine::take(Slot& slot, bool wait) {
   slot.tries = 0;
   request.taken += slot.bytes;
   ++request.under_way;
-  if (request.taken == request.bytes) waiting_.pop_front();
+  if (request.taken == request.bytes) waiting.pop_front();
   lock.unlock();
   slot.began = std::chrono::steady_clock::now();
   aim(slot);
@@ -245,7 +258,8 @@ void Engine::finish(Slot& slot, int error) {
     request.error_bytes = slot.bytes;
     if (request.taken < request.bytes) {
       request.taken = request.bytes;  // nobody is to begin the rest
-      waiting_.erase(std::find(waiting_.begin(), waiting_.end(), &request));
+      std::deque<Request*>& waiting = request.writes ? writes_ : reads_;
+      waiting.erase(std::find(waiting.begin(), waiting.end(), &request));
     }
   }
   if (--request.under_way == 0 && request.taken == request.bytes) {

@@ -78,6 +78,7 @@ class Engine {
 
   void work(Queue& queue);
   bool take(Slot& slot, bool wait);
+  std::deque<Request*>& next();
   bool settle(Slot& slot, int64_t result);
   void finish(Slot& slot, int error);
   void aim(Slot& slot) const;
@@ -88,7 +89,9 @@ class Engine {
   std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable work_, done_;
-  std::deque<Request*> waiting_;  // with bytes that no worker has taken
+  // With bytes that no worker has taken.
+  std::deque<Request*> reads_, writes_;
+  int passed_ = 0;  // blocks of reads that were taken while writes waited, since the last write
   Latencies latencies_{};
   bool stopping_ = false;
 };
