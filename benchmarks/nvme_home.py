@@ -125,8 +125,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("/tmp"))  # noqa: S108
     parser.add_argument("--millions", type=int, default=128, help="parameters")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--buffer-size", type=int, default=4_194_304, help="elements of a tile")
-    parser.add_argument("--buffer-count", type=int, default=4)
+    parser.add_argument("--buffer-size", type=int, default=1_048_576, help="elements of a tile")
+    parser.add_argument("--buffer-count", type=int, default=16)
     parser.add_argument("--block-size", type=int, default=1024, help="KiB")
     parser.add_argument("--queue-depth", type=int, default=8)
     parser.add_argument("--engine", default="auto")

@@ -26,7 +26,7 @@ from drivetrain_offload.host_side import as_they_are
 from drivetrain_offload.memory import MemoryRow, note_memory
 from drivetrain_offload.swap_folder import SwapFolder
 from drivetrain_offload.tile_pipeline import Place, StateFile, TilePipeline
-from drivetrain_offload.tiles import Tile, TileLayout
+from drivetrain_offload.tiles import Tile, TileLayout, buffers_for
 
 if TYPE_CHECKING:
     from drivetrain.job import Job
@@ -237,7 +237,8 @@ def nvme_homes(
     folder = SwapFolder.of(job, section.nvme_path)
     layouts = [TileLayout.of(spec, kinds_of(spec), tile_limit(spec, section)) for spec in stateful]
     _refuse_full_disk(folder, section.nvme_path, stateful, layouts)
-    shared = _shared(job, folder, section, max((each.largest for each in layouts), default=0))
+    buffers = buffers_for(layouts, section.buffer_count, section.buffer_size)
+    shared = _shared(job, folder, section, *buffers)
     stores = []
     for spec, layout in zip(stateful, layouts, strict=True):
         file = folder.create(f"{spec.key}.states", aio)
@@ -262,16 +263,18 @@ def nvme_homes(
 _of_jobs: weakref.WeakKeyDictionary[Job, _Shared] = weakref.WeakKeyDictionary()
 
 
-def _shared(job: Job, folder: SwapFolder, section: OffloadOptimizer, tile_bytes: int) -> _Shared:
-    """Buffers for tiles of that size; those of earlier homes of the job, if there were any."""
+def _shared(
+    job: Job, folder: SwapFolder, section: OffloadOptimizer, count: int, nbytes: int
+) -> _Shared:
+    """So many buffers of that size; those of earlier homes of the job, if there were any."""
     if job in _of_jobs:
         pipeline = _of_jobs[job].pipeline
         pipeline.settle()  # may hold tiles of homes that are no more
-        pipeline.grow(tile_bytes)
+        pipeline.grow(count, nbytes)
         return _of_jobs[job]
     pipeline = TilePipeline(
-        section.buffer_count,
-        tile_bytes,
+        count,
+        nbytes,
         read_ahead=section.pipeline_read,
         write_behind=section.pipeline_write,
     )
@@ -288,7 +291,7 @@ def _shared(job: Job, folder: SwapFolder, section: OffloadOptimizer, tile_bytes:
             MemoryRow("staging of tiles", "host", staging.nbytes, memory.locked),
         ],
     )
-    logger.info("states in files: %d buffers of %s bytes", section.buffer_count, f"{tile_bytes:,}")
+    logger.info("states in files: %d buffers of %s bytes", count, f"{nbytes:,}")
     return _of_jobs[job]
 
 

@@ -108,7 +108,6 @@ class TilePipeline:
     def __init__(
         self, buffer_count: int, buffer_bytes: int, *, read_ahead: bool, write_behind: bool
     ) -> None:
-        self._count = buffer_count
         self._read_ahead = read_ahead
         self._write_behind = write_behind
         self._changed = threading.Condition()
@@ -119,24 +118,25 @@ class TilePipeline:
         self._latest: StateFile | None = None
         self._failure: FileIOError | None = None
         self._closing = False
-        self.buffer_bytes = 0
-        self.grow(buffer_bytes)
+        self.buffer_count = self.buffer_bytes = 0
+        self.grow(buffer_count, buffer_bytes)
         self._thread = threading.Thread(target=self._run, name="drivetrain-tiles", daemon=True)
         self._thread.start()
 
     @property
     def nbytes(self) -> int:
         """Host memory that all buffers take."""
-        return self._count * self.buffer_bytes
+        return self.buffer_count * self.buffer_bytes
 
-    def grow(self, buffer_bytes: int) -> None:
-        """Make every buffer at least so large."""
-        if buffer_bytes > self.buffer_bytes:
+    def grow(self, buffer_count: int, buffer_bytes: int) -> None:
+        """Have so many buffers at least, each at least so large."""
+        if buffer_bytes > self.buffer_bytes or buffer_count > self.buffer_count:
             self.settle()
-            self.buffer_bytes = buffer_bytes
+            self.buffer_count = max(buffer_count, self.buffer_count)
+            self.buffer_bytes = max(buffer_bytes, self.buffer_bytes)
             self._free.clear()  # first, so that old and new are never there together
             self._free.extend(
-                aligned_empty(self.nbytes, torch.uint8).view(self._count, -1).unbind()
+                aligned_empty(self.nbytes, torch.uint8).view(self.buffer_count, -1).unbind()
             )
 
     # -- tiles ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ that it is read and written by one sequential request.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -114,6 +114,22 @@ class TileLayout:
         names = list(self.kinds)
         before = {name: self.kinds[name] for name in names[: names.index(kind)]}
         return _nbytes(before, tile.numel)
+
+
+def buffers_for(layouts: Sequence[TileLayout], count: int, size: int) -> tuple[int, int]:
+    """Number and bytes of the buffers that tiles pass through.
+
+    Args:
+        layouts: of all files.
+        count: how many there are to be, if tiles are as long as ``size`` and there are so many.
+        size: elements of a tile, as configured. Where some are longer there are fewer buffers, so
+            that they take no more memory; two at least.
+    """
+    largest = max((layout.largest for layout in layouts), default=0)
+    usual = max((_nbytes(layout.kinds, max(size, GRANULE)) for layout in layouts), default=0)
+    affordable = count * usual // largest if largest else count
+    tiles = sum(len(layout.tiles) for layout in layouts)
+    return max(2, min(count, affordable, tiles)), largest
 
 
 def _nbytes(kinds: Mapping[str, torch.dtype], numel: int) -> int:
