@@ -9,7 +9,8 @@ round after round, so that all see the same machine at the same time; the ratio 
 the median of the per-round ratios to the first system named, with a 95 % interval from order
 statistics. ``system:N`` runs ZeRO stage N; ``system:N+host`` keeps its
 optimizer states in host memory, ``system:N+nvme`` in files under ``--nvme-path``, and
-``system:3+nvme-params`` the parameters too. ``system@interpreter`` runs a system under another
+``system:3+nvme-params`` the parameters too, and ``system:3+nvme-small`` both with little memory for
+buffers and gathered units. ``system@interpreter`` runs a system under another
 Python, for peers that live in an environment of their own.
 """
 

@@ -32,12 +32,15 @@ TOLERANCE = 0.02
 PASSING = {
     "gradients on their way",
     "gathered parameters, at most",
-    "shards on their way, at most",
     "activations",
 }
 """Kinds that a job's table does not have, since they live during a pass."""
 
-BUFFERS = {("buffers of tiles", "host")}
+BUFFERS = {
+    ("buffers of tiles", "host"),
+    ("shards on their way, at most", "host"),
+    ("shards on their way, at most", "device"),
+}
 
 Table = dict[tuple[str, str], int]
 

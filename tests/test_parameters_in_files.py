@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_zero_with_offload import MODES, assert_equal, losses_and_weights, start
 
+import drivetrain
 from drivetrain.errors import ConfigError, DrivetrainError
 from drivetrain.job import Ranks
 from drivetrain.plan import Plan
@@ -91,7 +92,7 @@ def bytes_in_memory(given: dict[str, Any]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_between_steps_no_parameter_is_in_memory(world: int, tmp_path: Path) -> None:
+def test_between_steps_no_parameter_is_on_the_device(world: int, tmp_path: Path) -> None:
     given = config(tmp_path, "nvme", train_batch_size=4 * world)
     given["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     for held, total in run_distributed(bytes_in_memory, world, given):
@@ -141,3 +142,39 @@ def test_a_path_that_cannot_be_a_folder_is_named_on_every_rank(tmp_path: Path) -
     blocked.write_text("in the way")
     for message in run_distributed(a_path_that_cannot_be, 2, str(blocked / "below")):
         assert str(blocked / "below") in message
+
+
+def arrays(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a client took out of a gathered parameter, and what the parameter is."""
+    engine = start(given)
+    weight = engine.module.blocks[0].up.weight
+    with drivetrain.whole(weight):
+        taken = weight.detach().numpy()
+    tokens = torch.ones(4, 9, dtype=torch.int64)
+    with torch.no_grad():
+        engine(tokens[:, :-1], tokens[:, 1:])  # gathers it and gives its memory back
+    with drivetrain.whole(weight):
+        found = weight.detach().clone()
+    kept = torch.from_numpy(taken).clone()
+    engine.job.close()
+    return kept, found
+
+
+def test_an_array_of_a_gathered_parameter_may_be_kept(tmp_path: Path) -> None:
+    given = config(tmp_path, train_batch_size=4)
+    given["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    ((kept, found),) = run_distributed(arrays, 1, given)
+    assert found.any()
+    assert torch.equal(kept, found)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("buffer_count", [1, 2])
+def test_little_memory_near_the_states_gives_the_same_bits(
+    buffer_count: int, world: int, tmp_path: Path
+) -> None:
+    given = config(tmp_path, "nvme", **{**MODES["fp32"], "train_batch_size": 4 * world})
+    given["zero_optimization"]["offload_param"]["buffer_count"] = buffer_count
+    given["zero_optimization"]["offload_optimizer"]["buffer_count"] = 2
+    found = run_distributed(losses_and_weights, world, given, STEPS)
+    assert_equal(found, without(world, "fp32"))

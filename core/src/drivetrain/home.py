@@ -141,6 +141,14 @@ class ParameterHome(StateHome):
     memory may be used for something else afterwards.
     """
 
+    def place(self, numel: int) -> tuple[torch.Tensor, Callable[[], None]] | None:
+        """Memory [numel] on the device that parameters are best fetched to, if that matters.
+
+        The second call gives it back to the system, as often as it has been written; the tensor
+        stays.
+        """
+        return None
+
     @abstractmethod
     def fetch(self, into: torch.Tensor) -> None:
         """Begin to copy the parameters [numel], as last published, to memory on the device."""
@@ -204,7 +212,7 @@ class DeviceHome(StateHome):
             self._masters.copy_(self._parameters)
 
     def fragments(self) -> Sequence[Fragment]:
-        own = {state.name for state in self._declared() if state.numel is not None}
+        own = [state.name for state in self._declared() if state.numel is not None]
         parts = {kind: flat for kind, flat in self._states.items() if kind not in own}
         if self.spec.has_masters:
             parts["master"] = self._masters
@@ -213,12 +221,8 @@ class DeviceHome(StateHome):
             for segment in self.spec.segments
             for kind, flat in parts.items()
         ]
-        found += [
-            bucket_fragment(self.spec.key, kind, self._states[kind], self.name)
-            for kind in self._states
-            if kind in own
-        ]
-        return found
+        key, states = self.spec.key, self._states
+        return found + [bucket_fragment(key, kind, states[kind], self.name) for kind in own]
 
     def _declared(self) -> Sequence[StateSpec]:
         return self.spec.rule.states(self.spec) if self.spec.rule is not None else ()

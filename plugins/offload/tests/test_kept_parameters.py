@@ -21,8 +21,8 @@ EVERY_PRECISION = pytest.mark.parametrize("precision", PRECISIONS)
 """With masters and without."""
 
 
-def kept(folder: Path, specs: list[BucketSpec]) -> list[KeptParameters]:
-    order = UpdateOrder()
+def kept(folder: Path, specs: list[BucketSpec], count: int = 3) -> list[KeptParameters]:
+    order = UpdateOrder(count * max(spec.numel * spec.parameter_dtype.itemsize for spec in specs))
     homes = []
     for number, spec in enumerate(specs):
         file = AsyncFile(folder / f"{number}", mode="x")
@@ -106,7 +106,7 @@ def test_three_buckets_at_most_are_in_memory(tmp_path: Path, precision: str) -> 
 
 
 def near(home: KeptParameters) -> bool:
-    return home._work.untyped_storage().nbytes() > 0
+    return home._is_near
 
 
 def test_the_next_bucket_is_read_ahead_also_while_others_are_published(tmp_path: Path) -> None:
@@ -151,3 +151,39 @@ def test_a_lost_file_is_named(tmp_path: Path) -> None:
     home._store._file.truncate(5)  # type: ignore[attr-defined]
     with pytest.raises(FileIOError, match=str(tmp_path / "0")):
         fetched(home)
+
+
+def test_shards_may_be_fetched_while_they_are_read_ahead_and_written_behind(tmp_path: Path) -> None:
+    homes = kept(tmp_path, specs_of("fp32", count=4), count=2)
+    others = [DeviceHome(home.spec) for home in homes]
+    expected = [adopt(other) for other in others]
+    for home in homes:
+        adopt(home)
+    train(homes, 1)
+    train(others, 1)
+    for _ in range(3):
+        for home, values_ in zip(homes, expected, strict=True):
+            assert torch.equal(fetched(home), values_)  # the last ones are being written
+        homes[0].gradient_ready(values(homes[0].spec, 1))
+        assert [near(home) for home in homes] == [True, True, False, False]
+        for home, values_ in zip(homes, expected, strict=True):
+            assert torch.equal(fetched(home), values_)  # the first ones are being read
+        train(homes, 1)
+        train(others, 1)
+
+
+def test_what_a_client_writes_replaces_what_was_read_ahead(tmp_path: Path) -> None:
+    (home,) = kept(tmp_path, specs_of("fp32", count=1))
+    adopt(home)
+    other = DeviceHome(home.spec)
+    expected = adopt(other)
+    train([home], 1)
+    train([other], 1)
+    home.gradient_ready(values(home.spec, 1))
+    assert near(home)
+    new = values(home.spec, 7)
+    home.keep(new)
+    expected.copy_(new)
+    train([home], 1)
+    train([other], 1)
+    assert torch.equal(fetched(home), expected)

@@ -23,6 +23,9 @@ class Mark(Protocol):
     def synchronize(self) -> None:
         """Return once the mark is reached."""
 
+    def query(self) -> bool:
+        """Whether the mark is reached."""
+
 
 class Reached:
     """A mark on a device that has done its work when an operator returns."""
@@ -32,6 +35,10 @@ class Reached:
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
+
+    def query(self) -> bool:
+        """It is."""
+        return True
 
 
 class CopyStream:

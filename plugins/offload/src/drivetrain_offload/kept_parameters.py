@@ -1,25 +1,28 @@
 """Parameters that stay in host memory or in files between their uses.
 
 A :class:`KeptParameters` home decorates whatever home a bucket's states have. Parameters are near
-the states only while these are updated: in files, one bucket is read ahead of its update and one
-is written behind it, so that three shards at most are in memory at once.
+the states only while these are updated; how many shards have memory there at once, to be read
+ahead of their update or written behind it, is ``buffer_count`` of the config.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from drivetrain.errors import ConfigError
 from drivetrain.fragment import Fragment, interval_boxes, placed_boxes
 from drivetrain.home import BucketSpec, DeviceHome, ParameterHome, Segment, StateHome
+from drivetrain_offload.file_io.memory import Pages
 from drivetrain_offload.host_home import HOST, HostHome
 from drivetrain_offload.host_memory import PinnedMemory, refuse_too_little
-from drivetrain_offload.parameter_stores import FileStore, HostStore, ParameterStore
+from drivetrain_offload.memory import MemoryRow, note_memory
+from drivetrain_offload.parameter_stores import FileStore, Finish, HostStore, ParameterStore
 from drivetrain_offload.split_home import SplitHome
+from drivetrain_offload.update_order import TRAVELLING, UpdateOrder, room_for
 
 if TYPE_CHECKING:
     from drivetrain.job import Job
@@ -27,42 +30,6 @@ if TYPE_CHECKING:
     from drivetrain_offload.section import Aio, OffloadParam
 
 _PATH = "zero_optimization.offload_param"
-
-_WRITTEN_BEHIND = 1
-"""Updated buckets that are still being written while the next one is updated."""
-
-
-class UpdateOrder:
-    """The order in which homes are updated, as it was in the last step; brings the next one near.
-
-    Homes of one job share it.
-    """
-
-    def __init__(self) -> None:
-        self._follows: dict[KeptParameters, KeptParameters] = {}
-        self._latest: KeptParameters | None = None
-        self._updated: set[KeptParameters] = set()
-        self._writing: list[KeptParameters] = []
-
-    def begin(self, home: KeptParameters) -> None:
-        """``home`` is updated now."""
-        home.bring_near()
-        if home in self._updated:  # the next step; before it, parameters may have changed
-            self._updated.clear()
-            self._latest = None
-        if self._latest is not None:
-            self._follows[self._latest] = home
-        self._latest = home
-        self._updated.add(home)
-        following = self._follows.get(home)
-        if following is not None and following.begins_with_reading:
-            following.begin_to_bring_near()
-
-    def end(self, home: KeptParameters) -> None:
-        """``home`` has been updated and is being written."""
-        self._writing.append(home)
-        while len(self._writing) > _WRITTEN_BEHIND:
-            self._writing.pop(0).finish_writing()
 
 
 class KeptParameters(ParameterHome):
@@ -84,7 +51,10 @@ class KeptParameters(ParameterHome):
         self._order = order
         self._near = near
         self._work = torch.empty(0)
-        self._is_near = self._is_coming = self._is_written = False
+        self._pages: Pages | None = None
+        self._is_near = False
+        self._coming: Finish | None = None
+        self._fetching: Finish | None = None
 
     @property
     def step(self) -> int:
@@ -100,6 +70,11 @@ class KeptParameters(ParameterHome):
         return isinstance(self._store, HostStore) and self._near.type == "cpu"
 
     @property
+    def nbytes(self) -> int:
+        """Of the parameters."""
+        return self.spec.numel * self.spec.parameter_dtype.itemsize
+
+    @property
     def begins_with_reading(self) -> bool:
         """Whether an update needs the parameters: without masters they are what is updated."""
         return not self.spec.has_masters and not self.stays_near
@@ -109,15 +84,20 @@ class KeptParameters(ParameterHome):
     def adopt(self, parameters: torch.Tensor, originals: torch.Tensor) -> None:
         if isinstance(self._store, HostStore) and self.stays_near:
             self._work = self._store.values
+        elif self._near.type == "cpu":
+            self._pages = Pages(parameters.numel(), parameters.dtype)
+            self._work = self._pages.tensor
         else:
             self._work = torch.empty_like(parameters, device=self._near)
         self._work.copy_(parameters)
         self._states.adopt(self._work, originals)
         self._store.begin_write(self._work)
         self._store.finish_write()
-        self._leave()
+        self._release()
 
     def gradient_ready(self, gradient: torch.Tensor) -> None:
+        if not self.stays_near:
+            self._order.expect()
         self._states.gradient_ready(gradient)
 
     def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
@@ -125,10 +105,10 @@ class KeptParameters(ParameterHome):
             self._states.update(gradient, hyper, scale)
             return
         self._order.begin(self)
+        self._bring_near()
         self._states.update(gradient, hyper, scale)
         self._states.publish()  # at once: the memory is for the next bucket
         self._store.begin_write(self._work)
-        self._is_written = True
         self._order.end(self)
 
     def publish(self) -> None:
@@ -142,17 +122,28 @@ class KeptParameters(ParameterHome):
 
     def flush(self) -> None:
         self._states.flush()
-        self.finish_writing()
+        self.leave()
+
+    def place(self, numel: int) -> tuple[torch.Tensor, Callable[[], None]] | None:
+        if self.spec.device.type != "cpu" or isinstance(self._store, HostStore):
+            return None
+        pages = Pages(numel, self.spec.parameter_dtype)
+        return pages.tensor, pages.give_back
 
     def fetch(self, into: torch.Tensor) -> None:
-        self.finish_writing()
-        self._store.begin_read(into)
+        is_here = self._is_near and self._coming is None
+        if is_here and not (into.device.type == "cpu" and self.is_written()):
+            into.copy_(self._work)  # sooner than the end of a write, or nearer than a file
+        else:
+            self._fetching = self._store.begin_read(into)
 
     def fetched(self) -> None:
-        self._store.finish_read()
+        if self._fetching is not None:
+            self._fetching()
+            self._fetching = None
 
     def keep(self, parameters: torch.Tensor) -> None:
-        self.finish_writing()
+        self.leave()
         self._store.begin_write(parameters)
         self._store.finish_write()
 
@@ -164,11 +155,11 @@ class KeptParameters(ParameterHome):
         stop = segment.start + segment.numel
 
         def write(values: torch.Tensor) -> None:
-            self.finish_writing()
+            self.leave()
             self._store.write_part(segment.offset, values.reshape(-1))
 
         def read() -> torch.Tensor:
-            self.finish_writing()
+            self.leave()
             return self._store.read_part(segment.offset, segment.numel)
 
         placement = segment.placement
@@ -193,48 +184,57 @@ class KeptParameters(ParameterHome):
 
     def begin_to_bring_near(self) -> None:
         """Take memory for the parameters and begin to read them."""
-        if not self._is_near and not self._is_coming:
-            self.finish_writing()
+        if not self._is_near:
             self._take()
-            self._store.begin_read(self._work)
-            self._is_coming = True
+            self._coming = self._store.begin_read(self._work)
 
-    def bring_near(self) -> None:
+    def is_written(self) -> bool:
+        """Whether the store has what was updated."""
+        return self._store.is_written()
+
+    def leave(self) -> None:
+        """Give the memory back, once the store has what was updated."""
+        self._arrive()
+        self._store.finish_write()
+        if self._is_near and not self.stays_near:
+            self._release()
+
+    def _bring_near(self) -> None:
         """Return once an update may run."""
-        self.finish_writing()
         if self.begins_with_reading:
             self.begin_to_bring_near()
-        if self._is_coming:
-            self._store.finish_read()
-            self._is_coming = False
+        self._arrive()
+        self._store.finish_write()
         self._take()
 
-    def finish_writing(self) -> None:
-        """Return once the store has what was updated, and give the memory back."""
-        if self._is_written:
-            self._is_written = False
-            self._store.finish_write()
-            self._leave()
+    def _arrive(self) -> None:
+        """Return once what is being read is here."""
+        if self._coming is not None:
+            coming, self._coming = self._coming, None
+            coming()
 
     @contextmanager
     def _brought_near(self) -> Iterator[None]:
-        self.finish_writing()
+        self.leave()
         if not self.stays_near:
             self.begin_to_bring_near()
-        self.bring_near()
+        self._bring_near()
         yield
-        self._leave()
+        self.leave()
 
     def _take(self) -> None:
         storage = self._work.untyped_storage()
-        if storage.nbytes() == 0:
-            storage.resize_(self.spec.numel * self._work.element_size())
+        if self._pages is None and storage.nbytes() == 0:
+            storage.resize_(self.nbytes)
         self._is_near = True
 
-    def _leave(self) -> None:
-        if not self.stays_near:
+    def _release(self) -> None:
+        if self._pages is not None:
+            self._pages.give_back()
+        elif not self.stays_near:
             self._work.untyped_storage().resize_(0)
         self._is_near = False
+        self._order.left(self)
 
 
 def keep(
@@ -265,7 +265,7 @@ def keep(
             f"{_PATH}: parameters stay whole on the device here, so none can be kept elsewhere; "
             "it needs zero_optimization.stage 3 (drivetrain-zero)"
         )
-    on_host = _stay_on_host(specs, section)
+    on_host = stay_on_host(specs, section)
     away = [spec.device.type != "cpu" for spec in specs]
     taken = sum(
         spec.numel * spec.parameter_dtype.itemsize
@@ -278,7 +278,7 @@ def keep(
         )
     memory = PinnedMemory(job.accelerator, wanted=section.pin_memory, budget=None)
     files = None if all(on_host) else _Files(job, section, aio)
-    order = UpdateOrder()
+    orders = _orders(job, _that_travel(homes, on_host), section.buffer_count)
     kept: list[StateHome] = []
     for spec, home, host, other in zip(specs, homes, on_host, away, strict=True):
         store: ParameterStore
@@ -291,11 +291,29 @@ def keep(
         else:
             assert files is not None
             store = files.store(spec)
-        kept.append(KeptParameters(home, store, order, _near(home)))
+        kept.append(KeptParameters(home, store, orders[_place(home)], _near(home)))
     return kept
 
 
-def _stay_on_host(specs: Sequence[BucketSpec], section: OffloadParam) -> list[bool]:
+def _that_travel(homes: Sequence[StateHome], on_host: Sequence[bool]) -> Iterator[StateHome]:
+    """Those whose parameters are not kept where they are updated."""
+    for home, stays in zip(homes, on_host, strict=True):
+        is_trained = home.spec.released and home.spec.rule is not None
+        if is_trained and not (stays and _near(home) == HOST):
+            yield home
+
+
+def _orders(job: Job, homes: Iterable[StateHome], count: int) -> dict[str, UpdateOrder]:
+    """For each place where parameters are updated, with room for ``count`` of the largest."""
+    sizes: dict[str, list[int]] = {"device": [], "host": []}
+    for home in homes:
+        sizes[_place(home)].append(home.spec.numel * home.spec.parameter_dtype.itemsize)
+    rooms = {place: room_for(nbytes, count) for place, nbytes in sizes.items()}
+    note_memory(job, lambda: [MemoryRow(TRAVELLING, place, room) for place, room in rooms.items()])
+    return {place: UpdateOrder(room) for place, room in rooms.items()}
+
+
+def stay_on_host(specs: Sequence[BucketSpec], section: OffloadParam) -> list[bool]:
     """Of each bucket, whether its parameters stay in host memory, and not in a file."""
     room = section.max_in_cpu
     found = []
@@ -306,11 +324,14 @@ def _stay_on_host(specs: Sequence[BucketSpec], section: OffloadParam) -> list[bo
     return found
 
 
-def _near(home: StateHome) -> torch.device:
+def _place(home: StateHome) -> Literal["device", "host"]:
     """Where the states' home updates parameters."""
-    if home.spec.rule is None or not isinstance(home, SplitHome | DeviceHome):
-        return HOST
-    return HOST if isinstance(home, HostHome) else home.spec.device
+    on_device = isinstance(home, SplitHome | DeviceHome) and not isinstance(home, HostHome)
+    return "device" if on_device and home.spec.rule is not None else "host"
+
+
+def _near(home: StateHome) -> torch.device:
+    return home.spec.device if _place(home) == "device" else HOST
 
 
 class _Files:

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from drivetrain_offload.copies import CopyStream, Mark, Reached
+from drivetrain_offload.file_io.memory import aligned_empty
 
 if TYPE_CHECKING:
     from drivetrain.accelerator import Accelerator
     from drivetrain_offload.file_io import AsyncFile, Request
 
 
+Finish = Callable[[], None]
+"""Returns once work queued from now on finds what was read."""
+
+
 class ParameterStore(ABC):
-    """Flat parameters [numel] of one bucket. One read and one write at a time."""
+    """Flat parameters [numel] of one bucket. One write at a time, and no read meanwhile."""
 
     place: str
     """Where it is, for reports."""
 
     @abstractmethod
-    def begin_read(self, into: torch.Tensor) -> None:
+    def begin_read(self, into: torch.Tensor) -> Finish:
         """Begin to copy all of them to ``into``."""
-
-    @abstractmethod
-    def finish_read(self) -> None:
-        """Return once work queued from now on finds what was read."""
 
     @abstractmethod
     def begin_write(self, values: torch.Tensor) -> None:
         """Begin to take all of them from ``values``, which must stay as it is meanwhile."""
+
+    @abstractmethod
+    def is_written(self) -> bool:
+        """Whether :meth:`finish_write` would return at once."""
 
     @abstractmethod
     def finish_write(self) -> None:
@@ -58,19 +64,18 @@ class HostStore(ParameterStore):
     def __init__(self, values: torch.Tensor, accelerator: Accelerator) -> None:
         self.values = values
         self._copies = CopyStream(accelerator)
-        self._read: Mark = Reached()
         self._written: Mark = Reached()
 
-    def begin_read(self, into: torch.Tensor) -> None:
+    def begin_read(self, into: torch.Tensor) -> Finish:
         self.finish_write()
-        self._read = self._copies.copy([(into, self.values)], [self._copies.mark()])
-
-    def finish_read(self) -> None:
-        self._read.wait()
+        return self._copies.copy([(into, self.values)], [self._copies.mark()]).wait
 
     def begin_write(self, values: torch.Tensor) -> None:
         if values.data_ptr() != self.values.data_ptr():  # updated where they lie
             self._written = self._copies.copy([(self.values, values)], [self._copies.mark()])
+
+    def is_written(self) -> bool:
+        return self._written.query()
 
     def finish_write(self) -> None:
         self._written.synchronize()
@@ -99,25 +104,28 @@ class FileStore(ParameterStore):
         self._file = file
         self._numel = numel
         self._dtype = dtype
-        self._read: tuple[Request, torch.Tensor, torch.Tensor] | None = None
         self._write: Request | None = None
 
-    def begin_read(self, into: torch.Tensor) -> None:
+    def begin_read(self, into: torch.Tensor) -> Finish:
         self.finish_write()
-        near = into if into.device.type == "cpu" else self._host_memory()
-        self._read = (self._file.read(near), near, into)
+        if into.device.type == "cpu":
+            return self._file.read(into).wait
+        near = aligned_empty(self._numel, self._dtype)
+        request = self._file.read(near)
 
-    def finish_read(self) -> None:
-        if self._read is not None:
-            (request, near, into), self._read = self._read, None
+        def finish() -> None:
             request.wait()
-            if near is not into:
-                into.copy_(near)
+            into.copy_(near)
+
+        return finish
 
     def begin_write(self, values: torch.Tensor) -> None:
         self.finish_write()
         near = values if values.device.type == "cpu" else values.cpu()
         self._write = self._file.write(near)
+
+    def is_written(self) -> bool:
+        return self._write is None or self._write.done()
 
     def finish_write(self) -> None:
         if self._write is not None:
@@ -134,6 +142,3 @@ class FileStore(ParameterStore):
         self.finish_write()
         part = values.to(device="cpu", dtype=self._dtype).contiguous()
         self._file.write(part, start * self._dtype.itemsize).wait()
-
-    def _host_memory(self) -> torch.Tensor:
-        return torch.empty(self._numel, dtype=self._dtype)

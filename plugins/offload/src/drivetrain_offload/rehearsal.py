@@ -21,12 +21,13 @@ from drivetrain.home import (
     StateHome,
     segment_fragment,
 )
-from drivetrain_offload.kept_parameters import _stay_on_host
+from drivetrain_offload.kept_parameters import stay_on_host
 from drivetrain_offload.memory import MemoryRow, note_memory
 from drivetrain_offload.nvme_home import kinds_of, refuse_communicating, tile_limit
 from drivetrain_offload.placement import divided_homes, way_of
 from drivetrain_offload.split_home import SplitHome
-from drivetrain_offload.tiles import TileLayout
+from drivetrain_offload.tiles import TileLayout, buffers_for
+from drivetrain_offload.update_order import TRAVELLING, room_for
 
 if TYPE_CHECKING:
     from drivetrain.job import Job
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from drivetrain_offload.zenflow_section import ZenFlow
 
 Place = Literal["host", "nvme"]
-
-_SHARDS_NEAR = 3
-"""Where parameters are kept elsewhere, one shard is updated, one read ahead, one being written."""
 
 
 def rehearsed_homes(
@@ -169,8 +167,8 @@ def _in_files(job: Job, section: OffloadOptimizer, specs: Sequence[BucketSpec]) 
         for spec in stateful:
             refuse_communicating(spec)
     layouts = [TileLayout.of(spec, kinds_of(spec), tile_limit(spec, section)) for spec in stateful]
-    buffers = section.buffer_count * max((layout.largest for layout in layouts), default=0)
-    _note(job, MemoryRow("buffers of tiles", "host", buffers))
+    count, nbytes = buffers_for(layouts, section.buffer_count, section.buffer_size)
+    _note(job, MemoryRow("buffers of tiles", "host", count * nbytes))
     if not _computes_on_host(job):
         longest = [max(tile.numel for tile in layout.tiles) for layout in layouts]
         both = list(zip(longest, stateful, strict=True))
@@ -188,7 +186,7 @@ def _with_parameters(
     found: list[StateHome] = []
     away: list[StateHome] = []
     locked = 0
-    for spec, home, on_host in zip(specs, homes, _stay_on_host(specs, section), strict=True):
+    for spec, home, on_host in zip(specs, homes, stay_on_host(specs, section), strict=True):
         if not spec.released or (on_host and _computes_on_host(job)):
             found.append(home)
             continue
@@ -196,12 +194,12 @@ def _with_parameters(
         nbytes = spec.numel * spec.parameter_dtype.itemsize
         if on_host:
             locked += _lockable(job, nbytes, wanted=section.pin_memory, budget=None)
-        if not (on_host and isinstance(home, RehearsedHome)):
+        if spec.rule is not None and not (on_host and isinstance(home, RehearsedHome)):
             away.append(home)
     _note(job, MemoryRow("parameter", "host", 0, locked))
     for place, among in _by_place(away).items():
-        largest = max(h.spec.numel * h.spec.parameter_dtype.itemsize for h in among)
-        _note(job, MemoryRow("shards on their way, at most", place, _SHARDS_NEAR * largest))
+        sizes = [home.spec.numel * home.spec.parameter_dtype.itemsize for home in among]
+        _note(job, MemoryRow(TRAVELLING, place, room_for(sizes, section.buffer_count)))
     return found
 
 
@@ -209,7 +207,7 @@ def _by_place(homes: Sequence[StateHome]) -> dict[str, list[StateHome]]:
     """Homes by where their parameters are while they are updated."""
     found: dict[str, list[StateHome]] = {}
     for home in homes:
-        on_host = isinstance(home, RehearsedHome) or home.spec.rule is None
+        on_host = isinstance(home, RehearsedHome)
         found.setdefault("host" if on_host else "device", []).append(home)
     return found
 

@@ -25,12 +25,13 @@ class OffloadOptimizer(Section):
         description="Largest number of bytes that one rank locks; null for as many as it needs.",
     )
     buffer_count: PositiveInt = Field(
-        default=4,
+        default=16,
         ge=2,
-        description="Tiles of states held in host memory at once when they live in files.",
+        description="Tiles of states held in host memory at once when they live in files; fewer "
+        "of larger ones, where an update rule has to see more than a tile.",
     )
     buffer_size: PositiveInt = Field(
-        default=4_194_304,
+        default=1_048_576,
         description="Largest number of parameters in a tile of states that live in files.",
     )
     pipeline_read: Bool = Field(
@@ -84,10 +85,12 @@ class OffloadParam(Section):
         default=True, description="Lock host memory that the device copies from and to."
     )
     buffer_count: PositiveInt = Field(
-        default=5, description=f"{NO_EFFECT}units are read ahead as far as ZeRO asks for them."
+        default=5,
+        description="Memory near the states, in shards of the largest bucket: for what is read "
+        "ahead of an update or written behind it.",
     )
     buffer_size: PositiveInt = Field(
-        default=100_000_000, description=f"{NO_EFFECT}buffers are as large as the units."
+        default=100_000_000, description=f"{NO_EFFECT}buffers are as large as the shards."
     )
     max_in_cpu: NonNegativeInt = Field(
         default=1_000_000_000,

@@ -17,6 +17,7 @@ from drivetrain.parameters import handed_over
 from drivetrain_zero.foreign_changes import ForeignChanges
 from drivetrain_zero.packing import Packing, pack
 from drivetrain_zero.secondary import SecondaryShard
+from drivetrain_zero.whole_memory import WholeMemory
 
 if TYPE_CHECKING:
     from drivetrain.job import Job
@@ -117,7 +118,8 @@ class ShardedBucket:
         """The whole and the shard."""
         dtype, device, packing = self.spec.parameter_dtype, self.spec.device, self.packing
         if self.sharded or device.type == "meta":
-            whole = torch.empty(packing.numel, dtype=dtype, device=device)
+            self._memory = WholeMemory(packing.numel, dtype, device, self._keeper)
+            whole = self._memory.tensor
         else:
             whole = self._job.communicator.buffer(packing.numel, dtype, self.axis)
         if self._keeper is not None or (not self.sharded and not self.rounds):
@@ -161,7 +163,7 @@ class ShardedBucket:
         broadcast_first(self._job, originals, self.spec.reduction, self.key)
         mine = self.shard_of(originals)
         if self._keeper is not None:
-            self._grow()
+            self._memory.take()
         if self.sharded or self.rounds:
             self.shard.copy_(mine)
         if self.sharded:
@@ -197,7 +199,7 @@ class ShardedBucket:
         if self._keeper is None or self._copied or self._handle is not None or self._fetching:
             return
         if self._secondary is None or not self._secondary.valid:
-            self._grow()
+            self._memory.take()
             self._keeper.fetch(self.shard)
             self._fetching = True
 
@@ -221,6 +223,8 @@ class ShardedBucket:
 
     def gather_private(self) -> None:
         """Make the parameters whole in memory of this rank's own, unrounded. Collective."""
+        if self.sharded:
+            self._memory.is_lent = True
         self._start_copy(asynchronous=False)
         self._finish_copy()
         if self.rounds and not self._exact:
@@ -253,28 +257,21 @@ class ShardedBucket:
             self._finish_fetch()
             self._free()
 
-    def _grow(self) -> None:
-        """Take memory for the whole, if it has none."""
-        storage = self.whole.untyped_storage()
-        if storage.nbytes() == 0:
-            storage.resize_(self.whole.numel() * self.whole.element_size())
-
     def _free(self) -> None:
-        """Give back the memory of the whole, but keep its storage object."""
-        if not self.whole.untyped_storage().resizable():
-            # A client has taken ``.numpy()`` of a parameter and may hold it for good.
-            self.whole = torch.empty_like(self.whole)
+        """Give back the memory of the whole."""
+        if self._memory.leave_to_clients():
+            self.whole = self._memory.tensor
             self._views = self.views_of(self.whole)
             if self._keeper is not None:
                 self.shard = self.shard_of(self.whole)
-        self.whole.untyped_storage().resize_(0)
+        self._memory.give_back()
 
     def _start_copy(self, *, asynchronous: bool) -> None:
         if not self.sharded or self._copied or self._handle is not None:
             return
         self.fetch_ahead()
         self._finish_fetch()
-        self._grow()
+        self._memory.take()
         self._handle = self._gather("gather", asynchronous=asynchronous)
 
     def _finish_copy(self) -> None:

@@ -298,7 +298,7 @@ class ZeroStates(ModelStates):
             watch.forget()
         scale = scale * self._policy.predivide
         updated: list[ShardedBucket] = []
-        for bucket in reversed(self._sums):  # forward needs the last ones to be summed first
+        for bucket in self._in_update_order():
             parameters = bucket.parameters
             hyper = self._optimizer.groups[parameters.spec.group]
             parameters.home.update(bucket.shard, hyper, scale)
@@ -307,6 +307,10 @@ class ZeroStates(ModelStates):
                 _begin_publish(updated.pop(0))  # travels while the others are updated
         self._finish_publish(updated)
         self._open_window()
+
+    def _in_update_order(self) -> Sequence[ReduceScatterBucket]:
+        """What forward needs first: first, to be published; last, where a home may have it near."""
+        return self._sums if self._gathering is not None else self._sums[::-1]
 
     def _publish(self) -> None:
         """Let every rank compute with all shards, which somebody has changed."""
