@@ -6,8 +6,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from drivetrain_zero.bucket import ShardedBucket
 from drivetrain_zero.states import ZeroStates
+from drivetrain_zero.whole_memory import WholeMemory
 
 import drivetrain
 from drivetrain.testing import run_distributed
@@ -35,15 +35,15 @@ def seen(stage: int, prefetch: int, *, overlap: bool) -> tuple[dict[str, int], i
     assert isinstance(states, ZeroStates)
     foretold = {kind: nbytes for kind, _, nbytes, _ in states.memory_rows()}
     buffers = sum(b.nbytes for kept in states._memory._free.values() for b in kept)
-    most, grow = 0, ShardedBucket._grow
+    most, take = 0, WholeMemory.take
 
-    def grown(bucket: ShardedBucket) -> None:
+    def taken(memory: WholeMemory) -> None:
         nonlocal most
-        grow(bucket)
+        take(memory)
         whole = (b.whole.untyped_storage().nbytes() for b in states._buckets if b.sharded)
         most = max(most, sum(whole))
 
-    with patch.object(ShardedBucket, "_grow", grown):
+    with patch.object(WholeMemory, "take", taken):
         for _ in range(3):
             tokens = torch.ones(1, 9, dtype=torch.int64)
             engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
