@@ -268,6 +268,13 @@ def test_an_engine_tells_its_stage(stage: int) -> None:
     engine.destroy()
 
 
+def test_a_compiled_model_is_written_under_its_own_names(tmp_path: Path) -> None:
+    engine = engine_of(torch.compile(tagged(), backend="eager"), stage=2)
+    engine.save_16bit_model(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(tagged().state_dict())
+    engine.destroy()
+
+
 def check_forbidden(folder: str) -> None:
     engine = engine_of(models.tiny_gpt())
     with pytest.raises(

@@ -33,9 +33,9 @@ def save_16bit_model(
 ) -> bool:
     """Write the weights that the module computes with, and its buffers, to a safetensors file.
 
-    Collective. Keys are those of ``state_dict()``; tied parameters are written under each of their
-    names, so that a strict load works. Parameters are gathered one unit at a time, and the first
-    rank writes. The file appears once it is complete.
+    Collective. Keys are those of ``state_dict()`` without ``torch.compile``; tied parameters are
+    written under each of their names, so that a strict load works. Parameters are gathered one unit
+    at a time, and the first rank writes. The file appears once it is complete.
 
     Args:
         engine: at any stage.
@@ -79,7 +79,7 @@ def _entries(engine: Engine, held: ExitStack, exclude_frozen: bool) -> Iterator[
     module, parameters = engine.module, engine.job.parameters
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
+        names.setdefault(parameter, []).append(_own(name))
     for unit in find_units(module):
         gather = _Once(held, unit.parameters)
         for parameter in unit.parameters:
@@ -89,7 +89,12 @@ def _entries(engine: Engine, held: ExitStack, exclude_frozen: bool) -> Iterator[
             for name in names[parameter]:
                 yield TensorEntry(name, dtype, shape, partial(gather.read, parameter))
     for name, buffer in _persistent_buffers(module):
-        yield TensorEntry(name, buffer.dtype, tuple(buffer.shape), buffer.detach)
+        yield TensorEntry(_own(name), buffer.dtype, tuple(buffer.shape), buffer.detach)
+
+
+def _own(name: str) -> str:
+    """A name without what ``torch.compile`` puts before those of a module that it wraps."""
+    return name.replace("_orig_mod.", "")
 
 
 class _Once:
