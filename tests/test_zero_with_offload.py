@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -192,6 +194,31 @@ def test_freezing_and_overwriting_weights_works_as_without_offload(stage: int, m
     for found in others:
         for mine, theirs in zip(found, expected, strict=True):
             assert all(map(torch.equal, mine, theirs))
+
+
+def written_by_ranks_of_different_speed(given: dict[str, Any]) -> bool:
+    """Whether the fast rank reads what the slow one had to write into its shard."""
+    from drivetrain_zero.handle import ShardedParameter
+
+    engine, take_over = start(given), ShardedParameter._take_over
+
+    def slowly(handle: ShardedParameter) -> None:
+        time.sleep(0.3 * engine.job.rank)
+        take_over(handle)
+
+    parameter = next(iter(engine.module.parameters()))
+    with patch.object(ShardedParameter, "_take_over", slowly):
+        with drivetrain.whole(parameter, write_rank=0), torch.no_grad():
+            parameter.fill_(3.0)
+        with drivetrain.whole(parameter):
+            found = bool((parameter == 3.0).all())
+    engine.job.close()
+    return found
+
+
+def test_what_was_written_whole_is_there_when_the_fastest_rank_goes_on() -> None:
+    given = config(3, {"device": "none"})
+    assert run_distributed(written_by_ranks_of_different_speed, WORLD, given) == [True] * WORLD
 
 
 def test_training_is_that_of_plain_torch() -> None:

@@ -120,6 +120,9 @@ class WholeOnDemand(ABC):
         if who:
             self._broadcast(write_rank)
             self._take_over()
+            # Ranks that share memory read each other's shards where they lie: none may go on
+            # before all have taken over theirs.
+            communicator.barrier(axis, tag)
 
     def _broadcast(self, source: int) -> None:
         """Give the parameter, which is whole, the values of rank ``source``."""
