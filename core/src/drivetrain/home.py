@@ -134,6 +134,10 @@ class StateHome(ABC):
         """Master (when kept) and optimizer states of every segment, read and written lazily."""
 
 
+Place = tuple[torch.Tensor, Callable[[], None], Callable[[], None]]
+"""A flat tensor, which stays; what gives its memory back; what takes some again, to be written."""
+
+
 class ParameterHome(StateHome):
     """A home that keeps a bucket's parameters too; they are on the device while they are used.
 
@@ -141,12 +145,8 @@ class ParameterHome(StateHome):
     memory may be used for something else afterwards.
     """
 
-    def place(self, numel: int) -> tuple[torch.Tensor, Callable[[], None]] | None:
-        """Memory [numel] on the device that parameters are best fetched to, if that matters.
-
-        The second call gives it back to the system, as often as it has been written; the tensor
-        stays.
-        """
+    def place(self, numel: int) -> Place | None:
+        """Memory [numel] on the device that parameters are best fetched to, if that matters."""
         return None
 
     @abstractmethod

@@ -7,7 +7,7 @@ ahead of their update or written behind it, is ``buffer_count`` of the config.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -15,8 +15,8 @@ import torch
 
 from drivetrain.errors import ConfigError
 from drivetrain.fragment import Fragment, interval_boxes, placed_boxes
-from drivetrain.home import BucketSpec, DeviceHome, ParameterHome, Segment, StateHome
-from drivetrain_offload.file_io.memory import Pages
+from drivetrain.home import BucketSpec, DeviceHome, ParameterHome, Place, Segment, StateHome
+from drivetrain_offload.file_io.pages import Pages
 from drivetrain_offload.host_home import HOST, HostHome
 from drivetrain_offload.host_memory import PinnedMemory, refuse_too_little
 from drivetrain_offload.memory import MemoryRow, note_memory
@@ -89,6 +89,7 @@ class KeptParameters(ParameterHome):
             self._work = self._pages.tensor
         else:
             self._work = torch.empty_like(parameters, device=self._near)
+        self._take()
         self._work.copy_(parameters)
         self._states.adopt(self._work, originals)
         self._store.begin_write(self._work)
@@ -124,11 +125,11 @@ class KeptParameters(ParameterHome):
         self._states.flush()
         self.leave()
 
-    def place(self, numel: int) -> tuple[torch.Tensor, Callable[[], None]] | None:
+    def place(self, numel: int) -> Place | None:
         if self.spec.device.type != "cpu" or isinstance(self._store, HostStore):
             return None
         pages = Pages(numel, self.spec.parameter_dtype)
-        return pages.tensor, pages.give_back
+        return pages.tensor, pages.give_back, pages.take
 
     def fetch(self, into: torch.Tensor) -> None:
         is_here = self._is_near and self._coming is None
@@ -223,9 +224,12 @@ class KeptParameters(ParameterHome):
         self.leave()
 
     def _take(self) -> None:
-        storage = self._work.untyped_storage()
-        if self._pages is None and storage.nbytes() == 0:
-            storage.resize_(self.nbytes)
+        if self._is_near or self.stays_near:
+            return
+        if self._pages is not None:
+            self._pages.take()
+        else:
+            self._work.untyped_storage().resize_(self.nbytes)
         self._is_near = True
 
     def _release(self) -> None:
