@@ -2,7 +2,8 @@
 
 from drivetrain_offload.file_io.async_file import AsyncFile, Request
 from drivetrain_offload.file_io.errors import FileIOError
-from drivetrain_offload.file_io.memory import ALIGNMENT, aligned_empty
+from drivetrain_offload.file_io.memory import aligned_empty
+from drivetrain_offload.file_io.pages import ALIGNMENT
 from drivetrain_offload.file_io.settings import IOSettings
 
 __all__ = [

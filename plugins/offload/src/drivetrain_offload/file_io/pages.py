@@ -32,8 +32,8 @@ class Pages:
 
     It begins at a multiple of :data:`ALIGNMENT`, and is in huge pages where it is large enough.
     What was given back serves others of this class that take some. Together they hold as much as
-    was taken at once at most, until they are gone. Where the system cannot pass memory on it gets it
-    back instead, if it can.
+    was taken at once at most, until they are gone. Where memory cannot be passed on, the system
+    gets it back.
 
     Args:
         numel: elements of :attr:`tensor`.

@@ -21,7 +21,8 @@ from drivetrain_offload.file_io.engine import (
     bucket_start,
 )
 from drivetrain_offload.file_io.errors import END_OF_FILE
-from drivetrain_offload.file_io.memory import ALIGNMENT, aligned
+from drivetrain_offload.file_io.memory import aligned
+from drivetrain_offload.file_io.pages import ALIGNMENT
 from drivetrain_offload.file_io.settings import IOSettings
 
 _MOST_THREADS = 32
