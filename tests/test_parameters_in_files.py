@@ -178,3 +178,21 @@ def test_little_memory_near_the_states_gives_the_same_bits(
     given["zero_optimization"]["offload_optimizer"]["buffer_count"] = 2
     found = run_distributed(losses_and_weights, world, given, STEPS)
     assert_equal(found, without(world, "fp32"))
+
+
+def tables(given: dict[str, Any]) -> tuple[set[Any], set[Any]]:
+    """Bytes of every kind before and after the states are laid out anew."""
+    from drivetrain_offload import memory_table
+
+    engine = start(given)
+    before = {(row.kind, row.place, row.nbytes) for row in memory_table(engine)}
+    engine.states.rebuild()
+    after = [(row.kind, row.place, row.nbytes) for row in memory_table(engine)]
+    engine.job.close()
+    assert len(after) == len({*after}), after
+    return before, {*after}
+
+
+def test_memory_of_states_that_were_replaced_is_not_counted(tmp_path: Path) -> None:
+    ((before, after),) = run_distributed(tables, 1, config(tmp_path, "nvme", train_batch_size=4))
+    assert after == before

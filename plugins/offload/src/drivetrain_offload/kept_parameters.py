@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -312,9 +313,13 @@ def _orders(job: Job, homes: Iterable[StateHome], count: int) -> dict[str, Updat
     sizes: dict[str, list[int]] = {"device": [], "host": []}
     for home in homes:
         sizes[_place(home)].append(home.spec.numel * home.spec.parameter_dtype.itemsize)
-    rooms = {place: room_for(nbytes, count) for place, nbytes in sizes.items()}
-    note_memory(job, lambda: [MemoryRow(TRAVELLING, place, room) for place, room in rooms.items()])
-    return {place: UpdateOrder(room) for place, room in rooms.items()}
+    orders = {place: UpdateOrder(room_for(nbytes, count)) for place, nbytes in sizes.items()}
+    alive = WeakValueDictionary(orders)  # they go with their homes
+    note_memory(
+        job,
+        lambda: [MemoryRow(TRAVELLING, place, order.nbytes) for place, order in alive.items()],
+    )
+    return orders
 
 
 def stay_on_host(specs: Sequence[BucketSpec], section: OffloadParam) -> list[bool]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Protocol
+from weakref import WeakKeyDictionary, ref
 
 TRAVELLING = "shards on their way, at most"
 """What tables of memory call what is near its states only for a while."""
@@ -36,23 +37,29 @@ class Visitor(Protocol):
         """Whether :meth:`leave` would return at once after an update."""
 
 
+Group = WeakKeyDictionary[Visitor, int]
+"""Buckets in the order in which they came in."""
+
+
 class UpdateOrder:
-    """Reads buckets ahead of their updates and lets updated ones go once they are written.
+    """Reads buckets ahead of their updates and lets updated ones go when their room is needed.
 
     The order is that of the last step. The first ones are read before that step's updates begin,
-    as soon as gradients arrive. Homes of one job share it.
+    as soon as gradients arrive. Homes of one job share it and keep it alive, not the other way.
 
     Args:
         nbytes: memory near the states that buckets may take together, if it is enough for one.
     """
 
     def __init__(self, nbytes: int) -> None:
-        self._nbytes = nbytes
-        self._last: list[Visitor] = []  # all of the last step
-        self._now: list[Visitor] = []  # those of this one so far
-        self._ahead: list[Visitor] = []  # with memory, not updated yet
+        self.nbytes = nbytes
+        self._last: list[ref[Visitor]] = []  # all of the last step
+        self._places: Group = WeakKeyDictionary()  # there
+        self._now: Group = WeakKeyDictionary()  # those of this one so far
+        self._ahead: Group = WeakKeyDictionary()  # with memory, not updated yet
+        self._writing: Group = WeakKeyDictionary()  # with memory, updated
         self._in_use: Visitor | None = None
-        self._writing: deque[Visitor] = deque()  # with memory, updated
+        self._next = 0  # in the last step: the place behind the latest
 
     def expect(self) -> None:
         """Gradients arrive, so updates will come."""
@@ -64,55 +71,68 @@ class UpdateOrder:
         """``visitor`` is updated now."""
         if visitor in self._now:
             self._begin_round()
-        self._now.append(visitor)
         if visitor in self._ahead:
-            self._ahead.remove(visitor)
+            del self._ahead[visitor]
         else:
             self._make_room(visitor)
+        self._now[visitor] = len(self._now)
+        self._next = self._places.get(visitor, -1) + 1
         self._in_use = visitor
         self._read_ahead()
 
     def end(self, visitor: Visitor) -> None:
         """``visitor`` has been updated and is being written."""
         self._in_use = None
-        self._writing.append(visitor)
+        self._writing[visitor] = 0
         self._read_ahead()
 
     def left(self, visitor: Visitor) -> None:
         """``visitor`` has no memory any more."""
-        for group in (self._ahead, self._writing):
-            if visitor in group:
-                group.remove(visitor)
+        self._ahead.pop(visitor, None)
+        self._writing.pop(visitor, None)
 
     def _begin_round(self) -> None:
-        self._last, self._now = self._now, []
+        self._last, self._places = [ref(visitor) for visitor in self._now], self._now
+        self._now, self._next = WeakKeyDictionary(), 0
 
     def _make_room(self, visitor: Visitor) -> None:
         """Have memory for one that nobody has read ahead."""
         if visitor in self._writing:
             visitor.leave()
         while not self._fits(visitor) and (self._writing or self._ahead):
-            (self._writing[0] if self._writing else self._ahead[-1]).leave()
+            (_first(self._writing) or [*self._ahead][-1]).leave()
 
     def _read_ahead(self) -> None:
         """Begin to read what is updated next, if all goes as in the last step."""
-        latest = self._now[-1] if self._now else None
-        start = self._last.index(latest) + 1 if latest in self._last else 0
-        for following in self._last[start:]:
-            if following in (*self._now, *self._ahead) or not following.begins_with_reading:
-                continue
+        for following in self._coming():
             if following in self._writing:  # in the last step: all that it needs is here
-                self._writing.remove(following)
-                self._ahead.append(following)
+                del self._writing[following]
+                self._ahead[following] = 0
                 continue
-            while not self._fits(following) and self._writing and self._writing[0].is_written():
-                self._writing[0].leave()
+            oldest = _first(self._writing)
+            while not self._fits(following) and oldest is not None and oldest.is_written():
+                oldest.leave()
+                oldest = _first(self._writing)
             if not self._fits(following):
                 return
             following.begin_to_bring_near()
-            self._ahead.append(following)
+            self._ahead[following] = 0
+
+    def _coming(self) -> Iterator[Visitor]:
+        """Those that are to be read, in the order in which they are updated."""
+        for at in islice(self._last, self._next, None):
+            visitor = at()
+            if visitor is None or visitor in self._now or visitor in self._ahead:
+                continue
+            if visitor.begins_with_reading:
+                yield visitor
 
     def _fits(self, visitor: Visitor) -> bool:
         """Whether there is room for one more."""
-        taken = [*self._ahead, *self._writing, *([self._in_use] if self._in_use else [])]
-        return sum(other.nbytes for other in taken) + visitor.nbytes <= self._nbytes
+        taken = sum(other.nbytes for group in (self._ahead, self._writing) for other in group)
+        in_use = 0 if self._in_use is None else self._in_use.nbytes
+        return taken + in_use + visitor.nbytes <= self.nbytes
+
+
+def _first(group: Group) -> Visitor | None:
+    return next(iter(group), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -415,6 +416,9 @@ class ZeroStates(ModelStates):
             self._gathering.release_all()
             self._gathering.close()
         self._gathering = None
+        self._buckets, self._sums = [], []
+        del self._reducer
+        gc.collect()  # hooks and units refer to each other; states go before others come
         self._build(steps)
         restore_states(self._buckets, kept)
         self._publish()
