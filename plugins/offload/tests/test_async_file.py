@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
+import os
 import random
 import subprocess
 import sys
@@ -304,6 +307,34 @@ def test_a_process_that_ends_lets_its_transfers_end(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "file")], check=True)
     written = (tmp_path / "file").read_bytes()
     assert written == b"".join(bytes([at]) * 4096 for at in range(64))
+
+
+def cached_pages(path: Path) -> list[bool]:
+    """Of each page of a file, whether it is in the page cache; asks without reading it."""
+    with path.open("rb") as opened:
+        view = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    found = (ctypes.c_ubyte * (len(view) // mmap.PAGESIZE))()
+    start = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    call = ctypes.CDLL(None, use_errno=True).mincore
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    assert call(start, len(view), found) == 0, os.strerror(ctypes.get_errno())
+    return [bool(each & 1) for each in found]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its page cache")
+def test_the_edges_of_a_read_bring_nothing_else_to_the_page_cache(tmp_path: Path) -> None:
+    """Else a write of an edge could keep old bytes there of what is written past the cache."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(64 * mmap.PAGESIZE))
+    with AsyncFile(path) as file:
+        if not file.direct:
+            pytest.skip("this file system has no way past the page cache")
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if any(cached_pages(path)):
+            pytest.skip("this file system is the page cache")
+        file.read(torch.empty(3 * mmap.PAGESIZE, dtype=torch.uint8), offset=1).wait()
+        assert cached_pages(path) == [True, False, False, True, *[False] * 60]
 
 
 def test_faults_are_planned_through_the_environment() -> None:

@@ -307,6 +307,9 @@ class AsyncFile:
             again = flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC) | os.O_CLOEXEC
             if _DIRECT:
                 opened.append(os.open(self.path, again | _DIRECT))
+                # What goes through the cache must not bring its neighbours there, which go past it:
+                # where both change at once, the system keeps the old bytes of those.
+                os.posix_fadvise(opened[0], 0, 0, os.POSIX_FADV_RANDOM)
         except OSError as error:
             if not opened or error.errno not in _NO_DIRECT:
                 for descriptor in opened:
