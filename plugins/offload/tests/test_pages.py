@@ -22,7 +22,7 @@ LITTLE = 4 << 20
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an ``mremap`` that leaves the old place mapped, and without."""
     if request.param == "given to the system":
-        monkeypatch.setattr(module, "_mremap", lambda: None)
+        monkeypatch.setattr(module, "_MOST_FRAMES", 0)
 
 
 def resident() -> int:
@@ -74,6 +74,34 @@ def test_memory_is_passed_on_without_being_cleared() -> None:
     first.give_back()
     second.take()
     assert bool((second.tensor == 7).all())
+
+
+def test_memory_of_several_donors_is_passed_on_as_a_whole() -> None:
+    small = [Pages(HUGE_PAGE, torch.uint8) for _ in range(4)]
+    for value, pages in enumerate(small):
+        pages.take()
+        pages.tensor.fill_(value)
+    for pages in small:
+        pages.give_back()
+    gathered, last = (Pages(4 * HUGE_PAGE, torch.uint8) for _ in range(2))
+    gathered.take()
+    gathered.tensor.fill_(9)
+    gathered.give_back()
+    last.take()
+    assert bool((last.tensor == 9).all()) or module._mremap() is None
+    last.tensor.fill_(1)
+    assert bool((last.tensor == 1).all())
+
+
+@ON_LINUX
+def test_where_a_move_fails_there_is_memory_all_the_same() -> None:
+    move = module._mremap()
+    if move is None:
+        pytest.skip("this kernel leaves no old place mapped")
+    tensor = Pages(2 * HUGE_PAGE, torch.uint8).tensor.fill_(3)
+    assert not move(tensor.data_ptr() + 1, HUGE_PAGE, tensor.data_ptr() + HUGE_PAGE)
+    tensor.fill_(4)
+    assert bool((tensor == 4).all())
 
 
 @settings(max_examples=30, deadline=None)
