@@ -53,7 +53,7 @@ class UpdateOrder:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self._last: list[ref[Visitor]] = []  # all of the last step
+        self._last: list[ref[Visitor]] = []  # those of the last step that were read
         self._places: Group = WeakKeyDictionary()  # there
         self._now: Group = WeakKeyDictionary()  # those of this one so far
         self._ahead: Group = WeakKeyDictionary()  # with memory, not updated yet
@@ -92,7 +92,9 @@ class UpdateOrder:
         self._writing.pop(visitor, None)
 
     def _begin_round(self) -> None:
-        self._last, self._places = [ref(visitor) for visitor in self._now], self._now
+        reading = [visitor for visitor in self._now if visitor.begins_with_reading]
+        self._last = [ref(visitor) for visitor in reading]
+        self._places = WeakKeyDictionary(zip(reading, range(len(reading)), strict=True))
         self._now, self._next = WeakKeyDictionary(), 0
 
     def _make_room(self, visitor: Visitor) -> None:
@@ -122,9 +124,7 @@ class UpdateOrder:
         """Those that are to be read, in the order in which they are updated."""
         for at in islice(self._last, self._next, None):
             visitor = at()
-            if visitor is None or visitor in self._now or visitor in self._ahead:
-                continue
-            if visitor.begins_with_reading:
+            if not (visitor is None or visitor in self._now or visitor in self._ahead):
                 yield visitor
 
     def _fits(self, visitor: Visitor) -> bool:
