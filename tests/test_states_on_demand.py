@@ -67,8 +67,8 @@ def test_losses_are_bitwise_those_without(given: dict[str, Any]) -> None:
 def test_the_device_has_as_many_bytes_more_as_were_moved(given: dict[str, Any]) -> None:
     for _, memory, moved in run_distributed(on_demand.interrupted, 2, given, 1, None, {}):
         for (before, between, after), counts in zip(memory, moved, strict=True):
-            assert after == before
-            # What guards parameters are single numbers.
+            # What guards parameters, and what ranks have just agreed on, are single numbers.
+            assert after == pytest.approx(before, abs=64)
             assert before - between == pytest.approx(sum(counts.values()), abs=200)
 
 

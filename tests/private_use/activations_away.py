@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from device_memory import allocated
 from drivetrain_offload import memory_table
-from on_demand import allocated, loss_of, start
+from on_demand import loss_of, start
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

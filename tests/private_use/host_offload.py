@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from device_memory import allocated
 from drivetrain_offload.copies import CopyStream, Mark
 from drivetrain_offload.host_side import HostSide
 from on_demand import loss_of, start
@@ -97,8 +98,7 @@ def device_bytes(config: Mapping[str, Any]) -> int:
     """Bytes on the device between two steps."""
     engine = start(config)
     train(engine, range(2))
-    torch.warp.synchronize()  # type: ignore[attr-defined]
-    found = engine.job.accelerator.memory_allocated()
+    found = allocated()
     engine.destroy()
     return found
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from device_memory import allocated
 from drivetrain_offload import offload_states, reload_states, state_devices
 from drivetrain_offload.storages import PlacedStorage
 from torch import nn
@@ -57,12 +57,6 @@ def train(engine: Engine, steps: Iterable[int], between: Callable[[], object]) -
             del loss
             between()
     return losses
-
-
-def allocated() -> int:
-    gc.collect()
-    found: int = torch.warp.memory_allocated()  # type: ignore[attr-defined]
-    return found
 
 
 def undisturbed(config: Mapping[str, Any], steps: int) -> list[float]:
