@@ -57,6 +57,31 @@ def test_ranks_that_disagree_are_told():
     run_distributed(disagreement, 2)
 
 
+def closes_amid():
+    """Rank 0 waits for rank 1 on its thread, with more behind, and closes."""
+    c = start()
+    c.barrier("data", TAG)
+    line = c._line("data")
+    if c.rank("data") == 0:
+        handles = [c.all_reduce(torch.ones(9), "data", TAG, asynchronous=True) for _ in range(3)]
+        while not handles[0]._future.running():
+            time.sleep(0.001)
+        c.close()
+        assert line.group._group is not None, "released under a collective"
+        for handle, why in zip(handles, ["rank 1 left", "was closed", "was closed"], strict=True):
+            with pytest.raises(CommunicationError, match=why):
+                handle.wait()
+        line._thread.shutdown(wait=True)
+    else:
+        time.sleep(0.5)
+        c.close()
+    assert line.group._group is None
+
+
+def test_closing_leaves_a_collective_under_way_its_memory():
+    run_distributed(closes_amid, 2)
+
+
 def wrong_splits():
     c = start()
     rank = c.rank("data")

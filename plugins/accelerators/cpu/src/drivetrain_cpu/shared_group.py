@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_double, c_int, c_int32, c_int64, c_uint32
@@ -148,6 +149,7 @@ class SharedGroup:
         self._segments = (POINTER(pointer) * 0)()
         self._made = 0
         self._fault: Fault | None = None
+        self._running, self._closing = threading.Lock(), False
 
     def serves(self, collective: Collective) -> bool:
         """Whether memory can carry one of :data:`NUMBERS`; all ranks come to the same answer.
@@ -274,14 +276,24 @@ class SharedGroup:
             self._library.dt_group_leave(self._group)
 
     def close(self) -> None:
-        """Leave and release; no collective may be under way. May be called repeatedly."""
+        """Leave, and release when no collective is under way. May be called repeatedly."""
         self.leave()
-        if self._group is not None:
-            self._library.dt_group_destroy(self._group)
-            self._group = None
-            for process in self._processes:
-                if process >= 0:
-                    os.close(process)
+        self._closing = True
+        self._release_unless_running()
+
+    def _release_unless_running(self) -> None:
+        """Release, or leave it to the thread that runs a collective now."""
+        if not self._running.acquire(blocking=False):
+            return
+        try:
+            if self._group is not None:
+                self._library.dt_group_destroy(self._group)
+                self._group = None
+                for process in self._processes:
+                    if process >= 0:
+                        os.close(process)
+        finally:
+            self._running.release()
 
     def _request(self, input: torch.Tensor, output: torch.Tensor) -> Request:
         request = Request(input=input.data_ptr(), output=output.data_ptr())
@@ -290,9 +302,17 @@ class SharedGroup:
         return request
 
     def _issue(self, request: Request) -> Fault | None:
+        try:
+            with self._running:
+                return self._issue_next(request)
+        finally:
+            if self._closing:
+                self._release_unless_running()
+
+    def _issue_next(self, request: Request) -> Fault | None:
         if self._fault is not None:
             return self._fault
-        if self._group is None:
+        if self._closing:
             return Fault(self.rank, "has closed its shared memory")
         request.segments = self._segments
         peer = c_int(-1)

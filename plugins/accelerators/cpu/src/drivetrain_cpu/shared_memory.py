@@ -11,7 +11,7 @@ import ctypes
 import logging
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,7 +51,10 @@ class _Pending:
         self._future = future
 
     def wait(self) -> None:
-        self._future.result()
+        try:
+            self._future.result()
+        except CancelledError:
+            raise CommunicationError("the communicator was closed before its turn came") from None
 
 
 class _Line:
@@ -85,11 +88,9 @@ class _Line:
 
     def close(self) -> None:
         """Leave the group."""
-        self.group.leave()
+        self.group.close()
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._last is None or self._last.done():
-            self.group.close()
 
     def _checked(self, collective: Collective) -> None:
         fault = self.group.run(collective)
