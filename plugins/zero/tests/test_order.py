@@ -7,29 +7,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
-def gathers(order: list[int], used: list[int]) -> list[int]:
-    """What one rank gathers in a pass in which it uses some units, in the order's order."""
+def steps(order: list[int], used: list[int]) -> list[tuple[int, list[int]]]:
+    """What one rank gathers in a pass in which it uses some units, and what is ahead each time."""
     walk, done = Pass(order), []
+
+    def step(unit: int) -> None:
+        walk.step()
+        done.append((unit, list(walk.ahead())))
+
     for unit in used:
-        done += [*walk.visit(unit), unit]
-    return [*done, *walk.end()]
+        for number in [*walk.visit(unit), unit]:
+            step(number)
+    for number in walk.end():
+        step(number)
+    return done
+
+
+def steps_of_all(order: list[int]) -> list[tuple[int, list[int]]]:
+    return [(unit, order[place + 1 :]) for place, unit in enumerate(order)]
 
 
 @given(st.permutations(range(6)), st.sets(st.integers(0, 5)))
-def test_a_rank_that_skips_units_gathers_what_all_gather(order, skipped) -> None:
+def test_a_rank_that_skips_units_gathers_and_sees_ahead_what_all_do(order, skipped) -> None:
     used = [unit for unit in order if unit not in skipped]
-    assert gathers(list(order), used) == list(order)
+    assert steps(list(order), used) == steps_of_all(list(order))
 
 
 def test_units_may_come_repeatedly() -> None:
     order = [0, 1, 2, 1, 2, 3]
-    assert gathers(order, [0, 2, 3]) == order
-    assert gathers(order, [1, 1, 2]) == order
+    assert steps(order, [0, 2, 3]) == steps_of_all(order)
+    assert steps(order, [1, 1, 2]) == steps_of_all(order)
 
 
 def test_a_unit_that_does_not_come_any_more_joins_nothing() -> None:
     walk = Pass([0, 1, 2])
     assert walk.visit(1) == [0]
+    walk.step()
+    walk.step()
     assert walk.visit(0) == ()
     assert walk.is_lost
     assert walk.left_order

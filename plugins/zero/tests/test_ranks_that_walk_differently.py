@@ -1,9 +1,10 @@
-"""Ranks whose data takes them through the model on different ways, at stage 3."""
+"""Ranks whose data takes them through the model on different ways, where units are gathered."""
 
 from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -14,12 +15,23 @@ import drivetrain
 from drivetrain.testing import run_distributed
 from drivetrain.testing.distributed import RanksFailedError
 
-CONFIG = {
+BASE = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_clipping": 0.0,
     "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
 }
+GATHERS: dict[str, dict[str, Any]] = {
+    "in turn": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "ahead": {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": True},
+    "one ahead": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 300,
+        "overlap_comm": True,
+    },
+    "until the update": {"stage": 2, "overlap_param_gather": True, "overlap_comm": True},
+}
+each_way_to_gather = pytest.mark.parametrize("zero", GATHERS.values(), ids=GATHERS)
 
 
 class Walk(nn.Module):
@@ -57,16 +69,16 @@ def reference(ways: list[list[list[int]]]) -> list[float]:
     return losses
 
 
-def start(*, shared: bool) -> drivetrain.Engine:
+def start(zero: dict[str, Any], *, shared: bool = False) -> drivetrain.Engine:
     """An engine of ranks that share memory, where drivetrain-cpu is installed, or do not."""
     without = {} if shared else {"DRIVETRAIN_DISABLE_PLUGINS": "drivetrain-cpu"}
     with patch.dict(os.environ, without):
-        engine, *_ = drivetrain.initialize(model=Walk(), config=CONFIG)
+        engine, *_ = drivetrain.initialize(model=Walk(), config={**BASE, "zero_optimization": zero})
     return engine
 
 
-def train(ways: list[list[list[int]]], shared: bool) -> list[float]:
-    engine = start(shared=shared)
+def train(ways: list[list[list[int]]], zero: dict[str, Any], shared: bool) -> list[float]:
+    engine = start(zero, shared=shared)
     rank, losses = engine.job.rank, []
     for step, of_ranks in enumerate(ways):
         loss = engine(batch(rank, step), of_ranks[rank])
@@ -77,49 +89,67 @@ def train(ways: list[list[list[int]]], shared: bool) -> list[float]:
     return losses
 
 
-def assert_like_reference(ways: list[list[list[int]]], *, shared: bool = False) -> None:
-    by_rank = run_distributed(train, len(ways[0]), ways, shared)
+def assert_like_reference(
+    ways: list[list[list[int]]], zero: dict[str, Any], *, shared: bool = False
+) -> None:
+    by_rank = run_distributed(train, len(ways[0]), ways, zero, shared)
     losses = [sum(step) / len(step) for step in zip(*by_rank, strict=True)]
     assert losses == pytest.approx(reference(ways), rel=1e-5)
 
 
-def test_ranks_may_drop_different_layers() -> None:
+@each_way_to_gather
+def test_ranks_may_drop_different_layers(zero: dict[str, Any]) -> None:
     assert_like_reference(
         [
             [[0, 1, 2, 3], [0, 2, 3], [1, 3]],
             [[3], [0, 1, 2, 3], [0]],
             [[], [2], [0, 1, 2, 3]],
-        ]
+        ],
+        zero,
     )
 
 
-def test_another_order_on_all_ranks_is_learned() -> None:
+@each_way_to_gather
+def test_another_order_on_all_ranks_is_learned(zero: dict[str, Any]) -> None:
     other = [3, 1, 1, 0, 2, 0]
-    assert_like_reference([[other, other]] * 3 + [[[0, 1], [0, 1]], [other, other]])
+    assert_like_reference([[other, other]] * 3 + [[[0, 1], [0, 1]], [other, other]], zero)
 
 
-def test_after_learning_ranks_may_drop_layers_of_the_new_order() -> None:
+@each_way_to_gather
+def test_after_learning_ranks_may_drop_layers_of_the_new_order(zero: dict[str, Any]) -> None:
     other = [3, 1, 0, 2]
-    assert_like_reference([[other, other], [[3, 2], [1, 0, 2]], [other, [0]]])
+    assert_like_reference([[other, other], [[3, 2], [1, 0, 2]], [other, [0]]], zero)
+
+
+@each_way_to_gather
+def test_ranks_may_drop_different_uses_of_a_layer_that_comes_again(zero: dict[str, Any]) -> None:
+    other = [0, 1, 2, 1, 3, 2]
+    ways = [[other, other], [other, other], [[0, 1, 3, 2], [2, 1]], [[1, 2, 1], other], [[2], [3]]]
+    assert_like_reference(ways, zero)
 
 
 @pytest.mark.skipif(find_spec("drivetrain_cpu") is None, reason="ranks share no memory")
-def test_where_ranks_share_memory_their_ways_are_their_own() -> None:
-    assert_like_reference([[[0, 1, 1, 1, 2], [0, 1, 2, 3]], [[3, 0], [2, 2, 1]]], shared=True)
+@each_way_to_gather
+def test_where_ranks_share_memory_their_ways_are_their_own(zero: dict[str, Any]) -> None:
+    ways = [[[0, 1, 1, 1, 2], [0, 1, 2, 3]], [[3, 0], [2, 2, 1]]]
+    assert_like_reference(ways, zero, shared=True)
 
 
-def test_loops_of_different_lengths_end_with_an_error_that_names_units_and_ranks() -> None:
+@pytest.mark.parametrize("zero", [GATHERS["in turn"], GATHERS["ahead"]], ids=["in turn", "ahead"])
+def test_loops_of_different_lengths_end_with_an_error_that_names_units_and_ranks(
+    zero: dict[str, Any],
+) -> None:
     ways = [[[0, 1, 1, 1, 2], [0, 1, 2, 3]]]
     with pytest.raises(RanksFailedError) as caught:
-        run_distributed(train, 2, ways, False)
+        run_distributed(train, 2, ways, zero, False)
     assert set(caught.value.errors) == {0, 1}
     for error in caught.value.errors.values():
         assert "rank 0 needs unit 'blocks.1'" in error.error
         assert "rank 1 needs" in error.error
 
 
-def generate(lengths: list[int]) -> float:
-    engine = start(shared=False)
+def generate(lengths: list[int], zero: dict[str, Any]) -> float:
+    engine = start(zero)
     rank = engine.job.rank
     total = 0.0
     with torch.no_grad(), drivetrain.whole(engine.module):
@@ -129,11 +159,14 @@ def generate(lengths: list[int]) -> float:
     return total
 
 
-def test_generation_loops_of_different_lengths_work_with_whole_parameters() -> None:
+@each_way_to_gather
+def test_generation_loops_of_different_lengths_work_with_whole_parameters(
+    zero: dict[str, Any],
+) -> None:
     lengths, model = [3, 7], Walk()
     with torch.no_grad():
         expected = [
             sum(float(model(batch(rank, t), [0, 1, 2, 3])) for t in range(length))
             for rank, length in enumerate(lengths)
         ]
-    assert run_distributed(generate, 2, lengths) == pytest.approx(expected, rel=1e-5)
+    assert run_distributed(generate, 2, lengths, zero) == pytest.approx(expected, rel=1e-5)

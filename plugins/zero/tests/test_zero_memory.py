@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from zero_harness import Run, batches, config
+from zero_harness import IN_FORWARD, Run, Stage, batches, config
 
 import drivetrain
 from drivetrain.communicator import Purpose
@@ -161,13 +161,15 @@ def moved(run: Run) -> tuple[int, int, int]:
         pytest.param(1, 4, None, 1, 1, id="stage 1, accumulating: 2 Psi"),
         pytest.param(2, 4, None, 1, 4, id="stage 2, accumulating: 1 + 4 Psi"),
         pytest.param(2, 4, "boundary", 1, 1, id="stage 2, reducing at the boundary: 2 Psi"),
+        pytest.param(IN_FORWARD, 1, None, 1, 1, id="gathered in forward: 2 Psi"),
+        pytest.param(IN_FORWARD, 4, None, 1, 4, id="gathered in forward, accumulating: 1 + 4 Psi"),
         pytest.param(3, 4, None, 8, 4, id="stage 3, accumulating: 12 Psi"),
         pytest.param(3, 4, "boundary", 8, 1, id="stage 3, reducing at the boundary: 9 Psi"),
     ],
 )
 def test_a_step_moves_what_the_paper_says(
     mode: str,
-    stage: int,
+    stage: Stage,
     accumulation: int,
     reduction: str | None,
     gathers: int,

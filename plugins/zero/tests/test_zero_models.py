@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from zero_harness import SGD, Run, assert_equal_to_plain, config, sgd
+from zero_harness import IN_FORWARD, SGD, Run, Stage, assert_equal_to_plain, config, sgd
 from zero_models import (
     ADAPTED,
     BODY,
@@ -20,18 +20,18 @@ from zero_models import (
 
 from drivetrain.testing.reference import CASES, Case
 
-STAGES = (1, 2, 3)
+STAGES = (1, 2, 3, IN_FORWARD)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("world", [1, 3])
-def test_uneven_empty_scalar_and_unused_parameters_train(stage: int, world: int) -> None:
+def test_uneven_empty_scalar_and_unused_parameters_train(stage: Stage, world: int) -> None:
     settings = config(stage, accumulation=2, gradient_clipping=0.5)
     assert_equal_to_plain(Run(settings, UNEVEN), world)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_more_ranks_than_elements_train(stage: int) -> None:
+def test_more_ranks_than_elements_train(stage: Stage) -> None:
     assert_equal_to_plain(Run(config(stage, gradient_clipping=0.5), TINY), 4)
 
 
@@ -49,7 +49,7 @@ def test_more_ranks_than_elements_train(stage: int) -> None:
         pytest.param(SKIPPING, id="blocks that a rank skips"),
     ],
 )
-def test_awkward_modules_train(stage: int, reduction: str, case: Case) -> None:
+def test_awkward_modules_train(stage: Stage, reduction: str, case: Case) -> None:
     settings = config(
         stage, accumulation=2, gradient_clipping=0.5, zero={"gradient_reduction": reduction}
     )
@@ -58,7 +58,7 @@ def test_awkward_modules_train(stage: int, reduction: str, case: Case) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("case", [EMBEDDED, CASES["tied"]], ids=["sparse in torch", "dense"])
-def test_sparse_embeddings_train(stage: int, case: Case) -> None:
+def test_sparse_embeddings_train(stage: Stage, case: Case) -> None:
     settings = config(stage, accumulation=2, sparse_gradients=True, optimizer=SGD)
     assert_equal_to_plain(Run(settings, case), 2, optimizer=sgd)
 

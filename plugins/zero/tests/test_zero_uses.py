@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 from zero_harness import (
+    IN_FORWARD,
     SGD,
     Run,
+    Stage,
     adamw,
     assert_equal_to_plain,
     assert_parameters_equal,
@@ -36,7 +38,7 @@ from drivetrain.testing import run_distributed
 from drivetrain.testing.data import Samples, vectors
 from drivetrain.testing.reference import Case
 
-STAGES = (1, 2, 3)
+STAGES = (1, 2, 3, IN_FORWARD)
 EVERY_STAGE = pytest.mark.parametrize("stage", STAGES)
 REDUCTIONS = pytest.mark.parametrize("reduction", ["micro_batch", "boundary"])
 
@@ -150,7 +152,7 @@ LOOPS = [
 @EVERY_STAGE
 @REDUCTIONS
 @pytest.mark.parametrize("loop", LOOPS, ids=[loop.__name__ for loop in LOOPS])
-def test_a_loop_trains(stage: int, reduction: str, loop: Any) -> None:
+def test_a_loop_trains(stage: Stage, reduction: str, loop: Any) -> None:
     settings = config(
         stage, accumulation=3, gradient_clipping=0.1, zero={"gradient_reduction": reduction}
     )
@@ -159,7 +161,7 @@ def test_a_loop_trains(stage: int, reduction: str, loop: Any) -> None:
 
 @EVERY_STAGE
 @pytest.mark.parametrize("case", [BODY, SHARED], ids=["plain", "tied"])
-def test_freezing_and_unfreezing_keeps_the_states_that_remain(stage: int, case: Case) -> None:
+def test_freezing_and_unfreezing_keeps_the_states_that_remain(stage: Stage, case: Case) -> None:
     run = Run(config(stage, accumulation=2, optimizer=SGD), case, steps=6, loop=unfreezes)
     assert_equal_to_plain(run, 3, expected=_plain_unfreezing(run, 3))
 
@@ -228,8 +230,8 @@ def trains_two_engines(run: Run, other: dict[str, Any]) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("stage", "other"), [(1, 3), (2, 2), (3, 3), (3, 0)])
-def test_two_engines_train_on_one_loss(stage: int, other: int) -> None:
+@pytest.mark.parametrize(("stage", "other"), [(1, 3), (2, 2), (3, 3), (3, 0), (IN_FORWARD, 3)])
+def test_two_engines_train_on_one_loss(stage: Stage, other: Stage) -> None:
     run = Run(config(stage), BODY, steps=6)
     answers = run_distributed(trains_two_engines, 2, run, config(other))
     modules, expected = encoders(), []
@@ -290,7 +292,7 @@ class OwnSite(Plugin):
 
 @EVERY_STAGE
 @REDUCTIONS
-def test_parameters_of_some_ranks_are_reduced_between_those(stage: int, reduction: str) -> None:
+def test_parameters_of_some_ranks_are_reduced_between_those(stage: Stage, reduction: str) -> None:
     settings = config(
         stage,
         accumulation=2,
@@ -318,7 +320,7 @@ class Copies(Plugin):
 
 
 @EVERY_STAGE
-def test_copies_count_once_in_the_norm(stage: int) -> None:
+def test_copies_count_once_in_the_norm(stage: Stage) -> None:
     settings = config(stage, gradient_clipping=0.05, plugins={"copies": True}, optimizer=SGD)
     assert_equal_to_plain(Run(settings, BODY, plugins=[Copies]), 4, shards=2, optimizer=sgd)
 
@@ -338,7 +340,7 @@ def serves_without_optimizer(run: Run) -> None:
 
 
 @EVERY_STAGE
-def test_an_engine_without_optimizer_computes_alike(stage: int) -> None:
+def test_an_engine_without_optimizer_computes_alike(stage: Stage) -> None:
     run_distributed(serves_without_optimizer, 2, Run(config(stage), UNEVEN))
 
 
@@ -363,7 +365,7 @@ def loads_weights(run: Run) -> None:
 
 
 @EVERY_STAGE
-def test_loaded_weights_are_what_training_goes_on_from(stage: int) -> None:
+def test_loaded_weights_are_what_training_goes_on_from(stage: Stage) -> None:
     run_distributed(loads_weights, 2, Run(config(stage, optimizer=SGD), BODY))
 
 
@@ -385,14 +387,14 @@ def skips_overflow(run: Run) -> list[bool]:
 
 
 @EVERY_STAGE
-def test_an_overflow_on_one_rank_skips_the_step_on_all(stage: int) -> None:
+def test_an_overflow_on_one_rank_skips_the_step_on_all(stage: Stage) -> None:
     settings = config(stage, fp16={"enabled": True, "initial_scale_power": 4, "hysteresis": 1})
     answers = run_distributed(skips_overflow, 2, Run(settings, BODY))
     assert answers == [[True, False, True]] * 2
 
 
 @EVERY_STAGE
-def test_the_reported_norm_is_that_of_the_whole_gradient(stage: int) -> None:
+def test_the_reported_norm_is_that_of_the_whole_gradient(stage: Stage) -> None:
     run = Run(config(stage, gradient_clipping=1e6, optimizer=SGD), UNEVEN, steps=1)
     model = run.case.model()
     torch.stack([model(*pair) for pair in batches(run, 3)[0][0]]).mean().backward()

@@ -33,9 +33,17 @@ PRECISIONS: Mapping[str, tuple[dict[str, Any], torch.dtype, float]] = {
 rounding (2^-8, 2^-11), since only the order differs in which gradients are rounded and added."""
 
 
-def config(stage: int, **changes: Any) -> dict[str, Any]:
+Stage = int | str
+
+IN_FORWARD: Stage = "2, gathered in forward"
+"""Stage 2 with ``overlap_param_gather``, ahead of use."""
+
+
+def config(stage: Stage, **changes: Any) -> dict[str, Any]:
     """A small job with AdamW; keys of ``zero`` go to its section, and nothing stays gathered."""
     zero = changes.pop("zero", {})
+    if stage == IN_FORWARD:
+        stage, zero = 2, {"overlap_param_gather": True, "overlap_comm": True, **zero}
     return {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_accumulation_steps": changes.pop("accumulation", 1),

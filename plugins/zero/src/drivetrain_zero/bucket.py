@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 class ShardedBucket:
     """The parameters of one bucket: whole while they are *gathered*, else only this rank's shard.
 
-    At stages 1 and 2 they are always gathered and the shard is a slice of the whole. At stage 3
-    the whole is memory that comes and goes while its storage object stays: tensors that autograd
-    has saved are views of that storage, and hold the right values again once it is gathered for
-    backward. A parameter that is not gathered keeps its shape and reads as NaN.
+    At stages 1 and 2 they are always gathered and the shard is a slice of the whole. Where they are
+    *sharded*, the whole is memory that comes and goes while its storage object stays: tensors that
+    autograd has saved are views of that storage, and hold the right values again once it is
+    gathered for backward. A parameter that is not gathered keeps its shape and reads as NaN.
 
     Ranks that share memory need no copy to compute: the whole is there, as one row of all shards,
     and gathering is only a matter of showing it. Whoever may write gets a copy (``private``).
@@ -45,6 +45,7 @@ class ShardedBucket:
         axis: ranks that shard the bucket between them; its reduction, or the inner part of it.
         replica_axis: the rest of its reduction, over which shards are copies; ``None`` for none.
         sharded: whether parameters are released between uses.
+        kept: whether they stay gathered all the same, from their first use to the next update.
         rounds: whether the communicator rounds what it gathers of them (qwZ). The shard is then
             memory of its own and stays exact, also where parameters are always gathered.
     """
@@ -57,6 +58,7 @@ class ShardedBucket:
         replica_axis: Axis | None,
         *,
         sharded: bool,
+        kept: bool = False,
         rounds: bool = False,
     ) -> None:
         self._job = job
@@ -83,7 +85,7 @@ class ShardedBucket:
         first_copy = communicator.rank(plan.spec.reduction) == self.rank
         self.counts = first_copy and job.parameters.info(plan.parameters[0]).owner
         spec = _shard_spec(plan.spec, self.packing, self.rank, owner=self.counts)
-        self.spec = replace(spec, released=sharded)
+        self.spec = replace(spec, released=sharded and not kept)
         self.home: StateHome
         self._keeper: ParameterHome | None = None
         self.shown: Callable[[bool], None] | None = None

@@ -1,9 +1,12 @@
-"""Stage 3: units of the model are whole while they compute, and only then.
+"""Units of the model are whole while they compute, and only then: stage 3.
 
 [Note: one unit's way] Before a unit's forward its parameters are gathered, after it they are
 released. A hook on its outputs gathers them again when backward arrives there; when the gradients
 of all its inputs are known, its backward is over and they are released. What is left (inputs
 without gradients, recomputed forwards) is released when the whole backward ends.
+
+At stages 1 and 2 with ``overlap_param_gather`` a unit that is gathered stays so until the next
+update, after which there are new values to gather.
 
 Parameters outside all units belong to the *root*, which stays gathered from the beginning of the
 model's forward to the end of its backward.
@@ -48,6 +51,7 @@ class GatherPolicy:
         persistent_total: largest number of elements that stay gathered.
         reuse_distance: a unit that backward needs within this many elements stays gathered after
             forward; ``None`` keeps only the last one.
+        until_update: whatever is gathered stays so until its shards change.
         log_order: say when units are used in another order than learned.
     """
 
@@ -56,6 +60,7 @@ class GatherPolicy:
     persistent: int
     persistent_total: int
     reuse_distance: int | None
+    until_update: bool
     log_order: bool
 
 
@@ -238,9 +243,19 @@ class Gathering:
                 unit.started = unit.gathered = unit.pins > 0
                 unit.gather()
 
+    def gather_next(self) -> None:
+        """After an update, begin to gather what the next forward uses first. Collective."""
+        if self._policy.until_update and self._asynchronous:
+            walk = Pass(self.forward_order)
+            first = self.units[self.forward_order[0]]
+            walk.step()
+            self._start(first, asynchronous=True)
+            self._gather_ahead(first, walk)
+
     def release_all(self) -> None:
         """Keep only shards."""
         for unit in self.units:
+            unit.held = False
             unit.release()
 
     def close(self) -> None:
@@ -294,7 +309,7 @@ class Gathering:
 
     def _release_held(self) -> None:
         for unit in self.units:
-            if unit.held:
+            if unit.held and not self._policy.until_update:
                 unit.held = False
                 unit.release()
 
@@ -340,8 +355,8 @@ class Gathering:
         self._end(current)  # also if this rank's backward used no unit at all
         if current.visited:
             self.last_backward = current
-        self._release_held()
-        self.release_all()
+        if not self._policy.until_update:
+            self.release_all()
 
     # -- one pass -----------------------------------------------------------------------------
 
@@ -352,9 +367,11 @@ class Gathering:
             self._start(unit, asynchronous=False)
             self._finish(unit)
             return
-        skipped = walk.visit(unit.number)
-        for number in () if self.alone else skipped:
-            self._join(self.units[number], walk)
+        for number in walk.visit(unit.number):
+            if self.alone:
+                walk.step()
+            else:
+                self._join(self.units[number], walk)
         if walk.is_lost:
             self._note_other_order(unit)
             self._start(unit, asynchronous=False, known=False)
@@ -364,6 +381,7 @@ class Gathering:
 
     def _reach(self, unit: GatheredUnit, walk: Pass) -> None:
         """The walk has come to ``unit``: what all ranks do at this place, whoever uses it."""
+        walk.step()
         if not self.alone:
             if unit.number in walk.reached:
                 unit.release()  # as it is on ranks that have only joined it
@@ -386,6 +404,7 @@ class Gathering:
     def _start(self, unit: GatheredUnit, *, asynchronous: bool, known: bool = True) -> None:
         if unit.started:
             return
+        unit.held = unit.held or self._policy.until_update
         self.gathers = (self.gathers * 31 + unit.number + 1) % _DIGEST_PRIME
         if self._agreement is None:
             unit.start(asynchronous=asynchronous)
@@ -402,14 +421,18 @@ class Gathering:
             unit.gather()
 
     def _gather_ahead(self, unit: GatheredUnit, walk: Pass) -> None:
-        """Start the next units. Which ones depends on the order alone, not on what is gathered."""
+        """Start the next units. Which ones depends on the order alone, not on what is gathered.
+
+        So one that comes again has to wait for its turn: ranks release it at different times.
+        """
         room = min(self._policy.ahead, self._policy.live - unit.numel)
         for number in walk.ahead():
             following = self.units[number]
             room -= following.numel
             if room < 0:
                 return
-            self._start(following, asynchronous=True)
+            if self.alone or number not in walk.reached:
+                self._start(following, asynchronous=True)
 
     def _fetch_ahead(self, unit: GatheredUnit, walk: Pass) -> None:
         """Bring near what is gathered after the next units; a matter of this rank alone."""

@@ -31,11 +31,12 @@ class Pass:
         """Whether the latest visit is one that the order does not have."""
 
     def visit(self, unit: int) -> Sequence[int]:
-        """Note that ``unit`` is used now.
+        """Note that ``unit`` is about to be used.
 
         Returns:
-            The units to join first. A unit that does not come any more in the order joins
-            nothing; all ranks have to agree on its use by themselves.
+            The units to join first; each of them, and then ``unit``, is a :meth:`step`. A unit
+            that does not come any more in the order joins nothing, and is no step; all ranks have
+            to agree on its use by themselves.
         """
         self.visited.append(unit)
         try:
@@ -44,19 +45,19 @@ class Pass:
             self.left_order = self.is_lost = True
             return ()
         self.is_lost = False
-        skipped = self._order[self._at : place]
-        self._at = place + 1
-        return skipped
+        return self._order[self._at : place]
+
+    def step(self) -> None:
+        """Come to the next unit of the order, used or joined."""
+        self._at += 1
 
     def ahead(self) -> Sequence[int]:
         """What comes next, in order."""
         return self._order[self._at :]
 
     def end(self) -> Sequence[int]:
-        """The units to join at the end of the pass."""
-        rest = self._order[self._at :]
-        self._at = len(self._order)
-        return rest
+        """The units to join at the end of the pass; each is a :meth:`step`."""
+        return self._order[self._at :]
 
 
 def learned(visited: Sequence[int], count: int) -> list[int]:

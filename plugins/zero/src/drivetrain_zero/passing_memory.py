@@ -16,13 +16,16 @@ def most_gathered(
 
     The root is whole all through a pass, and with it the unit that computes and those that are
     gathered or fetched ahead of their use. In backward, where most is, the unit before is released
-    only when the next one has been gathered. Taken over a backward in the model's order.
+    only when the next one has been gathered. Taken over a backward in the model's order. What is
+    kept until an update is all whole by then.
 
     Args:
         units: the root first.
         policy: how far ahead units are gathered.
         asynchronous: whether any is gathered ahead.
     """
+    if policy.until_update:
+        return sum(map(_nbytes, units))
     root, *others = units
     coming = [unit for unit in reversed(others) if not unit.persistent]
     fetches = any(bucket.fetches for unit in coming for bucket in unit.buckets)

@@ -45,6 +45,7 @@ class Zero(Plugin):
         return {
             f"{PATH}.stage": self.config.stage,
             f"{PATH}.gradient_reduction": self.config.gradient_reduction,
+            f"{PATH}.overlap_param_gather": self.config.overlap_param_gather,
             f"{PATH}.mics_shard_size": self.config.mics_shard_size,
             f"{PATH}.zero_hpz_partition_size": self.config.zero_hpz_partition_size,
             f"{PATH}.zero_quantized_weights": self.config.zero_quantized_weights,
@@ -55,6 +56,7 @@ class Zero(Plugin):
         return {
             f"{PATH}.stage": (0, 1, 2, 3),
             f"{PATH}.gradient_reduction": (None, "micro_batch", "boundary"),
+            f"{PATH}.overlap_param_gather": (False, True),
         }
 
     @hookimpl

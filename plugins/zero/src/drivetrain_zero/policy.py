@@ -26,13 +26,14 @@ class ZeroPolicy:
     """What is sharded, and how gradients accumulate and travel.
 
     Args:
-        parameters: shard parameters too (stage 3).
+        by_unit: parameters are gathered unit by unit, around their use.
+        frozen: so are those that are not trained (stage 3).
         every_backward: reduce and shard gradients after each micro-batch.
         sizes: bucket limits at stages 1 and 2.
         gradient_dtype: accumulation dtype; ``None`` for each parameter's own.
         overlap: communicate while the device computes.
         predivide: factor that gradients are divided by before they are summed.
-        gather: when parameters are gathered at stage 3.
+        gather: when parameters are gathered, where that is by unit.
         replica_axis: axis over which shards of ``"data"`` are copies (MiCS); ``None`` for none.
         shard_axis: axis that states reduced over ``"data"`` are sharded over.
         secondary_axis: axis that parameters reduced over ``"data"`` are sharded over a second
@@ -43,7 +44,8 @@ class ZeroPolicy:
         sanity_checks: find parameters that were changed behind the states' back.
     """
 
-    parameters: bool
+    by_unit: bool
+    frozen: bool
     every_backward: bool
     sizes: BucketSizes
     gradient_dtype: torch.dtype | None
@@ -75,7 +77,8 @@ def policy_of(job: Job, section: ZeroSection) -> ZeroPolicy:
         limit = section.reduce_bucket_size * width
         sizes = BucketSizes(regular=limit, first=min(sizes.first, limit))
     return ZeroPolicy(
-        parameters=section.stage == 3,
+        by_unit=section.stage == 3 or section.overlap_param_gather,
+        frozen=section.stage == 3,
         every_backward=section.shards_gradients,
         sizes=sizes,
         gradient_dtype=replicated.gradient_dtype,
@@ -84,9 +87,10 @@ def policy_of(job: Job, section: ZeroSection) -> ZeroPolicy:
         gather=GatherPolicy(
             ahead=section.stage3_prefetch_bucket_size,
             live=section.stage3_max_live_parameters,
-            persistent=section.stage3_param_persistence_threshold,
+            persistent=section.stage3_param_persistence_threshold if section.stage == 3 else 0,
             persistent_total=section.stage3_model_persistence_threshold,
             reuse_distance=section.stage3_max_reuse_distance,
+            until_update=section.overlap_param_gather,
             log_order=section.log_trace_cache_warnings,
         ),
         shard_axis=SHARD_AXIS if mics else "data",

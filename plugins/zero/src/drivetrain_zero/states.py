@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +21,7 @@ from drivetrain.loose import (
     trained_parameters,
 )
 from drivetrain.model_states import ModelStates
+from drivetrain.parameters import handed_over
 from drivetrain.replicated.layout import BucketSizes, plan_buckets
 from drivetrain.update_rule import UpdateRule
 from drivetrain_zero import outside_use
@@ -73,7 +74,7 @@ class ZeroStates(ModelStates):
         self._local = False
         self._prefix = f"engine{len(job.engines)}." if job.engines else ""
         refuse_other_layout(job, module.parameters())
-        if not policy.parameters:
+        if not policy.frozen:
             synchronise_loose(job, module, trained_parameters(optimizer))
         else:
             synchronise_loose(job, module, set(module.parameters()))
@@ -94,7 +95,8 @@ class ZeroStates(ModelStates):
                 job,
                 plan,
                 *policy.axes(plan.spec.reduction),
-                sharded=policy.parameters,
+                sharded=policy.by_unit,
+                kept=policy.gather.until_update,
                 rounds=policy.rounds is not None and policy.rounds(plan.spec.key),
             )
             unit.buckets.append(bucket)
@@ -103,6 +105,7 @@ class ZeroStates(ModelStates):
         assert homes is not None, "core's default homes answer last"
         for bucket, home in zip(self._buckets, homes, strict=True):
             bucket.adopt(home)
+        self._leave_whole({p for bucket in self._buckets for p in bucket.parameters})
         self._sums = [self._sum_of(bucket) for bucket in self._trained_in_backward_order(units)]
         self._memory.make()
         self._errors = kept_errors(job.communicator, [bucket.parameters for bucket in self._sums])
@@ -118,15 +121,20 @@ class ZeroStates(ModelStates):
         self._open_window()
 
     def _units(self) -> list[GatheredUnit]:
-        if self._policy.parameters:
-            return find_units(self._module)
-        trained = trained_parameters(self._optimizer)
-        own = [p for p in self._module.parameters() if p in trained]
-        return [GatheredUnit(0, "", self._module, own)]
+        units = (
+            find_units(self._module)
+            if self._policy.by_unit
+            else [GatheredUnit(0, "", self._module, list(self._module.parameters()))]
+        )
+        if not self._policy.frozen:
+            trained = trained_parameters(self._optimizer)
+            for unit in units:
+                unit.parameters = [p for p in unit.parameters if p in trained]
+        return units
 
     def _plan(self, unit: GatheredUnit, steps: Mapping[str, int]) -> list[PlannedBucket]:
         job, policy = self._job, self._policy
-        prefix = self._prefix + (f"{unit.name or 'root'}." if policy.parameters else "")
+        prefix = self._prefix + (f"{unit.name or 'root'}." if policy.by_unit else "")
         planned = []
         if self._optimizer is not None:
             planned = plan_buckets(
@@ -134,16 +142,28 @@ class ZeroStates(ModelStates):
                 self._optimizer,
                 job.parameters,
                 job.communicator,
-                _WHOLE_UNIT if policy.parameters else policy.sizes,
+                _WHOLE_UNIT if policy.by_unit else policy.sizes,
                 gradient_dtype=policy.gradient_dtype,
                 steps=steps,
                 prefix=prefix,
             )
-        if policy.parameters:
+        if policy.frozen:
             trained = {p for plan in planned for p in plan.parameters}
             rest = [p for p in unit.parameters if p not in trained]
             planned += plan_frozen(rest, job.parameters, prefix)
         return planned
+
+    def _leave_whole(self, kept: Set[nn.Parameter]) -> None:
+        """Give parameters that are sharded no longer, since they are frozen now, their values."""
+        left = [
+            p
+            for p in self._module.parameters()
+            if p not in kept and isinstance(getattr(p, "drivetrain_handle", None), ShardedParameter)
+        ]
+        with handed_over(left):
+            values = [p.detach().clone() for p in left]
+        for parameter, value in zip(left, values, strict=True):
+            parameter.data = value
 
     def _trained_in_backward_order(self, units: Sequence[GatheredUnit]) -> list[ShardedBucket]:
         """Trained buckets, those first whose gradients are about the first to be ready."""
@@ -329,6 +349,7 @@ class ZeroStates(ModelStates):
             self._agree_on_order(self._gathering)
             self._gathering.release_all()
             self._gathering.gather_anew()
+            self._gathering.gather_next()
         self._note_parameters()
 
     def discard_gradients(self) -> None:
