@@ -21,6 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from drivetrain.failure import open_jobs
+
 
 @dataclass(frozen=True)
 class Call:
@@ -136,6 +138,8 @@ def _clean_process(call: Call) -> Iterator[None]:
     try:
         yield
     finally:
+        for job in open_jobs():  # or errors of the next call's job would go to nobody
+            job.close()
         gc.collect()
         gc.freeze()  # what is left are modules, which the next collection need not walk
         if dist.is_initialized():
