@@ -90,7 +90,7 @@ def policy_of(job: Job, section: ZeroSection) -> ZeroPolicy:
             persistent=section.stage3_param_persistence_threshold if section.stage == 3 else 0,
             persistent_total=section.stage3_model_persistence_threshold,
             reuse_distance=section.stage3_max_reuse_distance,
-            until_update=section.overlap_param_gather,
+            until_update=section.overlap_param_gather and section.stage < 3,
             log_order=section.log_trace_cache_warnings,
         ),
         shard_axis=SHARD_AXIS if mics else "data",

@@ -69,7 +69,7 @@ class ZeroSection(Section):
         default=False,
         description="At stages 1 and 2, gather what was updated unit by unit in the next forward, "
         "ahead of its use where communication overlaps. Between steps parameters then read as NaN, "
-        "as at stage 3, which always gathers like this.",
+        "as at stage 3, which always gathers in forward.",
     )
     round_robin_gradients: Bool = Field(
         default=False, description=f"{_NO_EFFECT}every bucket is spread over all ranks already."
@@ -237,8 +237,6 @@ class ZeroSection(Section):
         for key, wanted in needs_three.items():
             if wanted and self.stage < 3:
                 raise ValueError(f"{key} needs stage 3, got stage {self.stage}")
-        if self.overlap_param_gather and self.stage not in (1, 2):
-            raise ValueError(f"overlap_param_gather needs stage 1 or 2, got stage {self.stage}")
         return self
 
     @property
