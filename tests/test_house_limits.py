@@ -15,7 +15,7 @@ from tools import workspace
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 50
-MAX_CORE_LINES = 8_620
+MAX_CORE_LINES = 8_580
 """Lines of code; the goal was 5,000 (docs/architecture.md, "Core is larger than was planned"). May
 only fall."""
 
@@ -53,8 +53,10 @@ def code_lines(path: Path) -> int:
     docstrings = {
         number
         for node in nodes(path)
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        for number in docstring_lines(node)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        for number in range(node.lineno, (node.end_lineno or 0) + 1)
     }
     filled = {
         number
@@ -65,7 +67,7 @@ def code_lines(path: Path) -> int:
     return len(filled - docstrings)
 
 
-def docstring_lines(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+def docstring_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> range:
     if ast.get_docstring(node, clean=False) is None:
         return range(0)
     return range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)

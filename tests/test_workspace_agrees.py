@@ -71,6 +71,11 @@ def test_the_table_of_known_names_promises_no_section_that_its_owner_lacks() -> 
     assert not broken
 
 
+def test_what_is_planned_does_not_exist_and_everything_else_that_is_named_does() -> None:
+    named = {owner for table in known.OWNERS.values() for owner in table.values()}
+    assert named - set(WORKSPACE) == known.PLANNED
+
+
 def test_every_distribution_has_a_test_environment_of_its_own() -> None:
     names = [distribution.environment for distribution in DISTRIBUTIONS]
     assert len(set(names)) == len(names)

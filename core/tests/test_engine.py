@@ -330,6 +330,16 @@ def test_a_clients_schedule_on_the_clients_optimizer_drives_the_engine() -> None
     engine.destroy()
 
 
+def test_a_schedule_without_an_optimizer_is_ignored_with_a_warning(caplog) -> None:
+    config = {"train_batch_size": 2, "scheduler": {"type": "WarmupLR"}}
+    engine, _, _, schedule = drivetrain.initialize(model=nn.Linear(3, 1), config=config)
+    assert schedule is None
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == [
+        "the scheduler is ignored, since there is no optimizer whose rate it sets"
+    ]
+    engine.destroy()
+
+
 def test_train_batch_runs_all_micro_batches_and_restarts_the_loader() -> None:
     class Regression(nn.Module):
         def __init__(self) -> None:
@@ -360,6 +370,8 @@ def test_train_batch_runs_all_micro_batches_and_restarts_the_loader() -> None:
     assert engine.eval_batch(iter([(inputs, targets)])).item() < 1e-3
     with pytest.raises(TrainingError, match="data ended at micro-batch 2 of 2"):
         engine.train_batch(iter([(inputs[:2], targets[:2])]))
+    with pytest.raises(TrainingError, match=r"from an iterator.*not from a list.*make iter"):
+        engine.train_batch([(inputs[:2], targets[:2])] * 2)
     engine.destroy()
 
 

@@ -117,7 +117,6 @@ def test_adam_accepts_what_configs_of_the_fused_kernels_contain(registry):
             r"optimizer.params.betas: expected a list of 2 numbers, got \[0.9\]",
         ),
         ("Adam", {"betas": [0.9, "b"]}, "optimizer.params.betas: expected a finite number"),
-        ("Adam", {"max_grad_norm": 1.0}, "optimizer.params.max_grad_norm: .*gradient_clipping"),
         (
             "SGD",
             {"nesterov": True},

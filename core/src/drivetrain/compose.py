@@ -95,7 +95,7 @@ def build_engine(
         )
         if work is not None:
             engine.optimizer = _facade(job, engine, work, optimizer)
-            engine.lr_scheduler = _schedule(job, engine.optimizer, scheduler)
+        engine.lr_scheduler = _schedule(job, engine.optimizer, scheduler)
         runner = hub.build_runner(job, engine)
         assert runner is not None, "core's default runner answers last"
         engine.runner = runner
@@ -170,12 +170,16 @@ def _facade(
     )
 
 
-def _schedule(job: Job, optimizer: EngineOptimizer, client: Any | None) -> Any | None:
+def _schedule(job: Job, optimizer: EngineOptimizer | None, client: Any | None) -> Any | None:
     section = job.plan.section(SchedulerSection)
+    if client is None and section.type is None:
+        return None
+    if optimizer is None:
+        logger.warning("the scheduler is ignored, since there is no optimizer whose rate it sets")
+        return None
     if client is not None:
         return adopt_schedule(client, optimizer)
-    if section.type is None:
-        return None
+    assert section.type is not None
     return make_schedule(section.type, section.params, optimizer, job.plan.registry)
 
 

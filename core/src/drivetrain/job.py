@@ -59,6 +59,7 @@ class Job:
         ledger: seconds by span.
         parameters: facts about parameters.
         engines: built so far, in order; the first one's counters are the job's progress.
+        failures: where ranks tell each other of the first error; ``None`` where they cannot talk.
     """
 
     mesh: Mesh
@@ -75,7 +76,7 @@ class Job:
         self.ledger = Ledger()
         self.parameters = ParameterTable()
         self.engines: list[Engine] = []
-        self._failures: FailureBoard | None = None
+        self.failures: FailureBoard | None = None
         self._resources = ExitStack()
         self._open = True
 
@@ -140,11 +141,6 @@ class Job:
         """Number of ranks."""
         return self.ranks.world_size
 
-    @property
-    def failures(self) -> FailureBoard | None:
-        """Where ranks tell each other of the first error; ``None`` where ranks cannot talk."""
-        return self._failures
-
     def span(self, name: str) -> Span:
         """A context manager that counts its block's seconds under ``name``."""
         return self.ledger.span(name)
@@ -172,7 +168,7 @@ class Job:
             An exception that names the rank that failed and its error, if there is one; else
             ``error``.
         """
-        return (broken if self._failures is None else self._failures.explain)(what, error)
+        return (broken if self.failures is None else self.failures.explain)(what, error)
 
     def fail(self, error: BaseException) -> None:
         """Make the other ranks fail with ``error``, and close.
@@ -181,10 +177,10 @@ class Job:
         first error of all ranks is the one that counts. Ends the process group even if the job
         has adopted it: ranks which wait for this one must not wait on.
         """
-        if self._failures is None:
+        if self.failures is None:
             self.close()
             return
-        failures, self._failures = self._failures, None
+        failures, self.failures = self.failures, None
         failures.record(error)
         self._release()
         process_group.abandon()
@@ -193,8 +189,8 @@ class Job:
     def close(self) -> None:
         """Release what the job has created. May be called repeatedly."""
         if self._release():
-            if self._failures is not None:
-                self._failures.leave()
+            if self.failures is not None:
+                self.failures.leave()
             process_group.leave()
 
     def __enter__(self) -> Job:
@@ -214,8 +210,8 @@ class Job:
         """Build axes and communication, and make sure that all ranks run one plan."""
         meet = None
         if store is not None:
-            self._failures = FailureBoard(store, self.rank, self.world_size)
-            meet = self._failures.meet
+            self.failures = FailureBoard(store, self.rank, self.world_size)
+            meet = self.failures.meet
         options: dict[str, Any] = {
             "device_type": self.accelerator.device_type,
             "timeout": timeout,
@@ -228,7 +224,7 @@ class Job:
         )
         self.on_close(self.mesh.close)
         self.random = RandomStreams(self.plan.section(Seed).root, self.mesh, self.device)
-        inner = TorchCommunicator(self.mesh, self.device, self._failures)
+        inner = TorchCommunicator(self.mesh, self.device, self.failures)
         self.on_close(inner.close)
         self.communicator = self.byte_log = ByteLog(inner)
         if store is not None:

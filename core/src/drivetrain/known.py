@@ -1,7 +1,7 @@
 """Names that core knows without importing their owners, so that an error can say what to install.
 
 They stand in ``known.json``. A test holds it against the workspace: every name that a first-party
-distribution serves is listed there under that distribution.
+distribution serves is listed there under that distribution, and what is planned does not exist.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-OWNERS: Mapping[str, Mapping[str, str]] = json.loads(
-    Path(__file__).with_suffix(".json").read_text("utf-8")
-)
+_TABLE = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
+
+OWNERS: Mapping[str, Mapping[str, str]] = _TABLE["owners"]
 """Entry point group -> name -> first-party distribution that serves it."""
+
+PLANNED: frozenset[str] = frozenset(_TABLE["planned"])
+"""Those of the distributions that do not exist yet."""
 
 SECTIONS = OWNERS["plugins"]
 """Config path -> first-party distribution that serves it."""

@@ -17,7 +17,7 @@ from typing import Any, Literal, NoReturn, cast, get_args
 from drivetrain import __version__
 from drivetrain.builtin import ENTRIES
 from drivetrain.errors import PluginError
-from drivetrain.known import OWNERS
+from drivetrain.known import OWNERS, PLANNED
 from drivetrain.wording import did_you_mean
 
 Group = Literal[
@@ -256,7 +256,9 @@ class Registry:
                 return f"served by {entry.distribution}, which is {entry.hidden}"
         for known, owner in OWNERS.get(group, {}).items():
             if _same(group, known, name):
-                return f"served by {owner}, which is not installed: pip install {owner}"
+                how = f"not installed: pip install {owner}"
+                how = "not released yet" if owner in PLANNED else how
+                return f"served by {owner}, which is {how}"
         return None
 
     def _matching(self, group: Group, name: str) -> list[Entry]:

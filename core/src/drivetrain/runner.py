@@ -44,6 +44,11 @@ class MicroBatchRunner:
 
     def run(self, batches: Iterator[Any], train: bool) -> torch.Tensor:
         engine = self._engine
+        if not isinstance(batches, Iterator):
+            raise TrainingError(
+                f"a batch is taken from an iterator, which goes on where it was, not from a "
+                f"{type(batches).__name__}, which would begin again: make iter(...) of it once"
+            )
         count = engine.gradient_accumulation_steps() if train else 1
         total = torch.zeros((), dtype=torch.float32, device=engine.device)
         for index in range(count):

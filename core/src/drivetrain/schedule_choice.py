@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,9 +28,9 @@ def make_schedule(
         ConfigError: nobody serves the name, or a parameter is unknown, missing or out of range.
     """
     entry = registry.find("schedulers", name)
-    known = next((own for own in TORCH_SCHEDULERS if own.lower() == name.lower()), name)
+    known = next((own for own in TORCH_SCHEDULERS if own.lower() == name.lower()), "")
     factory = entry.load() if entry else getattr(torch.optim.lr_scheduler, known, None)
-    if factory is None or inspect.ismodule(factory):
+    if factory is None:
         names = [*registry.names("schedulers"), *TORCH_SCHEDULERS]
         raise ConfigError(
             f"scheduler.type: no scheduler is named {name!r}{did_you_mean(name, names)}"

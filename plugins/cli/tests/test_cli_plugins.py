@@ -12,6 +12,7 @@ from drivetrain import __version__
 from drivetrain.accelerator import Accelerator
 from drivetrain.cli import main
 from drivetrain.errors import PluginError
+from drivetrain.known import PLANNED
 from drivetrain.plugin import Plugin, Section, hookimpl
 from drivetrain.registry import CORE, Entry, Registry
 from drivetrain.section import Float, PositiveInt, Scalar
@@ -184,6 +185,11 @@ def test_the_report_survives_a_plugin_that_does_not_load() -> None:
 def test_the_report_says_how_to_get_what_is_missing() -> None:
     row = cells(drivetrain("report").stdout, "pip install drivetrain-onebit")
     assert row[0] == "OneBitAdam"
+
+
+def test_the_report_sends_nobody_for_packages_that_do_not_exist() -> None:
+    text = drivetrain("report").stdout
+    assert not [name for name in PLANNED if name in text]
 
 
 # -- test-plugin -------------------------------------------------------------------------------

@@ -59,8 +59,6 @@ def make_rule(name: str, params: Params, registry: Registry, job: Job) -> Update
             not elementwise.
         PluginError: a factory does not load, or makes something else.
     """
-    if "max_grad_norm" in params:
-        raise ConfigError(f"{PARAMS}.max_grad_norm: not supported; set gradient_clipping instead")
     entry = registry.find("optimizers", name)
     if entry is not None:
         made = entry.load()

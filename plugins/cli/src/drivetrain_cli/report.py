@@ -199,6 +199,7 @@ def _table(entry: Entry) -> Rows:
 def _missing(registry: Registry) -> Rows:
     served = {**known.SECTIONS, **known.OWNERS["optimizers"]}
     present = {e.distribution for group in GROUPS for e in registry.entries(group)}
-    for distribution in sorted(set(served.values()) - present - {_ADDS_TO_CPU}):
+    wanted = set(served.values()) - known.PLANNED - present
+    for distribution in sorted(wanted - {_ADDS_TO_CPU}):
         names = sorted(name for name, owner in served.items() if owner == distribution)
         yield ", ".join(names), f"pip install {distribution}"
