@@ -389,19 +389,6 @@ def test_ranks_that_wait_fail_with_the_error_of_the_one_that_raised(culprit, pla
         ), error.error
 
 
-left_open: list[Job] = []
-
-
-def leaves_a_job_open() -> None:
-    left_open.append(Job.open(plan()))
-
-
-def test_a_job_left_open_in_a_rank_that_is_used_again_does_not_swallow_later_errors():
-    for _ in range(2):
-        run_distributed(leaves_a_job_open, 4)
-    test_ranks_that_wait_fail_with_the_error_of_the_one_that_raised(1, "script")
-
-
 def fails_but_lives_on(folder: Path) -> None:
     job = Job.open(plan())
     total(job)

@@ -15,6 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from drivetrain.communicator import Purpose, Tag
+from drivetrain.job import Job
+from drivetrain.plan import Plan
 from drivetrain.testing import RanksFailedError, run_distributed
 
 
@@ -67,6 +70,26 @@ def untidy() -> tuple[object, ...]:
 
 def test_a_call_finds_nothing_of_the_one_before():
     assert run_distributed(untidy, 2) == run_distributed(untidy, 2)
+
+
+left_open: list[Job] = []
+
+
+def leaves_a_job_open(culprit: int | None) -> None:
+    job = Job.open(Plan.build({}, world_size=2, batch_required=False))
+    left_open.append(job)
+    if job.rank == culprit:
+        raise ValueError("no more data")
+    if culprit is not None:
+        job.communicator.barrier("world", Tag(Purpose.CONTROL))
+
+
+def test_a_job_that_is_left_open_does_not_swallow_errors_of_the_next():
+    for _ in range(2):
+        run_distributed(leaves_a_job_open, 2, None)
+    with pytest.raises(RanksFailedError) as caught:
+        run_distributed(leaves_a_job_open, 2, 1)
+    assert "because rank 1 failed: ValueError: no more data" in caught.value.errors[0].error
 
 
 def variable() -> str | None:
