@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -313,6 +313,22 @@ class Gathering:
                 unit.held = False
                 unit.release()
 
+    def _watch_output(self, unit: GatheredUnit, output: torch.Tensor) -> None:
+        """Gather the unit when backward comes to what made ``output``.
+
+        Hooks on that node run after those on the tensor, by which the unit that took it as input
+        is released: so the memory of one can be that of the other.
+        """
+
+        def hook(_gradient: object) -> None:
+            self._before_backward(unit)
+
+        node: Any = output.grad_fn
+        if node is None:
+            cast("Any", output).register_hook(hook)
+        else:
+            node.register_prehook(hook)
+
     def _watch_inputs(self, unit: GatheredUnit, inputs: object) -> None:
         """Release the unit when the gradients of its inputs are known."""
         watched = [t for t in tensors_in(inputs) if t.requires_grad]
@@ -323,8 +339,7 @@ class Gathering:
         if torch.is_grad_enabled():
             for tensor in tensors_in(outputs):
                 if tensor.requires_grad:
-                    hooked: Any = tensor  # torch does not type the method
-                    hooked.register_hook(lambda _gradient: self._before_backward(unit))
+                    self._watch_output(unit, tensor)
         if _in_backward():
             return  # recomputed; its backward comes at once
         if unit.number:

@@ -15,9 +15,8 @@ def most_gathered(
     """Most bytes of whole parameters at once, beside those that always stay whole.
 
     The root is whole all through a pass, and with it the unit that computes and those that are
-    gathered or fetched ahead of their use. In backward, where most is, the unit before is released
-    only when the next one has been gathered. Taken over a backward in the model's order. What is
-    kept until an update is all whole by then.
+    gathered or fetched ahead of their use. Taken over a backward in the model's order. What is kept
+    until an update is all whole by then.
 
     Args:
         units: the root first.
@@ -29,10 +28,10 @@ def most_gathered(
     root, *others = units
     coming = [unit for unit in reversed(others) if not unit.persistent]
     fetches = any(bucket.fetches for unit in coming for bucket in unit.buckets)
-    most = 0
-    for place in range(len(coming)):
-        before = sum(map(_nbytes, coming[max(0, place - 1) : place]))
-        most = max(most, before + _from(coming[place:], policy, asynchronous, fetches))
+    most = max(
+        (_from(coming[place:], policy, asynchronous, fetches) for place in range(len(coming))),
+        default=0,
+    )
     return most + (0 if root.persistent else _nbytes(root))
 
 
