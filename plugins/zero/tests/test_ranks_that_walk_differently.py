@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import drivetrain
@@ -35,7 +36,10 @@ each_way_to_gather = pytest.mark.parametrize("zero", GATHERS.values(), ids=GATHE
 
 
 class Walk(nn.Module):
-    """Blocks that are used in the order of a list, as often as it names them."""
+    """Blocks that are used in the order of a list, as often as it names them.
+
+    A negative number uses the weights of a block outside of it: -1 those of the first.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +51,11 @@ class Walk(nn.Module):
 
     def forward(self, x: torch.Tensor, way: list[int]) -> torch.Tensor:
         for number in way:
-            x = x + self.blocks[number](x)
+            if number >= 0:
+                x = x + self.blocks[number](x)
+            else:
+                first, _, last = self.blocks[-number - 1]
+                x = x + F.linear(F.linear(x, first.weight), last.weight)
         return self.head(x).square().mean()
 
 
@@ -55,30 +63,37 @@ def batch(rank: int, step: int) -> torch.Tensor:
     return torch.randn(2, 8, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
-def reference(ways: list[list[list[int]]]) -> list[float]:
-    """Losses of one process that takes all ranks' ways; ``ways[step][rank]``."""
+def reference(ways: list[list[list[int]]], accumulation: int) -> list[float]:
+    """Losses of one process that takes all ranks' ways; ``ways[micro-batch][rank]``."""
     model, losses = Walk(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step, of_ranks in enumerate(ways):
-        terms = [model(batch(rank, step), way) for rank, way in enumerate(of_ranks)]
+    for number, of_ranks in enumerate(ways):
+        if number % accumulation == 0:
+            optimizer.zero_grad(set_to_none=False)
+        terms = [model(batch(rank, number), way) for rank, way in enumerate(of_ranks)]
         loss = torch.stack(terms).mean()
-        optimizer.zero_grad(set_to_none=False)
-        loss.backward()
-        optimizer.step()
+        (loss / accumulation).backward()
+        if (number + 1) % accumulation == 0:
+            optimizer.step()
         losses.append(loss.item())
     return losses
 
 
-def start(zero: dict[str, Any], *, shared: bool = False) -> drivetrain.Engine:
+def start(
+    zero: dict[str, Any], *, accumulation: int = 1, shared: bool = False
+) -> drivetrain.Engine:
     """An engine of ranks that share memory, where drivetrain-cpu is installed, or do not."""
     without = {} if shared else {"DRIVETRAIN_DISABLE_PLUGINS": "drivetrain-cpu"}
+    config = {**BASE, "zero_optimization": zero, "gradient_accumulation_steps": accumulation}
     with patch.dict(os.environ, without):
-        engine, *_ = drivetrain.initialize(model=Walk(), config={**BASE, "zero_optimization": zero})
+        engine, *_ = drivetrain.initialize(model=Walk(), config=config)
     return engine
 
 
-def train(ways: list[list[list[int]]], zero: dict[str, Any], shared: bool) -> list[float]:
-    engine = start(zero, shared=shared)
+def train(
+    ways: list[list[list[int]]], zero: dict[str, Any], accumulation: int, shared: bool
+) -> list[float]:
+    engine = start(zero, accumulation=accumulation, shared=shared)
     rank, losses = engine.job.rank, []
     for step, of_ranks in enumerate(ways):
         loss = engine(batch(rank, step), of_ranks[rank])
@@ -90,29 +105,39 @@ def train(ways: list[list[list[int]]], zero: dict[str, Any], shared: bool) -> li
 
 
 def assert_like_reference(
-    ways: list[list[list[int]]], zero: dict[str, Any], *, shared: bool = False
+    ways: list[list[list[int]]],
+    zero: dict[str, Any],
+    *,
+    accumulation: int = 1,
+    shared: bool = False,
 ) -> None:
-    by_rank = run_distributed(train, len(ways[0]), ways, zero, shared)
+    by_rank = run_distributed(train, len(ways[0]), ways, zero, accumulation, shared)
     losses = [sum(step) / len(step) for step in zip(*by_rank, strict=True)]
-    assert losses == pytest.approx(reference(ways), rel=1e-5)
+    assert losses == pytest.approx(reference(ways, accumulation), rel=1e-5)
+
+
+def in_turns(ways: list[list[list[int]]]) -> list[list[list[int]]]:
+    """Two micro-batches for each: in the second one ranks swap their ways."""
+    return [turn for of_ranks in ways for turn in (of_ranks, of_ranks[::-1])]
 
 
 @each_way_to_gather
 def test_ranks_may_drop_different_layers(zero: dict[str, Any]) -> None:
-    assert_like_reference(
-        [
-            [[0, 1, 2, 3], [0, 2, 3], [1, 3]],
-            [[3], [0, 1, 2, 3], [0]],
-            [[], [2], [0, 1, 2, 3]],
-        ],
-        zero,
-    )
+    ways = [
+        [[0, 1, 2, 3], [0, 2, 3], [1, 3]],
+        [[3], [0, 1, 2, 3], [0]],
+        [[], [2], [0, 1, 2, 3]],
+    ]
+    assert_like_reference(ways, zero)
+    assert_like_reference(in_turns(ways), zero, accumulation=2)
 
 
 @each_way_to_gather
 def test_another_order_on_all_ranks_is_learned(zero: dict[str, Any]) -> None:
     other = [3, 1, 1, 0, 2, 0]
-    assert_like_reference([[other, other]] * 3 + [[[0, 1], [0, 1]], [other, other]], zero)
+    ways = [[other, other]] * 3 + [[[0, 1], [0, 1]], [other, other]]
+    assert_like_reference(ways, zero)
+    assert_like_reference([*ways, [[0, 1], [0, 1]]], zero, accumulation=2)
 
 
 @each_way_to_gather
@@ -126,6 +151,20 @@ def test_ranks_may_drop_different_uses_of_a_layer_that_comes_again(zero: dict[st
     other = [0, 1, 2, 1, 3, 2]
     ways = [[other, other], [other, other], [[0, 1, 3, 2], [2, 1]], [[1, 2, 1], other], [[2], [3]]]
     assert_like_reference(ways, zero)
+    assert_like_reference(in_turns(ways), zero, accumulation=2)
+
+
+@each_way_to_gather
+def test_ranks_may_use_weights_of_different_layers_outside_of_them(zero: dict[str, Any]) -> None:
+    usual = [0, 1, 2, 3]
+    ways = [
+        [[0, -2, 2, 3], usual],
+        [usual, [-1, -2, 3, -4]],
+        [[-2, 1, 2], [0, 3]],
+        [[0, 1, 2, -4], [-4]],
+    ]
+    assert_like_reference(ways, zero)
+    assert_like_reference(in_turns(ways), zero, accumulation=2)
 
 
 @pytest.mark.skipif(find_spec("drivetrain_cpu") is None, reason="ranks share no memory")
@@ -141,7 +180,7 @@ def test_loops_of_different_lengths_end_with_an_error_that_names_units_and_ranks
 ) -> None:
     ways = [[[0, 1, 1, 1, 2], [0, 1, 2, 3]]]
     with pytest.raises(RanksFailedError) as caught:
-        run_distributed(train, 2, ways, zero, False)
+        run_distributed(train, 2, ways, zero, 1, False)
     assert set(caught.value.errors) == {0, 1}
     for error in caught.value.errors.values():
         assert "rank 0 needs unit 'blocks.1'" in error.error

@@ -211,10 +211,17 @@ class ShardedBucket:
             self._keeper.fetched()
             self._fetching = False
 
-    def start_gather(self, *, asynchronous: bool) -> None:
-        """Begin to make the parameters whole, for reading. Collective."""
+    def start_gather(self, *, asynchronous: bool, again: bool = False) -> None:
+        """Begin to make the parameters whole, for reading. Collective.
+
+        Args:
+            asynchronous: go on meanwhile.
+            again: also where they are whole already, to take part in what others need.
+        """
         if self._row is None:
             self._start_copy(asynchronous=asynchronous)
+        if again and self._copied and self._handle is None:
+            self._handle = self._gather("gather", asynchronous=asynchronous)
 
     def finish_gather(self) -> None:
         """Return once the parameters are whole."""

@@ -16,7 +16,7 @@ from drivetrain.checkpoint.tensor_file import TensorEntry, write_tensors
 from drivetrain.communicator import Purpose, Tag
 from drivetrain.errors import ConfigError
 from drivetrain.parameters import whole
-from drivetrain_zero.gathering import find_units
+from drivetrain_zero.gathered_unit import find_units
 from drivetrain_zero.section import ZeroSection
 
 if TYPE_CHECKING:

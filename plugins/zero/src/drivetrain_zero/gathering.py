@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,7 +24,6 @@ from torch import nn
 from torch.autograd.graph import register_multi_grad_hook
 
 from drivetrain.backward_window import tensors_in
-from drivetrain.units import units
 from drivetrain_zero.order import Pass
 from drivetrain_zero.outside_use import remove, returns_own
 
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from drivetrain_zero.agreement import Agreement
-    from drivetrain_zero.bucket import ShardedBucket
+    from drivetrain_zero.gathered_unit import GatheredUnit
 
 _DIGEST_PRIME = 16_777_213
 """Below 2^24, so that a digest is a whole number in float32."""
@@ -62,119 +61,6 @@ class GatherPolicy:
     reuse_distance: int | None
     until_update: bool
     log_order: bool
-
-
-@dataclass(eq=False)
-class GatheredUnit:
-    """Parameters that are gathered together.
-
-    Args:
-        number: position in the module's order.
-        name: path of the module; empty for the root.
-        module: whose forward needs them.
-        buckets: where they lie.
-        persistent: they stay gathered.
-    """
-
-    number: int
-    name: str
-    module: nn.Module
-    parameters: Sequence[nn.Parameter]
-    buckets: list[ShardedBucket] = field(default_factory=list)
-    persistent: bool = False
-    pins: int = 0
-    started: bool = False
-    gathered: bool = False
-    held: bool = False
-    fetching: bool = False
-    turn: int = 0
-    _in_use: bool = False
-
-    @property
-    def numel(self) -> int:
-        """Elements of the whole unit."""
-        return sum(bucket.whole.numel() for bucket in self.buckets)
-
-    def fetch_ahead(self) -> None:
-        """Begin to bring this rank's shards to the device, if they are kept elsewhere."""
-        if not self.started and not self.fetching:
-            for bucket in self.buckets:
-                bucket.fetch_ahead()
-            self.fetching = True
-
-    def start(self, *, asynchronous: bool) -> None:
-        """Begin to gather. Collective."""
-        if self.started:
-            return
-        for bucket in self.buckets:
-            bucket.start_gather(asynchronous=asynchronous)
-        self.started = True
-
-    def gather(self) -> None:
-        """Make the parameters whole. Collective unless it has been started."""
-        if self.gathered:
-            return
-        self.start(asynchronous=False)
-        for bucket in self.buckets:
-            bucket.finish_gather()
-        self.gathered = True
-
-    def pin(self) -> None:
-        """Make the parameters whole for somebody who may write, until :meth:`unpin`. Collective."""
-        for bucket in self.buckets:
-            bucket.gather_private()
-        if not self.pins:
-            self._in_use = self.gathered
-        self.pins += 1
-        self.started = self.gathered = True
-
-    def unpin(self) -> None:
-        """End one :meth:`pin`; the unit is as it was before once all have ended."""
-        self.pins -= 1
-        if self.pins:
-            return
-        for bucket in self.buckets:
-            bucket.release()
-        self.started = self.gathered = False
-        if self._in_use or self.persistent:
-            self.gather()
-
-    def release(self) -> None:
-        """Keep only the shards, unless somebody else needs more."""
-        idle = not self.started and not self.fetching
-        if idle or self.pins or self.persistent or self.held:
-            return
-        for bucket in self.buckets:
-            bucket.release()
-        self.started = self.gathered = self.fetching = False
-
-
-def find_units(module: nn.Module) -> list[GatheredUnit]:
-    """The units of ``module`` with the parameters that each gathers: the root first.
-
-    Besides the repeated blocks, modules that say ``drivetrain_unit = True`` are units, anywhere,
-    and a parameter belongs to the innermost. One that several units use (tied weights) belongs to
-    the root.
-    """
-    heads = {unit.module for unit in units(module)}
-    paths = {module: ""}
-    users: dict[nn.Parameter, set[nn.Module]] = {}
-
-    def visit(part: nn.Module, path: str, inside: nn.Module) -> None:
-        if part in heads or getattr(part, "drivetrain_unit", False):
-            paths.setdefault(part, path)
-            inside = part
-        for parameter in part.parameters(recurse=False):
-            users.setdefault(parameter, set()).add(inside)
-        for name, child in part.named_children():
-            visit(child, f"{path}.{name}" if path else name, inside)
-
-    visit(module, "", module)
-    own: dict[nn.Module, list[nn.Parameter]] = {part: [] for part in paths}
-    for parameter in module.parameters():
-        inside, *others = users[parameter]
-        own[module if others else inside].append(parameter)
-    return [GatheredUnit(i, paths[part], part, own[part]) for i, part in enumerate(paths)]
 
 
 class Gathering:
@@ -255,7 +141,7 @@ class Gathering:
     def release_all(self) -> None:
         """Keep only shards."""
         for unit in self.units:
-            unit.held = False
+            unit.kept = unit.held = unit.rejoins = False
             unit.release()
 
     def close(self) -> None:
@@ -301,16 +187,17 @@ class Gathering:
 
     def use_outside(self, unit: GatheredUnit) -> None:
         """Somebody uses parameters of ``unit`` outside of its module, while the model computes."""
-        if self._forward is None and not _in_backward():
+        if unit.held or (self._forward is None and not _in_backward()):
             return
         if not unit.gathered:
             self._visit(unit)
         unit.held = True  # nobody can tell for how long
+        self._rest(unit)
 
     def _release_held(self) -> None:
         for unit in self.units:
-            if unit.held and not self._policy.until_update:
-                unit.held = False
+            if unit.held:
+                unit.held = unit.rejoins = False
                 unit.release()
 
     def _watch_output(self, unit: GatheredUnit, output: torch.Tensor) -> None:
@@ -331,9 +218,14 @@ class Gathering:
 
     def _watch_inputs(self, unit: GatheredUnit, inputs: object) -> None:
         """Release the unit when the gradients of its inputs are known."""
+
+        def release(_gradients: object) -> None:
+            if not unit.held:
+                unit.release()
+
         watched = [t for t in tensors_in(inputs) if t.requires_grad]
         if watched:
-            register_multi_grad_hook(watched, lambda _gradients: unit.release())
+            register_multi_grad_hook(watched, release)
 
     def _after_forward(self, unit: GatheredUnit, outputs: object) -> None:
         if torch.is_grad_enabled():
@@ -345,7 +237,8 @@ class Gathering:
         if unit.number:
             if returns_own(unit, outputs):
                 self.use_outside(unit)
-            self._rest(unit)
+            elif not unit.held:
+                self._rest(unit)
             return
         if not torch.is_grad_enabled():
             self._release_held()
@@ -382,6 +275,9 @@ class Gathering:
             self._start(unit, asynchronous=False)
             self._finish(unit)
             return
+        if unit.held:
+            walk.visited.append(unit.number)  # it is whole, and joined when its turn comes
+            return
         for number in walk.visit(unit.number):
             if self.alone:
                 walk.step()
@@ -417,9 +313,9 @@ class Gathering:
         return self._backward
 
     def _start(self, unit: GatheredUnit, *, asynchronous: bool, known: bool = True) -> None:
-        if unit.started:
+        if unit.started and not unit.rejoins:
             return
-        unit.held = unit.held or self._policy.until_update
+        unit.kept = self._policy.until_update
         self.gathers = (self.gathers * 31 + unit.number + 1) % _DIGEST_PRIME
         if self._agreement is None:
             unit.start(asynchronous=asynchronous)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from drivetrain.job import Job
     from drivetrain.mesh import Axis
     from drivetrain_zero.bucket import ShardedBucket
-    from drivetrain_zero.gathering import GatheredUnit
+    from drivetrain_zero.gathered_unit import GatheredUnit
 
 
 class WholeOnDemand(ABC):

@@ -17,7 +17,8 @@ from torch import nn
 from drivetrain.backward_window import tensors_in
 
 if TYPE_CHECKING:
-    from drivetrain_zero.gathering import GatheredUnit, Gathering
+    from drivetrain_zero.gathered_unit import GatheredUnit
+    from drivetrain_zero.gathering import Gathering
 
 _Parameters = dict[str, nn.Parameter | None]
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from drivetrain_zero.gathering import GatheredUnit, GatherPolicy
+    from drivetrain_zero.gathered_unit import GatheredUnit
+    from drivetrain_zero.gathering import GatherPolicy
 
 
 def most_gathered(

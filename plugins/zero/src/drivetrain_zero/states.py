@@ -29,7 +29,8 @@ from drivetrain_zero.agreement import agreement_of
 from drivetrain_zero.bucket import ShardedBucket
 from drivetrain_zero.foreign_changes import ForeignChanges
 from drivetrain_zero.frozen import plan_frozen
-from drivetrain_zero.gathering import GatheredUnit, Gathering, find_units
+from drivetrain_zero.gathered_unit import GatheredUnit, find_units
+from drivetrain_zero.gathering import Gathering
 from drivetrain_zero.gradients import GradientMemory, ReduceScatterBucket
 from drivetrain_zero.guards import refuse_released_state_dict
 from drivetrain_zero.handle import ShardedParameter
