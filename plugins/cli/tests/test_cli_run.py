@@ -255,6 +255,40 @@ time.sleep(60)
     assert "closing signal SIGTERM" in (tmp_path / "logs" / "agent.log").read_text()
 
 
+def test_a_rank_killed_while_others_wait_is_named_and_not_how_they_broke(
+    script, run
+) -> None:
+    source = """
+import os, signal
+from drivetrain.communicator import Purpose, Tag
+from drivetrain.job import Job
+from drivetrain.plan import Plan
+
+with Job.open(Plan.build({}, world_size=2, batch_required=False)) as job:
+    job.communicator.barrier("world", Tag(Purpose.CONTROL))
+    if job.rank == 1:
+        print("last words", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    job.communicator.barrier("world", Tag(Purpose.CONTROL))
+"""
+    done = run("--nproc", "2", script(source))
+    assert done.stderr.startswith("error: rank 1 was killed by SIGKILL; often this means that")
+    assert "| last words" in done.stderr
+
+
+def test_what_a_rank_raised_goes_before_how_others_broke_even_if_it_was_written_later(
+    tmp_path,
+) -> None:
+    errors = [
+        {"rank": 0, "time_ns": 1, "message": "CommunicationError: broken", "follows": True},
+        {"rank": 1, "time_ns": 2, "message": "ValueError: no more data", "follows": False},
+    ]
+    for error in errors:
+        content = {**error, "local_rank": error["rank"], "where": None, "says_all": True}
+        (tmp_path / f"rank{error['rank']}.error.json").write_text(json.dumps(content))
+    assert str(explain_failure(tmp_path, 2)).startswith("rank 1 failed: ValueError: no more data")
+
+
 def test_a_missing_script_is_one_message(tmp_path) -> None:
     assert "script 'nothing.py' does not exist (looked in " in refuse("nothing.py")
 

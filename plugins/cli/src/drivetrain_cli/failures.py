@@ -22,7 +22,12 @@ def explain_failure(folder: Path, ranks: int) -> DrivetrainError:
     raised = sorted(map(_read, folder.glob("rank*.error.json")), key=lambda e: e["time_ns"])
     ended = _read(folder / "failures.json")
     agent = _read(folder / "agent.error.json")
-    if raised:
+    causes = [error for error in raised if not error.get("follows")]
+    if causes:
+        lines = _raised(causes, folder)
+    elif killed := {r: f for r, f in ended.items() if _killed(f)}:
+        lines = _ended(killed, folder)
+    elif raised:
         lines = _raised(raised, folder)
     elif ended:
         lines = _ended(ended, folder)
@@ -45,8 +50,12 @@ def _raised(errors: list[dict[str, Any]], folder: Path) -> list[str]:
     return lines if complete else [*lines, *_tail(_log(folder, first))]
 
 
-def _ended(failures: dict[str, Any], folder: Path) -> list[str]:
+def _killed(failure: dict[str, Any]) -> bool:
     # A rank that torchrun itself ended, because another had failed, shows SIGTERM.
+    return bool(failure["exit_code"] < 0 and failure["exit_code"] != -signal.SIGTERM)
+
+
+def _ended(failures: dict[str, Any], folder: Path) -> list[str]:
     own = {r: f for r, f in failures.items() if f["exit_code"] != -signal.SIGTERM} or failures
     rank, failure = next(iter(own.items()))
     code = failure["exit_code"]

@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
-from drivetrain.errors import DrivetrainError
+from drivetrain.errors import CommunicationError, DrivetrainError
 
 FOLDER_VARIABLE = "DRIVETRAIN_RUN_FOLDER"
 
@@ -90,6 +90,8 @@ def _record(folder: Path, local_rank: int, error: BaseException, message: str) -
         "local_rank": local_rank,
         "time_ns": time.time_ns(),
         "message": message,
+        # Of another rank's failure, most often; that may be one without a word, by a signal.
+        "follows": isinstance(error, CommunicationError),
         "says_all": isinstance(error, DrivetrainError),
         "where": where,
         "traceback": "".join(traceback.format_exception(error)),
