@@ -255,9 +255,7 @@ time.sleep(60)
     assert "closing signal SIGTERM" in (tmp_path / "logs" / "agent.log").read_text()
 
 
-def test_a_rank_killed_while_others_wait_is_named_and_not_how_they_broke(
-    script, run
-) -> None:
+def test_a_rank_killed_while_others_wait_is_named_and_not_how_they_broke(script, run) -> None:
     source = """
 import os, signal
 from drivetrain.communicator import Purpose, Tag

@@ -91,12 +91,16 @@ def start(
 
 
 def train(
-    ways: list[list[list[int]]], zero: dict[str, Any], accumulation: int, shared: bool
+    ways: list[list[list[int]]], zero: dict[str, Any], accumulation: int, shared: bool, looks: bool
 ) -> list[float]:
+    """Losses; ``looks`` evaluates the model on the same way between forward and backward."""
     engine = start(zero, accumulation=accumulation, shared=shared)
     rank, losses = engine.job.rank, []
     for step, of_ranks in enumerate(ways):
         loss = engine(batch(rank, step), of_ranks[rank])
+        if looks:
+            with torch.no_grad():
+                assert torch.equal(engine(batch(rank, step), of_ranks[rank]), loss)
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
@@ -110,8 +114,9 @@ def assert_like_reference(
     *,
     accumulation: int = 1,
     shared: bool = False,
+    looks: bool = False,
 ) -> None:
-    by_rank = run_distributed(train, len(ways[0]), ways, zero, accumulation, shared)
+    by_rank = run_distributed(train, len(ways[0]), ways, zero, accumulation, shared, looks)
     losses = [sum(step) / len(step) for step in zip(*by_rank, strict=True)]
     assert losses == pytest.approx(reference(ways, accumulation), rel=1e-5)
 
@@ -129,6 +134,7 @@ def test_ranks_may_drop_different_layers(zero: dict[str, Any]) -> None:
         [[], [2], [0, 1, 2, 3]],
     ]
     assert_like_reference(ways, zero)
+    assert_like_reference(ways, zero, looks=True)
     assert_like_reference(in_turns(ways), zero, accumulation=2)
 
 
@@ -151,6 +157,7 @@ def test_ranks_may_drop_different_uses_of_a_layer_that_comes_again(zero: dict[st
     other = [0, 1, 2, 1, 3, 2]
     ways = [[other, other], [other, other], [[0, 1, 3, 2], [2, 1]], [[1, 2, 1], other], [[2], [3]]]
     assert_like_reference(ways, zero)
+    assert_like_reference(ways, zero, looks=True)
     assert_like_reference(in_turns(ways), zero, accumulation=2)
 
 
@@ -159,12 +166,19 @@ def test_ranks_may_use_weights_of_different_layers_outside_of_them(zero: dict[st
     usual = [0, 1, 2, 3]
     ways = [
         [[0, -2, 2, 3], usual],
-        [usual, [-1, -2, 3, -4]],
+        [usual, [-1, -2, 3]],
         [[-2, 1, 2], [0, 3]],
         [[0, 1, 2, -4], [-4]],
     ]
     assert_like_reference(ways, zero)
+    assert_like_reference(ways, zero, looks=True)
     assert_like_reference(in_turns(ways), zero, accumulation=2)
+
+
+@each_way_to_gather
+def test_weights_of_the_last_layer_may_be_used_again_outside_of_it(zero: dict[str, Any]) -> None:
+    way = [0, 1, 2, 3, -4]
+    assert_like_reference([[way, way]] * 3, zero, looks=True)
 
 
 @pytest.mark.skipif(find_spec("drivetrain_cpu") is None, reason="ranks share no memory")
@@ -180,7 +194,7 @@ def test_loops_of_different_lengths_end_with_an_error_that_names_units_and_ranks
 ) -> None:
     ways = [[[0, 1, 1, 1, 2], [0, 1, 2, 3]]]
     with pytest.raises(RanksFailedError) as caught:
-        run_distributed(train, 2, ways, zero, 1, False)
+        run_distributed(train, 2, ways, zero, 1, False, False)
     assert set(caught.value.errors) == {0, 1}
     for error in caught.value.errors.values():
         assert "rank 0 needs unit 'blocks.1'" in error.error

@@ -25,6 +25,7 @@ class GatheredUnit:
         buckets: where they lie.
         persistent: they stay gathered.
         kept: they do until the next update.
+        awaited: they do until a backward that is to come.
         held: somebody uses them outside of the module, until backward is over.
         rejoins: they are held where ranks that do not hold them have released them, and so take
             part in the next gather all the same.
@@ -40,6 +41,7 @@ class GatheredUnit:
     started: bool = False
     gathered: bool = False
     kept: bool = False
+    awaited: bool = False
     held: bool = False
     rejoins: bool = False
     fetching: bool = False
@@ -102,7 +104,7 @@ class GatheredUnit:
             return
         for bucket in self.buckets:
             bucket.release()
-        self.started = self.gathered = self.fetching = False
+        self.started = self.gathered = self.fetching = self.awaited = False
 
 
 def find_units(module: nn.Module) -> list[GatheredUnit]:

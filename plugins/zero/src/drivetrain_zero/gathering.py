@@ -99,6 +99,7 @@ class Gathering:
         self._backward: Pass | None = None
         self.last_forward: Pass | None = None
         self.last_backward: Pass | None = None
+        self._held_without_graph: list[GatheredUnit] = []
         self._hooks: list[RemovableHandle] = []
         self._fetches = any(bucket.fetches for unit in units for bucket in unit.buckets)
         self._choose_persistent()
@@ -192,13 +193,16 @@ class Gathering:
         if not unit.gathered:
             self._visit(unit)
         unit.held = True  # nobody can tell for how long
+        if not torch.is_grad_enabled():
+            self._held_without_graph.append(unit)
         self._rest(unit)
 
-    def _release_held(self) -> None:
-        for unit in self.units:
-            if unit.held:
-                unit.held = unit.rejoins = False
-                unit.release()
+    def _release_held_without_graph(self) -> None:
+        """Let go of what no backward will come back for; a forward before may hold others."""
+        while self._held_without_graph:
+            unit = self._held_without_graph.pop()
+            unit.held = unit.rejoins = False
+            unit.release()
 
     def _watch_output(self, unit: GatheredUnit, output: torch.Tensor) -> None:
         """Gather the unit when backward comes to what made ``output``.
@@ -241,7 +245,7 @@ class Gathering:
                 self._rest(unit)
             return
         if not torch.is_grad_enabled():
-            self._release_held()
+            self._release_held_without_graph()
         current, self._forward = self._forward, None
         if current is not None:
             self._end(current)
@@ -271,7 +275,8 @@ class Gathering:
     def _visit(self, unit: GatheredUnit) -> None:
         """Gather a unit that is about to be used, after those that come before it."""
         walk = self._walk()
-        if walk is None:
+        # Backward begins at the root, if a forward in between has released it.
+        if walk is None or (unit.number == 0 and _in_backward()):
             self._start(unit, asynchronous=False)
             self._finish(unit)
             return
@@ -370,7 +375,9 @@ class Gathering:
 
     def _rest(self, unit: GatheredUnit) -> None:
         """A unit's forward is over: keep what backward needs soon, else release it."""
-        if not (torch.is_grad_enabled() and self._soon_again(unit)):
+        # What a forward with a graph has kept, none without takes away before backward comes.
+        unit.awaited = unit.awaited or (torch.is_grad_enabled() and self._soon_again(unit))
+        if not unit.awaited:
             unit.release()
 
     def _soon_again(self, unit: GatheredUnit) -> bool:
