@@ -25,6 +25,7 @@ class Layout:
         dtype: of the parameters; masters and optimizer states are fp32 in all of them.
         offload: ``"host"`` for optimizer states in host memory, ``"files"`` for states in files,
             ``"all-files"`` for parameters as well.
+        in_forward: parameters are gathered in forward, at stages 1 and 2.
         folder: for those files.
     """
 
@@ -32,11 +33,13 @@ class Layout:
     world: int
     dtype: str = "fp32"
     offload: str = ""
+    in_forward: bool = False
     folder: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         offload = f"-{self.offload}" if self.offload else ""
-        return f"zero{self.stage}-{self.world}ranks-{self.dtype}{offload}"
+        gathered = "-in-forward" if self.in_forward else ""
+        return f"zero{self.stage}-{self.world}ranks-{self.dtype}{offload}{gathered}"
 
     def below(self, folder: Path) -> Layout:
         """The same layout, with its files somewhere in ``folder``."""
@@ -52,6 +55,8 @@ class Layout:
             "data_parallel": {"bucket_bytes": 256, "first_bucket_bytes": 128},
             "zero_optimization": {"stage": self.stage, "stage3_param_persistence_threshold": 0},
         }
+        if self.in_forward:
+            config["zero_optimization"] |= {"overlap_param_gather": True, "overlap_comm": True}
         if self.dtype != "fp32":
             config[self.dtype] = {"enabled": True}
         if self.offload:

@@ -20,7 +20,7 @@ LAYOUTS = [
     Layout(1, 3, "fp32", "host"),
     Layout(1, 4, "bf16"),
     Layout(2, 2, "bf16", "files"),
-    Layout(2, 3),
+    Layout(2, 3, in_forward=True),
     Layout(2, 4),
     Layout(3, 1, "fp32", "all-files"),
     Layout(3, 2, "bf16", "all-files"),
@@ -108,6 +108,7 @@ def test_there_and_back_through_every_other_layout_the_content_is_the_same(
     [
         Layout(0, 1),
         Layout(1, 3),
+        Layout(2, 2, "bf16", in_forward=True),
         Layout(2, 2, "bf16", "host"),
         Layout(3, 2, "bf16"),
         Layout(3, 2, "bf16", "all-files"),
