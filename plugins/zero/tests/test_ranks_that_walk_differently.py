@@ -181,6 +181,48 @@ def test_weights_of_the_last_layer_may_be_used_again_outside_of_it(zero: dict[st
     assert_like_reference([[way, way]] * 3, zero, looks=True)
 
 
+OUTSIDE = [0, -2, 2, 3, -4]
+
+
+def forwards_before_backwards(zero: dict[str, Any]) -> list[float]:
+    """Two graphs wait for their backward at once, and the first backward ends before the second."""
+    engine, losses = start(zero, accumulation=2), []
+    for step in range(3):
+        pair = [engine(batch(engine.job.rank, 2 * step + i), OUTSIDE) for i in range(2)]
+        for loss in pair:
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    engine.job.close()
+    return losses
+
+
+def backwards_of_one_forward(zero: dict[str, Any]) -> list[float]:
+    engine, losses = start(zero, accumulation=2), []
+    for step in range(3):
+        loss = engine(batch(engine.job.rank, step), OUTSIDE)
+        for again in (True, False):
+            engine.backward(loss, retain_graph=again)
+            engine.step()
+        losses.append(loss.item())
+    engine.job.close()
+    return losses
+
+
+@each_way_to_gather
+def test_weights_used_outside_wait_for_the_backward_of_their_graph(zero: dict[str, Any]) -> None:
+    by_rank = run_distributed(forwards_before_backwards, 2, zero)
+    losses = [sum(step) / 2 for step in zip(*by_rank, strict=True)]
+    assert losses == pytest.approx(reference([[OUTSIDE, OUTSIDE]] * 6, 2), rel=1e-5)
+
+
+@each_way_to_gather
+def test_a_graph_may_be_gone_through_again(zero: dict[str, Any]) -> None:
+    by_rank = run_distributed(backwards_of_one_forward, 2, zero)
+    losses = [sum(step) / 2 for step in zip(*by_rank, strict=True)]
+    assert losses == pytest.approx(reference([[OUTSIDE, OUTSIDE]] * 3, 1), rel=1e-5)
+
+
 @pytest.mark.skipif(find_spec("drivetrain_cpu") is None, reason="ranks share no memory")
 @each_way_to_gather
 def test_where_ranks_share_memory_their_ways_are_their_own(zero: dict[str, Any]) -> None:

@@ -94,6 +94,12 @@ class GatheredUnit:
         if self._in_use or self.persistent:
             self.gather()
 
+    def watch(self, watched: bool) -> None:
+        """Notice, or not, when parameters are taken while they are whole; see ``outside_use``."""
+        for bucket in self.buckets:
+            if bucket.shown is not None:
+                bucket.shown(not watched)
+
     def release(self) -> None:
         """Keep only the shards, unless somebody else needs more."""
         idle = not self.started and not self.fetching

@@ -17,7 +17,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -63,6 +65,19 @@ class GatherPolicy:
     log_order: bool
 
 
+@dataclass(eq=False)
+class _Graph:
+    """What one forward of the model has recorded; alive as long as autograd's graph.
+
+    Args:
+        held: units whose parameters it has used outside of them.
+        is_over: its backward has come.
+    """
+
+    held: Sequence[GatheredUnit]
+    is_over: bool = False
+
+
 class Gathering:
     """Gathers and releases units from module and autograd hooks.
 
@@ -100,6 +115,7 @@ class Gathering:
         self.last_forward: Pass | None = None
         self.last_backward: Pass | None = None
         self._held_without_graph: list[GatheredUnit] = []
+        self._graphs: WeakSet[_Graph] = WeakSet()
         self._hooks: list[RemovableHandle] = []
         self._fetches = any(bucket.fetches for unit in units for bucket in unit.buckets)
         self._choose_persistent()
@@ -141,6 +157,7 @@ class Gathering:
 
     def release_all(self) -> None:
         """Keep only shards."""
+        self._graphs.clear()
         for unit in self.units:
             unit.kept = unit.held = unit.rejoins = False
             unit.release()
@@ -183,6 +200,7 @@ class Gathering:
             self._visit(unit)
         else:
             self._before_backward(unit)
+        unit.watch(False)
         if unit.number and torch.is_grad_enabled():
             self._watch_inputs(unit, inputs)
 
@@ -204,22 +222,6 @@ class Gathering:
             unit.held = unit.rejoins = False
             unit.release()
 
-    def _watch_output(self, unit: GatheredUnit, output: torch.Tensor) -> None:
-        """Gather the unit when backward comes to what made ``output``.
-
-        Hooks on that node run after those on the tensor, by which the unit that took it as input
-        is released: so the memory of one can be that of the other.
-        """
-
-        def hook(_gradient: object) -> None:
-            self._before_backward(unit)
-
-        node: Any = output.grad_fn
-        if node is None:
-            cast("Any", output).register_hook(hook)
-        else:
-            node.register_prehook(hook)
-
     def _watch_inputs(self, unit: GatheredUnit, inputs: object) -> None:
         """Release the unit when the gradients of its inputs are known."""
 
@@ -233,9 +235,15 @@ class Gathering:
 
     def _after_forward(self, unit: GatheredUnit, outputs: object) -> None:
         if torch.is_grad_enabled():
+            begins = partial(self._before_backward, unit)
+            if not (unit.number or _in_backward()):
+                held = [unit for unit in self.units if unit.held]
+                graph = _Graph(held)
+                self._graphs.add(graph)
+                begins = partial(self._begin_backward, graph)
             for tensor in tensors_in(outputs):
                 if tensor.requires_grad:
-                    self._watch_output(unit, tensor)
+                    _call_before_backward(tensor, begins)
         if _in_backward():
             return  # recomputed; its backward comes at once
         if unit.number:
@@ -261,13 +269,27 @@ class Gathering:
         if comes or not unit.gathered:
             self._visit(unit)
 
+    def _begin_backward(self, graph: _Graph) -> None:
+        """Backward comes to what a forward of the model has made."""
+        self._before_backward(self.units[0])
+        graph.is_over = True
+        for unit in graph.held:
+            if not unit.gathered:  # another backward has let go of it
+                self._start(unit, asynchronous=False, known=False)
+                self._finish(unit)
+                unit.held = True
+
     def end_backward(self) -> None:
         """The whole backward is over."""
         current, self._backward = self._backward or Pass(self.backward_order), None
         self._end(current)  # also if this rank's backward used no unit at all
         if current.visited:
             self.last_backward = current
-        if not self._policy.until_update:
+        if not all(graph.is_over for graph in self._graphs):
+            for unit in self.units:
+                if not (unit.held or unit.awaited):
+                    unit.release()
+        elif not self._policy.until_update:
             self.release_all()
 
     # -- one pass -----------------------------------------------------------------------------
@@ -377,7 +399,9 @@ class Gathering:
         """A unit's forward is over: keep what backward needs soon, else release it."""
         # What a forward with a graph has kept, none without takes away before backward comes.
         unit.awaited = unit.awaited or (torch.is_grad_enabled() and self._soon_again(unit))
-        if not unit.awaited:
+        if unit.awaited:
+            unit.watch(True)
+        else:
             unit.release()
 
     def _soon_again(self, unit: GatheredUnit) -> bool:
@@ -394,6 +418,23 @@ class Gathering:
         first, self.left_order = not self.left_order, True
         if first and self._policy.log_order:
             logger.warning("unit %r is used in another order than before", unit.name or "root")
+
+
+def _call_before_backward(output: torch.Tensor, call: Callable[[], None]) -> None:
+    """Call when backward comes to what made ``output``.
+
+    Hooks on that node run after those on the tensor, by which the unit that took it as input is
+    released: so the memory of one can be that of the other.
+    """
+
+    def hook(_gradient: object) -> None:
+        call()
+
+    node: Any = output.grad_fn
+    if node is None:
+        cast("Any", output).register_hook(hook)
+    else:
+        node.register_prehook(hook)
 
 
 def _in_backward() -> bool:
