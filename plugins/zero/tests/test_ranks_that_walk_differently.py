@@ -30,6 +30,12 @@ GATHERS: dict[str, dict[str, Any]] = {
         "stage3_prefetch_bucket_size": 300,
         "overlap_comm": True,
     },
+    "kept for reuse": {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 10**9,
+        "overlap_comm": True,
+    },
     "until the update": {"stage": 2, "overlap_param_gather": True, "overlap_comm": True},
 }
 each_way_to_gather = pytest.mark.parametrize("zero", GATHERS.values(), ids=GATHERS)
@@ -184,11 +190,12 @@ def test_weights_of_the_last_layer_may_be_used_again_outside_of_it(zero: dict[st
 OUTSIDE = [0, -2, 2, 3, -4]
 
 
-def forwards_before_backwards(zero: dict[str, Any]) -> list[float]:
+def forwards_before_backwards(zero: dict[str, Any], ways: list[list[int]]) -> list[float]:
     """Two graphs wait for their backward at once, and the first backward ends before the second."""
     engine, losses = start(zero, accumulation=2), []
     for step in range(3):
-        pair = [engine(batch(engine.job.rank, 2 * step + i), OUTSIDE) for i in range(2)]
+        way = ways[engine.job.rank]
+        pair = [engine(batch(engine.job.rank, 2 * step + i), way) for i in range(2)]
         for loss in pair:
             engine.backward(loss)
             engine.step()
@@ -210,10 +217,13 @@ def backwards_of_one_forward(zero: dict[str, Any]) -> list[float]:
 
 
 @each_way_to_gather
-def test_weights_used_outside_wait_for_the_backward_of_their_graph(zero: dict[str, Any]) -> None:
-    by_rank = run_distributed(forwards_before_backwards, 2, zero)
+@pytest.mark.parametrize("ways", [[OUTSIDE, OUTSIDE], [[0, 2, 3], [1, 3]]], ids=str)
+def test_several_graphs_may_wait_for_their_backward(
+    zero: dict[str, Any], ways: list[list[int]]
+) -> None:
+    by_rank = run_distributed(forwards_before_backwards, 2, zero, ways)
     losses = [sum(step) / 2 for step in zip(*by_rank, strict=True)]
-    assert losses == pytest.approx(reference([[OUTSIDE, OUTSIDE]] * 6, 2), rel=1e-5)
+    assert losses == pytest.approx(reference([ways] * 6, 2), rel=1e-5)
 
 
 @each_way_to_gather

@@ -287,8 +287,7 @@ class Gathering:
             self.last_backward = current
         if not all(graph.is_over for graph in self._graphs):
             for unit in self.units:
-                if not (unit.held or unit.awaited):
-                    unit.release()
+                unit.release()  # unless held
         elif not self._policy.until_update:
             self.release_all()
 

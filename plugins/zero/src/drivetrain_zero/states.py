@@ -380,12 +380,13 @@ class ZeroStates(ModelStates):
             self._learn_orders(gathering)
 
     def _learn_orders(self, gathering: Gathering) -> None:
-        count = len(gathering.units)
         forward, backward = gathering.last_forward, gathering.last_backward
-        if forward is not None:
-            gathering.forward_order = self._from_first(learned(forward.visited, count))
-        if backward is not None:
-            gathering.backward_order = self._from_first(learned(backward.visited, count))
+        count, ahead, back = len(gathering.units), gathering.forward_order, gathering.backward_order
+        # A rank may have walked nowhere, since all was whole; the first one's order counts.
+        ahead = ahead if forward is None else learned(forward.visited, count)
+        back = back if backward is None else learned(backward.visited, count)
+        gathering.forward_order = self._from_first(ahead)
+        gathering.backward_order = self._from_first(back)
 
     def _from_first(self, order: list[int]) -> list[int]:
         """The first rank's list of numbers."""
