@@ -205,7 +205,6 @@ class GradientReducer:
             slot.used = True
             if bucket.sent:
                 slot.late = gradient if slot.late is None else slot.late + gradient
-                bucket.wait_for_end = True
                 return
             bucket.add(slot, gradient)
             slot.filled, self._between_rounds = True, False
