@@ -287,6 +287,15 @@ def test_what_a_rank_raised_goes_before_how_others_broke_even_if_it_was_written_
     assert str(explain_failure(tmp_path, 2)).startswith("rank 1 failed: ValueError: no more data")
 
 
+def test_a_rank_that_said_nothing_goes_before_those_that_only_broke(tmp_path) -> None:
+    broke = {"rank": 0, "local_rank": 0, "time_ns": 1, "message": "CommunicationError: broken"}
+    content = {**broke, "follows": True, "where": None, "says_all": True}
+    (tmp_path / "rank0.error.json").write_text(json.dumps(content))
+    ended = {"0": {"exit_code": 1, "local_rank": 0}, "1": {"exit_code": -9, "local_rank": 1}}
+    (tmp_path / "failures.json").write_text(json.dumps(ended))
+    assert str(explain_failure(tmp_path, 2)).startswith("rank 1 was killed by SIGKILL")
+
+
 def test_a_missing_script_is_one_message(tmp_path) -> None:
     assert "script 'nothing.py' does not exist (looked in " in refuse("nothing.py")
 
