@@ -18,6 +18,7 @@ from drivetrain_offload.section import Aio
 from drivetrain_offload.swap_folder import SwapFolder
 from nvme_harness import files_in
 
+OURS = f"drivetrain-{os.geteuid()}"
 OWNER = """
 import os, sys, time, torch
 from drivetrain_offload.section import Aio
@@ -84,7 +85,7 @@ def test_a_job_leaves_the_files_of_a_running_one_alone(tmp_path: Path) -> None:
 def test_a_process_that_ends_without_closing_leaves_nothing(tmp_path: Path) -> None:
     with owner(tmp_path, "end") as (process, _):
         assert process.wait() == 0
-    assert [path.name for path in (tmp_path / "drivetrain").iterdir()] == ["lock"]
+    assert [path.name for path in (tmp_path / OURS).iterdir()] == ["lock"]
 
 
 def test_a_forked_process_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_a_forked_process_that_ends_takes_nothing_away(tmp_path: Path) -> None:
 
 
 def test_what_others_keep_there_stays(tmp_path: Path) -> None:
-    shared = tmp_path / "drivetrain"
+    shared = tmp_path / OURS
     looks_like_ours = shared / "host-pid1-rank0-abc"
     looks_like_ours.mkdir(parents=True)
     (looks_like_ours / "thesis.tex").write_text("kept")
@@ -136,7 +137,7 @@ def test_a_file_goes_with_its_last_user(tmp_path: Path) -> None:
 def test_closing_forgives_a_folder_that_somebody_removed(tmp_path: Path) -> None:
     folder = SwapFolder(tmp_path)
     folder.create("states", Aio())
-    for path in sorted((tmp_path / "drivetrain").rglob("*"), reverse=True):
+    for path in sorted((tmp_path / OURS).rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     with pytest.raises(
         FileIOError, match=r"cannot open .*states.* \(ENOENT\); check that the folder"

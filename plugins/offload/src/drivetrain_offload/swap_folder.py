@@ -1,10 +1,10 @@
 """The folder of one rank's files under ``nvme_path``, and what becomes of those of killed jobs.
 
-Under ``<nvme_path>/drivetrain`` each rank of each job makes a folder of its own and holds a lock on
-a file in it. The system releases the lock with the process, however that ends, so a folder whose
-lock can be had belonged to a job that was killed; the next job that starts removes it. Folders come
-and go under one more lock, on ``drivetrain/lock``, so that none is taken for abandoned before its
-owner has locked it.
+Under ``<nvme_path>/drivetrain-<uid>``, which is the user's alone, each rank of each job makes a
+folder of its own and holds a lock on a file in it. The system releases the lock with the process,
+however that ends, so a folder whose lock can be had belonged to a job that was killed; the next job
+that starts removes it. Folders come and go under one more lock, on ``lock`` in the user's folder,
+so that none is taken for abandoned before its owner has locked it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import fcntl
 import logging
 import os
 import re
+import secrets
 import socket
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drivetrain_offload.file_io import AsyncFile, FileIOError
+from drivetrain_offload.own_folder import OwnFolder
 
 if TYPE_CHECKING:
     from drivetrain.job import Job
@@ -54,22 +55,24 @@ class SwapFolder:
         self._before_close: list[Callable[[], object]] = []
         self._files: weakref.WeakSet[AsyncFile] = weakref.WeakSet()
         self._process = os.getpid()
-        shared = Path(root) / "drivetrain"
-        name = f"{socket.gethostname()}-pid{os.getpid()}-rank{rank}-"
+        name = f"{socket.gethostname()}-pid{os.getpid()}-rank{rank}-{secrets.token_hex(4)}"
         try:
-            shared.mkdir(parents=True, exist_ok=True)
-            # On a disk that users share each removes only what is his.
-            with suppress(PermissionError):
-                shared.chmod(0o1777)
-            with _locked(shared / LOCK):
-                _reclaim(shared)
-                self.path = Path(tempfile.mkdtemp(prefix=name, dir=shared))
-                self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                _try_lock(self._lock)
+            with ExitStack() as undo:
+                ours = OwnFolder.below(Path(root), f"drivetrain-{os.geteuid()}")
+                undo.callback(ours.close)
+                with _locked(ours):
+                    _reclaim(ours)
+                    folder = ours.make(name)
+                    undo.callback(folder.close)
+                    self._lock = folder.file(LOCK, os.O_RDWR | os.O_CREAT)
+                    _try_lock(self._lock)
+                undo.pop_all()
         except OSError as error:
             raise FileIOError("cannot make a folder in", root, error.errno or errno.EIO) from error
+        self._ours, self._folder = ours, folder
+        self.path = self._folder.path
         # Also for jobs that nobody closes.
-        self._end = weakref.finalize(self, _remove, self.path, self._lock, os.getpid())
+        self._end = weakref.finalize(self, _end, self._ours, self._folder, self._lock, os.getpid())
         _folders.add(self)
 
     @classmethod
@@ -92,15 +95,20 @@ class SwapFolder:
             FileIOError: it cannot be made.
         """
         readable = re.sub(r"[^\w.-]", "_", name)[:100]
-        path = self.path / f"{next(self._numbers)}-{readable}{SUFFIX}"
-        file = AsyncFile(path, mode="x", **aio.model_dump(exclude={"use_gds"}))
-        weakref.finalize(file, _unlink, path, os.getpid())
+        own, folder = f"{next(self._numbers)}-{readable}{SUFFIX}", self._folder
+        file = AsyncFile(
+            self.path / own,
+            mode="x",
+            opener=lambda _, flags: folder.file(own, flags),
+            **aio.model_dump(exclude={"use_gds"}),
+        )
+        weakref.finalize(file, _unlink, folder, own, os.getpid())
         self._files.add(file)
         return file
 
     def free_bytes(self) -> int:
         """What the disk has left for this user."""
-        left = os.statvfs(self.path)
+        left = os.fstatvfs(self._folder.descriptor)
         return left.f_bavail * left.f_frsize
 
     def before_close(self, end: Callable[[], object]) -> None:
@@ -122,6 +130,8 @@ class SwapFolder:
     def let_go_in_child(self) -> None:
         """A forked process must not keep the lock when its parent is gone."""
         os.close(self._lock)
+        self._folder.close()
+        self._ours.close()
         self._end.detach()
 
 
@@ -145,12 +155,10 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Alone, among all processes, where the file system has locks."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+def _locked(ours: OwnFolder) -> Iterator[None]:
+    """Alone, among all processes of this user, where the file system has locks."""
+    descriptor = ours.file(LOCK, os.O_RDWR | os.O_CREAT)
     try:
-        with suppress(PermissionError):
-            path.chmod(0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
@@ -172,36 +180,49 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _reclaim(shared: Path) -> None:
+def _reclaim(ours: OwnFolder) -> None:
     """Remove the folders of processes that are gone."""
-    for folder in shared.iterdir():
-        if not _OURS.fullmatch(folder.name):
+    for name in filter(_OURS.fullmatch, ours.names()):
+        try:
+            folder = ours.folder(name)
+        except (OSError, FileIOError):  # no folder of ours, or its owner is removing it
             continue
         try:
-            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError:  # another user's, or its owner is removing it
+            lock = folder.file(LOCK, os.O_RDWR | os.O_CREAT)
+        except (OSError, FileIOError):
+            folder.close()
             continue
-        if _try_lock(descriptor):
-            size = sum(file.stat().st_blocks * 512 for file in folder.glob(f"*{SUFFIX}"))
-            logger.warning("removing %s, %s bytes of a job that was killed", folder, f"{size:,}")
-            _remove(folder, descriptor, os.getpid())
-        else:
-            os.close(descriptor)
+        if _try_lock(lock):
+            size = sum(folder.allocated(file) for file in folder.names() if file.endswith(SUFFIX))
+            logger.warning(
+                "removing %s, %s bytes of a job that was killed", folder.path, f"{size:,}"
+            )
+            _remove(ours, folder)
+        os.close(lock)
+        folder.close()
 
 
-def _remove(folder: Path, lock: int, process: int) -> None:
-    """Remove what this module has made in a folder, and the folder if that is all."""
+def _end(ours: OwnFolder, folder: OwnFolder, lock: int, process: int) -> None:
+    """Remove the folder of a rank whose job is over."""
     if process != os.getpid():
         return
-    with suppress(OSError):
-        for file in folder.glob(f"*{SUFFIX}"):
-            file.unlink(missing_ok=True)
-        (folder / LOCK).unlink(missing_ok=True)
-        folder.rmdir()
+    _remove(ours, folder)
     os.close(lock)
+    folder.close()
+    ours.close()
 
 
-def _unlink(path: Path, process: int) -> None:
+def _remove(ours: OwnFolder, folder: OwnFolder) -> None:
+    """Remove what this module has made in a folder, and the folder if that is all."""
+    with suppress(OSError):
+        for name in folder.names():
+            if name.endswith(SUFFIX):
+                folder.unlink(name)
+        folder.unlink(LOCK)
+        ours.rmdir(folder.path.name)
+
+
+def _unlink(folder: OwnFolder, name: str, process: int) -> None:
     if process == os.getpid():
         with suppress(OSError):  # its folder may be gone
-            path.unlink()
+            folder.unlink(name)

@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, NoReturn
 
@@ -134,6 +135,7 @@ class AsyncFile:
         single_submit: hand blocks to the system one at a time.
         overlap_events: hand over new blocks while others are under way.
         engine: ``"io_uring"``, ``"libaio"``, ``"threads"``, or the first that works.
+        opener: called with path and flags in place of :func:`os.open`, like that of :func:`open`.
 
     Raises:
         FileIOError: the file cannot be opened.
@@ -152,6 +154,7 @@ class AsyncFile:
         single_submit: bool = False,
         overlap_events: bool = True,
         engine: EngineName = "auto",
+        opener: Callable[[str, int], int] | None = None,
     ) -> None:
         self._descriptors: list[int] = []
         if mode not in _FLAGS:
@@ -164,7 +167,7 @@ class AsyncFile:
         self._failed: list[Request] = []
         self._lock = threading.Lock()
         self._process = os.getpid()
-        opened = self._open(_FLAGS[mode])
+        opened = self._open(_FLAGS[mode], opener or _open_private)
         try:
             self.engine: Engine = acquire_engine(self._settings)
         except BaseException:
@@ -299,14 +302,14 @@ class AsyncFile:
     def __del__(self) -> None:
         self.close()
 
-    def _open(self, flags: int) -> list[int]:
+    def _open(self, flags: int, opener: Callable[[str, int], int]) -> list[int]:
         """Descriptors of the file: buffered, and direct where there is such a thing."""
         opened: list[int] = []
         try:
-            opened.append(os.open(self.path, flags | os.O_CLOEXEC, 0o600))
+            opened.append(opener(self.path, flags | os.O_CLOEXEC))
             again = flags & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC) | os.O_CLOEXEC
             if _DIRECT:
-                opened.append(os.open(self.path, again | _DIRECT))
+                opened.append(opener(self.path, again | _DIRECT))
                 # What goes through the cache must not bring its neighbours there, which go past it:
                 # where both change at once, the system keeps the old bytes of those.
                 os.posix_fadvise(opened[0], 0, 0, os.POSIX_FADV_RANDOM)
@@ -361,6 +364,10 @@ def _let_transfers_end() -> None:
             file.close()
         except FileIOError as error:
             logger.error("%s", error)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _say_buffered(path: str) -> None:

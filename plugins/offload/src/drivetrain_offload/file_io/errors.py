@@ -17,10 +17,12 @@ _ADVICE = {
     errno.EDQUOT: "the user's quota is used up: free space, or choose another folder",
     errno.EFBIG: "the file is larger than the file system or `ulimit -f` allows",
     errno.EIO: "the device or its connection fails: see the kernel's log, choose another disk",
+    errno.ELOOP: "remove the link, or choose another folder",
     errno.EMFILE: "raise the limit on open files, see `ulimit -n`",
     errno.ENODEV: "the device is gone: mount it again, or choose another folder",
     errno.ENOENT: "check that the folder still exists and is mounted",
     errno.ENOSPC: _FULL,
+    errno.EPERM: "check who owns it, or choose another folder",
     errno.EROFS: "mount it for writing, or choose another folder",
     errno.ESTALE: "the file server has lost the file: mount it again",
 }
