@@ -6,6 +6,7 @@ carried out as late as they may be: when someone waits for them.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -153,6 +154,28 @@ def test_late_updates_are_the_same_however_late_copies_are(stage: int) -> None:
     assert losses != others
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_clipping_by_an_infinite_norm_leaves_weights_and_states_finite(stage: int) -> None:
+    """The device is not waited for, so the step after it tells."""
+    modes: list[dict[str, Any]] = [
+        {"device": "none"},
+        {},
+        {"ratio": 0.5},
+        {"delayed_update": True},
+        {"super_offload": True},
+    ]
+    unchecked = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    given = [config(stage, "fp32", {"device": "none"})]
+    given += [config(stage, "fp32", mode, **unchecked) for mode in modes]
+    zenflow = config(stage, "fp32", {}, **unchecked)
+    zenflow["zero_optimization"]["zenflow"] = {"topk_ratio": 0.2, "update_interval": 2}
+    found = run_distributed(_after_infinite_gradients, 2, [*given, zenflow])
+    for rank in found:
+        for wrong, refused in rank:
+            assert wrong == []
+            assert re.match("the gradient norm of step 3 was (inf|nan), so parameters", refused)
+
+
 @pytest.mark.parametrize("mode", [{}, {"super_offload": True}], ids=str)
 def test_small_buckets_take_turns_in_the_lanes(mode: dict[str, Any]) -> None:
     buckets = {"data_parallel": {"bucket_bytes": 2000, "first_bucket_bytes": 500}}
@@ -255,3 +278,7 @@ def _model() -> torch.nn.Module:
     from drivetrain.testing.models import tiny_gpt
 
     return tiny_gpt()
+
+
+def _after_infinite_gradients(configs: list[dict[str, Any]]) -> list[tuple[list[str], str]]:
+    return [host_offload.after_an_infinite_gradient(config) for config in configs]

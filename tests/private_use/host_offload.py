@@ -15,6 +15,7 @@ from drivetrain_offload.host_side import HostSide
 from on_demand import loss_of, start
 
 from drivetrain.engine import Engine
+from drivetrain.errors import TrainingError
 from drivetrain.update_rule import UpdateRule
 
 
@@ -161,6 +162,27 @@ def fails_on_rank_1(config: Mapping[str, Any]) -> None:
 
     with patch.object(kind, "update", update), engine.job:
         train(engine, range(9))
+
+
+def after_an_infinite_gradient(config: Mapping[str, Any]) -> tuple[list[str], str]:
+    """What is not finite after a step whose gradients are not; the error of the steps after it."""
+    engine = start(config)
+    train(engine, range(2))
+    parameter = next(p for p in engine.module.parameters() if p.requires_grad)
+    hook = parameter.register_hook(lambda gradient: torch.full_like(gradient, float("inf")))
+    train(engine, [2])
+    hook.remove()
+    refused = ""
+    try:
+        train(engine, [3])
+    except TrainingError as error:
+        refused = str(error)
+    engine.states.flush()
+    kept = [f for f in engine.states.fragments() if f.kind != "gradient"]
+    wrong = [f"{f.kind} of {f.name}" for f in kept if not bool(torch.isfinite(f.read()).all())]
+    engine.destroy()
+    engine.job.close()
+    return wrong, refused
 
 
 def pinning(config: Mapping[str, Any], *, fails: bool) -> tuple[int, list[str], list[float]]:

@@ -278,6 +278,7 @@ class Engine(nn.Module):
     def record_gradient_norm(self, norm: torch.Tensor | None) -> None:
         """Keep the norm of the step under way, for reports."""
         self._norm = norm
+        self._losses.note_norm(norm)
 
     def overflowed(self) -> bool:
         """Whether the latest boundary skipped its update because gradients were not finite."""

@@ -117,7 +117,10 @@ class StateHome(ABC):
 
     @abstractmethod
     def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
-        """Run the rule on ``gradient * scale``; ``gradient`` may be overwritten."""
+        """Run the rule on ``gradient * scale``; ``gradient`` may be overwritten.
+
+        Rules are run with :meth:`UpdateRule.apply`, so that a scale of 0 makes zeros of anything.
+        """
 
     def publish(self) -> None:  # noqa: B027 - for homes that update in line
         """Return once the adopted parameters hold their updated values."""
@@ -205,7 +208,7 @@ class DeviceHome(StateHome):
             out=self._parameters if spec.has_masters else None,
             reduction=spec.reduction,
         )
-        spec.rule.update(view, hyper, scale)
+        spec.rule.apply(view, hyper, scale)
 
     def refresh(self) -> None:
         if self.spec.has_masters:

@@ -25,25 +25,36 @@ class LossWatch:
         self._sum: torch.Tensor | None = None
         self._count = 0
         self._unchecked: torch.Tensor | None = None
+        self._unchecked_norm: torch.Tensor | None = None
 
     def add(self, loss: torch.Tensor) -> None:
         """Count one micro-batch's loss."""
-        value = loss.detach().float().reshape(())
+        value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).reshape(())
         self._sum = value.clone() if self._sum is None else self._sum + value
         self._count += 1
 
+    def note_norm(self, norm: torch.Tensor | None) -> None:
+        """Have the next :meth:`check` look at the norm of a step that did not wait for it."""
+        self._unchecked_norm = None if self._immediate else norm
+
     def check(self, overflow_is_normal: bool, progress: Progress) -> None:
-        """Refuse to train on from a loss that is not finite.
+        """Refuse to train on from a loss or gradients that are not finite.
 
         Args:
             overflow_is_normal: dynamic loss scaling deals with it by itself.
             progress: tells the step for the message.
 
         Raises:
-            TrainingError: a loss was NaN or infinite.
+            TrainingError: a loss was NaN or infinite, or the last step's gradient norm.
         """
         value = self._sum if self._immediate else self._unchecked
+        norm, self._unchecked_norm = self._unchecked_norm, None
         self._unchecked = self._sum
+        if norm is not None and not bool(torch.isfinite(norm)):
+            raise TrainingError(
+                f"the gradient norm of step {progress.steps} was {float(norm)}, so parameters were "
+                "updated as if its gradients were zero; load the last checkpoint"
+            )
         if overflow_is_normal or value is None or bool(torch.isfinite(value)):
             return
         step = progress.steps + (1 if self._immediate else 0)

@@ -64,7 +64,7 @@ class ModelStates(ABC):
 
     @abstractmethod
     def gradient_norm(self) -> torch.Tensor:
-        """Global L2 norm of the reduced, unscaled sums of gradients, a 0-d float32 tensor.
+        """Global L2 norm of the reduced, unscaled sums of gradients, a 0-d float64 tensor.
 
         Every parameter counts once, whatever its sharding. Collective when not all parameters
         are reduced over the whole world. Not finite exactly when some gradient is not.

@@ -27,7 +27,7 @@ class Runner(Protocol):
                 one micro-batch forward only.
 
         Returns:
-            Mean loss over micro-batches and data shards, a 0-d float32 tensor, on every rank.
+            Mean loss over micro-batches and data shards on every rank, 0-d, at least in float32.
         """
 
 
@@ -56,7 +56,7 @@ class MicroBatchRunner:
             if train:
                 engine.backward(loss)
                 engine.step()
-            total += loss.detach().float()
+            total = total + loss.detach()  # in float64 where the loss is
         engine.job.communicator.all_reduce(
             total, "data", Tag(Purpose.CONTROL, site="mean loss of a batch")
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +40,8 @@ def apply_optimizer_step(engine: Engine) -> bool:
     norm = states.gradient_norm() if engine.wants_gradient_norm() else None
     # On a host looking at the norm is free; elsewhere it stalls the device.
     looks = engine.precision.check_finite or engine.device.type == "cpu"
-    if norm is not None and looks and not bool(torch.isfinite(norm)):
+    seen = float(norm) if norm is not None and looks else None
+    if seen is not None and not math.isfinite(seen):
         # Every rank sees the same norm, so all ranks take this branch together.
         engine.record_gradient_norm(None)
         _refuse_or_note(engine)
@@ -50,9 +52,13 @@ def apply_optimizer_step(engine: Engine) -> bool:
     if norm is not None:
         norm = norm * divide
         engine.record_gradient_norm(norm)
-        if engine.gradient_clipping() > 0:
-            limit = engine.gradient_clipping()
-            scale = divide * torch.clamp(limit / (norm + CLIP_EPSILON), max=1.0)
+        limit = engine.gradient_clipping()
+        if limit > 0 and seen is not None:
+            scale = divide * min(1.0, limit / (seen * divide + CLIP_EPSILON))
+        elif limit > 0:
+            # 0, for an update from zeros, where the norm is not finite; the next step tells.
+            clip = torch.clamp(limit / (norm + CLIP_EPSILON), max=1.0)
+            scale = divide * clip.masked_fill(~torch.isfinite(norm), 0.0)
     states.update(scale)
     scaler.update(overflow=False, first_nonfinite=states.first_nonfinite)
     return True

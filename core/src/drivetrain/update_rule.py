@@ -93,6 +93,16 @@ class UpdateRule(ABC):
                 scale, accumulation, divisor and clipping. A float, or a 0-d tensor on the device.
         """
 
+    def apply(self, bucket: BucketView, hyper: Hyper, scale: float | torch.Tensor) -> None:
+        """:meth:`update` for homes; a scale of 0 makes zeros also of what is infinite or NaN.
+
+        Clipping gives that scale to gradients that are not finite where nobody waits for the device
+        to tell: the update must not write NaN into weights and states.
+        """
+        if not isinstance(scale, (int, float)):
+            bucket.gradient.masked_fill_(scale.to(bucket.gradient.device) == 0, 0.0)
+        self.update(bucket, hyper, scale)
+
     def rule_for(self, parameter: nn.Parameter, info: ParameterInfo) -> UpdateRule:
         """The rule for one parameter; most rules answer themselves (Muon hands some to Adam)."""
         return self

@@ -80,7 +80,7 @@ def _span(
     stored = {name: cut(bucket.states[name]) for name in names}
     weights, gradient = cut(bucket.weights), cut(bucket.gradient).to(dtype)
     if not is_one(scale):
-        gradient.mul_(scale)
+        gradient.mul_(scale.to(dtype) if isinstance(scale, torch.Tensor) else scale)
     states = {name: state.to(dtype) for name, state in stored.items()}
     span = Span(weights.to(dtype), gradient, states, cut)
     yield span

@@ -85,7 +85,7 @@ class TorchRule(UpdateRule):
         if fused:
             hyper = {**hyper, "fused": True}
         # Kernels read grad_scale as fp32, which is too coarse for fp64 gradients.
-        folded = fused and dtype != torch.float64 and not is_one(scale)
+        folded = fused and dtype != torch.float64 and not is_one(scale) and _inverts(scale)
         divisor = _reciprocal(scale, weights.device) if folded else None
         size = weights.numel() if in_place else span_size(weights.device)
         for span in spans(bucket, whole, 1.0 if folded else scale, dtype, size):
@@ -164,7 +164,12 @@ def example_parameters() -> list[torch.Tensor]:
     return [torch.zeros(2, 2, device="cpu", requires_grad=True)]
 
 
+def _inverts(scale: float | torch.Tensor) -> bool:
+    """Whether fp32 holds the inverse, as far as that is known without asking the device."""
+    return isinstance(scale, torch.Tensor) or scale > 1.0 / torch.finfo(torch.float32).max
+
+
 def _reciprocal(scale: float | torch.Tensor, device: torch.device) -> torch.Tensor:
     if isinstance(scale, torch.Tensor):
-        return scale.to(device, torch.float32).reciprocal()
+        return scale.reciprocal().to(device, torch.float32)
     return torch.full((), 1.0 / scale, dtype=torch.float32, device=device)

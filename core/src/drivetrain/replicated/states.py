@@ -13,6 +13,7 @@ from drivetrain.builtin.defaults import DataParallel
 from drivetrain.builtin.optimization import GradientPredivideFactor, PrescaleGradients
 from drivetrain.communicator import Purpose, Tag
 from drivetrain.fragment import Fragment
+from drivetrain.gradient_norm import sum_of_squares
 from drivetrain.gradients import GradientReducer
 from drivetrain.home import StateHome, segment_fragment, step_fragments
 from drivetrain.loose import (
@@ -185,21 +186,23 @@ class ReplicatedStates(ModelStates):
 
     def gradient_norm(self) -> torch.Tensor:
         communicator, world = self._job.communicator, self._job.mesh.size("world")
-        total = torch.zeros((), dtype=torch.float32, device=self._job.device)
         # When every bucket is summed over the whole world, every rank has every sum already.
         local = all(
             bucket.gradients.reduced and communicator.size(bucket.planned.spec.reduction) == world
             for bucket in self._buckets
         )
+        counted: dict[int, list[torch.Tensor]] = {1: []}  # by what the squares are multiplied with
         for bucket in self._buckets:
-            squared = torch.linalg.vector_norm(bucket.gradients.gradient, dtype=torch.float32) ** 2
             if not bucket.gradients.reduced:
                 # One rank's term, taken as if all terms were alike; the mean of these estimates
                 # over the ranks is one number that all ranks agree on.
                 if self._job.parameters.info(bucket.planned.parameters[0]).owner:
-                    total += squared * communicator.size(bucket.planned.spec.reduction)
+                    size = communicator.size(bucket.planned.spec.reduction)
+                    counted.setdefault(size, []).append(bucket.gradients.gradient)
             elif local or bucket.owner:
-                total += squared
+                counted[1].append(bucket.gradients.gradient)
+        squares = [sum_of_squares(all_, self._job.device) * k for k, all_ in counted.items()]
+        total = torch.stack(squares).sum()
         if not local:
             communicator.all_reduce(total, "world", Tag(Purpose.CONTROL, site="gradient norm"))
         return total.sqrt() * self._policy.predivide

@@ -166,7 +166,7 @@ class HostHome(DeviceHome):
             out=out,
             reduction=spec.reduction,
         )
-        spec.rule.update(view, work.hyper, work.scale.value())
+        spec.rule.apply(view, work.hyper, work.scale.value())
 
     # -- internals ------------------------------------------------------------------------------
 

@@ -172,7 +172,7 @@ class NvmeHome(StateHome):
             out=here if self.spec.has_masters else None,
             reduction=self.spec.reduction,
         )
-        _rule(self.spec).update(view, hyper, scale)
+        _rule(self.spec).apply(view, hyper, scale)
         if here is not there:
             there.copy_(here)
 

@@ -157,7 +157,7 @@ class ZenFlowHome(DelayedHome):
             out=self._important_out,
             reduction=spec.reduction,
         )
-        spec.rule.update(view, hyper, scale)
+        spec.rule.apply(view, hyper, scale)
         self._parameters.index_copy_(0, self._index, self._important_out)
 
     def _write_back(self) -> None:
@@ -179,7 +179,9 @@ class ZenFlowHome(DelayedHome):
     def _add_up(self, work: Update, copied: Mark, uploaded: Mark | None) -> None:
         """Add a step's gradient to those before; at the end of an interval, update."""
         copied.synchronize()
-        self._sum.add_(work.gradient, alpha=float(work.scale.value()))
+        scale = float(work.scale.value())
+        if scale:  # gradients that are not finite get 0, which does not make zeros of them
+            self._sum.add_(work.gradient, alpha=scale)
         if uploaded is None:
             return
         self._counts[_SLOW] += 1

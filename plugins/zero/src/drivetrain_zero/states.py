@@ -12,6 +12,7 @@ from torch import nn
 from drivetrain.communicator import Op, Purpose, Tag
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.fragment import Fragment
+from drivetrain.gradient_norm import sum_of_squares
 from drivetrain.gradients import GradientReducer
 from drivetrain.home import step_fragments
 from drivetrain.loose import (
@@ -283,10 +284,8 @@ class ZeroStates(ModelStates):
         return self._policy.predivide
 
     def gradient_norm(self) -> torch.Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=self._job.device)
-        for bucket in self._sums:
-            if bucket.parameters.counts:
-                total += torch.linalg.vector_norm(bucket.shard, dtype=torch.float32) ** 2
+        counted = [bucket.shard for bucket in self._sums if bucket.parameters.counts]
+        total = sum_of_squares(counted, self._job.device)
         tag = Tag(Purpose.CONTROL, site="gradient norm")
         self._job.communicator.all_reduce(total, "world", tag)
         return total.sqrt() * self._policy.predivide
