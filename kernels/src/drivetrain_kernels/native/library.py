@@ -85,7 +85,7 @@ class NativeLibrary:
     def ship(self, folder: Path) -> Path:
         """Build and copy the binary into ``folder`` for a wheel; returns the entry made."""
         entry = folder / self._shipped_name()
-        publish(self._from_cache(), entry)
+        publish(self._from_cache(), entry, shipped=True)
         return entry
 
     def source_key(self) -> str:
@@ -108,7 +108,7 @@ class NativeLibrary:
 
     def _find(self) -> Path:
         if self.prebuilt is not None:
-            shipped = checked(self.prebuilt / self._shipped_name())
+            shipped = checked(self.prebuilt / self._shipped_name(), trusted=False)
             if shipped is not None:
                 self.origin = f"prebuilt {self.name}"
                 return shipped
