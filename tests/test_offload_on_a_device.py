@@ -266,6 +266,16 @@ def _device_bytes(offload: dict[str, Any]) -> int:
     return found
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("section", [{}, {"super_offload": True}, {"ratio": 0.5}], ids=str)
+def test_what_changes_between_backward_and_step_counts(
+    precision: str, section: dict[str, Any]
+) -> None:
+    sgd = {"optimizer": {"type": "SGD", "params": {"lr": 1.0}}, "gradient_clipping": 0.0}
+    given = config(1, precision, section, **sgd)
+    run_distributed(host_offload.changed_between_backward_and_step, 2, given, (1, 2, 3))
+
+
 def _train(given: dict[str, Any], steps: int, late: bool) -> Any:
     return host_offload.losses_and_weights(given, steps, late=late)
 

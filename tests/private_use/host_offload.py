@@ -210,3 +210,36 @@ def pinning(config: Mapping[str, Any], *, fails: bool) -> tuple[int, list[str], 
     locked = HostSide.of(engine.job, section).memory.locked
     engine.destroy()
     return locked, messages, losses
+
+
+def changed_between_backward_and_step(config: Mapping[str, Any], stages: Iterable[int]) -> None:
+    """Gradients that are set, and weights that are changed, are what SGD at rate 1 works on."""
+    import drivetrain_zero as zero
+
+    for stage in stages:
+        section = {**config["zero_optimization"], "stage": stage}
+        engine = start({**config, "zero_optimization": section})
+        trained = [p for p in engine.module.parameters() if p.requires_grad]
+        before = _masters(trained)
+        for step in range(3):
+            engine.backward(loss_of(engine, step))
+            value = (0.0, 0.5, -0.25)[step]
+            for parameter in trained:
+                zero.safe_set_full_grad(parameter, torch.full(parameter.shape, value))
+            if stage < 3 and "bf16" not in config:
+                for parameter in trained:
+                    parameter.data.mul_(0.5)  # no version tells of it
+                before *= 0.5
+            engine.step()
+            now = _masters(trained)
+            torch.testing.assert_close(now, before - value)
+            before = now
+        engine.destroy()
+        engine.job.close()
+
+
+def _masters(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    import drivetrain_zero as zero
+
+    found = [zero.safe_get_full_fp32_param(parameter) for parameter in parameters]
+    return torch.cat([value.cpu().flatten().clone() for value in found if value is not None])

@@ -86,12 +86,25 @@ class BucketSpec:
         return self.master_dtype != self.parameter_dtype
 
 
+def version_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return what changes whenever a client writes to ``tensor`` or a view of it.
+
+    Nothing is read from the device. Kernels and collectives that write to raw memory do not count.
+    """
+    return tensor.data_ptr(), tensor._version
+
+
 class StateHome(ABC):
     """Keeps the states of one bucket and updates it. Model states only say *when*.
 
     The way of a step, on every rank: ``gradient_ready`` (the reduced gradient is final; the home
     may start moving it) -> ``update`` (may return before the work is done) -> ``publish`` (returns
     once the parameters hold their new values). A home of delayed updates publishes an earlier one.
+
+    Clients may change gradients and parameters until ``update``: it uses them as they are then. A
+    home that copies the gradient earlier compares :func:`version_of` it, and copies it again where
+    that has changed. Parameters may change without a trace (through ``.data``), so no home reads
+    them before ``update``.
     """
 
     spec: BucketSpec
@@ -112,7 +125,7 @@ class StateHome(ABC):
     def gradient_ready(self, gradient: torch.Tensor) -> None:  # noqa: B027 - may be ignored
         """The reduced gradient [numel] of this step is there, and stays until :meth:`publish`.
 
-        Called again when something is added to it late.
+        Called again when something is added to it late, but not when a client changes it.
         """
 
     @abstractmethod

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from drivetrain_kernels.rules import FusedAdam
 from drivetrain_offload.copies import Lanes, Reached
+from drivetrain_offload.host_home import HostHome
 from offload_harness import adopt, opened, place, spec_of, step, values
 
 
@@ -47,6 +49,7 @@ def steps(precision: str, count: int, **section: Any) -> tuple[NotingStream, Not
     with opened() as job:
         (home,) = place(job, [spec_of(rule, precision)], **section)
         down, up = home.side.down, home.side.up = NotingStream(), NotingStream()
+        home.side.lanes.grow(4 * home.spec.numel, 4 * home.spec.numel)
         adopt(home)
         for number in range(count):
             step(home, values(home.spec, number, home.spec.gradient_dtype), rule.defaults)
@@ -65,10 +68,16 @@ def test_a_late_update_waits_until_what_it_overwrites_has_gone_up() -> None:
     assert "synchronize" in up.copies[1].awaited
 
 
-def test_parameters_that_come_down_for_a_guess_wait_for_those_going_up() -> None:
-    down, up = steps("fp32", 3, super_offload=True)
-    assert up.copies[0] in down.copies[1].after
-    assert up.copies[1] in down.copies[2].after
+@pytest.mark.parametrize("section", [{}, {"super_offload": True}], ids=str)
+def test_parameters_come_down_when_asked_for_and_after_those_before_have_gone_up(
+    monkeypatch: pytest.MonkeyPatch, section: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(HostHome, "_is_in_place", lambda self, tensor: False)
+    down, up = steps("fp32", 2, **section)
+    gradient, parameters = down.copies[2:]
+    assert parameters.after == [down.marks[-1]]  # which the update has made
+    assert down.marks[-1] not in gradient.after
+    assert "wait" in up.copies[0].awaited  # before that mark, on the stream that it is on
 
 
 def test_what_goes_up_waits_for_all_that_the_rank_did_before_it_asked() -> None:

@@ -159,6 +159,15 @@ class Lanes:
             lane.filled = fill(lane)  # inside the lock: fills of one lane must not overtake
             return lane
 
+    def add(self, lane: Lane | None, owner: object, fill: Callable[[Lane], Mark]) -> None:
+        """Fill more of a lane, unless another has taken it.
+
+        ``fill`` returns a mark behind all that the lane was filled with before.
+        """
+        with self._lock:
+            if lane is not None and lane.owner is not None and lane.owner() is owner:
+                lane.filled = fill(lane)
+
     def holds(self, lane: Lane | None, owner: object) -> bool:
         """Whether what ``owner`` has filled ``lane`` with is still there."""
         with self._lock:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from drivetrain.home import version_of
 from drivetrain_offload.copies import Mark, Reached
 from drivetrain_offload.host_home import HostHome, Update
 from drivetrain_offload.host_side import as_they_are
@@ -39,7 +40,7 @@ class DelayedHome(HostHome):
         assert spec.has_masters, f"the parameters of bucket {spec.key} are their own masters"
         super().__init__(spec, side)
         self._copied: Mark = Reached()
-        self._coming = 0  # address of the gradient that is being copied, if any
+        self._coming: tuple[int, int] | None = None  # version of the gradient being copied, if any
         self._newest: torch.Tensor | None = None  # the masters, rounded; None when not known
         self._due: torch.Tensor | None = None  # what the next publish shows
 
@@ -56,15 +57,15 @@ class DelayedHome(HostHome):
         self._newest = self._due = None
 
     def gradient_ready(self, gradient: torch.Tensor) -> None:
-        self._coming = 0
+        self._coming = None
         if self._ticket is None or self._ticket.done:  # else its copy is still being read
             self._start_copy(gradient)
 
     def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
         self._finish()
-        if self._coming != gradient.data_ptr():
+        if self._coming != version_of(gradient):
             self._start_copy(gradient)
-        self._coming = 0
+        self._coming = None
         self.step += 1
         self._due = self._rounded()
         asked = self.side.down.mark()
@@ -106,7 +107,7 @@ class DelayedHome(HostHome):
     def _start_copy(self, gradient: torch.Tensor) -> None:
         down = self.side.down
         self._copied = down.copy([(self._gradient, gradient)], [down.mark()])
-        self._coming = gradient.data_ptr()
+        self._coming = version_of(gradient)
 
     def _compute(self, work: Update, copied: Mark, uploaded: Mark) -> None:
         """On the worker's thread: the masters' next values, and their rounded copy."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.home import BucketSpec, DeviceHome
+from drivetrain.home import BucketSpec, DeviceHome, version_of
 from drivetrain.update_rule import BucketView
 from drivetrain_offload.copies import Lane, Mark, Reached
 from drivetrain_offload.host_side import HostScale, HostSide, as_they_are
@@ -48,7 +48,7 @@ class HostHome(DeviceHome):
     Elsewhere it runs on the rank's :class:`~drivetrain_offload.worker.Worker`: the gradient comes
     down into a lane, the rule writes low-precision parameters beside it, and these go up while the
     next bucket is updated. Parameters that are their own masters stay where they are and come down
-    with the gradient, so that nobody's change of them is lost.
+    when the update is asked for, so that no change of them is lost.
 
     Args:
         spec: the bucket.
@@ -63,6 +63,7 @@ class HostHome(DeviceHome):
         self._lane: Lane | None = None
         self._ticket: Ticket | None = None
         self._uploaded: Mark = Reached()
+        self._brought: tuple[int, int] | None = None  # the version of the gradient in the lane
 
     # -- the way of a step ----------------------------------------------------------------------
 
@@ -72,7 +73,8 @@ class HostHome(DeviceHome):
         self._finish()
         # What has come down before is out of date, or of a step that was dropped.
         self.side.lanes.release(self._lane, self)
-        self._lane = self._fill(gradient, self.side.down.mark(), steal=False)
+        self._brought = version_of(gradient)
+        self._lane = self._claim(partial(self._fill_gradient, gradient, self.side.down.mark()))
 
     def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
         if self._is_in_line(gradient):
@@ -82,6 +84,10 @@ class HostHome(DeviceHome):
         self.step += 1
         side = self.side
         asked = side.down.mark()
+        if self._brought != version_of(gradient):
+            side.lanes.release(self._lane, self)
+        elif not self.spec.has_masters:
+            side.lanes.add(self._lane, self, partial(self._fill_parameters, asked))
         work = Update(gradient, as_they_are(hyper), side.scale(scale), self.step, asked)
         self._ticket = self._submit(work)
 
@@ -106,9 +112,9 @@ class HostHome(DeviceHome):
     # -- on the worker's thread -----------------------------------------------------------------
 
     def _prepare(self, work: Update) -> None:
-        """Bring the gradient down while the bucket before is updated."""
+        """Bring down what the update needs while the bucket before is updated."""
         if not self.side.lanes.holds(self._lane, self):
-            self._lane = self._fill(work.gradient, work.asked, steal=False)
+            self._lane = self._claim(partial(self._fill, work))
 
     def _carry_out(self, work: Update) -> None:
         lane = self._filled(work)
@@ -124,7 +130,7 @@ class HostHome(DeviceHome):
     def _filled(self, work: Update) -> Lane:
         """A lane with all that the update needs."""
         if not self.side.lanes.holds(self._lane, self):
-            self._lane = self._fill(work.gradient, work.asked, steal=True)
+            self._lane = self._claim(partial(self._fill, work), steal=True)
         assert self._lane is not None, "a lane can be stolen"
         self._lane.filled.synchronize()
         return self._lane
@@ -182,18 +188,22 @@ class HostHome(DeviceHome):
             partial(self._carry_out, work), prepare=partial(self._prepare, work)
         )
 
-    def _fill(self, gradient: torch.Tensor, ready: Mark, *, steal: bool) -> Lane | None:
-        """Begin to bring down what the update needs, if there is a lane."""
-
-        def fill(lane: Lane) -> Mark:
-            pairs = []
-            if not self._is_in_place(gradient):
-                pairs.append((self._gradient_in(lane), gradient))
-            if not self.spec.has_masters and not self._is_in_place(self._parameters):
-                pairs.append((self._parameters_in(lane), self._parameters))
-            return self.side.down.copy(pairs, [ready, *self._waits_for(lane)])
-
+    def _claim(self, fill: Callable[[Lane], Mark], *, steal: bool = False) -> Lane | None:
         return self.side.lanes.claim(self, fill, steal=steal)
+
+    def _fill(self, work: Update, lane: Lane) -> Mark:
+        """Begin to bring down what the update needs."""
+        self._fill_gradient(work.gradient, work.asked, lane)
+        return self._fill_parameters(work.asked, lane)
+
+    def _fill_gradient(self, gradient: torch.Tensor, ready: Mark, lane: Lane) -> Mark:
+        pairs = [] if self._is_in_place(gradient) else [(self._gradient_in(lane), gradient)]
+        return self.side.down.copy(pairs, [ready, *self._waits_for(lane)])
+
+    def _fill_parameters(self, ready: Mark, lane: Lane) -> Mark:
+        needs = not self.spec.has_masters and not self._is_in_place(self._parameters)
+        pairs = [(self._parameters_in(lane), self._parameters)] if needs else []
+        return self.side.down.copy(pairs, [ready])
 
     def _waits_for(self, lane: Lane) -> Sequence[Mark]:
         """When what is in the lane may be overwritten."""

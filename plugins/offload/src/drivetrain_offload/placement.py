@@ -187,12 +187,19 @@ def way_of(section: OffloadOptimizer, specs: Sequence[BucketSpec], zenflow: ZenF
         return Way(DelayedHome, extra_bytes=delayed, locked_bytes=delayed)
     if section.super_offload:
         _refuse_communicating(specs)
-        extra = sum(SpeculativeHome.extra_bytes(spec, state_bytes(spec)) for spec in specs)
-        out = sum(spec.numel * spec.parameter_dtype.itemsize for spec in specs)
-        return Way(SpeculativeHome, specs, extra, locked_bytes=out)
+        ahead = [spec for spec in specs if spec.has_masters]
+        extra = sum(SpeculativeHome.extra_bytes(spec, state_bytes(spec)) for spec in ahead)
+        out = sum(spec.numel * spec.parameter_dtype.itemsize for spec in ahead)
+        lanes = [spec for spec in specs if spec.has_masters or spec.device.type != "cpu"]
+        return Way(_speculative_home, lanes, extra, locked_bytes=out)
     on_device = [spec for spec in specs if spec.device.type != "cpu"]
     _refuse_communicating(on_device)
     return Way(HostHome, on_device)
+
+
+def _speculative_home(spec: BucketSpec, side: HostSide) -> StateHome:
+    """Guess ahead of masters only: parameters may be changed by clients until the update."""
+    return SpeculativeHome(spec, side) if spec.has_masters else HostHome(spec, side)
 
 
 def state_bytes(spec: BucketSpec) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from drivetrain.home import version_of
 from drivetrain_offload.copies import Lane, Mark
 from drivetrain_offload.host_home import HostHome, Update
 from drivetrain_offload.host_side import HostScale, as_they_are
@@ -29,15 +30,16 @@ if TYPE_CHECKING:
 class SpeculativeHome(HostHome):
     """Masters and states in host memory, updated on a guess of hyper-parameters and scale.
 
-    The guess: the hyper-parameters as they are when the gradient is ready, and of the last two
-    scales the larger one, since clipping only makes it smaller.
+    The guess: the hyper-parameters and the gradient as they are when that is ready, and of the last
+    two scales the larger one, since clipping only makes it smaller.
 
     Args:
-        spec: the bucket.
+        spec: a bucket with masters. Parameters that are their own may be changed until the update.
         side: what all host homes of the job share.
     """
 
     def __init__(self, spec: BucketSpec, side: HostSide) -> None:
+        assert spec.has_masters, f"the parameters of bucket {spec.key} are their own masters"
         super().__init__(spec, side)
         self._live: Hyper | None = None
         self._scales: list[HostScale] = []
@@ -80,6 +82,9 @@ class SpeculativeHome(HostHome):
 
     def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
         self._live = hyper
+        if self._brought != version_of(gradient):
+            self._end_guess()
+            self._take_back()  # here, since the worker has nothing of this bucket any more
         super().update(gradient, hyper, scale)
         self._scales = [*self._scales[-1:], self.side.scale(scale)]
 
@@ -124,8 +129,7 @@ class SpeculativeHome(HostHome):
 
     def _kept(self) -> Mapping[str, torch.Tensor]:
         """All that a rule changes, but for parameters, which change when they are uploaded."""
-        masters = {"": self._masters} if self.spec.has_masters else {}
-        return {**masters, **self._states}
+        return {"": self._masters, **self._states}
 
     def _end_guess(self) -> None:
         guess, self._guess = self._guess, None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.home import bucket_fragment
+from drivetrain.home import bucket_fragment, version_of
 from drivetrain.update_rule import BucketView
 from drivetrain_offload.copies import Mark
 from drivetrain_offload.delayed_home import DelayedHome
@@ -71,9 +71,9 @@ class ZenFlowHome(DelayedHome):
 
     def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
         self._finish()
-        if self._coming != gradient.data_ptr():
+        if self._coming != version_of(gradient):
             self._start_copy(gradient)
-        self._coming = 0
+        self._coming = None
         self.step += 1
         asked = self.side.down.mark()
         work = Update(self._gradient, as_they_are(hyper), self.side.scale(scale), self.step, asked)
