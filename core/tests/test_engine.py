@@ -85,7 +85,7 @@ def test_the_boundary_can_be_set_by_hand() -> None:
         engine.step()
         assert engine.global_steps == 1
         engine.set_gradient_accumulation_boundary(None)
-        assert engine.is_gradient_accumulation_boundary()  # micro_steps 1 of 2
+        assert not engine.is_gradient_accumulation_boundary()  # a window has begun
 
 
 def test_unmanaged_accumulation_sums_until_step() -> None:

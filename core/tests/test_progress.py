@@ -25,3 +25,11 @@ def test_state_is_plain_data_and_restores():
     restored.load_state_dict(state)
     assert restored == progress
     assert restored.mode == "eval"
+
+
+def test_micro_batches_of_a_window_that_has_not_ended_are_not_saved():
+    progress = Progress(steps=3, micro_steps=12)
+    progress.end_micro_batch()
+    restored = Progress()
+    restored.load_state_dict(progress.state_dict())
+    assert (restored.micro_steps, restored.in_window) == (12, 0)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from drivetrain import checkpoint
+from drivetrain.accumulation import Accumulation
 from drivetrain.backward_window import BackwardWindow
-from drivetrain.builtin.batch import ManagedAccumulation
 from drivetrain.builtin.optimization import GradientAllreduceOp, GradientClipping
-from drivetrain.errors import ConfigError, TrainingError
+from drivetrain.errors import TrainingError
 from drivetrain.loss_watch import LossWatch
 from drivetrain.parameters import whole, whole_state_dict
 from drivetrain.step_reporter import StepReporter
@@ -75,13 +74,11 @@ class Engine(nn.Module):
         self.progress = progress
         self.last_report: StepReport | None = None
         section = job.plan.section
-        self._batch = job.plan.batch
+        self._accumulation = Accumulation(job.plan, progress)
         self._clipping = section(GradientClipping).root
-        self._managed = section(ManagedAccumulation).root
         self._averages = section(GradientAllreduceOp).root == "mean"
         self._losses = LossWatch(job.device)
         self._window = BackwardWindow(self._backward_begins, states.end_backward)
-        self._boundary: bool | None = None
         self._reducing = True
         self._in_scaled_backward = False
         self._norm: torch.Tensor | None = None
@@ -135,7 +132,7 @@ class Engine(nn.Module):
         self._check_loss(loss)
         self._losses.add(loss)
         self._announce()
-        steps = self._counted_steps()
+        steps = self._accumulation.counted_steps
         scaled = self.loss_scaler.scale(loss)
         if not scale_wrt_gas and steps > 1:
             scaled = scaled * steps
@@ -174,7 +171,8 @@ class Engine(nn.Module):
             with self.job.span("step"):
                 self._applied = bool(self.job.hub.optimizer_step(self))
             self._end_window(rates, lr_kwargs)
-        self.progress.end_micro_batch()
+        else:
+            self.progress.end_micro_batch()
         self._in_scaled_backward = False
 
     def skip_step(self) -> None:
@@ -187,7 +185,6 @@ class Engine(nn.Module):
         self.states.discard_gradients()
         self._applied = False
         self._end_window(tuple(float(g["lr"]) for g in self.optimizer.param_groups), None)
-        self.progress.end_micro_batch()
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
         """Run one global batch: all its micro-batches and the update.
@@ -222,20 +219,11 @@ class Engine(nn.Module):
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch under way is the last before an update."""
-        if not self._managed:
-            return True
-        if self._boundary is not None:
-            return self._boundary
-        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+        return self._accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Decide the boundary by hand from now on; ``None`` returns to counting."""
-        if not self._managed:
-            raise TrainingError(
-                "the boundary cannot be set with managed_gradient_accumulation false: "
-                "there every step() is one"
-            )
-        self._boundary = is_boundary
+        self._accumulation.set_boundary(is_boundary)
         self._announce()
 
     @contextmanager
@@ -252,8 +240,12 @@ class Engine(nn.Module):
             self._announce()
 
     def gradient_divisor(self) -> int:
-        """What summed gradients are divided by: data shards times accumulation steps."""
-        return self._counted_steps() * (self.job.mesh.size("dp") if self._averages else 1)
+        """What summed gradients are divided by: data shards times accumulation steps.
+
+        A window that has grown beyond :meth:`set_train_batch_size` is divided by what is in it.
+        """
+        shards = self.job.mesh.size("dp") if self._averages else 1
+        return self._accumulation.window_steps * shards
 
     # -- what happened ------------------------------------------------------------------------
 
@@ -328,22 +320,22 @@ class Engine(nn.Module):
         return self.batch.accumulation_steps
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the global batch by changing the accumulation steps."""
-        batch = self.batch
-        share = batch.micro_batch_size * batch.data_shards
-        if train_batch_size <= 0 or train_batch_size % share:
-            raise ConfigError(
-                f"train_batch_size {train_batch_size} is not a multiple of {share} = "
-                f"{batch.micro_batch_size} (micro-batch) x {batch.data_shards} (data shards)"
-            )
-        steps = train_batch_size // share
-        self._batch = replace(batch, train_batch_size=train_batch_size, accumulation_steps=steps)
+        """Change the global batch by changing the accumulation steps, at once.
+
+        A window that holds as many micro-batches already ends with the next, as their mean.
+
+        Raises:
+            ConfigError: it is no multiple of the micro-batch times the data shards.
+        """
+        self._accumulation.set_train_batch_size(train_batch_size)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Change the micro-batch, and the global batch with it."""
-        batch = self.batch
-        total = micro_batch_size * batch.accumulation_steps * batch.data_shards
-        self._batch = replace(batch, micro_batch_size=micro_batch_size, train_batch_size=total)
+        """Change the micro-batch, and the global batch with it; loaders stay as they are.
+
+        Raises:
+            ConfigError: it is not positive.
+        """
+        self._accumulation.set_micro_batch_size(micro_batch_size)
 
     def gradient_clipping(self) -> float:
         """Largest global gradient norm; 0 when gradients are not clipped."""
@@ -417,11 +409,7 @@ class Engine(nn.Module):
     def _announce(self) -> None:
         """Tell the states whether gradients that arrive now complete the window."""
         self.states.local = not self._reducing
-        self.states.reduce_now = (
-            self._reducing
-            and self._managed
-            and (self._batch is None or self.is_gradient_accumulation_boundary())
-        )
+        self.states.reduce_now = self._reducing and self._accumulation.completes()
 
     def _backward_begins(self) -> None:
         self._announce()
@@ -447,7 +435,8 @@ class Engine(nn.Module):
     def _end_window(self, rates: Sequence[float], lr_kwargs: dict[str, Any] | None) -> None:
         if self._applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
-        samples = 0 if self._batch is None else self._batch.train_batch_size
+        samples = self._accumulation.window_samples
+        self.progress.end_micro_batch()
         tokens = self._reporter.take_tokens() * self.job.mesh.size("data")
         self.progress.end_step(samples=samples, tokens=tokens, applied=self._applied)
         self.last_report = self._reporter.report(
@@ -473,13 +462,7 @@ class Engine(nn.Module):
     @property
     def batch(self) -> Batch:
         """The batch triple as it is now."""
-        if self._batch is None:
-            raise ConfigError("this job was opened without a batch size")
-        return self._batch
-
-    def _counted_steps(self) -> int:
-        """Micro-batches that the engine counts to an update."""
-        return self.gradient_accumulation_steps() if self._managed else 1
+        return self._accumulation.batch
 
     def _groups(self) -> Iterable[dict[str, Any]]:
         return () if self.optimizer is None else self.optimizer.param_groups

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
+
+_SAVED = ("steps", "micro_steps", "samples", "tokens", "skipped_steps")
 
 
 @dataclass
@@ -17,6 +19,7 @@ class Progress:
         samples: samples of all steps, over all ranks.
         tokens: tokens of all steps, over all ranks.
         skipped_steps: boundaries whose update was not applied, e.g. after an fp16 overflow.
+        in_window: micro-batches ended since the last boundary; their gradients are not saved.
         mode: whether the engine trains or evaluates now; not saved.
     """
 
@@ -25,11 +28,13 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     skipped_steps: int = 0
+    in_window: int = field(default=0, compare=False)
     mode: Literal["train", "eval"] = field(default="train", compare=False)
 
     def end_micro_batch(self) -> None:
         """Count one micro-batch."""
         self.micro_steps += 1
+        self.in_window += 1
 
     def end_step(self, *, samples: int, tokens: int, applied: bool) -> None:
         """Count one accumulation boundary.
@@ -39,19 +44,19 @@ class Progress:
             tokens: tokens of this step, over all ranks.
             applied: whether the update was applied.
         """
+        self.in_window = 0
         self.steps += 1
         self.samples += samples
         self.tokens += tokens
         self.skipped_steps += not applied
 
     def state_dict(self) -> dict[str, int]:
-        """The counters as plain data."""
-        state = asdict(self)
-        del state["mode"]
-        return state
+        """The counters as plain data; micro-batches of a window that has not ended do not count."""
+        state = {counter: getattr(self, counter) for counter in _SAVED}
+        return {**state, "micro_steps": self.micro_steps - self.in_window}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Take over what :meth:`state_dict` returned."""
-        for counter in fields(self):
-            if counter.name != "mode":
-                setattr(self, counter.name, int(state[counter.name]))
+        for counter in _SAVED:
+            setattr(self, counter, int(state[counter]))
+        self.in_window = 0

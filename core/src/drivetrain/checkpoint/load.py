@@ -344,10 +344,6 @@ class _Attempt:
     def _load_progress(self, state: Mapping[str, Any]) -> None:
         engine = self.engine
         engine.progress.load_state_dict(state["progress"])
-        if engine.job.plan.batch is not None:  # a window begins
-            engine.progress.micro_steps -= (
-                engine.progress.micro_steps % engine.gradient_accumulation_steps()
-            )
         engine.loss_scaler.load_state_dict(state["loss_scaler"])
         if self.options.schedule and engine.optimizer is not None:
             self._load_groups(state["groups"])

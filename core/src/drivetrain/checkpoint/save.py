@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drivetrain import __version__
-from drivetrain.builtin.batch import ManagedAccumulation
 from drivetrain.builtin.checkpoints import CheckpointSection
 from drivetrain.checkpoint import index
 from drivetrain.checkpoint.agreement import same_everywhere, text_of, worst
@@ -285,7 +284,7 @@ class _Contents:
 
     def _state(self, writer: StateWriter) -> dict[str, Any]:
         engine, scheduler = self.engine, self.engine.lr_scheduler
-        unfinished = unfinished_micro_batches(engine)
+        unfinished = engine.progress.in_window
         if unfinished:
             self.weaker.append(
                 f"the gradients of {unfinished} micro-batches of an unfinished step are not saved"
@@ -329,11 +328,3 @@ class _LastFragment:
 def versions(engine: Engine) -> dict[str, str]:
     """What may change the bits that a step computes."""
     return {"drivetrain": __version__, "torch": torch.__version__, "device": engine.device.type}
-
-
-def unfinished_micro_batches(engine: Engine) -> int:
-    """Micro-batches since the last boundary, as far as the engine counts them."""
-    plan = engine.job.plan
-    if plan.batch is None or not plan.section(ManagedAccumulation).root:
-        return 0
-    return engine.micro_steps % engine.gradient_accumulation_steps()
