@@ -322,11 +322,36 @@ def test_client_state_that_is_not_plain_data_is_refused_before_writing(
     engine.destroy()
 
 
-@pytest.mark.parametrize("tag", ["", "a/b", ".."])
-def test_a_tag_that_is_no_directory_name_is_refused(tmp_path: Path, tag: str) -> None:
+def test_a_tag_that_is_no_directory_name_or_a_name_of_ours_is_refused(tmp_path: Path) -> None:
     engine = make()
-    with pytest.raises(CheckpointError, match="not a plain directory name"):
-        engine.save_checkpoint(tmp_path, tag)
+    engine.save_checkpoint(tmp_path, "good")
+    names = [
+        "",
+        "a/b",
+        "..",
+        "latest",
+        "Latest",
+        "latest.new",
+        "manifest.json",
+        " a",
+        "a\n",
+        "\udcff",
+    ]
+    for tag in names:
+        with pytest.raises(CheckpointError, match="not a plain directory name"):
+            engine.save_checkpoint(tmp_path, tag)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "latest"]
+    assert engine.load_checkpoint(tmp_path)[0] == str(tmp_path / "good")
+    engine.destroy()
+
+
+def test_a_tag_that_is_a_link_is_refused_when_saving_and_loads(tmp_path: Path) -> None:
+    engine = make()
+    engine.save_checkpoint(tmp_path, "good")
+    (tmp_path / "best").symlink_to("good")
+    with pytest.raises(CheckpointError, match="best was not saved: it is a link"):
+        engine.save_checkpoint(tmp_path, "best")
+    assert engine.load_checkpoint(tmp_path, "best")[0] == str(tmp_path / "best")
     engine.destroy()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -215,6 +217,83 @@ def test_retention_removes_whole_folders_and_nothing_newer(tmp_path: Path) -> No
     save_all(tmp_path, "global_step3", NEW, 2, step=3, retention=keep)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["best", "global_step3", "global_step5", "latest"]
+
+
+def tags(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def test_what_failed_saves_leave_does_not_count_and_goes_when_it_is_old(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        save_all(tmp_path, f"global_step{step}", OLD, 2, step=step)
+    for torn in (2, 4):
+        (tmp_path / f"global_step{torn}" / "manifest.json").unlink()
+    save_all(
+        tmp_path, "global_step6", NEW, 2, step=6, retention=Retention(keep_last=3, keep_every=2)
+    )
+    assert tags(tmp_path) == ["global_step3", "global_step4", "global_step5", "global_step6"]
+
+
+def test_a_checkpoint_that_lacks_a_file_does_not_count(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_all(tmp_path, f"global_step{step}", OLD, 2, step=step)
+    next((tmp_path / "global_step2").glob("rank00001-*")).unlink()
+    save_all(tmp_path, "global_step4", NEW, 2, step=4, retention=Retention(keep_last=2))
+    assert tags(tmp_path) == ["global_step2", "global_step3", "global_step4"]
+    load_all(tmp_path, "global_step3", OLD)
+
+
+def test_what_latest_names_stays_as_long_as_it_does(tmp_path: Path) -> None:
+    keep = Retention(keep_last=1)
+    save_all(tmp_path, "global_step1", OLD, 2, step=1)
+    for step in (2, 3):
+        name = f"global_step{step}"
+        saves = [pending(tmp_path, name, NEW, r, 2, step=step, retention=keep) for r in range(2)]
+        for save in saves:
+            save.save_latest = False
+            save.write()
+        saves[0].commit()
+        assert tags(tmp_path) == ["global_step1", name]
+        assert content_hash(latest(tmp_path)) == content_hash(OLD)
+    save_all(tmp_path, "global_step4", NEW, 2, step=4, retention=keep)
+    assert tags(tmp_path) == ["global_step4"]
+
+
+def test_retention_leaves_links_and_what_others_put_there(tmp_path: Path) -> None:
+    run, archive = tmp_path / "run", tmp_path / "archive"
+    save_all(archive, "global_step1", OLD, 1, step=1)
+    run.mkdir()
+    (run / "global_step1").symlink_to(archive / "global_step1")
+    (run / "global_step2").mkdir()  # such as another program's checkpoint
+    (run / "global_step2" / "mp_rank_00_model_states.pt").write_text("theirs")
+    (run / "global_step3").write_text("a file")
+    save_all(run, "global_step9", NEW, 1, step=9, retention=Retention(keep_last=1))
+    assert sorted(path.name for path in run.iterdir()) == [
+        *("global_step1", "global_step2", "global_step3", "global_step9", "latest")
+    ]
+    load_all(archive, "global_step1", OLD)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_the_room_of_a_failed_save_is_given_back(tmp_path: Path, code: int) -> None:
+    big = {"parameter/weight": torch.zeros(5 << 20)}  # more than both buffers of a sink hold
+    for failing in range(3):
+        writes = Counter[str]()
+
+        def announce(
+            name: str, arguments: tuple[Any, ...], seen: Counter[str] = writes, good: int = failing
+        ) -> None:
+            seen[name] += 1
+            if name == "write" and seen[name] > good:
+                raise OSError(code, os.strerror(code))
+
+        save = pending(tmp_path, "t", big, 0, 1)
+        with watched(announce), pytest.raises(OSError, match=os.strerror(code)):
+            save.write()
+        save.discard()
+        held = [str(f.readlink()) for f in Path("/proc/self/fd").iterdir() if f.is_symlink()]
+        assert not [target for target in held if str(tmp_path) in target]
+        assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint-write")]
 
 
 def test_a_folder_without_manifest_is_no_checkpoint(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def text_of(engine: Engine, rank: int, text: str) -> str:
     """
     data = torch.zeros(_TEXT, dtype=torch.int64)
     if engine.job.rank == rank:
-        own = torch.frombuffer(bytearray(text.encode()[:_TEXT] or b"\0"), dtype=torch.uint8)
+        own = torch.frombuffer(bytearray(_encoded(text)[:_TEXT] or b"\0"), dtype=torch.uint8)
         data[: own.numel()] = own
     return bytes(_max(engine, data).tolist()).rstrip(b"\0").decode(errors="ignore")
 
@@ -44,7 +44,7 @@ def worst(engine: Engine, problem: str | None) -> str | None:
 
 def same_everywhere(engine: Engine, *texts: str) -> list[bool]:
     """For each text, whether all ranks have the same one. Collective."""
-    numbers = [int.from_bytes(hashlib.sha256(t.encode()).digest()[:7], "big") for t in texts]
+    numbers = [int.from_bytes(hashlib.sha256(_encoded(t)).digest()[:7], "big") for t in texts]
     values = torch.tensor(numbers, dtype=torch.int64)
     high, low = _max(engine, torch.cat([values, -values])).chunk(2)
     same: list[bool] = (high == -low).tolist()
@@ -55,6 +55,11 @@ def any_rank(engine: Engine, flags: Sequence[bool]) -> list[bool]:
     """For each flag, whether it is set on any rank. Collective."""
     united: list[bool] = _max(engine, torch.tensor(flags, dtype=torch.int64)).bool().tolist()
     return united
+
+
+def _encoded(text: str) -> bytes:
+    """UTF-8, also of names of files that are no text."""
+    return text.encode(errors="backslashreplace")
 
 
 def _max(engine: Engine, values: torch.Tensor) -> torch.Tensor:

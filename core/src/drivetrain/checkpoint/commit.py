@@ -6,6 +6,9 @@
    index, and gives the folder its manifest: from that moment on there is the new checkpoint.
    ``latest`` follows, then what is no longer needed is removed.
 
+What fails before the manifest takes back what the save has written, and nothing else. What fails
+from then on takes back nothing, and nothing earlier is removed either, since it may be needed.
+
 How the ranks learn that all have voted is up to who carries out the save.
 """
 
@@ -14,15 +17,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from drivetrain.checkpoint import index
+from drivetrain.checkpoint.retention import Retention, expired, remove_checkpoint
 from drivetrain.checkpoint.storage import Storage
 from drivetrain.checkpoint.tensor_file import NAMES, TensorEntry, WrittenFile, write_tensors
 from drivetrain.errors import CheckpointError
@@ -30,7 +33,11 @@ from drivetrain.errors import CheckpointError
 logger = logging.getLogger("drivetrain.checkpoint")
 
 _PART_LIMIT = 1 << 30
-_DEFAULT_TAG = re.compile(r"global_step(\d+)")
+T = TypeVar("T")
+
+
+class UnfinishedSaveError(CheckpointError):
+    """A save that failed when its checkpoint was there already, or may have been."""
 
 
 @dataclass(frozen=True)
@@ -48,28 +55,6 @@ class SavedBox:
     key: str
     shape: tuple[int, ...] | None = None
     offset: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints with default tags stay when a new one is there.
-
-    Args:
-        keep_last: the newest so many; ``None`` for all.
-        keep_every: and those whose step is a multiple of this.
-    """
-
-    keep_last: int | None = None
-    keep_every: int | None = None
-
-    def expired(self, tags: Sequence[str], newest: str) -> list[str]:
-        """Those of ``tags`` that go; ``newest`` stays."""
-        steps = {tag: int(found[1]) for tag in tags if (found := _DEFAULT_TAG.fullmatch(tag))}
-        if self.keep_last is None or newest not in steps:
-            return []
-        older = sorted((s, tag) for tag, s in steps.items() if s < steps[newest])
-        doomed = older[: max(0, len(older) + 1 - self.keep_last)]
-        return [t for s, t in doomed if self.keep_every is None or s % self.keep_every]
 
 
 @dataclass
@@ -99,6 +84,8 @@ class PendingSave:
     manifest: dict[str, Any]
     save_latest: bool = True
     retention: Retention = field(default_factory=Retention)
+    _sealed: bool = False
+    """Whether the manifest may name this save."""
 
     @property
     def place(self) -> str:
@@ -133,9 +120,8 @@ class PendingSave:
         Raises:
             OSError: the storage fails.
         """
-        sink = self.storage.create(self._path(index.data_file(self.rank, self.id)))
-        written = write_tensors(sink, [box.entry for box in self.boxes])
-        sink.close()
+        with self.storage.writing(self._path(index.data_file(self.rank, self.id))) as sink:
+            written = write_tensors(sink, [box.entry for box in self.boxes])
         self._vote(self._part(written))
 
     def refuse(self, problem: str) -> None:
@@ -179,25 +165,66 @@ class PendingSave:
 
         Raises:
             CheckpointError: a rank voted against it, or the parts are no whole.
-            OSError: the storage fails. The checkpoint exists then if its manifest does.
+            OSError: the storage fails, and there is no such checkpoint.
+            UnfinishedSaveError: the checkpoint is there, or may be; not all is done that follows.
         """
         whole = merge(map(self._read_part, range(self.world_size)))
         data = json.dumps(whole, separators=(",", ":")).encode()
         self.storage.put(self._path(index.index_file(self.id)), data)
         digest = hashlib.sha256(data).hexdigest()
         facts = {"bytes": len(data), "sha256": digest}
-        manifest = index.seal({**self.manifest, "id": self.id, "index": facts})
-        self.storage.put(self._path(index.MANIFEST), manifest)
+        self._seal(index.seal({**self.manifest, "id": self.id, "index": facts}))
         if self.save_latest:
-            self.storage.put(index.LATEST, self.tag.encode())
+            self._point_latest()
         self._clean()
 
     def discard(self) -> None:
-        """Remove what all ranks have written; the checkpoint of that tag, if any, stays."""
+        """Remove what all ranks have written, unless it is a checkpoint by now, or may be one.
+
+        The checkpoint of that tag, if there is another, stays.
+        """
+        if self._sealed and self._appeared() is not False:
+            return
         for name in self.storage.names(self.tag):
             if index.id_of(name) == self.id:
                 self.storage.remove(self._path(name))
         self.storage.remove(self.tag)
+
+    def _seal(self, manifest: bytes) -> None:
+        """Write the manifest. An error does not say whether it is there, so look."""
+        self._sealed = True
+        try:
+            self.storage.put(self._path(index.MANIFEST), manifest)
+        except Exception as error:
+            if (appeared := self._appeared()) is False:
+                raise
+            state = "is there" if appeared else "may be there"
+            raise UnfinishedSaveError(
+                f"checkpoint {self.place} {state}, but its storage has not confirmed that it will "
+                f"last: {error}; nothing older was removed; save again"
+            ) from error
+
+    def _appeared(self) -> bool | None:
+        """True if the manifest names this save; ``None`` when it cannot be read."""
+        path = self._path(index.MANIFEST)
+        try:
+            if index.MANIFEST not in self.storage.names(self.tag):
+                return False
+            data = self.storage.get(path, index.MANIFEST_LIMIT)
+            return bool(index.unseal(data, self.storage.where(path)).get("id") == self.id)
+        except (CheckpointError, OSError) as error:
+            logger.warning("%s", error)
+            return None
+
+    def _point_latest(self) -> None:
+        try:
+            self.storage.put(index.LATEST, self.tag.encode())
+        except Exception as error:
+            raise UnfinishedSaveError(
+                f"checkpoint {self.place} is saved, but {self.storage.where(index.LATEST)} could "
+                f"not be written: {error}; nothing older was removed; save again, or load it with "
+                f"tag={self.tag!r}"
+            ) from error
 
     def _read_part(self, rank: int) -> dict[str, Any]:
         path = self._path(index.part_file(rank, self.id))
@@ -207,13 +234,15 @@ class PendingSave:
         return part
 
     def _clean(self) -> None:
-        """Remove votes, an earlier checkpoint of the tag, and expired ones."""
-        for name in self.storage.names(self.tag):
+        """Remove votes, an earlier checkpoint of the tag, and expired ones; log what stays."""
+        tidy = _Tidy(self.place)
+        for name in tidy.do(self.storage.names, self.tag) or ():
             if index.id_of(name) not in (None, self.id) or name.endswith(".part.json"):
-                self.storage.remove(self._path(name))
-        for tag in self.retention.expired(self.storage.names(), self.tag):
-            remove_checkpoint(self.storage, tag)
-            logger.info("removed checkpoint %s", self.storage.where(tag))
+                tidy.do(self.storage.remove, self._path(name))
+        for tag in tidy.do(expired, self.storage, self.retention, self.tag) or ():
+            if tidy.do(remove_checkpoint, self.storage, tag) is not None:
+                logger.info("removed checkpoint %s", self.storage.where(tag))
+        tidy.report()
 
     def _path(self, name: str) -> str:
         return f"{self.tag}/{name}"
@@ -271,13 +300,32 @@ def _drop_copies(key: str, raw: dict[str, Any]) -> None:
         raw[column] = [raw[column][number] for number in first.values()]
 
 
-def remove_checkpoint(storage: Storage, tag: str) -> None:
-    """Remove a checkpoint, its manifest first, so that a half removed one is none."""
-    names = storage.names(tag)
-    ours = [name for name in names if index.id_of(name) is not None]
-    for name in [index.MANIFEST] * (index.MANIFEST in names) + ours:
-        storage.remove(f"{tag}/{name}")
-    storage.remove(tag)
+class _Tidy:
+    """Steps of cleaning up, of which each is tried though others fail.
+
+    Args:
+        place: the checkpoint that is saved already.
+    """
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+        self._problems: list[str] = []
+
+    def do(self, step: Callable[..., T], *arguments: Any) -> T | None:
+        """What ``step`` returns; ``None`` if it failed."""
+        try:
+            return step(*arguments)
+        except (CheckpointError, OSError) as error:
+            self._problems.append(str(error))
+            return None
+
+    def report(self) -> None:
+        """Say what has failed, if anything has."""
+        if self._problems:
+            logger.error(
+                "checkpoint %s is saved, but not all that it replaces could be removed: %s",
+                *(self._place, "; ".join(self._problems)),
+            )
 
 
 _COLUMNS = ("rank", "at", "offset", "size", "crc")

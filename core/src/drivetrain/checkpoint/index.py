@@ -33,7 +33,7 @@ FORMAT = "drivetrain-checkpoint-2"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 
-_MANIFEST_LIMIT = 1 << 28
+MANIFEST_LIMIT = 1 << 28
 _INDEX_LIMIT = 1 << 32
 _HEADER_LIMIT = 100_000_000  # the limit of safetensors
 _MANIFEST_SHAPE: dict[str, type] = {
@@ -70,8 +70,14 @@ def id_of(name: str) -> str | None:
 
 
 def is_plain_name(tag: str) -> bool:
-    """Whether ``tag`` names a folder directly below another, on any file system."""
-    return bool(tag) and tag not in (".", "..") and not set(tag) & set("/\\\0\n") and len(tag) < 200
+    """True if ``tag`` names a folder directly below another, on any file system, beside ours.
+
+    A name that begins or ends with a space would not be the same when it is read from ``latest``.
+    """
+    taken = tag.casefold().removesuffix(".new") in ("", ".", "..", LATEST, MANIFEST)
+    is_text = tag.encode(errors="ignore").decode() == tag  # names of files may be none
+    odd = tag != tag.strip() or set(tag) & set("/\\\0\n\r")
+    return is_text and not taken and not odd and len(tag) < 200
 
 
 def seal(manifest: Mapping[str, Any]) -> bytes:
@@ -252,7 +258,7 @@ class Stored:
             unfinished = ": its save was not finished" if any(map(id_of, found)) else ""
             raise CheckpointError(f"there is no checkpoint {self.place}{unfinished}")
         path = f"{tag}/{MANIFEST}"
-        self.manifest = unseal(storage.get(path, _MANIFEST_LIMIT), storage.where(path))
+        self.manifest = unseal(storage.get(path, MANIFEST_LIMIT), storage.where(path))
         _require(self.manifest, _MANIFEST_SHAPE, storage.where(path))
         self.world_size: int = self.manifest["world_size"]
         self.id: str = self.manifest["id"]

@@ -6,8 +6,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,11 @@ import torch
 from drivetrain import __version__
 from drivetrain.builtin.checkpoints import CheckpointSection
 from drivetrain.checkpoint import index
-from drivetrain.checkpoint.agreement import same_everywhere, text_of, worst
-from drivetrain.checkpoint.commit import PendingSave, Retention, SavedBox
+from drivetrain.checkpoint.agreement import any_rank, same_everywhere, text_of, worst
+from drivetrain.checkpoint.commit import PendingSave, SavedBox, UnfinishedSaveError
 from drivetrain.checkpoint.guarantee import fragments_digest, layout_of, promise
 from drivetrain.checkpoint.random_state import random_state
+from drivetrain.checkpoint.retention import Retention
 from drivetrain.checkpoint.state import (
     StateWriter,
     is_plain,
@@ -71,7 +71,9 @@ def save(
         if not os.fspath(save_dir):
             raise CheckpointError("save_dir is empty")
         if not index.is_plain_name(tag):
-            raise CheckpointError(f"tag {tag!r} is not a plain directory name")
+            raise CheckpointError(f"tag {tag!r} is not a plain directory name, or is taken")
+        if storage.is_link(tag):
+            raise CheckpointError("it is a link, and what it points to would be overwritten")
         contents = _Contents(engine, exclude_frozen_parameters)
         contents.collect(client_state)
     except DrivetrainError as error:
@@ -87,11 +89,15 @@ def write_and_commit(engine: Engine, pending: PendingSave) -> None:
     """Carry out a save now. Collective.
 
     Raises:
-        CheckpointError: on every rank, when it failed on any. What was written is removed.
+        CheckpointError: on every rank, when it failed on any. What was written is removed, unless
+            the message says that the checkpoint is there.
     """
-    with engine.job.span("checkpoint"):
-        _attempt(engine, pending, pending.write)
-        _attempt(engine, pending, pending.commit if engine.job.rank == 0 else None)
+    try:
+        with engine.job.span("checkpoint"):
+            _attempt(engine, pending, pending.write)
+            _attempt(engine, pending, pending.commit if engine.job.rank == 0 else None)
+    finally:
+        pending.storage.close()
     if engine.job.rank == 0:
         announce(pending)
 
@@ -101,6 +107,14 @@ def announce(pending: PendingSave) -> None:
     logger.info("saved checkpoint %s; %s", pending.place, pending.manifest["guarantee"]["promise"])
 
 
+def take_back(pending: PendingSave) -> None:
+    """Remove what a failed save has written, as far as the storage that failed lets us. Rank 0."""
+    try:
+        pending.discard()
+    except (CheckpointError, OSError) as error:
+        logger.error("files of a failed save stay in %s: %s", pending.place, error)
+
+
 def raise_together(engine: Engine, problem: str | None, place: str) -> None:
     """Raise on every rank when any rank has a problem. Collective."""
     found = worst(engine, problem)
@@ -108,20 +122,22 @@ def raise_together(engine: Engine, problem: str | None, place: str) -> None:
         raise CheckpointError(f"checkpoint {place} was not saved: {found}")
 
 
-def _attempt(engine: Engine, pending: PendingSave, action: Any | None) -> None:
-    problem = None
+def _attempt(engine: Engine, pending: PendingSave, action: Callable[[], None] | None) -> None:
+    cause: Exception | None = None
     try:
         if action is not None:
             action()
-    except (CheckpointError, OSError) as error:
-        problem = str(error)
-    try:
-        raise_together(engine, problem, pending.place)
-    except CheckpointError:
-        if engine.job.rank == 0:
-            with suppress(OSError):  # the storage that failed may fail again
-                pending.discard()
-        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is raised on every rank
+        cause = error
+    found = worst(engine, None if cause is None else str(cause) or type(cause).__name__)
+    if found is None:
+        return
+    (unfinished,) = any_rank(engine, [isinstance(cause, UnfinishedSaveError)])
+    if unfinished:
+        raise UnfinishedSaveError(found) from cause
+    if engine.job.rank == 0:
+        take_back(pending)
+    raise CheckpointError(f"checkpoint {pending.place} was not saved: {found}") from cause
 
 
 def _agree_on_names(engine: Engine, tag: str | None) -> tuple[str, str]:

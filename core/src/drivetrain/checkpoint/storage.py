@@ -13,8 +13,9 @@ import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from drivetrain.errors import CheckpointError
@@ -37,6 +38,9 @@ class Sink(ABC):
     @abstractmethod
     def close(self) -> None:
         """Return once everything written is durable; called once, not after an error."""
+
+    def abandon(self) -> None:  # noqa: B027 - most hold nothing
+        """Let go of the file after an error, of :meth:`close` too; what is written is no use."""
 
 
 class Storage(ABC):
@@ -62,7 +66,10 @@ class Storage(ABC):
 
     @abstractmethod
     def put(self, path: str, data: bytes) -> None:
-        """Give a file new contents in one durable step: readers see the old or the new ones."""
+        """Give a file new contents in one durable step: readers see the old or the new ones.
+
+        After an error they may see either; reading tells which.
+        """
 
     @abstractmethod
     def size(self, path: str) -> int | None:
@@ -80,8 +87,23 @@ class Storage(ABC):
     def remove(self, path: str) -> None:
         """Remove a file or an empty folder; missing is fine, a folder with files stays."""
 
+    def is_link(self, path: str) -> bool:
+        """True if ``path`` only points to a file or folder that may lie outside of the root."""
+        return False
+
     def close(self) -> None:  # noqa: B027 - most need nothing
-        """Let go of open files."""
+        """Let go of files that are open for reading; the storage can be used on."""
+
+    @contextmanager
+    def writing(self, path: str) -> Iterator[Sink]:
+        """Begin a new file that is complete when the block ends without an error."""
+        sink = self.create(path)
+        try:
+            yield sink
+            sink.close()
+        except BaseException:
+            sink.abandon()
+            raise
 
     def get(self, path: str, limit: int) -> bytes:
         """The contents of a file of at most ``limit`` bytes.
@@ -132,15 +154,23 @@ class LocalStorage(Storage):
         weakref.finalize(self, _close_all, self._files)  # for who forgets to close it
 
     def create(self, path: str) -> Sink:
+        self._forget(path)
         return _LocalSink(self._path(path))
 
     def put(self, path: str, data: bytes) -> None:
+        self._forget(path)
         target = self._path(path)
         aside = f"{target}.new"
         sink = _LocalSink(aside)
-        sink.write(data)
-        sink.close()
-        os.replace(aside, target)
+        try:
+            sink.write(data)
+            sink.close()
+            os.replace(aside, target)
+        except BaseException:
+            sink.abandon()
+            with suppress(OSError):  # the first error is the one to be told of
+                os.unlink(aside)
+            raise
         _sync_folder(os.path.dirname(target))
 
     def size(self, path: str) -> int | None:
@@ -168,12 +198,16 @@ class LocalStorage(Storage):
             return []
 
     def remove(self, path: str) -> None:
+        self._forget(path)
         target = self._path(path)
         if not os.path.isdir(target):
             if os.path.lexists(target):
                 os.unlink(target)
-        elif not os.listdir(target):
+        elif not os.path.islink(target) and not os.listdir(target):
             os.rmdir(target)
+
+    def is_link(self, path: str) -> bool:
+        return os.path.islink(self._path(path))
 
     def close(self) -> None:
         with self._lock:
@@ -181,6 +215,12 @@ class LocalStorage(Storage):
 
     def _path(self, path: str) -> str:
         return os.path.join(self.root, path) if path else self.root
+
+    def _forget(self, path: str) -> None:
+        """Close a file that is about to be replaced or removed, so that its room is given back."""
+        with self._lock:
+            if path in self._files:
+                _close(self._files.pop(path))
 
     def _open(self, path: str) -> int:
         with self._lock:
@@ -204,15 +244,18 @@ class _LocalSink(Sink):
     def __init__(self, path: str) -> None:
         self._path = path
         _make_folder(os.path.dirname(os.path.abspath(path)))
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
-        self._direct = True
         self._buffer, self._spare = (_pages() for _ in range(2))
         self._filled = 0
         self._thread = ThreadPoolExecutor(1, "checkpoint-write")
         self._written: Future[None] | None = None
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+        self._file = os.open(path, flags, 0o666)
+        self._open = True
+        self._direct = False
         with suppress(OSError):  # a file system that cannot
+            self._flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
             fcntl.fcntl(self._file, fcntl.F_SETFL, self._flags | getattr(os, "O_DIRECT", 0))
+            self._direct = True
 
     def write(self, data: Buffer) -> None:
         rest = memoryview(data).cast("B")
@@ -233,8 +276,19 @@ class _LocalSink(Sink):
         self._go_through_the_cache()
         self._drain(self._buffer[aligned : self._filled])
         os.fsync(self._file)
-        os.close(self._file)
+        self._let_go()
         _sync_folder(os.path.dirname(self._path))
+
+    def abandon(self) -> None:
+        self._thread.shutdown()
+        with suppress(OSError):  # the first error is the one to be told of
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Close the file once; the system lets go of it even where closing is an error."""
+        if self._open:
+            self._open = False
+            os.close(self._file)
 
     def _wait(self) -> None:
         if self._written is not None:
@@ -252,8 +306,9 @@ class _LocalSink(Sink):
                 self._go_through_the_cache()  # which says why there is no room for the rest
 
     def _go_through_the_cache(self) -> None:
-        fcntl.fcntl(self._file, fcntl.F_SETFL, self._flags)
-        self._direct = False
+        if self._direct:
+            fcntl.fcntl(self._file, fcntl.F_SETFL, self._flags)
+            self._direct = False
 
 
 def _pages() -> memoryview:
@@ -266,7 +321,13 @@ def _pages() -> memoryview:
 
 def _close_all(files: dict[str, int]) -> None:
     while files:
-        os.close(files.popitem()[1])
+        _close(files.popitem()[1])
+
+
+def _close(file: int) -> None:
+    """Close a file that was read; there is nothing left that could be lost."""
+    with suppress(OSError):
+        os.close(file)
 
 
 def _make_folder(path: str) -> None:

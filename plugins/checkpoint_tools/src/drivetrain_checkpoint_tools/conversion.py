@@ -16,6 +16,7 @@ from drivetrain.checkpoint import PendingSave
 from drivetrain.checkpoint.commit import SavedBox
 from drivetrain.checkpoint.guarantee import promise
 from drivetrain.checkpoint.index import FORMAT, is_plain_name
+from drivetrain.checkpoint.save import take_back
 from drivetrain.checkpoint.state import is_plain
 from drivetrain.checkpoint.storage import open_storage
 from drivetrain.checkpoint.tensor_file import NAMES, TensorEntry
@@ -99,8 +100,14 @@ def write_checkpoint(imported: Imported, folder: str, tag: str | None = None) ->
         empty={f"{s.kind}/{s.name}": (s.dtype, s.shape) for s in imported.sources if 0 in s.shape},
         manifest=_manifest(imported),
     )
-    pending.write()
-    pending.commit()
+    try:
+        pending.write()
+        pending.commit()
+    except BaseException:
+        take_back(pending)
+        raise
+    finally:
+        pending.storage.close()
     return pending.place
 
 

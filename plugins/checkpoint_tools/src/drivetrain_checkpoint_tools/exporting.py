@@ -67,9 +67,8 @@ def export(
     if len(shards) == 1:
         names = ["model.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        sink = target.create(name)
-        write_tensors(sink, shard, _METADATA)
-        sink.close()
+        with target.writing(name) as sink:
+            write_tensors(sink, shard, _METADATA)
     if config is not None:
         target.put("config.json", config)
     if len(shards) > 1:

@@ -92,3 +92,12 @@ class _ObjectSink(Sink):
 
     def close(self) -> None:
         self._file.close()
+
+    def abandon(self) -> None:
+        from fsspec.spec import AbstractBufferedFile  # type: ignore[import-untyped, unused-ignore]
+
+        if isinstance(self._file, AbstractBufferedFile):
+            self._file.discard()
+            self._file.closed = True  # or it would be completed when it is collected
+        else:
+            self._file.close()

@@ -68,9 +68,8 @@ def _write(folder: str, name: str, entries: list[TensorEntry]) -> None:
     """Write beside the file and rename, so that a reader never sees a part of it."""
     storage = open_storage(folder)
     partial_name = f"{name}.partial"
-    sink = storage.create(partial_name)
-    write_tensors(sink, entries, {"format": "pt"})
-    sink.close()
+    with storage.writing(partial_name) as sink:
+        write_tensors(sink, entries, {"format": "pt"})
     os.replace(storage.where(partial_name), storage.where(name))  # noqa: PTH105 - as storage does
 
 
