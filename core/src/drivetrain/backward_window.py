@@ -3,6 +3,7 @@
 The hooks sit on the tensors that the module returned. The first of them to fire marks the
 beginning and queues a callback that autograd runs when the whole pass is over. (Queued from a
 parameter's hook it would run too early: re-entrant checkpointing runs passes inside the pass.)
+A pass that adds to no ``.grad``, such as that of ``torch.autograd.grad``, is not a backward pass.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ class BackwardWindow:
         self._open = False
 
     def watch(self, outputs: object) -> None:
-        """Attach to every tensor in ``outputs`` that a backward pass can start from or cross."""
-        for tensor in tensors_in(outputs):
-            if tensor.requires_grad:
-                tensor.register_hook(self._on_output)  # type: ignore[no-untyped-call]
+        """Attach to every tensor in ``outputs`` that a backward pass can start from or cross.
+
+        Parameters among them are left out; their gradients are noticed in any case.
+        """
+        for tensor in recorded_in(outputs):
+            tensor.register_hook(self._on_output)  # type: ignore[no-untyped-call]
 
     def _on_output(self, _gradient: torch.Tensor) -> None:
-        if self._open:
+        if self._open or not accumulates():
             return
         self._begin()
         self._open = True
@@ -43,6 +46,51 @@ class BackwardWindow:
     def _on_end(self) -> None:
         self._open = False
         self._end()
+
+
+def accumulates() -> bool:
+    """Tell, in a hook, whether the pass under way adds to the ``.grad`` of tensors.
+
+    ``torch.autograd.grad`` and ``torch.func`` do not. Autograd does not say so itself, but it says
+    of each leaf whether it is going to be reached, so the nearest leaf of the graph is asked.
+    """
+    nodes = [torch._C._current_autograd_node()]
+    known = set(nodes)
+    leaves = 0
+    for node in nodes:
+        if type(node).__name__ == "AccumulateGrad":
+            leaves += 1
+            if _is_accumulated(node):
+                return True
+        for following, _ in node.next_functions:
+            if following is not None and following not in known:
+                known.add(following)
+                nodes.append(following)
+    return leaves == 0
+
+
+def _is_accumulated(leaf: torch.autograd.graph.Node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:  # torch answers in this way for an input of ``torch.autograd.grad``
+        return False
+
+
+def recorded_in(value: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors in ``value`` that an operation has made, and that a backward can cross.
+
+    Leaves are left out: a hook on a parameter would stay for as long as the parameter. A tensor
+    that a transform of ``torch.func`` has wrapped is yielded at every level that has a graph.
+    """
+    functorch = torch._C._functorch
+    for tensor in tensors_in(value):
+        inner = tensor
+        while functorch.is_functorch_wrapped_tensor(inner):
+            if inner.grad_fn is not None:
+                yield inner
+            inner = functorch.get_unwrapped(inner)
+        if inner.grad_fn is not None:
+            yield inner
 
 
 def tensors_in(value: object, _seen: set[int] | None = None) -> Iterator[torch.Tensor]:

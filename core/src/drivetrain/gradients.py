@@ -203,6 +203,7 @@ class GradientReducer:
         bucket = slot.bucket
         if gradient is not None:
             slot.used = True
+            gradient = gradient.detach()  # it has a graph after backward(create_graph=True)
             if bucket.sent:
                 slot.late = gradient if slot.late is None else slot.late + gradient
                 return

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from drivetrain.units import units
+from drivetrain_zero.backward_hooks import beneath_transforms
 
 if TYPE_CHECKING:
+    from drivetrain_zero.backward_hooks import InputsKnown
     from drivetrain_zero.bucket import ShardedBucket
 
 
@@ -26,6 +28,7 @@ class GatheredUnit:
         persistent: they stay gathered.
         kept: they do until the next update.
         awaited: they do until a backward that is to come.
+        inputs: of the forward under way, until its outputs are known.
         held: somebody uses them outside of the module, until backward is over.
         rejoins: they are held where ranks that do not hold them have released them, and so take
             part in the next gather all the same.
@@ -46,6 +49,7 @@ class GatheredUnit:
     rejoins: bool = False
     fetching: bool = False
     turn: int = 0
+    inputs: InputsKnown | None = None
     _in_use: bool = False
 
     @property
@@ -62,16 +66,18 @@ class GatheredUnit:
 
     def start(self, *, asynchronous: bool) -> None:
         """Begin to gather. Collective."""
-        for bucket in self.buckets if self.rejoins or not self.started else ():
-            bucket.start_gather(asynchronous=asynchronous, again=self.rejoins)
+        with beneath_transforms():
+            for bucket in self.buckets if self.rejoins or not self.started else ():
+                bucket.start_gather(asynchronous=asynchronous, again=self.rejoins)
         self.started, self.rejoins = True, False
 
     def gather(self) -> None:
         """Make the parameters whole. Collective unless it has been started."""
         if not self.started:
             self.start(asynchronous=False)
-        for bucket in self.buckets:
-            bucket.finish_gather()
+        with beneath_transforms():
+            for bucket in self.buckets:
+                bucket.finish_gather()
         self.gathered = True
 
     def pin(self) -> None:
@@ -108,8 +114,9 @@ class GatheredUnit:
         if self.held:
             self.rejoins = True
             return
-        for bucket in self.buckets:
-            bucket.release()
+        with beneath_transforms():
+            for bucket in self.buckets:
+                bucket.release()
         self.started = self.gathered = self.fetching = self.awaited = False
 
 

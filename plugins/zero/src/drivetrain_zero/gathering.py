@@ -3,7 +3,11 @@
 [Note: one unit's way] Before a unit's forward its parameters are gathered, after it they are
 released. A hook on its outputs gathers them again when backward arrives there; when the gradients
 of all its inputs are known, its backward is over and they are released. What is left (inputs
-without gradients, recomputed forwards) is released when the whole backward ends.
+that are leaves or have no gradients, recomputed forwards) is released when the pass ends.
+
+A pass that records a graph of its own (``create_graph=True``, and all of ``torch.func``) uses units
+that a backward through that graph needs again, and nothing tells when it comes to which of them.
+So these stay gathered until that graph is gone, or until the next update, after which it is void.
 
 At stages 1 and 2 with ``overlap_param_gather`` a unit that is gathered stays so until the next
 update, after which there are new values to gather.
@@ -16,16 +20,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.autograd.graph import register_multi_grad_hook
 
-from drivetrain.backward_window import tensors_in
+from drivetrain.backward_window import accumulates
+from drivetrain_zero.backward_hooks import (
+    InputsKnown,
+    call_before_backward,
+    current_pass,
+    in_backward,
+    keep_with_graph,
+    when_pass_ends,
+)
 from drivetrain_zero.order import Pass
 from drivetrain_zero.outside_use import remove, returns_own
 
@@ -67,15 +78,17 @@ class GatherPolicy:
 
 @dataclass(eq=False)
 class _Graph:
-    """What one forward of the model has recorded; alive as long as autograd's graph.
+    """What one pass through the model has recorded; alive as long as autograd's graph.
 
     Args:
-        held: units whose parameters it has used outside of them.
+        held: units that its backward needs, beside those that it comes to through their outputs.
         is_over: its backward has come.
+        is_kept: whether the graph keeps this object.
     """
 
-    held: Sequence[GatheredUnit]
+    held: list[GatheredUnit] = field(default_factory=list)
     is_over: bool = False
+    is_kept: bool = False
 
 
 class Gathering:
@@ -112,10 +125,14 @@ class Gathering:
         self._asynchronous = asynchronous
         self._forward: Pass | None = None
         self._backward: Pass | None = None
+        self._number = -1
+        self._accumulates = True
+        self._recorded: _Graph | None = None
         self.last_forward: Pass | None = None
         self.last_backward: Pass | None = None
         self._held_without_graph: list[GatheredUnit] = []
         self._graphs: WeakSet[_Graph] = WeakSet()
+        self._unseen_graphs: list[_Graph] = []
         self._hooks: list[RemovableHandle] = []
         self._fetches = any(bucket.fetches for unit in units for bucket in unit.buckets)
         self._choose_persistent()
@@ -157,6 +174,8 @@ class Gathering:
 
     def release_all(self) -> None:
         """Keep only shards."""
+        self._backward = None  # an error may have ended it
+        self._unseen_graphs.clear()
         self._graphs.clear()
         for unit in self.units:
             unit.kept = unit.held = unit.rejoins = False
@@ -194,19 +213,25 @@ class Gathering:
             self._visit(root)
 
     def _before_forward(self, unit: GatheredUnit, inputs: object) -> None:
-        if not _in_backward() and unit.number == 0 and self._forward is None:
-            self._forward = Pass(self.forward_order)
-        if not _in_backward():
-            self._visit(unit)
-        else:
+        if in_backward():
             self._before_backward(unit)
+        else:
+            if unit.number == 0 and self._forward is None:
+                self._begin_forward()
+            self._visit(unit)
         unit.watch(False)
-        if unit.number and torch.is_grad_enabled():
-            self._watch_inputs(unit, inputs)
+        if torch.is_grad_enabled():
+            last = partial(self._release, unit) if unit.number else lambda: None
+            unit.inputs = InputsKnown(inputs, self._keep_recorded, last)
+
+    def _begin_forward(self) -> None:
+        self._forward, self._backward = Pass(self.forward_order), None
+        if all(graph.is_over for graph in self._graphs):
+            self._let_go(self.units)
 
     def use_outside(self, unit: GatheredUnit) -> None:
         """Somebody uses parameters of ``unit`` outside of its module, while the model computes."""
-        if unit.held or (self._forward is None and not _in_backward()):
+        if unit.held or (self._forward is None and not in_backward()):
             return
         if not unit.gathered:
             self._visit(unit)
@@ -215,36 +240,26 @@ class Gathering:
             self._held_without_graph.append(unit)
         self._rest(unit)
 
-    def _release_held_without_graph(self) -> None:
-        """Let go of what no backward will come back for; a forward before may hold others."""
-        while self._held_without_graph:
-            unit = self._held_without_graph.pop()
-            unit.held = unit.rejoins = False
-            unit.release()
-
-    def _watch_inputs(self, unit: GatheredUnit, inputs: object) -> None:
-        """Release the unit when the gradients of its inputs are known."""
-
-        def release(_gradients: object) -> None:
-            if not unit.held:
+    def _let_go(self, units: Iterable[GatheredUnit]) -> None:
+        """Hold none of ``units`` any more."""
+        for unit in units:
+            if unit.held:
+                unit.held = unit.rejoins = False
                 unit.release()
 
-        watched = [t for t in tensors_in(inputs) if t.requires_grad]
-        if watched:
-            register_multi_grad_hook(watched, release)
+    def _release(self, unit: GatheredUnit) -> None:
+        if not unit.held:
+            unit.release()
 
     def _after_forward(self, unit: GatheredUnit, outputs: object) -> None:
+        inputs, unit.inputs = unit.inputs, None
         if torch.is_grad_enabled():
-            begins = partial(self._before_backward, unit)
-            if not (unit.number or _in_backward()):
-                held = [unit for unit in self.units if unit.held]
-                graph = _Graph(held)
+            graph = None
+            if not (unit.number or in_backward()):
+                graph = _Graph([unit for unit in self.units if unit.held])
                 self._graphs.add(graph)
-                begins = partial(self._begin_backward, graph)
-            for tensor in tensors_in(outputs):
-                if tensor.requires_grad:
-                    _call_before_backward(tensor, begins)
-        if _in_backward():
+            call_before_backward(outputs, partial(self._begin_backward, unit, inputs, graph))
+        if in_backward():
             return  # recomputed; its backward comes at once
         if unit.number:
             if returns_own(unit, outputs):
@@ -253,7 +268,9 @@ class Gathering:
                 self._rest(unit)
             return
         if not torch.is_grad_enabled():
-            self._release_held_without_graph()
+            # No backward comes back for these; a forward before may hold others.
+            held, self._held_without_graph = self._held_without_graph, []
+            self._let_go(held)
         current, self._forward = self._forward, None
         if current is not None:
             self._end(current)
@@ -266,23 +283,62 @@ class Gathering:
         # A unit that forward has kept is visited all the same, so that ranks which have skipped
         # it know where it is; but the root, which is kept till the end.
         comes = unit.number and not self.alone and unit.number not in walk.reached
-        if comes or not unit.gathered:
+        if comes or not unit.gathered or (unit.rejoins and not unit.number):
             self._visit(unit)
 
-    def _begin_backward(self, graph: _Graph) -> None:
-        """Backward comes to what a forward of the model has made."""
-        self._before_backward(self.units[0])
-        graph.is_over = True
-        for unit in graph.held:
-            if not unit.gathered:  # another backward has let go of it
-                self._start(unit, asynchronous=False, known=False)
-                self._finish(unit)
-                unit.held = True
+    def _begin_backward(
+        self,
+        unit: GatheredUnit,
+        inputs: InputsKnown | None,
+        graph: _Graph | None,
+        gradients: Sequence[Any],
+    ) -> None:
+        """Backward comes to what a forward of ``unit`` has made; with ``graph``, of the model."""
+        self._before_backward(unit)
+        if graph is not None:
+            graph.is_over = not torch.is_grad_enabled()
+            for held in graph.held:
+                if not held.gathered:  # another backward has let go of it
+                    self._start(held, asynchronous=False, known=False)
+                    self._finish(held)
+                    held.held = True
+        if inputs is not None:
+            inputs.expect()
+        if current_pass() != self._number:  # inside of another; its inputs may all be leaves
+            when_pass_ends(partial(self._release, unit))
+        if torch.is_grad_enabled():
+            self._hold_for_recorded(unit)
+            self._keep_recorded(gradients)
+
+    def _hold_for_recorded(self, unit: GatheredUnit) -> None:
+        """Hold a unit for the backward of the graph that the pass under way records."""
+        if self._recorded is None:
+            self._recorded = _Graph()
+            self._graphs.add(self._recorded)
+        if not unit.held:
+            unit.held = True
+            self._recorded.held.append(unit)
+
+    def _keep_recorded(self, gradients: object) -> None:
+        """Have the graph behind ``gradients`` keep what the pass under way records."""
+        graph = self._recorded
+        if graph is not None and torch.is_grad_enabled():
+            graph.is_kept = keep_with_graph(graph, gradients) or graph.is_kept
+
+    def _end_pass(self) -> None:
+        """A pass is over that was none of the engine's backward passes, unless it ended before."""
+        if self._backward is not None:
+            self.end_backward()
 
     def end_backward(self) -> None:
         """The whole backward is over."""
-        current, self._backward = self._backward or Pass(self.backward_order), None
+        current = self._backward or Pass(self.backward_order)
         self._end(current)  # also if this rank's backward used no unit at all
+        self._backward, self._accumulates = None, True
+        recorded, self._recorded = self._recorded, None
+        if recorded is not None and not recorded.is_kept:
+            self._unseen_graphs.append(recorded)  # nobody can tell when it is gone
+        del recorded
         if current.visited:
             self.last_backward = current
         if not all(graph.is_over for graph in self._graphs):
@@ -297,7 +353,7 @@ class Gathering:
         """Gather a unit that is about to be used, after those that come before it."""
         walk = self._walk()
         # Backward begins at the root, if a forward in between has released it.
-        if walk is None or (unit.number == 0 and _in_backward()):
+        if walk is None or (unit.number == 0 and in_backward()):
             self._start(unit, asynchronous=False)
             self._finish(unit)
             return
@@ -322,7 +378,7 @@ class Gathering:
         if not self.alone:
             if unit.number in walk.reached:
                 unit.release()  # as it is on ranks that have only joined it
-            if _in_backward():
+            if in_backward() and self._accumulates:
                 self._passed(walk.reached[-1:])
         walk.reached.append(unit.number)
         self._start(unit, asynchronous=self._asynchronous)
@@ -332,10 +388,12 @@ class Gathering:
             self._gather_ahead(unit, walk)
 
     def _walk(self) -> Pass | None:
-        if not _in_backward():
+        if not in_backward():
             return self._forward
         if self._backward is None:
             self._backward = Pass(self.backward_order)
+            self._number, self._accumulates = current_pass(), accumulates()
+            when_pass_ends(self._end_pass)
         return self._backward
 
     def _start(self, unit: GatheredUnit, *, asynchronous: bool, known: bool = True) -> None:
@@ -385,7 +443,7 @@ class Gathering:
         """Take part in the gather of a unit that other ranks may need."""
         self._reach(unit, walk)
         self._finish(unit)
-        if _in_backward():
+        if in_backward():
             unit.release()
         else:
             self._rest(unit)
@@ -417,27 +475,6 @@ class Gathering:
         first, self.left_order = not self.left_order, True
         if first and self._policy.log_order:
             logger.warning("unit %r is used in another order than before", unit.name or "root")
-
-
-def _call_before_backward(output: torch.Tensor, call: Callable[[], None]) -> None:
-    """Call when backward comes to what made ``output``.
-
-    Hooks on that node run after those on the tensor, by which the unit that took it as input is
-    released: so the memory of one can be that of the other.
-    """
-
-    def hook(_gradient: object) -> None:
-        call()
-
-    node: Any = output.grad_fn
-    if node is None:
-        cast("Any", output).register_hook(hook)
-    else:
-        node.register_prehook(hook)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _owners(unit: GatheredUnit) -> Iterator[nn.Module]:

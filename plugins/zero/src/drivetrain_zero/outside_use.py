@@ -12,9 +12,11 @@ from collections.abc import Callable, ItemsView, Sequence, ValuesView
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from drivetrain.backward_window import tensors_in
+from drivetrain_zero.backward_hooks import unwrapped
 
 if TYPE_CHECKING:
     from drivetrain_zero.gathered_unit import GatheredUnit
@@ -76,7 +78,8 @@ def remove(units: Sequence[GatheredUnit]) -> None:
 def returns_own(unit: GatheredUnit, outputs: object) -> bool:
     """Whether ``outputs`` contain parameters of ``unit`` or views of them."""
     own = {bucket.parameters[0].untyped_storage()._cdata for bucket in unit.buckets}
-    return any(tensor.untyped_storage()._cdata in own for tensor in tensors_in(outputs))
+    dense = (t for t in map(unwrapped, tensors_in(outputs)) if t.layout is torch.strided)
+    return any(tensor.untyped_storage()._cdata in own for tensor in dense)
 
 
 def _owners(unit: GatheredUnit) -> list[tuple[nn.Module, _Parameters]]:
