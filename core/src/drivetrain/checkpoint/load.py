@@ -22,6 +22,7 @@ from drivetrain.checkpoint.state import StateReader, persistent_buffers, tupled
 from drivetrain.checkpoint.storage import Storage, open_storage
 from drivetrain.checkpoint.tensor_file import checksums
 from drivetrain.errors import CheckpointError
+from drivetrain.tensor_parts import copy_into
 
 if TYPE_CHECKING:
     from drivetrain.engine import Engine
@@ -45,6 +46,7 @@ class LoadOptions:
         return self.optimizer and not self.module_only
 
 
+@torch.inference_mode(False)  # tensors made in it could not be written by other threads
 def load(
     engine: Engine,
     load_dir: str | os.PathLike[str],
@@ -216,6 +218,7 @@ class _Attempt:
         """Stored parameters that no rank has. Collective."""
         table = self.engine.job.parameters
         known = {table.info(parameter).name for parameter in self.engine.module.parameters()}
+        known |= {fragment.name for fragment in self.fragments}  # also what is inside of wrappers
         stored = sorted(name for kind, name in self.stored.keys if kind == "parameter")
         anywhere = any_rank(self.engine, [name in known for name in stored])
         return [name for name, found in zip(stored, anywhere, strict=True) if not found]
@@ -320,7 +323,7 @@ class _Attempt:
         restore(self.storage, self.work)
         with torch.no_grad():
             for buffer, source in self.buffers:
-                buffer.copy_(read_whole(self.storage, source))
+                copy_into(buffer, read_whole(self.storage, source))
         self.plugin_tensors = {
             key: read_whole(self.storage, source) for key, source in self._plugin_sources()
         }

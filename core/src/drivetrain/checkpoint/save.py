@@ -31,6 +31,7 @@ from drivetrain.checkpoint.state import (
 from drivetrain.checkpoint.storage import Storage, open_storage
 from drivetrain.checkpoint.tensor_file import NAMES, TensorEntry, as_buffer, checksums, raw_bytes
 from drivetrain.errors import CheckpointError, DrivetrainError
+from drivetrain.tensor_parts import tensor_parts
 
 if TYPE_CHECKING:
     from drivetrain.engine import Engine
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("drivetrain.checkpoint")
 
 
+@torch.inference_mode(False)
 def save(
     engine: Engine,
     save_dir: str | os.PathLike[str],
@@ -242,9 +244,10 @@ class _Contents:
     def _fragments(self, fragments: list[Fragment]) -> None:
         engine, read = self.engine, _LastFragment()
         frozen = {
-            engine.job.parameters.info(parameter).name
+            name
             for parameter in engine.module.parameters()
             if self.exclude_frozen and not parameter.requires_grad
+            for name in tensor_parts(parameter, engine.job.parameters.info(parameter).name)
         }
         self.excluded = sorted(frozen)
         reset: dict[str, None] = {}
