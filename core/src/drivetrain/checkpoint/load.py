@@ -15,6 +15,7 @@ from drivetrain.checkpoint import index
 from drivetrain.checkpoint.agreement import any_rank, text_of, worst
 from drivetrain.checkpoint.guarantee import Guarantee, changed_versions, fragments_digest, layout_of
 from drivetrain.checkpoint.index import Stored, StoredTensor
+from drivetrain.checkpoint.packed import unpacked
 from drivetrain.checkpoint.random_state import load_random_state
 from drivetrain.checkpoint.reading import check_coverage, read_whole, restore
 from drivetrain.checkpoint.save import versions
@@ -351,7 +352,7 @@ class _Attempt:
         if self.options.schedule and engine.optimizer is not None:
             self._load_groups(state["groups"])
             if engine.lr_scheduler is not None and state["scheduler"] is not None:
-                engine.lr_scheduler.load_state_dict(state["scheduler"])
+                engine.lr_scheduler.load_state_dict(unpacked(state["scheduler"]))
 
     def _load_groups(self, saved: list[Mapping[str, Any]]) -> None:
         """Hyper-parameters follow their parameters, also into groups that are cut otherwise."""
@@ -378,7 +379,7 @@ class _Attempt:
         loader = engine.training_dataloader
         if own["loader"] is not None and hasattr(loader, "load_state_dict"):
             assert loader is not None
-            loader.load_state_dict(own["loader"])
+            loader.load_state_dict(unpacked(own["loader"]))
         data = dict(self.stored.manifest["state"]["plugins"])
         if same:
             data.update(own["plugins"])

@@ -19,6 +19,7 @@ from drivetrain.checkpoint import index
 from drivetrain.checkpoint.agreement import any_rank, same_everywhere, text_of, worst
 from drivetrain.checkpoint.commit import PendingSave, SavedBox, UnfinishedSaveError
 from drivetrain.checkpoint.guarantee import fragments_digest, layout_of, promise
+from drivetrain.checkpoint.packed import packed
 from drivetrain.checkpoint.random_state import random_state
 from drivetrain.checkpoint.retention import Retention
 from drivetrain.checkpoint.state import (
@@ -299,7 +300,7 @@ class _Contents:
             kind = type(loader).__name__
             self.weaker.append(f"the data start anew, since {kind} has no state_dict")
             return None
-        return plain(loader.state_dict(), "state of the data loader")
+        return packed(loader.state_dict(), "state of the data loader")
 
     def _state(self, writer: StateWriter) -> dict[str, Any]:
         engine, scheduler = self.engine, self.engine.lr_scheduler
@@ -313,7 +314,7 @@ class _Contents:
             "progress": engine.progress.state_dict(),
             "unfinished_micro_batches": unfinished,
             "loss_scaler": engine.loss_scaler.state_dict(),
-            "scheduler": plain(scheduler.state_dict(), "scheduler state") if scheduler else None,
+            "scheduler": packed(scheduler.state_dict(), "scheduler state") if scheduler else None,
             "groups": list(self._groups()),
             "plugins": writer.data[False],
             "plugin_tensors": sorted(writer.tensors[False]),
