@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ class GradientMemory:
         self._communicator = communicator
         self._wanted: dict[tuple[torch.dtype, Axis, torch.device], int] = defaultdict(int)
         self._free: dict[tuple[torch.dtype, Axis, torch.device], list[torch.Tensor]] = {}
-        self._travelling: deque[ReduceScatterBucket] = deque()
+        self._travelling: dict[ReduceScatterBucket, None] = {}
 
     @property
     def nbytes(self) -> int:
@@ -59,14 +59,18 @@ class GradientMemory:
         """``numel`` elements of any values; :meth:`give_back` ends the loan."""
         free = self._free.get((dtype, axis, device))
         while free == [] and self._travelling:
-            self._travelling.popleft().collect()
+            next(iter(self._travelling)).collect()
         if free and free[-1].numel() >= numel:
             return free.pop()
         return torch.empty(numel, dtype=dtype, device=device)
 
     def travels(self, bucket: ReduceScatterBucket) -> None:
         """A loan of ``bucket`` ends as soon as it is collected."""
-        self._travelling.append(bucket)
+        self._travelling[bucket] = None
+
+    def arrived(self, bucket: ReduceScatterBucket) -> None:
+        """``bucket`` is being collected."""
+        self._travelling.pop(bucket, None)
 
     def give_back(self, buffer: torch.Tensor, axis: Axis) -> None:
         """End a loan."""
@@ -183,6 +187,7 @@ class ReduceScatterBucket(GradientBucket):
         handle, result = self._travelling
         handle.wait()
         self._travelling = None
+        self.memory.arrived(self)
         self._keep_sum(result)
         if not self.keep:
             self._close()
