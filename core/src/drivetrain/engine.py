@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -96,6 +96,15 @@ class Engine(nn.Module):
             own = hasattr(self.module, name)
             entry = None if own else self.job.plan.registry.find("methods", name)
             return getattr(self.module, name) if entry is None else entry.load().__get__(self)
+
+    def __deepcopy__(self, *_: object) -> NoReturn:
+        """Refuse: an engine stands for process groups, hooks and shards of this job."""
+        raise TrainingError(
+            "an engine can be neither copied nor pickled: copy engine.module inside "
+            "`with drivetrain.whole(engine.module):`, or use engine.save_checkpoint()"
+        )
+
+    __copy__ = __reduce_ex__ = __deepcopy__
 
     # -- the loop -----------------------------------------------------------------------------
 

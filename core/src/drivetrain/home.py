@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from drivetrain.fragment import Fragment, interval_boxes, placed_boxes
-from drivetrain.tensor_parts import copy_into
 from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule
 
 if TYPE_CHECKING:
@@ -297,7 +296,7 @@ def tensor_fragment(
         shape, boxes = placement.global_shape, tuple(placed_boxes(placement.boxes, start, stop))
 
     def write(values: torch.Tensor) -> None:
-        copy_into(tensor, values.view_as(tensor))
+        tensor.copy_(values.view_as(tensor))
 
     return Fragment(
         name=name,

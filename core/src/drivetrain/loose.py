@@ -14,7 +14,6 @@ from drivetrain.errors import TrainingError
 from drivetrain.fragment import Fragment
 from drivetrain.home import tensor_fragment
 from drivetrain.parameters import handed_over
-from drivetrain.tensor_parts import copy_into, is_stored, tensor_parts
 
 if TYPE_CHECKING:
     from drivetrain.gradients import Slot
@@ -28,11 +27,10 @@ def broadcast_first(job: Job, tensor: torch.Tensor, axis: Axis, key: str) -> Non
     """Make all ranks of ``axis`` start from the first one's values."""
     if tensor.is_meta or not tensor.numel():
         return
-    for name, part in tensor_parts(tensor, key).items():
-        dense = part if part.is_contiguous() else part.contiguous()
-        job.communicator.broadcast(dense, axis, Tag(Purpose.STATE, name, "initial values"))
-        if dense is not part:
-            copy_into(part, dense)
+    dense = tensor if tensor.is_contiguous() else tensor.contiguous()
+    job.communicator.broadcast(dense, axis, Tag(Purpose.STATE, key, "initial values"))
+    if dense is not tensor:
+        tensor.copy_(dense)
 
 
 def trained_parameters(optimizer: OptimizerPlan | None) -> set[nn.Parameter]:
@@ -77,20 +75,15 @@ def refuse_stale_layout(
 
 
 def synchronise_loose(job: Job, module: nn.Module, bucketed: Collection[nn.Parameter]) -> None:
-    """Cast what is in no bucket to its compute dtype and make all ranks start from rank 0's.
-
-    Raises:
-        ConfigError: the memory of a parameter or buffer cannot be reached.
-    """
+    """Cast what is in no bucket to its compute dtype and make all ranks start from rank 0's."""
     for parameter in module.parameters():
         if parameter in bucketed:
             continue
         info = job.parameters.info(parameter)
         with handed_over([parameter]):
             values = parameter.data
-        if parameter.is_floating_point() and not is_stored(parameter):
-            parameter.data = values.to(info.compute_dtype)
-        broadcast_first(job, parameter.detach(), info.reduction, info.name)
+        parameter.data = values.to(info.compute_dtype) if parameter.is_floating_point() else values
+        broadcast_first(job, parameter.data, info.reduction, info.name)
     for name, buffer in module.named_buffers():
         broadcast_first(job, buffer, "data", name)
 
@@ -102,9 +95,8 @@ def loose_fragments(
     found = []
     for parameter in module.parameters():
         if parameter not in bucketed:
-            info = job.parameters.info(parameter)
+            info, data = job.parameters.info(parameter), parameter.data
             owner = info.owner and job.communicator.rank(info.reduction) == 0
             fragment = partial(tensor_fragment, owner=owner, placement=info.placement)
-            parts = tensor_parts(parameter.detach(), info.name)
-            found += [fragment(name, "parameter", part) for name, part in parts.items()]
+            found.append(fragment(info.name, "parameter", data))
     return found

@@ -26,8 +26,6 @@ Group = Literal[
     "kernels",
     "optimizers",
     "schedulers",
-    "optimizer_params",
-    "scheduler_params",
     "storages",
     "commands",
     "reports",
@@ -41,7 +39,7 @@ DISABLE_VARIABLE = "DRIVETRAIN_DISABLE_PLUGINS"
 CORE = "drivetrain"
 IN_PROCESS = "in-process"
 
-_CASE_INSENSITIVE = ("optimizers", "schedulers", "optimizer_params", "scheduler_params")
+_CASE_INSENSITIVE = ("optimizers", "schedulers")
 _CORE_IS_ASKED_LAST = ("optimizers",)
 
 

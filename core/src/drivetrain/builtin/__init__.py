@@ -18,8 +18,6 @@ _PATHS = {
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
 }
 
-_SCHEDULES = ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")
-
 ENTRIES: dict[str, dict[str, str]] = {
     "plugins": {
         path: f"drivetrain.builtin.{value}"
@@ -30,11 +28,9 @@ ENTRIES: dict[str, dict[str, str]] = {
         "Adam": "drivetrain.optimizers.factory:adam",
         "AdamW": "drivetrain.optimizers.factory:adamw",
     },
-    "schedulers": {name: f"drivetrain.schedules:{name}" for name in _SCHEDULES},
-    "optimizer_params": {
-        "Adam": "drivetrain.builtin.params:AdamParams",
-        "AdamW": "drivetrain.builtin.params:AdamWParams",
+    "schedulers": {
+        name: f"drivetrain.schedules:{name}"
+        for name in ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")
     },
-    "scheduler_params": {name: f"drivetrain.builtin.params:{name}Params" for name in _SCHEDULES},
 }
 """Group -> name -> ``module:attribute``, in the form of entry points."""

@@ -37,6 +37,7 @@ from drivetrain_zero.backward_hooks import (
     keep_with_graph,
     when_pass_ends,
 )
+from drivetrain_zero.copies import Hook
 from drivetrain_zero.order import Pass
 from drivetrain_zero.outside_use import remove, returns_own
 
@@ -199,12 +200,15 @@ class Gathering:
         def after(_module: nn.Module, _args: Any, outputs: Any) -> None:
             self._after_forward(unit, outputs)
 
+        def need_root(_module: nn.Module, _args: Any) -> None:
+            self._need_root()
+
         keep = self._hooks.append
-        keep(unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-        keep(unit.module.register_forward_hook(after, always_call=True))
+        keep(unit.module.register_forward_pre_hook(Hook(before), prepend=True, with_kwargs=True))
+        keep(unit.module.register_forward_hook(Hook(after), always_call=True))
         if unit.number == 0:
             for module in _owners(unit):
-                keep(module.register_forward_pre_hook(lambda _module, _args: self._need_root()))
+                keep(module.register_forward_pre_hook(Hook(need_root)))
 
     def _need_root(self) -> None:
         """A part of the root is used outside of the model's forward."""

@@ -28,8 +28,9 @@ from drivetrain.update_rule import UpdateRule
 from drivetrain_zero import outside_use
 from drivetrain_zero.agreement import agreement_of
 from drivetrain_zero.bucket import ShardedBucket
+from drivetrain_zero.copies import guard_copies
 from drivetrain_zero.foreign_changes import ForeignChanges
-from drivetrain_zero.frozen import bucketed, plan_frozen
+from drivetrain_zero.frozen import plan_frozen
 from drivetrain_zero.gathered_unit import GatheredUnit, find_units
 from drivetrain_zero.gathering import Gathering
 from drivetrain_zero.gradients import GradientMemory, ReduceScatterBucket
@@ -76,9 +77,10 @@ class ZeroStates(ModelStates):
         self._local = False
         self._prefix = f"engine{len(job.engines)}." if job.engines else ""
         refuse_other_layout(job, module.parameters())
-        trained = trained_parameters(optimizer)
-        kept = bucketed(module.parameters(), trained, frozen=policy.frozen)
-        synchronise_loose(job, module, set(kept))
+        if not policy.frozen:
+            synchronise_loose(job, module, trained_parameters(optimizer))
+        else:
+            synchronise_loose(job, module, set(module.parameters()))
         self._build({})
 
     # -- set-up -------------------------------------------------------------------------------
@@ -127,9 +129,10 @@ class ZeroStates(ModelStates):
             if self._policy.by_unit
             else [GatheredUnit(0, "", self._module, list(self._module.parameters()))]
         )
-        trained = trained_parameters(self._optimizer)
-        for unit in units:
-            unit.parameters = bucketed(unit.parameters, trained, frozen=self._policy.frozen)
+        if not self._policy.frozen:
+            trained = trained_parameters(self._optimizer)
+            for unit in units:
+                unit.parameters = [p for p in unit.parameters if p in trained]
         return units
 
     def _plan(self, unit: GatheredUnit, steps: Mapping[str, int]) -> list[PlannedBucket]:
@@ -225,6 +228,7 @@ class ZeroStates(ModelStates):
             for index, parameter in enumerate(bucket.parameters):
                 handle = ShardedParameter(self._job, unit, bucket, index)
                 parameter.drivetrain_handle = handle  # type: ignore[attr-defined]
+                guard_copies(parameter)
 
     # -- gradients ----------------------------------------------------------------------------
 

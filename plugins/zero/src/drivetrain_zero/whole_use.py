@@ -12,6 +12,7 @@ from torch import nn
 
 from drivetrain.errors import TrainingError
 from drivetrain.parameters import whole
+from drivetrain_zero.copies import Hook
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -94,7 +95,7 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
         if use is not None:
             use()
 
-    hooks[id(parameter)] = module.register_forward_pre_hook(gather)
+    hooks[id(parameter)] = module.register_forward_pre_hook(Hook(gather))
 
 
 def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
