@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty_disk import (
+from torch import nn
+
+import drivetrain
+from drivetrain.checkpoint.agreement import any_rank
+from drivetrain.checkpoint.commit import UnfinishedSaveError
+from drivetrain.engine import Engine
+from drivetrain.errors import CheckpointError
+from drivetrain.registry import Registry
+from drivetrain.testing import run_distributed
+from drivetrain.testing.faulty_disk import (
     DONE,
     FULL,
     GONE,
@@ -20,15 +29,6 @@ from faulty_disk import (
     open_files,
     stored_contents,
 )
-from torch import nn
-
-import drivetrain
-from drivetrain.checkpoint.agreement import any_rank
-from drivetrain.checkpoint.commit import UnfinishedSaveError
-from drivetrain.engine import Engine
-from drivetrain.errors import CheckpointError
-from drivetrain.registry import Registry
-from drivetrain.testing import run_distributed
 from drivetrain.testing.sharded import ShardedStates
 
 NEW = 4

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import pytest
 from pydantic import Field, model_validator
 
-from drivetrain.builtin.optimization import GradientClipping
+from drivetrain.builtin.optimization import GradientClipping, OptimizerSection
 from drivetrain.builtin.precision import BF16, FP16, CommunicationDataType, DataTypes
 from drivetrain.config.composition import Composition, compose
 from drivetrain.errors import ConfigError, PluginError
@@ -168,18 +168,19 @@ def test_auto_is_dropped_wherever_it_stands_so_that_defaults_apply() -> None:
         {
             "zero_optimization": {"stage": "auto", "leaf": {"depth": "auto"}},
             "gradient_clipping": "auto",
-            "optimizer": {"type": "AdamW", "params": {"lr": "auto", "eps": 1e-6}},
+            "optimizer": {"type": "AdamW", "params": {"weight_decay": "auto", "eps": 1e-6}},
         }
     )
-    assert composition.autos == (
-        "zero_optimization.stage",
-        "zero_optimization.leaf.depth",
+    assert sorted(composition.autos) == [
         "gradient_clipping",
-        "optimizer.params.lr",
-    )
+        "zero_optimization.leaf.depth",
+        "zero_optimization.stage",
+    ]
     assert others(composition)["sharding"].section(Shards).stage == 0
     core = {m.plugin.name: m.plugin for m in composition.members}
     assert core["optimization"].section(GradientClipping).root == 1.0
+    assert core["optimization"].section(OptimizerSection).params == {"eps": 1e-6}
+    assert 'optimizer.params.weight_decay: "auto", so its' in core["optimization"].notes()[0]
 
 
 def test_plugins_key_activates_a_plugin_with_an_empty_section() -> None:

@@ -106,13 +106,17 @@ def test_yaml_reads_scalars_as_json_does(tmp_path: Path, suffix: str) -> None:
         ("c.json", '{"a": "open\n}', r"line 1, column 12: invalid control character\n"),
         ("c.json", '{\n"a": 1,\n"a": 2}', r"'a' is given twice in one object .* lines 2, 3"),
         ("c.json", '{"x": {"b": 1, "b": 2}}', r"'b' is given twice"),
-        ("c.json", '{\n"lr": NaN}', r"c.json, line 2: NaN is no JSON number"),
+        ("c.json", '{\n"lr": NaN}', r"c.json, line 2, column 7: no JSON number: NaN"),
         ("c.json", "[1, 2]", r"must hold one object with config keys, but is \[1, 2\]"),
         ("c.json", "[" * 100_000, "nested too deeply"),
         ("c.yaml", "a: 1\na: 2", r"c.yaml, line 2, column 1: key 'a' is given twice"),
         ("c.yaml", "x:\n  b: 1\n  b: 2", r"line 3, column 3: key 'b' is given twice"),
-        ("c.yaml", "a: [1, 2", r"c.yaml, line 1"),
-        ("c.yaml", "a: !!python/object:os.system x", r"line 1, column 4: could not determine"),
+        ("c.yaml", "a: [1, 2", r"c.yaml, line [12], column"),
+        (
+            "c.yaml",
+            "a: !!python/object:os.system x",
+            r"line 1, column 4: the tag .*os.system' is not allowed",
+        ),
         ("c.yaml", "", r"must hold one object with config keys, but is empty"),
         ("c.yaml", "1: 2", r"config keys are strings, got 1"),
         ("c.yaml", "a: {1: 2}", r"config keys are strings, got 1 in a"),
@@ -135,7 +139,7 @@ def test_the_error_shows_the_line_and_points_at_the_column(tmp_path: Path) -> No
 def test_sources_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'missing.json' does not exist"):
         load_config("missing.json")
-    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+    with pytest.raises(ConfigError, match="is no regular file"):
         load_config(tmp_path)
     (tmp_path / "c.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ConfigError, match="is not UTF-8 text"):

@@ -306,7 +306,7 @@ def test_what_frameworks_write_by_default_is_accepted() -> None:
             },
             "bf16": {"enabled": "auto"},
             "amp": {"enabled": "auto", "opt_level": "auto"},
-            "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+            "optimizer": {"type": "AdamW", "params": {"lr": 2e-5, "betas": "auto"}},
             "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto"}},
             "steps_per_print": 2000,
             "wall_clock_breakdown": False,
@@ -316,7 +316,7 @@ def test_what_frameworks_write_by_default_is_accepted() -> None:
     )
     assert plan.batch == Batch(4, 2, 1, 2)
     assert plan.section(GradientClipping).root == 1.0
-    assert plan.section(OptimizerSection).params == {}
+    assert plan.section(OptimizerSection).params == {"lr": 2e-5}
 
 
 # -- access ----------------------------------------------------------------------------------------

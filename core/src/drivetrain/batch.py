@@ -10,6 +10,9 @@ GLOBAL = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
 ACCUMULATION = "gradient_accumulation_steps"
 
+LARGEST = 2**31 - 1
+"""No job sees more samples in a step; a larger number is a slip of the keyboard."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -60,6 +63,8 @@ def solve_batch(
     Raises:
         ConfigError: with the arithmetic, when the numbers do not multiply or are too few.
     """
+    for name, given in ((GLOBAL, train), (MICRO, micro), (ACCUMULATION, accumulation)):
+        _check_size(name, given)
     shards = f"{data_shards} (data shards{f' = {shards_origin}' if shards_origin else ''})"
     if train is None:
         if micro is None:
@@ -68,7 +73,9 @@ def solve_batch(
                 f"{GLOBAL} = {MICRO} x {ACCUMULATION} x {shards}"
             )
         accumulation = accumulation or 1
-        return Batch(micro * accumulation * data_shards, micro, accumulation, data_shards)
+        train = micro * accumulation * data_shards
+        _check_size(f"{GLOBAL} = {MICRO} x {ACCUMULATION} x {shards} =", train)
+        return Batch(train, micro, accumulation, data_shards)
     if micro is not None and accumulation is not None:
         if micro * accumulation * data_shards != train:
             product = micro * accumulation * data_shards
@@ -83,6 +90,12 @@ def solve_batch(
     else:
         accumulation = _divide(train, micro, MICRO, data_shards, shards, ACCUMULATION)
     return Batch(train, micro, accumulation, data_shards)
+
+
+def _check_size(name: str, value: int | None) -> None:
+    if value is not None and value > LARGEST:
+        shown = value if value < 2**63 else f"2^{value.bit_length() - 1} and more"
+        raise ConfigError(f"{name} {shown} is too large, the most is {LARGEST}")
 
 
 def _divide(train: int, value: int, name: str, data_shards: int, shards: str, wanted: str) -> int:

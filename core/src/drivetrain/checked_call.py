@@ -32,25 +32,10 @@ def call_checked(
         ConfigError: parameters that are unknown, missing, of a wrong type, or refused by
             ``function``.
     """
-    accepted = dict(list(inspect.signature(function).parameters.items())[len(leading) :])
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    named = {k: p for k, p in accepted.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    label = getattr(function, "__name__", type(function).__name__)
-    problems = [
-        f"{section}.{name}: {label} has no such parameter{did_you_mean(name, named)} "
-        f"(it has {', '.join(named)})"
-        for name in params
-        if name not in named and not open_ended
-    ]
-    required = {name for name, p in named.items() if p.default is p.empty}
-    problems += [f"{section}.{name}: {label} needs it" for name in required - params.keys()]
-    problems += [
-        f"{section}.{name}: {problem}"
-        for name, value in params.items()
-        if name in named and (problem := _wrong_type(value, named[name].default))
-    ]
-    if problems:
+    label = _label(function)
+    if problems := parameter_problems(section, function, params, len(leading)):
         raise ConfigError(problems)
+    required = _required(_accepted(function, len(leading)))
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in params.items()}
     try:
         return function(*leading, **given)
@@ -61,6 +46,51 @@ def call_checked(
                 problem = f"{section}.{name}: {label} refuses {as_json(params[name])}: {error}"
                 raise ConfigError(problem) from error
         raise ConfigError(f"{section}: {label} refuses {as_json(dict(params))}: {error}") from error
+
+
+def parameter_problems(
+    section: str, function: Callable[..., Any], params: Mapping[str, Any], leading: int = 0
+) -> list[str]:
+    """What the signature of ``function`` says against ``params``: names, and types of defaults.
+
+    Args:
+        section: config path of the parameters.
+        function: a class or factory whose keyword arguments are the parameters.
+        params: what the config gives.
+        leading: how many of its first parameters are not the config's.
+    """
+    accepted = _accepted(function, leading)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    named = {k: p for k, p in accepted.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    label = _label(function)
+    problems = [
+        f"{section}.{name}: {label} has no such parameter{did_you_mean(name, named)} "
+        f"(it has {', '.join(named)})"
+        for name in params
+        if name not in named and not open_ended
+    ]
+    problems += [
+        f"{section}.{name}: {label} needs it" for name in _required(named) if name not in params
+    ]
+    problems += [
+        f"{section}.{name}: {problem}"
+        for name, value in params.items()
+        if name in named and (problem := _wrong_type(value, named[name].default))
+    ]
+    return problems
+
+
+def _accepted(function: Callable[..., Any], leading: int) -> dict[str, inspect.Parameter]:
+    return dict(list(inspect.signature(function).parameters.items())[leading:])
+
+
+def _required(accepted: Mapping[str, inspect.Parameter]) -> list[str]:
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return [k for k, p in accepted.items() if p.default is p.empty and p.kind not in kinds]
+
+
+def _label(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def require_keywords(section: str, module: nn.Module, names: Sequence[str]) -> None:
@@ -98,7 +128,7 @@ def _wrong_type(value: Any, default: Any) -> str | None:
     if isinstance(default, bool):
         return None if isinstance(value, bool) else f"expected true or false, got {as_json(value)}"
     # Some numbers may be given for each group; the function itself counts them.
-    if isinstance(default, Number) and not isinstance(value, list):
+    if isinstance(default, Number) and not isinstance(value, (list, tuple)):
         fits = isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
         if not fits or not math.isfinite(value):
             return f"expected a finite number, got {type(value).__name__} {as_json(value)}"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -33,6 +34,7 @@ ClientOptimizer = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
 """A torch optimizer over the module's parameters, or a callable that makes one of them."""
 
 
+@torch.inference_mode(False)  # tensors made in it could not be trained
 def build_engine(
     job: Job,
     module: nn.Module,

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from drivetrain.wording import printable
+
+_MOST = 100
+_LONGEST = 4000
+
 
 class DrivetrainError(Exception):
-    """Base of every error that Drivetrain raises on purpose."""
+    """Base of every error that Drivetrain raises on purpose.
+
+    Args:
+        message: shown with escapes for control characters, since it may quote a file or the name of
+            a file, which must not take command of a terminal.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message, keep="\n\t"))
 
 
 class ConfigError(DrivetrainError):
     """A configuration that cannot be run; ``problems`` holds every finding, not just the first.
+
+    Findings beyond the first hundred are only counted, and long ones are cut in their middle.
 
     Args:
         problems: one message or several. Each names its config path.
     """
 
     def __init__(self, problems: str | list[str]) -> None:
-        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        found = [problems] if isinstance(problems, str) else list(problems)
+        more = [f"and {len(found) - _MOST} more problems"] if len(found) > _MOST else []
+        self.problems: list[str] = [*map(_shortened, found[:_MOST]), *more]
         super().__init__("\n".join(self.problems))
 
 
@@ -37,3 +54,8 @@ class CommunicationError(DrivetrainError):
 
 class TrainingError(DrivetrainError):
     """A training loop that used the engine wrongly, or numbers that cannot be trained on."""
+
+
+def _shortened(problem: str) -> str:
+    half = _LONGEST // 2
+    return problem if len(problem) <= _LONGEST else f"{problem[:half]} ... {problem[-half:]}"

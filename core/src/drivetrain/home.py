@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from drivetrain.fragment import Fragment, interval_boxes, placed_boxes
+from drivetrain.tensor_parts import copy_into
 from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule
 
 if TYPE_CHECKING:
@@ -296,7 +297,7 @@ def tensor_fragment(
         shape, boxes = placement.global_shape, tuple(placed_boxes(placement.boxes, start, stop))
 
     def write(values: torch.Tensor) -> None:
-        tensor.copy_(values.view_as(tensor))
+        copy_into(tensor, values.view_as(tensor))
 
     return Fragment(
         name=name,

@@ -14,6 +14,7 @@ from drivetrain.errors import TrainingError
 from drivetrain.fragment import Fragment
 from drivetrain.home import tensor_fragment
 from drivetrain.parameters import handed_over
+from drivetrain.tensor_parts import copy_into, is_stored, tensor_parts
 
 if TYPE_CHECKING:
     from drivetrain.gradients import Slot
@@ -27,10 +28,11 @@ def broadcast_first(job: Job, tensor: torch.Tensor, axis: Axis, key: str) -> Non
     """Make all ranks of ``axis`` start from the first one's values."""
     if tensor.is_meta or not tensor.numel():
         return
-    dense = tensor if tensor.is_contiguous() else tensor.contiguous()
-    job.communicator.broadcast(dense, axis, Tag(Purpose.STATE, key, "initial values"))
-    if dense is not tensor:
-        tensor.copy_(dense)
+    for name, part in tensor_parts(tensor, key).items():
+        dense = part if part.is_contiguous() else part.contiguous()
+        job.communicator.broadcast(dense, axis, Tag(Purpose.STATE, name, "initial values"))
+        if dense is not part:
+            copy_into(part, dense)
 
 
 def trained_parameters(optimizer: OptimizerPlan | None) -> set[nn.Parameter]:
@@ -75,15 +77,20 @@ def refuse_stale_layout(
 
 
 def synchronise_loose(job: Job, module: nn.Module, bucketed: Collection[nn.Parameter]) -> None:
-    """Cast what is in no bucket to its compute dtype and make all ranks start from rank 0's."""
+    """Cast what is in no bucket to its compute dtype and make all ranks start from rank 0's.
+
+    Raises:
+        ConfigError: the memory of a parameter or buffer cannot be reached.
+    """
     for parameter in module.parameters():
         if parameter in bucketed:
             continue
         info = job.parameters.info(parameter)
         with handed_over([parameter]):
             values = parameter.data
-        parameter.data = values.to(info.compute_dtype) if parameter.is_floating_point() else values
-        broadcast_first(job, parameter.data, info.reduction, info.name)
+        if parameter.is_floating_point() and not is_stored(parameter):
+            parameter.data = values.to(info.compute_dtype)
+        broadcast_first(job, parameter.detach(), info.reduction, info.name)
     for name, buffer in module.named_buffers():
         broadcast_first(job, buffer, "data", name)
 
@@ -95,8 +102,9 @@ def loose_fragments(
     found = []
     for parameter in module.parameters():
         if parameter not in bucketed:
-            info, data = job.parameters.info(parameter), parameter.data
+            info = job.parameters.info(parameter)
             owner = info.owner and job.communicator.rank(info.reduction) == 0
             fragment = partial(tensor_fragment, owner=owner, placement=info.placement)
-            found.append(fragment(info.name, "parameter", data))
+            parts = tensor_parts(parameter.detach(), info.name)
+            found += [fragment(name, "parameter", part) for name, part in parts.items()]
     return found

@@ -56,6 +56,7 @@ class Plan:
         world_size: number of ranks.
         world_source: where that number comes from.
         autos: config paths that said ``"auto"``.
+        section_notes: sections that are accepted although nothing installed serves them.
         batch_required: whether a plan without batch size is refused.
         axis_requests: what the plugins asked of the mesh.
         layout: axes of the mesh.
@@ -70,6 +71,7 @@ class Plan:
     world_source: str
     autos: tuple[str, ...]
     batch_required: bool
+    section_notes: tuple[str, ...] = ()
     axis_requests: tuple[AxisRequest, ...] = ()
     layout: MeshLayout = field(init=False)
     batch: Batch | None = field(init=False, default=None)
@@ -109,6 +111,7 @@ class Plan:
             world_source=source,
             autos=composition.autos,
             batch_required=batch_required,
+            section_notes=composition.notes,
         )
         plan._check()
         return plan
@@ -145,6 +148,7 @@ class Plan:
     def explain(self) -> Explanation:
         """Which plugins take part and why, their hooks in order, mesh, batch, derived values."""
         notes = [f'{path}: "auto", so its default applies' for path in self.autos]
+        notes += self.section_notes
         notes += [note for plugin in self.plugins for note in plugin.notes()]
         hooks = {
             name: [self.hub.label(impl.plugin_name) for impl in self.hub.implementations(name)]
@@ -235,6 +239,9 @@ def _world_size(argument: int | None) -> tuple[int, str]:
         given, source = os.environ["WORLD_SIZE"], "WORLD_SIZE"
     else:
         return 1, "the default (WORLD_SIZE is not set)"
-    if not given.isdecimal() or int(given) < 1:
-        raise ConfigError(f"the world size must be a positive number, got {given!r} from {source}")
+    if not given.isdecimal() or len(given) > 9 or int(given) < 1:
+        raise ConfigError(
+            f"the world size must be a positive number, got {given[:40]!r} from {source}"
+            + (", which is too large" if len(given) > 9 else "")
+        )
     return int(given), source

@@ -109,12 +109,16 @@ class Plugin:
         return ()
 
     def notes(self) -> Sequence[str]:
-        """Remarks for ``drivetrain explain``; by default, of given keys that have no effect."""
-        return [
-            f"{path}.{name}: no effect, {field.description.removeprefix(NO_EFFECT).rstrip('.')}"
-            for path, section in self._sections.items()
-            for name, field in type(section).model_fields.items()
-            if name in section.model_fields_set
-            and field.description is not None
-            and field.description.startswith(NO_EFFECT)
-        ]
+        """Remarks for ``drivetrain explain``: keys given by another name, and without effect."""
+        found = []
+        for path, section in self._sections.items():
+            renames = section.given_as if isinstance(section, Section) else {}
+            found += [f"{path}.{old}: another name of {key}" for old, key in renames.items()]
+            found += [
+                f"{path}.{name}: no effect, {field.description.removeprefix(NO_EFFECT).rstrip('.')}"
+                for name, field in type(section).model_fields.items()
+                if name in section.model_fields_set
+                and field.description is not None
+                and field.description.startswith(NO_EFFECT)
+            ]
+        return found

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from drivetrain.builtin.precision import BF16, FP16, CommunicationDataType, DataTypes, TorchAutocast
 from drivetrain.errors import ConfigError
 from drivetrain.loss_scale import DynamicLossScaler, LossScaler
+from drivetrain.tensor_parts import is_stored
 
 if TYPE_CHECKING:
     from drivetrain.parameters import ParameterTable
@@ -34,7 +36,7 @@ class Precision:
         state: dtype of optimizer states; ``None`` for the masters'.
         gradient: dtype that gradients accumulate in; ``None`` for each parameter's own.
         wire: dtype that gradients travel in; ``None`` for each parameter's own.
-        buffer: dtype of floating buffers; ``None`` keeps the module's own.
+        buffer: dtype of floating buffers; ``None`` for that of the parameters.
         inputs: dtype that floating inputs are cast to; ``None`` leaves them.
         lower: dtype of ``torch.autocast`` around forward; ``None`` for none.
         safe_modules: modules whose gradients travel in ``lower``.
@@ -92,12 +94,21 @@ class Precision:
         )
 
     def describe(self, module: nn.Module, table: ParameterTable) -> None:
-        """Fill in the dtypes of every floating parameter of ``module``."""
+        """Fill in the dtypes of every floating parameter of ``module``.
+
+        A frozen parameter that is only stored in its dtype keeps it: one in 8 bits, or a subclass
+        that computes with what it wraps. So do those beside float32 statistics, which torch
+        normalises with in one dtype.
+        """
+        exact = {id(p) for part in self._statistics(module) for p in part.parameters(recurse=False)}
         for parameter in module.parameters():
-            if not parameter.is_floating_point():
+            stored = is_stored(parameter) and not parameter.requires_grad
+            if not parameter.is_floating_point() or stored:
                 continue
             info = table.info(parameter)
-            if self.parameter is not None:
+            if id(parameter) in exact:
+                info.compute_dtype = torch.float32
+            elif self.parameter is not None:
                 info.compute_dtype = self.parameter
                 info.master_dtype = self.master
                 info.state_dtype = self.state
@@ -111,13 +122,31 @@ class Precision:
                         table.info(parameter).reduce_dtype = self.lower
 
     def cast_buffers(self, module: nn.Module) -> None:
-        """Give floating buffers the configured dtype, where there is one."""
-        if self.buffer is None:
+        """Give floating buffers the configured dtype, or else that of the parameters.
+
+        Running statistics stay in float32 unless the config says otherwise: in bfloat16 they would
+        stop a few percent away from what they are to become.
+        """
+        wanted = self.buffer or self.parameter
+        if wanted is None:
             return
+        exact = {id(part) for part in self._statistics(module)}
+        cast: dict[int, torch.Tensor] = {}  # modules may share a buffer
         for part in module.modules():
             for name, buffer in part.named_buffers(recurse=False):
-                if buffer.is_floating_point():
-                    setattr(part, name, buffer.to(self.buffer))
+                if not buffer.is_floating_point() or is_stored(buffer):
+                    continue
+                if id(buffer) not in cast:
+                    dtype = torch.float32 if id(part) in exact else wanted
+                    cast[id(buffer)] = buffer.to(dtype)
+                setattr(part, name, cast[id(buffer)])
+
+    def _statistics(self, module: nn.Module) -> list[nn.Module]:
+        """Modules that keep running statistics in float32 beside parameters in less."""
+        if self.parameter is None or self.buffer not in (None, torch.float32):
+            return []
+        normalising = [part for part in module.modules() if isinstance(part, _NormBase)]
+        return [part for part in normalising if part.running_mean is not None]
 
     def cast_inputs(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -128,7 +157,7 @@ class Precision:
 
         def cast(leaf: Any) -> Any:
             floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-            return leaf.to(dtype) if floating else leaf
+            return leaf.to(dtype) if floating and not is_stored(leaf) else leaf
 
         args, kwargs = pytree.tree_map(cast, (args, kwargs))
         return args, kwargs

@@ -26,6 +26,8 @@ Group = Literal[
     "kernels",
     "optimizers",
     "schedulers",
+    "optimizer_params",
+    "scheduler_params",
     "storages",
     "commands",
     "reports",
@@ -39,7 +41,7 @@ DISABLE_VARIABLE = "DRIVETRAIN_DISABLE_PLUGINS"
 CORE = "drivetrain"
 IN_PROCESS = "in-process"
 
-_CASE_INSENSITIVE = ("optimizers", "schedulers")
+_CASE_INSENSITIVE = ("optimizers", "schedulers", "optimizer_params", "scheduler_params")
 _CORE_IS_ASKED_LAST = ("optimizers",)
 
 

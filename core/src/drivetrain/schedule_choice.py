@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from drivetrain.checked_call import call_checked
 from drivetrain.errors import ConfigError
 from drivetrain.known import TORCH_SCHEDULERS
+from drivetrain.params import check_params, declared_params
 from drivetrain.wording import did_you_mean
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def make_schedule(
         raise ConfigError(
             f"scheduler.type: no scheduler is named {name!r}{did_you_mean(name, names)}"
         )
+    if (model := declared_params(registry, "scheduler", name)) is not None:
+        params = check_params(model, "scheduler", params)
     return _announced(call_checked("scheduler.params", factory, params, optimizer))
 
 

@@ -7,10 +7,24 @@ pydantic's lax mode is wrong for hand-written JSON in three ways: it turns ``tru
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Generic, TypeVar
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    RootModel,
+    model_validator,
+)
 
+from drivetrain.errors import ConfigError
+from drivetrain.paths import at_home
 from drivetrain.wording import as_json
 
 T = TypeVar("T")
@@ -23,6 +37,8 @@ follows. ``drivetrain explain`` tells those who give it."""
 def _number(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"expected a number, got {as_json(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {as_json(value)}")
     return value
 
 
@@ -31,7 +47,9 @@ def _integer(value: Any) -> Any:
     if isinstance(value, float):
         if not value.is_integer():
             raise ValueError(f"expected a whole number, got {as_json(value)}")
-        return int(value)
+        value = int(value)
+    if abs(value) >= 2**63:
+        raise ValueError(f"expected a whole number below 2^63, got {as_json(value)}")
     return value
 
 
@@ -47,15 +65,55 @@ NonNegativeInt = Annotated[int, Field(ge=0), BeforeValidator(_integer)]
 Float = Annotated[float, BeforeValidator(_number)]
 PositiveFloat = Annotated[float, Field(gt=0), BeforeValidator(_number)]
 NonNegativeFloat = Annotated[float, Field(ge=0), BeforeValidator(_number)]
+Share = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
+"""A number from 0 on and below 1, such as the decay of an average."""
 Bool = Annotated[bool, BeforeValidator(_boolean)]
+
+
+def _at_home(path: str) -> str:
+    try:
+        return at_home(path)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+PathText = Annotated[str, AfterValidator(_at_home)]
+"""A path; ``~`` at its beginning is the user's home, as in a shell."""
 
 
 # Deferred building leaves out the validators of sections that a config does not contain, which
 # takes a fifth off the time of ``drivetrain config check``.
 class Section(BaseModel):
-    """A config section: frozen, and every unknown key is an error."""
+    """A config section: frozen, and every unknown key is an error.
+
+    Attributes:
+        renamed: other name of a key -> the key; values may be given under either, not both.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    _given_as: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def given_as(self) -> Mapping[str, str]:
+        """Other name -> key, of the keys that were given under another name."""
+        return self._given_as
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _by_other_names(cls, value: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        found = {}
+        if isinstance(value, Mapping):
+            found = {old: key for old, key in cls.renamed.items() if old in value}
+            for old, key in found.items():
+                if key in value:
+                    raise ValueError(f"{old} is another name of {key}, which is given, too")
+            value = {found.get(key, key): item for key, item in value.items()} if found else value
+        section = build(value)
+        section._given_as = found
+        return section
 
 
 class Scalar(RootModel[T], Generic[T]):

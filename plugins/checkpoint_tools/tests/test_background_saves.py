@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from drivetrain_checkpoint_tools import wait_for_saves
+from drivetrain_checkpoint_tools import pulse, wait_for_saves
 from drivetrain_checkpoint_tools.opening import opened
+from drivetrain_checkpoint_tools.plugin import writers
 from drivetrain_checkpoint_tools.verification import verify
 from torch import nn
 
@@ -22,7 +26,8 @@ from drivetrain.engine import Engine
 from drivetrain.errors import CheckpointError
 from drivetrain.job import Ranks
 from drivetrain.registry import Registry
-from drivetrain.testing import run_distributed
+from drivetrain.testing import RanksFailedError, run_distributed
+from drivetrain.testing.faulty_disk import GONE, check_all, failing, open_files, stored_contents
 from drivetrain.testing.sharded import ShardedStates
 
 
@@ -215,4 +220,95 @@ def test_the_process_does_not_end_before_the_save_has(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     with opened(str(tmp_path)) as stored:
+        assert verify(stored) == []
+
+
+# -- disks that fail, ranks that die ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tag", ["global_step1", "global_step2"], ids=["same tag", "another tag"])
+def test_whichever_operation_fails_in_the_background_all_checkpoints_load(
+    tmp_path: Path, tag: str
+) -> None:
+    engine = make(
+        checkpoint={"background": {}, "keep_last": 1},
+    )
+    saved = {}
+    for step, place in ((1, tmp_path / "base"), (2, tmp_path / "reference")):
+        train(engine, 1)
+        engine.save_checkpoint(place)
+        wait_for_saves(engine)
+        saved[step] = stored_contents(place, f"global_step{step}")
+    number, failed, ends = 0, True, set()
+    while failed:
+        number += 1
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "base", folder)
+        with failing(number) as disk:
+            try:
+                engine.save_checkpoint(folder, tag)
+                wait_for_saves(engine)
+                ends.add("saved")
+            except CheckpointError as error:
+                ends.add("not saved" if "was not saved" in str(error) else "saved, but")
+            failed = disk.has_failed
+        assert open_files(folder) == []
+        steps = check_all(folder, saved)
+        assert (folder / "latest").read_text() in steps
+        shutil.rmtree(folder)
+    assert ends == {"saved", "not saved", "saved, but"}
+    engine.destroy()
+
+
+def save_without_rank_1(root: str, kind: str) -> tuple[str, float]:
+    """Save while rank 1 cannot write, or dies; what rank 0 is told, and after how long."""
+    engine = make(plugins={"sharded_states": True}, checkpoint={"background": {}})
+    victim = engine.job.rank == 1
+    train(engine, 1)
+    engine.save_checkpoint(root, "before")
+    wait_for_saves(engine)
+    if kind == "dies":
+        pulse._DEAD_SECONDS = 3.0
+        if victim:
+            PendingSave.write = die  # type: ignore[assignment, method-assign]
+    begin, told = time.monotonic(), ""
+    with failing(1 if kind == "full" and victim else None, GONE):
+        engine.save_checkpoint(root, "failed")
+        try:
+            writers[engine].wait()
+        except CheckpointError as error:
+            told = str(error)
+    seconds = time.monotonic() - begin
+    if kind == "dies":
+        Path(root, "told").write_text(f"{seconds} {told}")
+    train(engine, 1)  # goes on, or breaks
+    engine.save_checkpoint(root, "after")
+    wait_for_saves(engine)
+    engine.destroy()
+    return told, seconds
+
+
+def die(pending: PendingSave) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_ranks_learn_of_a_full_disk_at_once_and_go_on(tmp_path: Path) -> None:
+    ends = run_distributed(save_without_rank_1, 2, str(tmp_path), "full")
+    assert "rank 1: [Errno 5]" in ends[0][0]
+    assert "Errno 5" in ends[1][0]
+    assert max(seconds for _, seconds in ends) < 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["after", "before", "latest"]
+    with opened(str(tmp_path)) as stored:
+        assert stored.tag == "after"
+        assert verify(stored) == []
+
+
+def test_a_rank_that_dies_in_a_save_is_missed_within_seconds(tmp_path: Path) -> None:
+    with pytest.raises(RanksFailedError, match="SIGKILL"):
+        run_distributed(save_without_rank_1, 2, str(tmp_path), "dies")
+    seconds, _, told = (tmp_path / "told").read_text().partition(" ")
+    assert float(seconds) < 15
+    assert "rank 1: it has died or hangs" in told
+    with opened(str(tmp_path)) as stored:
+        assert stored.tag == "before"
         assert verify(stored) == []

@@ -216,7 +216,7 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path: Path, stop: int
     ("params", "message"),
     [
         ({"freze_step": 3}, r"freze_step.*freeze_step"),
-        ({"bias_correction": True}, "bias_correction must be false"),
+        ({"bias_correction": True}, "bias_correction: must be false"),
         ({"freeze_step": -1}, "freeze_step"),
     ],
 )

@@ -25,17 +25,17 @@ def test_rules_are_found_in_any_case(name, kind):
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
-        ("Lion", {"wd": 1}, "optimizer.params.wd: Lion has no such parameter"),
+        ("Lion", {"wd": 1}, "optimizer.params.wd: unknown key"),
         (
             "Lamb",
             {"eps": 1, "lr": -2},
-            "optimizer.params.lr: Lamb refuses -2: lr must be at least 0",
+            "optimizer.params.lr: expected a number of at least 0, got -2",
         ),
-        ("Muon", {"betas": [0.9, "b"]}, "optimizer.params.betas: expected a finite number"),
+        ("Muon", {"betas": [0.9, "b"]}, r"optimizer.params.betas\[1\]: expected a number"),
         (
             "Lamb",
             {"min_coeff": 5, "max_coeff": 3},
-            r'optimizer.params: Lamb refuses {"min_coeff": 5, "max_coeff": 3}: max_coeff 3 is',
+            "optimizer.params: max_coeff 3.0 is below min_coeff 5.0",
         ),
     ],
 )

@@ -18,6 +18,8 @@ _PATHS = {
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
 }
 
+_SCHEDULES = ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")
+
 ENTRIES: dict[str, dict[str, str]] = {
     "plugins": {
         path: f"drivetrain.builtin.{value}"
@@ -28,9 +30,11 @@ ENTRIES: dict[str, dict[str, str]] = {
         "Adam": "drivetrain.optimizers.factory:adam",
         "AdamW": "drivetrain.optimizers.factory:adamw",
     },
-    "schedulers": {
-        name: f"drivetrain.schedules:{name}"
-        for name in ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")
+    "schedulers": {name: f"drivetrain.schedules:{name}" for name in _SCHEDULES},
+    "optimizer_params": {
+        "Adam": "drivetrain.builtin.params:AdamParams",
+        "AdamW": "drivetrain.builtin.params:AdamWParams",
     },
+    "scheduler_params": {name: f"drivetrain.builtin.params:{name}Params" for name in _SCHEDULES},
 }
 """Group -> name -> ``module:attribute``, in the form of entry points."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from drivetrain.batch import ACCUMULATION, GLOBAL, MICRO, Batch, solve_batch
+from drivetrain.errors import ConfigError
 from drivetrain.plugin import Plugin, Scalar, Sections, hookimpl
 from drivetrain.section import Bool, PositiveInt
 
@@ -57,6 +58,13 @@ class BatchPlan(Plugin):
         micro = self.section(MicroBatchSize).root
         if train is None and micro is None and not plan.batch_required:
             return None
+        unset = [path for path in (GLOBAL, MICRO) if path in plan.autos]
+        if train is None and micro is None and unset:
+            raise ConfigError(
+                f"one of {GLOBAL} and {MICRO} is required, but there is only "
+                f'"auto" for {" and ".join(unset)}, which counts as unset until a framework '
+                "fills it in; give a number"
+            )
         return solve_batch(
             train,
             micro,

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from drivetrain.errors import ConfigError
 from drivetrain.known import OWNERS, TORCH_OPTIMIZERS, TORCH_SCHEDULERS
+from drivetrain.params import Kind, Params, check_params, declared_params
 from drivetrain.plugin import Plugin, Problem, Scalar, Section, Sections, hookimpl
 from drivetrain.section import NO_EFFECT, Bool, NonNegativeFloat, PositiveFloat
 from drivetrain.wording import did_you_mean
@@ -22,11 +24,20 @@ class _Typed(Section):
     params: dict[str, Any] = Field(
         default_factory=dict, description="Arguments, by the names that it gives them."
     )
+    _autos: tuple[str, ...] = ()
+
+    @property
+    def autos(self) -> tuple[str, ...]:
+        """Names of ``params`` that said ``"auto"``, which are no longer in it."""
+        return self._autos
 
     @model_validator(mode="after")
     def _has_type(self) -> _Typed:
         if self.model_fields_set and self.type is None:
             raise ValueError("the key 'type' is required, but not given")
+        self._autos = tuple(name for name, value in self.params.items() if value == "auto")
+        for name in self._autos:
+            del self.params[name]
         return self
 
 
@@ -101,11 +112,9 @@ class Optimization(Plugin):
 
     @hookimpl
     def configure(self, plan: Plan) -> Sequence[Problem]:
-        optimizer = self.section(OptimizerSection).type
-        scheduler = self.section(SchedulerSection).type
         problems = [
-            *_check_type(plan, "optimizers", "optimizer.type", optimizer, TORCH_OPTIMIZERS),
-            *_check_type(plan, "schedulers", "scheduler.type", scheduler, TORCH_SCHEDULERS),
+            *_check(plan, "optimizer", self.section(OptimizerSection)),
+            *_check(plan, "scheduler", self.section(SchedulerSection)),
         ]
         factor = self.section(GradientPredivideFactor).root
         if self.section(PrescaleGradients).root and factor != 1.0:
@@ -116,6 +125,18 @@ class Optimization(Plugin):
                 )
             )
         return problems
+
+    def notes(self) -> Sequence[str]:
+        sections = {
+            "optimizer": self.section(OptimizerSection),
+            "scheduler": self.section(SchedulerSection),
+        }
+        autos = [
+            f'{kind}.params.{name}: "auto", so its default applies'
+            for kind, section in sections.items()
+            for name in section.autos
+        ]
+        return [*super().notes(), *autos]
 
     def features(self) -> Mapping[str, object]:
         return {
@@ -137,17 +158,81 @@ class Optimization(Plugin):
         }
 
 
-def _check_type(
-    plan: Plan, group: Group, path: str, name: str | None, torch_names: Sequence[str]
-) -> list[Problem]:
+_TORCH_NAMES = {"optimizer": TORCH_OPTIMIZERS, "scheduler": TORCH_SCHEDULERS}
+
+_IMPOSSIBLE = {
+    **dict.fromkeys(("adafactor", "lbfgs", "sparseadam"), "updates no flat buckets of parameters"),
+    **dict.fromkeys(("lambdalr", "multiplicativelr"), "needs a function, which no config can hold"),
+    **dict.fromkeys(("chainedscheduler", "sequentiallr"), "needs schedules, which are no numbers"),
+}
+"""Classes of torch that exist, but that no config can ask for."""
+
+
+def _check(plan: Plan, kind: Kind, section: _Typed) -> list[Problem]:
+    return _check_type(plan, kind, section) or _check_params(plan, kind, section)
+
+
+def _check_type(plan: Plan, kind: Kind, section: _Typed) -> list[Problem]:
+    group: Group = f"{kind}s"  # type: ignore[assignment]
+    name, path = section.type, f"{kind}.type"
     if name is None or plan.registry.find(group, name) is not None:
         return []
     # Before torch's classes, since of torch.optim.Muon no rule over flat buckets can be made.
     reason = plan.registry.missing(group, name)
     if reason is not None:
         return [Problem(path, f"{name!r} is {reason}")]
+    torch_names = _TORCH_NAMES[kind]
+    if reason := _IMPOSSIBLE.get(name.lower()):
+        other = "pass it to initialize" if kind == "scheduler" else "use AdamW, or Lamb or Muon"
+        return [Problem(path, f"{name} {reason}; {other}")]
     if name.lower() in (known.lower() for known in torch_names):
         return []
     names = [*plan.registry.names(group), *torch_names, *OWNERS.get(group, ())]
-    kind = group[:-1]
     return [Problem(path, f"no {kind} is named {name!r}{did_you_mean(name, names)}")]
+
+
+def _check_params(plan: Plan, kind: Kind, section: _Typed) -> list[Problem]:
+    if section.type is None:
+        return []
+    model = declared_params(plan.registry, kind, section.type)
+    if model is None:
+        return _check_signature(plan, kind, section)
+    found = _check_autos(plan, kind, section, model)
+    try:
+        check_params(model, kind, section.params)
+    except ConfigError as error:
+        told = {problem.path for problem in found}
+        others = (Problem(*problem.split(": ", 1)) for problem in error.problems)
+        found += [problem for problem in others if problem.path not in told]
+    return [Problem(p.path, f"{p.message} [{section.type}]") for p in found]
+
+
+def _check_autos(plan: Plan, kind: Kind, section: _Typed, model: type[Params]) -> list[Problem]:
+    found = []
+    for name in section.autos:
+        field = model.model_fields.get(name)
+        path = f"{kind}.params.{name}"
+        if field is None:
+            found.append(Problem(path, f"unknown key{did_you_mean(name, model.model_fields)}"))
+        # What only reads a config, such as zero.Init, may do so before a framework fills it in.
+        elif plan.batch_required and (field.is_required() or name in model.to_be_filled):
+            found.append(
+                Problem(path, 'is "auto", which nobody has filled in; give a value of your own')
+            )
+    return found
+
+
+def _check_signature(plan: Plan, kind: Kind, section: _Typed) -> list[Problem]:
+    """Check params of what declares none by the signature of a class, which has to be imported."""
+    from drivetrain.checked_call import parameter_problems
+
+    assert section.type is not None
+    entry = plan.registry.find("optimizers" if kind == "optimizer" else "schedulers", section.type)
+    made = entry.load() if entry is not None else None
+    if not isinstance(made, type):
+        return []  # a factory: what it takes, only it can tell
+    leading = 0 if kind == "optimizer" else 1
+    problems = parameter_problems(f"{kind}.params", made, section.params, leading)
+    autos = parameter_problems(f"{kind}.params", made, dict.fromkeys(section.autos), leading)
+    unknown = [problem for problem in autos if "has no such parameter" in problem]
+    return [Problem(*problem.split(": ", 1)) for problem in [*problems, *unknown]]

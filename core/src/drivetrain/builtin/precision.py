@@ -112,7 +112,9 @@ class DataTypes(Section):
         default=None, description="dtype of parameters; must agree with the active mode."
     )
     buffer_dtype: DType | None = Field(
-        default=None, description="dtype of floating buffers; they keep their own if unset."
+        default=None,
+        description="dtype of floating buffers; that of the parameters if unset, but float32 "
+        "for running statistics.",
     )
 
 

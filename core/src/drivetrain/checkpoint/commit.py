@@ -155,10 +155,10 @@ class PendingSave:
 
     # -- phase 2, on rank 0 -----------------------------------------------------------------------
 
-    def missing_votes(self) -> int:
-        """How many ranks have not voted yet."""
+    def missing_votes(self) -> set[int]:
+        """Ranks that have not voted yet."""
         names = set(self.storage.names(self.tag))
-        return sum(index.part_file(r, self.id) not in names for r in range(self.world_size))
+        return {r for r in range(self.world_size) if index.part_file(r, self.id) not in names}
 
     def commit(self) -> None:
         """Make the checkpoint appear; all ranks must have voted.

@@ -15,6 +15,7 @@ from drivetrain.checkpoint import index
 from drivetrain.checkpoint.agreement import any_rank, text_of, worst
 from drivetrain.checkpoint.guarantee import Guarantee, changed_versions, fragments_digest, layout_of
 from drivetrain.checkpoint.index import Stored, StoredTensor
+from drivetrain.checkpoint.packed import unpacked
 from drivetrain.checkpoint.random_state import load_random_state
 from drivetrain.checkpoint.reading import check_coverage, read_whole, restore
 from drivetrain.checkpoint.save import versions
@@ -22,6 +23,7 @@ from drivetrain.checkpoint.state import StateReader, persistent_buffers, tupled
 from drivetrain.checkpoint.storage import Storage, open_storage
 from drivetrain.checkpoint.tensor_file import checksums
 from drivetrain.errors import CheckpointError
+from drivetrain.tensor_parts import copy_into
 
 if TYPE_CHECKING:
     from drivetrain.engine import Engine
@@ -45,6 +47,7 @@ class LoadOptions:
         return self.optimizer and not self.module_only
 
 
+@torch.inference_mode(False)  # tensors made in it could not be written by other threads
 def load(
     engine: Engine,
     load_dir: str | os.PathLike[str],
@@ -216,6 +219,7 @@ class _Attempt:
         """Stored parameters that no rank has. Collective."""
         table = self.engine.job.parameters
         known = {table.info(parameter).name for parameter in self.engine.module.parameters()}
+        known |= {fragment.name for fragment in self.fragments}  # also what is inside of wrappers
         stored = sorted(name for kind, name in self.stored.keys if kind == "parameter")
         anywhere = any_rank(self.engine, [name in known for name in stored])
         return [name for name, found in zip(stored, anywhere, strict=True) if not found]
@@ -320,7 +324,7 @@ class _Attempt:
         restore(self.storage, self.work)
         with torch.no_grad():
             for buffer, source in self.buffers:
-                buffer.copy_(read_whole(self.storage, source))
+                copy_into(buffer, read_whole(self.storage, source))
         self.plugin_tensors = {
             key: read_whole(self.storage, source) for key, source in self._plugin_sources()
         }
@@ -348,7 +352,7 @@ class _Attempt:
         if self.options.schedule and engine.optimizer is not None:
             self._load_groups(state["groups"])
             if engine.lr_scheduler is not None and state["scheduler"] is not None:
-                engine.lr_scheduler.load_state_dict(state["scheduler"])
+                engine.lr_scheduler.load_state_dict(unpacked(state["scheduler"]))
 
     def _load_groups(self, saved: list[Mapping[str, Any]]) -> None:
         """Hyper-parameters follow their parameters, also into groups that are cut otherwise."""
@@ -375,7 +379,7 @@ class _Attempt:
         loader = engine.training_dataloader
         if own["loader"] is not None and hasattr(loader, "load_state_dict"):
             assert loader is not None
-            loader.load_state_dict(own["loader"])
+            loader.load_state_dict(unpacked(own["loader"]))
         data = dict(self.stored.manifest["state"]["plugins"])
         if same:
             data.update(own["plugins"])

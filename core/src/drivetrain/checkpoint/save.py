@@ -19,6 +19,7 @@ from drivetrain.checkpoint import index
 from drivetrain.checkpoint.agreement import any_rank, same_everywhere, text_of, worst
 from drivetrain.checkpoint.commit import PendingSave, SavedBox, UnfinishedSaveError
 from drivetrain.checkpoint.guarantee import fragments_digest, layout_of, promise
+from drivetrain.checkpoint.packed import packed
 from drivetrain.checkpoint.random_state import random_state
 from drivetrain.checkpoint.retention import Retention
 from drivetrain.checkpoint.state import (
@@ -31,6 +32,7 @@ from drivetrain.checkpoint.state import (
 from drivetrain.checkpoint.storage import Storage, open_storage
 from drivetrain.checkpoint.tensor_file import NAMES, TensorEntry, as_buffer, checksums, raw_bytes
 from drivetrain.errors import CheckpointError, DrivetrainError
+from drivetrain.tensor_parts import tensor_parts
 
 if TYPE_CHECKING:
     from drivetrain.engine import Engine
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("drivetrain.checkpoint")
 
 
+@torch.inference_mode(False)
 def save(
     engine: Engine,
     save_dir: str | os.PathLike[str],
@@ -242,9 +245,10 @@ class _Contents:
     def _fragments(self, fragments: list[Fragment]) -> None:
         engine, read = self.engine, _LastFragment()
         frozen = {
-            engine.job.parameters.info(parameter).name
+            name
             for parameter in engine.module.parameters()
             if self.exclude_frozen and not parameter.requires_grad
+            for name in tensor_parts(parameter, engine.job.parameters.info(parameter).name)
         }
         self.excluded = sorted(frozen)
         reset: dict[str, None] = {}
@@ -296,7 +300,7 @@ class _Contents:
             kind = type(loader).__name__
             self.weaker.append(f"the data start anew, since {kind} has no state_dict")
             return None
-        return plain(loader.state_dict(), "state of the data loader")
+        return packed(loader.state_dict(), "state of the data loader")
 
     def _state(self, writer: StateWriter) -> dict[str, Any]:
         engine, scheduler = self.engine, self.engine.lr_scheduler
@@ -310,7 +314,7 @@ class _Contents:
             "progress": engine.progress.state_dict(),
             "unfinished_micro_batches": unfinished,
             "loss_scaler": engine.loss_scaler.state_dict(),
-            "scheduler": plain(scheduler.state_dict(), "scheduler state") if scheduler else None,
+            "scheduler": packed(scheduler.state_dict(), "scheduler state") if scheduler else None,
             "groups": list(self._groups()),
             "plugins": writer.data[False],
             "plugin_tensors": sorted(writer.tensors[False]),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from drivetrain.errors import CheckpointError
+from drivetrain.tensor_parts import tensor_parts
 
 if TYPE_CHECKING:
     from drivetrain.hub import Hub
@@ -90,7 +91,7 @@ def plugin_state(hub: Hub, engine: Any) -> StateWriter:
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> buffer of all that belong to the module's ``state_dict``."""
+    """Name -> buffer of all that belong to the module's ``state_dict``, in plain tensors."""
     own = (
         (prefix, name, module._non_persistent_buffers_set)
         for prefix, module in module.named_modules(remove_duplicate=False)
@@ -98,7 +99,10 @@ def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     )
     passing = {".".join(filter(None, (prefix, n))) for prefix, n, passing in own if n in passing}
     lasting = {name: buffer for name, buffer in module.named_buffers() if name not in passing}
-    return {name.replace("_orig_mod.", ""): buffer for name, buffer in lasting.items()}
+    found: dict[str, torch.Tensor] = {}
+    for name, buffer in lasting.items():
+        found |= tensor_parts(buffer, name.replace("_orig_mod.", ""))
+    return found
 
 
 def plain(value: Any, what: str) -> Any:

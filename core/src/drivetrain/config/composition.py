@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, RootModel, ValidationError
 
-from drivetrain.config.problems import describe
+from drivetrain.config.limits import plain
+from drivetrain.config.problems import MOST, describe, without_autos
 from drivetrain.errors import ConfigError, PluginError
 from drivetrain.known import SECTIONS
 from drivetrain.plugin import Plugin
@@ -54,11 +55,13 @@ class Composition:
         members: core's defaults first, the rest by name.
         autos: config paths that said ``"auto"``, so that the default applies.
         registry: the registry with the config's choices among distributions.
+        notes: sections that are accepted although nothing installed serves them.
     """
 
     members: tuple[Member, ...]
     autos: tuple[str, ...]
     registry: Registry
+    notes: tuple[str, ...] = ()
 
 
 def compose(config: Mapping[str, Any], registry: Registry) -> Composition:
@@ -68,7 +71,7 @@ def compose(config: Mapping[str, Any], registry: Registry) -> Composition:
         ConfigError: every unknown key, missing distribution, and wrong value, all at once.
         PluginError: a plugin does not load.
     """
-    values, autos = _without_autos(config)
+    values = plain(config, "the config")
     choices, activated, problems = _read_choices(values.pop(PLUGINS_KEY, {}))
     builder = _Builder(registry.choosing(choices), problems)
     builder.add_core()
@@ -80,7 +83,7 @@ def compose(config: Mapping[str, Any], registry: Registry) -> Composition:
     members = builder.build()
     if builder.problems:
         raise ConfigError(builder.problems)
-    return Composition(members, autos, builder.registry)
+    return Composition(members, tuple(builder.autos), builder.registry, tuple(builder.notes))
 
 
 class _Builder:
@@ -90,6 +93,8 @@ class _Builder:
         self.registry = registry
         self.problems = problems + registry.check_choices()
         self.sections: dict[str, Any] = {}
+        self.autos: list[str] = []
+        self.notes: list[str] = []
         self._known = list(dict.fromkeys([*registry.names("plugins", hidden=True), *SECTIONS]))
         self._unknown: list[str] = []
         self._owners: dict[type[Plugin], tuple[Entry, str]] = {}
@@ -132,7 +137,11 @@ class _Builder:
             self.problems.append(f"{where}: {error}")
             return
         if entry is None:
-            self.problems.append(f"{where}: {self._missing(path)}")
+            missing = self.registry.missing("plugins", path)
+            if missing and path in self.sections and _is_off(self.sections[path]):
+                self.notes.append(f"{path}: no effect, as it is switched off ({missing})")
+            else:
+                self.problems.append(f"{where}: {missing or self._unknown_plugin(path)}")
             return
         plugin = entry.load()
         if not (isinstance(plugin, type) and issubclass(plugin, Plugin)):
@@ -154,11 +163,13 @@ class _Builder:
         """One object per class; adds the problems of unknown keys and wrong values."""
         models = {path: model for plugin in self._owners for path, model in plugin.sections.items()}
         top = [*(path.partition(".")[0] for path in self._known), PLUGINS_KEY]
-        for path in self._unknown:
+        for path in self._unknown[:MOST]:
             parent, _, key = path.rpartition(".")
             names = self._children(parent) if parent else top
             hint = did_you_mean(key, names) or _other_place(key, models)
             self.problems.append(f"{path}: unknown key{hint}")
+        if len(self._unknown) > MOST:
+            self.problems.append(f"and {len(self._unknown) - MOST} more unknown keys")
         members = [self._member(plugin) for plugin in self._owners]
         found = [member for member in members if member is not None]
         return tuple(sorted(found, key=lambda m: (not m.is_core, not m.is_core and m.plugin.name)))
@@ -167,16 +178,22 @@ class _Builder:
         entry, reason = self._owners[plugin]
         sections: dict[str, BaseModel] = {}
         paths = self._paths.get(plugin, {})
+        sound = True
         for path in paths:
-            model = plugin.sections[path]
+            model, value = plugin.sections[path], self.sections[path]
+            if value == "auto" and issubclass(model, RootModel):
+                self.autos.append(path)
+                continue
+            value, autos = without_autos(value, [model], path)
+            self.autos += autos
             try:
-                sections[path] = model.model_validate(self.sections[path])
+                sections[path] = model.model_validate(value)
             except ValidationError as error:
                 label = _label(plugin, entry)
-                siblings = self._children(path)
-                found = describe(error, model, path, self.sections[path], siblings)
+                found = describe(error, model, path, value, self._children(path), autos)
                 self.problems += [f"{problem} [{label}]" for problem in found]
-        if len(sections) < len(paths):
+                sound = False
+        if not sound:
             return None
         created = plugin(sections)
         return Member(created, entry, reason, entry.distribution == CORE or created.enabled())
@@ -186,9 +203,8 @@ class _Builder:
         inside = (p for p in self._known if p.startswith(path + "."))
         return [p[len(path) + 1 :].partition(".")[0] for p in inside]
 
-    def _missing(self, path: str) -> str:
-        unknown = f"no plugin of that name is installed{did_you_mean(path, self._known)}"
-        return self.registry.missing("plugins", path) or unknown
+    def _unknown_plugin(self, path: str) -> str:
+        return f"no plugin of that name is installed{did_you_mean(path, self._known)}"
 
 
 def _read_choices(value: Any) -> tuple[dict[str, str], list[str], list[str]]:
@@ -206,23 +222,22 @@ def _read_choices(value: Any) -> tuple[dict[str, str], list[str], list[str]]:
     return choices, activated, problems
 
 
-def _without_autos(config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A copy without the values ``"auto"``, and where they stood."""
-    autos: list[str] = []
+_OFF: Mapping[str, tuple[object, ...]] = {
+    "enabled": (False, None),
+    "deepcompile": (False, None),
+    "device": ("none", None),
+    "stage": (0, None),
+}
+"""Key that switches a section -> the values that switch it off."""
 
-    def copy(value: Any, path: str) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        kept = {}
-        for key, item in value.items():
-            where = f"{path}.{key}" if path else key
-            if isinstance(item, str) and item == "auto":
-                autos.append(where)
-            else:
-                kept[key] = copy(item, where)
-        return kept
 
-    return copy(config, ""), tuple(autos)
+def _is_off(value: Any) -> bool:
+    """Whether a section asks for nothing, so that it does not matter that nobody serves it."""
+    if not isinstance(value, dict):
+        return value is None or value is False
+    switches = [value[key] in off for key, off in _OFF.items() if key in value]
+    nothing_set = bool(value) and all(not v or _is_off(v) for v in value.values())
+    return nothing_set or (bool(switches) and all(switches))
 
 
 def _other_place(key: str, models: Mapping[str, type[BaseModel]]) -> str:

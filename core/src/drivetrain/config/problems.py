@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, RootModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from drivetrain.section import Section
 from drivetrain.wording import as_json, did_you_mean
+
+MOST = 20
+"""Problems of one kind that are told one by one; each takes a search for a suggestion."""
 
 _EXPECTED = {
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
@@ -34,6 +38,7 @@ def describe(
     path: str,
     value: Any,
     siblings: Sequence[str] = (),
+    autos: Collection[str] = (),
 ) -> list[str]:
     """One sentence per config path that is wrong.
 
@@ -43,17 +48,20 @@ def describe(
         path: the section's config path.
         value: the section as it was given.
         siblings: keys that other plugins own inside the section, for suggestions.
+        autos: config paths whose value ``"auto"`` was left out.
     """
     sentences: dict[str, str] = {}
     expected: dict[str, dict[str, Any]] = {}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details[:MOST]:
         where, models = _locate(detail, model, value)
         full = path + where
         if detail["type"] == "extra_forbidden":
             names = [*_names(models), *(siblings if len(detail["loc"]) == 1 else ())]
             sentences[full] = "unknown key" + did_you_mean(str(detail["loc"][-1]), names)
         elif detail["type"] == "missing":
-            sentences[full] = "required, but not given"
+            given = '"auto", which counts as unset' if full in autos else "not given"
+            sentences[full] = f"required, but {given}"
         elif phrase := _expectation(detail):
             expected.setdefault(full, {})[phrase] = detail["input"]
         else:
@@ -64,7 +72,48 @@ def describe(
         words = re.findall(r"'([^']*)'", choice)
         hint = did_you_mean(given, words) if isinstance(given, str) else ""
         sentences.setdefault(full, f"expected {choice}, got {as_json(given)}{hint}")
-    return [f"{full}: {sentence}" for full, sentence in sentences.items()]
+    left = len(details) - MOST
+    more = [f"{path}: and {left} more problems"] if left > 0 else []
+    return [*(f"{full}: {sentence}" for full, sentence in sentences.items()), *more]
+
+
+def without_autos(value: Any, models: Sequence[Any], path: str) -> tuple[Any, list[str]]:
+    """A copy of a section without the keys that say ``"auto"``, and their config paths.
+
+    Only keys that a model knows may say so: an unknown key stays, to be refused like any other.
+
+    Args:
+        value: the section, or a part of it.
+        models: types that it may have.
+        path: its config path.
+    """
+    autos: list[str] = []
+
+    def copy(item: Any, types: Sequence[Any], where: str) -> Any:
+        if isinstance(item, list):
+            inner = [found for t in types for found in _inner(t, None)]
+            return [copy(part, inner, f"{where}[{at}]") for at, part in enumerate(item)]
+        if not isinstance(item, Mapping):
+            return item
+        kept = {}
+        for key, part in item.items():
+            below = f"{where}.{key}"
+            if isinstance(part, str) and part == "auto" and _knows(types, key):
+                autos.append(below)
+            else:
+                kept[key] = copy(part, [found for t in types for found in _inner(t, key)], below)
+        return kept
+
+    return copy(value, models, path), autos
+
+
+def _knows(types: Sequence[Any], key: str) -> bool:
+    other_names = (n for t in types if _is_section(t) for n in t.renamed)
+    return key in {*_names(types), *other_names}
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def _expectation(detail: ErrorDetails) -> str | None:
@@ -85,6 +134,9 @@ def _locate(detail: ErrorDetails, model: type[BaseModel], value: Any) -> tuple[s
     types: list[Any] = [model]
     absent = len(detail["loc"]) if detail["type"] == "missing" else 0
     for depth, item in enumerate(detail["loc"], 1):
+        given = [o for t in types if _is_section(t) for o, n in t.renamed.items() if n == item]
+        if isinstance(value, Mapping) and item not in value:
+            item = next((old for old in given if old in value), item)
         if isinstance(value, Mapping) and (item in value or depth == absent):
             path += f".{item}"
             around, types = types, [found for t in types for found in _inner(t, str(item))]
@@ -104,10 +156,15 @@ def _inner(annotation: Any, key: str | None) -> Iterator[Any]:
             for member in _members(root.annotation):
                 yield from _inner(member, key)
         for name, field in annotation.model_fields.items():
-            if key in (name, field.alias):
+            if key in (name, field.alias) or _renamed(annotation, key) == name:
                 yield from _members(field.annotation)
     elif arguments := get_args(annotation):
         yield from _members(arguments[0 if key is None else -1])
+
+
+def _renamed(annotation: type[BaseModel], key: str | None) -> str | None:
+    names = annotation.renamed if issubclass(annotation, Section) else {}
+    return None if key is None else names.get(key)
 
 
 def _members(annotation: Any) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from drivetrain.checked_call import call_checked
 from drivetrain.errors import ConfigError, PluginError
 from drivetrain.known import TORCH_OPTIMIZERS
 from drivetrain.optimizers.torch_rule import TorchRule, example_parameters
+from drivetrain.params import check_params, declared_params
 from drivetrain.update_rule import OptimizerPlan, UpdateRule
 from drivetrain.wording import did_you_mean
 
@@ -60,6 +61,8 @@ def make_rule(name: str, params: Params, registry: Registry, job: Job) -> Update
         PluginError: a factory does not load, or makes something else.
     """
     entry = registry.find("optimizers", name)
+    if (model := declared_params(registry, "optimizer", name)) is not None:
+        params = check_params(model, "optimizer", params)
     if entry is not None:
         made = entry.load()
         is_rule = isinstance(made, type) and issubclass(made, UpdateRule)

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from drivetrain.collective import is_float8
+from drivetrain.errors import ConfigError
 from drivetrain.home import BucketSpec, Segment
+from drivetrain.tensor_parts import is_wrapper
 
 if TYPE_CHECKING:
     from drivetrain.communicator import Communicator
     from drivetrain.mesh import Axis
-    from drivetrain.parameters import ParameterTable
+    from drivetrain.parameters import ParameterInfo, ParameterTable
     from drivetrain.update_rule import OptimizerPlan, UpdateRule
 
 
@@ -106,6 +109,7 @@ def plan_buckets(
         if not parameter.requires_grad or parameter not in group_of:
             continue
         info = table.info(parameter)
+        _refuse_untrainable(parameter, info)
         rule = optimizer.rule.rule_for(parameter, info)
         rules[id(rule)] = rule
         kind = _Kind(
@@ -134,6 +138,20 @@ def plan_buckets(
         _planned(f"{prefix}g{kind.group}.b{n}", kind, members, table, communicator, rules)
         for n, (kind, members) in enumerate(closed)
     ]
+
+
+def _refuse_untrainable(parameter: nn.Parameter, info: ParameterInfo) -> None:
+    if parameter.is_inference():
+        raise ConfigError(
+            f"parameter {info.name} was made inside torch.inference_mode(), where nothing can be "
+            "trained; build the module outside"
+        )
+    if is_float8(info.compute_dtype) or is_wrapper(parameter):
+        what = info.compute_dtype if is_float8(info.compute_dtype) else type(parameter).__name__
+        raise ConfigError(
+            f"parameter {info.name} is kept as {what}, in which nothing can be trained: freeze it "
+            "(requires_grad_(False)), or make an ordinary tensor of it"
+        )
 
 
 def _planned(

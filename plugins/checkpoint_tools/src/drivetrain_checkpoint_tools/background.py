@@ -10,53 +10,65 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.checkpoint.save import announce
+from drivetrain.checkpoint.commit import UnfinishedSaveError
+from drivetrain.checkpoint.save import announce, take_back
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.plugin import writers
+from drivetrain_checkpoint_tools.pulse import Patient, Pulse
 
 if TYPE_CHECKING:
     from drivetrain.checkpoint import PendingSave
     from drivetrain.engine import Engine
+    from drivetrain.job import Job
 
 logger = logging.getLogger("drivetrain.checkpoint")
 
 _POLL_SECONDS = 0.05
+_PULSE_SECONDS = 0.5
+"""Between two looks at whether the ranks that have not voted are alive."""
 
 
 class BackgroundWriter:
     """Writes the saves of one rank.
 
     The thread is no daemon, so the process does not end before a save has. Threads use no
-    collectives: ranks vote through the storage, and rank 0's thread commits.
+    collectives: ranks vote through the storage, or refuse through the job's store, and rank 0's
+    thread commits.
 
     Args:
-        device: of the state; memory is page-locked for all but the host's.
-        vote_timeout: seconds that rank 0 waits for the votes of the others.
+        job: whose ranks save.
+        vote_timeout: seconds that rank 0 waits for the votes of ranks that are alive.
     """
 
-    def __init__(self, device: torch.device, vote_timeout: float) -> None:
-        self._pinned = device.type not in ("cpu", "meta")
+    def __init__(self, job: Job, vote_timeout: float) -> None:
+        self._job = job
+        self._board = job.failures
+        self._pinned = job.device.type not in ("cpu", "meta")
         self._timeout = vote_timeout
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._thread: threading.Thread | None = None
         self._error: str | None = None
 
     def submit(self, pending: PendingSave) -> None:
-        """Copy the state and return; wait first until the save before is complete.
-
-        Raises:
-            CheckpointError: the save before has failed.
-        """
-        self.wait()
-        if self._memory.numel() < pending.nbytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # give back before taking more
-            size = pending.nbytes
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
-        pending.snapshot(self._memory)
-        self._thread = threading.Thread(
-            target=self._run, args=(pending,), name="checkpoint-write", daemon=False
-        )
-        self._thread.start()
+        """Copy the state and return. The save before has ended on all ranks."""
+        self._join()
+        # Copying may take long, and rank 0 may be the first to have written.
+        pulse = Pulse(self._board, pending.id, pending.rank) if self._board is not None else None
+        try:
+            if self._memory.numel() < pending.nbytes:
+                self._memory = torch.empty(0, dtype=torch.uint8)  # give back before taking more
+                size = pending.nbytes
+                self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            pending.snapshot(self._memory)
+            self._thread = threading.Thread(
+                target=self._run, args=(pending, pulse), name="checkpoint-write", daemon=False
+            )
+            self._thread.start()
+        except BaseException:
+            self._thread = None
+            if pulse is not None:
+                pulse.end()
+            raise
 
     def wait(self) -> None:
         """Return when nothing is under way on this rank.
@@ -64,10 +76,14 @@ class BackgroundWriter:
         Raises:
             CheckpointError: the latest save has failed and nobody was told yet.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         self.raise_error()
+
+    def close(self) -> None:
+        """Wait before the job goes; in a job that has failed, its own error is the one to raise."""
+        self._join()
+        if self._board is None or self._job.failures is not None:
+            self.raise_error()
 
     def raise_error(self) -> None:
         """Raise what went wrong in the background since the last call, if anything did."""
@@ -75,43 +91,77 @@ class BackgroundWriter:
         if error is not None:
             raise CheckpointError(error)
 
-    def _run(self, pending: PendingSave) -> None:
-        try:
-            self._write(pending)
-            if pending.rank == 0:
-                self._await_votes(pending)
-                pending.commit()
-                announce(pending)
-        except Exception as error:  # noqa: BLE001 - there is nobody to raise it to yet
-            self._error = f"checkpoint {pending.place} was not saved in the background: {error}"
-            logger.error(self._error)
-            if pending.rank == 0:
-                # The storage that failed may fail again; others must have stopped writing.
-                with suppress(OSError, CheckpointError):
-                    self._await_votes(pending)
-                    pending.discard()
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
-    def _write(self, pending: PendingSave) -> None:
+    def _run(self, pending: PendingSave, pulse: Pulse | None) -> None:
+        try:
+            written = self._write(pending, pulse)
+        finally:
+            if pulse is not None:
+                pulse.end()
+        try:
+            if pending.rank == 0:
+                if self._await_votes(pending) and written:
+                    pending.commit()
+                    announce(pending)
+                else:
+                    take_back(pending)
+        except Exception as error:  # noqa: BLE001 - there is nobody to raise it to yet
+            self._report(pending, error)
+            take_back(pending)
+        finally:
+            pending.storage.close()
+
+    def _write(self, pending: PendingSave, pulse: Pulse | None) -> bool:
+        """Write this rank's part, or tell the others that it will not come."""
         try:
             pending.write()
-        except Exception as error:
-            with suppress(OSError):
+        except Exception as error:  # noqa: BLE001 - there is nobody to raise it to yet
+            self._report(pending, error)
+            if pulse is not None:
+                pulse.refuse(str(error))
+            with suppress(OSError, CheckpointError):  # the storage that failed may fail again
                 pending.refuse(str(error))
-            raise
+            return False
+        return True
 
-    def _await_votes(self, pending: PendingSave) -> None:
-        deadline = time.monotonic() + self._timeout
-        while missing := pending.missing_votes():
-            if time.monotonic() > deadline:
-                raise CheckpointError(
-                    f"{missing} of {pending.world_size} ranks have not written their part within "
-                    f"{self._timeout:g} s of rank 0"
-                )
+    def _report(self, pending: PendingSave, error: Exception) -> None:
+        failed = f"checkpoint {pending.place} was not saved in the background: {error}"
+        self._error = str(error) if isinstance(error, UnfinishedSaveError) else failed
+        logger.error(self._error)
+
+    def _await_votes(self, pending: PendingSave) -> bool:
+        """On rank 0, wait until all ranks have written, or have ended without; true if none did.
+
+        What goes wrong is reported at once. Until all have ended, files must not be removed.
+        """
+        deadline, next_look = time.monotonic() + self._timeout, 0.0
+        ended = {pending.rank}
+        patient = Patient(self._board, pending.id) if self._board is not None else None
+        while missing := pending.missing_votes() - ended:
+            now = time.monotonic()
+            if now > deadline:
+                problem = f"it has not written its part within {self._timeout:g} s of rank 0"
+                self._end(pending, ended, dict.fromkeys(missing, problem))
+            elif patient is not None and now > next_look:
+                next_look = now + _PULSE_SECONDS
+                found = {rank: patient.problem(rank) for rank in missing}
+                self._end(pending, ended, {r: text for r, text in found.items() if text})
             time.sleep(_POLL_SECONDS)
+        return ended == {pending.rank}
+
+    def _end(self, pending: PendingSave, ended: set[int], problems: dict[int, str]) -> None:
+        if problems and ended == {pending.rank}:
+            rank, problem = next(iter(problems.items()))
+            self._report(pending, CheckpointError(f"rank {rank}: {problem}"))
+        ended.update(problems)
 
 
 def wait_for_saves(engine: Engine) -> None:
-    """Return, on every rank, when the latest background save is a checkpoint. Collective.
+    """Return, on every rank, when the latest background save has ended. Collective.
 
     Needed before loading what the same process has saved.
 

@@ -25,8 +25,8 @@ class BackgroundSection(Section):
     enabled: Bool = Field(default=True, description="Write in the background.")
     vote_timeout: PositiveFloat = Field(
         default=1800.0,
-        description="Seconds that rank 0, when it has written its own part, waits for the other "
-        "ranks' before the save has failed.",
+        description="Seconds that rank 0, when it has written its own part, waits for those of "
+        "ranks that are alive before the save has failed.",
     )
 
 
@@ -38,15 +38,17 @@ class BackgroundSaves(Plugin):
 
     @hookimpl
     def carry_out_save(self, engine: Engine, pending: PendingSave) -> bool:
-        writer = writers.get(engine)
-        if writer is None:
-            from drivetrain_checkpoint_tools.background import BackgroundWriter
+        from drivetrain_checkpoint_tools.background import BackgroundWriter, wait_for_saves
 
-            timeout = self.section(BackgroundSection).vote_timeout
-            writer = writers[engine] = BackgroundWriter(engine.device, timeout)
-            engine.on_destroy(writer.wait)
-            engine.job.on_close(writer.wait)
+        writer = writers.get(engine)
         with engine.job.span("checkpoint"):
+            if writer is None:
+                timeout = self.section(BackgroundSection).vote_timeout
+                writer = writers[engine] = BackgroundWriter(engine.job, timeout)
+                engine.on_destroy(writer.wait)
+                engine.job.on_close(writer.close)
+            else:
+                wait_for_saves(engine)  # no rank writes while another still ends the last save
             writer.submit(pending)
         return True
 

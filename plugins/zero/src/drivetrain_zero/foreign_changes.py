@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from drivetrain.collective import is_float8
 from drivetrain.errors import TrainingError
 
 
@@ -63,4 +64,6 @@ def digest(tensor: torch.Tensor) -> tuple[int, str]:
     """
     if tensor.is_meta or not tensor.numel():
         return 0, ""
+    if is_float8(tensor.dtype):
+        tensor = tensor.view(torch.uint8)  # nothing adds those up
     return int(torch.hash_tensor(tensor).view(torch.int64)), str(tensor.sum().item())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from drivetrain.home import BucketSpec, Segment
 from drivetrain.replicated.layout import PlannedBucket
+from drivetrain.tensor_parts import is_wrapper
 
 if TYPE_CHECKING:
     from drivetrain.mesh import Axis
@@ -24,6 +25,19 @@ def is_frozen(key: str) -> bool:
     """Whether ``key`` is that of a bucket of :func:`plan_frozen`."""
     place, _, number = key.rpartition("b")
     return number.isdigit() and (place == _FROZEN or place.endswith(f".{_FROZEN}"))
+
+
+def bucketed(
+    parameters: Iterable[nn.Parameter], trained: Set[nn.Parameter], *, frozen: bool
+) -> list[nn.Parameter]:
+    """Those of ``parameters`` that lie in buckets; the others stay whole on every rank.
+
+    Args:
+        parameters: of the module.
+        trained: those that updates change.
+        frozen: whether the others are in buckets, too, as far as they have memory of their own.
+    """
+    return [p for p in parameters if p in trained or (frozen and not is_wrapper(p))]
 
 
 def plan_frozen(

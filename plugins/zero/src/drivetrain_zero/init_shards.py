@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from drivetrain.collective import is_float8
 from drivetrain.communicator import Communicator, Purpose, Tag
 from drivetrain.errors import ConfigError
+from drivetrain.tensor_parts import is_wrapper
 from drivetrain_zero.copies import guard_copies
 from drivetrain_zero.guards import refuse_released_state_dict
 from drivetrain_zero.handle import WholeOnDemand
@@ -75,7 +77,8 @@ class InitShards:
             refuse_released_state_dict(part)
 
     def _cut_one(self, parameter: nn.Parameter, name: str) -> None:
-        wanted = self.dtype if parameter.is_floating_point() else None
+        stored = is_float8(parameter.dtype) and not parameter.requires_grad
+        wanted = self.dtype if parameter.is_floating_point() and not stored else None
         parameter.data = parameter.data.to(self.device, wanted)
         if self.communicator.size(self.axis) > 1:
             handle = InitParameter(parameter, self, name)
@@ -242,7 +245,7 @@ def _place(communicator: Communicator, axis: Axis) -> tuple[int, int]:
 def _can_be_cut(parameter: nn.Parameter) -> bool:
     if hasattr(parameter, "drivetrain_handle") or is_lazy(parameter):
         return False
-    return parameter.numel() > 0 and not parameter.is_meta and parameter.layout is torch.strided
+    return parameter.numel() > 0 and not parameter.is_meta and not is_wrapper(parameter)
 
 
 def _uses_of_one() -> int:

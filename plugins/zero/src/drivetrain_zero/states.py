@@ -30,7 +30,7 @@ from drivetrain_zero.agreement import agreement_of
 from drivetrain_zero.bucket import ShardedBucket
 from drivetrain_zero.copies import guard_copies
 from drivetrain_zero.foreign_changes import ForeignChanges
-from drivetrain_zero.frozen import plan_frozen
+from drivetrain_zero.frozen import bucketed, plan_frozen
 from drivetrain_zero.gathered_unit import GatheredUnit, find_units
 from drivetrain_zero.gathering import Gathering
 from drivetrain_zero.gradients import GradientMemory, ReduceScatterBucket
@@ -77,10 +77,9 @@ class ZeroStates(ModelStates):
         self._local = False
         self._prefix = f"engine{len(job.engines)}." if job.engines else ""
         refuse_other_layout(job, module.parameters())
-        if not policy.frozen:
-            synchronise_loose(job, module, trained_parameters(optimizer))
-        else:
-            synchronise_loose(job, module, set(module.parameters()))
+        trained = trained_parameters(optimizer)
+        kept = bucketed(module.parameters(), trained, frozen=policy.frozen)
+        synchronise_loose(job, module, set(kept))
         self._build({})
 
     # -- set-up -------------------------------------------------------------------------------
@@ -129,10 +128,9 @@ class ZeroStates(ModelStates):
             if self._policy.by_unit
             else [GatheredUnit(0, "", self._module, list(self._module.parameters()))]
         )
-        if not self._policy.frozen:
-            trained = trained_parameters(self._optimizer)
-            for unit in units:
-                unit.parameters = [p for p in unit.parameters if p in trained]
+        trained = trained_parameters(self._optimizer)
+        for unit in units:
+            unit.parameters = bucketed(unit.parameters, trained, frozen=self._policy.frozen)
         return units
 
     def _plan(self, unit: GatheredUnit, steps: Mapping[str, int]) -> list[PlannedBucket]:

@@ -1,4 +1,4 @@
-"""A disk that fails at one operation, or from one operation on."""
+"""A disk that fails at one operation, or from one operation on: for tests of whatever saves."""
 
 from __future__ import annotations
 
@@ -109,16 +109,21 @@ def check_all(folder: Path, saved: dict[int, Contents]) -> dict[str, int]:
         stored = Stored(disk, tag)
         steps[tag] = stored.manifest["step"]
         expected = saved[steps[tag]]
-        assert set(stored.keys) == set(expected), tag
+        _claim(set(stored.keys) == set(expected), f"{tag} holds other tensors than were saved")
         for rank in range(stored.world_size):
             check_file(stored, rank)
             read_whole(disk, stored.own(rank)["state"])
         for kind, name in stored.keys:
             source = stored.find(kind, name)
-            assert source is not None
-            assert torch.equal(read_whole(disk, source), expected[kind, name]), (tag, kind, name)
+            same = source and torch.equal(read_whole(disk, source), expected[kind, name])
+            _claim(bool(same), f"{name} ({kind}) in {tag} is not what was saved")
     disk.close()
     return steps
+
+
+def _claim(holds: bool, what: str) -> None:
+    if not holds:
+        raise AssertionError(what)
 
 
 def stored_contents(folder: Path, tag: str) -> Contents:
