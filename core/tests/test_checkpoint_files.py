@@ -118,6 +118,24 @@ def test_one_flipped_bit_anywhere_is_found_and_in_a_tensor_named(saved: Path, na
         assert at < begin or any(key.split("/")[1] in message for key in [*TENSORS, "/state"])
 
 
+def test_damage_anywhere_in_a_large_tensor_is_found(tmp_path: Path) -> None:
+    """Every block of a box has a checksum of its own, and every one of them is compared."""
+    numbers = torch.arange((5 << 20) // 4 + 3, dtype=torch.float32)
+    large = {"parameter/large": numbers, "exp_avg/large": numbers + 0.5}
+    save_all(tmp_path, "t", large, 1)
+    path = tmp_path / "t" / DATA
+    after = 100  # beside the tensors, the file ends with a few bytes of other state
+    last = path.stat().st_size - after
+    for at in range(last, last - 2 * (5 << 20), -(1 << 20)):
+        with path.open("r+b", buffering=0) as file:
+            good = os.pread(file.fileno(), 1, at)
+            os.pwrite(file.fileno(), bytes([good[0] ^ 1]), at)
+            with pytest.raises(CheckpointError, match=r"large \(\w+\) is damaged in"):
+                load_all(tmp_path, "t", large)
+            os.pwrite(file.fileno(), good, at)
+    assert content_hash(load_all(tmp_path, "t", large)) == content_hash(large)
+
+
 def outcome(folder: Path) -> str | None:
     """What is wrong; ``None`` when what was saved comes back."""
     try:

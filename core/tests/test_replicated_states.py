@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -156,6 +157,38 @@ def sums_instead_of_means() -> None:
     engine.destroy()
 
 
+def groups_keep_their_own_rates() -> None:
+    """Buckets of two groups, of which the second comes first in the module."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    reference = copy.deepcopy(module)
+    rates = {"2": 0.5, "0": 0.125}
+
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        layers = dict(model.named_children())
+        return [{"params": layers[name].parameters(), "lr": rate} for name, rate in rates.items()]
+
+    engine, *_ = drivetrain.initialize(
+        model=module,
+        model_parameters=groups(module),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 0.0,
+            "optimizer": {"type": "SGD", "params": {"lr": 1.0, "momentum": 0.9}},
+        },
+    )
+    plain = torch.optim.SGD(groups(reference), lr=1.0, momentum=0.9)
+    rank, world = place()
+    for step in range(3):
+        engine.backward(engine(inputs(rank, step)).sum())
+        engine.step()
+        plain.zero_grad()
+        sum(reference(inputs(r, step)).sum() / world for r in range(world)).backward()
+        plain.step()
+    assert_same(module, {name: p.detach() for name, p in reference.named_parameters()})
+    engine.destroy()
+
+
 def embeddings_travel_by_rows(torch_sparse: bool) -> tuple[int, int]:
     """Bytes of gradients sent with and without ``sparse_gradients``; both must train alike."""
     sent, weights = [], []
@@ -255,6 +288,11 @@ def test_no_sync_accumulates_and_the_next_backward_reduces_all() -> None:
 
 def test_gradient_allreduce_op_sum_does_not_divide() -> None:
     run_distributed(sums_instead_of_means, 3)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_group_is_updated_with_its_own_settings(world: int) -> None:
+    run_distributed(groups_keep_their_own_rates, world)
 
 
 @pytest.mark.parametrize("torch_sparse", [False, True])
