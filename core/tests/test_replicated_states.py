@@ -101,10 +101,14 @@ def ranks_take_different_branches() -> None:
     engine.destroy()
 
 
-def late_on_some_ranks(late_ranks: list[int]) -> None:
+def late_on_some_ranks(late_ranks: list[int], predivide: float) -> None:
     rank, world = place()
     module = Twice(checkpointed=rank in late_ranks)
-    engine = make(module, data_parallel={"bucket_bytes": 16, "first_bucket_bytes": 16})
+    engine = make(
+        module,
+        data_parallel={"bucket_bytes": 16, "first_bucket_bytes": 16},
+        gradient_predivide_factor=predivide,
+    )
     reference = Twice(checkpointed=False)
     for step in range(3):
         losses = [reference(inputs(r, step)) for r in range(world)]
@@ -273,9 +277,13 @@ def test_parameters_unused_on_some_ranks_or_all_count_as_zero(world: int) -> Non
     run_distributed(ranks_take_different_branches, world)
 
 
-@pytest.mark.parametrize("late_ranks", [[0, 1], [1], [0]])
-def test_late_accumulations_are_added_even_if_only_one_rank_has_them(late_ranks: list[int]) -> None:
-    run_distributed(late_on_some_ranks, 2, late_ranks)
+@pytest.mark.parametrize(
+    ("late_ranks", "predivide"), [([0, 1], 1.0), ([1], 1.0), ([0], 1.0), ([1], 4.0)]
+)
+def test_late_accumulations_are_added_even_if_only_one_rank_has_them(
+    late_ranks: list[int], predivide: float
+) -> None:
+    run_distributed(late_on_some_ranks, 2, late_ranks, predivide)
 
 
 def test_nothing_is_sent_before_the_last_micro_batch() -> None:

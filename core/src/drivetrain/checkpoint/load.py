@@ -19,7 +19,13 @@ from drivetrain.checkpoint.packed import unpacked
 from drivetrain.checkpoint.random_state import load_random_state
 from drivetrain.checkpoint.reading import check_coverage, read_whole, restore
 from drivetrain.checkpoint.save import versions
-from drivetrain.checkpoint.state import StateReader, persistent_buffers, tupled
+from drivetrain.checkpoint.state import (
+    PLUGIN,
+    StateReader,
+    persistent_buffers,
+    plugin_fragments,
+    tupled,
+)
 from drivetrain.checkpoint.storage import Storage, open_storage
 from drivetrain.checkpoint.tensor_file import checksums
 from drivetrain.errors import CheckpointError
@@ -209,6 +215,9 @@ class _Attempt:
         data = bytes(read_whole(self.storage, self.own["state"]).numpy())
         self.own_state = index.parse(data, f"state of rank {rank} in {self.stored.place}")
         self.fragments = [f for f in self.engine.states.fragments() if f.kind != "gradient"]
+        self.plugin_fragments = (
+            [] if self.options.module_only else plugin_fragments(job.hub, self.engine)
+        )
 
     def _looks_the_same(self) -> bool:
         layout = layout_of(self.engine)
@@ -237,13 +246,15 @@ class _Attempt:
         self.frozen = {table.info(parameter).name for parameter in frozen}
         self.work: list[tuple[Fragment, StoredTensor]] = []
         missing = list[str]()
-        for fragment in self.fragments:
-            if fragment.kind != "parameter" and not self.options.states:
+        for fragment in [*self.fragments, *self.plugin_fragments]:
+            if fragment.kind not in ("parameter", PLUGIN) and not self.options.states:
                 continue
             if (source := self._source(fragment)) is not None:
                 check_coverage(fragment, source, stored.place)
                 self._note_dtype(fragment, source)
                 self.work.append((fragment, source))
+            elif fragment.kind == PLUGIN:
+                self.guarantee.weaken(f"{fragment.name} is not in the checkpoint, left as it is")
             elif fragment.on_reshape != "reset":
                 missing.append(f"{fragment.name} ({fragment.kind})")
         self._plan_buffers(missing)

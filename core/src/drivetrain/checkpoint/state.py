@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,11 @@ from drivetrain.errors import CheckpointError
 from drivetrain.tensor_parts import tensor_parts
 
 if TYPE_CHECKING:
+    from drivetrain.fragment import Fragment
     from drivetrain.hub import Hub
+
+PLUGIN = "plugin"
+"""Kind of tensors that are a plugin's."""
 
 
 class StateWriter:
@@ -88,6 +93,23 @@ def plugin_state(hub: Hub, engine: Any) -> StateWriter:
         if flaw is not None:
             raise CheckpointError(f"state of {hub.label(name)} would be lost: {flaw}")
     return writer
+
+
+def plugin_fragments(hub: Hub, engine: Any) -> list[Fragment]:
+    """Tensors of plugins that are cut over ranks.
+
+    Raises:
+        CheckpointError: a name does not begin with the name of a plugin that has such tensors.
+    """
+    owners = {impl.plugin_name for impl in hub.implementations("state_fragments")}
+    found = [replace(fragment, kind=PLUGIN) for fragment in hub.state_fragments(engine)]
+    for fragment in found:
+        if fragment.name.partition("/")[0] not in owners:
+            raise CheckpointError(
+                f"a plugin has a state fragment {fragment.name!r}; its name must begin with the "
+                f"plugin's and a slash: {' or '.join(sorted(owners))}"
+            )
+    return found
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
