@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -58,11 +57,9 @@ class OptimizerConformance:
 
     def test_the_scale_is_part_of_the_gradient(self) -> None:
         """Loss scale, accumulation and clipping are folded into ``scale``, a number or tensor."""
-        one = self._trained(lambda home, gradient, hyper: home.update(gradient, hyper, 1.0))
+        one = self._trained()
         for scale in (0.25, torch.tensor(0.25)):
-            other = self._trained(
-                lambda home, gradient, hyper, by=scale: home.update(gradient * 4, hyper, by)
-            )
+            other = self._trained(scale, factor=4.0)
             torch.testing.assert_close(other, one, rtol=self.tolerance, atol=1e-7)
 
     def test_a_bucket_may_be_cut_anywhere(self) -> None:
@@ -70,7 +67,7 @@ class OptimizerConformance:
         rule = self.rule()
         if rule.grain != "element":
             return
-        whole = self._trained(lambda home, gradient, hyper: home.update(gradient, hyper, 1.0))
+        whole = self._trained()
         home, flat, flatten = place(self.rule(), _numbers(0))
         spec, start = home.spec, flat.clone()
         cuts = [0, 3, spec.numel // 2, spec.numel]
@@ -122,13 +119,12 @@ class OptimizerConformance:
             other.update(flatten(_numbers(step)), hyper, 1.0)
         assert torch.equal(resumed, flat)
 
-    def _trained(
-        self, update: Callable[[DeviceHome, torch.Tensor, Mapping[str, Any]], None]
-    ) -> torch.Tensor:
+    def _trained(self, scale: float | torch.Tensor = 1.0, factor: float = 1.0) -> torch.Tensor:
+        """Weights after three steps of gradients times ``factor``."""
         rule = self.rule()
         home, flat, flatten = place(rule, _numbers(0))
         for step in range(1, 4):
-            update(home, flatten(_numbers(step)), rule.defaults)
+            home.update(flatten(_numbers(step)) * factor, rule.defaults, scale)
         return flat
 
 

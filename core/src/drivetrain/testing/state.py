@@ -139,18 +139,18 @@ def state_of(engine: Engine, plugin: str) -> State:
 
     writer = plugin_state(engine.job.hub, engine)
     found: State = {}
-    for stores in (writer.data, writer.tensors):
-        for per_rank, values in stores.items():
-            for key, value in values.items():
-                plain = value.tolist() if isinstance(value, torch.Tensor) else value
-                found[f"{key} (of this rank)" if per_rank else key] = plain
+    for per_rank in (False, True):
+        values: State = {**writer.data[per_rank], **writer.tensors[per_rank]}
+        for key, value in values.items():
+            plain = value.tolist() if isinstance(value, torch.Tensor) else value
+            found[f"{key} (of this rank)" if per_rank else key] = plain
     for fragment in plugin_fragments(engine.job.hub, engine):
         numbers = torch.arange(torch.Size(fragment.global_shape).numel())
         places, flat = numbers.view(fragment.global_shape), fragment.read()
         part = found.setdefault(fragment.name, {})
         for box in fragment.boxes:
-            values = box.of_storage(flat).flatten().tolist()
-            part.update(zip(box.of(places).flatten().tolist(), values, strict=True))
+            held = box.of_storage(flat).flatten().tolist()
+            part.update(zip(box.of(places).flatten().tolist(), held, strict=True))
     return {key: value for key, value in found.items() if key.startswith(f"{plugin}/")}
 
 

@@ -46,8 +46,9 @@ class AveragingRule(WrappedRule):
     def update(self, bucket: BucketView, hyper: Hyper, scale: float | torch.Tensor) -> None:
         super().update(bucket, hyper, scale)
         whole, size = bucket.states[AVERAGE], span_size(bucket.weights.device)
-        for average, weights in zip(whole.split(size), bucket.weights.split(size), strict=True):
-            weights = weights.to(average.dtype)
+        pieces = zip(torch.split(whole, size), torch.split(bucket.weights, size), strict=True)
+        for average, stored in pieces:
+            weights = stored.to(average.dtype)
             first = average.isnan()
             average.lerp_(weights, 1 - self.decay).copy_(torch.where(first, weights, average))
 
