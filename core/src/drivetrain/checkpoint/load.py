@@ -73,9 +73,14 @@ def load(
             the last good one.
         load_module_strict: module and checkpoint must have the same parameters and buffers.
         load_optimizer_states: restore masters and optimizer states; otherwise masters are made
-            from the loaded parameters and states start fresh.
-        load_lr_scheduler_states: restore the schedule and the groups' hyper-parameters.
-        load_module_only: restore nothing but parameters and buffers.
+            from the loaded parameters, and states and counts of updates start fresh.
+        load_lr_scheduler_states: restore the schedule and the groups' hyper-parameters; otherwise
+            they stay as the engine has them.
+        load_module_only: restore parameters and buffers. Optimizer states start fresh, as they
+            belong to other values; schedule, hyper-parameters, loss scale, counters, the loader's
+            position, random streams and the state of plugins stay as the engine has them.
+
+    Whatever is restored, gradients and losses since the last step are dropped, and a window begins.
 
     Returns:
         Path and client state; ``(None, None)`` with a warning when no tag is given and the
@@ -245,18 +250,21 @@ class _Attempt:
         frozen = (p for p in self.engine.module.parameters() if not p.requires_grad)
         self.frozen = {table.info(parameter).name for parameter in frozen}
         self.work: list[tuple[Fragment, StoredTensor]] = []
+        self.fresh: list[Fragment] = []
         missing = list[str]()
         for fragment in [*self.fragments, *self.plugin_fragments]:
-            if fragment.kind not in ("parameter", PLUGIN) and not self.options.states:
-                continue
-            if (source := self._source(fragment)) is not None:
+            wanted = fragment.kind in ("parameter", PLUGIN) or self.options.states
+            if wanted and (source := self._source(fragment)) is not None:
                 check_coverage(fragment, source, stored.place)
                 self._note_dtype(fragment, source)
                 self.work.append((fragment, source))
             elif fragment.kind == PLUGIN:
                 self.guarantee.weaken(f"{fragment.name} is not in the checkpoint, left as it is")
-            elif fragment.on_reshape != "reset":
-                missing.append(f"{fragment.name} ({fragment.kind})")
+            else:
+                if self._starts_fresh(fragment):
+                    self.fresh.append(fragment)
+                if wanted and fragment.on_reshape != "reset":
+                    missing.append(f"{fragment.name} ({fragment.kind})")
         self._plan_buffers(missing)
         excluded = set(stored.manifest["excluded"])
         left_out = [m for m in missing if m.removesuffix(" (parameter)") in excluded]
@@ -264,6 +272,13 @@ class _Attempt:
             self.guarantee.weaken(f"{len(left_out)} frozen parameters were excluded when saving")
         self._refuse_missing([m for m in missing if m not in left_out])
         self._refuse_unexpected()
+
+    def _starts_fresh(self, fragment: Fragment) -> bool:
+        """True for an optimizer state whose parameter gets other values; masters are made anew."""
+        if fragment.kind in ("parameter", "master"):
+            return False
+        stored = (self.stored.find(kind, fragment.name) for kind in ("parameter", "master"))
+        return fragment.on_reshape == "reset" or any(source is not None for source in stored)
 
     def _source(self, fragment: Fragment) -> StoredTensor | None:
         """The stored tensor that a fragment is filled from."""
@@ -314,7 +329,10 @@ class _Attempt:
             only = "; it has parameters only, which load_module_only=True takes"
             hint = only if kinds <= {"parameter", "buffer"} and self.options.states else ""
             raise CheckpointError(f"checkpoint {self.stored.place} lacks {listed}{hint}")
-        self.guarantee.weaken(f"the checkpoint lacks {listed}, left as they are")
+        self.guarantee.weaken(
+            f"the checkpoint lacks {listed}: parameters and buffers stay as they are, states of "
+            "parameters that it has start fresh"
+        )
 
     def _refuse_unexpected(self) -> None:
         if self.options.strict and self.unexpected:
@@ -329,10 +347,11 @@ class _Attempt:
         return {(fragment.kind, fragment.name) for fragment, _ in self.work}
 
     def _read(self) -> None:
-        if self.engine.optimizer is not None:
-            self.engine.states.discard_gradients()
+        self.engine.drop_window()
         self._check_headers()
         restore(self.storage, self.work)
+        for fragment in self.fresh:
+            fragment.write(torch.full_like(fragment.read(), fragment.initial))
         with torch.no_grad():
             for buffer, source in self.buffers:
                 copy_into(buffer, read_whole(self.storage, source))
@@ -364,6 +383,8 @@ class _Attempt:
             self._load_groups(state["groups"])
             if engine.lr_scheduler is not None and state["scheduler"] is not None:
                 engine.lr_scheduler.load_state_dict(unpacked(state["scheduler"]))
+            elif engine.lr_scheduler is not None:
+                self.guarantee.weaken("the checkpoint has no schedule, so the engine's stays")
 
     def _load_groups(self, saved: list[Mapping[str, Any]]) -> None:
         """Hyper-parameters follow their parameters, also into groups that are cut otherwise."""
@@ -387,6 +408,8 @@ class _Attempt:
         same = self.guarantee.same_layout
         if same:
             load_random_state(engine.job, own["random"])
+        else:
+            engine.job.random.start_afresh()
         loader = engine.training_dataloader
         if own["loader"] is not None and hasattr(loader, "load_state_dict"):
             assert loader is not None
