@@ -224,14 +224,6 @@ class Engine(nn.Module):
         """Drop the gradients accumulated so far."""
         self.states.discard_gradients()
 
-    def drop_window(self) -> None:
-        """Begin a window: forget gradients, losses and tokens since the last boundary."""
-        if self.optimizer is not None:
-            self.states.discard_gradients()
-        self._losses.forget()
-        self._reporter.take_tokens()
-        self.progress.drop_window()
-
     # -- accumulation -------------------------------------------------------------------------
 
     def is_gradient_accumulation_boundary(self) -> bool:

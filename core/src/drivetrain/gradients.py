@@ -17,7 +17,7 @@ Where every backward is reduced, each one is a *round*: what is late in one take
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from drivetrain.mesh import Axis
-
-GradientWatch = Callable[[nn.Parameter, torch.Tensor], None]
-"""Shown what this rank adds to a reduction; see the hook ``watch_gradients``."""
 
 _taken: MutableMapping[nn.Parameter, None] = WeakTensorKeyDictionary()
 """Parameters whose gradients a reducer takes away, so that a second one would get none."""
@@ -107,10 +104,6 @@ class GradientBucket(ABC):
         """Take a gradient of ``slot``; it replaces what is there unless the slot is filled."""
 
     @abstractmethod
-    def unsent(self, slot: Slot) -> torch.Tensor:
-        """What was added of ``slot``, which is filled, and has not been sent; a view."""
-
-    @abstractmethod
     def send(self) -> None:
         """Begin the reduction; slots that are not filled count as zero."""
 
@@ -152,7 +145,6 @@ class GradientReducer:
         buckets: in the order in which they are reduced on every rank.
         communicator: carries the agreement on late gradients.
         every_backward: reduce each backward by itself, not the sum of a window.
-        watches: shown each parameter's gradient before it is sent.
 
     Raises:
         ConfigError: another engine trains one of the parameters.
@@ -169,7 +161,6 @@ class GradientReducer:
         communicator: Communicator,
         *,
         every_backward: bool = False,
-        watches: Sequence[GradientWatch] = (),
     ) -> None:
         self.reduce_now = True
         self.in_turn = False
@@ -177,7 +168,6 @@ class GradientReducer:
         self.slots = {slot.parameter: slot for bucket in buckets for slot in bucket.slots}
         self._communicator = communicator
         self._every_backward = every_backward
-        self._watches = watches
         self._between_rounds = False
         self._next = 0
         self._hooks: list[RemovableHandle] = []
@@ -247,19 +237,9 @@ class GradientReducer:
             self._send(bucket)
 
     def _send(self, bucket: GradientBucket) -> None:
-        self._show(bucket)
         bucket.sent = True
         bucket.send()
         self._next += 1
-
-    def _show(self, bucket: GradientBucket) -> None:
-        """Let watches see what is about to be sent of ``bucket``."""
-        for watch in self._watches:
-            for slot in bucket.slots:
-                if slot.filled and not bucket.sent:
-                    watch(slot.parameter, bucket.unsent(slot))
-                if slot.late is not None:
-                    watch(slot.parameter, slot.late)
 
     def end_backward(self) -> None:
         """Reduce what nothing will be added to: all of the round, where each backward is one."""
@@ -295,7 +275,6 @@ class GradientReducer:
         for bucket in self.buckets:
             bucket.collect()
         for bucket in late:
-            self._show(bucket)
             bucket.add_late()
             bucket.wait_for_end = bucket.sent = True
             for slot in bucket.slots:

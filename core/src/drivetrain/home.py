@@ -229,28 +229,23 @@ class DeviceHome(StateHome):
             self._masters.copy_(self._parameters)
 
     def fragments(self) -> Sequence[Fragment]:
-        declared, key = self._declared(), self.spec.key
-        parts = {s.name: (self._states[s.name], s.initial) for s in declared if s.numel is None}
+        own = [state.name for state in self._declared() if state.numel is not None]
+        parts = {kind: flat for kind, flat in self._states.items() if kind not in own}
         if self.spec.has_masters:
-            parts["master"] = self._masters, 0.0
+            parts["master"] = self._masters
         found = [
-            segment_fragment(segment, kind, flat, self.name, initial=initial)
+            segment_fragment(segment, kind, flat, self.name)
             for segment in self.spec.segments
-            for kind, (flat, initial) in parts.items()
+            for kind, flat in parts.items()
         ]
-        return found + [
-            bucket_fragment(key, s.name, self._states[s.name], self.name, initial=s.initial)
-            for s in declared
-            if s.numel is not None
-        ]
+        key, states = self.spec.key, self._states
+        return found + [bucket_fragment(key, kind, states[kind], self.name) for kind in own]
 
     def _declared(self) -> Sequence[StateSpec]:
         return self.spec.rule.states(self.spec) if self.spec.rule is not None else ()
 
 
-def segment_fragment(
-    segment: Segment, kind: str, flat: torch.Tensor, home: str, *, initial: float = 0.0
-) -> Fragment:
+def segment_fragment(segment: Segment, kind: str, flat: torch.Tensor, home: str) -> Fragment:
     """The fragment of one parameter's part of a flat bucket tensor."""
     return tensor_fragment(
         segment.name,
@@ -261,23 +256,12 @@ def segment_fragment(
         home=home,
         shape=segment.shape,
         start=segment.start,
-        initial=initial,
     )
 
 
-def bucket_fragment(
-    key: str, kind: str, flat: torch.Tensor, home: str, *, initial: float = 0.0
-) -> Fragment:
+def bucket_fragment(key: str, kind: str, flat: torch.Tensor, home: str) -> Fragment:
     """The fragment of a state that belongs to a bucket of this rank, not to a parameter."""
-    return tensor_fragment(
-        f"bucket/{key}",
-        kind,
-        flat,
-        owner=True,
-        home=home,
-        on_reshape="reset",
-        initial=initial,
-    )
+    return tensor_fragment(f"bucket/{key}", kind, flat, owner=True, home=home, on_reshape="reset")
 
 
 def tensor_fragment(
@@ -291,7 +275,6 @@ def tensor_fragment(
     shape: tuple[int, ...] | None = None,
     start: int = 0,
     on_reshape: Literal["redistribute", "reset"] = "redistribute",
-    initial: float = 0.0,
 ) -> Fragment:
     """The fragment of a tensor that is read and written where it lies.
 
@@ -305,7 +288,6 @@ def tensor_fragment(
         shape: of the whole parameter; the tensor's own if ``None``.
         start: index of the tensor's first element in the flattened parameter.
         on_reshape: see :class:`Fragment`.
-        initial: see :class:`Fragment`.
     """
     shape = tuple(tensor.shape) if shape is None else shape
     stop = start + tensor.numel()
@@ -328,7 +310,6 @@ def tensor_fragment(
         read=lambda: tensor.detach().reshape(-1),
         write=write,
         on_reshape=on_reshape,
-        initial=initial,
     )
 
 

@@ -79,9 +79,6 @@ class AllReduceBucket(GradientBucket):
         else:
             view.copy_(gradient)
 
-    def unsent(self, slot: Slot) -> torch.Tensor:
-        return self.views[slot.index]
-
     def send(self) -> None:
         for slot in self.slots:
             if not slot.filled:

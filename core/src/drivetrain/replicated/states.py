@@ -131,9 +131,7 @@ class ReplicatedStates(ModelStates):
             )
             for plan in planned
         ]
-        self._reducer = GradientReducer(
-            sums, job.communicator, watches=job.hub.watch_gradients(job)
-        )
+        self._reducer = GradientReducer(sums, job.communicator)
         self._buckets = [
             _Bucket(plan, self._flatten(plan, home), gradients, home)
             for plan, home, gradients in zip(planned, homes, sums, strict=True)
