@@ -179,21 +179,16 @@ class NvmeHome(StateHome):
     # -- fragments ------------------------------------------------------------------------------
 
     def fragments(self) -> Sequence[Fragment]:
-        fresh = {state.name: state.initial for state in _rule(self.spec).states(self.spec)}
         found = [
-            self._fragment(segment, kind, dtype, fresh.get(kind, 0.0))
+            self._fragment(segment, kind, dtype)
             for segment in self.spec.segments
             for kind, dtype in self._store.layout.kinds.items()
         ]
-        key = self.spec.key
         return found + [
-            bucket_fragment(key, kind, flat, "host", initial=fresh[kind])
-            for kind, flat in self._own.items()
+            bucket_fragment(self.spec.key, kind, flat, "host") for kind, flat in self._own.items()
         ]
 
-    def _fragment(
-        self, segment: Segment, kind: str, dtype: torch.dtype, initial: float
-    ) -> Fragment:
+    def _fragment(self, segment: Segment, kind: str, dtype: torch.dtype) -> Fragment:
         start, stop = segment.offset, segment.offset + segment.numel
 
         def read() -> torch.Tensor:
@@ -206,8 +201,7 @@ class NvmeHome(StateHome):
 
         # Its boxes come from a tensor that takes no memory.
         shape = torch.empty(1, dtype=dtype).expand(self.spec.numel)
-        fragment = segment_fragment(segment, kind, shape, self.name, initial=initial)
-        return replace(fragment, read=read, write=write)
+        return replace(segment_fragment(segment, kind, shape, self.name), read=read, write=write)
 
 
 # -- set-up ---------------------------------------------------------------------------------------

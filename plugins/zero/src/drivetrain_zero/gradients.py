@@ -151,9 +151,6 @@ class ReduceScatterBucket(GradientBucket):
         else:
             view.copy_(gradient)
 
-    def unsent(self, slot: Slot) -> torch.Tensor:
-        return self._views[slot.index]
-
     def send(self) -> None:
         if self._travelling is not None:
             self.collect()

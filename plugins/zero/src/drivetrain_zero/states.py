@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from drivetrain.communicator import Op, Purpose, Tag
-from drivetrain.errors import TrainingError
+from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.fragment import Fragment
 from drivetrain.gradient_norm import sum_of_squares
 from drivetrain.gradients import GradientReducer
@@ -24,6 +24,7 @@ from drivetrain.loose import (
 from drivetrain.model_states import ModelStates
 from drivetrain.parameters import handed_over
 from drivetrain.replicated.layout import BucketSizes, plan_buckets
+from drivetrain.update_rule import UpdateRule
 from drivetrain_zero import outside_use
 from drivetrain_zero.agreement import agreement_of
 from drivetrain_zero.bucket import ShardedBucket
@@ -33,7 +34,7 @@ from drivetrain_zero.frozen import bucketed, plan_frozen
 from drivetrain_zero.gathered_unit import GatheredUnit, find_units
 from drivetrain_zero.gathering import Gathering
 from drivetrain_zero.gradients import GradientMemory, ReduceScatterBucket
-from drivetrain_zero.guards import refuse_communicating, refuse_released_state_dict
+from drivetrain_zero.guards import refuse_released_state_dict
 from drivetrain_zero.handle import ShardedParameter
 from drivetrain_zero.init_shards import refuse_other_layout
 from drivetrain_zero.layers import kept_errors
@@ -89,7 +90,7 @@ class ZeroStates(ModelStates):
         self._memory = GradientMemory(job.communicator)
         planned = [(unit, plan) for unit in units for plan in self._plan(unit, steps)]
         for _, plan in planned:
-            refuse_communicating(plan.spec.rule)
+            _refuse_communicating(plan.spec.rule)
         self._buckets = []
         for unit, plan in planned:
             bucket = ShardedBucket(
@@ -111,10 +112,7 @@ class ZeroStates(ModelStates):
         self._memory.make()
         self._errors = kept_errors(job.communicator, [bucket.parameters for bucket in self._sums])
         self._reducer = GradientReducer(
-            self._sums,
-            job.communicator,
-            every_backward=policy.every_backward,
-            watches=job.hub.watch_gradients(job),
+            self._sums, job.communicator, every_backward=policy.every_backward
         )
         self._shard_parameters(units)
         if policy.sanity_checks:
@@ -486,3 +484,13 @@ def _begin_publish(parameters: ShardedBucket) -> None:
     """Begin to show an updated shard to every rank."""
     parameters.home.publish()
     parameters.publish()
+
+
+def _refuse_communicating(rule: UpdateRule | None) -> None:
+    """Rules that reduce gradients by themselves need whole ones."""
+    if rule is not None and type(rule).wants_reduced is not UpdateRule.wants_reduced:
+        raise ConfigError(
+            f"zero_optimization: the optimizer {type(rule).__name__} communicates gradients by "
+            "itself and needs them whole, so they cannot be sharded; use stage 0, or another "
+            "optimizer.type"
+        )
