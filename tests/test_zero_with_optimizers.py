@@ -60,7 +60,7 @@ def train(name: str, stage: int) -> Trained:
     return losses, parameters
 
 
-def plain(update: Callable[[list[nn.Parameter], int], None]) -> Trained:
+def plain(update: Callable[[list[nn.Parameter], int], None], clipping: float = 0.1) -> Trained:
     """One process with nothing but torch; ``update(parameters, step)`` is counted from 1."""
     module, losses = model(), []
     inputs, targets = tokens(STEPS * BATCH)
@@ -69,7 +69,7 @@ def plain(update: Callable[[list[nn.Parameter], int], None]) -> Trained:
         rows = slice(step * BATCH, (step + 1) * BATCH)
         loss = module(inputs[rows], targets[rows])
         loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 0.1)
+        nn.utils.clip_grad_norm_(module.parameters(), clipping)
         with torch.no_grad():
             update(list(module.parameters()), step + 1)
         losses.append(loss.item())
@@ -129,3 +129,68 @@ def test_an_optimizer_that_communicates_is_refused_by_name(stage: int) -> None:
         assert "ConfigError: optimizer.type = OneBitAdam cannot be combined" in error.error
         assert f"zero_optimization.stage = {stage}" in error.error
         assert "use stage 0" in error.error
+
+
+DECAY = 0.5
+
+
+def averaged(stage: int, keys: dict[str, Any]) -> tuple[Trained, dict[str, torch.Tensor]]:
+    """One rank's training with gradient descent, and the averages of its weights at the end."""
+    module = model()
+    engine, *_ = drivetrain.initialize(
+        model=module,
+        config={
+            "train_batch_size": BATCH,
+            "gradient_clipping": 0.0,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+            "weight_average": {"decay": DECAY},
+            "zero_optimization": {
+                "stage": stage,
+                "stage3_param_persistence_threshold": 0,
+                **keys,
+            },
+        },
+    )
+    rows = BATCH // engine.job.world_size
+    losses = []
+    inputs, targets = tokens(STEPS * BATCH)
+    for step in range(STEPS):
+        own = slice(step * BATCH + engine.job.rank * rows, None)
+        loss = engine(inputs[own][:rows], targets[own][:rows])
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+        with engine.averaged_weights():
+            engine(inputs[:rows], targets[:rows])
+    with engine.averaged_weights(), whole(module):
+        averages = {n: p.detach().clone() for n, p in module.named_parameters()}
+    with whole(module):
+        parameters = {n: p.detach().clone() for n, p in module.named_parameters()}
+    engine.destroy()
+    return (losses, parameters), averages
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys"),
+    [(1, {}), (2, {}), (3, {}), (3, {"offload_optimizer": {"device": "cpu"}})],
+    ids=["1", "2", "3", "3, offloaded"],
+)
+def test_weights_are_averaged_in_shards_and_training_goes_on_from_its_own(
+    stage: int, keys: dict[str, Any]
+) -> None:
+    shadow: dict[int, torch.Tensor] = {}
+
+    def follow(parameters: list[nn.Parameter], step: int) -> None:
+        for number, parameter in enumerate(parameters):
+            assert parameter.grad is not None
+            parameter -= 0.1 * parameter.grad
+            if step == 1:
+                shadow[number] = parameter.detach().clone()
+            shadow[number] = DECAY * shadow[number] + (1 - DECAY) * parameter
+
+    expected = plain(follow, clipping=float("inf"))
+    answers = run_distributed(averaged, 2, stage, keys)
+    compare([answer for answer, _ in answers], expected)
+    for _, averages in answers:
+        for number, name in enumerate(expected[1]):
+            torch.testing.assert_close(averages[name], shadow[number], rtol=1e-3, atol=1e-5)

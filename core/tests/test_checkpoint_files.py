@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -13,15 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from stored_states import (
-    DATA,
-    INDEX,
-    content_hash,
-    edit_index,
-    load_all,
-    save_all,
-    some_tensors,
-)
+from stored_states import content_hash, load_all, save_all, some_tensors
 
 from drivetrain.checkpoint import index
 from drivetrain.checkpoint.index import Stored, seal
@@ -29,6 +22,7 @@ from drivetrain.checkpoint.storage import LocalStorage
 from drivetrain.errors import CheckpointError
 
 TENSORS = some_tensors(1)
+DATA, INDEX = "rank00000-0123abcd.safetensors", "index-0123abcd.json"
 
 
 @pytest.fixture
@@ -124,6 +118,24 @@ def test_one_flipped_bit_anywhere_is_found_and_in_a_tensor_named(saved: Path, na
         assert at < begin or any(key.split("/")[1] in message for key in [*TENSORS, "/state"])
 
 
+def test_damage_anywhere_in_a_large_tensor_is_found(tmp_path: Path) -> None:
+    """Every block of a box has a checksum of its own, and every one of them is compared."""
+    numbers = torch.arange((5 << 20) // 4 + 3, dtype=torch.float32)
+    large = {"parameter/large": numbers, "exp_avg/large": numbers + 0.5}
+    save_all(tmp_path, "t", large, 1)
+    path = tmp_path / "t" / DATA
+    after = 100  # beside the tensors, the file ends with a few bytes of other state
+    last = path.stat().st_size - after
+    for at in range(last, last - 2 * (5 << 20), -(1 << 20)):
+        with path.open("r+b", buffering=0) as file:
+            good = os.pread(file.fileno(), 1, at)
+            os.pwrite(file.fileno(), bytes([good[0] ^ 1]), at)
+            with pytest.raises(CheckpointError, match=r"large \(\w+\) is damaged in"):
+                load_all(tmp_path, "t", large)
+            os.pwrite(file.fileno(), good, at)
+    assert content_hash(load_all(tmp_path, "t", large)) == content_hash(large)
+
+
 def outcome(folder: Path) -> str | None:
     """What is wrong; ``None`` when what was saved comes back."""
     try:
@@ -158,6 +170,17 @@ def test_a_file_that_has_grown_is_named(saved: Path) -> None:
     with (saved / DATA).open("ab") as file:
         file.write(b"x")
     assert f"{DATA} is damaged: it has" in refusal(saved.parent)
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the index as somebody would who knows the format: checksums are right again."""
+    content = json.loads((folder / INDEX).read_text())
+    change(content)
+    data = json.dumps(content).encode()
+    (folder / INDEX).write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
+    manifest["index"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_bytes(seal(manifest))
 
 
 def without_box(content: dict[str, Any]) -> None:

@@ -25,6 +25,9 @@ class Noted(GradientBucket):
     def add(self, slot: Slot, gradient: torch.Tensor) -> None:
         pass
 
+    def unsent(self, slot: Slot) -> torch.Tensor:
+        return self.parameter.detach()
+
     def send(self) -> None:
         self.log.append(self.key)
 

@@ -286,6 +286,39 @@ def test_a_clients_sampler_decides_and_is_told_the_epoch():
     assert flatten(list(loader)) == epochs[1][8:]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("size", [24, 31])
+def test_a_clients_sampler_goes_on_where_it_was_on_every_shard(count, size):
+    """Each shard's sampler holds its own samples only, and skips no more than it has handed out."""
+
+    def make():
+        return [
+            DataLoader(
+                LoaderRequest(
+                    range(size),
+                    2,
+                    collate_fn=list,
+                    shard=shard,
+                    num_shards=count,
+                    sampler=DistributedSampler(range(size), num_replicas=count, rank=shard, seed=9),
+                )
+            )
+            for shard in range(count)
+        ]
+
+    expected = [list(loader) for loader in make()]
+    for taken in range(1, len(expected[0])):
+        loaders = make()
+        iterators = [iter(loader) for loader in loaders]
+        for _ in range(taken):
+            for iterator in iterators:
+                next(iterator)
+        fresh = make()
+        for old, new in zip(loaders, fresh, strict=True):
+            new.load_state_dict(json.loads(json.dumps(old.state_dict())))
+        assert [list(loader) for loader in fresh] == [epoch[taken:] for epoch in expected]
+
+
 def test_batches_are_tensors_by_default():
     class Pairs(Dataset):
         def __len__(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -100,10 +101,14 @@ def ranks_take_different_branches() -> None:
     engine.destroy()
 
 
-def late_on_some_ranks(late_ranks: list[int]) -> None:
+def late_on_some_ranks(late_ranks: list[int], predivide: float) -> None:
     rank, world = place()
     module = Twice(checkpointed=rank in late_ranks)
-    engine = make(module, data_parallel={"bucket_bytes": 16, "first_bucket_bytes": 16})
+    engine = make(
+        module,
+        data_parallel={"bucket_bytes": 16, "first_bucket_bytes": 16},
+        gradient_predivide_factor=predivide,
+    )
     reference = Twice(checkpointed=False)
     for step in range(3):
         losses = [reference(inputs(r, step)) for r in range(world)]
@@ -153,6 +158,38 @@ def sums_instead_of_means() -> None:
     engine.step()
     total = torch.stack([reference(inputs(r)).sum() for r in range(world)]).sum()
     assert_same(module, mean_updated(reference, [total]))
+    engine.destroy()
+
+
+def groups_keep_their_own_rates() -> None:
+    """Buckets of two groups, of which the second comes first in the module."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    reference = copy.deepcopy(module)
+    rates = {"2": 0.5, "0": 0.125}
+
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        layers = dict(model.named_children())
+        return [{"params": layers[name].parameters(), "lr": rate} for name, rate in rates.items()]
+
+    engine, *_ = drivetrain.initialize(
+        model=module,
+        model_parameters=groups(module),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 0.0,
+            "optimizer": {"type": "SGD", "params": {"lr": 1.0, "momentum": 0.9}},
+        },
+    )
+    plain = torch.optim.SGD(groups(reference), lr=1.0, momentum=0.9)
+    rank, world = place()
+    for step in range(3):
+        engine.backward(engine(inputs(rank, step)).sum())
+        engine.step()
+        plain.zero_grad()
+        sum(reference(inputs(r, step)).sum() / world for r in range(world)).backward()
+        plain.step()
+    assert_same(module, {name: p.detach() for name, p in reference.named_parameters()})
     engine.destroy()
 
 
@@ -240,9 +277,13 @@ def test_parameters_unused_on_some_ranks_or_all_count_as_zero(world: int) -> Non
     run_distributed(ranks_take_different_branches, world)
 
 
-@pytest.mark.parametrize("late_ranks", [[0, 1], [1], [0]])
-def test_late_accumulations_are_added_even_if_only_one_rank_has_them(late_ranks: list[int]) -> None:
-    run_distributed(late_on_some_ranks, 2, late_ranks)
+@pytest.mark.parametrize(
+    ("late_ranks", "predivide"), [([0, 1], 1.0), ([1], 1.0), ([0], 1.0), ([1], 4.0)]
+)
+def test_late_accumulations_are_added_even_if_only_one_rank_has_them(
+    late_ranks: list[int], predivide: float
+) -> None:
+    run_distributed(late_on_some_ranks, 2, late_ranks, predivide)
 
 
 def test_nothing_is_sent_before_the_last_micro_batch() -> None:
@@ -255,6 +296,11 @@ def test_no_sync_accumulates_and_the_next_backward_reduces_all() -> None:
 
 def test_gradient_allreduce_op_sum_does_not_divide() -> None:
     run_distributed(sums_instead_of_means, 3)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_group_is_updated_with_its_own_settings(world: int) -> None:
+    run_distributed(groups_keep_their_own_rates, world)
 
 
 @pytest.mark.parametrize("torch_sparse", [False, True])

@@ -1,4 +1,4 @@
-"""A home may cut a bucket between two places that work at the same time."""
+"""A home may cut a bucket between two places that work at the same time, or update it later."""
 
 from __future__ import annotations
 
@@ -155,7 +155,59 @@ def contents(engine: Engine) -> dict[str, torch.Tensor]:
     return whole
 
 
+class LaterHome(DeviceHome):
+    """Carries out an update when the next one is asked for, or when it is told to finish."""
+
+    name = "later"
+    _asked: tuple[torch.Tensor, Hyper, float | torch.Tensor] | None = None
+
+    def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
+        self.flush()
+        self._asked = gradient.clone(), dict(hyper), scale
+
+    def flush(self) -> None:
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            super().update(*asked)
+
+
+class LaterPlaces(Plugin):
+    name = "later_places"
+
+    @hookimpl
+    def place_state(self, specs: Sequence[BucketSpec]) -> Sequence[StateHome]:
+        return [LaterHome(spec) for spec in specs]
+
+
 # -- functions that run on every rank --------------------------------------------------------------
+
+
+def saved_while_updates_wait(folder: str) -> list[list[float]]:
+    """The weight before training, and the one that a checkpoint of two steps brings back."""
+    found = []
+    for later in (True, False):
+        module = nn.Linear(3, 1, bias=False)
+        engine, *_ = drivetrain.initialize(
+            model=module,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_clipping": 0.0,
+                "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+                "plugins": {"later_places": True} if later else {},
+            },
+            registry=Registry.installed().with_plugins(LaterPlaces),
+        )
+        if later:
+            found.append(module.weight.detach().flatten().tolist())
+            for _ in range(2):
+                engine.backward(engine(torch.tensor([[1.0, 2.0, 4.0]])).sum())
+                engine.step()
+            engine.save_checkpoint(folder)
+        else:
+            engine.load_checkpoint(folder)
+            found.append(module.weight.detach().flatten().tolist())
+        engine.destroy()
+    return found
 
 
 def train_split(bf16: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -236,3 +288,8 @@ def test_states_survive_a_rebuild_that_moves_the_cuts() -> None:
     before, after = run_distributed(freeze_and_thaw, 1)[0]
     for key, values in after.items():
         assert torch.equal(values, before[key]), key
+
+
+def test_a_save_waits_for_updates_that_a_home_has_put_off(tmp_path: Path) -> None:
+    before, after = run_distributed(saved_while_updates_wait, 1, str(tmp_path))[0]
+    assert after == pytest.approx([b - 2 * 0.5 * g for b, g in zip(before, (1, 2, 4), strict=True)])

@@ -50,6 +50,21 @@ def test_losses_equal_plain_torch_in_fp32(
     )
 
 
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 3), (2, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"prescale_gradients": True}, {"gradient_predivide_factor": 4.0}],
+    ids=["plain", "prescaled", "predivided"],
+)
+def test_nothing_hides_a_factor_of_the_gradient(
+    world: int, accumulation: int, keys: dict[str, Any]
+) -> None:
+    """Adam's update and a clipped one are the same for the double of a gradient; SGD's is not."""
+    sgd = {"type": "SGD", "params": {"lr": 0.1}}
+    settings = config(world, accumulation=accumulation, optimizer=sgd, **keys)
+    assert_trains_like_reference(settings, world, steps=5, rtol=1e-6)
+
+
 @pytest.mark.parametrize("model", ["gpt", "tied"])
 def test_language_models_train_like_plain_torch(model: str) -> None:
     assert_trains_like_reference(config(2, accumulation=2), 2, model=model, steps=STEPS, rtol=1e-6)

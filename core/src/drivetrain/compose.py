@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,6 +154,7 @@ def _optimizer_plan(
         work = optimizer_plan(section.type, section.params, trained, job.plan.registry, job)
     else:
         return None
+    work = replace(work, rule=job.hub.wrap_update_rule(job, work.rule))
     check_groups(work.groups, {p: job.parameters.info(p).name for p in module.parameters()})
     return work
 

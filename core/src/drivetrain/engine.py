@@ -175,6 +175,7 @@ class Engine(nn.Module):
         if not self._reducing:
             raise TrainingError("step() inside no_sync(): leave the block before stepping")
         if self.is_gradient_accumulation_boundary():
+            self.optimizer.refuse_other_groups()
             self._losses.check(self.loss_scaler.dynamic, self.progress)
             rates = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
             with self.job.span("step"):
@@ -223,6 +224,14 @@ class Engine(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients accumulated so far."""
         self.states.discard_gradients()
+
+    def drop_window(self) -> None:
+        """Begin a window: forget gradients, losses and tokens since the last boundary."""
+        if self.optimizer is not None:
+            self.states.discard_gradients()
+        self._losses.forget()
+        self._reporter.take_tokens()
+        self.progress.drop_window()
 
     # -- accumulation -------------------------------------------------------------------------
 

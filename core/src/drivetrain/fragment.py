@@ -59,6 +59,7 @@ class Fragment:
         write: overwrites the local storage with a flat tensor of the same length.
         on_reshape: what loading into another layout does: ``"redistribute"`` the boxes, or
             ``"reset"`` a state that is no part of a whole, such as error feedback.
+        initial: value that a fresh optimizer state is filled with.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Fragment:
     read: Callable[[], torch.Tensor]
     write: Callable[[torch.Tensor], None]
     on_reshape: Literal["redistribute", "reset"] = "redistribute"
+    initial: float = 0.0
 
 
 def interval_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:

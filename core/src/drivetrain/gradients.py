@@ -17,7 +17,7 @@ Where every backward is reduced, each one is a *round*: what is late in one take
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from drivetrain.mesh import Axis
+
+GradientWatch = Callable[[nn.Parameter, torch.Tensor], None]
+"""Shown what this rank adds to a reduction; see the hook ``watch_gradients``."""
 
 _taken: MutableMapping[nn.Parameter, None] = WeakTensorKeyDictionary()
 """Parameters whose gradients a reducer takes away, so that a second one would get none."""
@@ -51,6 +54,7 @@ class Slot:
         used: a gradient arrived in this window.
         deferred: hooks are ignored until somebody reports the gradient ready.
         late: what arrived after the bucket was sent.
+        place: what the parameter shows, in its bucket's memory; ``None`` where that comes and goes.
         dtype: of the parameter.
         version: counts changes of the parameter in place; those that states know of.
     """
@@ -64,6 +68,7 @@ class Slot:
     used: bool = False
     deferred: bool = False
     late: torch.Tensor | None = None
+    place: torch.Tensor | None = None
     dtype: torch.dtype = field(init=False)
     version: int = field(init=False)
 
@@ -73,6 +78,36 @@ class Slot:
     def note(self) -> None:
         """The states know the parameter as it is now."""
         self.dtype, self.version = self.parameter.dtype, self.parameter._version
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether the parameter shows something else than its place."""
+        parameter, place = self.parameter, self.place
+        return place is not None and (
+            parameter.data_ptr() != place.data_ptr()
+            or parameter.shape != place.shape
+            or not parameter.is_contiguous()
+        )
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether a script has changed the parameter; ``.data`` changed in place is not seen."""
+        counted = self.place is not None and self.parameter._version != self.version
+        return counted or self.parameter.dtype is not self.dtype or self.is_moved
+
+    @property
+    def shows_the_same(self) -> bool:
+        """Whether the parameter only shows the same values elsewhere."""
+        counted = self.parameter._version != self.version
+        return not counted and self.place is not None and torch.equal(self.parameter, self.place)
+
+    def take_over(self) -> None:
+        """Copy what the parameter shows to its place, and let it show that again."""
+        if self.is_moved:
+            assert self.place is not None
+            self.place.copy_(self.parameter.detach())
+            self.parameter.data = self.place
+        self.note()
 
 
 @dataclass(eq=False)
@@ -88,6 +123,7 @@ class GradientBucket(ABC):
         missing: parameters that have not been seen.
         passed: backward is beyond it on all ranks.
         sent: whether its reduction has begun.
+        changed: whether a script has changed one of its parameters, on this rank or another.
     """
 
     key: str
@@ -98,10 +134,15 @@ class GradientBucket(ABC):
     missing: int = 0
     passed: bool = False
     sent: bool = False
+    changed: bool = False
 
     @abstractmethod
     def add(self, slot: Slot, gradient: torch.Tensor) -> None:
         """Take a gradient of ``slot``; it replaces what is there unless the slot is filled."""
+
+    @abstractmethod
+    def unsent(self, slot: Slot) -> torch.Tensor:
+        """What was added of ``slot``, which is filled, and has not been sent; a view."""
 
     @abstractmethod
     def send(self) -> None:
@@ -145,6 +186,7 @@ class GradientReducer:
         buckets: in the order in which they are reduced on every rank.
         communicator: carries the agreement on late gradients.
         every_backward: reduce each backward by itself, not the sum of a window.
+        watches: shown each parameter's gradient before it is sent.
 
     Raises:
         ConfigError: another engine trains one of the parameters.
@@ -161,6 +203,7 @@ class GradientReducer:
         communicator: Communicator,
         *,
         every_backward: bool = False,
+        watches: Sequence[GradientWatch] = (),
     ) -> None:
         self.reduce_now = True
         self.in_turn = False
@@ -168,6 +211,7 @@ class GradientReducer:
         self.slots = {slot.parameter: slot for bucket in buckets for slot in bucket.slots}
         self._communicator = communicator
         self._every_backward = every_backward
+        self._watches = watches
         self._between_rounds = False
         self._next = 0
         self._hooks: list[RemovableHandle] = []
@@ -237,9 +281,19 @@ class GradientReducer:
             self._send(bucket)
 
     def _send(self, bucket: GradientBucket) -> None:
+        self._show(bucket)
         bucket.sent = True
         bucket.send()
         self._next += 1
+
+    def _show(self, bucket: GradientBucket) -> None:
+        """Let watches see what is about to be sent of ``bucket``."""
+        for watch in self._watches:
+            for slot in bucket.slots:
+                if slot.filled and not bucket.sent:
+                    watch(slot.parameter, bucket.unsent(slot))
+                if slot.late is not None:
+                    watch(slot.parameter, slot.late)
 
     def end_backward(self) -> None:
         """Reduce what nothing will be added to: all of the round, where each backward is one."""
@@ -275,6 +329,7 @@ class GradientReducer:
         for bucket in self.buckets:
             bucket.collect()
         for bucket in late:
+            self._show(bucket)
             bucket.add_late()
             bucket.wait_for_end = bucket.sent = True
             for slot in bucket.slots:
@@ -292,17 +347,23 @@ class GradientReducer:
         """Buckets in which any rank has late accumulations; one small host collective per axis.
 
         Hooks run on the host, so the flags are known there and no device has to be waited for.
+        It also tells in which buckets any rank has changed parameters.
         """
         flags = {bucket.key: bucket.has_late for bucket in self.buckets}
+        for bucket in self.buckets:
+            bucket.changed = any(slot.is_changed for slot in bucket.slots)
         by_axis: dict[Axis, list[GradientBucket]] = {}
         for bucket in self.buckets:
             if bucket.reduced and self._communicator.size(bucket.reduction) > 1:
                 by_axis.setdefault(bucket.reduction, []).append(bucket)
         for axis, members in by_axis.items():
-            late = torch.tensor([int(flags[b.key]) for b in members], dtype=torch.int8)
+            changed = [int(bucket.changed) for bucket in members]
+            late = torch.tensor([int(flags[b.key]) for b in members] + changed, dtype=torch.int8)
             tag = Tag(Purpose.CONTROL, site="late gradients")
             self._communicator.all_reduce(late, axis, tag, op=Op.MAX)
-            flags.update({b.key: bool(n) for b, n in zip(members, late.tolist(), strict=True)})
+            numbers = late.view(2, -1).bool().tolist()
+            for bucket, is_late, is_changed in zip(members, *numbers, strict=True):
+                flags[bucket.key], bucket.changed = is_late, is_changed
         return [bucket for bucket in self.buckets if flags[bucket.key]]
 
     def drop(self) -> None:

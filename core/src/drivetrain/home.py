@@ -229,23 +229,28 @@ class DeviceHome(StateHome):
             self._masters.copy_(self._parameters)
 
     def fragments(self) -> Sequence[Fragment]:
-        own = [state.name for state in self._declared() if state.numel is not None]
-        parts = {kind: flat for kind, flat in self._states.items() if kind not in own}
+        declared, key = self._declared(), self.spec.key
+        parts = {s.name: (self._states[s.name], s.initial) for s in declared if s.numel is None}
         if self.spec.has_masters:
-            parts["master"] = self._masters
+            parts["master"] = self._masters, 0.0
         found = [
-            segment_fragment(segment, kind, flat, self.name)
+            segment_fragment(segment, kind, flat, self.name, initial=initial)
             for segment in self.spec.segments
-            for kind, flat in parts.items()
+            for kind, (flat, initial) in parts.items()
         ]
-        key, states = self.spec.key, self._states
-        return found + [bucket_fragment(key, kind, states[kind], self.name) for kind in own]
+        return found + [
+            bucket_fragment(key, s.name, self._states[s.name], self.name, initial=s.initial)
+            for s in declared
+            if s.numel is not None
+        ]
 
     def _declared(self) -> Sequence[StateSpec]:
         return self.spec.rule.states(self.spec) if self.spec.rule is not None else ()
 
 
-def segment_fragment(segment: Segment, kind: str, flat: torch.Tensor, home: str) -> Fragment:
+def segment_fragment(
+    segment: Segment, kind: str, flat: torch.Tensor, home: str, *, initial: float = 0.0
+) -> Fragment:
     """The fragment of one parameter's part of a flat bucket tensor."""
     return tensor_fragment(
         segment.name,
@@ -256,12 +261,31 @@ def segment_fragment(segment: Segment, kind: str, flat: torch.Tensor, home: str)
         home=home,
         shape=segment.shape,
         start=segment.start,
+        initial=initial,
     )
 
 
-def bucket_fragment(key: str, kind: str, flat: torch.Tensor, home: str) -> Fragment:
+def write_master(home: StateHome, segment: Segment, parameter: torch.Tensor) -> None:
+    """Overwrite the master of ``segment``, if there is one, with values of the whole parameter."""
+    values = parameter.detach().reshape(-1).narrow(0, segment.start, segment.numel)
+    for fragment in home.fragments() if home.spec.has_masters else ():
+        if (fragment.name, fragment.kind) == (segment.name, "master"):
+            fragment.write(values.to(fragment.dtype))
+
+
+def bucket_fragment(
+    key: str, kind: str, flat: torch.Tensor, home: str, *, initial: float = 0.0
+) -> Fragment:
     """The fragment of a state that belongs to a bucket of this rank, not to a parameter."""
-    return tensor_fragment(f"bucket/{key}", kind, flat, owner=True, home=home, on_reshape="reset")
+    return tensor_fragment(
+        f"bucket/{key}",
+        kind,
+        flat,
+        owner=True,
+        home=home,
+        on_reshape="reset",
+        initial=initial,
+    )
 
 
 def tensor_fragment(
@@ -275,6 +299,7 @@ def tensor_fragment(
     shape: tuple[int, ...] | None = None,
     start: int = 0,
     on_reshape: Literal["redistribute", "reset"] = "redistribute",
+    initial: float = 0.0,
 ) -> Fragment:
     """The fragment of a tensor that is read and written where it lies.
 
@@ -288,6 +313,7 @@ def tensor_fragment(
         shape: of the whole parameter; the tensor's own if ``None``.
         start: index of the tensor's first element in the flattened parameter.
         on_reshape: see :class:`Fragment`.
+        initial: see :class:`Fragment`.
     """
     shape = tuple(tensor.shape) if shape is None else shape
     stop = start + tensor.numel()
@@ -310,6 +336,7 @@ def tensor_fragment(
         read=lambda: tensor.detach().reshape(-1),
         write=write,
         on_reshape=on_reshape,
+        initial=initial,
     )
 
 

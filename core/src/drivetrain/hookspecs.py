@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from drivetrain.checkpoint import PendingSave, StateReader, StateWriter
     from drivetrain.communicator import CommunicatorLayer
     from drivetrain.engine import Engine
+    from drivetrain.fragment import Fragment
+    from drivetrain.gradients import GradientWatch
     from drivetrain.home import BucketSpec, StateHome
     from drivetrain.job import Job
     from drivetrain.loader import LoaderRequest
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from drivetrain.runner import Runner
     from drivetrain.step_report import StepReport
     from drivetrain.transform import Transform
-    from drivetrain.update_rule import OptimizerPlan
+    from drivetrain.update_rule import OptimizerPlan, UpdateRule
 
 HOOKSPEC_VERSION = 1
 """Raised when a hook changes incompatibly; plugins built for another value are refused by name."""
@@ -128,6 +130,30 @@ def describe_parameters(job: Job, module: torch.nn.Module) -> None:
     """
 
 
+@hookspec
+def wrap_update_rule(job: Job, rule: UpdateRule) -> UpdateRule | None:
+    """Put a rule of your own around the one that the config or the client chose.
+
+    Folded: each answer is handed to the next plugin; ``None`` leaves the rule. Once per engine with
+    an optimizer, on every rank, before states are built; no communication. The answer is a
+    :class:`~drivetrain.update_rule.WrappedRule`. Its states are cut, moved and saved like any
+    optimizer's.
+    """
+
+
+@hookspec
+def watch_gradients(job: Job) -> Sequence[GradientWatch]:
+    """Look at this rank's gradients before they are summed over ranks.
+
+    Collect. Once per engine, and again per ``engine.rebuild()``, on every rank. The answers are
+    called in backward as ``watch(parameter, gradient)``, right before the gradient is sent: once
+    for every parameter and reduction. ``gradient`` is this rank's sum, of a scaled loss, over the
+    micro-batches since the last reduction. What is added to a parameter after that is shown in a
+    call of its own. A watch must not change the gradient, keep it, or communicate.
+    """
+    raise NotImplementedError
+
+
 @hookspec(firstresult=True)
 def build_model_states(
     job: Job, module: torch.nn.Module, optimizer: OptimizerPlan | None
@@ -200,6 +226,18 @@ def save_state(engine: Engine, writer: StateWriter) -> None:
     Collect. Once per save, on every rank; no communication. Keys begin with the plugin's name and a
     slash. A plugin that stores nothing, or lacks ``load_state``, makes the save fail.
     """
+
+
+@hookspec
+def state_fragments(engine: Engine) -> Sequence[Fragment]:
+    """Describe tensors of this plugin that are cut over ranks, so that they reshard.
+
+    Collect. Once per save and load, on every rank; no communication. Names begin with the plugin's
+    name and a slash; the kind is ignored. ``tensor_fragment`` of ``drivetrain.home`` makes a
+    fragment of a tensor. A load fills the boxes that each rank has now, whatever they were when
+    saving; what the checkpoint lacks stays as it is.
+    """
+    raise NotImplementedError
 
 
 @hookspec(firstresult=True)

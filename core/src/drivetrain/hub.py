@@ -23,6 +23,8 @@ from drivetrain.wording import did_you_mean
 
 if TYPE_CHECKING:
     from drivetrain.engine import Engine
+    from drivetrain.job import Job
+    from drivetrain.update_rule import UpdateRule
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,7 +33,7 @@ T = TypeVar("T")
 HOOKS = tuple(name for name, value in vars(hookspecs).items() if hasattr(value, "drivetrain_spec"))
 """Names of all hooks, in the order of ``hookspecs.py``."""
 
-_FOLDED = ("prepare_inputs",)
+_FOLDED = ("prepare_inputs", "wrap_update_rule")
 
 
 def _asked(spec: Callable[P, R]) -> Callable[Concatenate[Hub, P], R]:
@@ -142,6 +144,7 @@ class Hub:
     wrap_communicator = _collected(hookspecs.wrap_communicator)
     place_state = _asked(hookspecs.place_state)
     transform_module = _collected(hookspecs.transform_module)
+    watch_gradients = _collected(hookspecs.watch_gradients)
     describe_parameters = _asked(hookspecs.describe_parameters)
     build_model_states = _asked(hookspecs.build_model_states)
     build_runner = _asked(hookspecs.build_runner)
@@ -150,6 +153,7 @@ class Hub:
     optimizer_step = _asked(hookspecs.optimizer_step)
     step_end = _asked(hookspecs.step_end)
     save_state = _asked(hookspecs.save_state)
+    state_fragments = _collected(hookspecs.state_fragments)
     carry_out_save = _asked(hookspecs.carry_out_save)
     load_state = _asked(hookspecs.load_state)
     report_rows = _collected(hookspecs.report_rows)
@@ -157,17 +161,14 @@ class Hub:
     def prepare_inputs(
         self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # pluggy gives all implementations the same arguments; here each feeds the next.
-        for impl in self.implementations("prepare_inputs"):
-            values: dict[str, Any] = {"engine": engine, "args": args, "kwargs": kwargs}
-            try:
-                answer: Any = impl.function(*[values[name] for name in impl.argnames])
-            except Exception as error:
-                self._blame(error, "prepare_inputs")
-                raise
-            if answer is not None:
-                args, kwargs = answer
-        return args, kwargs
+        found = self._fold(
+            "prepare_inputs", ("args", "kwargs"), engine=engine, args=args, kwargs=kwargs
+        )
+        return found["args"], found["kwargs"]
+
+    def wrap_update_rule(self, job: Job, rule: UpdateRule) -> UpdateRule:
+        answer: UpdateRule = self._fold("wrap_update_rule", ("rule",), job=job, rule=rule)["rule"]
+        return answer
 
     # -- calling ----------------------------------------------------------------------------------
 
@@ -177,6 +178,19 @@ class Hub:
         except Exception as error:
             self._blame(error, hook)
             raise
+
+    def _fold(self, hook: str, names: tuple[str, ...], **values: Any) -> dict[str, Any]:
+        """Arguments after all answers; those in ``names`` are what an answer replaces."""
+        # pluggy gives all implementations the same arguments; here each feeds the next.
+        for impl in self.implementations(hook):
+            try:
+                answer: Any = impl.function(*[values[name] for name in impl.argnames])
+            except Exception as error:
+                self._blame(error, hook)
+                raise
+            if answer is not None:
+                values.update(zip(names, answer if len(names) > 1 else (answer,), strict=True))
+        return values
 
     def _blame(self, error: Exception, hook: str) -> None:
         """Note on ``error`` whose implementation raised it, found in the traceback."""

@@ -64,6 +64,11 @@ class LossWatch:
             else f"the loss of step {step} was {float(value)}; load the last checkpoint"
         )
 
+    def forget(self) -> None:
+        """Begin as if no loss had been seen: what follows comes from other parameters."""
+        self._sum, self._count = None, 0
+        self._unchecked = self._unchecked_norm = None
+
     def take(self) -> tuple[torch.Tensor | None, int]:
         """The sum and number of losses since the last call, and start anew."""
         taken = self._sum, self._count

@@ -87,6 +87,13 @@ class ModelStates(ABC):
         """Take over parameter values that were written from outside (masters follow)."""
 
     @abstractmethod
+    def take_over(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep values that were written to ``parameters``, alike on all ranks; masters follow.
+
+        Parameters that the states do not keep are left alone.
+        """
+
+    @abstractmethod
     def fragments_written(self) -> None:
         """Make the module's parameters agree with fragments that were written. Collective."""
 

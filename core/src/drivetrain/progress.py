@@ -50,6 +50,11 @@ class Progress:
         self.tokens += tokens
         self.skipped_steps += not applied
 
+    def drop_window(self) -> None:
+        """Forget the micro-batches since the last boundary, whose gradients are gone."""
+        self.micro_steps -= self.in_window
+        self.in_window = 0
+
     def state_dict(self) -> dict[str, int]:
         """The counters as plain data; micro-batches of a window that has not ended do not count."""
         state = {counter: getattr(self, counter) for counter in _SAVED}

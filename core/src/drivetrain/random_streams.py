@@ -83,6 +83,10 @@ class RandomStreams:
             generator.set_state(_default_state(self._device))
             _set_default_state(self._device, before)
 
+    def start_afresh(self) -> None:
+        """Begin all streams again, each from its seed."""
+        self._generators.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """The seed and every used stream's axes and state, as JSON data."""
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,50 @@ class UpdateRule(ABC):
         then skip the reduction and clip by the local norm.
         """
         return True
+
+    @property
+    def communicates(self) -> bool:
+        """Whether some updates take gradients that are not reduced, see :meth:`wants_reduced`."""
+        return type(self).wants_reduced is not UpdateRule.wants_reduced
+
+
+class WrappedRule(UpdateRule):
+    """Another rule, and something done before or after its updates; a base class.
+
+    Everything is left to the inner rule. A subclass extends :meth:`update` and, with names of its
+    own, :meth:`states`. If it changes ``bucket.weights`` after the inner update, it also copies
+    them to ``bucket.out`` where that is not ``None``.
+
+    A parameter that the inner rule hands to another one (Muon hands some to Adam) gets a shallow
+    copy of this object around that.
+
+    Args:
+        rule: the inner rule.
+    """
+
+    def __init__(self, rule: UpdateRule) -> None:
+        self.rule, self.defaults, self.grain = rule, rule.defaults, rule.grain
+        self._others: dict[UpdateRule, WrappedRule] = {}
+
+    def states(self, bucket: BucketSpec) -> Sequence[StateSpec]:
+        return self.rule.states(bucket)
+
+    def update(self, bucket: BucketView, hyper: Hyper, scale: float | torch.Tensor) -> None:
+        self.rule.update(bucket, hyper, scale)
+
+    def rule_for(self, parameter: nn.Parameter, info: ParameterInfo) -> UpdateRule:
+        inner = self.rule.rule_for(parameter, info)
+        if inner is not self.rule and inner not in self._others:
+            self._others[inner] = copy.copy(self)
+            WrappedRule.__init__(self._others[inner], inner)
+        return self._others.get(inner, self)
+
+    def wants_reduced(self, step: int) -> bool:
+        return self.rule.wants_reduced(step)
+
+    @property
+    def communicates(self) -> bool:
+        return self.rule.communicates
 
 
 @dataclass(frozen=True)

@@ -33,25 +33,45 @@ def drivetrain(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_a_new_plugin_passes_its_own_tests_as_made(tmp_path: Path) -> None:
-    result = drivetrain("new-plugin", "loss-alarm", "--into", tmp_path / "made")
+@pytest.fixture(params=["plugin", "optimizer"])
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, dict[str, str]]:
+    """A package as it is made, installed: what it is, its folder, and an environment."""
+    options = ["--optimizer"] if request.param == "optimizer" else []
+    result = drivetrain("new-plugin", "loss-alarm", *options, "--into", tmp_path / "made")
     assert result.exit_code == 0, result.output
     install = ["install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     target = str(tmp_path / "installed")
     pip = [sys.executable, "-m", "pip", *install, "--target", target, str(tmp_path / "made")]
     subprocess.run(pip, check=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([target, *sys.path])}
+    return request.param, tmp_path / "made", environment
+
+
+def test_a_new_package_passes_its_own_tests_as_made(made: tuple[str, Path, dict[str, str]]) -> None:
+    kind, folder, environment = made
     pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
     done = subprocess.run(
-        pytest_command, cwd=tmp_path / "made", env=environment, capture_output=True, text=True
+        pytest_command, cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "10 passed" in done.stdout
+    assert f"{10 if kind == 'plugin' else 9} passed" in done.stdout
     listing = [sys.executable, "-m", "drivetrain.cli", "plugins", "--json"]
     shown = subprocess.run(listing, env=environment, capture_output=True, text=True, check=True)
-    row = next(row for row in json.loads(shown.stdout) if row["names"] == ["loss_alarm"])
+    name = "loss_alarm" if kind == "plugin" else "LossAlarm"
+    row = next(row for row in json.loads(shown.stdout) if name in row["names"])
     assert row["distribution"] == "drivetrain-loss-alarm"
-    assert row["hooks"] == ["step_end"]
+    assert kind == "optimizer" or row["hooks"] == ["step_end"]
+
+
+@pytest.mark.parametrize(
+    ("name", "owner"),
+    [("adam-w", "drivetrain-kernels"), ("mu-adam", "drivetrain-mup"), ("adamax", "torch.optim")],
+)
+def test_an_optimizer_that_exists_is_refused(name: str, owner: str, tmp_path: Path) -> None:
+    result = drivetrain("new-plugin", name, "--optimizer", "--into", tmp_path / "made")
+    assert result.exit_code == 2
+    # The command line alone knows the names of packages that are not there, too.
+    assert f"is served by {owner}" in result.stderr or "is served by drivetrain;" in result.stderr
 
 
 def test_a_new_plugin_is_locked_to_this_version_of_core(tmp_path: Path) -> None:

@@ -19,9 +19,15 @@ from drivetrain.checkpoint.packed import unpacked
 from drivetrain.checkpoint.random_state import load_random_state
 from drivetrain.checkpoint.reading import check_coverage, read_whole, restore
 from drivetrain.checkpoint.save import versions
-from drivetrain.checkpoint.state import StateReader, persistent_buffers, tupled
+from drivetrain.checkpoint.state import (
+    PLUGIN,
+    StateReader,
+    persistent_buffers,
+    plugin_fragments,
+    tupled,
+)
 from drivetrain.checkpoint.storage import Storage, open_storage
-from drivetrain.checkpoint.tensor_file import checksums, raw_bytes
+from drivetrain.checkpoint.tensor_file import checksums
 from drivetrain.errors import CheckpointError
 from drivetrain.tensor_parts import copy_into
 
@@ -67,9 +73,14 @@ def load(
             the last good one.
         load_module_strict: module and checkpoint must have the same parameters and buffers.
         load_optimizer_states: restore masters and optimizer states; otherwise masters are made
-            from the loaded parameters and states start fresh.
-        load_lr_scheduler_states: restore the schedule and the groups' hyper-parameters.
-        load_module_only: restore nothing but parameters and buffers.
+            from the loaded parameters, and states and counts of updates start fresh.
+        load_lr_scheduler_states: restore the schedule and the groups' hyper-parameters; otherwise
+            they stay as the engine has them.
+        load_module_only: restore parameters and buffers. Optimizer states start fresh, as they
+            belong to other values; schedule, hyper-parameters, loss scale, counters, the loader's
+            position, random streams and the state of plugins stay as the engine has them.
+
+    Whatever is restored, gradients and losses since the last step are dropped, and a window begins.
 
     Returns:
         Path and client state; ``(None, None)`` with a warning when no tag is given and the
@@ -153,9 +164,9 @@ class _Attempt:
         Args:
             touched: (kind, name) of what earlier attempts have overwritten; grows.
         """
-        problem = self._together(self._open, *index.MALFORMED)
+        problem = self._together(self._open)
         if problem is None:
-            (other,) = any_rank(self.engine, [not self.same])
+            (other,) = any_rank(self.engine, [not self._looks_the_same()])
             self.guarantee = self._guarantee(not other)
             self.unexpected = self._find_unexpected()
             problem = self._together(self._plan)
@@ -176,7 +187,7 @@ class _Attempt:
             if not self.options.module_only:
                 self._load_progress(manifest["state"])
                 self._load_own()
-        except index.MALFORMED as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"state in {self.stored.place} does not fit: {error!r}"
             ) from error
@@ -191,14 +202,12 @@ class _Attempt:
 
     # -- planning: nothing is changed --------------------------------------------------------------
 
-    def _together(self, action: Callable[[], None], *malformed: type[Exception]) -> str | None:
+    def _together(self, action: Callable[[], None]) -> str | None:
         problem = None
         try:
             action()
         except (CheckpointError, OSError) as error:
             problem = str(error)
-        except malformed as error:
-            problem = f"checkpoint {self.storage.where(self.tag)} is malformed: {error!r}"
         return worst(self.engine, problem)
 
     def _open(self) -> None:
@@ -208,16 +217,17 @@ class _Attempt:
         rank = job.rank if job.world_size == self.stored.world_size else 0
         check_file(self.stored, rank)
         self.own = self.stored.own(rank)
-        place = f"state of rank {rank} in {self.stored.place}"
-        if "state" not in self.own:
-            raise CheckpointError(f"{place} is missing")
-        data = bytes(raw_bytes(read_whole(self.storage, self.own["state"])).numpy())
-        self.own_state = index.parse(data, place)
+        data = bytes(read_whole(self.storage, self.own["state"]).numpy())
+        self.own_state = index.parse(data, f"state of rank {rank} in {self.stored.place}")
         self.fragments = [f for f in self.engine.states.fragments() if f.kind != "gradient"]
-        layout = layout_of(self.engine)
-        self.same = all(self.stored.manifest[key] == value for key, value in layout.items()) and (
-            self.own_state.get("fragments") == fragments_digest(self.fragments)
+        self.plugin_fragments = (
+            [] if self.options.module_only else plugin_fragments(job.hub, self.engine)
         )
+
+    def _looks_the_same(self) -> bool:
+        layout = layout_of(self.engine)
+        same = all(self.stored.manifest[key] == value for key, value in layout.items())
+        return same and self.own_state["fragments"] == fragments_digest(self.fragments)
 
     def _find_unexpected(self) -> list[str]:
         """Stored parameters that no rank has. Collective."""
@@ -240,16 +250,21 @@ class _Attempt:
         frozen = (p for p in self.engine.module.parameters() if not p.requires_grad)
         self.frozen = {table.info(parameter).name for parameter in frozen}
         self.work: list[tuple[Fragment, StoredTensor]] = []
+        self.fresh: list[Fragment] = []
         missing = list[str]()
-        for fragment in self.fragments:
-            if fragment.kind != "parameter" and not self.options.states:
-                continue
-            if (source := self._source(fragment)) is not None:
+        for fragment in [*self.fragments, *self.plugin_fragments]:
+            wanted = fragment.kind in ("parameter", PLUGIN) or self.options.states
+            if wanted and (source := self._source(fragment)) is not None:
                 check_coverage(fragment, source, stored.place)
                 self._note_dtype(fragment, source)
                 self.work.append((fragment, source))
-            elif fragment.on_reshape != "reset":
-                missing.append(f"{fragment.name} ({fragment.kind})")
+            elif fragment.kind == PLUGIN:
+                self.guarantee.weaken(f"{fragment.name} is not in the checkpoint, left as it is")
+            else:
+                if self._starts_fresh(fragment):
+                    self.fresh.append(fragment)
+                if wanted and fragment.on_reshape != "reset":
+                    missing.append(f"{fragment.name} ({fragment.kind})")
         self._plan_buffers(missing)
         excluded = set(stored.manifest["excluded"])
         left_out = [m for m in missing if m.removesuffix(" (parameter)") in excluded]
@@ -257,6 +272,13 @@ class _Attempt:
             self.guarantee.weaken(f"{len(left_out)} frozen parameters were excluded when saving")
         self._refuse_missing([m for m in missing if m not in left_out])
         self._refuse_unexpected()
+
+    def _starts_fresh(self, fragment: Fragment) -> bool:
+        """True for an optimizer state whose parameter gets other values; masters are made anew."""
+        if fragment.kind in ("parameter", "master"):
+            return False
+        stored = (self.stored.find(kind, fragment.name) for kind in ("parameter", "master"))
+        return fragment.on_reshape == "reset" or any(source is not None for source in stored)
 
     def _source(self, fragment: Fragment) -> StoredTensor | None:
         """The stored tensor that a fragment is filled from."""
@@ -307,7 +329,10 @@ class _Attempt:
             only = "; it has parameters only, which load_module_only=True takes"
             hint = only if kinds <= {"parameter", "buffer"} and self.options.states else ""
             raise CheckpointError(f"checkpoint {self.stored.place} lacks {listed}{hint}")
-        self.guarantee.weaken(f"the checkpoint lacks {listed}, left as they are")
+        self.guarantee.weaken(
+            f"the checkpoint lacks {listed}: parameters and buffers stay as they are, states of "
+            "parameters that it has start fresh"
+        )
 
     def _refuse_unexpected(self) -> None:
         if self.options.strict and self.unexpected:
@@ -322,10 +347,11 @@ class _Attempt:
         return {(fragment.kind, fragment.name) for fragment, _ in self.work}
 
     def _read(self) -> None:
-        if self.engine.optimizer is not None:
-            self.engine.states.discard_gradients()
+        self.engine.drop_window()
         self._check_headers()
         restore(self.storage, self.work)
+        for fragment in self.fresh:
+            fragment.write(torch.full_like(fragment.read(), fragment.initial))
         with torch.no_grad():
             for buffer, source in self.buffers:
                 copy_into(buffer, read_whole(self.storage, source))
@@ -341,9 +367,7 @@ class _Attempt:
 
     def _plugin_sources(self) -> Iterator[tuple[str, StoredTensor]]:
         first = self.stored.own(0)
-        for key in self.stored.manifest["state"].get("plugin_tensors", ()):
-            if f"plugin/{key}" not in first:
-                raise CheckpointError(f"{self.stored.place} lacks the tensor {key!r} of a plugin")
+        for key in self.stored.manifest["state"]["plugin_tensors"]:
             yield key, first[f"plugin/{key}"]
         for key, source in self.own.items() if self.guarantee.same_layout else ():
             if key.startswith("plugin/"):
@@ -359,6 +383,8 @@ class _Attempt:
             self._load_groups(state["groups"])
             if engine.lr_scheduler is not None and state["scheduler"] is not None:
                 engine.lr_scheduler.load_state_dict(unpacked(state["scheduler"]))
+            elif engine.lr_scheduler is not None:
+                self.guarantee.weaken("the checkpoint has no schedule, so the engine's stays")
 
     def _load_groups(self, saved: list[Mapping[str, Any]]) -> None:
         """Hyper-parameters follow their parameters, also into groups that are cut otherwise."""
@@ -382,6 +408,8 @@ class _Attempt:
         same = self.guarantee.same_layout
         if same:
             load_random_state(engine.job, own["random"])
+        else:
+            engine.job.random.start_afresh()
         loader = engine.training_dataloader
         if own["loader"] is not None and hasattr(loader, "load_state_dict"):
             assert loader is not None

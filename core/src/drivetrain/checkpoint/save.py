@@ -27,6 +27,7 @@ from drivetrain.checkpoint.state import (
     is_plain,
     persistent_buffers,
     plain,
+    plugin_fragments,
     plugin_state,
 )
 from drivetrain.checkpoint.storage import Storage, open_storage
@@ -175,7 +176,7 @@ class _Contents:
         engine = self.engine
         engine.states.flush()
         fragments = [f for f in engine.states.fragments() if f.kind != "gradient"]
-        self._fragments(fragments)
+        self._fragments([*fragments, *plugin_fragments(engine.job.hub, engine)])
         writer = plugin_state(engine.job.hub, engine)
         self._plugin_tensors(writer)
         self.own = {

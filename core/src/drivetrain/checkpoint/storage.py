@@ -18,7 +18,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from drivetrain.checkpoint.plain_file import open_plain, path_below
 from drivetrain.errors import CheckpointError
 from drivetrain.registry import Registry
 
@@ -146,16 +145,10 @@ def open_storage(root: str | os.PathLike[str]) -> Storage:
 
 
 class LocalStorage(Storage):
-    """A folder that all ranks see. What is read there are regular files, and no links out of it.
+    """A folder that all ranks see."""
 
-    Args:
-        root: the folder.
-        boundary: a folder above it that links may not lead out of; ``root`` by default.
-    """
-
-    def __init__(self, root: str, boundary: str | None = None) -> None:
+    def __init__(self, root: str) -> None:
         super().__init__(root)
-        self._boundary = boundary
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._files)  # for who forgets to close it
@@ -182,13 +175,9 @@ class LocalStorage(Storage):
 
     def size(self, path: str) -> int | None:
         try:
-            file = self.open(path)
+            return os.stat(self._path(path)).st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
-        try:
-            return os.fstat(file).st_size
-        finally:
-            os.close(file)
 
     def read(self, path: str, offset: int, into: Buffer) -> None:
         file, rest = self._open(path), memoryview(into)
@@ -204,18 +193,9 @@ class LocalStorage(Storage):
 
     def names(self, folder: str = "") -> list[str]:
         try:
-            return sorted(os.listdir(path_below(self.root, folder, self._boundary)))
+            return sorted(os.listdir(self._path(folder)))
         except (FileNotFoundError, NotADirectoryError):
             return []
-
-    def open(self, path: str) -> int:
-        """A descriptor of a file for reading, which the caller closes.
-
-        Raises:
-            FileNotFoundError: there is none.
-            CheckpointError: it is no regular file, or a link leads elsewhere.
-        """
-        return open_plain(path_below(self.root, path, self._boundary))
 
     def remove(self, path: str) -> None:
         self._forget(path)
@@ -246,7 +226,7 @@ class LocalStorage(Storage):
         with self._lock:
             if path not in self._files:
                 try:
-                    self._files[path] = self.open(path)
+                    self._files[path] = os.open(self._path(path), os.O_RDONLY)
                 except FileNotFoundError:
                     raise CheckpointError(
                         f"checkpoint file {self.where(path)} is missing"

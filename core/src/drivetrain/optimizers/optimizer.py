@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_not
 from typing import Any
 
 import torch
@@ -47,6 +48,20 @@ class EngineOptimizer(Optimizer):
         self._engine_zero_grad = zero_grad
         super().__init__(list(groups), dict(defaults or {}))
         self._engine_step = step
+        self._live_groups = list(self.param_groups)
+
+    def refuse_other_groups(self) -> None:
+        """Check that ``param_groups`` are still the dicts that update rules read.
+
+        Raises:
+            TrainingError: a group was replaced, added or removed.
+        """
+        groups = self.param_groups
+        if len(groups) != len(self._live_groups) or any(map(is_not, groups, self._live_groups)):
+            raise TrainingError(
+                "optimizer.param_groups was replaced after initialize, which updates would not "
+                "see: change values inside the groups that are there"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once the states of the groups are placed."""

@@ -79,6 +79,9 @@ class AllReduceBucket(GradientBucket):
         else:
             view.copy_(gradient)
 
+    def unsent(self, slot: Slot) -> torch.Tensor:
+        return self.views[slot.index]
+
     def send(self) -> None:
         for slot in self.slots:
             if not slot.filled:

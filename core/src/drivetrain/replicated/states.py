@@ -11,15 +11,15 @@ from torch import nn
 
 from drivetrain.builtin.defaults import DataParallel
 from drivetrain.builtin.optimization import GradientPredivideFactor, PrescaleGradients
+from drivetrain.changed_parameters import ParameterWatch, refuse_unlike_copies
 from drivetrain.communicator import Purpose, Tag
 from drivetrain.fragment import Fragment
 from drivetrain.gradient_norm import sum_of_squares
 from drivetrain.gradients import GradientReducer
-from drivetrain.home import StateHome, segment_fragment, step_fragments
+from drivetrain.home import StateHome, segment_fragment, step_fragments, write_master
 from drivetrain.loose import (
     broadcast_first,
     loose_fragments,
-    refuse_stale_layout,
     synchronise_loose,
     trained_parameters,
 )
@@ -131,12 +131,22 @@ class ReplicatedStates(ModelStates):
             )
             for plan in planned
         ]
-        self._reducer = GradientReducer(sums, job.communicator)
+        self._reducer = GradientReducer(
+            sums, job.communicator, watches=job.hub.watch_gradients(job)
+        )
         self._buckets = [
             _Bucket(plan, self._flatten(plan, home), gradients, home)
             for plan, home, gradients in zip(planned, homes, sums, strict=True)
         ]
+        for bucket in self._buckets:
+            for slot, segment in zip(
+                bucket.gradients.slots, bucket.planned.spec.segments, strict=True
+            ):
+                slot.place = segment.of(bucket.parameters)
         self._reducer.note_parameters()  # as they are in buckets now
+        self._watch = ParameterWatch(
+            self._module, job.parameters, self._optimizer, self._reducer.slots
+        )
         self._open_window()
 
     def _flatten(self, plan: PlannedBucket, home: StateHome) -> torch.Tensor:
@@ -220,7 +230,13 @@ class ReplicatedStates(ModelStates):
 
     def update(self, scale: float | torch.Tensor) -> None:
         assert self._optimizer is not None
-        refuse_stale_layout(self._optimizer, self._reducer.slots, self._job.parameters)
+        self._watch.refuse_other_module()
+        self._watch.refuse_other_groups()
+        for slot in self._watch.changed():
+            slot.take_over()
+        for bucket in self._buckets:
+            if bucket.gradients.changed:
+                refuse_unlike_copies(self._job.communicator, bucket.gradients)
         scale = scale * self._policy.predivide
         for bucket in self._buckets:
             hyper = self._optimizer.groups[bucket.planned.spec.group]
@@ -248,7 +264,17 @@ class ReplicatedStates(ModelStates):
     def fragments_written(self) -> None:
         pass  # they are the module's parameters
 
+    def take_over(self, parameters: Iterable[nn.Parameter]) -> None:
+        written = set(parameters)
+        for bucket in self._buckets:
+            pairs = zip(bucket.gradients.slots, bucket.planned.spec.segments, strict=True)
+            for slot, segment in pairs:
+                if slot.parameter in written:
+                    slot.take_over()
+                    write_master(bucket.home, segment, slot.parameter)
+
     def rebuild(self) -> None:
+        self._watch.refuse_other_module()
         self.discard_gradients()
         self.flush()
         kept = _whole_states(f for b in self._buckets for f in b.home.fragments())
@@ -266,6 +292,7 @@ class ReplicatedStates(ModelStates):
             bucket.home.flush()
 
     def fragments(self) -> Sequence[Fragment]:
+        self._watch.refuse_other_module()
         found: list[Fragment] = []
         bucketed: set[nn.Parameter] = set()
         for bucket in self._buckets:

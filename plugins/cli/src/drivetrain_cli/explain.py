@@ -23,13 +23,13 @@ PHASES = {
     "plan": ("mesh_axes", "configure", "plan_batch"),
     "job": ("select_accelerator", "wrap_communicator"),
     "engine": (
-        *("transform_module", "describe_parameters", "build_model_states", "place_state"),
-        *("build_runner", "build_loader"),
+        *("transform_module", "describe_parameters", "wrap_update_rule", "build_model_states"),
+        *("place_state", "watch_gradients", "build_runner", "build_loader"),
     ),
     "forward": ("prepare_inputs",),
     "backward": ("backward",),
     "step": ("optimizer_step", "step_end"),
-    "checkpoint": ("save_state", "carry_out_save", "load_state"),
+    "checkpoint": ("save_state", "state_fragments", "carry_out_save", "load_state"),
     "report": ("report_rows",),
 }
 """The way of a job: moment -> hooks that run in it, in order."""

@@ -11,29 +11,36 @@ import click
 
 from drivetrain import __version__, known
 from drivetrain.errors import DrivetrainError
-from drivetrain.registry import Registry
+from drivetrain.registry import Group, Registry
 
 
 @click.command("new-plugin")
 @click.argument("name")
+@click.option("--optimizer", is_flag=True, help="Make an optimizer, named after NAME.")
 @click.option("--into", type=click.Path(path_type=Path), help="Folder to make; default: named so.")
-def new_plugin(name: str, into: Path | None) -> None:
-    """Make a package for a plugin that serves the config section NAME, with tests that pass."""
+def new_plugin(name: str, optimizer: bool, into: Path | None) -> None:
+    """Make a package for a plugin that serves the config section NAME, with tests that pass.
+
+    With --optimizer it is for an optimizer instead.
+    """
     words = re.split("[-_]", name)
     if not all(re.fullmatch("[a-z][a-z0-9]*", word) for word in words):
         raise DrivetrainError(
             f"{name!r} is no name for a plugin: take small letters and digits, words joined by '-'"
         )
     values = _values(words)
-    _refuse_taken(values["path"])
+    _refuse_taken(
+        *(("optimizers", values["class_name"]) if optimizer else ("plugins", values["path"]))
+    )
     folder = into or Path(values["distribution"])
+    kind = "optimizer" if optimizer else "plugin"
     files = {
-        "pyproject.toml": "pyproject.toml.in",
+        "pyproject.toml": f"{kind}/pyproject.toml.in",
         "tox.ini": "tox.ini.in",
-        "README.md": "README.md.in",
-        f"src/{values['package']}/__init__.py": "__init__.py.in",
+        "README.md": f"{kind}/README.md.in",
+        f"src/{values['package']}/__init__.py": f"{kind}/__init__.py.in",
         f"src/{values['package']}/py.typed": None,
-        f"tests/test_{values['path']}.py": "test_plugin.py.in",
+        f"tests/test_{values['path']}.py": f"{kind}/test.py.in",
     }
     templates = resources.files("drivetrain_cli") / "template"
     texts = {
@@ -56,11 +63,16 @@ def _values(words: list[str]) -> dict[str, str]:
     }
 
 
-def _refuse_taken(path: str) -> None:
-    entry = Registry.installed().find("plugins", path)
-    owner = entry.distribution if entry else known.SECTIONS.get(path)
+def _refuse_taken(group: Group, name: str) -> None:
+    entry = Registry.installed().find(group, name)
+    table = known.OWNERS.get(group, {}) if group == "optimizers" else known.SECTIONS
+    lower = {known_name.lower(): owner for known_name, owner in table.items()}
+    owner = entry.distribution if entry else lower.get(name.lower())
+    if group == "optimizers" and name.lower() in (kind.lower() for kind in known.TORCH_OPTIMIZERS):
+        owner = owner or "torch.optim"
     if owner:
-        raise DrivetrainError(f"config section {path!r} is served by {owner}; take another name")
+        what = "optimizer" if group == "optimizers" else "config section"
+        raise DrivetrainError(f"{what} {name!r} is served by {owner}; take another name")
 
 
 def _write(folder: Path, texts: dict[str, str]) -> None:

@@ -60,8 +60,8 @@ class Curriculum(Plugin):
 
     @hookimpl
     def load_state(self, engine: Engine, reader: StateReader) -> None:
-        pacing = self._pacing(engine)
-        pacing.current = reader.get(_STATE, pacing.current)
+        fresh = Pacing(self.section(CurriculumSection)).current
+        self._pacing(engine).current = reader.get(_STATE, fresh)
 
     def features(self) -> Mapping[str, object]:
         section = self.section(CurriculumSection)

@@ -179,16 +179,21 @@ class NvmeHome(StateHome):
     # -- fragments ------------------------------------------------------------------------------
 
     def fragments(self) -> Sequence[Fragment]:
+        fresh = {state.name: state.initial for state in _rule(self.spec).states(self.spec)}
         found = [
-            self._fragment(segment, kind, dtype)
+            self._fragment(segment, kind, dtype, fresh.get(kind, 0.0))
             for segment in self.spec.segments
             for kind, dtype in self._store.layout.kinds.items()
         ]
+        key = self.spec.key
         return found + [
-            bucket_fragment(self.spec.key, kind, flat, "host") for kind, flat in self._own.items()
+            bucket_fragment(key, kind, flat, "host", initial=fresh[kind])
+            for kind, flat in self._own.items()
         ]
 
-    def _fragment(self, segment: Segment, kind: str, dtype: torch.dtype) -> Fragment:
+    def _fragment(
+        self, segment: Segment, kind: str, dtype: torch.dtype, initial: float
+    ) -> Fragment:
         start, stop = segment.offset, segment.offset + segment.numel
 
         def read() -> torch.Tensor:
@@ -201,7 +206,8 @@ class NvmeHome(StateHome):
 
         # Its boxes come from a tensor that takes no memory.
         shape = torch.empty(1, dtype=dtype).expand(self.spec.numel)
-        return replace(segment_fragment(segment, kind, shape, self.name), read=read, write=write)
+        fragment = segment_fragment(segment, kind, shape, self.name, initial=initial)
+        return replace(fragment, read=read, write=write)
 
 
 # -- set-up ---------------------------------------------------------------------------------------

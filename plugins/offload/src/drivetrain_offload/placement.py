@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from drivetrain.errors import ConfigError
 from drivetrain.home import BucketSpec, DeviceHome, StateHome
-from drivetrain.update_rule import UpdateRule
 from drivetrain_offload.copies import Lanes
 from drivetrain_offload.delayed_home import DelayedHome
 from drivetrain_offload.host_home import HostHome
@@ -217,10 +216,9 @@ def _refuse_communicating(specs: Sequence[BucketSpec]) -> None:
     """Rules that communicate do so from the device's memory, on the rank's own thread."""
     for spec in specs:
         assert spec.rule is not None, f"bucket {spec.key} is not trained"
-        kind = type(spec.rule)
-        if kind.wants_reduced is not UpdateRule.wants_reduced:
+        if spec.rule.communicates:
             raise ConfigError(
-                f"{_PATH}: the optimizer {kind.__name__} communicates gradients by "
+                f"{_PATH}: the optimizer {type(spec.rule).__name__} communicates gradients by "
                 "itself, so its states cannot leave the device; use device none, or another "
                 "optimizer.type"
             )

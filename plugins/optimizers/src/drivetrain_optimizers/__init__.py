@@ -1,4 +1,4 @@
-"""Update rules that torch does not have in a form for flat buckets: Lamb, Lion, Muon.
+"""Update rules that torch does not have in a form for flat buckets, and rules around any rule.
 
 They are imported when they are first used, since their parameters are checked without torch.
 """

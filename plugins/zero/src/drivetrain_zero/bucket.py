@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from drivetrain.communicator import Handle, Purpose, Tag
+from drivetrain.errors import TrainingError
 from drivetrain.fragment import Fragment
 from drivetrain.home import BucketSpec, ParameterHome, StateHome, segment_fragment
 from drivetrain.loose import broadcast_first
@@ -66,6 +67,7 @@ class ShardedBucket:
         self.key = plan.spec.key
         self.plan = plan
         self.parameters = plan.parameters
+        self._shapes = [parameter.shape for parameter in plan.parameters]
         self.axis = axis
         self.replica_axis = replica_axis
         self.ranks = communicator.size(axis)
@@ -92,6 +94,9 @@ class ShardedBucket:
         """Told whenever the parameters become whole or are released."""
         self.watch: ForeignChanges | None = None
         """Finds changes of what the parameters show that did not come from here."""
+        self._shown: Sequence[torch.Tensor] = ()
+        self._versions: list[int] = []
+        self._checks = self._is_known = False
         self._handle: Handle | None = None
         self._copied = self._exact = self._fetching = self._changed = False
         self.gathered = not self.sharded
@@ -136,11 +141,15 @@ class ShardedBucket:
         """Every parameter's place in a flat tensor of this layout, in the parameter's shape."""
         packing = self.packing
         return [
-            flat.narrow(0, offset, numel).view(parameter.shape)
-            for parameter, offset, numel in zip(
-                self.parameters, packing.offsets, packing.numels, strict=True
+            flat.narrow(0, offset, numel).view(shape)
+            for shape, offset, numel in zip(
+                self._shapes, packing.offsets, packing.numels, strict=True
             )
         ]
+
+    def place_of(self, index: int) -> torch.Tensor | None:
+        """What parameter ``index`` shows, if it shows the same all the time."""
+        return None if self.sharded else self._views[index]
 
     def shard_of(self, flat: torch.Tensor) -> torch.Tensor:
         """This rank's slice of a flat tensor of this layout."""
@@ -325,11 +334,46 @@ class ShardedBucket:
     def _show(self, values: Sequence[torch.Tensor]) -> None:
         if self.watch is not None:
             self.watch.check()
+        self.refuse_changes()
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.data = value
+        self._shown, self._versions = values, [p._version for p in self.parameters]
+        self._is_known = False
         self._note()
         if self.shown is not None:
             self.shown(values is not self._absent)
+
+    def refuse_changes(self) -> None:
+        """Refuse what scripts have changed in place or reassigned, where that would be lost now.
+
+        Raises:
+            TrainingError: names the parameter.
+        """
+        if self._is_known or not self._checks:
+            return
+        shown = zip(self.parameters, self._shown, self._versions, strict=True)
+        for parameter, value, version in shown:
+            if parameter._version != version or parameter.data_ptr() != value.data_ptr():
+                name = self._job.parameters.info(parameter).name
+                raise TrainingError(
+                    f"parameter {name} was changed outside of drivetrain.whole(), in place, by "
+                    "parameter.data = ..., or by a forward (such as nn.Embedding(max_norm=...)), "
+                    "where only this rank has the change and it would be lost: change it inside "
+                    "drivetrain.whole(parameters, write_rank=0)"
+                )
+
+    def begin_checks(self) -> None:
+        """All parameters have been taken over from whoever had them before."""
+        self._show(self._shown)  # who may have shown something since
+        self._checks = True
+
+    def hand_over(self) -> None:
+        """Other states take the parameters over, one after another, or the client has them back."""
+        self._checks, self.watch = False, None
+
+    def trust_shown(self) -> None:
+        """What the parameters show now is known, whoever has written it."""
+        self._is_known = True
 
     def _note(self) -> None:
         if self.watch is not None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
-from drivetrain.collective import is_float8
+from drivetrain.changed_parameters import digests
 from drivetrain.errors import TrainingError
 
 
@@ -54,16 +53,4 @@ class ForeignChanges:
 
 def _seen(parameter: nn.Parameter) -> tuple[object, ...]:
     values = parameter.detach()
-    return values.data_ptr(), values.shape, *digest(values)
-
-
-def digest(tensor: torch.Tensor) -> tuple[int, str]:
-    """Tells changes of a tensor's numbers, but for their order.
-
-    Of an even number of equal elements the hash alone would not see another value; the sum does.
-    """
-    if tensor.is_meta or not tensor.numel():
-        return 0, ""
-    if is_float8(tensor.dtype):
-        tensor = tensor.view(torch.uint8)  # nothing adds those up
-    return int(torch.hash_tensor(tensor).view(torch.int64)), str(tensor.sum().item())
+    return values.data_ptr(), values.shape, *digests([values])[0].tolist()

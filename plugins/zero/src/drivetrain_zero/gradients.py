@@ -117,7 +117,7 @@ class ReduceScatterBucket(GradientBucket):
         spec, packing = self.parameters.spec, self.parameters.packing
         names = [segment.name for segment in self.parameters.plan.spec.segments]
         self.slots = [
-            Slot(name, parameter, index, self)
+            Slot(name, parameter, index, self, place=self.parameters.place_of(index))
             for index, (name, parameter) in enumerate(
                 zip(names, self.parameters.parameters, strict=True)
             )
@@ -150,6 +150,9 @@ class ReduceScatterBucket(GradientBucket):
             view.zero_().add_(gradient)
         else:
             view.copy_(gradient)
+
+    def unsent(self, slot: Slot) -> torch.Tensor:
+        return self._views[slot.index]
 
     def send(self) -> None:
         if self._travelling is not None:

@@ -1,12 +1,16 @@
-"""What keeps released parameters from being used by mistake."""
+"""What keeps released parameters from being used by mistake, and shards from whole needs."""
 
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from drivetrain.errors import TrainingError
+from drivetrain.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from drivetrain.update_rule import UpdateRule
 
 _guarded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -27,3 +31,13 @@ def _check_gathered(module: nn.Module, prefix: str, _keep_vars: bool) -> None:
                 "are not here. Call engine.module_state_dict(), or do it inside "
                 "drivetrain.whole(module)"
             )
+
+
+def refuse_communicating(rule: UpdateRule | None) -> None:
+    """Rules that reduce gradients by themselves need whole ones."""
+    if rule is not None and rule.communicates:
+        raise ConfigError(
+            f"zero_optimization: the optimizer {type(rule).__name__} communicates gradients by "
+            "itself and needs them whole, so they cannot be sharded; use stage 0, or another "
+            "optimizer.type"
+        )

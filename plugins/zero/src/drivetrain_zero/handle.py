@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from drivetrain.changed_parameters import digests
 from drivetrain.communicator import Communicator, Purpose, Tag
 from drivetrain.errors import TrainingError
-from drivetrain_zero.foreign_changes import digest
 
 if TYPE_CHECKING:
+    from drivetrain.gradients import Slot
     from drivetrain.job import Job
     from drivetrain.mesh import Axis
     from drivetrain_zero.bucket import ShardedBucket
@@ -155,7 +156,7 @@ class WholeOnDemand(ABC):
     def _state(self) -> tuple[object, ...]:
         """Changes when the parameter does: where it is, and what is in it."""
         values = self.parameter.detach()
-        return values.data_ptr(), values.shape, *digest(values)
+        return values.data_ptr(), values.shape, *digests([values])[0].tolist()
 
 
 class ShardedParameter(WholeOnDemand):
@@ -166,10 +167,19 @@ class ShardedParameter(WholeOnDemand):
         unit: gathered when the parameter is.
         bucket: where the parameter lies.
         index: which of the bucket's parameters it is.
+        slot: where its gradients go, if it is trained; told that changes are known.
     """
 
-    def __init__(self, job: Job, unit: GatheredUnit, bucket: ShardedBucket, index: int) -> None:
+    def __init__(
+        self,
+        job: Job,
+        unit: GatheredUnit,
+        bucket: ShardedBucket,
+        index: int,
+        slot: Slot | None,
+    ) -> None:
         super().__init__()
+        self._slot = slot
         self._job = job
         self.unit = unit
         self._bucket = bucket
@@ -191,11 +201,15 @@ class ShardedParameter(WholeOnDemand):
         return self._job.communicator, self._job.parameters.info(self.parameter).reduction
 
     def _fetch(self, *, writable: bool) -> None:
+        self._bucket.refuse_changes()
         self.unit.pin()
 
     def _let_go(self) -> None:
         if self._bucket.watch is not None:
             self._bucket.watch.note()  # changes were looked for above, with better advice
+        self._bucket.trust_shown()
+        if self._slot is not None:
+            self._slot.note()
         self.unit.unpin()
 
     def _take_over(self) -> None:

@@ -9,22 +9,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from drivetrain.communicator import Op, Purpose, Tag
-from drivetrain.errors import ConfigError, TrainingError
+from drivetrain.changed_parameters import ParameterWatch, refuse_unlike_copies
+from drivetrain.communicator import Purpose, Tag
+from drivetrain.errors import TrainingError
 from drivetrain.fragment import Fragment
 from drivetrain.gradient_norm import sum_of_squares
-from drivetrain.gradients import GradientReducer
+from drivetrain.gradients import GradientReducer, Slot
 from drivetrain.home import step_fragments
 from drivetrain.loose import (
     loose_fragments,
-    refuse_stale_layout,
     synchronise_loose,
     trained_parameters,
 )
 from drivetrain.model_states import ModelStates
 from drivetrain.parameters import handed_over
 from drivetrain.replicated.layout import BucketSizes, plan_buckets
-from drivetrain.update_rule import UpdateRule
 from drivetrain_zero import outside_use
 from drivetrain_zero.agreement import agreement_of
 from drivetrain_zero.bucket import ShardedBucket
@@ -34,11 +33,11 @@ from drivetrain_zero.frozen import bucketed, plan_frozen
 from drivetrain_zero.gathered_unit import GatheredUnit, find_units
 from drivetrain_zero.gathering import Gathering
 from drivetrain_zero.gradients import GradientMemory, ReduceScatterBucket
-from drivetrain_zero.guards import refuse_released_state_dict
+from drivetrain_zero.guards import refuse_communicating, refuse_released_state_dict
 from drivetrain_zero.handle import ShardedParameter
 from drivetrain_zero.init_shards import refuse_other_layout
 from drivetrain_zero.layers import kept_errors
-from drivetrain_zero.order import learned
+from drivetrain_zero.order_agreement import agree_on_order
 from drivetrain_zero.passing_memory import most_gathered
 from drivetrain_zero.policy import ZeroPolicy
 from drivetrain_zero.reshard import collect_states, restore_states
@@ -90,7 +89,7 @@ class ZeroStates(ModelStates):
         self._memory = GradientMemory(job.communicator)
         planned = [(unit, plan) for unit in units for plan in self._plan(unit, steps)]
         for _, plan in planned:
-            _refuse_communicating(plan.spec.rule)
+            refuse_communicating(plan.spec.rule)
         self._buckets = []
         for unit, plan in planned:
             bucket = ShardedBucket(
@@ -108,13 +107,22 @@ class ZeroStates(ModelStates):
         for bucket, home in zip(self._buckets, homes, strict=True):
             bucket.adopt(home)
         self._leave_whole({p for bucket in self._buckets for p in bucket.parameters})
+        for bucket in self._buckets:
+            bucket.begin_checks()
         self._sums = [self._sum_of(bucket) for bucket in self._trained_in_backward_order(units)]
         self._memory.make()
         self._errors = kept_errors(job.communicator, [bucket.parameters for bucket in self._sums])
         self._reducer = GradientReducer(
-            self._sums, job.communicator, every_backward=policy.every_backward
+            self._sums,
+            job.communicator,
+            every_backward=policy.every_backward,
+            watches=job.hub.watch_gradients(job),
         )
         self._shard_parameters(units)
+        self._reducer.note_parameters()  # as they are in buckets now
+        self._watch = ParameterWatch(
+            self._module, job.parameters, self._optimizer, self._reducer.slots
+        )
         if policy.sanity_checks:
             for bucket in self._buckets:
                 names = [segment.name for segment in bucket.plan.spec.segments]
@@ -224,7 +232,8 @@ class ZeroStates(ModelStates):
     def _attach_handles(self, unit: GatheredUnit) -> None:
         for bucket in unit.buckets:
             for index, parameter in enumerate(bucket.parameters):
-                handle = ShardedParameter(self._job, unit, bucket, index)
+                slot = self._reducer.slots.get(parameter)
+                handle = ShardedParameter(self._job, unit, bucket, index, slot)
                 parameter.drivetrain_handle = handle  # type: ignore[attr-defined]
                 guard_copies(parameter)
 
@@ -312,9 +321,11 @@ class ZeroStates(ModelStates):
 
     def update(self, scale: float | torch.Tensor) -> None:
         assert self._optimizer is not None
-        refuse_stale_layout(self._optimizer, self._reducer.slots, self._job.parameters)
+        self._watch.refuse_other_module()
+        self._watch.refuse_other_groups()
         if self._policy.sanity_checks:
             self._refuse_foreign_changes()
+        self._take_over_changes()
         for watch in self._watches():
             watch.forget()
         scale = scale * self._policy.predivide
@@ -346,7 +357,7 @@ class ZeroStates(ModelStates):
         for bucket in self._sums:
             bucket.parameters.finish_publish()
         if self._gathering is not None:
-            self._agree_on_order(self._gathering)
+            agree_on_order(self._job.communicator, self._gathering)
             self._gathering.release_all()
             self._gathering.gather_anew()
             self._gathering.gather_next()
@@ -359,45 +370,6 @@ class ZeroStates(ModelStates):
     def _open_window(self) -> None:
         self._reducer.restart()
 
-    def _agree_on_order(self, gathering: Gathering) -> None:
-        """Learn the order of units together, where any rank has left the known one.
-
-        This is also where ranks wait for each other's updates before they gather.
-        """
-        tag = Tag(Purpose.CONTROL, site="order of units")
-        digest, gathering.gathers = 0 if gathering.alone else gathering.gathers, 0
-        votes = torch.tensor([digest, -digest, gathering.left_order], dtype=torch.float32)
-        self._job.communicator.all_reduce(votes, "data", tag, op=Op.MAX)
-        if votes[0] != -votes[1]:
-            raise TrainingError(
-                "ranks gathered the units of the model in different orders in this step, so their "
-                "weights may have been mixed up: see 'ranks that walk differently' in the README "
-                "of drivetrain-zero"
-            )
-        if votes[2]:
-            gathering.left_order = False
-            self._learn_orders(gathering)
-
-    def _learn_orders(self, gathering: Gathering) -> None:
-        forward, backward = gathering.last_forward, gathering.last_backward
-        count, ahead, back = len(gathering.units), gathering.forward_order, gathering.backward_order
-        # A rank may have walked nowhere, since all was whole; the first one's order counts.
-        ahead = ahead if forward is None else learned(forward.visited, count)
-        back = back if backward is None else learned(backward.visited, count)
-        gathering.forward_order = self._from_first(ahead)
-        gathering.backward_order = self._from_first(back)
-
-    def _from_first(self, order: list[int]) -> list[int]:
-        """The first rank's list of numbers."""
-        communicator, tag = self._job.communicator, Tag(Purpose.CONTROL, site="order of units")
-        length = torch.tensor([len(order)])
-        communicator.broadcast(length, "data", tag)
-        numbers = torch.zeros(int(length), dtype=torch.int64)
-        known = torch.tensor(order[: int(length)], dtype=torch.int64)
-        numbers[: known.numel()] = known
-        communicator.broadcast(numbers, "data", tag)
-        return [int(number) for number in numbers]
-
     # -- changes from outside -----------------------------------------------------------------
 
     def refresh(self) -> None:
@@ -405,6 +377,30 @@ class ZeroStates(ModelStates):
             bucket.home.refresh()
         self._reducer.note_parameters()
         self._note_parameters()
+
+    def take_over(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            slot = self._reducer.slots.get(parameter)
+            if slot is not None and slot.place is not None:
+                self._sum_with(slot).parameters.take_over(slot.index)
+                slot.note()
+
+    def _take_over_changes(self) -> None:
+        """Keep what scripts have changed in parameters that are whole; see core's note."""
+        for slot in self._watch.changed():
+            bucket = self._sum_with(slot).parameters
+            if bucket.spec.has_masters:
+                slot.take_over()  # which shows the same values elsewhere
+            else:
+                bucket.take_over(slot.index)
+                slot.note()
+        for total in self._sums:
+            if total.changed:
+                refuse_unlike_copies(self._job.communicator, total)
+
+    def _sum_with(self, slot: Slot) -> ReduceScatterBucket:
+        assert isinstance(slot.bucket, ReduceScatterBucket)
+        return slot.bucket
 
     def fragments_written(self) -> None:
         for bucket in self._buckets:
@@ -425,6 +421,7 @@ class ZeroStates(ModelStates):
             watch.note()
 
     def rebuild(self) -> None:
+        self._watch.refuse_other_module()
         self.discard_gradients()
         kept = collect_states(self._job, self._buckets)
         steps = {
@@ -433,10 +430,7 @@ class ZeroStates(ModelStates):
             if bucket.spec.rule is not None
             for segment in bucket.plan.spec.segments
         }
-        self._reducer.close()
-        if self._gathering is not None:
-            self._gathering.release_all()
-            self._gathering.close()
+        self.detach()
         self._gathering = None
         self._buckets, self._sums = [], []
         del self._reducer
@@ -450,6 +444,7 @@ class ZeroStates(ModelStates):
             bucket.home.flush()
 
     def fragments(self) -> Sequence[Fragment]:
+        self._watch.refuse_other_module()
         found: list[Fragment] = []
         bucketed: set[nn.Parameter] = set()
         sums = {bucket.key: bucket for bucket in self._sums}
@@ -475,6 +470,8 @@ class ZeroStates(ModelStates):
     def detach(self) -> None:
         """Remove every hook; sharded parameters stay reachable through ``whole``."""
         self._reducer.close()
+        for bucket in self._buckets:
+            bucket.hand_over()
         if self._gathering is not None:
             self._gathering.release_all()
             self._gathering.close()
@@ -484,13 +481,3 @@ def _begin_publish(parameters: ShardedBucket) -> None:
     """Begin to show an updated shard to every rank."""
     parameters.home.publish()
     parameters.publish()
-
-
-def _refuse_communicating(rule: UpdateRule | None) -> None:
-    """Rules that reduce gradients by themselves need whole ones."""
-    if rule is not None and type(rule).wants_reduced is not UpdateRule.wants_reduced:
-        raise ConfigError(
-            f"zero_optimization: the optimizer {type(rule).__name__} communicates gradients by "
-            "itself and needs them whole, so they cannot be sharded; use stage 0, or another "
-            "optimizer.type"
-        )
