@@ -11,6 +11,7 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+from drivetrain_kernels import triton_kernels
 from drivetrain_kernels.native import NativeLibrary, trust
 from drivetrain_kernels.native.cache import CHECKSUM, LIBRARY
 
@@ -154,7 +155,7 @@ def test_a_sticky_folder_above_may_be_open_to_all(cache, source):
     assert answer(source) == (42, "built answer")
     assert answer(source) == (42, "cached answer")
     cache.chmod(0o1777)  # but not the cache itself
-    with pytest.raises(BuildError, match="may be written by others"):
+    with pytest.raises(BuildError, match=r"may be written by others"):
         answer(source)
 
 
@@ -201,3 +202,18 @@ def test_a_group_is_private_only_if_it_is_there_for_one_user(
     monkeypatch.setattr(grp, "getgrgid", lambda _: group)
     monkeypatch.setattr(pwd, "getpwuid", lambda _: user)
     assert trust._is_private_group.__wrapped__(1000) is private
+
+
+@pytest.mark.parametrize("variable", ["TRITON_CACHE_DIR", "TRITON_HOME", "HOME"])
+def test_tritons_cache_is_held_to_the_same(tmp_path, monkeypatch, variable):
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME", "TRITON_INTERPRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "chosen"))
+    triton_kernels._check_cache()
+    (cache,) = [path for path in tmp_path.rglob("*") if path.name in ("cache", "chosen")][-1:]
+    assert mode(cache) == 0o700
+    cache.chmod(0o777)
+    with pytest.raises(BuildError, match=r"may be written by others.* TRITON_CACHE_DIR"):
+        triton_kernels._check_cache()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    triton_kernels._check_cache()

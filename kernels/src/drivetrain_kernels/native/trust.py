@@ -20,16 +20,20 @@ _MOST_LINKS = 40
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
-def trusted_folder(path: Path) -> Path:
+def trusted_folder(path: Path, variable: str = "DRIVETRAIN_CACHE") -> Path:
     """The real path of a folder that code may be loaded from; what is missing is made, for this
     user alone.
+
+    Args:
+        path: the folder.
+        variable: what sets it, for messages.
 
     Raises:
         BuildError: somebody else can change what is in it; names the folder or link at fault.
         OSError: it cannot be made, or is no folder.
     """
     at, rest, links = Path("/"), list(reversed((Path.cwd() / path).parts[1:])), 0
-    _check_above(at, at.lstat())
+    _check_above(at, at.lstat(), variable)
     while rest:
         name = rest.pop()
         if name == "..":
@@ -38,7 +42,7 @@ def trusted_folder(path: Path) -> Path:
         entry = at / name
         facts = _made(entry)
         if stat.S_ISLNK(facts.st_mode):
-            _check_owner(entry, facts, _above())
+            _check_owner(entry, facts, _above(), variable)
             links += 1
             if links > _MOST_LINKS:
                 raise BuildError(f"{path} leads through more than {_MOST_LINKS} links")
@@ -48,9 +52,9 @@ def trusted_folder(path: Path) -> Path:
             continue
         if not stat.S_ISDIR(facts.st_mode):
             raise NotADirectoryError(f"{entry} is no folder")
-        _check_above(entry, facts)
+        _check_above(entry, facts, variable)
         at = entry
-    check_entry(at, at.lstat())
+    check_entry(at, at.lstat(), variable)
     return at
 
 
@@ -76,17 +80,17 @@ def read_file(path: Path, *, trusted: bool) -> bytes:
         return file.read()
 
 
-def check_entry(path: Path, facts: os.stat_result) -> None:
+def check_entry(path: Path, facts: os.stat_result, variable: str = "DRIVETRAIN_CACHE") -> None:
     """Make sure that a file, or what is in a folder, can be changed by this user and root only.
 
     Raises:
         BuildError: others can.
     """
-    _check_owner(path, facts, _ours())
+    _check_owner(path, facts, _ours(), variable)
     if _loose(facts):
         raise BuildError(
             f"{path} may be written by others, so code is not loaded from there: remove it, or "
-            "point DRIVETRAIN_CACHE to a folder of your own"
+            f"point {variable} to a folder of your own"
         )
 
 
@@ -108,20 +112,20 @@ def _made(entry: Path) -> os.stat_result:
     return entry.lstat()
 
 
-def _check_above(path: Path, facts: os.stat_result) -> None:
-    _check_owner(path, facts, _above())
+def _check_above(path: Path, facts: os.stat_result, variable: str) -> None:
+    _check_owner(path, facts, _above(), variable)
     if _loose(facts) and not facts.st_mode & stat.S_ISVTX:
         raise BuildError(
             f"{path} may be written by others, so code is not loaded from below it: "
-            f"chmod go-w {path}, or point DRIVETRAIN_CACHE to a folder of your own"
+            f"chmod go-w {path}, or point {variable} to a folder of your own"
         )
 
 
-def _check_owner(path: Path, facts: os.stat_result, trusted: frozenset[int]) -> None:
+def _check_owner(path: Path, facts: os.stat_result, trusted: frozenset[int], variable: str) -> None:
     if facts.st_uid not in trusted:
         raise BuildError(
             f"{path} belongs to user {facts.st_uid}, so code is not loaded from there: point "
-            "DRIVETRAIN_CACHE to a folder of your own"
+            f"{variable} to a folder of your own"
         )
 
 

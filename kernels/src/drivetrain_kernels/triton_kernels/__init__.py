@@ -7,13 +7,16 @@ arithmetic is tested. Triton is imported at the first use.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from drivetrain.errors import BuildError
 from drivetrain_kernels.gpu.call import all_native
+from drivetrain_kernels.native.trust import trusted_folder
 from drivetrain_kernels.provider import Make
 from drivetrain_kernels.registry import registry
 
@@ -40,6 +43,7 @@ def _make(op: str) -> Callable[..., Any]:
         raise BuildError(
             f"triton cannot be imported ({error}); install the one that this torch is made for"
         ) from error
+    _check_cache()
     function: Callable[..., Any] = getattr(launch, op)
     (declared,) = (each for each in registry.ops() if each.name == op)
     reference = torch.no_grad()(declared.reference)
@@ -48,3 +52,20 @@ def _make(op: str) -> Callable[..., Any]:
         return (function if all_native(arguments) else reference)(*arguments)
 
     return run
+
+
+def _check_cache() -> None:
+    """Make sure that others cannot put code where Triton keeps what it has compiled.
+
+    Raises:
+        BuildError: they can.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return
+    home = Path(os.environ.get("TRITON_HOME") or Path.home())
+    chosen = os.environ.get("TRITON_CACHE_DIR")
+    cache = Path(chosen) if chosen else home / ".triton" / "cache"
+    try:
+        trusted_folder(cache, "TRITON_CACHE_DIR")
+    except OSError as error:
+        raise BuildError(f"triton's cache {cache} cannot be used: {error}") from error
