@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -14,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from stored_states import content_hash, load_all, save_all, some_tensors
+from stored_states import (
+    DATA,
+    INDEX,
+    content_hash,
+    edit_index,
+    load_all,
+    save_all,
+    some_tensors,
+)
 
 from drivetrain.checkpoint import index
 from drivetrain.checkpoint.index import Stored, seal
@@ -22,7 +29,6 @@ from drivetrain.checkpoint.storage import LocalStorage
 from drivetrain.errors import CheckpointError
 
 TENSORS = some_tensors(1)
-DATA, INDEX = "rank00000-0123abcd.safetensors", "index-0123abcd.json"
 
 
 @pytest.fixture
@@ -170,17 +176,6 @@ def test_a_file_that_has_grown_is_named(saved: Path) -> None:
     with (saved / DATA).open("ab") as file:
         file.write(b"x")
     assert f"{DATA} is damaged: it has" in refusal(saved.parent)
-
-
-def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the index as somebody would who knows the format: checksums are right again."""
-    content = json.loads((folder / INDEX).read_text())
-    change(content)
-    data = json.dumps(content).encode()
-    (folder / INDEX).write_bytes(data)
-    manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
-    manifest["index"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / "manifest.json").write_bytes(seal(manifest))
 
 
 def without_box(content: dict[str, Any]) -> None:

@@ -17,9 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from typing import Any
 
@@ -42,7 +43,13 @@ _MANIFEST_SHAPE: dict[str, type] = {
     **dict.fromkeys(("index", "state", "client_state", "guarantee", "axes", "versions"), dict),
     "excluded": list,
 }
+_PRIME = (1 << 127) - 1
+_MOST_DIMENSIONS = 64
+_MOST_BYTES = 1 << 60
 _RANK_SHAPE = {"bytes": int, "header": int, "crc": str, "own": dict}
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+"""What code raises that finds in a file something else than it expects."""
+
 _OWN_FILES = re.compile(
     r"(rank\d{5,}|index)-(?P<id>[0-9a-f]{8})\.(safetensors|part\.json|json)(\.new)?"
 )
@@ -96,10 +103,11 @@ def unseal(data: bytes, place: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or whole.get("sha256") != _digest(manifest):
         kind = whole.get("format")
         if isinstance(kind, str) and kind != FORMAT:
-            raise CheckpointError(f"{place} has format {kind!r}, expected {FORMAT!r}")
+            raise CheckpointError(f"{place} has format {kind[:100]!r}, expected {FORMAT!r}")
         raise CheckpointError(f"checkpoint file {place} is damaged: its checksum is another")
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{place} has format {manifest.get('format')!r}, expected {FORMAT!r}")
+        found = str(manifest.get("format"))[:100]
+        raise CheckpointError(f"{place} has format {found!r}, expected {FORMAT!r}")
     return manifest
 
 
@@ -118,8 +126,26 @@ def parse(data: bytes, place: str) -> dict[str, Any]:
     return value
 
 
+def extents(raw: object, dtype: torch.dtype) -> tuple[int, ...]:
+    """A tensor's shape, out of a file.
+
+    Raises:
+        ValueError: no list of counts, or no tensor can be so large.
+    """
+    if not isinstance(raw, list) or not all(type(n) is int and n >= 0 for n in raw):
+        raise ValueError("its shape is no list of counts")
+    if len(raw) > _MOST_DIMENSIONS or any(n > _MOST_BYTES for n in raw):
+        raise ValueError("no tensor has such a shape")
+    if prod(n for n in raw if n) * dtype.itemsize > _MOST_BYTES:
+        raise ValueError("no tensor is as large as that")
+    return tuple(raw)
+
+
 def _digest(manifest: Mapping[str, Any]) -> str:
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    try:
+        text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+    except RecursionError:  # deeper than what was written here, so no digest is right
+        return ""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -178,7 +204,7 @@ class StoredTensor:
         name: str,
         dtype: torch.dtype,
         shape: tuple[int, ...],
-        columns: Mapping[str, list[Any]],
+        columns: Mapping[str, Any],
         files: Callable[[int], DataFile],
         *,
         checked: bool = True,
@@ -188,16 +214,17 @@ class StoredTensor:
         self.shape = shape
         self._files = files
         self._checked = checked
-        count = len(columns["crc"])
-        extents = (count, len(shape))
-        self._ranks = torch.tensor(columns["rank"], dtype=torch.int64).reshape(count)
-        self._places = torch.tensor(columns["at"], dtype=torch.int64).reshape(count)
         self._checksums = columns["crc"]
-        self._offsets = torch.tensor(columns["offset"], dtype=torch.int64).reshape(extents)
-        self._sizes = torch.tensor(columns["size"], dtype=torch.int64).reshape(extents)
-        ends = self._offsets + self._sizes
+        if not isinstance(self._checksums, list) or {*map(type, self._checksums)} - {str}:
+            raise ValueError("its checksums are no list of texts")
+        count = len(self._checksums)
+        self._ranks = _counts(columns, "rank", count)
+        self._places = _counts(columns, "at", count)
+        self._offsets = _counts(columns, "offset", count, len(shape))
+        self._sizes = _counts(columns, "size", count, len(shape))
         bounds = torch.tensor(shape, dtype=torch.int64)
-        if bool((self._offsets < 0).any() or (self._sizes < 0).any() or (ends > bounds).any()):
+        outside = (self._offsets > bounds) | (self._sizes > bounds - self._offsets)
+        if bool((self._offsets < 0).any() or (self._sizes < 0).any() or outside.any()):
             raise ValueError("a box that is no part of the tensor")
 
     def __len__(self) -> int:
@@ -232,9 +259,49 @@ class StoredTensor:
         for index in (low < high).all(dim=1).nonzero().flatten().tolist():
             yield self.box(index), tuple(low[index].tolist()), tuple(high[index].tolist())
 
-    def missing(self) -> int:
-        """Elements of the tensor that no box holds, if no two boxes overlap."""
-        return prod(self.shape) - int(self._sizes.prod(dim=1).sum())
+    def is_whole(self) -> bool:
+        """True if each element of the tensor is in one box."""
+        ends = (self._offsets + self._sizes).tolist()
+        boxes = zip(self._offsets.tolist(), ends, strict=True)
+        return covers_once(boxes, (0,) * len(self.shape), self.shape)
+
+
+def _counts(columns: Mapping[str, Any], key: str, *shape: int) -> torch.Tensor:
+    """A column of integers.
+
+    Raises:
+        KeyError, ValueError, RuntimeError: it is none, or has another length.
+    """
+    column = columns[key]
+    if not isinstance(column, list) or {*map(type, column)} - {int}:
+        raise ValueError(f"its column {key!r} is no list of integers")
+    return torch.tensor(column, dtype=torch.int64).reshape(shape)
+
+
+def covers_once(
+    boxes: Iterable[tuple[Sequence[int], Sequence[int]]], low: Sequence[int], high: Sequence[int]
+) -> bool:
+    """True if boxes, each from a low to a high corner, hold each element of a rectangle once.
+
+    An element at position (i, j, ...) weighs x^i y^j ..., for random x, y, ... modulo a prime. The
+    weight of a box is a product of geometric series. If the boxes' weights sum up to that of the
+    rectangle, the boxes cover it, but for a chance of about 2^-60; a comparison of all pairs of
+    boxes would take minutes where there are many. Boxes may not reach out of the rectangle.
+    """
+    bases = [secrets.randbelow(_PRIME - 2) + 2 for _ in low]
+
+    @cache
+    def power(axis: int, at: int) -> int:
+        return pow(bases[axis], at, _PRIME)
+
+    def weight(begin: Sequence[int], end: Sequence[int]) -> int:
+        # Without the denominators of the series, which are the same for all boxes.
+        product = 1
+        for axis, (first, last) in enumerate(zip(begin, end, strict=True)):
+            product = product * (power(axis, last) - power(axis, first)) % _PRIME
+        return product
+
+    return sum(weight(*box) for box in boxes) % _PRIME == weight(low, high)
 
 
 class Stored:
@@ -275,6 +342,8 @@ class Stored:
             _require(facts, _RANK_SHAPE, place)
         if len(self._index["ranks"]) != self.world_size:
             raise CheckpointError(f"{place} is not of {self.world_size} ranks")
+        self._check_promises()
+        self._check_amount(place)
 
     @cached_property
     def keys(self) -> dict[tuple[str, str], str]:
@@ -302,16 +371,43 @@ class Stored:
     def header(self, rank: int) -> tuple[int, str]:
         """Length of the header of a rank's file, and its checksums."""
         facts = self._index["ranks"][rank]
-        if not 0 <= facts["header"] <= _HEADER_LIMIT:
+        if not 0 <= facts["header"] <= min(_HEADER_LIMIT, facts["bytes"]):
             raise CheckpointError(f"{self.place}: a header of {facts['header']:,} bytes is absurd")
         return facts["header"], facts["crc"]
 
-    def _tensor(self, name: str, raw: Mapping[str, Any]) -> StoredTensor:
+    def _check_promises(self) -> None:
+        """Make sure that what messages are made of are texts."""
+        guarantee = self.manifest["guarantee"]
+        texts = [guarantee.get(key, []) for key in ("weaker", "weaker_reshaped")]
+        for found in [self.manifest["excluded"], *texts]:
+            if not isinstance(found, list) or {*map(type, found)} - {str}:
+                raise CheckpointError(f"manifest of {self.place} is malformed: a list of no texts")
+
+    def _check_amount(self, place: str) -> None:
+        """Make sure that tensors take no more memory than there are bytes in the files."""
+        claimed = 0
+        for key, raw in self._index["tensors"].items():
+            dtype, shape = self._described(key, raw)
+            claimed += prod(shape) * dtype.itemsize
+        held = sum(facts["bytes"] for facts in self._index["ranks"])
+        if claimed > held:
+            raise CheckpointError(
+                f"{place} is damaged: its tensors have {claimed:,} bytes, the files {held:,}"
+            )
+
+    def _described(self, name: str, raw: Any) -> tuple[torch.dtype, tuple[int, ...]]:
         try:
-            dtype, shape = DTYPES[raw["dtype"]], tuple(raw["shape"])
-            return StoredTensor(name, dtype, shape, raw, self.file)
+            dtype = DTYPES[raw["dtype"]]
+            return dtype, extents(raw["shape"], dtype)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{shown(name)} in {self.place} is damaged: {error}") from error
+
+    def _tensor(self, name: str, raw: Any) -> StoredTensor:
+        dtype, shape = self._described(name, raw)
+        try:
+            return StoredTensor(shown(name), dtype, shape, raw, self.file)
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise CheckpointError(f"{name} in {self.place} is damaged: {error}") from error
+            raise CheckpointError(f"{shown(name)} in {self.place} is damaged: {error}") from error
 
 
 def _require(value: object, shape: Mapping[str, type], place: str) -> None:
@@ -319,6 +415,11 @@ def _require(value: object, shape: Mapping[str, type], place: str) -> None:
     for key, kind in shape.items():
         if not isinstance(value, dict) or type(value.get(key)) is not kind:
             raise CheckpointError(f"{place} is malformed: {key} is not a {kind.__name__}")
+
+
+def shown(name: str) -> str:
+    """A name out of a file as messages show it: in one line, and not without end."""
+    return name if name.isprintable() and len(name) <= 200 else repr(name[:200])
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from drivetrain.checkpoint.state import (
     tupled,
 )
 from drivetrain.checkpoint.storage import Storage, open_storage
-from drivetrain.checkpoint.tensor_file import checksums
+from drivetrain.checkpoint.tensor_file import checksums, raw_bytes
 from drivetrain.errors import CheckpointError
 from drivetrain.tensor_parts import copy_into
 
@@ -164,9 +164,9 @@ class _Attempt:
         Args:
             touched: (kind, name) of what earlier attempts have overwritten; grows.
         """
-        problem = self._together(self._open)
+        problem = self._together(self._open, *index.MALFORMED)
         if problem is None:
-            (other,) = any_rank(self.engine, [not self._looks_the_same()])
+            (other,) = any_rank(self.engine, [not self.same])
             self.guarantee = self._guarantee(not other)
             self.unexpected = self._find_unexpected()
             problem = self._together(self._plan)
@@ -187,7 +187,7 @@ class _Attempt:
             if not self.options.module_only:
                 self._load_progress(manifest["state"])
                 self._load_own()
-        except (KeyError, TypeError, ValueError) as error:
+        except index.MALFORMED as error:
             raise CheckpointError(
                 f"state in {self.stored.place} does not fit: {error!r}"
             ) from error
@@ -202,12 +202,14 @@ class _Attempt:
 
     # -- planning: nothing is changed --------------------------------------------------------------
 
-    def _together(self, action: Callable[[], None]) -> str | None:
+    def _together(self, action: Callable[[], None], *malformed: type[Exception]) -> str | None:
         problem = None
         try:
             action()
         except (CheckpointError, OSError) as error:
             problem = str(error)
+        except malformed as error:
+            problem = f"checkpoint {self.storage.where(self.tag)} is malformed: {error!r}"
         return worst(self.engine, problem)
 
     def _open(self) -> None:
@@ -217,17 +219,19 @@ class _Attempt:
         rank = job.rank if job.world_size == self.stored.world_size else 0
         check_file(self.stored, rank)
         self.own = self.stored.own(rank)
-        data = bytes(read_whole(self.storage, self.own["state"]).numpy())
-        self.own_state = index.parse(data, f"state of rank {rank} in {self.stored.place}")
+        place = f"state of rank {rank} in {self.stored.place}"
+        if "state" not in self.own:
+            raise CheckpointError(f"{place} is missing")
+        data = bytes(raw_bytes(read_whole(self.storage, self.own["state"])).numpy())
+        self.own_state = index.parse(data, place)
         self.fragments = [f for f in self.engine.states.fragments() if f.kind != "gradient"]
         self.plugin_fragments = (
             [] if self.options.module_only else plugin_fragments(job.hub, self.engine)
         )
-
-    def _looks_the_same(self) -> bool:
         layout = layout_of(self.engine)
-        same = all(self.stored.manifest[key] == value for key, value in layout.items())
-        return same and self.own_state["fragments"] == fragments_digest(self.fragments)
+        self.same = all(self.stored.manifest[key] == value for key, value in layout.items()) and (
+            self.own_state.get("fragments") == fragments_digest(self.fragments)
+        )
 
     def _find_unexpected(self) -> list[str]:
         """Stored parameters that no rank has. Collective."""
@@ -367,7 +371,9 @@ class _Attempt:
 
     def _plugin_sources(self) -> Iterator[tuple[str, StoredTensor]]:
         first = self.stored.own(0)
-        for key in self.stored.manifest["state"]["plugin_tensors"]:
+        for key in self.stored.manifest["state"].get("plugin_tensors", ()):
+            if f"plugin/{key}" not in first:
+                raise CheckpointError(f"{self.stored.place} lacks the tensor {key!r} of a plugin")
             yield key, first[f"plugin/{key}"]
         for key, source in self.own.items() if self.guarantee.same_layout else ():
             if key.startswith("plugin/"):

@@ -17,7 +17,7 @@ from math import prod
 
 import torch
 
-from drivetrain.checkpoint.index import StoredBox, StoredTensor
+from drivetrain.checkpoint.index import StoredBox, StoredTensor, covers_once
 from drivetrain.checkpoint.storage import Storage
 from drivetrain.checkpoint.tensor_file import BLOCK, as_buffer
 from drivetrain.errors import CheckpointError
@@ -72,11 +72,17 @@ def check_coverage(fragment: Fragment, source: StoredTensor, place: str) -> None
             f"{list(source.shape)} in checkpoint {place}"
         )
     for box in fragment.boxes:
-        found = source.overlaps(box.global_offset, box.size)
+        found = list(source.overlaps(box.global_offset, box.size))
         held = sum(prod(_minus(high, low)) for _, low, high in found)
         if held != box.numel:
             problem = "holds only a part of" if held < box.numel else "holds twice a part of"
             raise CheckpointError(f"checkpoint {place} {problem} {what}")
+        corners = [(low, high) for _, low, high in found]
+        end = tuple(at + extent for at, extent in zip(box.global_offset, box.size, strict=True))
+        if len(found) > 1 and not covers_once(corners, box.global_offset, end):
+            raise CheckpointError(
+                f"checkpoint {place} holds twice a part of {what}, and another part not at all"
+            )
 
 
 def restore(storage: Storage, work: Iterable[tuple[Fragment, StoredTensor]]) -> None:
@@ -106,16 +112,24 @@ def read_whole(storage: Storage, source: StoredTensor) -> torch.Tensor:
     Raises:
         CheckpointError: bytes are damaged or missing.
     """
-    if source.missing():
-        raise CheckpointError(f"the files below {storage.root} hold only a part of {source.name}")
-    for number in range(len(source)):
-        box = source.box(number)
+    boxes = [source.box(number) for number in range(len(source))]
+    if not source.is_whole():
+        raise CheckpointError(
+            f"the files below {storage.root} hold only a part of {source.name}, or a part twice"
+        )
+    sizes = {path: storage.size(path) or 0 for path in {box.file.path for box in boxes}}
+    for box in boxes:  # before memory is taken for them
         nbytes = prod(box.size) * source.dtype.itemsize
-        if box.at + nbytes > (storage.size(box.file.path) or 0):  # before memory is taken for it
+        if box.at + nbytes > sizes[box.file.path]:
             raise CheckpointError(
                 f"checkpoint file {box.file.place} is damaged: it ends before the "
                 f"{nbytes:,} bytes of {source.name} do"
             )
+    if (nbytes := prod(source.shape) * source.dtype.itemsize) > (held := sum(sizes.values())):
+        raise CheckpointError(
+            f"{source.name} is damaged: it has {nbytes:,} bytes, and the files that hold it "
+            f"{held:,}"
+        )
     whole = torch.empty(source.shape, dtype=source.dtype)
     everything = Box((0,) * whole.dim(), source.shape, 0)
     for span in _spans(_pieces(source, everything, whole)):

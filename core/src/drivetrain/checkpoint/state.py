@@ -21,6 +21,14 @@ PLUGIN = "plugin"
 """Kind of tensors that are a plugin's."""
 
 
+_LONGEST = 1 << 28
+"""Characters of JSON; a manifest that is longer is not read."""
+
+_DEEPEST = 200
+_WIDEST = 10_000
+"""Bits of an integer. Python does not write more than 4,300 digits."""
+
+
 class StateWriter:
     """Collects plain data (for JSON) and tensors under the name of whoever writes them."""
 
@@ -133,18 +141,24 @@ def plain(value: Any, what: str) -> Any:
     Raises:
         CheckpointError: it does not; names the first part at fault.
     """
-    fault = _first_fault(value, what)
-    if fault is not None:
+    try:
+        _length(value, {}, 0, _LONGEST)
+    except _NotPlainError as fault:
         raise CheckpointError(
-            f"{fault} is not plain data (numbers, strings, booleans, None, lists, dicts with "
-            "string keys); convert it before saving, e.g. vars(args), tensor.tolist(), str(path)"
-        )
+            f"{fault.at(what)} is not plain data (numbers, strings, booleans, None, lists, dicts "
+            "with string keys); convert it before saving, e.g. vars(args), tensor.tolist(), "
+            "str(path)"
+        ) from None
     return json.loads(json.dumps(value))
 
 
-def is_plain(value: Any) -> bool:
-    """Whether :func:`plain` takes ``value``."""
-    return _first_fault(value, "") is None
+def is_plain(value: Any, longest: int = _LONGEST) -> bool:
+    """True if :func:`plain` takes ``value`` and makes at most ``longest`` characters of it."""
+    try:
+        _length(value, {}, 0, longest)
+    except _NotPlainError:
+        return False
+    return True
 
 
 def tupled(current: Any, saved: Any) -> Any:
@@ -152,16 +166,56 @@ def tupled(current: Any, saved: Any) -> Any:
     return tuple(saved) if isinstance(current, tuple) and isinstance(saved, list) else saved
 
 
-def _first_fault(value: Any, path: str) -> str | None:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return None
-    if isinstance(value, (list, tuple)):
-        faults = (_first_fault(item, f"{path}[{i}]") for i, item in enumerate(value))
-    elif isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                return f"key {key!r} of {path}"
-        faults = (_first_fault(item, f"{path}.{key}") for key, item in value.items())
-    else:
-        return f"{path} ({type(value).__name__})"
-    return next((fault for fault in faults if fault is not None), None)
+class _NotPlainError(Exception):
+    """Part of a value is not plain data.
+
+    Args:
+        before: what stands before the name of the part.
+        after: what stands behind it.
+    """
+
+    def __init__(self, before: str, after: str) -> None:
+        self.before, self.after = before, after
+        self.steps: list[str] = []
+
+    def at(self, root: str) -> str:
+        return f"{self.before}{root}{''.join(reversed(self.steps))}{self.after}"
+
+
+def _length(value: Any, known: dict[int, int], depth: int, longest: int) -> int:
+    """About how many characters a value has as JSON.
+
+    A list that is in others many times is looked at once: a few that double each other would take
+    more time and memory than there is.
+
+    Args:
+        value: the value.
+        known: lengths by identity, of lists and dicts that were looked at; 0 while they are.
+        depth: lists and dicts that it is inside of.
+        longest: more than this is a fault.
+    """
+    if isinstance(value, str):
+        return len(value) + 4
+    if type(value) is int and value.bit_length() > _WIDEST:
+        raise _NotPlainError("", " (an integer of thousands of digits)")
+    if value is None or isinstance(value, (bool, int, float)):
+        return 8
+    if not isinstance(value, (list, tuple, dict)):
+        raise _NotPlainError("", f" ({type(value).__name__})")
+    if known.get(id(value)) == 0 or depth > _DEEPEST:
+        raise _NotPlainError("", " (nested too deeply)")
+    if id(value) not in known:
+        known[id(value)], length = 0, 2
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(value, dict) and not isinstance(key, str):
+                raise _NotPlainError(f"key {key!r} of ", "")
+            try:
+                length += _length(item, known, depth + 1, longest)
+            except _NotPlainError as fault:
+                fault.steps.append(f".{key}" if isinstance(value, dict) else f"[{key}]")
+                raise
+            length += len(key) if isinstance(key, str) else 0
+            if length > longest:
+                raise _NotPlainError("", f" (more than {longest:,} characters of JSON)")
+        known[id(value)] = length
+    return known[id(value)]

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
+from drivetrain.checkpoint.plain_file import open_plain, path_below
 from drivetrain.errors import CheckpointError
 from drivetrain.registry import Registry
 
@@ -145,10 +146,16 @@ def open_storage(root: str | os.PathLike[str]) -> Storage:
 
 
 class LocalStorage(Storage):
-    """A folder that all ranks see."""
+    """A folder that all ranks see. What is read there are regular files, and no links out of it.
 
-    def __init__(self, root: str) -> None:
+    Args:
+        root: the folder.
+        boundary: a folder above it that links may not lead out of; ``root`` by default.
+    """
+
+    def __init__(self, root: str, boundary: str | None = None) -> None:
         super().__init__(root)
+        self._boundary = boundary
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._files)  # for who forgets to close it
@@ -175,9 +182,13 @@ class LocalStorage(Storage):
 
     def size(self, path: str) -> int | None:
         try:
-            return os.stat(self._path(path)).st_size
+            file = self.open(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        try:
+            return os.fstat(file).st_size
+        finally:
+            os.close(file)
 
     def read(self, path: str, offset: int, into: Buffer) -> None:
         file, rest = self._open(path), memoryview(into)
@@ -193,9 +204,18 @@ class LocalStorage(Storage):
 
     def names(self, folder: str = "") -> list[str]:
         try:
-            return sorted(os.listdir(self._path(folder)))
+            return sorted(os.listdir(path_below(self.root, folder, self._boundary)))
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+    def open(self, path: str) -> int:
+        """A descriptor of a file for reading, which the caller closes.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CheckpointError: it is no regular file, or a link leads elsewhere.
+        """
+        return open_plain(path_below(self.root, path, self._boundary))
 
     def remove(self, path: str) -> None:
         self._forget(path)
@@ -226,7 +246,7 @@ class LocalStorage(Storage):
         with self._lock:
             if path not in self._files:
                 try:
-                    self._files[path] = os.open(self._path(path), os.O_RDONLY)
+                    self._files[path] = self.open(path)
                 except FileNotFoundError:
                     raise CheckpointError(
                         f"checkpoint file {self.where(path)} is missing"

@@ -136,7 +136,7 @@ def import_(source: str, folder: str, tag: str | None) -> None:
     from drivetrain_checkpoint_tools.deepspeed import import_deepspeed, looks_like_deepspeed
     from drivetrain_checkpoint_tools.hugging_face import import_weights
 
-    theirs = "://" not in source and looks_like_deepspeed(Path(source))
+    theirs = "://" not in source and looks_like_deepspeed(source)
     place = (import_deepspeed if theirs else import_weights)(source, folder, tag)
     click.echo(f"imported {source} as {place}")
 

@@ -10,6 +10,7 @@ import torch
 from drivetrain.checkpoint.index import Stored, StoredTensor
 from drivetrain.checkpoint.reading import read_whole
 from drivetrain.checkpoint.tensor_file import NAMES, raw_bytes
+from drivetrain_checkpoint_tools.opening import check_files
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ def diff(a: Stored, b: Stored) -> list[Difference]:
     Raises:
         CheckpointError: one of the two is damaged.
     """
+    for stored in (a, b):
+        check_files(stored)
     found = []
     for kind, name in sorted(set(a.keys) | set(b.keys)):
         one, other = a.find(kind, name), b.find(kind, name)

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from drivetrain import __version__
 from drivetrain.checkpoint import PendingSave
 from drivetrain.checkpoint.commit import SavedBox
 from drivetrain.checkpoint.guarantee import promise
-from drivetrain.checkpoint.index import FORMAT, is_plain_name
+from drivetrain.checkpoint.index import FORMAT, is_plain_name, shown
 from drivetrain.checkpoint.save import take_back
 from drivetrain.checkpoint.state import is_plain
 from drivetrain.checkpoint.storage import open_storage
@@ -113,13 +114,27 @@ def write_checkpoint(imported: Imported, folder: str, tag: str | None = None) ->
 
 def _box(source: Source) -> SavedBox:
     if source.dtype not in NAMES:
-        raise CheckpointError(f"{source.name} has dtype {source.dtype}, which no file can hold")
+        raise CheckpointError(
+            f"{shown(source.name)} has dtype {source.dtype}, which no file can hold"
+        )
     origin = (0,) * len(source.shape)
     key = f"{source.kind}/{source.name}"
     file_key = f"{key}@{','.join(map(str, origin))}"
+    read = partial(_read, source)
     return SavedBox(
-        TensorEntry(file_key, source.dtype, source.shape, source.read), key, source.shape, origin
+        TensorEntry(file_key, source.dtype, source.shape, read), key, source.shape, origin
     )
+
+
+def _read(source: Source) -> torch.Tensor:
+    tensor = source.read()
+    if tensor.dtype != source.dtype or tuple(tensor.shape) != source.shape:
+        raise CheckpointError(
+            f"{shown(source.name)} ({shown(source.kind)}) is put together of parts that differ: a "
+            f"{tensor.dtype} of shape {list(tensor.shape)}, expected {source.dtype} of shape "
+            f"{list(source.shape)}"
+        )
+    return tensor
 
 
 def _manifest(imported: Imported) -> dict[str, Any]:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from drivetrain.checkpoint.index import is_plain_name
+from drivetrain.checkpoint.index import MALFORMED, is_plain_name
 from drivetrain.checkpoint.state import is_plain
+from drivetrain.checkpoint.storage import LocalStorage
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.conversion import Imported, Source, write_checkpoint
-from drivetrain_checkpoint_tools.pickled_file import read_pickled
+from drivetrain_checkpoint_tools.torch_archive import read_pickled
 from drivetrain_checkpoint_tools.zero_partitions import Partitioned, part_sources
+
+_POINTER_LIMIT = 4096
+_SPARE = 1 << 20
+"""Bytes that may be written beyond what was read."""
 
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
@@ -47,49 +52,61 @@ def import_deepspeed(source: str, folder: str, tag: str | None = None) -> str:
         CheckpointError: files are missing, damaged or hold what is not loaded for safety, or the
             checkpoint is cut by tensor or pipeline parallelism.
     """
-    return write_checkpoint(read_deepspeed(_checkpoint_folder(Path(source))), folder, tag)
-
-
-def looks_like_deepspeed(source: Path) -> bool:
-    """Whether a folder is a checkpoint of DeepSpeed, or that of a run."""
     try:
-        folder = _checkpoint_folder(source)
-    except CheckpointError:
-        return False
-    return bool(_model_files(folder))
+        return write_checkpoint(read_deepspeed(_checkpoint_folder(source)), folder, tag)
+    except MALFORMED as error:
+        reason = repr(error)[:200]
+        raise CheckpointError(
+            f"{source} is laid out in a way that is not known: {reason}"
+        ) from error
 
 
-def read_deepspeed(folder: Path) -> Imported:
+def looks_like_deepspeed(source: str) -> bool:
+    """True if a folder is a checkpoint of DeepSpeed, or that of a run.
+
+    Raises:
+        CheckpointError: it names a checkpoint that is elsewhere.
+    """
+    return bool(_model_files(_checkpoint_folder(source)))
+
+
+def read_deepspeed(folder: LocalStorage) -> Imported:
     """What one checkpoint holds; tensors are read when they are used.
 
     Raises:
         CheckpointError: see :func:`import_deepspeed`.
+        LookupError, TypeError, ValueError, AttributeError, RuntimeError: it is laid out in another
+            way than what is known.
     """
     files = _model_files(folder)
     if not files:
-        raise CheckpointError(f"{folder} has no model states of DeepSpeed (*_model_states.pt)")
-    ranks = [read_pickled(file) for file in files]
+        raise CheckpointError(f"{folder.root} has no model states of DeepSpeed (*_model_states.pt)")
+    read = [read_pickled(folder, name) for name in files]
+    ranks = [found.content for found in read]
     model = ranks[0]
-    universal = (folder / "zero").is_dir()
-    if not universal and any("mp_rank_00" not in file.name for file in files):
+    universal = bool(folder.names("zero"))
+    if not universal and any("mp_rank_00" not in name for name in files):
         raise CheckpointError(
-            f"{folder} is cut by tensor or pipeline parallelism; make it universal with "
+            f"{folder.root} is cut by tensor or pipeline parallelism; make it universal with "
             "DeepSpeed's ds_to_universal.py first, then import that"
         )
     trained = (_universal if universal else _partitioned)(folder, model)
     whole = _whole_tensors(model, ranks)
     known = {source.name for source in trained.sources}
     kept = [s for s in whole if s.kind == "buffer" or not universal or s.name not in known]
+    sources = [*kept, *trained.sources]
+    _check_amount(sources, sum(found.nbytes for found in read) + trained.nbytes, folder.root)
+    longest = _SPARE + 4 * read[0].pickle_bytes
     client = {key: value for key, value in model.items() if key not in _OWN_KEYS}
-    lost = sorted(key for key, value in client.items() if not is_plain(value))
-    trained.weaker += [f"client_state {key!r} is not plain data" for key in lost]
+    lost = [key for key, value in client.items() if not is_plain({key: value}, longest)]
+    trained.weaker += [f"client_state {str(key)[:100]!r} is not plain data" for key in lost]
     scheduler = model.get("lr_scheduler")
     return Imported(
-        sources=[*kept, *trained.sources],
-        steps=int(model.get("global_steps", 0)),
-        samples=int(model.get("global_samples", 0)),
-        skipped=int(model.get("skipped_steps", 0)),
-        scheduler=scheduler if is_plain(scheduler) else None,
+        sources=sources,
+        steps=_count(model, "global_steps"),
+        samples=_count(model, "global_samples"),
+        skipped=_count(model, "skipped_steps"),
+        scheduler=scheduler if is_plain(scheduler, longest) else None,
         groups=trained.groups,
         loss_scale=trained.loss_scale,
         client_state={key: value for key, value in client.items() if key not in lost},
@@ -97,21 +114,41 @@ def read_deepspeed(folder: Path) -> Imported:
     )
 
 
-def _checkpoint_folder(source: Path) -> Path:
+def _count(model: Mapping[str, Any], key: str) -> int:
+    value = model.get(key, 0)
+    if type(value) is not int or not 0 <= value < 1 << 62:
+        raise CheckpointError(f"{key} is {reprlib.repr(value)}, expected a count")
+    return value
+
+
+def _check_amount(sources: Sequence[Source], held: int, place: str) -> None:
+    """Make sure that no more is written than was read: tensors may be expanded, or all the same."""
+    claimed = sum(prod(s.shape) * s.dtype.itemsize for s in sources if s.kind != "step")
+    if claimed > held + _SPARE:
+        raise CheckpointError(
+            f"the tensors in {place} would take {claimed:,} bytes, and its files have {held:,}"
+        )
+
+
+def _checkpoint_folder(source: str) -> LocalStorage:
+    """The folder of the checkpoint that a run's folder names, or ``source`` itself."""
+    run = LocalStorage(source)
     for pointer in ("latest_universal", "latest"):
-        file = source / pointer
-        if file.is_file():
-            tag = file.read_text("utf-8", errors="replace").strip()
+        if run.size(pointer) is not None:
+            tag = run.get(pointer, _POINTER_LIMIT).decode(errors="replace").strip()
+            run.close()
             if not is_plain_name(tag):
-                raise CheckpointError(f"{file} names {tag[:100]!r}, which is no folder's name")
-            return source / tag
-    return source
+                raise CheckpointError(
+                    f"{run.where(pointer)} names {tag[:100]!r}, which is no folder's name"
+                )
+            return LocalStorage(run.where(tag), boundary=source)
+    return run
 
 
-def _model_files(folder: Path) -> list[Path]:
+def _model_files(folder: LocalStorage) -> list[str]:
     """Model states, by rank: one file below stage 3, else one per data-parallel rank."""
-    files = folder.glob("*_model_states.pt")
-    return sorted(files, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+    files = [name for name in folder.names() if name.endswith("_model_states.pt")]
+    return sorted(files, key=lambda name: [int(n[:18]) for n in re.findall(r"\d+", name)])
 
 
 def _aliases(model: Mapping[str, Any]) -> set[str]:
@@ -163,41 +200,46 @@ class _Trained:
         groups: hyper-parameters with the names of their parameters.
         weaker: what could not be taken over.
         loss_scale: of fp16.
+        nbytes: of the files that were read.
     """
 
     sources: list[Source] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
     weaker: list[str] = field(default_factory=list)
     loss_scale: float = 1.0
+    nbytes: int = 0
 
 
-def _partitioned(folder: Path, model: Mapping[str, Any]) -> _Trained:
+def _partitioned(folder: LocalStorage, model: Mapping[str, Any]) -> _Trained:
     numbered = {
-        int(match[2]): path
-        for path in folder.iterdir()
-        if (match := _OPTIMIZER_FILE.fullmatch(path.name)) and int(match[3]) == 0
+        int(match[2]): name
+        for name in folder.names()
+        if (match := _OPTIMIZER_FILE.fullmatch(name)) and int(match[3]) == 0
     }
     if not numbered:
         return _unpartitioned(model)
-    if sorted(numbered) != list(range(int(model.get("dp_world_size", len(numbered))))):
+    count = model.get("dp_world_size", len(numbered))
+    if len(numbered) != count or sorted(numbered) != list(range(len(numbered))):
         raise CheckpointError(
-            f"{folder} has optimizer states of ranks {sorted(numbered)} only, but "
-            f"{model.get('dp_world_size')} ranks saved it"
+            f"{folder.root} has optimizer states of ranks {sorted(numbered)} only, but "
+            f"{reprlib.repr(count)} ranks saved it"
         )
-    states = []
+    states, nbytes = [], 0
     for rank in sorted(numbered):
-        content = read_pickled(numbered[rank])
-        if not isinstance(content.get("optimizer_state_dict"), dict):
-            raise CheckpointError(f"{numbered[rank]} has no optimizer_state_dict")
-        states.append(content["optimizer_state_dict"])
+        read = read_pickled(folder, numbered[rank])
+        if not isinstance(read.content.get("optimizer_state_dict"), dict):
+            raise CheckpointError(f"{folder.where(numbered[rank])} has no optimizer_state_dict")
+        states.append(read.content["optimizer_state_dict"])
+        nbytes += read.nbytes
     try:
-        found = Partitioned.of(states, model["param_shapes"], str(folder))
+        found = Partitioned.of(states, model["param_shapes"], folder.root)
         scale = float(getattr(states[0].get("loss_scaler"), "cur_scale", 1.0))
-        return _Trained(list(part_sources(found)), found.groups, loss_scale=scale)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        sources = list(part_sources(found))
+        return _Trained(sources, found.groups, loss_scale=scale, nbytes=nbytes)
+    except MALFORMED as error:
         raise CheckpointError(
-            f"optimizer states in {folder} are laid out in a way that is not known: {error!r} "
-            f"(DeepSpeed {model.get('ds_version')})"
+            f"optimizer states in {folder.root} are laid out in a way that is not known: "
+            f"{repr(error)[:200]} (DeepSpeed {reprlib.repr(model.get('ds_version'))})"
         ) from error
 
 
@@ -237,7 +279,7 @@ def step_source(name: str, value: Any) -> Source:
     return Source("step", name, torch.int64, (), lambda: steps)
 
 
-def _universal(folder: Path, model: Mapping[str, Any]) -> _Trained:
+def _universal(folder: LocalStorage, model: Mapping[str, Any]) -> _Trained:
     buffers, aliases = set(model.get("buffer_names") or ()), _aliases(model)
     shapes = {
         name: tuple(shape)
@@ -245,37 +287,45 @@ def _universal(folder: Path, model: Mapping[str, Any]) -> _Trained:
         for name, shape in group.items()
     }
     found = _Trained(weaker=["hyper-parameters of groups stay the config's"])
-    for parameter in sorted(path for path in (folder / "zero").iterdir() if path.is_dir()):
-        name = parameter.name
+    for name in folder.names("zero"):
         if name not in buffers | aliases:
-            found.sources += _universal_parameter(parameter, name, shapes.get(name))
+            for file in folder.names(f"zero/{name}"):
+                if file.endswith(".pt"):
+                    found.nbytes += _add_universal(found, folder, name, file, shapes.get(name))
     counted = {source.name for source in found.sources if source.kind == "step"}
     if uncounted := [name for name in shapes if name not in counted]:
-        updates = int(model.get("global_steps", 0)) - int(model.get("skipped_steps", 0))
+        updates = _count(model, "global_steps") - _count(model, "skipped_steps")
         found.sources += [step_source(name, updates) for name in uncounted]
     return found
 
 
-def _universal_parameter(
-    folder: Path, name: str, shape: tuple[int, ...] | None
-) -> Iterator[Source]:
-    """Masters and states of a parameter; those that come from stage 3 are flat."""
-    for path in sorted(folder.glob("*.pt")):
-        tensor = _only_tensor(path)
-        if path.name == "step.pt":
-            yield step_source(name, tensor)
-            continue
-        extents = shape if shape and prod(shape) == tensor.numel() else tuple(tensor.shape)
-        kind = "master" if path.stem == "fp32" else path.stem
-        yield Source(kind, name, tensor.dtype, extents, partial(_reshaped, path, extents))
+def _add_universal(
+    found: _Trained, folder: LocalStorage, name: str, file: str, shape: tuple[int, ...] | None
+) -> int:
+    """Add a master or state of a parameter; those that come from stage 3 are flat."""
+    path = f"zero/{name}/{file}"
+    tensor, nbytes = _only_tensor(folder, path)
+    stem = file.removesuffix(".pt")
+    if stem == "step":
+        found.sources.append(step_source(name, tensor))
+        return nbytes
+    extents = shape if shape and prod(shape) == tensor.numel() else tuple(tensor.shape)
+    kind = "master" if stem == "fp32" else stem
+    read = partial(_reshaped, folder, path, extents)
+    found.sources.append(Source(kind, name, tensor.dtype, extents, read))
+    return nbytes
 
 
-def _reshaped(path: Path, shape: tuple[int, ...]) -> torch.Tensor:
-    return _only_tensor(path).reshape(shape)
+def _reshaped(folder: LocalStorage, path: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return _only_tensor(folder, path, check=False)[0].reshape(shape)
 
 
-def _only_tensor(path: Path) -> torch.Tensor:
-    value = read_pickled(path, tensor=True).get("param")
+def _only_tensor(
+    folder: LocalStorage, path: str, *, check: bool = True
+) -> tuple[torch.Tensor, int]:
+    """The tensor in a file, and the bytes of the file."""
+    read = read_pickled(folder, path, tensor=True, check=check)
+    value = read.content.get("param")
     if not isinstance(value, torch.Tensor):
-        raise CheckpointError(f"file {path} holds no tensor")
-    return value
+        raise CheckpointError(f"file {folder.where(path)} holds no tensor")
+    return value, read.nbytes

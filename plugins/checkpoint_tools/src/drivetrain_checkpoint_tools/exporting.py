@@ -14,6 +14,7 @@ from drivetrain.checkpoint.reading import read_whole
 from drivetrain.checkpoint.storage import open_storage
 from drivetrain.checkpoint.tensor_file import TensorEntry, write_tensors
 from drivetrain.errors import CheckpointError
+from drivetrain_checkpoint_tools.opening import check_files
 
 logger = logging.getLogger("drivetrain.checkpoint")
 
@@ -53,6 +54,7 @@ def export(
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    check_files(stored)
     target = open_storage(folder)
     if target.names():
         raise CheckpointError(f"{folder} is not empty; export into a new folder")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drivetrain.checkpoint.agreement import worst
-from drivetrain.checkpoint.index import StoredTensor, is_plain_name, parse
+from drivetrain.checkpoint.index import StoredTensor, is_plain_name, parse, shown
 from drivetrain.checkpoint.reading import check_coverage, read_whole, restore
 from drivetrain.checkpoint.state import persistent_buffers
-from drivetrain.checkpoint.storage import Storage, open_storage
+from drivetrain.checkpoint.storage import LocalStorage, Storage, open_storage
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.conversion import Imported, Source, write_checkpoint
 from drivetrain_checkpoint_tools.exporting import INDEX
-from drivetrain_checkpoint_tools.safetensors_file import read_header, stored_tensor
+from drivetrain_checkpoint_tools.safetensors_file import stored_tensors
 
 if TYPE_CHECKING:
     from drivetrain.engine import Engine
@@ -35,12 +37,12 @@ def find_weights(storage: Storage) -> dict[str, StoredTensor]:
         weights = index.get("weight_map")
         if not isinstance(weights, dict):
             raise CheckpointError(f"{storage.where(INDEX)} is damaged: it has no weight_map")
-        files = sorted({str(file) for file in weights.values()})
-        for file in files:
-            if not is_plain_name(file):
+        for file in weights.values():
+            if not isinstance(file, str) or not is_plain_name(file):
                 raise CheckpointError(
-                    f"{storage.where(INDEX)} names {file!r}, which leads elsewhere"
+                    f"{storage.where(INDEX)} names {str(file)[:100]!r}, which leads elsewhere"
                 )
+        files = sorted(set(weights.values()))
     else:
         weights, files = None, [_SINGLE] if _SINGLE in names else []
     if not files:
@@ -49,13 +51,14 @@ def find_weights(storage: Storage) -> dict[str, StoredTensor]:
             "convert them to safetensors first"
         )
     found = {
-        name: stored_tensor(storage, file, name, place)
+        name: tensor
         for file in files
-        for name, place in read_header(storage, file).items()
+        for name, tensor in stored_tensors(storage, file).items()
         if weights is None or weights.get(name) == file
     }
     if weights is not None and (lost := sorted(set(weights) - set(found))):
-        raise CheckpointError(f"{storage.root} lacks {', '.join(lost[:5])}, which its index names")
+        listed = ", ".join(map(shown, lost[:5]))
+        raise CheckpointError(f"{storage.root} lacks {listed}, which its index names")
     return found
 
 
@@ -80,7 +83,7 @@ def load_pretrained(
     Raises:
         CheckpointError: on every rank: names or shapes differ, or a file is damaged.
     """
-    storage = open_storage(folder)
+    storage = _opened(folder)
     problem = None
     try:
         _fill(engine, storage, rename, strict=strict)
@@ -108,15 +111,24 @@ def import_weights(source: str, folder: str, tag: str | None = None) -> str:
     Raises:
         CheckpointError: a file is damaged, or there are no weights.
     """
-    storage = open_storage(source)
-    sources = [
-        Source("parameter", name, t.dtype, t.shape, partial(read_whole, storage, t))
-        for name, t in find_weights(storage).items()
-    ]
-    imported = Imported(sources, weaker=["there are weights only, so load_module_only=True"])
-    place = write_checkpoint(imported, folder, tag)
-    storage.close()
-    return place
+    with closing(_opened(source)) as storage:
+        sources = [
+            Source("parameter", name, t.dtype, t.shape, partial(read_whole, storage, t))
+            for name, t in find_weights(storage).items()
+        ]
+        imported = Imported(sources, weaker=["there are weights only, so load_module_only=True"])
+        return write_checkpoint(imported, folder, tag)
+
+
+def _opened(folder: str) -> Storage:
+    """The storage of a folder of weights.
+
+    The Hub's cache keeps files in ``blobs`` and links to them in ``snapshots/<revision>``.
+    """
+    snapshots = Path(folder).resolve().parent
+    if "://" not in folder and snapshots.name == "snapshots":
+        return LocalStorage(folder, boundary=str(snapshots.parent))
+    return open_storage(folder)
 
 
 def _fill(engine: Engine, storage: Storage, rename: Callable[[str], str], *, strict: bool) -> None:

@@ -12,6 +12,7 @@ import torch
 from drivetrain.checkpoint.index import Stored, StoredTensor
 from drivetrain.checkpoint.reading import read_whole
 from drivetrain.checkpoint.tensor_file import NAMES, as_buffer, raw_bytes
+from drivetrain_checkpoint_tools.opening import check_files
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def inspect(stored: Stored, *, values: bool = False, hashes: bool = False) -> li
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
+    if values or hashes:
+        check_files(stored)
     found = []
     for kind, name in sorted(stored.keys):
         tensor = stored.find(kind, name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from drivetrain.checkpoint.index import LATEST, MANIFEST, Stored
+from drivetrain.checkpoint.load import check_file
 from drivetrain.checkpoint.storage import open_storage
 from drivetrain.errors import CheckpointError
 
@@ -22,6 +24,8 @@ def opened(place: str, tag: str | None = None) -> Iterator[Stored]:
         CheckpointError: there is none, or it is damaged.
     """
     trimmed = place.rstrip("/")
+    if "://" not in place and Path(trimmed).is_symlink():  # what is named may be a link
+        trimmed = str(Path(trimmed).resolve())
     run, separator, last = trimmed.rpartition("/")
     if tag is None and last and MANIFEST in open_storage(trimmed).names():
         storage, tag = open_storage(run or separator or "."), last
@@ -38,3 +42,13 @@ def opened(place: str, tag: str | None = None) -> Iterator[Stored]:
         yield Stored(storage, tag)
     finally:
         storage.close()
+
+
+def check_files(stored: Stored) -> None:
+    """Compare length and header of every rank's file with what the index says, before all is read.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
+    for rank in range(stored.world_size):
+        check_file(stored, rank)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 
-from drivetrain.checkpoint.index import DataFile, StoredTensor, parse
+from drivetrain.checkpoint.index import DataFile, StoredTensor, extents, parse, shown
 from drivetrain.checkpoint.storage import Storage
 from drivetrain.checkpoint.tensor_file import DTYPES
 from drivetrain.errors import CheckpointError
@@ -31,12 +33,17 @@ class TensorPlace:
     shape: tuple[int, ...]
     begin: int
 
+    @property
+    def end(self) -> int:
+        """Offset behind its last byte."""
+        return self.begin + prod(self.shape) * self.dtype.itemsize
+
 
 def read_header(storage: Storage, path: str) -> dict[str, TensorPlace]:
     """Name -> place of every tensor of a file.
 
     Raises:
-        CheckpointError: not a safetensors file, or one whose header does not fit its length.
+        CheckpointError: not a safetensors file, or one whose tensors do not make up the file.
     """
     place, size = storage.where(path), storage.size(path)
     if size is None:
@@ -55,15 +62,26 @@ def read_header(storage: Storage, path: str) -> dict[str, TensorPlace]:
     storage.read(path, 8, text)
     described = parse(bytes(text), place)
     described.pop("__metadata__", None)
-    return {
-        name: _place(f"{name} in {place}", raw, 8 + length, size) for name, raw in described.items()
+    found = {
+        name: _place(f"{shown(name)} in {place}", raw, 8 + length, size)
+        for name, raw in described.items()
     }
+    _check_order(found, 8 + length, size, place)
+    return found
 
 
-def stored_tensor(storage: Storage, path: str, name: str, place: TensorPlace) -> StoredTensor:
-    """A tensor of a foreign file as one box, without checksums."""
-    size = storage.size(path)
-    assert size is not None
+def stored_tensors(storage: Storage, path: str) -> dict[str, StoredTensor]:
+    """The tensors of a foreign file, each as one box, without checksums.
+
+    Raises:
+        CheckpointError: see :func:`read_header`.
+    """
+    places = read_header(storage, path)
+    file = DataFile(path, storage.where(path), storage.size(path) or 0)
+    return {name: _stored(shown(name), place, file) for name, place in places.items()}
+
+
+def _stored(name: str, place: TensorPlace, file: DataFile) -> StoredTensor:
     columns: dict[str, list[Any]] = {
         "rank": [0],
         "at": [place.begin],
@@ -71,19 +89,40 @@ def stored_tensor(storage: Storage, path: str, name: str, place: TensorPlace) ->
         "size": list(place.shape),
         "crc": [""],
     }
-    file = DataFile(path, storage.where(path), size)
     return StoredTensor(name, place.dtype, place.shape, columns, lambda _: file, checked=False)
+
+
+def _check_order(found: Mapping[str, TensorPlace], begin: int, size: int, place: str) -> None:
+    """Make sure that tensors fill the file without gaps and overlaps, as the format demands.
+
+    A small file whose tensors lie over each other would become a large checkpoint.
+    """
+    at = begin
+    for tensor in sorted(found.values(), key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin != at:
+            problem = "lie over each other" if tensor.begin < at else "have a gap between them"
+            raise CheckpointError(f"file {place} is damaged: its tensors {problem}")
+        at = tensor.end
+    if at != size:
+        raise CheckpointError(
+            f"file {place} is damaged: it has {size:,} bytes, and its tensors end at {at:,}"
+        )
 
 
 def _place(what: str, raw: Any, begin: int, size: int) -> TensorPlace:
     try:
-        dtype, shape = DTYPES[raw["dtype"]], tuple(int(extent) for extent in raw["shape"])
-        start, stop = (int(offset) for offset in raw["data_offsets"])
+        dtype = DTYPES[raw["dtype"]]
+        shape = extents(raw["shape"], dtype)
+        start, stop = raw["data_offsets"]
+        nbytes = prod(shape) * dtype.itemsize
+        fits = type(start) is type(stop) is int and 0 <= start <= stop <= size - begin
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{what} is described in a way that means nothing: {raw}") from error
-    nbytes = prod(shape) * dtype.itemsize
-    if min((*shape, 0)) < 0 or stop - start != nbytes or not 0 <= start <= stop <= size - begin:
         raise CheckpointError(
-            f"{what} does not fit: shape {list(shape)} of {raw['dtype']} at bytes {start} to {stop}"
+            f"{what} is described in a way that means nothing: {reprlib.repr(raw)}"
+        ) from error
+    if not fits or stop - start != nbytes:
+        raise CheckpointError(
+            f"{what} does not fit: shape {list(shape)} of {raw['dtype']} at bytes "
+            f"{reprlib.repr(start)} to {reprlib.repr(stop)}"
         )
     return TensorPlace(dtype, shape, begin + start)

@@ -60,7 +60,7 @@ def _check_cover(tensor: StoredTensor, boxes: list[StoredBox]) -> None:
     missing = prod(tensor.shape) - sum(prod(box.size) for box in boxes)
     if missing > 0:
         raise CheckpointError(f"{tensor.name} lacks {missing:,} of its elements")
-    if any(sum(1 for _ in tensor.overlaps(b.offset, b.size)) != 1 for b in boxes):
+    if not tensor.is_whole():
         raise CheckpointError(f"{tensor.name} has elements that are stored twice")
 
 

@@ -7,6 +7,7 @@ padded, and strings a rank's parts together in the order of the parameters.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from drivetrain.checkpoint.index import shown
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.conversion import Source
 
@@ -76,7 +78,8 @@ def part_sources(parts: Partitioned) -> Iterator[Source]:
         held = sum(numel for _, _, numel in slices)
         if held != prod(shape):
             raise CheckpointError(
-                f"{name} ({kind}) in {parts.place} has {held:,} elements, expected {list(shape)}"
+                f"{shown(name)} ({shown(kind)}) in {parts.place} has {held:,} elements, "
+                f"expected {reprlib.repr(shape)}"
             )
         yield Source(kind, name, dtype, shape, partial(_put_together, slices, shape))
     for name, step in parts.steps.items():
@@ -93,7 +96,7 @@ def _flats(master: torch.Tensor, state: Mapping[str, Any]) -> Iterator[tuple[str
     yield "master", master
     for kind, value in state.items():
         if isinstance(value, torch.Tensor) and value.dim() and value.numel() >= master.numel():
-            yield kind, value.reshape(-1)
+            yield kind, value.view(-1)
 
 
 def _stages_1_and_2(
