@@ -100,8 +100,11 @@ class UpdateRule(ABC):
         Clipping gives that scale to gradients that are not finite where nobody waits for the device
         to tell: the update must not write NaN into weights and states.
         """
-        if not isinstance(scale, (int, float)):
-            bucket.gradient.masked_fill_(scale.to(bucket.gradient.device) == 0, 0.0)
+        gradient = bucket.gradient
+        if not isinstance(scale, (int, float)) and scale.device.type != "cpu":
+            gradient.masked_fill_(scale.to(gradient.device) == 0, 0.0)  # without asking the device
+        elif not scale:
+            gradient.zero_()
         self.update(bucket, hyper, scale)
 
     def rule_for(self, parameter: nn.Parameter, info: ParameterInfo) -> UpdateRule:

@@ -67,7 +67,7 @@ class FaultyOs:
                 self.count >= number if fault.lasting else self.count == number
             )
             if name == "close" or not fails or fault.done:  # a failing close closes all the same
-                result = None if name == "fsync" else original(*arguments, **options)
+                result: Any = None if name == "fsync" else original(*arguments, **options)
                 if not fails:
                     return result
                 if name == "open":
