@@ -13,6 +13,7 @@ Every block of commands has one of these. Every ``json`` block is a config that 
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -25,8 +26,10 @@ from pathlib import Path
 import pytest
 
 from drivetrain.config.loading import load_config
+from drivetrain.engine import Engine
 from drivetrain.hub import HOOKS
 from drivetrain.plan import Plan
+from drivetrain.registry import Registry
 from tools import generate_docs, workspace
 
 ROOT = workspace.ROOT
@@ -127,6 +130,27 @@ def test_a_config_in_the_docs_is_valid(block: Block, tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", of_language("python"), ids=lambda block: block.place)
 def test_python_in_the_docs_is_python(block: Block) -> None:
     ast.parse(block.text)
+
+
+def test_every_name_that_a_page_gives_for_deepspeeds_exists() -> None:
+    """The right column of the table, and the engine's methods below it."""
+    text = (ROOT / "docs" / "howto" / "deepspeed.md").read_text("utf-8")
+    table = text.partition("## What has which name here")[2].partition("###")[0]
+    offered = [line.split("|")[2] for line in table.splitlines() if line.startswith("| `")]
+    names = {n for cell in offered for n in re.findall(r"`(drivetrain\w*(?:\.\w+)+)", cell)}
+    assert len(names) > 15
+    assert [name for name in names if not _exists(name)] == []
+    same = text.partition("The same: ")[2].partition("For others")[0]
+    methods = set(Registry.installed().names("methods"))
+    made_in_init = {"module", "optimizer", "lr_scheduler", "progress"}
+    called = set(re.findall(r"`(\w+)`", same)) - made_in_init
+    assert len(called) > 30
+    assert {name for name in called if not hasattr(Engine, name)} <= methods
+
+
+def _exists(dotted: str) -> bool:
+    module, _, name = dotted.rpartition(".")
+    return hasattr(importlib.import_module(module), name)
 
 
 # -- commands ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from drivetrain_cli.explain import PHASES, WHEN
 
-from drivetrain import hookspecs
+from drivetrain import hookspecs, known
 from drivetrain.cli import main as command_line
 from drivetrain.hub import HOOKS
 from drivetrain.registry import Entry, Registry
@@ -36,6 +36,15 @@ A config is a dict, a JSON file (comments and trailing commas are fine) or a YAM
 nobody owns is an error. `"auto"` means the default. `drivetrain config schema` prints the same as a
 JSON Schema for editors.
 """
+
+DEEPSPEED_INTRODUCTION = """\
+# What an engine lacks
+
+Attributes and methods of DeepSpeed's engine that scripts use, and what to use here. The error of a
+script that asks for one says the same. See [Moving from DeepSpeed](../howto/deepspeed.md).
+
+| of DeepSpeed's engine | in its place |
+|---|---|"""
 
 Schema = Mapping[str, Any]
 
@@ -62,6 +71,7 @@ def pages() -> dict[Path, str]:
         "config.md": config_page(registry),
         "hooks.md": hooks_page(registry),
         "cli.md": cli_page(),
+        "deepspeed.md": deepspeed_page(),
     }
     return {REFERENCE / name: f"{NOTICE}\n{text}" for name, text in texts.items()}
 
@@ -177,6 +187,25 @@ def _users(registry: Registry) -> dict[str, list[str]]:
                 if hasattr(getattr(cls, hook, None), "drivetrain_impl"):
                     found.setdefault(hook, {})[f"`{cls.__name__}` ({entry.distribution})"] = None
     return {hook: list(users) for hook, users in found.items()}
+
+
+# -- DeepSpeed -------------------------------------------------------------------------------------
+
+
+def deepspeed_page() -> str:
+    """What to use in the place of attributes that an engine lacks."""
+    rows = [
+        f"| `{name}` | {one_line(_marked(use))} |" for name, use in sorted(known.ENGINE.items())
+    ]
+    return "\n".join([DEEPSPEED_INTRODUCTION, *rows, ""])
+
+
+def _marked(text: str) -> str:
+    """A sentence with its code marked as such."""
+    call = r"drivetrain_\w+\.\w+(?:\(engine\))?"
+    attribute = r"engine\.[\w.]*\w(?:\([^)]*\))?"
+    other = r"int\(.*?\]\)|type\(.*?\)\.\w+|pip install [\w-]+|drivetrain explain CONFIG"
+    return re.sub(f"{other}|{call}|{attribute}", lambda found: f"`{found[0]}`", text)
 
 
 # -- command line --------------------------------------------------------------------------------

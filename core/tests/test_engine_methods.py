@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+import re
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import drivetrain
+from drivetrain import known
 from drivetrain.engine import Engine
 from drivetrain.registry import Registry
 from drivetrain.testing.models import MLP
@@ -46,12 +48,54 @@ def test_what_engine_and_module_have_goes_first(engine: Engine) -> None:
     assert engine.step.__func__ is Engine.step
 
 
-def test_what_nobody_has_is_an_attribute_error(engine: Engine) -> None:
+def test_what_nobody_has_is_an_attribute_error_of_both(engine: Engine) -> None:
     assert not hasattr(engine, "no_such_thing")
-    with pytest.raises(AttributeError, match="'WithOwn' object has no attribute 'no_such_thing'"):
+    message = "neither the engine nor its module WithOwn has an attribute 'no_such_thing'$"
+    with pytest.raises(AttributeError, match=message) as caught:
         engine.no_such_thing  # noqa: B018 - it is the access that raises
+    assert caught.value.name == "no_such_thing"
+    assert caught.value.obj is engine
+
+
+def test_what_deepspeeds_engine_has_is_answered_with_what_to_use(engine: Engine) -> None:
+    message = (
+        "neither the engine nor its module WithOwn has an attribute 'global_rank'; "
+        "in its place: engine.job.rank$"
+    )
+    with pytest.raises(AttributeError, match=message):
+        engine.global_rank  # noqa: B018
+
+
+def test_no_engine_has_what_the_table_says_that_it_lacks(engine: Engine) -> None:
+    methods = set(Registry.installed().names("methods"))
+    lacking = [name for name in known.ENGINE if name not in methods]
+    assert lacking
+    assert [name for name in lacking if hasattr(engine, name)] == []
+
+
+def test_what_the_table_says_to_use_exists() -> None:
+    module = MLP()
+    engine, *_ = drivetrain.initialize(
+        model=module,
+        config={
+            "train_batch_size": 1,
+            "optimizer": {"type": "SGD"},
+            "scheduler": {"type": "WarmupLR"},
+        },
+    )
+    engine.backward(engine(torch.ones(1, 8), torch.ones(1, 8)))
+    engine.step()
+    elsewhere = {"save_16bit_model"}  # of another package, as the table says
+    for text in known.ENGINE.values():
+        for path in re.findall(r"engine((?:\.\w+)+)", text):
+            found: object = engine
+            for name in path.split(".")[1:]:
+                if name not in elsewhere:
+                    assert hasattr(found, name), text
+                    found = getattr(found, name)
+    engine.destroy()
 
 
 def test_an_engine_that_is_being_made_asks_nobody() -> None:
     with pytest.raises(AttributeError, match="job"):
-        copy.copy(Engine.__new__(Engine)).job  # noqa: B018
+        Engine.__new__(Engine).job  # noqa: B018

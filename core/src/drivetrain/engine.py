@@ -14,6 +14,7 @@ from drivetrain.accumulation import Accumulation
 from drivetrain.backward_window import BackwardWindow
 from drivetrain.builtin.optimization import GradientAllreduceOp, GradientClipping
 from drivetrain.errors import TrainingError
+from drivetrain.known import ENGINE
 from drivetrain.loss_watch import LossWatch
 from drivetrain.parameters import whole, whole_state_dict
 from drivetrain.step_reporter import StepReporter
@@ -93,9 +94,12 @@ class Engine(nn.Module):
         except AttributeError:
             if name in ("module", "job"):
                 raise
-            own = hasattr(self.module, name)
-            entry = None if own else self.job.plan.registry.find("methods", name)
-            return getattr(self.module, name) if entry is None else entry.load().__get__(self)
+            if hasattr(self.module, name):
+                return getattr(self.module, name)
+            entry = self.job.plan.registry.find("methods", name)
+            if entry is None:
+                raise AttributeError(self._lacks(name), name=name, obj=self) from None
+            return entry.load().__get__(self)
 
     def __deepcopy__(self, *_: object) -> NoReturn:
         """Refuse: an engine stands for process groups, hooks and shards of this job."""
@@ -423,6 +427,12 @@ class Engine(nn.Module):
         self._on_destroy.append(release)
 
     # -- internals ----------------------------------------------------------------------------
+
+    def _lacks(self, name: str) -> str:
+        """What an attribute error says; a suggestion by likeness would make ``hasattr`` slow."""
+        hint = f"; in its place: {ENGINE[name]}" if name in ENGINE else ""
+        module = type(self.module).__name__
+        return f"neither the engine nor its module {module} has an attribute {name!r}{hint}"
 
     def _announce(self) -> None:
         """Tell the states whether gradients that arrive now complete the window."""

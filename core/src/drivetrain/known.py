@@ -1,4 +1,4 @@
-"""Names that core knows without importing their owners, so that an error can say what to install.
+"""Names that core knows without having them, so that an error can say what to install or to use.
 
 They stand in ``known.json``. A test holds it against the workspace: every name that a first-party
 distribution serves is listed there under that distribution, and what is planned does not exist.
@@ -17,6 +17,9 @@ OWNERS: Mapping[str, Mapping[str, str]] = _TABLE["owners"]
 
 PLANNED: frozenset[str] = frozenset(_TABLE["planned"])
 """Those of the distributions that do not exist yet."""
+
+ENGINE: Mapping[str, str] = _TABLE["engine"]
+"""Attribute of DeepSpeed's engine that no engine has here -> what to use in its place."""
 
 SECTIONS = OWNERS["plugins"]
 """Config path -> first-party distribution that serves it."""
