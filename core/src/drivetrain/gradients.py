@@ -17,7 +17,7 @@ Where every backward is reduced, each one is a *round*: what is late in one take
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -215,6 +215,7 @@ class GradientReducer:
         self._between_rounds = False
         self._next = 0
         self._hooks: list[RemovableHandle] = []
+        self._always_wait = {bucket.key for bucket in buckets if bucket.wait_for_end}
         if shared := [slot.name for slot in self.slots.values() if slot.parameter in _taken]:
             raise ConfigError(
                 f"parameter {shared[0]} is trained by another engine, which would take its "
@@ -379,6 +380,16 @@ class GradientReducer:
         self._next, self._between_rounds = 0, False
         for bucket in self.buckets:
             bucket.restart()
+
+    def late_buckets(self) -> list[str]:
+        """Keys of buckets that were late once, so that their gradients are added up otherwise."""
+        waiting = {bucket.key for bucket in self.buckets if bucket.wait_for_end}
+        return sorted(waiting - self._always_wait)
+
+    def learn_late(self, keys: Collection[str]) -> None:
+        """Have exactly these buckets, of those that need not, wait for the end of the window."""
+        for bucket in self.buckets:
+            bucket.wait_for_end = bucket.key in self._always_wait or bucket.key in keys
 
     def note_parameters(self) -> None:
         """States have taken over the parameters as they are now."""

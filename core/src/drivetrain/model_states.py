@@ -108,6 +108,16 @@ class ModelStates(ABC):
     def fragments(self) -> Sequence[Fragment]:
         """Every parameter, master and optimizer state of this rank; gradients inside a window."""
 
+    def learned(self) -> Sequence[str]:
+        """What the windows so far have taught that decides in which order gradients are summed.
+
+        Saved with each rank's state; :meth:`learn` has a resumed run compute the same bits.
+        """
+        return ()
+
+    def learn(self, learned: Sequence[str]) -> None:  # noqa: B027 - most learn nothing
+        """Go on with what :meth:`learned` returned, in the same layout, and forget all else."""
+
     @abstractmethod
     def detach(self) -> None:
         """Remove every hook from the module; the parameters keep their values."""

@@ -416,6 +416,7 @@ class _Attempt:
             load_random_state(engine.job, own["random"])
         else:
             engine.job.random.start_afresh()
+        engine.states.learn(own.get("learned", []) if same else [])
         loader = engine.training_dataloader
         if own["loader"] is not None and hasattr(loader, "load_state_dict"):
             assert loader is not None

@@ -182,6 +182,7 @@ class _Contents:
         self.own = {
             "random": random_state(engine.job),
             "loader": self._loader(),
+            "learned": [*engine.states.learned()],
             "plugins": writer.data[True],
             "fragments": fragments_digest(fragments),
         }

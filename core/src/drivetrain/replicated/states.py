@@ -305,6 +305,12 @@ class ReplicatedStates(ModelStates):
             found += bucket.home.fragments()
         return found + loose_fragments(self._job, self._module, bucketed)
 
+    def learned(self) -> Sequence[str]:
+        return self._reducer.late_buckets()
+
+    def learn(self, learned: Sequence[str]) -> None:
+        self._reducer.learn_late(learned)
+
     def detach(self) -> None:
         self._reducer.close()
 

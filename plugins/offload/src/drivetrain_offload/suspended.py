@@ -231,6 +231,12 @@ class SuspendedStates(ModelStates):
 
         return [replace(self._on_host.get(id(f), f), write=refuse) for f in self._fragments]
 
+    def learned(self) -> Sequence[str]:
+        return self.inner.learned()
+
+    def learn(self, learned: Sequence[str]) -> None:
+        self.inner.learn(learned)
+
     def detach(self) -> None:
         """The client's parameters keep their values; other states need not come back."""
         self.bring_back(non_blocking=False, kinds={_PARAMETERS})

@@ -467,6 +467,12 @@ class ZeroStates(ModelStates):
             rows.append(("gathered parameters, at most", "device", most, 0))
         return rows
 
+    def learned(self) -> Sequence[str]:
+        return self._reducer.late_buckets()
+
+    def learn(self, learned: Sequence[str]) -> None:
+        self._reducer.learn_late(learned)
+
     def detach(self) -> None:
         """Remove every hook; sharded parameters stay reachable through ``whole``."""
         self._reducer.close()
