@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,11 @@ from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
 from drivetrain.errors import CheckpointError, ConfigError, TrainingError
 from drivetrain.loader import DataLoader, LoaderRequest, RepeatingLoader
+
+try:
+    import numpy as np
+except ImportError:
+    np = None
 
 
 class Stream(IterableDataset):
@@ -393,3 +400,73 @@ def test_a_position_beyond_the_dataset_is_refused():
 def test_the_length_of_a_stream_without_one_is_a_type_error():
     with pytest.raises(TypeError):
         len(DataLoader(LoaderRequest(Stream(4), 2)))
+
+
+def noise():
+    """What every generator of the process draws next."""
+    drawn = [torch.rand(()).item(), random.random()]
+    return [*drawn, np.random.random()] if np is not None else drawn
+
+
+class Augmented(Dataset):
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        return index, noise()
+
+
+class AugmentedStream(Stream):
+    """Shuffles in a buffer, which has to be the same for all that read it."""
+
+    def __iter__(self):
+        buffer = []
+        for index in range(self.size):
+            buffer.append(index)
+            if len(buffer) > 4:
+                yield buffer.pop(random.randrange(4)), noise()
+        yield from ((index, noise()) for index in buffer)
+
+
+class AugmentedShards(OwnShards):
+    def __iter__(self):
+        indices = super().__iter__()
+        return ((index, noise()) for index in indices)
+
+
+def masked(samples):
+    return samples, noise()
+
+
+AUGMENTED = [Augmented(), AugmentedStream(24), AugmentedShards(24)]
+
+
+@pytest.mark.parametrize("dataset", AUGMENTED, ids=lambda one: type(one).__name__)
+def test_random_numbers_of_workers_go_on_after_a_resume(dataset):
+    def loaders():
+        request = LoaderRequest(dataset, 3, num_workers=2, num_shards=2, collate_fn=masked)
+        return [DataLoader(replace(request, shard=shard)) for shard in range(2)]
+
+    expected = [[*loader, *loader] for loader in loaders()]
+    drawn = [n for batches in expected for samples, extra in batches for n in extra]
+    drawn += [
+        n for batches in expected for samples, _ in batches for _, own in samples for n in own
+    ]
+    assert len(set(drawn)) == len(drawn)
+    indices = [i for batches in expected for samples, _ in batches[:4] for i, _ in samples]
+    assert sorted(indices) == list(range(24))
+    for taken in (1, 2):
+        for batches, first, fresh in zip(expected, loaders(), loaders(), strict=True):
+            iterator = iter(first)
+            for _ in range(taken):
+                next(iterator)
+            fresh.load_state_dict(first.state_dict())
+            assert [*fresh, *fresh] == batches[taken:]
+
+
+def test_random_numbers_of_samples_do_not_depend_on_the_workers():
+    found = [
+        list(DataLoader(LoaderRequest(Augmented(), 3, num_workers=workers, collate_fn=masked)))
+        for workers in (1, 2)
+    ]
+    assert found[0] == found[1]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Literal
 
 import torch
@@ -105,6 +107,10 @@ class DataLoader:
     the epoch. A position is resumed without loading what comes before it, but an
     ``IterableDataset`` has to be read past it, unless it has ``state_dict`` and ``load_state_dict``
     and is loaded without workers.
+
+    Workers draw random numbers (``torch``, ``random``, NumPy) from a seed for each micro-batch, so
+    that they are the same after a resume, and do not repeat. Generators of a dataset's own are its
+    own business. Of a stream that every worker reads whole, all draw alike.
 
     Args:
         request: what to load.
@@ -208,17 +214,26 @@ class DataLoader:
             "num_workers": request.num_workers,
             "pin_memory": request.pin_memory and torch.accelerator.is_available(),
             # Seeds workers; without it every pass would draw from the global stream.
-            "generator": _generator("workers", request.seed, self.epoch, request.shard),
+            "generator": _generator("workers", *self._place(), self._consumed),
         }
         if self._iterable:
             skip = self._consumed
             if self._keeps_own_state() and self._dataset_state is not None:
                 self.dataset.load_state_dict(self._dataset_state)
                 self._dataset_state, skip = None, 0
-            stream = _DealtStream(self.dataset, self._deal, skip)
+            stream = _DealtStream(self.dataset, self._deal, skip, self._place())
             collate = request.collate_fn or torch.utils.data.default_collate
-            return iter(TorchLoader(stream, batch_size=None, **{**options, "collate_fn": collate}))
-        return iter(TorchLoader(self.dataset, batch_sampler=self._indices(), **options))
+            options["collate_fn"] = _SeededCollate(collate, self._place())
+            return iter(TorchLoader(stream, batch_size=None, **options))
+        done = self._consumed // self._deal.round_size
+        # torch's types are a list of indices, and a dataset that takes one
+        batches: Any = enumerate(self._indices(), start=done)
+        samples: Any = _SeededSamples(self.dataset, self._place())
+        return iter(TorchLoader(samples, batch_sampler=batches, **options))
+
+    def _place(self) -> tuple[int, int, int]:
+        """What random numbers of workers depend on, beside the micro-batch."""
+        return self._request.seed, self.epoch, self._request.shard
 
     def _indices(self) -> Iterator[Any]:
         request, deal = self._request, self._deal
@@ -234,29 +249,87 @@ class DataLoader:
         return (batch for batch in rounds if batch is not None)
 
 
-class _DealtStream(IterableDataset[Any]):
-    """This worker's micro-batches, as lists of samples, of a dataset's stream."""
+class _SeededSamples:
+    """A map-style dataset that takes (number, indices) of a micro-batch at once.
 
-    def __init__(self, dataset: Any, deal: _Deal, skip: int) -> None:
+    Workers draw the random numbers of each micro-batch, also those of ``collate_fn``, from a seed
+    of its own. So they depend neither on the workers nor on where a resumed run has begun. Without
+    workers they come from the process's generators, which checkpoints save.
+    """
+
+    def __init__(self, dataset: Any, place: tuple[int, ...]) -> None:
+        self._dataset = dataset
+        self._place = place
+
+    def __getitems__(self, batch: tuple[int, Sequence[Any]]) -> Any:
+        number, indices = batch
+        if get_worker_info() is not None:
+            _seed_process("samples", *self._place, number)
+        several = getattr(self._dataset, "__getitems__", None)
+        return several(indices) if several else [self._dataset[index] for index in indices]
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+
+class _SeededCollate:
+    """Makes a micro-batch of (number, samples); workers draw from a seed of its own for each."""
+
+    def __init__(self, collate: Callable[[Any], Any], place: tuple[int, ...]) -> None:
+        self._collate = collate
+        self._place = place
+
+    def __call__(self, batch: tuple[int, Sequence[Any]]) -> Any:
+        number, samples = batch
+        if get_worker_info() is not None:
+            _seed_process("collate", *self._place, number)
+        return self._collate(samples)
+
+
+class _DealtStream(IterableDataset[Any]):
+    """This worker's micro-batches of a dataset's stream, as (number, samples).
+
+    A worker draws random numbers of each round from a seed of its own, also while it reads past
+    rounds. Where several read one stream they draw alike, so that a shuffle in it is the same.
+    """
+
+    def __init__(self, dataset: Any, deal: _Deal, skip: int, place: tuple[int, ...]) -> None:
         self._dataset = dataset
         self._deal = deal
         self._skip = skip
+        self._place = place
 
-    def __iter__(self) -> Iterator[Sequence[Any]]:
+    def __iter__(self) -> Iterator[tuple[int, Sequence[Any]]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        deal, skip = self._deal, self._skip
+        deal = self._deal
+        # torch takes micro-batches from workers in turn, from the first; whoever's turn it was at
+        # the position is played by the first.
+        done, head = divmod(self._skip, deal.round_size)
+        role = (worker + done) % workers
         if hasattr(self._dataset, "set_shard"):
-            # torch takes micro-batches from workers in turn, from the first; whoever's turn it
-            # was at the position is played by the first.
-            done = skip // deal.round_size
-            role = (worker + done) % workers
             given = done // workers + (role < done % workers)
             self._dataset.set_shard(deal.shard * workers + role, deal.num_shards * workers)
-            yield from _rounds(islice(self._dataset, given * deal.batch_size, None), deal.alone)
+            rounds = self._rounds(deal.alone, count(role, workers), self._place)
+            yield from islice(rounds, given, None)
         else:
-            rounds = _rounds(islice(self._dataset, skip, None), deal)
-            yield from islice(rounds, worker, None, workers)
+            # Other shards have left a position inside of a round of these.
+            rounds = self._rounds(deal, count(), self._place[:-1], head)
+            yield from islice(rounds, done + worker, None, workers)
+
+    def _rounds(
+        self, deal: _Deal, numbers: Iterable[int], place: tuple[int, ...], head: int = 0
+    ) -> Iterator[tuple[int, Sequence[Any]]]:
+        stream = iter(self._dataset)
+        for number in numbers:
+            if get_worker_info() is not None:
+                _seed_process("stream", *place, number)
+            list(islice(stream, head))
+            head = 0
+            batch = deal.batch(list(islice(stream, deal.round_size)))
+            if batch is None:
+                return
+            yield number, batch
 
 
 def _rounds(stream: Iterator[Any], deal: _Deal) -> Iterator[Sequence[Any]]:
@@ -265,9 +338,22 @@ def _rounds(stream: Iterator[Any], deal: _Deal) -> Iterator[Sequence[Any]]:
 
 
 def _generator(*place: str | int) -> torch.Generator:
-    """A stream of its own for every place; torch's generators tell only 32 bits apart."""
-    digest = hashlib.sha256(repr(place).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    """A stream of its own for every place."""
+    return torch.Generator().manual_seed(_seed(*place))
+
+
+def _seed_process(*place: str | int) -> None:
+    """Have everything that draws without a generator of its own draw from a place's stream."""
+    seed = _seed(*place)
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
+def _seed(*place: str | int) -> int:
+    """A number for every place; torch's generators tell only 32 bits apart, as do NumPy's."""
+    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:4], "little")
 
 
 class RepeatingLoader:
