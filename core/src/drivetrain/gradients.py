@@ -391,10 +391,11 @@ class GradientReducer:
         for bucket in self.buckets:
             bucket.wait_for_end = bucket.key in self._always_wait or bucket.key in keys
 
-    def note_parameters(self) -> None:
-        """States have taken over the parameters as they are now."""
-        for slot in self.slots.values():
-            slot.note()
+    def note_parameters(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """States have taken over the parameters, all of their own or these, as they are now."""
+        for parameter in self.slots if parameters is None else parameters:
+            if parameter in self.slots:
+                self.slots[parameter].note()
 
     def close(self) -> None:
         """Remove the hooks, so that another engine may train the parameters."""

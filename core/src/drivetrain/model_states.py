@@ -87,10 +87,14 @@ class ModelStates(ABC):
         """Take over parameter values that were written from outside (masters follow)."""
 
     @abstractmethod
-    def take_over(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Keep values that were written to ``parameters``, alike on all ranks; masters follow.
+    def take_over(
+        self, parameters: Iterable[nn.Parameter], same: Iterable[nn.Parameter] = ()
+    ) -> None:
+        """Keep values that were written to parameters, alike on all ranks; masters follow.
 
-        Parameters that the states do not keep are left alone.
+        Args:
+            parameters: those with other values; what the states do not keep is left alone.
+            same: those that were written to, perhaps, but have the values that they had.
         """
 
     @abstractmethod

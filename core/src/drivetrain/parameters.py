@@ -78,20 +78,28 @@ def whole(
 ) -> Iterator[None]:
     """Use parameters whole inside the block, wherever they are kept.
 
-    Collective over the ranks that share the parameters. A no-op for ordinary parameters, except
-    that with ``write_rank`` their owners must make the same change on every rank themselves.
+    Collective over the ranks that share the parameters. With ``write_rank``, changes inside the
+    block reach all ranks and the masters, at every stage; without it, ordinary parameters are left
+    alone. An exception inside the block keeps changes of ordinary parameters where they are.
 
     Args:
         target: a module (all its parameters), a parameter, or several.
         write_rank: the data-parallel rank whose changes are kept; ``None`` discards changes of
             sharded parameters.
+
+    Raises:
+        TrainingError: a parameter was changed on another rank only, so the change would be lost.
     """
     several = target.parameters() if isinstance(target, nn.Module) else target
-    handles = [
-        handle
-        for parameter in ([several] if isinstance(several, nn.Parameter) else several)
-        if (handle := getattr(parameter, "drivetrain_handle", None)) is not None
-    ]
+    parameters = [several] if isinstance(several, nn.Parameter) else list(several)
+    every = [getattr(parameter, "drivetrain_handle", None) for parameter in parameters]
+    handles = [handle for handle in every if handle is not None]
+    writes = None
+    if write_rank is not None and len(handles) < len(parameters):
+        from drivetrain.replica_writes import ReplicaWrites
+
+        pairs = zip(parameters, every, strict=True)
+        writes = ReplicaWrites((p for p, handle in pairs if handle is None), write_rank)
     gathered = []
     try:
         for handle in handles:
@@ -101,6 +109,8 @@ def whole(
     finally:
         for handle in reversed(gathered):
             handle.release(write_rank)
+    if writes is not None:
+        writes.keep()
 
 
 @contextmanager

@@ -264,7 +264,10 @@ class ReplicatedStates(ModelStates):
     def fragments_written(self) -> None:
         pass  # they are the module's parameters
 
-    def take_over(self, parameters: Iterable[nn.Parameter]) -> None:
+    def take_over(
+        self, parameters: Iterable[nn.Parameter], same: Iterable[nn.Parameter] = ()
+    ) -> None:
+        self._reducer.note_parameters(same)
         written = set(parameters)
         for bucket in self._buckets:
             pairs = zip(bucket.gradients.slots, bucket.planned.spec.segments, strict=True)

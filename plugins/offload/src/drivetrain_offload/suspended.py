@@ -213,8 +213,10 @@ class SuspendedStates(ModelStates):
     def refresh(self) -> None:
         self._whole("refreshing master weights").refresh()
 
-    def take_over(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._whole("changing parameters").take_over(parameters)
+    def take_over(
+        self, parameters: Iterable[nn.Parameter], same: Iterable[nn.Parameter] = ()
+    ) -> None:
+        self._whole("changing parameters").take_over(parameters, same)
 
     def fragments_written(self) -> None:
         self._whole("loading a checkpoint").fragments_written()

@@ -378,7 +378,10 @@ class ZeroStates(ModelStates):
         self._reducer.note_parameters()
         self._note_parameters()
 
-    def take_over(self, parameters: Iterable[nn.Parameter]) -> None:
+    def take_over(
+        self, parameters: Iterable[nn.Parameter], same: Iterable[nn.Parameter] = ()
+    ) -> None:
+        self._reducer.note_parameters(same)
         for parameter in parameters:
             slot = self._reducer.slots.get(parameter)
             if slot is not None and slot.place is not None:
