@@ -55,6 +55,10 @@ _OWN_FILES = re.compile(
 )
 
 
+class OtherFormatError(CheckpointError):
+    """A checkpoint that another version of Drivetrain wrote."""
+
+
 def data_file(rank: int, save_id: str) -> str:
     """Name of a rank's tensors."""
     return f"rank{rank:05d}-{save_id}.safetensors"
@@ -103,11 +107,11 @@ def unseal(data: bytes, place: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or whole.get("sha256") != _digest(manifest):
         kind = whole.get("format")
         if isinstance(kind, str) and kind != FORMAT:
-            raise CheckpointError(f"{place} has format {kind[:100]!r}, expected {FORMAT!r}")
+            raise OtherFormatError(f"{place} has format {kind[:100]!r}, expected {FORMAT!r}")
         raise CheckpointError(f"checkpoint file {place} is damaged: its checksum is another")
     if manifest.get("format") != FORMAT:
         found = str(manifest.get("format"))[:100]
-        raise CheckpointError(f"{place} has format {found!r}, expected {FORMAT!r}")
+        raise OtherFormatError(f"{place} has format {found!r}, expected {FORMAT!r}")
     return manifest
 
 

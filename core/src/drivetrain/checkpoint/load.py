@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drivetrain.checkpoint import index
-from drivetrain.checkpoint.agreement import any_rank, text_of, worst
+from drivetrain.checkpoint.agreement import any_rank, worst
+from drivetrain.checkpoint.choice import candidates, continue_history, tags_by_age
 from drivetrain.checkpoint.guarantee import Guarantee, changed_versions, fragments_digest, layout_of
 from drivetrain.checkpoint.index import Stored, StoredTensor
 from drivetrain.checkpoint.packed import unpacked
@@ -70,7 +71,7 @@ def load(
         engine: what to restore into.
         load_dir: folder of the run's checkpoints, or a URL.
         tag: which one. By default the one that the file ``latest`` names, or when that is damaged
-            the last good one.
+            the newest one that it continued from; see :mod:`drivetrain.checkpoint.choice`.
         load_module_strict: module and checkpoint must have the same parameters and buffers.
         load_optimizer_states: restore masters and optimizer states; otherwise masters are made
             from the loaded parameters, and states and counts of updates start fresh.
@@ -84,7 +85,7 @@ def load(
 
     Returns:
         Path and client state; ``(None, None)`` with a warning when no tag is given and the
-        folder has no ``latest``.
+        folder has no checkpoint that was saved as the latest.
 
     Raises:
         CheckpointError: on every rank: a file is missing or damaged, or a tensor does not fit.
@@ -94,58 +95,51 @@ def load(
         load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only
     )
     with closing(open_storage(load_dir)) as storage:
-        tags = _candidates(engine, storage) if tag is None else iter([str(tag)])
-        problems: list[str] = []
+        tags = candidates(engine, storage) if tag is None else iter([str(tag)])
+        problems, hint = dict[str, str](), ""
         touched: set[tuple[str, str]] = set()
         for candidate in tags:
             attempt = _Attempt(engine, storage, candidate, options)
             problem = attempt.run(touched)
             if problem is None:
-                return attempt.finish(problems)
-            problems.append(problem)
-            if engine.job.rank == 0 and tag is None:
-                logger.error("%s; falling back to the last good checkpoint", problem)
-    if not problems:
-        logger.warning("no checkpoint loaded: %s does not exist", storage.where(index.LATEST))
-        return None, None
-    hint = "" if tag is None else _other_tags(storage, str(tag))
-    torn = "; the engine's states are no whole now, build it anew" if touched else ""
-    raise CheckpointError(f"{'; '.join(problems)}{hint}{torn}")
+                return attempt.finish(list(problems.values()))
+            problems[candidate] = problem.text
+            if tag is not None:
+                break
+            if not problem.damage:
+                hint = "; it is not known to be damaged, so no other one is taken"
+                break
+            if engine.job.rank == 0:
+                logger.error("%s; falling back to the last good checkpoint", problem.text)
+        if problems:
+            torn = "; the engine's states are no whole now, build it anew" if touched else ""
+            others = _other_tags(storage, problems)
+            raise CheckpointError(f"{'; '.join(problems.values())}{hint}{others}{torn}")
+    logger.warning("no checkpoint loaded: %s does not exist", storage.where(index.LATEST))
+    return None, None
 
 
-def _candidates(engine: Engine, storage: Storage) -> Iterator[str]:
-    """The tag in ``latest``, then all others from the newest on; rank 0's view counts."""
-    found, first = "", engine.job.rank == 0
+def _other_tags(storage: Storage, tried: Collection[str]) -> str:
     try:
-        if first and storage.size(index.LATEST) is not None:
-            found = storage.get(index.LATEST, 4096).decode(errors="replace").strip() or "?"
-    except (CheckpointError, OSError) as error:
+        others = [other for other in tags_by_age(storage) if other not in tried]
+    except OSError as error:  # the problem itself is the one to be raised
         logger.warning("%s", error)
-        found = "?"
-    if not (latest := text_of(engine, 0, found)):
-        return
-    yield latest
-    others = [tag for tag in tags_by_age(storage) if tag != latest] if first else []
-    while (other := text_of(engine, 0, others.pop(0) if others else "")) != "":
-        yield other
-
-
-def tags_by_age(storage: Storage) -> list[str]:
-    """Tags of checkpoints with a readable manifest, the newest first."""
-    found = []
-    for tag in storage.names():
-        try:
-            if index.MANIFEST in storage.names(tag):
-                manifest = Stored(storage, tag).manifest
-                found.append((manifest["step"], manifest["saved_at"], tag))
-        except (CheckpointError, OSError) as error:
-            logger.warning("%s", error)
-    return [tag for *_, tag in sorted(found, reverse=True)]
-
-
-def _other_tags(storage: Storage, tag: str) -> str:
-    others = [other for other in tags_by_age(storage) if other != tag]
+        return ""
     return f"; other checkpoints there: {', '.join(others[:5])}" if others else ""
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Why a checkpoint is not loaded.
+
+    Args:
+        text: for the message.
+        damage: its files are not as they were saved. Otherwise they cannot be read for now, or do
+            not fit the engine, or are of another version.
+    """
+
+    text: str
+    damage: bool
 
 
 class _Attempt:
@@ -158,7 +152,7 @@ class _Attempt:
         self.options = options
         self.guarantee = Guarantee(same_layout=False)
 
-    def run(self, touched: set[tuple[str, str]]) -> str | None:
+    def run(self, touched: set[tuple[str, str]]) -> _Problem | None:
         """Restore tensors; what is wrong, on every rank, if anything is. Collective.
 
         Args:
@@ -169,12 +163,13 @@ class _Attempt:
             (other,) = any_rank(self.engine, [not self.same])
             self.guarantee = self._guarantee(not other)
             self.unexpected = self._find_unexpected()
-            problem = self._together(self._plan)
+            problem = self._together(self._plan, damage=False)
         if problem is None:
             touched.update(self._keys())
             problem = self._together(self._read)
         if problem is None and (stale := sorted(touched - self._keys())):
-            problem = f"{self.stored.place} does not have {stale[0][1]}, which is damaged now"
+            text = f"{self.stored.place} does not have {stale[0][1]}, which is damaged now"
+            problem = _Problem(text, damage=True)
         return problem
 
     def finish(self, problems: list[str]) -> tuple[str, dict[str, Any]]:
@@ -185,6 +180,9 @@ class _Attempt:
             engine.states.refresh()
         try:
             if not self.options.module_only:
+                before = manifest.get("history")
+                known = before if isinstance(before, list) else []
+                continue_history(engine, known, self.stored.id)
                 self._load_progress(manifest["state"])
                 self._load_own()
         except index.MALFORMED as error:
@@ -202,15 +200,25 @@ class _Attempt:
 
     # -- planning: nothing is changed --------------------------------------------------------------
 
-    def _together(self, action: Callable[[], None], *malformed: type[Exception]) -> str | None:
-        problem = None
+    def _together(
+        self, action: Callable[[], None], *malformed: type[Exception], damage: bool = True
+    ) -> _Problem | None:
+        """Do something on every rank; ``damage`` tells what a :class:`CheckpointError` means."""
+        texts: dict[bool, str] = {}
         try:
             action()
-        except (CheckpointError, OSError) as error:
-            problem = str(error)
+        except (index.OtherFormatError, OSError) as error:
+            texts[False] = str(error)
+        except CheckpointError as error:
+            texts[damage] = str(error)
         except malformed as error:
-            problem = f"checkpoint {self.storage.where(self.tag)} is malformed: {error!r}"
-        return worst(self.engine, problem)
+            texts[damage] = f"checkpoint {self.storage.where(self.tag)} is malformed: {error!r}"
+        if not any(any_rank(self.engine, [bool(texts)])):
+            return None
+        for kind in (False, True):  # what is not damage on one rank is none
+            if (text := worst(self.engine, texts.get(kind))) is not None:
+                return _Problem(text, damage=kind)
+        raise AssertionError("a rank has a problem")
 
     def _open(self) -> None:
         """Read manifest, index, and what this rank, or else rank 0, saved for itself."""

@@ -17,6 +17,7 @@ from drivetrain import __version__
 from drivetrain.builtin.checkpoints import CheckpointSection
 from drivetrain.checkpoint import index
 from drivetrain.checkpoint.agreement import any_rank, same_everywhere, text_of, worst
+from drivetrain.checkpoint.choice import continue_history, history_of
 from drivetrain.checkpoint.commit import PendingSave, SavedBox, UnfinishedSaveError
 from drivetrain.checkpoint.guarantee import fragments_digest, layout_of, promise
 from drivetrain.checkpoint.packed import packed
@@ -84,7 +85,9 @@ def save(
         problem = str(error)
     raise_together(engine, problem, storage.where(tag))
     contents.compare_buffers()
+    contents.manifest |= {"latest": save_latest, "history": history_of(engine)}
     pending = contents.pending(storage, tag, save_id, save_latest=save_latest)
+    continue_history(engine, history_of(engine), save_id)
     engine.job.hub.carry_out_save(engine, pending)
     return pending.place
 
@@ -188,7 +191,7 @@ class _Contents:
         }
         self.manifest = {
             "format": index.FORMAT,
-            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "saved_at": datetime.now(UTC).isoformat(timespec="microseconds"),
             "versions": versions(engine),
             **layout_of(engine),
             "step": engine.global_steps,
