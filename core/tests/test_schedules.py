@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
@@ -81,6 +83,56 @@ def test_one_cycle_stairs_discretise_the_ramps():
     assert curve(schedule, 12) == approx(expected)
     same = OneCycle(adamw(), 0.0, 1.0, cycle_first_step_size=4, cycle_first_stair_count=2)
     assert curve(same, 9) == approx([0, 0, 0.5, 0.5, 1, 1, 0.5, 0.5, 0])
+
+
+def exact_one_cycle(update, up, down, up_stairs, down_stairs, low, high):
+    """The rate in exact arithmetic, from the definition: a stair is reached at its border."""
+    if update <= up:
+        share, stairs = Fraction(update, up), up_stairs
+    else:
+        share, stairs = min(Fraction(update - up, down), Fraction(1)), down_stairs
+    if stairs:
+        share = Fraction(math.floor(share * stairs), stairs)
+    height = share if update <= up else 1 - share
+    return low + (high - low) * height
+
+
+def test_one_cycle_is_exact_at_every_border_of_its_stairs():
+    low, high = Fraction(1, 10), Fraction(7, 10)  # in floats 0.1 + (0.7 - 0.1) is not 0.7
+    for up, down, stairs in itertools.product(
+        (1, 3, 49, 98, 100), (7, 93, 100), (0, 1, 3, 49, 100)
+    ):
+        schedule = OneCycle(
+            adamw(),
+            0.1,
+            0.7,
+            cycle_first_step_size=up,
+            cycle_second_step_size=down,
+            cycle_first_stair_count=stairs,
+            cycle_second_stair_count=stairs,
+        )
+        for update, rate in enumerate(curve(schedule, up + down + 3)):
+            exact = exact_one_cycle(update, up, down, stairs, stairs, low, high)
+            assert rate == pytest.approx(float(exact), rel=1e-14), (up, down, stairs, update)
+
+
+def test_every_schedule_reaches_its_ends_exactly():
+    for low, high in ((0.1, 0.7), (1e-9, 3e-4), (0.3, 0.9), (0.7, 0.1)):
+        cycle = OneCycle(adamw(), low, high, cycle_first_step_size=3, cycle_min_mom=0.3)
+        assert [cycle.rates(n)[0] for n in (-1, 2, 5, 6)] == [low, high, low, low]
+        assert [cycle.momentum(n) for n in (-1, 2, 5)] == [0.9, 0.3, 0.9]
+        for kind, steps in itertools.product(("log", "linear"), (2, 3, 7, 49, 1000)):
+            warm = WarmupLR(adamw(), low, high, steps, kind)
+            assert [warm.rates(n)[0] for n in (-1, 0, steps, steps + 1)] == [low, low, high, high]
+            line = WarmupDecayLR(adamw(), low, high, steps, kind, total_num_steps=steps + 9)
+            assert [line.rates(n)[0] for n in (steps, steps + 9, steps + 20)] == [high, low, low]
+            cosine = WarmupCosineLR(adamw(1.0), steps + 9, low, steps, high, kind)
+            assert cosine.rates(0) == [low]
+            assert [cosine.rates(n)[0] for n in (steps + 8, steps + 20)] == [high, high]
+    for size in (1, 3, 49, 98):
+        stairs = LRRangeTest(adamw(), 0.25, size, 1.0, lr_range_test_staircase=True)
+        found = [stairs.rates(n)[0] for n in range(-1, 4 * size)]
+        assert found == [0.25 * (1 + n // size) for n in range(4 * size + 1)]
 
 
 def test_one_cycle_moves_the_momentum_against_the_rate():

@@ -116,12 +116,12 @@ class LRRangeTest(Schedule):
     lr_range_test_staircase: bool = False
 
     def _prepare(self) -> None:
-        _positive(lr_range_test_step_size=self.lr_range_test_step_size)
+        _whole(lr_range_test_step_size=self.lr_range_test_step_size)
         self._min = self._per_group("lr_range_test_min_lr", self.lr_range_test_min_lr)
 
     def rates(self, iteration: int) -> list[float]:
-        interval = (iteration + 1) / self.lr_range_test_step_size
-        interval = math.floor(interval) if self.lr_range_test_staircase else interval
+        done, size = iteration + 1, self.lr_range_test_step_size
+        interval = done // size if self.lr_range_test_staircase else done / size
         return [low * (1 + self.lr_range_test_step_rate * interval) for low in self._min]
 
 
@@ -162,7 +162,7 @@ class OneCycle(Schedule):
     def _prepare(self) -> None:
         self._up, down = self.cycle_first_step_size, self.cycle_second_step_size
         self._down = self._up if down is None else down
-        _positive(cycle_first_step_size=self._up, cycle_second_step_size=self._down)
+        _whole(cycle_first_step_size=self._up, cycle_second_step_size=self._down)
         stairs = self.cycle_second_stair_count
         self._down_stairs = self.cycle_first_stair_count if stairs is None else stairs
         self._min = self._per_group("cycle_min_lr", self.cycle_min_lr)
@@ -172,13 +172,13 @@ class OneCycle(Schedule):
         height = self._height(iteration)
         decay = 1 + self.decay_lr_rate * self._decay_intervals(iteration)
         pairs = zip(self._min, self._max, strict=True)
-        return [(low + (high - low) * height) / decay for low, high in pairs]
+        return [between(low, high, height) / decay for low, high in pairs]
 
     def momentum(self, iteration: int) -> float:
         """Momentum at ``iteration`` (from -1)."""
-        span = self.cycle_max_mom - self.cycle_min_mom
         growth = 1 + self.decay_mom_rate * self._decay_intervals(iteration)
-        return (self.cycle_max_mom - span * self._height(iteration)) * growth
+        height = self._height(iteration)
+        return between(self.cycle_max_mom, self.cycle_min_mom, height) * growth
 
     def _apply(self) -> None:
         super()._apply()
@@ -190,8 +190,8 @@ class OneCycle(Schedule):
         """Where on the ramps, from 0 (both ends) to 1 (the peak)."""
         done = iteration + 1
         if done <= self._up:
-            return _on_stairs(done / self._up, self.cycle_first_stair_count)
-        return 1 - _on_stairs(min((done - self._up) / self._down, 1.0), self._down_stairs)
+            return _on_stairs(done, self._up, self.cycle_first_stair_count)
+        return 1 - _on_stairs(min(done - self._up, self._down), self._down, self._down_stairs)
 
     def _decay_intervals(self, iteration: int) -> float:
         after = max(iteration + 1 - self._up - self._down, 0)
@@ -223,7 +223,7 @@ class WarmupLR(Schedule):
     def rates(self, iteration: int) -> list[float]:
         share = self._share(max(iteration, 0))
         pairs = zip(self._min, self._max, strict=True)
-        return [low + (high - low) * share for low, high in pairs]
+        return [between(low, high, share) for low, high in pairs]
 
     def _share(self, iteration: int) -> float:
         return warmup_share(iteration, self.warmup_num_steps, self.warmup_type)
@@ -283,9 +283,9 @@ class WarmupCosineLR(Schedule):
             self.cos_min_ratio,
         )
         if iteration < warmup:
-            return first + (1 - first) * warmup_share(iteration, warmup, self.warmup_type)
+            return between(first, 1.0, warmup_share(iteration, warmup, self.warmup_type))
         progress = min((iteration - warmup + 1) / max(1, self.total_num_steps - warmup), 1.0)
-        return last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2
+        return between(last, 1.0, (1 + math.cos(math.pi * progress)) / 2)
 
 
 def warmup_share(iteration: int, steps: int, kind: Warmup) -> float:
@@ -296,14 +296,30 @@ def warmup_share(iteration: int, steps: int, kind: Warmup) -> float:
     return math.log(iteration + 1) / math.log(steps) if kind == "log" else iteration / steps
 
 
-def _on_stairs(share: float, stairs: int) -> float:
-    return math.floor(share * stairs) / stairs if stairs else share
+def between(low: float, high: float, share: float) -> float:
+    """From exactly ``low`` at share 0 to exactly ``high`` at share 1."""
+    return low * (1 - share) + high * share
 
 
-def _positive(**values: int) -> None:
+def _on_stairs(done: int, steps: int, stairs: int) -> float:
+    """How far ``done`` of ``steps`` is, from 0 to 1, on so many stairs; on a ramp if 0.
+
+    Counted before it is divided: a rounded share lies below a border as often as on it.
+    """
+    return done * stairs // steps / stairs if stairs else done / steps
+
+
+def _positive(**values: float) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _whole(**values: float) -> None:
+    _positive(**values)
+    for name, value in values.items():
+        if value != int(value):
+            raise ValueError(f"{name} must be a whole number, got {value}")
 
 
 def _check_warmup(kind: str) -> None:
