@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from drivetrain import system
 from drivetrain.accelerator import Accelerator
 from drivetrain.errors import ConfigError, PluginError
 from drivetrain.registry import Registry
@@ -43,13 +43,13 @@ class HostAccelerator(Accelerator):
         return self.max_memory_allocated()
 
     def max_memory_allocated(self) -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return system.peak_memory()
 
     def reset_peak_memory(self) -> None:
         pass  # the system's peak is that of the process's whole life
 
     def total_memory(self) -> int:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return system.total_memory()
 
 
 def active_accelerator() -> str | None:

@@ -7,7 +7,9 @@ import stat
 
 from drivetrain.errors import CheckpointError
 
-_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+# Without O_BINARY Windows changes the ends of lines.
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+_READ |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 # So that a pipe is refused and not waited for.
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 

@@ -7,8 +7,6 @@ tests can end a process before, or in the middle of, each of them.
 from __future__ import annotations
 
 import errno
-import fcntl
-import mmap
 import os
 import threading
 import weakref
@@ -20,13 +18,16 @@ from typing import TYPE_CHECKING
 
 from drivetrain.checkpoint.plain_file import open_plain, path_below
 from drivetrain.errors import CheckpointError
+from drivetrain.paths import at_home
 from drivetrain.registry import Registry
+from drivetrain.system import fcntl, pages
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _PAGE = 4096
 _BUFFER = 8 << 20
+_BINARY = getattr(os, "O_BINARY", 0)  # without it Windows changes the ends of lines
 
 
 class Sink(ABC):
@@ -134,7 +135,7 @@ def open_storage(root: str | os.PathLike[str]) -> Storage:
     place = os.fspath(root)
     scheme, separator, _ = place.partition("://")
     if not separator:
-        return LocalStorage(place)
+        return LocalStorage(at_home(place))
     registry = Registry.installed()
     if registry.find("storages", scheme) is None:
         raise CheckpointError(
@@ -194,13 +195,22 @@ class LocalStorage(Storage):
         file, rest = self._open(path), memoryview(into)
         end = offset + len(rest)
         while rest:
-            count = os.preadv(file, [rest], end - len(rest))
+            count = self._read_at(file, rest, end - len(rest))
             if not count:
                 raise CheckpointError(
                     f"checkpoint file {self.where(path)} is damaged: it ends at byte "
                     f"{end - len(rest):,}, but {end:,} are needed"
                 )
             rest = rest[count:]
+
+    def _read_at(self, file: int, into: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(file, [into], offset)
+        with self._lock:  # the position belongs to the descriptor, which threads share
+            os.lseek(file, offset, os.SEEK_SET)
+            data = os.read(file, len(into))
+        into[: len(data)] = data
+        return len(data)
 
     def names(self, folder: str = "") -> list[str]:
         try:
@@ -264,15 +274,15 @@ class _LocalSink(Sink):
     def __init__(self, path: str) -> None:
         self._path = path
         _make_folder(os.path.dirname(os.path.abspath(path)))
-        self._buffer, self._spare = (_pages() for _ in range(2))
+        self._buffer, self._spare = (pages(_BUFFER) for _ in range(2))
         self._filled = 0
         self._thread = ThreadPoolExecutor(1, "checkpoint-write")
         self._written: Future[None] | None = None
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | _BINARY
         self._file = os.open(path, flags, 0o666)
         self._open = True
         self._direct = False
-        with suppress(OSError):  # a file system that cannot
+        with suppress(OSError, AttributeError):  # a file system or a system that cannot
             self._flags = fcntl.fcntl(self._file, fcntl.F_GETFL)
             fcntl.fcntl(self._file, fcntl.F_SETFL, self._flags | getattr(os, "O_DIRECT", 0))
             self._direct = True
@@ -331,14 +341,6 @@ class _LocalSink(Sink):
             self._direct = False
 
 
-def _pages() -> memoryview:
-    """Memory of a buffer, in huge pages where there are any: the disk is told of fewer ranges."""
-    memory = mmap.mmap(-1, _BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(AttributeError, OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
-
-
 def _close_all(files: dict[str, int]) -> None:
     while files:
         _close(files.popitem()[1])
@@ -361,6 +363,8 @@ def _make_folder(path: str) -> None:
 
 def _sync_folder(path: str) -> None:
     """Wait until what was created or renamed inside ``path`` is on the disk."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders, and keeps a journal of them
+        return
     folder = os.open(path or ".", os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from drivetrain.errors import DrivetrainError
 from drivetrain.testing.rank import Call, Outcome
-from drivetrain.testing.rank_server import STACK_SIGNAL
+from drivetrain.testing.rank_server import KILL, STACK_SIGNAL
 
 _GRACE_SECONDS = 30.0
 """How long ranks may go on after one has failed; those that wait for it end by themselves."""
@@ -255,7 +255,7 @@ class _Pool:
             text += piece
         return text.decode(errors="replace") or "no stack: the process does not answer"
 
-    def end(self, rank: _Rank, by: int = signal.SIGKILL) -> int:
+    def end(self, rank: _Rank, by: int = KILL) -> int:
         """End a rank by a signal, or wait for one that is ending; answers its exit code."""
         if rank.ended:
             return 0

@@ -18,7 +18,9 @@ from typing import Any, NoReturn
 
 _PRELOAD = ("torch", "torch.distributed", "drivetrain.job", "drivetrain.testing.rank")
 
-STACK_SIGNAL = signal.SIGUSR1
+# Where processes can be forked, there are both; elsewhere this can be imported, and no more.
+STACK_SIGNAL = getattr(signal, "SIGUSR1", signal.SIGTERM)
+KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
 """Makes a rank write the stacks of its threads into its stack pipe."""
 
 
@@ -39,7 +41,7 @@ def main() -> None:
             server.sendall(json.dumps(answer).encode())
     finally:
         for pid in ranks:
-            _end(pid, signal.SIGKILL)
+            _end(pid, KILL)
 
 
 def _serve(
