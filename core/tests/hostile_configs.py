@@ -272,7 +272,7 @@ def read_all(folder: Path) -> None:
     configs = write(folder)
     for name, config in configs.items():
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
-        start = time.perf_counter()
+        start, begun = time.process_time(), time.perf_counter()
         try:
             if "overlay" in name:
                 build({"train_batch_size": 1}, overlays=[config])
@@ -284,7 +284,7 @@ def read_all(folder: Path) -> None:
             said = f"NOT OURS: {type(error).__name__}: {str(error)[:200]}"
         else:
             said = "NOT REFUSED"
-        took = time.perf_counter() - start
+        took = {"cpu": time.process_time() - start, "wall": time.perf_counter() - begun}
         print(json.dumps({"name": name, "seconds": took, "said": said}), flush=True)  # noqa: T201 - to the test
 
 

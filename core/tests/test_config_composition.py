@@ -183,6 +183,68 @@ def test_auto_is_dropped_wherever_it_stands_so_that_defaults_apply() -> None:
     assert 'optimizer.params.weight_decay: "auto", so its' in core["optimization"].notes()[0]
 
 
+@pytest.mark.parametrize("path", sorted(SECTIONS))
+@pytest.mark.parametrize("off", [{"enabled": False, "x": 1}, {"a": False, "b": {"c": 0}}, None])
+def test_a_section_that_is_off_needs_nobody_to_serve_it(path: str, off: Any) -> None:
+    config: Any = off
+    for key in reversed(path.split(".")):
+        config = {key: config}
+    composition = compose(config, Registry(core_entries()))
+    assert [m for m in composition.members if not m.is_core] == []
+    (note,) = composition.notes
+    assert note.startswith(f"{path}: no effect, as it is switched off (served by {SECTIONS[path]}")
+
+
+@pytest.mark.parametrize("on", [{}, {"enabled": True}, {"enabled": "auto"}, {"a": 0, "b": 1}, True])
+def test_a_section_that_is_not_off_needs_its_owner(on: Any) -> None:
+    with pytest.raises(ConfigError, match="wandb: served by drivetrain-wandb"):
+        compose({"wandb": on}, Registry(core_entries()))
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_what_is_offloaded_nowhere_needs_no_package(key: str) -> None:
+    config = {"zero_optimization": {"stage": 0, key: {"device": "none", "pin_memory": True}}}
+    composition = compose(config, Registry(core_entries()))
+    assert len(composition.notes) == 2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"nonsense": "auto"},
+        {"zero_optimization": {"bogus": "auto"}},
+        {"fp16": {"enabled": True, "loss_scal": "auto"}},
+        {"zero_optimization": {"leaf": {"deep": "auto"}}},
+        {"zero_optimization": {"leaves": [{"deep": "auto"}]}},
+        {"optimizer": {"type": "AdamW", "parms": "auto"}},
+        {"timers": {"throughput": {"enable": "auto"}}},
+    ],
+    ids=str,
+)
+def test_auto_makes_no_unknown_key_known(config: dict[str, Any]) -> None:
+    (problem,) = problems(config)
+    assert ": unknown key" in problem
+
+
+def test_auto_is_no_section() -> None:
+    (problem,) = problems({"zero_optimization": "auto"})
+    assert problem.startswith('zero_optimization: expected an object, got "auto"')
+
+
+def test_a_required_key_that_says_auto_is_not_given() -> None:
+    (problem,) = problems({"csv_monitor": {"output_path": "auto"}})
+    assert problem.startswith(
+        'csv_monitor.output_path: required, but "auto", which counts as unset'
+    )
+
+
+def test_what_means_nothing_here_is_taken_with_a_note() -> None:
+    config = {"compute_grad_norm": True, "parameter_alignment": 8, "comms_config": {"a": [1]}}
+    members = {member.plugin.name: member.plugin for member in composed(config).members}
+    notes = members["legacy"].notes()
+    assert [note.partition(":")[0] for note in notes] == list(config)
+
+
 def test_plugins_key_activates_a_plugin_with_an_empty_section() -> None:
     found = others(composed({"plugins": {"silent": True, "tensor_size": True}}))
     assert list(found) == ["silent", "sized"]

@@ -30,7 +30,9 @@ def test_every_hostile_config_is_refused_soon_and_clearly(tmp_path: Path, parser
     for result in results:
         said = result["said"]
         assert not said.startswith("NOT"), result
-        assert result["seconds"] < SECONDS, result
+        # Other processes take their part of the wall's time; a config that waits would take all.
+        assert result["seconds"]["cpu"] < SECONDS, result
+        assert result["seconds"]["wall"] < 10 * SECONDS, result
         assert all(c.isprintable() or c == "\n" for c in said), result
         assert all(line.strip() for line in said.split("\n")[:1]), result
         assert said.count("\n") <= 101, result

@@ -112,8 +112,8 @@ class Plugin:
         """Remarks for ``drivetrain explain``: keys given by another name, and without effect."""
         found = []
         for path, section in self._sections.items():
-            renames = section.given_as if isinstance(section, Section) else {}
-            found += [f"{path}.{old}: another name of {key}" for old, key in renames.items()]
+            others = section.other_names if isinstance(section, Section) else {}
+            found += [f"{path}.{old}: {outcome}" for old, outcome in others.items()]
             found += [
                 f"{path}.{name}: no effect, {field.description.removeprefix(NO_EFFECT).rstrip('.')}"
                 for name, field in type(section).model_fields.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 from pydantic import (
@@ -18,7 +19,6 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
-    PrivateAttr,
     RootModel,
     model_validator,
 )
@@ -48,8 +48,8 @@ def _integer(value: Any) -> Any:
         if not value.is_integer():
             raise ValueError(f"expected a whole number, got {as_json(value)}")
         value = int(value)
-    if abs(value) >= 2**63:
-        raise ValueError(f"expected a whole number below 2^63, got {as_json(value)}")
+    if abs(value) >= 2**128:
+        raise ValueError(f"expected a whole number below 2^128, got {as_json(value)}")
     return value
 
 
@@ -87,32 +87,32 @@ class Section(BaseModel):
     """A config section: frozen, and every unknown key is an error.
 
     Attributes:
-        renamed: other name of a key -> the key; values may be given under either, not both.
+        renamed: other name of a key -> the key; where both are given, the key counts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     renamed: ClassVar[Mapping[str, str]] = {}
 
-    _given_as: dict[str, str] = PrivateAttr(default_factory=dict)
-
-    @property
-    def given_as(self) -> Mapping[str, str]:
-        """Other name -> key, of the keys that were given under another name."""
-        return self._given_as
+    @cached_property  # which pydantic does not compare
+    def other_names(self) -> Mapping[str, str]:
+        """Other name that was given -> what became of its value."""
+        return {}
 
     @model_validator(mode="wrap")
     @classmethod
     def _by_other_names(cls, value: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
         found = {}
-        if isinstance(value, Mapping):
-            found = {old: key for old, key in cls.renamed.items() if old in value}
-            for old, key in found.items():
-                if key in value:
-                    raise ValueError(f"{old} is another name of {key}, which is given, too")
-            value = {found.get(key, key): item for key, item in value.items()} if found else value
+        if isinstance(value, Mapping) and (others := cls.renamed.keys() & value.keys()):
+            kept = {name: item for name, item in value.items() if name not in others}
+            for old in sorted(others):
+                key = cls.renamed[old]
+                found[old] = f"no effect, as {key} is given" if key in kept else f"taken for {key}"
+                kept.setdefault(key, value[old])
+            value = kept
         section = build(value)
-        section._given_as = found
+        if found:
+            section.__dict__["other_names"] = found
         return section
 
 

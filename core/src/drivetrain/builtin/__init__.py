@@ -15,7 +15,8 @@ _PATHS = {
     "defaults:Defaults": "data_parallel",
     "checkpoints:Checkpoints": "checkpoint",
     "legacy:Legacy": "amp nebula datastates_ckpt disable_allgather graph_harvesting "
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer",
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer compute_grad_norm "
+    "parameter_alignment comms_config",
 }
 
 _SCHEDULES = ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")

@@ -20,6 +20,13 @@ _NO_EFFECT = {
     "zero_force_ds_cpu_optimizer": "an update runs where its states live",
 }
 
+_NO_EFFECT_WHATEVER = {
+    "compute_grad_norm": "the norm is computed when something needs it",
+    "parameter_alignment": "buckets are aligned as the device needs it",
+    "comms_config": "the communicator has no settings of its own",
+}
+"""Keys whose values have several types."""
+
 _ADVICE = {
     "amp": "apex is not supported; use torch_autocast, bf16 or fp16",
     "nebula": "this checkpoint service is not supported; remove the section",
@@ -47,12 +54,19 @@ class AlwaysOn(Scalar[Any]):
     root: Any = None
 
 
+class Ignored(Scalar[Any]):
+    """Accepted with any value, has no effect; ``drivetrain explain`` says why."""
+
+    root: Any = None
+
+
 class Legacy(Plugin):
     """Owns the keys that have no meaning here."""
 
     name = "legacy"
     sections: ClassVar[Sections] = {
         **dict.fromkeys(_NO_EFFECT, NoEffect),
+        **dict.fromkeys(_NO_EFFECT_WHATEVER, Ignored),
         "amp": Unsupported,
         "nebula": Unsupported,
         "datastates_ckpt": AlwaysOn,
@@ -64,4 +78,5 @@ class Legacy(Plugin):
         return [Problem(path, _ADVICE[path]) for path in refused if path in _ADVICE]
 
     def notes(self) -> Sequence[str]:
-        return [f"{p}: no effect, {_NO_EFFECT[p]}" for p in self._sections if p in _NO_EFFECT]
+        reasons = {**_NO_EFFECT, **_NO_EFFECT_WHATEVER}
+        return [f"{p}: no effect, {reasons[p]}" for p in self._sections if p in reasons]

@@ -20,7 +20,10 @@ MAX_VALUES = 20_000
 
 _MAX_KEY = 200
 _MAX_NUMBER = 40
-"""Characters of a number; the longest that a double or a 64-bit integer needs has 24."""
+"""Characters of a number; a double needs at most 24."""
+
+_MAX_BITS = 128
+"""Bits of an integer; some stand for a limit beyond all memory."""
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
@@ -84,8 +87,8 @@ def _key_problem(key: Any) -> str | None:
 
 
 def _value_problem(value: Any) -> str | None:
-    if isinstance(value, int) and not -(2**64) < value < 2**64:
-        return f"an integer of {value.bit_length()} bits, but no setting has more than 64"
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        return f"an integer of {value.bit_length()} bits, but no setting has more than {_MAX_BITS}"
     if isinstance(value, str) and _NO_TEXT.search(value):
         return "the text has a NUL or half of a surrogate pair, which no setting can have"
     return None

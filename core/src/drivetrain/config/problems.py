@@ -134,9 +134,9 @@ def _locate(detail: ErrorDetails, model: type[BaseModel], value: Any) -> tuple[s
     types: list[Any] = [model]
     absent = len(detail["loc"]) if detail["type"] == "missing" else 0
     for depth, item in enumerate(detail["loc"], 1):
-        given = [o for t in types if _is_section(t) for o, n in t.renamed.items() if n == item]
-        if isinstance(value, Mapping) and item not in value:
-            item = next((old for old in given if old in value), item)
+        if isinstance(value, Mapping) and item not in value:  # given by another name, perhaps
+            names = (pair for t in types if _is_section(t) for pair in t.renamed.items())
+            item = next((old for old, name in names if name == item and old in value), item)
         if isinstance(value, Mapping) and (item in value or depth == absent):
             path += f".{item}"
             around, types = types, [found for t in types for found in _inner(t, str(item))]

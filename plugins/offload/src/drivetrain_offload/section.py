@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from drivetrain.section import NO_EFFECT, Bool, Float, NonNegativeInt, PositiveInt, Section
+from drivetrain.section import (
+    NO_EFFECT,
+    Bool,
+    Float,
+    NonNegativeInt,
+    PathText,
+    PositiveInt,
+    Section,
+)
 
 
 class OffloadOptimizer(Section):
@@ -15,7 +24,9 @@ class OffloadOptimizer(Section):
     device: Literal["none", "cpu", "nvme"] = Field(
         default="none", description="Home of the states: the device, host memory or files."
     )
-    nvme_path: str | None = Field(default=None, description="Folder for files; needed for nvme.")
+    nvme_path: PathText | None = Field(
+        default=None, description="Folder for files; needed for nvme."
+    )
     pin_memory: Bool = Field(
         default=True,
         description="Lock the host memory that the device copies from and to: a few buffers.",
@@ -80,7 +91,9 @@ class OffloadParam(Section):
     device: Literal["none", "cpu", "nvme"] = Field(
         default="none", description="Home of the shards: the device, host memory or files."
     )
-    nvme_path: str | None = Field(default=None, description="Folder for files; needed for nvme.")
+    nvme_path: PathText | None = Field(
+        default=None, description="Folder for files; needed for nvme."
+    )
     pin_memory: Bool = Field(
         default=True, description="Lock host memory that the device copies from and to."
     )
@@ -108,6 +121,8 @@ class OffloadParam(Section):
 class Aio(Section):
     """Asynchronous file I/O."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"thread_count": "intra_op_parallelism"}
+
     block_size: PositiveInt = Field(
         default=1_048_576, description="Bytes of one request to the system; a multiple of 4096."
     )
@@ -130,15 +145,6 @@ class Aio(Section):
     engine: Literal["auto", "io_uring", "libaio", "threads"] = Field(
         default="auto", description="The system's interface; auto takes the first that works."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_old_spelling(cls, value: Any) -> Any:
-        """``thread_count`` is what ``intra_op_parallelism`` was called."""
-        if not isinstance(value, dict) or "thread_count" not in value:
-            return value
-        kept = dict(value)
-        return {"intra_op_parallelism": kept.pop("thread_count"), **kept}
 
     @model_validator(mode="after")
     def _aligned(self) -> Aio:

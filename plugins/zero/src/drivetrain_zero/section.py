@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from drivetrain.section import Bool, Int, NonNegativeFloat, NonNegativeInt, PositiveInt, Section
-
-_NO_EFFECT = "Accepted, has no effect: "
+from drivetrain.section import (
+    NO_EFFECT,
+    Bool,
+    Int,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+)
 
 _MOVED = {
     "cpu_offload": 'offload_optimizer: {"device": "cpu"}',
@@ -18,15 +25,34 @@ _MOVED = {
 }
 """Keys of old configs, which may stay as long as they are off; what they are called now."""
 
-_GATHER_FP16 = "stage3_gather_fp16_weights_on_model_save"
+_OTHER_NAMES = {
+    **{
+        name: f"stage3_{name}"
+        for name in (
+            *("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters"),
+            *("model_persistence_threshold", "max_reuse_distance", "module_granularity_threshold"),
+            *("gather_16bit_weights_on_model_save", "use_all_reduce_for_fetch_params"),
+            "allgather_sequential",
+        )
+    },
+    "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
+}
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+"""Several names, or one that stands for a list of itself."""
 
 
 class LeafModules(Section):
     """Modules that are fetched whole; accepted, because every unit is."""
 
-    classes: tuple[str, ...] = Field(default=(), description="Names of module classes.")
-    names: tuple[str, ...] = Field(default=(), description="Paths of modules.")
-    name_suffixes: tuple[str, ...] = Field(default=(), description="Ends of paths of modules.")
+    classes: Names = Field(default=(), description="Names of module classes.")
+    names: Names = Field(default=(), description="Paths of modules.")
+    name_suffixes: Names = Field(default=(), description="Ends of paths of modules.")
 
 
 class LoCo(Section):
@@ -42,6 +68,8 @@ class LoCo(Section):
 
 class ZeroSection(Section):
     """ZeRO: model states sharded over data-parallel ranks (arXiv:1910.02054)."""
+
+    renamed: ClassVar[Mapping[str, str]] = _OTHER_NAMES
 
     stage: Int = Field(
         default=0,
@@ -72,31 +100,31 @@ class ZeroSection(Section):
         "as at stage 3, which always gathers in forward.",
     )
     round_robin_gradients: Bool = Field(
-        default=False, description=f"{_NO_EFFECT}every bucket is spread over all ranks already."
+        default=False, description=f"{NO_EFFECT}every bucket is spread over all ranks already."
     )
     contiguous_gradients: Bool = Field(
-        default=True, description=f"{_NO_EFFECT}gradients are always reduced from flat buffers."
+        default=True, description=f"{NO_EFFECT}gradients are always reduced from flat buffers."
     )
     reduce_scatter: Bool = Field(
-        default=True, description=f"{_NO_EFFECT}gradients are always reduce-scattered."
+        default=True, description=f"{NO_EFFECT}gradients are always reduce-scattered."
     )
     use_multi_rank_bucket_allreduce: Bool = Field(
-        default=True, description=f"{_NO_EFFECT}gradients are always reduce-scattered."
+        default=True, description=f"{NO_EFFECT}gradients are always reduce-scattered."
     )
     allgather_partitions: Bool = Field(
-        default=True, description=f"{_NO_EFFECT}parameters are always all-gathered."
+        default=True, description=f"{NO_EFFECT}parameters are always all-gathered."
     )
-    allgather_bucket_size: PositiveInt = Field(
-        default=500_000_000, description=f"{_NO_EFFECT}a bucket is gathered by one call."
+    allgather_bucket_size: NonNegativeInt = Field(
+        default=500_000_000, description=f"{NO_EFFECT}a bucket is gathered by one call."
     )
     load_from_fp32_weights: Bool = Field(
-        default=True, description=f"{_NO_EFFECT}masters are loaded where there are any."
+        default=True, description=f"{NO_EFFECT}masters are loaded where there are any."
     )
     elastic_checkpoint: Bool = Field(
-        default=False, description=f"{_NO_EFFECT}checkpoints load at every world size."
+        default=False, description=f"{NO_EFFECT}checkpoints load at every world size."
     )
-    sub_group_size: PositiveInt = Field(
-        default=1_000_000_000, description=f"{_NO_EFFECT}updates run bucket by bucket."
+    sub_group_size: NonNegativeInt = Field(
+        default=1_000_000_000, description=f"{NO_EFFECT}updates run bucket by bucket."
     )
     ignore_unused_parameters: Bool = Field(
         default=True,
@@ -104,7 +132,7 @@ class ZeroSection(Section):
     )
     legacy_stage1: Bool = Field(default=False, description="true is refused; use stage 1.")
     pipeline_loading_checkpoint: Bool = Field(
-        default=False, description=f"{_NO_EFFECT}loading reads only what a rank needs."
+        default=False, description=f"{NO_EFFECT}loading reads only what a rank needs."
     )
     enable_sanity_checks: Bool = Field(
         default=False,
@@ -134,29 +162,29 @@ class ZeroSection(Section):
         default=False, description="Whether save_16bit_model may gather the weights."
     )
     stage3_module_granularity_threshold: NonNegativeInt = Field(
-        default=0, description=f"{_NO_EFFECT}repeated blocks are gathered as a whole."
+        default=0, description=f"{NO_EFFECT}repeated blocks are gathered as a whole."
     )
     stage3_use_all_reduce_for_fetch_params: Bool = Field(
-        default=False, description=f"{_NO_EFFECT}parameters are always all-gathered."
+        default=False, description=f"{NO_EFFECT}parameters are always all-gathered."
     )
     stage3_allgather_sequential: Bool = Field(
-        default=False, description=f"{_NO_EFFECT}a unit is gathered without a second copy."
+        default=False, description=f"{NO_EFFECT}a unit is gathered without a second copy."
     )
     memory_efficient_linear: Bool = Field(
-        default=True, description=f"{_NO_EFFECT}no linear layer keeps gathered weights."
+        default=True, description=f"{NO_EFFECT}no linear layer keeps gathered weights."
     )
     override_module_apply: Bool = Field(
-        default=True, description=f"{_NO_EFFECT}Module.apply works inside zero.Init."
+        default=True, description=f"{NO_EFFECT}Module.apply works inside zero.Init."
     )
     log_trace_cache_warnings: Bool = Field(
         default=False, description="Log when units are used in another order than learned."
     )
     leaf_module: LeafModules = Field(
         default_factory=LeafModules,
-        description=f"{_NO_EFFECT}everything in a unit travels together.",
+        description=f"{NO_EFFECT}everything in a unit travels together.",
     )
     save_muon_momentum_buffer_in_memory: Bool = Field(
-        default=False, description=f"{_NO_EFFECT}a state's home decides."
+        default=False, description=f"{NO_EFFECT}a state's home decides."
     )
 
     zero_hpz_partition_size: PositiveInt = Field(
@@ -187,7 +215,7 @@ class ZeroSection(Section):
         "for all (arXiv:2205.00119).",
     )
     mics_hierarchical_params_gather: Bool = Field(
-        default=False, description=f"{_NO_EFFECT}the communicator chooses the route."
+        default=False, description=f"{NO_EFFECT}the communicator chooses the route."
     )
 
     @model_validator(mode="before")
@@ -201,10 +229,7 @@ class ZeroSection(Section):
         for key, successor in _MOVED.items():
             if value.get(key):
                 raise ValueError(f"{key} is {successor} now")
-        kept = {key: item for key, item in value.items() if key not in _MOVED}
-        if _GATHER_FP16 in kept:
-            kept.setdefault("stage3_gather_16bit_weights_on_model_save", kept.pop(_GATHER_FP16))
-        return kept
+        return {key: item for key, item in value.items() if key not in _MOVED}
 
     @model_validator(mode="after")
     def _possible(self) -> ZeroSection:
