@@ -9,6 +9,8 @@ from drivetrain_kernels import command as command_module
 from drivetrain_kernels.native import NativeLibrary
 from drivetrain_kernels.registry import registry
 
+from drivetrain.cli import main
+
 
 @pytest.fixture
 def acme(tmp_path, monkeypatch):
@@ -55,3 +57,11 @@ def test_build_fails_by_name_and_builds_the_rest(acme):
     assert result.exit_code == 1
     assert "acme 1.0: acme_used: cannot build acme_used" in result.output
     assert "acme_spare: built" in result.output
+
+
+@pytest.mark.parametrize("folder", ["/proc/x", "/dev/null/x"])
+def test_a_folder_that_cannot_be_made_is_one_message(folder: str) -> None:
+    result = CliRunner().invoke(main, ["build", "--output", folder])
+    assert result.exit_code == 2
+    assert result.output.startswith(f"error: --output {folder} cannot be made: ")
+    assert len(result.output.splitlines()) == 1

@@ -10,8 +10,17 @@ import click
 from drivetrain import __version__
 from drivetrain.errors import ConfigError, DrivetrainError, PluginError
 from drivetrain.known import COMMANDS
+from drivetrain.paths import at_home
 from drivetrain.registry import Entry, Registry
 from drivetrain.wording import did_you_mean
+
+
+class UserPath(click.Path):
+    """A path argument; ``~`` is the home folder in ``--option=~/x``, too, which shells leave."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(at_home(value), param, ctx)
+
 
 _QUICK = "drivetrain-cli"
 """The distribution whose commands import quickly, so that the help page can say what they do. Other

@@ -33,6 +33,7 @@ class Explanation:
         plugins: label -> (why it is there, whether its hooks take part).
         hooks: hook -> labels of the plugins that implement it, in the order they are asked.
         mesh: axis -> number of ranks along it.
+        settings: dtype, optimizer, schedule and every feature -> (value, where it comes from).
         values: derived value -> (value, where it comes from).
         notes: keys that are accepted without effect, and other remarks, one sentence each.
     """
@@ -40,6 +41,7 @@ class Explanation:
     plugins: Mapping[str, tuple[str, bool]]
     hooks: Mapping[str, Sequence[str]]
     mesh: Mapping[str, int]
+    settings: Mapping[str, tuple[object, str]]
     values: Mapping[str, tuple[object, str]]
     notes: Sequence[str]
 
@@ -158,6 +160,7 @@ class Plan:
             plugins={member.label: (member.reason, member.active) for member in self.members},
             hooks={name: labels for name, labels in hooks.items() if labels},
             mesh={name: self.layout.size(name) for name in self.layout.axes},
+            settings=self._settings(),
             values=self._values(),
             notes=notes,
         )
@@ -172,6 +175,27 @@ class Plan:
         ]
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         return " / ".join([f"{ranks} from {self.world_source}", *others])
+
+    def _settings(self) -> dict[str, tuple[object, str]]:
+        from drivetrain.builtin.optimization import OptimizerSection, SchedulerSection
+
+        features = self.features()
+        mode = next((m for m in ("fp16", "bf16") if features.get(f"{m}.enabled")), None)
+        found: dict[str, tuple[object, str]] = {
+            "dtype": (mode or "fp32", f"{mode}.enabled" if mode else "default")
+        }
+        for kind, model in (("optimizer", OptimizerSection), ("scheduler", SchedulerSection)):
+            section = self.section(model)
+            given = f"{section.type} {as_json(section.params)}" if section.type else None
+            found[kind] = (given or "none but the script's", "config" if given else "default")
+        shown = {path: value for path, value in features.items() if path != "optimizer.type"}
+        return found | {path: (value, self._origin(path)) for path, value in shown.items()}
+
+    def _origin(self, path: str) -> str:
+        section: Any = self.config
+        for key in path.split("."):
+            section = section.get(key) if isinstance(section, Mapping) else None
+        return "default" if section is None or path in self.autos else "config"
 
     def _values(self) -> dict[str, tuple[object, str]]:
         values: dict[str, tuple[object, str]] = {

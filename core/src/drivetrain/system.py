@@ -16,6 +16,8 @@ try:
 except ImportError:
     resource = None  # type: ignore[assignment]
 
+_HAS_USAGE = bool(resource)
+
 
 def pages(size: int) -> memoryview:
     """Fresh memory of whole pages, huge ones where there are any: a disk is told of fewer ranges.
@@ -34,9 +36,9 @@ def pages(size: int) -> memoryview:
 
 def peak_memory() -> int:
     """Most memory that this process has had, in bytes; 0 where the system does not tell."""
-    if resource is None:
+    if not _HAS_USAGE:
         return 0
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = {"darwin": 1}.get(sys.platform, 1024)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 

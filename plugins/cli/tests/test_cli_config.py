@@ -79,6 +79,28 @@ def test_a_missing_file_is_one_message(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_file_name_takes_no_command_of_the_terminal(tmp_path: Path) -> None:
+    named = tmp_path / "\x1b[31m\u202e.json"
+    assert "\x1b" not in drivetrain("config", "check", named).stderr
+    named.write_text(json.dumps(GOOD))
+    result = drivetrain("config", "check", named)
+    assert result.exit_code == 0
+    assert "\x1b" not in result.stdout
+    assert "\\x1b[31m\\u202e.json is valid" in result.stdout
+    named.write_text('{"\x9b31m": 1}')
+    assert "\x9b" not in drivetrain("config", "check", named).stderr
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.json").write_text(json.dumps(GOOD))
+    assert drivetrain("config", "check", "~/c.json").exit_code == 0
+    assert drivetrain("explain", "~/c.json", "--html=~/page.html").exit_code == 0
+    assert (tmp_path / "page.html").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 # -- schema ------------------------------------------------------------------------------------
 
 
@@ -155,6 +177,16 @@ def test_explain_shows_plugins_values_mesh_and_hooks(config: Path, monkeypatch) 
         "4",
         "derived from the others",
     ]
+
+
+def test_explain_shows_dtype_optimizer_and_stage_in_whole(config: Path) -> None:
+    extra = ["--set", "bf16.enabled=true", "--set", "checkpoint.keep_last=3"]
+    result = drivetrain("explain", config, *extra)
+    rows = [[c.strip() for c in line.split("│")] for line in result.stdout.splitlines()]
+    assert ["", "dtype", "bf16", "bf16.enabled", ""] in rows
+    assert ["", "optimizer", 'AdamW {"lr": 0.001}', "config", ""] in rows
+    assert ["", "gradient_clipping", "1.0", "default", ""] in rows
+    assert "…" not in result.stdout
 
 
 def test_the_page_is_whole_and_loads_nothing_from_elsewhere(config: Path, tmp_path) -> None:

@@ -117,6 +117,17 @@ def test_a_plugin_is_listed_with_its_hooks() -> None:
     assert row[3] == "report_rows"
 
 
+@pytest.mark.parametrize("columns", [None, "60"])
+def test_no_name_is_cut_where_the_list_is_piped(monkeypatch, columns: str | None) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    text = drivetrain("plugins").stdout
+    assert "…" not in text
+    if columns is None:
+        assert "train_micro_batch_size_per_gpu" in text
+
+
 def test_a_plugin_that_does_not_load_is_listed_with_the_reason() -> None:
     result = drivetrain("plugins")
     assert result.exit_code == 0

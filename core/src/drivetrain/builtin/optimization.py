@@ -201,7 +201,7 @@ def _check_params(plan: Plan, kind: Kind, section: _Typed) -> list[Problem]:
     try:
         check_params(model, kind, section.params)
     except ConfigError as error:
-        told = {problem.path for problem in found}
+        told = {f"{kind}.params.{name}" for name in section.autos}
         others = (Problem(*problem.split(": ", 1)) for problem in error.problems)
         found += [problem for problem in others if problem.path not in told]
     return [Problem(p.path, f"{p.message} [{section.type}]") for p in found]

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from drivetrain.registry import Registry
+from drivetrain.wording import printable
 
 OVERLAY_OPTION = click.option(
     "--set",
@@ -39,7 +40,7 @@ def check(file: str, overlays: tuple[str, ...], world_size: int | None) -> None:
 
     plan = Plan.build(file, overlays=overlays, world_size=world_size)
     explanation = plan.explain()
-    click.secho(f"{file} is valid", fg="green")
+    click.secho(f"{printable(file)} is valid", fg="green")
     for name, (value, source) in explanation.values.items():
         click.echo(f"  {name} = {value} ({source})")
     for note in explanation.notes:

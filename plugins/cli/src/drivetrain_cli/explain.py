@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from drivetrain.cli import UserPath
 from drivetrain.errors import DrivetrainError
+from drivetrain.wording import as_json
 from drivetrain_cli.config import OVERLAY_OPTION, WORLD_SIZE_OPTION
+from drivetrain_cli.tables import show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,20 +53,16 @@ WHEN = {
 @click.argument("file")
 @OVERLAY_OPTION
 @WORLD_SIZE_OPTION
-@click.option("--html", type=click.Path(path_type=Path), help="Write a page with a picture here.")
+@click.option("--html", type=UserPath(path_type=Path), help="Write a page with a picture here.")
 def explain(
     file: str, overlays: tuple[str, ...], world_size: int | None, html: Path | None
 ) -> None:
-    """Show what the config FILE activates: plugins and why, values, mesh, hooks in order."""
+    """Show what the config FILE activates: plugins and why, settings, mesh, hooks in order."""
     from drivetrain.plan import Plan
 
     explanation = Plan.build(file, overlays=overlays, world_size=world_size).explain()
     if html is None:
-        from rich.console import Console
-
-        console = Console()
-        for table in _tables(explanation):
-            console.print(table)
+        show(*_tables(explanation))
         return
     try:
         html.write_text(page(explanation, file), "utf-8")
@@ -79,21 +78,27 @@ def _tables(explanation: Explanation) -> Iterator[Table]:
     plugins = Table("plugin", "why", "active", title="Plugins", title_justify="left")
     for label, (reason, active) in explanation.plugins.items():
         plugins.add_row(plain(label), plain(reason), "yes" if active else "switched off")
+    settings = Table("setting", "is", "from", title="Settings", title_justify="left")
     values = Table("value", "is", "from", title="Values", title_justify="left")
-    for name, (value, source) in explanation.values.items():
-        values.add_row(name, plain(str(value)), plain(source))
+    for table, rows in ((settings, explanation.settings), (values, explanation.values)):
+        for name, (value, source) in rows.items():
+            table.add_row(name, plain(_shown(value)), plain(source))
     mesh = Table("axis", "ranks", title="Mesh", title_justify="left")
     for name, size in explanation.mesh.items():
         mesh.add_row(name, str(size))
     hooks = Table("moment", "hook", "asked in this order", title="Hooks", title_justify="left")
     for moment, hook, labels in _hooks(explanation):
         hooks.add_row(moment, hook, plain("\n".join(labels)))
-    yield from (plugins, values, mesh, hooks)
+    yield from (plugins, settings, values, mesh, hooks)
     if explanation.notes:
         notes = Table("note", title="Notes", title_justify="left")
         for note in explanation.notes:
             notes.add_row(plain(note))
         yield notes
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else as_json(value)
 
 
 def _hooks(explanation: Explanation) -> Iterator[tuple[str, str, list[str]]]:
@@ -115,8 +120,9 @@ def page(explanation: Explanation, title: str) -> str:
             for label, (reason, active) in explanation.plugins.items()
         ),
         values=_rows(
-            (escape(name), escape(str(value)), escape(source))
-            for name, (value, source) in explanation.values.items()
+            (escape(name), escape(_shown(value)), escape(source))
+            for rows in (explanation.settings, explanation.values)
+            for name, (value, source) in rows.items()
         ),
         mesh=_rows((escape(name), str(size)) for name, size in explanation.mesh.items()),
         notes="".join(f"<li>{escape(note)}</li>" for note in explanation.notes) or "<li>none</li>",

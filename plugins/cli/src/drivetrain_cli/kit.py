@@ -13,6 +13,7 @@ import click
 from drivetrain.errors import DrivetrainError, PluginError
 from drivetrain.registry import Registry
 from drivetrain.wording import did_you_mean
+from drivetrain_cli.tables import show
 
 if TYPE_CHECKING:  # the help page of all commands imports this module, so it stays light
     from pydantic import BaseModel
@@ -38,8 +39,6 @@ def test_plugin(file: str | None, name: str, overlays: tuple[str, ...]) -> None:
     NAME is the config path that a plugin serves, or an accelerator; where it is both, both kits are
     run. The kit of an accelerator trains small models on the device.
     """
-    from rich.console import Console
-
     from drivetrain.config.loading import load_config, overlay
 
     registry = Registry.installed()
@@ -59,7 +58,7 @@ def test_plugin(file: str | None, name: str, overlays: tuple[str, ...]) -> None:
             outcomes = run_kit(kind, config)
         else:
             outcomes = run_accelerator_kit(kind, overlay(given or {}, overlays))
-        Console().print(_table(entry.label, outcomes))
+        show(_table(entry.label, outcomes))
         failed += sum(outcome.failed for outcome in outcomes.values())
         checks += len(outcomes)
     if failed:

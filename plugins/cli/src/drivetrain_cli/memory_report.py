@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 
 from drivetrain.config.loading import load_config, overlay
 from drivetrain_cli.machine import look
@@ -20,6 +19,7 @@ from drivetrain_cli.memory_tables import (
     shortages,
 )
 from drivetrain_cli.stand_in import number_of_parameters
+from drivetrain_cli.tables import show
 
 if TYPE_CHECKING:
     from drivetrain.accelerator import Accelerator
@@ -36,11 +36,10 @@ def report_memory(request: MemoryRequest, accelerator: Accelerator | None) -> No
     Raises:
         ConfigError: the config is not one that a job would run, or the model cannot be made.
     """
-    console = Console()
     if request.config is None:
         if request.parameters or request.model:
             raise click.UsageError("a model's needs depend on the job; give its --config")
-        console.print(machine_table(look(accelerator, (str(Path.cwd()),))))
+        show(machine_table(look(accelerator, (str(Path.cwd()),))))
         return
     merged = overlay(load_config(request.config), request.overlays)
     machine = look(accelerator, tuple(folders_in(merged)))
@@ -53,7 +52,7 @@ def report_memory(request: MemoryRequest, accelerator: Accelerator | None) -> No
     expected = forecast(merged, model, ranks, sequence=request.sequence)
     count = ranks.per_machine * ranks.machines
     click.echo(f"{model.what} on {count} rank{'s'[: count != 1]}")
-    console.print(forecast_table(expected, ranks, machine))
+    show(forecast_table(expected, ranks, machine))
     for note in expected.notes:
         click.echo(f"note: {note}")
     for shortage in shortages(expected, ranks, machine):

@@ -10,6 +10,7 @@ from string import Template
 import click
 
 from drivetrain import __version__, known
+from drivetrain.cli import UserPath
 from drivetrain.errors import DrivetrainError
 from drivetrain.registry import Group, Registry
 
@@ -17,7 +18,7 @@ from drivetrain.registry import Group, Registry
 @click.command("new-plugin")
 @click.argument("name")
 @click.option("--optimizer", is_flag=True, help="Make an optimizer, named after NAME.")
-@click.option("--into", type=click.Path(path_type=Path), help="Folder to make; default: named so.")
+@click.option("--into", type=UserPath(path_type=Path), help="Folder to make; default: named so.")
 def new_plugin(name: str, optimizer: bool, into: Path | None) -> None:
     """Make a package for a plugin that serves the config section NAME, with tests that pass.
 

@@ -10,6 +10,7 @@ import click
 
 from drivetrain.errors import PluginError
 from drivetrain.registry import Entry, Group, Registry
+from drivetrain_cli.tables import show
 
 GROUPS: tuple[Group, ...] = get_args(Group)
 
@@ -43,7 +44,6 @@ def plugins(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(row) for row in rows], indent=2))
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -52,7 +52,7 @@ def plugins(as_json: bool) -> None:
         last = f"[red]{escape(row.problem)}[/]" if row.problem else ", ".join(row.hooks)
         owner = f"{row.distribution} {row.version}"
         table.add_row(row.kind, escape(", ".join(row.names)), owner, last)
-    Console().print(table)
+    show(table)
 
 
 def installed(registry: Registry) -> list[Row]:

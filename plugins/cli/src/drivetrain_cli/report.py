@@ -19,6 +19,7 @@ from drivetrain.errors import DrivetrainError
 from drivetrain.registry import CORE, Entry, Registry
 from drivetrain_cli.config import OVERLAY_OPTION
 from drivetrain_cli.plugins import GROUPS
+from drivetrain_cli.tables import show
 
 if TYPE_CHECKING:
     from drivetrain.accelerator import Accelerator
@@ -82,7 +83,6 @@ class MemoryRequest:
 
 
 def _show_all() -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -99,14 +99,13 @@ def _show_all() -> None:
         ("from plugins", lambda: _contributed(registry)),
         ("not installed", lambda: _missing(registry)),
     ]
-    console = Console()
     with nullcontext() if accelerator is None else active(accelerator):
         for title, rows in tables:
             table = Table(title=title, title_justify="left", show_header=False)
             for label, value in rows():
                 table.add_row(escape(label), escape(value))
             if table.row_count:
-                console.print(table)
+                show(table)
 
 
 def _system() -> Rows:

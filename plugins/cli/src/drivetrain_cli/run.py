@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 
+from drivetrain.cli import UserPath
 from drivetrain.errors import DrivetrainError
 from drivetrain.registry import Registry
 
@@ -80,9 +81,7 @@ class Nodes:
 @click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet in any order.")
 @click.option("--rdzv-id", default="drivetrain", show_default=True, help="Name of the job there.")
 @click.option("--max-restarts", default=0, show_default=True, help="Restarts after a failure.")
-@click.option(
-    "--log-dir", type=click.Path(path_type=Path), help="Run folder; default: under runs/."
-)
+@click.option("--log-dir", type=UserPath(path_type=Path), help="Run folder; default: under runs/.")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is the name of a module.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)

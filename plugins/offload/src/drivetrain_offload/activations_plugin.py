@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from drivetrain.plugin import Sections, hookimpl
-from drivetrain.section import Bool, NonNegativeInt, PositiveInt, Section
+from drivetrain.section import Bool, NonNegativeInt, PathText, PositiveInt, Section
 from drivetrain.transform import Phase, Transform
 from drivetrain_offload.memory import LogsMemory
 
@@ -31,7 +31,9 @@ class ActivationOffloadSection(Section):
     device: Literal["cpu", "nvme"] = Field(
         default="cpu", description="Where they wait: in host memory or in files."
     )
-    nvme_path: str | None = Field(default=None, description="Folder for files; needed for nvme.")
+    nvme_path: PathText | None = Field(
+        default=None, description="Folder for files; needed for nvme."
+    )
     min_bytes: PositiveInt = Field(
         default=1 << 20, description="Smaller tensors stay where they are."
     )

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from drivetrain.monitor import Event, Monitor, writable_folder
 from drivetrain.plugin import Section, Sections
-from drivetrain.section import Bool
+from drivetrain.section import Bool, PathText
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -22,7 +22,7 @@ class CsvSection(Section):
     """CSV files of the progress of training."""
 
     enabled: Bool = Field(default=False, description="Write the files.")
-    output_path: str = Field(
+    output_path: PathText = Field(
         default="", description="Folder of all jobs; the working directory by default."
     )
     job_name: str = Field(

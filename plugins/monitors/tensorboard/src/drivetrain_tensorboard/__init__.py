@@ -10,7 +10,7 @@ from pydantic import Field
 
 from drivetrain.monitor import Event, Monitor, writable_folder
 from drivetrain.plugin import Section, Sections
-from drivetrain.section import Bool
+from drivetrain.section import Bool, PathText
 
 __all__ = ["TensorBoard", "TensorBoardSection", "TensorBoardWriter"]
 
@@ -19,7 +19,7 @@ class TensorBoardSection(Section):
     """Event files for TensorBoard."""
 
     enabled: Bool = Field(default=False, description="Write event files.")
-    output_path: str = Field(
+    output_path: PathText = Field(
         default="", description="Folder of all jobs; the working directory by default."
     )
     job_name: str = Field(
