@@ -13,14 +13,14 @@ from unittest.mock import patch
 
 import torch
 
-from drivetrain.checkpoint import index, storage
+from drivetrain.checkpoint import index, plain_file, storage
 from drivetrain.checkpoint.index import Stored
 from drivetrain.checkpoint.load import check_file
 from drivetrain.checkpoint.reading import read_whole
 from drivetrain.checkpoint.storage import LocalStorage
 from drivetrain.engine import Engine
 
-READING = ("listdir", "stat", "preadv")
+READING = ("listdir", "stat", "fstat", "preadv")
 WRITING = ("open", "write", "fsync", "close", "replace", "mkdir", "unlink", "rmdir")
 
 Contents = dict[tuple[str, str], torch.Tensor]
@@ -86,7 +86,7 @@ class FaultyOs:
 def failing(number: int | None, fault: Fault = FULL) -> Iterator[FaultyOs]:
     """Make operation ``number`` of all that storages do fail; count them."""
     faulty = FaultyOs(number, fault)
-    with patch.object(storage, "os", faulty):
+    with patch.object(storage, "os", faulty), patch.object(plain_file, "os", faulty):
         yield faulty
 
 

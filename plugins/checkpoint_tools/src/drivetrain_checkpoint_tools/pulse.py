@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _BEAT_SECONDS = 0.25
 
+_LAST_BEAT_SECONDS = 1.0
+"""How long the end of a save waits for a beat that is being written, maybe to a lost machine."""
+
 _DEAD_SECONDS = 6.0
 """Without a beat a rank counts as dead. A rank that loads kernels may stop all threads for long."""
 
@@ -51,7 +54,7 @@ class Pulse:
     def end(self) -> None:
         """Stop; this rank has voted or refused."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(_LAST_BEAT_SECONDS)
 
     def _beat(self) -> None:
         count = 0
