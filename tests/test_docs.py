@@ -31,6 +31,8 @@ from drivetrain.hub import HOOKS
 from drivetrain.plan import Plan
 from drivetrain.registry import Registry
 from tools import generate_docs, workspace
+from tools.api_page import NAMES, thing
+from tools.docstrings import Docstring
 
 ROOT = workspace.ROOT
 PAGES = sorted(
@@ -102,6 +104,33 @@ def test_every_config_key_has_a_meaning() -> None:
     assert [key for key, meaning in rows if not meaning] == []
     sections = re.findall(r"^### `([\w.]+)`\n\n(.*)$", text, re.MULTILINE)
     assert [path for path, meaning in sections if not meaning] == []
+
+
+@pytest.mark.parametrize("path", [name for names in NAMES.values() for name in names])
+def test_the_python_page_tells_each_documented_field_and_member(path: str) -> None:
+    found, name = thing(path), path.rpartition(".")[2]
+    assert Docstring.of(found).text, f"{path} has no docstring"
+    text = (generate_docs.REFERENCE / "python.md").read_text("utf-8")
+    part = text.partition(f"### `{name}`\n")[2].partition("\n### ")[0]
+    assert f"import {name}" in part
+    rows = re.findall(r"^\| (?:`|<code>)(\w+)", part, re.MULTILINE)
+    assert set(Docstring.of(found).meanings()) <= set(rows)
+    assert not re.findall(r"^\| `\w+` \| .* \|  \|$", part, re.MULTILINE), "a row without a meaning"
+
+
+def test_every_optimizer_and_schedule_is_in_the_catalogue() -> None:
+    text = (generate_docs.REFERENCE / "optimizers.md").read_text("utf-8")
+    titles = set(re.findall(r"^### `(\w+)`$", text, re.MULTILINE))
+    served = {
+        name
+        for distribution in workspace.load().values()
+        for group in ("drivetrain.optimizers", "drivetrain.schedulers")
+        for name in distribution.entry_points.get(group, ())
+    }
+    assert served | {"AdamW", "WarmupLR", "OneCycle"} <= titles
+    rows = re.findall(r"^\| `\w+` \|.*\| (.*?) \|$", text, re.MULTILINE)
+    assert len(rows) > 100
+    assert "" not in rows
 
 
 def test_a_changed_default_makes_a_reference_stale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,6 +290,13 @@ def test_the_site_builds_without_a_warning(root: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert (tmp_path / "reference" / "hooks" / "index.html").is_file()
+    # What readers see: to which file a block of code goes, and the README of every package.
+    page = (tmp_path / "tutorial" / "plugin" / "index.html").read_text()
+    assert '<span class="filename">hello/hello_drivetrain.py</span>' in page
+    for name, distribution in workspace.load().items():
+        shown = (tmp_path / "packages" / name / "index.html").read_text()
+        title = distribution.folder.joinpath("README.md").read_text("utf-8").splitlines()[0]
+        assert title.removeprefix("# ") in shown, name
 
 
 def test_the_site_asks_nobody_else_for_anything(root: Path, tmp_path: Path) -> None:

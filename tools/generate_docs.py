@@ -27,6 +27,9 @@ from drivetrain.cli import main as command_line
 from drivetrain.hub import HOOKS
 from drivetrain.registry import Entry, Registry
 from tools import workspace
+from tools.api_page import api_page
+from tools.catalogue import catalogue_page
+from tools.docstrings import one_line, prose
 
 REFERENCE = workspace.ROOT / "docs" / "reference"
 NOTICE = "<!-- written by tools/generate_docs.py; change the code instead -->\n"
@@ -72,6 +75,8 @@ def pages() -> dict[Path, str]:
         "hooks.md": hooks_page(registry),
         "cli.md": cli_page(),
         "deepspeed.md": deepspeed_page(),
+        "optimizers.md": catalogue_page(registry, kind),
+        "python.md": api_page(),
     }
     return {REFERENCE / name: f"{NOTICE}\n{text}" for name, text in texts.items()}
 
@@ -114,6 +119,8 @@ def _keys(schema: Schema, definitions: Schema, prefix: str = "") -> Iterator[str
             yield from _keys(inner, definitions, f"{prefix}{name}.")
             continue
         default = f"`{json.dumps(field['default'])}`" if "default" in field else "required"
+        if name not in schema.get("required", ()) and default == "required":
+            default = "empty"  # a list or an object of its own for each
         meaning = one_line(field.get("description", ""))
         value = kind(field, definitions).replace("|", "\\|")
         yield f"| `{prefix}{name}` | {value} | {default} | {meaning} |"
@@ -134,6 +141,8 @@ def kind(field: Schema, definitions: Schema) -> str:
         return " or ".join(f'`"{value}"`' for value in field["enum"])
     if "const" in field:
         return f"`{json.dumps(field['const'])}`"
+    if "prefixItems" in field:
+        return f"list of {len(field['prefixItems'])} numbers"
     if field.get("type") == "array":
         return f"list of {kind(field.get('items', {}), definitions)}"
     words = {"boolean": "true or false", "object": "object", None: "anything"}
@@ -231,20 +240,6 @@ def _commands(
             inner = command.get_command(context, name)
             if inner is not None:
                 yield from _commands(inner, [*words, name])
-
-
-# -- text ----------------------------------------------------------------------------------------
-
-
-def one_line(text: str) -> str:
-    """Text for a table cell: one line, with markup of Markdown."""
-    return prose(" ".join(text.split())).replace("|", "\\|")
-
-
-def prose(text: str) -> str:
-    """Markup of docstrings as Markdown: one backtick instead of two, no roles."""
-    text = re.sub(r":\w+:`~?([^`]+)`", lambda m: f"`{m[1].rpartition('.')[2]}`", text)
-    return re.sub(r"(?<!`)``(?!`)", "`", text)
 
 
 def _read(path: Path) -> str | None:

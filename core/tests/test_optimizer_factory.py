@@ -51,7 +51,12 @@ def reference(kind, steps=5, **params):
             {"weight_decay": 0.1},
         ),
         ("AdamW", {}, torch.optim.AdamW, {"weight_decay": 0.0}),
-        ("ADAMW", {"adam_w_mode": False}, torch.optim.AdamW, {"weight_decay": 0.0}),
+        (
+            "ADAMW",
+            {"adam_w_mode": False, "weight_decay": 0.1},
+            torch.optim.AdamW,
+            {"weight_decay": 0.1},
+        ),
         ("AdamW", {"torch_adam": True}, torch.optim.AdamW, {}),
         (
             "Adam",
