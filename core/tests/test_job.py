@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
-import time
-from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from bare_jobs import TAG, plan, total
 
 from drivetrain.accelerator import Accelerator
 from drivetrain.accelerator_choice import HostAccelerator, active_accelerator, choose_accelerator
@@ -21,8 +16,6 @@ from drivetrain.communicator import (
     CommunicatorLayer,
     CommunicatorPhase,
     CommunicatorWrapper,
-    Purpose,
-    Tag,
 )
 from drivetrain.errors import CommunicationError, ConfigError, PluginError
 from drivetrain.job import Job, Ranks, init_distributed
@@ -31,21 +24,6 @@ from drivetrain.plugin import Plugin, hookimpl
 from drivetrain.registry import Registry, core_entries
 from drivetrain.testing import RanksFailedError, run_distributed
 from drivetrain.torch_communicator import TorchCommunicator
-
-TAG = Tag(Purpose.CONTROL, site="test")
-
-
-def plan(world: int | None = None, **config) -> Plan:
-    return Plan.build(
-        config, world_size=world, batch_required=False, registry=Registry(core_entries())
-    )
-
-
-def total(job: Job, axis: str = "world") -> float:
-    x = torch.tensor([1.0 + job.rank], device=job.device)
-    job.communicator.all_reduce(x, axis, TAG)
-    return x.item()
-
 
 # -- opening and closing ---------------------------------------------------------------------------
 
@@ -354,139 +332,3 @@ def test_every_rank_names_the_one_that_runs_another_plan(stranger):
         )
         assert f"config.seed is 2 on rank {usual}, 1 on rank {stranger}" in error.error
         assert "steps_per_print" not in error.error
-
-
-# -- a rank that fails -----------------------------------------------------------------------------
-
-
-def fails(culprit: int, place: str) -> None:
-    job = Job.open(plan(sequence_parallel_size=2))
-    total(job)
-    if job.rank == culprit:
-        if place == "context":
-            with job:
-                raise ValueError("no more data")
-        raise ValueError("no more data")
-    # Not all of these wait for the culprit themselves; the others' ends must reach them.
-    total(job, "sp")
-    total(job, "dp")
-    total(job)
-
-
-@pytest.mark.parametrize("culprit", [0, 1, 3])
-@pytest.mark.parametrize("place", ["script", "context"])
-def test_ranks_that_wait_fail_with_the_error_of_the_one_that_raised(culprit, place):
-    with pytest.raises(RanksFailedError) as caught:
-        run_distributed(fails, 4, culprit, place)
-    errors = caught.value.errors
-    assert errors.pop(culprit).error == "ValueError: no more data"
-    assert len(errors) == 3
-    for error in errors.values():
-        assert re.match(
-            "CommunicationError: (all_reduce of control/test over|creating process group) .* was "
-            f"broken off because rank {culprit} failed: ValueError: no more data$",
-            error.error,
-        ), error.error
-
-
-def fails_but_lives_on(folder: Path) -> None:
-    job = Job.open(plan())
-    total(job)
-    if job.rank == 1:
-        with suppress(ValueError), job:
-            raise ValueError("no more data")
-        while len(list(folder.iterdir())) < 2:
-            time.sleep(0.02)
-        raise RuntimeError("the end of the process")
-    try:
-        total(job)
-    finally:
-        (folder / f"rank {job.rank} has ended").touch()
-
-
-def test_ranks_that_wait_need_not_wait_for_the_end_of_the_process(tmp_path: Path):
-    with pytest.raises(RanksFailedError) as caught:
-        run_distributed(fails_but_lives_on, 3, tmp_path)
-    *others, last = caught.value.errors.values()
-    assert last.error == "RuntimeError: the end of the process"
-    for error in others:
-        assert error.error.endswith("because rank 1 failed: ValueError: no more data")
-
-
-def dies() -> None:
-    job = Job.open(plan())
-    if job.rank == 1:
-        os._exit(9)
-    total(job)
-
-
-def test_a_rank_that_dies_breaks_the_others_off():
-    with pytest.raises(RanksFailedError) as caught:
-        run_distributed(dies, 3)
-    assert "exit code 9" in caught.value.errors[1].error
-    for rank in (0, 2):
-        assert caught.value.errors[rank].error.startswith(
-            "CommunicationError: all_reduce of control/test over 'world' (3 ranks)"
-        )
-
-
-def all_finish(raise_on: int) -> str:
-    with Job.open(plan()) as job:
-        total(job)
-        try:
-            if job.rank == raise_on:
-                raise SystemExit(0)
-        except SystemExit:
-            return "left"
-    return "ended"
-
-
-def test_leaving_with_exit_code_zero_is_no_failure():
-    assert run_distributed(all_finish, 2, 1) == ["ended", "left"]
-
-
-SCRIPT = """
-import sys, time
-sys.path[:] = {path!r}
-import torch
-from drivetrain import failure
-from {module} import Job, plan, total
-failure._FAREWELL_SECONDS = 60  # a busy host may need more than there is
-job = Job.open(plan())
-total(job)
-if job.rank == {culprit}:
-    raise ValueError("no more data")
-time.sleep(2)  # busy with something else when it happens
-total(job)
-"""
-
-
-@pytest.mark.parametrize("culprit", [0, 1])
-def test_scripts_end_alike_when_rank_0_hosts_the_store(culprit):
-    """Without an agent, the store lives in rank 0, which must not go before the others know."""
-    path = [str(Path(__file__).parent), *sys.path]
-    script = SCRIPT.format(path=path, module=Path(__file__).stem, culprit=culprit)
-    probe = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = probe.port
-    del probe
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": "3",
-                "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-        )
-        for rank in range(3)
-    ]
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1, 1], "\n".join(errors)
-    assert "ValueError: no more data" in errors.pop(culprit)
-    for error in errors:
-        assert f"because rank {culprit} failed: ValueError: no more data" in error

@@ -6,16 +6,20 @@ The protocol, over the store of the default process group:
 2. It destroys its process groups, so that collectives which wait for it break on the other ranks.
 3. A rank whose collective breaks reads the key and raises what it says. Unless that is caught, the
    rank goes through 1 and 2 as well, which breaks those that wait for *it*.
-4. Every rank that knows the error says so. Rank 0, which may host the store, waits for that before
+4. A rank that finds nothing there looks which process has ended, and writes that. So a rank that
+   died without a word is named, whatever carried the data, and not the first one that noticed.
+5. Every rank that knows the error says so. Rank 0, which may host the store, waits for that before
    it goes.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +29,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
+from drivetrain import meeting, process_group, pulse
 from drivetrain.errors import CommunicationError
 
 if TYPE_CHECKING:
@@ -32,8 +37,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("drivetrain.failure")
 
-_NOTICE_SECONDS = 1.0
-"""How long a broken collective looks for its cause, which is written before anything breaks."""
+_NOTICE_PAUSES = (0.0, 0.1, 0.3, 0.6)
+"""Seconds between looks for what broke a collective.
+
+Errors are written before anything breaks; a process that dies closes its connections one by one.
+"""
+
+_LOOK_SECONDS = 1.0
+"""How long to wait for a process that neither accepts nor refuses a connection."""
+
+_DIED = "died without an error of its own: it was killed, crashed, or left its script early"
 
 _FAREWELL_SECONDS = 5.0
 """How long rank 0 stays for the others to read the cause."""
@@ -51,15 +64,15 @@ class Failure:
     """The first error of a job.
 
     Args:
-        rank: the rank that raised it.
-        error: its type and message.
+        rank: the rank at fault; None if it is none of them.
+        what: what became of it, such as ``"failed: ValueError: no more data"``.
     """
 
-    rank: int
-    error: str
+    rank: int | None
+    what: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} failed: {self.error}"
+        return self.what if self.rank is None else f"rank {self.rank} {self.what}"
 
 
 class FailureBoard:
@@ -76,14 +89,20 @@ class FailureBoard:
         self._rank = rank
         self._world_size = world_size
         self._acknowledged = False
+        self._own = meeting.own_place()
+        self._places: dict[int, pulse.Place] = {}
+        self._looked = time.monotonic()
+        store.set(f"place/{rank}", json.dumps(self._own))
+
+    def learn_host(self) -> None:
+        """Read where rank 0 listens: it may host the store, which goes with it."""
+        with suppress(*_STORE_IS_GONE):
+            self._learn([0])
 
     def record(self, error: BaseException) -> None:
         """Write ``error`` as the job's failure unless there is one already."""
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        notice = json.dumps({"rank": self._rank, "error": text})
-        with suppress(*_STORE_IS_GONE):
-            self.store.compare_set("failure", "", notice)
-            self._acknowledge()
+        self._write(Failure(self._rank, f"failed: {text}"))
 
     def first(self, wait: float = 0.0) -> Failure | None:
         """The job's failure, if there is one within ``wait`` seconds."""
@@ -95,25 +114,36 @@ class FailureBoard:
                 time.sleep(_POLL_SECONDS)
             notice = json.loads(self.store.get("failure"))
             self._acknowledge()
-            return Failure(notice["rank"], notice["error"])
-        return Failure(0, "lost contact with the store of the process group, which rank 0 hosts")
+            return Failure(notice["rank"], notice["what"])
+        return self._without_store()
 
     def check(self, what: str) -> None:
         """For ranks that wait for others by themselves.
 
         Raises:
-            CommunicationError: another rank has failed, which breaks off ``what``.
+            CommunicationError: another rank has failed or died, which breaks off ``what``.
         """
         failure = self.first()
+        if failure is None and time.monotonic() - self._looked > _LOOK_SECONDS:
+            failure = self._look()
         if failure is not None and failure.rank != self._rank:
             raise CommunicationError(f"{what} was broken off because {failure}")
 
     def explain(self, what: str, error: BaseException) -> CommunicationError:
         """The exception to raise when ``what`` broke with torch's ``error``."""
-        failure = self.first(_NOTICE_SECONDS)
-        if failure is None or failure.rank == self._rank:
-            return broken(what, error)
-        return CommunicationError(f"{what} was broken off because {failure}")
+        failure = None
+        for pause in _NOTICE_PAUSES:
+            time.sleep(pause)
+            failure = self.first() or self._look()
+            if failure is not None:
+                break
+        if failure is not None and failure.rank != self._rank:
+            return CommunicationError(f"{what} was broken off because {failure}")
+        left: list[int] = []
+        with suppress(*_STORE_IS_GONE):
+            left = [rank for rank in range(self._world_size) if self._has("left", rank)]
+        before = f"; rank {', '.join(map(str, left))} had closed the job before" if left else ""
+        return CommunicationError(f"{broken(what, error)}{before}")
 
     def meet(self, name: str, ranks: int) -> None:
         """Wait until ``ranks`` ranks have called this with ``name``, or one rank has failed.
@@ -132,22 +162,73 @@ class FailureBoard:
                 return
 
     def farewell(self) -> None:
-        """On rank 0, wait until all ranks know of the failure, but not for long."""
+        """On rank 0, wait until all ranks that live know of the failure, but not for long."""
         deadline = time.monotonic() + _FAREWELL_SECONDS
         with suppress(*_STORE_IS_GONE):
             while self._rank == 0 and self.store.add("acknowledged", 0) < self._world_size:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or self._all_informed():
                     return
                 time.sleep(_POLL_SECONDS)
 
     def leave(self) -> None:
-        """Say that this rank needs to be told of nothing any more."""
+        """Say that this rank has closed its job, and needs to be told of nothing any more."""
         with suppress(*_STORE_IS_GONE):
+            self.store.set(f"left/{self._rank}", "")
+            self._acknowledge()
+
+    def _look(self) -> Failure | None:
+        """Look for a rank that died without an error, and tell the others of it."""
+        self._looked = time.monotonic()
+        with suppress(*_STORE_IS_GONE):
+            died = [rank for rank in self._ended() if not self._has("left", rank)]
+            if died:
+                self._write(Failure(died[0], _DIED))
+                return self.first()
+            return None
+        return self._without_store()
+
+    def _learn(self, ranks: Sequence[int]) -> None:
+        """Read where other ranks listen."""
+        for rank in ranks:
+            if rank not in self._places and self._has("place", rank):
+                address, port = json.loads(self.store.get(f"place/{rank}"))
+                self._places[rank] = (address, port)
+
+    def _ended(self) -> list[int]:
+        """The ranks whose processes have ended."""
+        self._learn(range(self._world_size))
+        return pulse.ended(self._places, self._own, _LOOK_SECONDS)
+
+    def _all_informed(self) -> bool:
+        """True if every rank that does not know of the failure has ended."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS:
+            return False
+        self._looked = now
+        ended = self._ended()
+        return all(self._has("knows", r) or r in ended for r in range(self._world_size))
+
+    def _has(self, what: str, rank: int) -> bool:
+        return bool(self.store.check([f"{what}/{rank}"]))
+
+    def _without_store(self) -> Failure:
+        """What can be said when the process that hosts the store has gone."""
+        if meeting.agent_hosts_store():
+            return Failure(None, f"{meeting.store_host()} is gone, with its store")
+        if pulse.ended({0: self._places.get(0, pulse.NOWHERE)}, self._own, _LOOK_SECONDS):
+            return Failure(0, _DIED)
+        return Failure(0, "cannot be reached any more, nor the store that it hosts")
+
+    def _write(self, failure: Failure) -> None:
+        notice = json.dumps({"rank": failure.rank, "what": failure.what})
+        with suppress(*_STORE_IS_GONE):
+            self.store.compare_set("failure", "", notice)
             self._acknowledge()
 
     def _acknowledge(self) -> None:
         if not self._acknowledged:
             self._acknowledged = True
+            self.store.set(f"knows/{self._rank}", "")
             self.store.add("acknowledged", 1)
 
 
@@ -163,9 +244,14 @@ def open_jobs() -> list[Job]:
 
 
 def watch(job: Job) -> None:
-    """Report uncaught exceptions of this process as ``job``'s failure, until :func:`unwatch`."""
+    """Close ``job`` when the interpreter exits, until :func:`unwatch`.
+
+    An uncaught exception of this process becomes the job's failure before.
+    """
     if not _open_jobs:
         _Excepthook.install()
+        # Now rather than at import: what plugins registered at theirs has to come after.
+        atexit.register(_close_open_jobs)
     _open_jobs.append(job)
 
 
@@ -175,6 +261,16 @@ def unwatch(job: Job) -> None:
         _open_jobs.remove(job)
         if not _open_jobs:
             _Excepthook.uninstall()
+            atexit.unregister(_close_open_jobs)
+
+
+def _close_open_jobs() -> None:
+    process_group.exit_begins()
+    for job in reversed(open_jobs()):
+        try:
+            job.close()
+        except Exception:
+            logger.exception("a job that the script left open could not be closed")
 
 
 class _Excepthook:

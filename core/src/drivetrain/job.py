@@ -229,6 +229,8 @@ class Job:
         self.communicator = self.byte_log = ByteLog(inner)
         if store is not None:
             check_same_plan(self.plan.fingerprint(), self.communicator, store, self.device)
+        if self.failures is not None:
+            self.failures.learn_host()  # every rank has written its place by now
         for layer in sorted(self.hub.wrap_communicator(self), key=lambda layer: layer.phase):
             if layer.phase < CommunicatorPhase.BYTE_LOG:
                 self.byte_log.inner = layer.wrap(self.byte_log.inner)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import count
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
-from torch.distributed.rendezvous import rendezvous
 
+from drivetrain import aside
 from drivetrain.errors import CommunicationError, ConfigError
+from drivetrain.meeting import Meeting, store_host
+
+logger = logging.getLogger("drivetrain.process_group")
+
+_END_SECONDS = 5.0
+"""How long a process that fails or exits waits for its collectives to break."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +78,6 @@ class _World:
     jobs: int = 0
 
 
-_servers: dict[str, tuple[Store, Iterator[int]]] = {}
-"""Rendezvous address -> the store of this process there, and numbers for groups that meet in it."""
-
 _worlds: WeakKeyDictionary[ProcessGroup, _World] = WeakKeyDictionary()
 
 
@@ -120,38 +124,35 @@ def start(
         CommunicationError: the ranks did not come together.
     """
     # No device is bound to the group: groups of some ranks could then only be split off by all.
+    join = partial(
+        dist.init_process_group,
+        backend,
+        init_method=init_method,
+        timeout=timeout,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    who = f"rank {ranks.rank} of {ranks.world_size}"
     try:
-        dist.init_process_group(
-            backend,
-            init_method=init_method,
-            timeout=timeout,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            store=_meeting_place(ranks) if init_method is None else None,
-        )
+        if init_method is not None:
+            join()
+        elif ranks.world_size == 1:
+            join(store=dist.HashStore())  # type: ignore[attr-defined]
+        else:
+            meeting = Meeting(ranks, timeout)
+            who = str(meeting)
+            store = meeting.come()
+            who = str(meeting)
+            meeting.join(partial(join, store=store))
     except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, dist.DistNetworkError):
+            reason = f"no contact with the store, which {store_host()} hosts: {reason}"
         raise CommunicationError(
-            f"rank {ranks.rank} of {ranks.world_size} could not join the process group "
-            f"({backend}): {error}"
+            f"{who} could not join the process group ({backend}): {reason}"
         ) from error
-
-
-def _meeting_place(ranks: Ranks) -> Store:
-    """A store for one more process group of this process.
-
-    The server behind it is found once and lives as long as the process. If every group brought its
-    own, a rank that starts the next group early would talk to the server of the last one, which
-    ends while it waits.
-    """
-    if ranks.world_size == 1:
-        return dist.HashStore()  # type: ignore[attr-defined]
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    if address not in _servers:
-        _servers.clear()
-        store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world_size))
-        _servers[address] = (store, count())
-    store, generations = _servers[address]
-    return PrefixStore(f"drivetrain/group{next(generations)}", store)
+    if dist.group.WORLD is not None:
+        _worlds.setdefault(dist.group.WORLD, _World(ours=False))
 
 
 def enter(backend: str, ranks: Ranks, timeout: timedelta | None) -> Store | None:
@@ -167,7 +168,9 @@ def enter(backend: str, ranks: Ranks, timeout: timedelta | None) -> Store | None
     if ours:
         start(backend, ranks, timeout=timeout)
     assert dist.group.WORLD is not None
-    world = _worlds.setdefault(dist.group.WORLD, _World(ours))
+    world = _worlds.setdefault(dist.group.WORLD, _World(ours=False))
+    world.ours = world.ours or ours
+    aside.prepare()
     world.users += 1
     world.jobs += 1
     if dist.get_backend() == "fake":
@@ -181,13 +184,54 @@ def leave() -> None:
     if world is not None:
         world.users -= 1
         if world.users == 0 and world.ours:
-            dist.destroy_process_group()
+            abandon() if _Exit.begun else dist.destroy_process_group()
 
 
 def abandon() -> None:
-    """End the process group whoever started it, so that ranks which wait for this one stop."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """End the process group whoever started it, so that ranks which wait for this one stop.
+
+    A collective under way ends with the rank that it waits for; that may never end.
+    """
+    if not dist.is_initialized():
+        return
+    try:
+        ending = aside.begin(dist.destroy_process_group)
+    except RuntimeError:  # an interpreter that exits starts no thread, and the one it has is stuck
+        logger.warning("the process group was left to itself, since ending another one takes long")
+        return
+    try:
+        ending.result(_END_SECONDS)
+    except TimeoutError:
+        logger.warning(
+            "a collective is still under way after %.0f s, so the process group was left to itself",
+            _END_SECONDS,
+        )
+
+
+class _Exit:
+    """The end of the interpreter.
+
+    gloo's threads let go of tensors after a collective is through. Where the interpreter has gone
+    meanwhile, that ends the process with "terminate called without an active exception". So every
+    group that was started here, or used by a job, is ended before; after whatever else is
+    registered for the exit, as this module is loaded early.
+    """
+
+    begun = False
+
+    @classmethod
+    def end_groups(cls) -> None:
+        cls.begun = True
+        if dist.group.WORLD is not None and dist.group.WORLD in _worlds:
+            abandon()
+
+
+def exit_begins() -> None:
+    """From here on, wait for nothing that may never come."""
+    _Exit.begun = True
+
+
+atexit.register(_Exit.end_groups)
 
 
 def _number(variable: str, default: int) -> int:

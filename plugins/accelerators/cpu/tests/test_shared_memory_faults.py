@@ -23,8 +23,10 @@ from drivetrain.byte_log import ByteLog
 from drivetrain.communicator import CommunicatorPhase, Purpose
 from drivetrain.errors import BuildError, CommunicationError
 from drivetrain.failure import broken
+from drivetrain.job import Job
 from drivetrain.mesh import Mesh
 from drivetrain.mesh_layout import MeshLayout
+from drivetrain.plan import Plan
 from drivetrain.testing import RanksFailedError, run_distributed
 from drivetrain.torch_communicator import TorchCommunicator
 
@@ -165,6 +167,31 @@ def test_a_rank_that_is_killed_within_a_collective_leaves_nothing(tmp_path, regi
         run_distributed(dies_within, 3, str(tmp_path), registered)
     for rank in (0, 2):
         assert_named_soon(caught.value.errors[rank].error, False)
+
+
+def dies_in_a_job():
+    """What memory carries and what it does not: integers go by gloo."""
+    job = Job.open(Plan.build({}, world_size=3, batch_required=False))
+    for dtype in (torch.float32, torch.int64):
+        job.communicator.all_reduce(torch.ones(9, dtype=dtype), "world", TAG)
+    if job.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    found = []
+    for dtype in (torch.float32, torch.int64):
+        with pytest.raises(CommunicationError) as caught:
+            job.communicator.all_reduce(torch.ones(9, dtype=dtype), "world", TAG)
+        found.append(str(caught.value))
+    raise RuntimeError(found)
+
+
+def test_a_rank_that_is_killed_is_named_whatever_carries_the_data():
+    with pytest.raises(RanksFailedError) as caught:
+        run_distributed(dies_in_a_job, 3)
+    for rank in (0, 2):
+        found = ast.literal_eval(caught.value.errors[rank].error.removeprefix("RuntimeError: "))
+        assert len(found) == 2
+        for message in found:
+            assert "was broken off because rank 1 died without an error of its own" in message
 
 
 def leaves():

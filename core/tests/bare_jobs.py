@@ -1,0 +1,26 @@
+"""Jobs of core alone, whose collectives go by gloo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from drivetrain.communicator import Purpose, Tag
+from drivetrain.job import Job
+from drivetrain.plan import Plan
+from drivetrain.registry import Registry, core_entries
+
+TAG = Tag(Purpose.CONTROL, site="test")
+
+
+def plan(world: int | None = None, **config: Any) -> Plan:
+    return Plan.build(
+        config, world_size=world, batch_required=False, registry=Registry(core_entries())
+    )
+
+
+def total(job: Job, axis: str = "world") -> float:
+    x = torch.tensor([1.0 + job.rank], device=job.device)
+    job.communicator.all_reduce(x, axis, TAG)
+    return x.item()
