@@ -170,10 +170,11 @@ def content_hash(tensors: Tensors) -> str:
 
 def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the index as somebody would who knows the format: checksums are right again."""
-    content = json.loads((folder / INDEX).read_text())
+    (path,) = folder.glob("index-*.json")
+    content = json.loads(path.read_text())
     change(content)
     data = json.dumps(content).encode()
-    (folder / INDEX).write_bytes(data)
+    path.write_bytes(data)
     manifest = json.loads((folder / "manifest.json").read_text())["manifest"]
     manifest["index"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "manifest.json").write_bytes(index.seal(manifest))

@@ -7,12 +7,14 @@ import json
 import os
 import random
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_engine import make, train
 from stored_states import (
     DATA,
     INDEX,
@@ -29,6 +31,7 @@ from drivetrain.checkpoint.reading import read_whole
 from drivetrain.checkpoint.state import is_plain, plain
 from drivetrain.checkpoint.storage import LocalStorage
 from drivetrain.errors import CheckpointError
+from drivetrain.testing import run_distributed
 
 TENSORS = some_tensors(1)
 
@@ -242,3 +245,39 @@ def test_names_out_of_files_are_shown_in_one_line_and_not_without_end() -> None:
     assert index.shown("layer.weight") == "layer.weight"
     assert index.shown("\x1b[31m\nx") == "'\\x1b[31m\\nx'"
     assert len(index.shown("x" * 10_000)) < 250
+
+
+# -- on all ranks ----------------------------------------------------------------------------------
+
+
+def save(folder: str) -> None:
+    engine = make()
+    train(engine, 1)
+    engine.save_checkpoint(folder, "t")
+    engine.destroy()
+
+
+def refused(folder: str) -> str:
+    engine = make()
+    with pytest.raises(CheckpointError) as caught:
+        engine.load_checkpoint(folder, "t")
+    engine.destroy()
+    return str(caught.value)
+
+
+def test_state_of_one_rank_that_means_nothing_is_refused_on_all(tmp_path: Path) -> None:
+    run_distributed(save, 2, str(tmp_path))
+    (data,) = (tmp_path / "t").glob("rank00001-*.safetensors")
+
+    def change(content: dict[str, Any]) -> None:
+        raw, whole = content["ranks"][1]["own"]["state"], bytearray(data.read_bytes())
+        place = slice(raw["at"][0], raw["at"][0] + raw["shape"][0])
+        state = {**json.loads(whole[place]), "random": {"streams": 5}}
+        whole[place] = json.dumps(state).encode().ljust(raw["shape"][0])
+        raw["crc"] = [f"{zlib.crc32(whole[place]):08x}"]
+        data.write_bytes(whole)
+
+    edit_index(tmp_path / "t", change)
+    for message in run_distributed(refused, 2, str(tmp_path)):
+        assert "state in" in message
+        assert "does not fit: TypeError" in message

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from drivetrain.errors import CheckpointError
+
 Change = Callable[[Path], object]
 """Turns a sound folder into a hostile one."""
 
@@ -99,9 +101,9 @@ def run(cases: Iterator[Case], folder: Path, outside: Path) -> Iterator[dict[str
         try:
             case.read(place / "in", place / "out" / "new")
         except (Exception, TooLongError) as error:  # noqa: BLE001 - that is what is looked for
-            raised, kind = str(error), type(error).__name__
-            if kind != "CheckpointError":
-                raised = traceback.format_exc()
+            raised, kind = str(error), "CheckpointError"
+            if not isinstance(error, CheckpointError):
+                raised, kind = traceback.format_exc(), type(error).__name__
         signal.alarm(0)
         watch.inside = ""
         seconds = time.process_time() - began

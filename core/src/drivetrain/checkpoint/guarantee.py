@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from drivetrain.wording import printable
+
 if TYPE_CHECKING:
     from drivetrain.engine import Engine
     from drivetrain.fragment import Fragment
@@ -29,7 +31,7 @@ class Guarantee:
 
     def weaken(self, *reasons: str) -> None:
         """Add what is weaker."""
-        self.weaker.update(dict.fromkeys(reasons))
+        self.weaker.update(dict.fromkeys(map(printable, reasons)))  # some come from a file
 
     def __str__(self) -> str:
         grade = f"same layout: {BITWISE}" if self.same_layout else f"reshaped: {IDENTICAL}"

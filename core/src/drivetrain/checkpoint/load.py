@@ -178,6 +178,7 @@ class _Attempt:
         engine.states.fragments_written()
         if not self.options.states:
             engine.states.refresh()
+        problem: CheckpointError | None = None
         try:
             if not self.options.module_only:
                 before = manifest.get("history")
@@ -185,10 +186,14 @@ class _Attempt:
                 continue_history(engine, known, self.stored.id)
                 self._load_progress(manifest["state"])
                 self._load_own()
+        except CheckpointError as error:
+            problem = error
         except index.MALFORMED as error:
-            raise CheckpointError(
-                f"state in {self.stored.place} does not fit: {error!r}"
-            ) from error
+            problem = CheckpointError(f"state in {self.stored.place} does not fit: {error!r}")
+            problem.__cause__ = error
+        found = worst(engine, None if problem is None else str(problem))
+        if found is not None:  # on every rank, though state may be one rank's own
+            raise problem or CheckpointError(found)
         if engine.job.rank == 0:
             back = f"; it is not the latest, which is damaged: {problems[0]}" if problems else ""
             logger.log(

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from drivetrain.wording import printable
+
 TAG_OPTION = click.option("--tag", help="Which checkpoint of the folder; default: the latest.")
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -63,7 +65,8 @@ def inspect(folder: str, tag: str | None, values: bool, hashes: bool, as_json: b
         click.echo(json.dumps({**facts, "tensors": tensors}, indent=1))
         return
     for key, value in facts.items():
-        click.echo(f"{key.replace('_', ' ')}: {f'{value:,}' if key == 'bytes' else value}")
+        shown = f"{value:,}" if key == "bytes" else printable(str(value))
+        click.echo(f"{key.replace('_', ' ')}: {shown}")
     for row in tensors:
         row |= {"shape": "x".join(map(str, row["shape"])) or "scalar", **row.pop("values")}
         row["nbytes"] = f"{row['nbytes']:,}"
@@ -143,7 +146,7 @@ def import_(source: str, folder: str, tag: str | None) -> None:
 
 def _table(rows: Iterable[dict[str, Any]]) -> None:
     """Print rows under the names of their keys, in lines as long as they have to be."""
-    listed = [{k: "" if v is None else str(v) for k, v in row.items()} for row in rows]
+    listed = [{k: "" if v is None else printable(str(v)) for k, v in row.items()} for row in rows]
     columns = list(dict.fromkeys(key for row in listed for key in row))
     widths = {c: max(len(c), *(len(row.get(c, "")) for row in listed)) for c in columns}
     for row in [{c: c for c in columns}, *listed]:

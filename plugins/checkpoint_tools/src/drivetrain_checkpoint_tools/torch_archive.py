@@ -244,7 +244,8 @@ class _Archive:
             **{f"torch {name}Storage": _Type(dtype) for name, dtype in _STORAGES.items()},
             "torch.storage UntypedStorage": _Type(None),
             **_DTYPES,
-            **dict.fromkeys(("collections OrderedDict", "collections defaultdict"), _empty_dict),
+            "collections OrderedDict": _dict,
+            "collections defaultdict": _dict,
             **dict.fromkeys(("builtins set", "__builtin__ set"), _set),
             "_codecs encode": _encoded,
             "torch Size": _shape,
@@ -337,8 +338,8 @@ class _Archive:
 # -- what pickles may call -------------------------------------------------------------------------
 
 
-def _empty_dict(*_: Any) -> dict[Any, Any]:
-    return {}
+def _dict(items: Sequence[Any] | None = None) -> dict[Any, Any]:
+    return {key_of(key): value for key, value in items or ()}
 
 
 def _set(values: Sequence[Any] = ()) -> set[Any]:
