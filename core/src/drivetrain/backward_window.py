@@ -8,11 +8,47 @@ A pass that adds to no ``.grad``, such as that of ``torch.autograd.grad``, is no
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from drivetrain.loss_scale import LossScaler
+
+
+class BackwardPass:
+    """Tells whether the backward pass in which it was made still runs.
+
+    A pass that ends calls ``end``. One that dies of an exception calls nothing, but autograd lets
+    go of all that it was to call, which shows here: so nothing that a pass has begun is left open
+    because only success would have closed it.
+
+    Args:
+        end: called when the pass is over.
+    """
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        final = _Final(end)
+        self._final = weakref.ref(final)
+        torch.autograd.Variable._execution_engine.queue_callback(final)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the pass has neither ended nor died."""
+        return self._final() is not None
+
+
+class _Final:
+    """What autograd calls at the end of a pass; it has the only reference."""
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        self._end = end
+
+    def __call__(self) -> None:
+        self._end()
 
 
 class BackwardWindow:
@@ -26,7 +62,7 @@ class BackwardWindow:
     def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
         self._begin = begin
         self._end = end
-        self._open = False
+        self._pass: BackwardPass | None = None
 
     def watch(self, outputs: object) -> None:
         """Attach to every tensor in ``outputs`` that a backward pass can start from or cross.
@@ -37,15 +73,42 @@ class BackwardWindow:
             tensor.register_hook(self._on_output)  # type: ignore[no-untyped-call]
 
     def _on_output(self, _gradient: torch.Tensor) -> None:
-        if self._open or not accumulates():
+        if (self._pass is not None and self._pass.runs) or not accumulates():
             return
+        self.settle()
         self._begin()
-        self._open = True
-        torch.autograd.Variable._execution_engine.queue_callback(self._on_end)
+        self._pass = BackwardPass(self._on_end)
+
+    def settle(self) -> None:
+        """Call ``end`` for a pass that died of an exception, which the client has caught."""
+        if self._pass is not None and not self._pass.runs:
+            self._on_end()
 
     def _on_end(self) -> None:
-        self._open = False
+        self._pass = None
         self._end()
+
+
+class ScaledLosses:
+    """Knows whether the backward pass that runs is one of a loss that was scaled here."""
+
+    def __init__(self) -> None:
+        self._pass: BackwardPass | None = None
+
+    def scale(self, scaler: LossScaler, loss: torch.Tensor) -> torch.Tensor:
+        """Apply ``scaler`` to ``loss``."""
+        scaled = scaler.scale(loss)
+        if scaler.active:
+            scaled.register_hook(self._begins)  # type: ignore[no-untyped-call]
+        return scaled
+
+    @property
+    def runs(self) -> bool:
+        """Whether such a pass runs, or one inside of it."""
+        return self._pass is not None and self._pass.runs
+
+    def _begins(self, _gradient: torch.Tensor) -> None:
+        self._pass = BackwardPass(lambda: None)
 
 
 def accumulates() -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from drivetrain import checkpoint
 from drivetrain.accumulation import Accumulation
-from drivetrain.backward_window import BackwardWindow
+from drivetrain.backward_window import BackwardWindow, ScaledLosses
 from drivetrain.builtin.optimization import GradientAllreduceOp, GradientClipping
 from drivetrain.errors import TrainingError
 from drivetrain.known import ENGINE
@@ -81,7 +81,8 @@ class Engine(nn.Module):
         self._losses = LossWatch(job.device)
         self._window = BackwardWindow(self._backward_begins, states.end_backward)
         self._reducing = True
-        self._in_scaled_backward = False
+        self._has_scaled = False
+        self._scaled = ScaledLosses()
         self._norm: torch.Tensor | None = None
         self._norm_wanted = False
         self._applied = False
@@ -146,23 +147,19 @@ class Engine(nn.Module):
         self._losses.add(loss)
         self._announce()
         steps = self._accumulation.counted_steps
-        scaled = self.loss_scaler.scale(loss)
+        scaled = self._scaled.scale(self.loss_scaler, loss)
         if not scale_wrt_gas and steps > 1:
             scaled = scaled * steps
-        self._in_scaled_backward = True
-        try:
-            with self.job.span("backward"):
-                self.job.hub.backward(self, scaled, retain_graph)
-        finally:
-            self._in_scaled_backward = False
+        with self.job.span("backward"):
+            self.job.hub.backward(self, scaled, retain_graph)
         return loss.detach() / steps if scale_wrt_gas else loss.detach()
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """Apply the loss scale, for a ``backward`` that the caller runs; needed with fp16."""
         self._check_loss(loss)
         self._losses.add(loss)
-        self._in_scaled_backward = True
-        return self.loss_scaler.scale(loss)
+        self._has_scaled = True
+        return self._scaled.scale(self.loss_scaler, loss)
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """End a micro-batch; at an accumulation boundary, update the parameters.
@@ -178,6 +175,8 @@ class Engine(nn.Module):
             raise TrainingError("this engine has no optimizer, so it cannot step")
         if not self._reducing:
             raise TrainingError("step() inside no_sync(): leave the block before stepping")
+        self._window.settle()
+        self.states.take_set_gradients(unscaled=self.loss_scaler.active and not self._has_scaled)
         if self.is_gradient_accumulation_boundary():
             self.optimizer.refuse_other_groups()
             self._losses.check(self.loss_scaler.dynamic, self.progress)
@@ -187,7 +186,7 @@ class Engine(nn.Module):
             self._end_window(rates, lr_kwargs)
         else:
             self.progress.end_micro_batch()
-        self._in_scaled_backward = False
+        self._has_scaled = False
 
     def skip_step(self) -> None:
         """Instead of :meth:`step` at a boundary: drop the gradients and count a skipped step.
@@ -195,6 +194,7 @@ class Engine(nn.Module):
         Every rank must skip together.
         """
         assert self.optimizer is not None
+        self._window.settle()
         self.states.finish_reduction()
         self.states.discard_gradients()
         self._applied = False
@@ -227,6 +227,7 @@ class Engine(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients accumulated so far."""
+        self._window.settle()
         self.states.discard_gradients()
 
     def drop_window(self) -> None:
@@ -436,12 +437,13 @@ class Engine(nn.Module):
 
     def _announce(self) -> None:
         """Tell the states whether gradients that arrive now complete the window."""
+        self._window.settle()
         self.states.local = not self._reducing
         self.states.reduce_now = self._reducing and self._accumulation.completes()
 
     def _backward_begins(self) -> None:
         self._announce()
-        if self.loss_scaler.active and not self._in_scaled_backward:
+        if self.loss_scaler.active and not self._scaled.runs:
             raise TrainingError(
                 "loss.backward() without loss scaling: with fp16 call engine.backward(loss), or "
                 "engine.scale(loss).backward()"

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from drivetrain.communicator import Communicator, Op, Purpose, Tag
-from drivetrain.errors import ConfigError
+from drivetrain.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -52,6 +52,7 @@ class Slot:
         filled: the bucket holds a gradient of it that is not sent yet.
         seen: a gradient arrived since reduction became possible.
         used: a gradient arrived in this window.
+        arrived: a gradient arrived in this micro-batch.
         deferred: hooks are ignored until somebody reports the gradient ready.
         late: what arrived after the bucket was sent.
         place: what the parameter shows, in its bucket's memory; ``None`` where that comes and goes.
@@ -66,6 +67,7 @@ class Slot:
     filled: bool = False
     seen: bool = False
     used: bool = False
+    arrived: bool = False
     deferred: bool = False
     late: torch.Tensor | None = None
     place: torch.Tensor | None = None
@@ -243,11 +245,31 @@ class GradientReducer:
         for parameter in parameters:
             self.slots[parameter].deferred = True
 
+    def take_set(self, *, unscaled: bool) -> None:
+        """Take what a script has assigned to ``.grad`` as this rank's gradients of a micro-batch.
+
+        They join the second round, since other ranks may have sent their buckets already.
+
+        Args:
+            unscaled: nothing tells that these gradients are of a scaled loss, as all others are.
+
+        Raises:
+            TrainingError: backward gave a gradient, too, or losses are scaled.
+        """
+        for slot in self.slots.values():
+            if slot.parameter.grad is not None and not slot.deferred:
+                if slot.arrived or unscaled:
+                    raise TrainingError(_why_not_set(slot))
+                gradient, slot.parameter.grad = slot.parameter.grad.detach(), None
+                slot.late = gradient if slot.late is None else slot.late + gradient
+                slot.used = True
+            slot.arrived = False
+
     def _take(self, slot: Slot) -> None:
         gradient, slot.parameter.grad = slot.parameter.grad, None
         bucket = slot.bucket
         if gradient is not None:
-            slot.used = True
+            slot.used = slot.arrived = True
             gradient = gradient.detach()  # it has a graph after backward(create_graph=True)
             if bucket.sent:
                 slot.late = gradient if slot.late is None else slot.late + gradient
@@ -372,6 +394,9 @@ class GradientReducer:
 
         What one rank has sent, all ranks must send; a window without any backward sends nothing.
         """
+        for slot in self.slots.values():
+            if not slot.deferred:
+                slot.parameter.grad, slot.arrived = None, False
         if self._between_rounds or any(bucket.sent for bucket in self.buckets):
             self.finish()
 
@@ -403,3 +428,16 @@ class GradientReducer:
             hook.remove()
             del _taken[slot.parameter]
         self._hooks.clear()
+
+
+def _why_not_set(slot: Slot) -> str:
+    if slot.arrived:
+        return (
+            f"parameter {slot.name} was given a .grad after backward, whose gradient the engine "
+            "has taken already: change gradients with drivetrain_zero.safe_set_full_grad(), or "
+            "write to their fragments, or assign .grad without a backward"
+        )
+    return (
+        f"parameter {slot.name} was given a .grad while losses are scaled (fp16), and nothing "
+        "tells whether it is: make it from engine.scale(loss)"
+    )

@@ -46,6 +46,14 @@ class ModelStates(ABC):
         """Ignore autograd hooks of ``parameters`` until :meth:`gradients_ready` names them."""
 
     @abstractmethod
+    def take_set_gradients(self, *, unscaled: bool) -> None:
+        """Take what a script has assigned to ``.grad``; called in each micro-batch, at its end.
+
+        Args:
+            unscaled: refuse it, since it does not have the loss scale that other gradients have.
+        """
+
+    @abstractmethod
     def end_backward(self) -> None:
         """A backward pass is over: start reducing what nothing will be added to."""
 

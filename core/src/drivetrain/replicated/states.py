@@ -182,6 +182,9 @@ class ReplicatedStates(ModelStates):
     def defer(self, parameters: Iterable[nn.Parameter]) -> None:
         self._reducer.defer(parameters)
 
+    def take_set_gradients(self, *, unscaled: bool) -> None:
+        self._reducer.take_set(unscaled=unscaled)
+
     def end_backward(self) -> None:
         self._reducer.end_backward()
 

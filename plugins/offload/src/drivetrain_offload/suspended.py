@@ -185,6 +185,9 @@ class SuspendedStates(ModelStates):
     def defer(self, parameters: Iterable[nn.Parameter]) -> None:
         self._with_gradients("a backward pass").defer(parameters)
 
+    def take_set_gradients(self, *, unscaled: bool) -> None:
+        self._with_gradients("step()").take_set_gradients(unscaled=unscaled)
+
     def end_backward(self) -> None:
         self._with_gradients("a backward pass").end_backward()
 

@@ -267,6 +267,9 @@ class ZeroStates(ModelStates):
     def defer(self, parameters: Iterable[nn.Parameter]) -> None:
         self._reducer.defer(parameters)
 
+    def take_set_gradients(self, *, unscaled: bool) -> None:
+        self._reducer.take_set(unscaled=unscaled)
+
     def end_backward(self) -> None:
         if self._gathering is not None:
             self._gathering.end_backward()
