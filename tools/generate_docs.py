@@ -36,8 +36,8 @@ NOTICE = "<!-- written by tools/generate_docs.py; change the code instead -->\n"
 
 CONFIG_INTRODUCTION = """\
 A config is a dict, a JSON file (comments and trailing commas are fine) or a YAML file. A key that
-nobody owns is an error. `"auto"` means the default. `drivetrain config schema` prints the same as a
-JSON Schema for editors.
+nobody owns is an error, also with `"auto"`, which means the default. `drivetrain config schema`
+prints the same as a JSON Schema for editors.
 """
 
 DEEPSPEED_INTRODUCTION = """\

@@ -8,7 +8,10 @@ from torch import nn
 
 from drivetrain.errors import ConfigError, PluginError
 from drivetrain.optimizers import make_rule, optimizer_plan
+from drivetrain.params import OptimizerParams
+from drivetrain.plan import Plan
 from drivetrain.registry import Registry
+from drivetrain.section import NonNegativeFloat, Share
 from drivetrain.testing.rules import place
 from drivetrain.update_rule import UpdateRule
 
@@ -231,3 +234,58 @@ def test_plain_and_named_parameters_make_one_group(registry, named):
     (group,) = optimizer_plan("SGD", {}, given, registry, None).groups
     assert group["params"] == [model.weight, model.bias]
     assert group.get("param_names") == (["weight", "bias"] if named else None)
+
+
+def plan_problems(registry, kind, name, params):
+    with pytest.raises(ConfigError) as caught:
+        Plan.build(
+            {"train_batch_size": 1, kind: {"type": name, "params": params}},
+            world_size=1,
+            registry=registry,
+        )
+    return caught.value.problems
+
+
+def test_a_plan_checks_a_rule_that_declares_nothing_by_its_signature(between):
+    problems = plan_problems(between, "optimizer", "between", {"wd": 1, "lr": "x", "foo": "auto"})
+    assert [problem.partition(":")[0] for problem in problems] == [
+        "optimizer.params.wd",
+        "optimizer.params.lr",
+        "optimizer.params.foo",
+    ]
+
+
+def test_a_plan_checks_a_schedule_that_declares_nothing_by_its_signature(registry):
+    class Halving:
+        def __init__(self, optimizer, every=1): ...
+
+    registry.add("schedulers", "Halving", Halving)
+    (problem,) = plan_problems(registry, "scheduler", "Halving", {"evry": 2})
+    assert problem.startswith("scheduler.params.evry: Halving has no such parameter; did you mean")
+
+
+class BetweenParams(OptimizerParams):
+    lr: NonNegativeFloat = 0.5
+    low: Share = 0.0
+
+
+def test_a_plugin_declares_what_its_rule_takes(between):
+    between.add("optimizer_params", "BETWEEN", BetweenParams)
+    assert sorted(plan_problems(between, "optimizer", "between", {"low": 1, "wd": 3})) == [
+        "optimizer.params.low: expected a number below 1, got 1 [between]",
+        "optimizer.params.wd: unknown key [between]",
+    ]
+    assert make_rule("Between", {"low": 0.5}, between, None).defaults["lr"] == 0.5
+
+
+def test_what_declares_parameters_must_be_a_model_of_them(between):
+    between.add("optimizer_params", "Between", dict)
+    with pytest.raises(PluginError, match="not a subclass of Params"):
+        make_rule("Between", {}, between, None)
+
+
+def test_a_package_that_takes_a_name_of_core_speaks_for_itself(registry):
+    registry.add("optimizers", "Adam", Between)  # which core declares parameters for, too
+    assert make_rule("Adam", {"low": 0.25}, registry, None).defaults["lr"] == 0.5
+    (problem,) = plan_problems(registry, "optimizer", "Adam", {"eps": 1e-8})
+    assert problem.startswith("optimizer.params.eps: Between has no such parameter")

@@ -74,7 +74,9 @@ def declared_params(registry: Registry, kind: Kind, name: str) -> type[Params] |
         return MODELS[kind].get(name.lower())
     group = cast("Group", f"{kind}_params")
     for entry in registry.entries(group):
-        if entry.name.lower() == name.lower() and entry.distribution == served.distribution:
+        ours = entry.distribution == served.distribution
+        added = entry.version == served.version == "in-process"
+        if entry.name.lower() == name.lower() and (ours or added):
             found = entry.load()
             if not (isinstance(found, type) and issubclass(found, Params)):
                 raise PluginError(f"{entry.label} is {found!r}, not a subclass of Params")
