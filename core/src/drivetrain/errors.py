@@ -41,7 +41,13 @@ class PluginError(DrivetrainError):
 
 
 class CheckpointError(DrivetrainError):
-    """A checkpoint that is missing, damaged, or does not fit the job."""
+    """A checkpoint that is missing, damaged, or does not fit the job.
+
+    Attributes:
+        other_version: the checkpoint may be whole, but another version of Drivetrain wrote it.
+    """
+
+    other_version = False
 
 
 class BuildError(DrivetrainError):

@@ -55,10 +55,6 @@ _OWN_FILES = re.compile(
 )
 
 
-class OtherFormatError(CheckpointError):
-    """A checkpoint that another version of Drivetrain wrote."""
-
-
 def data_file(rank: int, save_id: str) -> str:
     """Name of a rank's tensors."""
     return f"rank{rank:05d}-{save_id}.safetensors"
@@ -107,12 +103,17 @@ def unseal(data: bytes, place: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or whole.get("sha256") != _digest(manifest):
         kind = whole.get("format")
         if isinstance(kind, str) and kind != FORMAT:
-            raise OtherFormatError(f"{place} has format {kind[:100]!r}, expected {FORMAT!r}")
+            raise _other_format(kind, place)
         raise CheckpointError(f"checkpoint file {place} is damaged: its checksum is another")
     if manifest.get("format") != FORMAT:
-        found = str(manifest.get("format"))[:100]
-        raise OtherFormatError(f"{place} has format {found!r}, expected {FORMAT!r}")
+        raise _other_format(str(manifest.get("format")), place)
     return manifest
+
+
+def _other_format(found: str, place: str) -> CheckpointError:
+    error = CheckpointError(f"{place} has format {found[:100]!r}, expected {FORMAT!r}")
+    error.other_version = True
+    return error
 
 
 def parse(data: bytes, place: str) -> dict[str, Any]:

@@ -212,10 +212,10 @@ class _Attempt:
         texts: dict[bool, str] = {}
         try:
             action()
-        except (index.OtherFormatError, OSError) as error:
+        except OSError as error:
             texts[False] = str(error)
         except CheckpointError as error:
-            texts[damage] = str(error)
+            texts[damage and not error.other_version] = str(error)
         except malformed as error:
             texts[damage] = f"checkpoint {self.storage.where(self.tag)} is malformed: {error!r}"
         if not any(any_rank(self.engine, [bool(texts)])):
