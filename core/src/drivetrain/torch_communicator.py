@@ -6,6 +6,7 @@ size can be walked through on one machine. Over axes of one rank no process grou
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from drivetrain.communicator import DONE, Communicator, Handle
 from drivetrain.errors import CommunicationError
 from drivetrain.failure import broken
 from drivetrain.mesh_layout import Axis
+from drivetrain.overdue import LONG, Issued
 
 if TYPE_CHECKING:
     from drivetrain.failure import FailureBoard
@@ -40,12 +42,14 @@ class _Line:
         rank: this rank's position.
         group: process group; ``None`` for one rank and on the meta device.
         exchanges: whether reduce-scatter is an exchange and a local sum; see :func:`_exchange`.
+        issued: compares with other ranks where the backend waits on the host; else ``None``.
     """
 
     size: int
     rank: int
     group: dist.ProcessGroup | None
     exchanges: bool
+    issued: Issued | None
 
 
 class _Pending:
@@ -55,6 +59,7 @@ class _Pending:
         work: torch's handle.
         finish: what remains to be done when the data has arrived.
         explain: makes our exception of torch's.
+        overdue: called whenever it has not come for long.
     """
 
     def __init__(
@@ -62,15 +67,19 @@ class _Pending:
         work: Any,
         finish: Callable[[], object] | None,
         explain: Callable[[BaseException], CommunicationError] | None,
+        overdue: Callable[[], None] | None,
     ) -> None:
         self._work = work
         self._finish = finish
         self._explain = explain
+        self._overdue = overdue
 
     def wait(self) -> None:
         if self._work is None:
             return
         try:
+            while self._overdue is not None and not self._arrives_soon():
+                self._overdue()
             self._work.wait()
         except RuntimeError as error:
             assert self._explain is not None
@@ -79,6 +88,14 @@ class _Pending:
             self._finish()
         # Repeated waits are allowed and must not finish twice; tensors need not be held longer.
         self._work = self._finish = self._explain = None
+
+    def _arrives_soon(self) -> bool:
+        """Wait, but not for ever; true once it is through or broken."""
+        try:
+            self._work.wait(LONG)
+        except RuntimeError:  # also if only the time is over
+            return bool(self._work.is_completed())
+        return True
 
 
 class TorchCommunicator(Communicator):
@@ -101,6 +118,7 @@ class TorchCommunicator(Communicator):
         self._device = device
         self._failures = failures
         self._lines: dict[tuple[Axis, bool], _Line] = {}
+        self._issued: dict[tuple[int, ...], Issued] = {}
 
     def size(self, axis: Axis) -> int:
         return self._mesh.size(axis)
@@ -136,13 +154,31 @@ class TorchCommunicator(Communicator):
         line = self._lines.get((axis, meta))
         if line is None:
             group = None if meta else self._mesh.group(axis)
+            on_host = group is not None and dist.get_backend(group) == dist.Backend.GLOO
             line = self._lines[axis, meta] = _Line(
                 size=self._mesh.size(axis),
                 rank=self._mesh.coordinate(axis),
                 group=group,
-                exchanges=group is not None and dist.get_backend(group) == dist.Backend.GLOO,
+                exchanges=on_host,
+                issued=self._issued_on(axis) if on_host else None,
             )
         return line
+
+    def _issued_on(self, axis: Axis) -> Issued | None:
+        """What is issued on the ranks of ``axis``, under whatever name."""
+        ranks = tuple(self._mesh.ranks(axis))
+        if self._failures is not None and ranks not in self._issued:
+            self._issued[ranks] = Issued(self._failures, ranks[self._mesh.coordinate(axis)], ranks)
+        return self._issued.get(ranks)
+
+    def _compare(self, issued: Issued) -> None:
+        try:
+            issued.compare()
+        except CommunicationError:
+            # Torch waits in the destructor of a group for what is under way, which never ends.
+            for line in self._lines.values():
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(line.group))
+            raise
 
     def _issue(self, collective: Collective, line: _Line) -> Handle:
         explain = partial(self._explain, collective)
@@ -150,7 +186,10 @@ class TorchCommunicator(Communicator):
             work, finish = self._start(collective, line)
         except RuntimeError as error:
             raise explain(error) from error
-        pending = _Pending(work, finish, explain)
+        if line.issued is not None:
+            line.issued.note(collective)
+        overdue = None if line.issued is None else partial(self._compare, line.issued)
+        pending = _Pending(work, finish, explain, overdue)
         if collective.asynchronous:
             return pending
         pending.wait()
