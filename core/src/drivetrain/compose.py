@@ -22,6 +22,7 @@ from drivetrain.optimizers.optimizer import EngineOptimizer, check_groups
 from drivetrain.precision import Precision, loss_scaler
 from drivetrain.progress import Progress
 from drivetrain.schedule_choice import adopt_schedule, make_schedule
+from drivetrain.spmd_guard import check_same_model
 from drivetrain.transform import Phase, Transform
 
 if TYPE_CHECKING:
@@ -57,8 +58,7 @@ def build_engine(
         optimizer: the client's; ``None`` takes the config's, if it names one.
         parameters: what the config's optimizer trains: parameters, (name, parameter) pairs or
             group dicts; all of the module's by default.
-        scheduler: the client's schedule, or a callable that makes one from an optimizer; ``None``
-            takes the config's, if it names one.
+        scheduler: the client's schedule, or a callable of an optimizer; ``None``: the config's.
         training_data: dataset of ``engine.training_dataloader``.
         collate_fn: makes a micro-batch of a list of samples.
 
@@ -82,6 +82,7 @@ def build_engine(
     hub.describe_parameters(job, module)
 
     work = _optimizer_plan(job, module, optimizer, parameters)
+    check_same_model(job, module, () if work is None else work.groups)
     states = hub.build_model_states(job, module, work)
     assert states is not None, "core's default states answer last"
     with ExitStack() as undone:  # what fails from here on leaves the module to a better try

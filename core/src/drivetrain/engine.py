@@ -17,6 +17,7 @@ from drivetrain.errors import TrainingError
 from drivetrain.known import ENGINE
 from drivetrain.loss_watch import LossWatch
 from drivetrain.parameters import whole, whole_state_dict
+from drivetrain.spmd_guard import check_same_model
 from drivetrain.step_reporter import StepReporter
 
 if TYPE_CHECKING:
@@ -388,7 +389,8 @@ class Engine(nn.Module):
             unit.module.forward = forward
 
     def rebuild(self) -> None:
-        """Adapt the states after ``requires_grad`` of parameters was changed."""
+        """Adapt the states after ``requires_grad`` of parameters was changed, on every rank."""
+        check_same_model(self.job, self.module, self._groups())
         self.states.rebuild()
 
     def module_state_dict(self, **kwargs: Any) -> dict[str, Any]:
