@@ -74,8 +74,7 @@ def build_engine(
 
     job.parameters.register(module, reduction="data")
     transforms = hub.transform_module(job, module)
-    for phase in (Phase.ADAPT, Phase.PARTITION, Phase.RECOMPUTE):
-        module = _apply(transforms, phase, module)
+    module = _apply(transforms, module, Phase.ADAPT, Phase.PARTITION, Phase.RECOMPUTE)
     job.parameters.register(module, reduction="data")  # what transforms have added
     precision.cast_buffers(module)
     precision.describe(module, job.parameters)
@@ -87,7 +86,7 @@ def build_engine(
     assert states is not None, "core's default states answer last"
     with ExitStack() as undone:  # what fails from here on leaves the module to a better try
         undone.callback(states.detach)
-        module = _apply(transforms, Phase.COMPILE, module)
+        module = _apply(transforms, module, Phase.COMPILE)
         engine = Engine(
             job,
             module,
@@ -133,10 +132,11 @@ def build_loader(job: Job, dataset: Any, batch: Batch, **options: Any) -> DataLo
     return loader
 
 
-def _apply(transforms: Sequence[Transform], phase: Phase, module: nn.Module) -> nn.Module:
-    for transform in transforms:
-        if transform.phase is phase:
-            module = transform.apply(module)
+def _apply(transforms: Sequence[Transform], module: nn.Module, *phases: Phase) -> nn.Module:
+    for phase in phases:
+        for transform in transforms:
+            if transform.phase is phase:
+                module = transform.apply(module)
     return module
 
 
