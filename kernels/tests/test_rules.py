@@ -71,9 +71,15 @@ def torch_run(kind, **options):
             torch.optim.SGD,
             {"momentum": 0.9, "nesterov": True},
         ),
+        (
+            rules.fused_sgd,
+            {"momentum": 0.9, "dampening": 0.4},
+            torch.optim.SGD,
+            {"momentum": 0.9, "dampening": 0.4},
+        ),
         (rules.fused_sgd, {}, torch.optim.SGD, {}),
     ],
-    ids=["adamw", "adam", "adagrad", "sgd with momentum", "sgd"],
+    ids=["adamw", "adam", "adagrad", "sgd with momentum", "sgd with dampening", "sgd"],
 )
 def test_a_fused_rule_trains_like_torch(factory, params, kind, options):
     rule = factory({"lr": 0.05, **params}, None)

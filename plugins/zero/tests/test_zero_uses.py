@@ -163,13 +163,22 @@ def test_a_loop_trains(stage: Stage, reduction: str, loop: Any) -> None:
 @pytest.mark.parametrize("case", [BODY, SHARED], ids=["plain", "tied"])
 def test_freezing_and_unfreezing_keeps_the_states_that_remain(stage: Stage, case: Case) -> None:
     run = Run(config(stage, accumulation=2, optimizer=SGD), case, steps=6, loop=unfreezes)
-    assert_equal_to_plain(run, 3, expected=_plain_unfreezing(run, 3))
+    assert_equal_to_plain(run, 3, expected=_plain_unfreezing(run, 3, sgd))
 
 
-def _plain_unfreezing(run: Run, shards: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+@EVERY_STAGE
+def test_bias_correction_goes_on_where_it_was_after_unfreezing(stage: Stage) -> None:
+    """Adam's moments alone do not tell how many updates they have seen."""
+    run = Run(config(stage), BODY, steps=6, loop=unfreezes)
+    assert_equal_to_plain(run, 2, expected=_plain_unfreezing(run, 2, adamw))
+
+
+def _plain_unfreezing(
+    run: Run, shards: int, client: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """With plain torch. What is frozen loses its states; a tied parameter is when one module is."""
     model, losses = run.case.model(), []
-    optimizer = sgd(list(model.parameters()))
+    optimizer = client(list(model.parameters()))
     for step, micro_batches in enumerate(batches(run, shards)):
         if step in (1, 3):
             model.blocks[1].requires_grad_(step == 3)
