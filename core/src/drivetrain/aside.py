@@ -61,3 +61,18 @@ def begin(step: Callable[[], T]) -> Future[T]:
     """Carry out ``step`` beside the caller."""
     prepare()
     return _helpers[-1].begin(step)
+
+
+def within(seconds: float, step: Callable[[], object]) -> bool:
+    """Carry out ``step``; false if that takes longer, when it is left to itself."""
+    try:
+        done = begin(step)
+    except RuntimeError:  # an interpreter that ends starts no thread, and the one it has is stuck
+        return False
+    try:
+        done.result(seconds)
+    except TimeoutError:
+        if done.done():
+            raise
+        return False
+    return True

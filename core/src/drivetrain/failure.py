@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from drivetrain import meeting, process_group, pulse
+from drivetrain import aside, meeting, process_group, pulse
 from drivetrain.errors import CommunicationError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _LOOK_SECONDS = 1.0
 _DIED = "died without an error of its own: it was killed, crashed, or left its script early"
 
 _FAREWELL_SECONDS = 5.0
-"""How long rank 0 stays for the others to read the cause."""
+"""How long rank 0 stays for the others to read the cause, and a rank tries to say that it goes."""
 
 _POLL_SECONDS = 0.02
 
@@ -102,7 +102,8 @@ class FailureBoard:
     def record(self, error: BaseException) -> None:
         """Write ``error`` as the job's failure unless there is one already."""
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        self._write(Failure(self._rank, f"failed: {text}"))
+        failure = Failure(self._rank, f"failed: {text}")
+        aside.within(_FAREWELL_SECONDS, lambda: self._write(failure))
 
     def first(self, wait: float = 0.0) -> Failure | None:
         """The job's failure, if there is one within ``wait`` seconds."""
@@ -172,9 +173,13 @@ class FailureBoard:
 
     def leave(self) -> None:
         """Say that this rank has closed its job, and needs to be told of nothing any more."""
-        with suppress(*_STORE_IS_GONE):
-            self.store.set(f"left/{self._rank}", "")
-            self._acknowledge()
+
+        def say() -> None:
+            with suppress(*_STORE_IS_GONE):
+                self.store.set(f"left/{self._rank}", "")
+                self._acknowledge()
+
+        aside.within(_FAREWELL_SECONDS, say)  # a host that is cut off says nothing for long
 
     def _look(self) -> Failure | None:
         """Look for a rank that died without an error, and tell the others of it."""

@@ -192,16 +192,7 @@ def abandon() -> None:
 
     A collective under way ends with the rank that it waits for; that may never end.
     """
-    if not dist.is_initialized():
-        return
-    try:
-        ending = aside.begin(dist.destroy_process_group)
-    except RuntimeError:  # an interpreter that exits starts no thread, and the one it has is stuck
-        logger.warning("the process group was left to itself, since ending another one takes long")
-        return
-    try:
-        ending.result(_END_SECONDS)
-    except TimeoutError:
+    if dist.is_initialized() and not aside.within(_END_SECONDS, dist.destroy_process_group):
         logger.warning(
             "a collective is still under way after %.0f s, so the process group was left to itself",
             _END_SECONDS,
