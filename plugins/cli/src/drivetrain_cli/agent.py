@@ -22,13 +22,17 @@ def main() -> int:
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+        from drivetrain_cli.roll_call import RollCall
     except KeyboardInterrupt:
         return INTERRUPTED
     for name in ("torch", "torch.distributed"):  # which log to our standard error by themselves
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
+    options = run.parse_args(arguments)  # type: ignore[no-untyped-call]
+    RollCall.start_for(options)
     try:
-        run.run(run.parse_args(arguments))  # type: ignore[no-untyped-call]
+        run.run(options)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         failures = {
             str(rank): {"exit_code": failure.exitcode, "local_rank": failure.local_rank}

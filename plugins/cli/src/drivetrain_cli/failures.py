@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drivetrain.errors import DrivetrainError
+from drivetrain_cli.rank import FIRST_LOG
 
 TAIL_LINES = 12
 
@@ -34,7 +35,7 @@ def explain_failure(folder: Path, ranks: int) -> DrivetrainError:
     elif agent:
         lines = [f"the ranks could not be started: {agent['message']}"]
     else:
-        lines = ["torchrun ended without saying why", *_tail(folder / "rank0.log")]
+        lines = ["torchrun ended without saying why", *_tail(_first_log(folder))]
     return DrivetrainError("\n".join([*lines, f"logs of all {ranks} ranks: {folder}"]))
 
 
@@ -47,7 +48,7 @@ def _raised(errors: list[dict[str, Any]], folder: Path) -> list[str]:
         lines.append(f"  raised at {first['where']}")
     # the first rank's output has been on the screen already
     complete = first["local_rank"] == 0 or first.get("says_all", False)
-    return lines if complete else [*lines, *_tail(_log(folder, first))]
+    return lines if complete else [*lines, *_tail(_log(folder, first["rank"]))]
 
 
 def _killed(failure: dict[str, Any]) -> bool:
@@ -61,11 +62,17 @@ def _ended(failures: dict[str, Any], folder: Path) -> list[str]:
     code = failure["exit_code"]
     how = f"exited with code {code}" if code >= 0 else f"was killed by {_signal_name(-code)}"
     hint = "; often this means that memory ran out" if -code == signal.SIGKILL else ""
-    return [f"rank {rank} {how}{hint}", *_tail(_log(folder, failure))]
+    return [f"rank {rank} {how}{hint}", *_tail(_log(folder, rank))]
 
 
-def _log(folder: Path, failure: dict[str, Any]) -> Path:
-    return folder / f"rank{failure['local_rank']}.log"
+def _log(folder: Path, rank: int | str) -> Path:
+    return folder / f"rank{rank}.log"
+
+
+def _first_log(folder: Path) -> Path:
+    """The log of this machine's first rank, which may have ended before it had a number."""
+    numbered = sorted(folder.glob("rank*.log"), key=lambda log: int(log.stem[4:]))
+    return numbered[0] if numbered else folder / FIRST_LOG
 
 
 def _tail(log: Path) -> list[str]:

@@ -10,23 +10,30 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 import tty
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
+from drivetrain_cli.descendants import adopt_orphans, kill_all, reap_orphans
+
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def run_agent(command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
+def run_agent(
+    command: Sequence[str], environment: Mapping[str, str], log: Path, grace: float
+) -> int:
     """Run ``command`` until it ends; answers its exit code, or 128 + n after signal n.
 
     Its output appears on our output as it comes, and in ``log``. It sees a terminal exactly where
     we have one, so that progress bars work. The first SIGINT, SIGTERM or SIGHUP is forwarded and
-    gives the ranks time to finish; the second ends them at once.
+    gives the ranks ``grace`` seconds to finish; the second, or the end of that time, ends them and
+    everything that they have started.
     """
+    adopt_orphans()
     with log.open("wb") as file:
         taps = [_Tap(descriptor, file) for descriptor in (1, 2)]
         agent = subprocess.Popen(
@@ -39,33 +46,60 @@ def run_agent(command: Sequence[str], environment: Mapping[str, str], log: Path)
         )
         for tap in taps:
             tap.start()
-        with _forwarding(agent) as signals:
-            code = agent.wait()
+        with _forwarding(agent, grace) as signals:
+            code = signals.wait()
         for tap in taps:
             tap.join(timeout=5)
-    return 128 + signals[0] if signals else code
+    return 128 + signals.seen[0] if signals.seen else code
+
+
+class _Signals:
+    """Passes signals on to the agent, and kills all there is when time is up.
+
+    Args:
+        agent: the process below.
+        grace: seconds from the first signal on.
+    """
+
+    def __init__(self, agent: subprocess.Popen[bytes], grace: float) -> None:
+        self._agent = agent
+        self._grace = grace
+        self._deadline = float("inf")
+        self.seen: list[int] = []
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        self.seen.append(number)
+        if len(self.seen) > 1:
+            self._deadline = 0.0
+            return
+        self._deadline = time.monotonic() + self._grace
+        self._agent.send_signal(number)
+
+    def wait(self) -> int:
+        """The agent's exit code, once nothing is left of a run that did not end well."""
+        code = None
+        while code is None and time.monotonic() < self._deadline:
+            reap_orphans(self._agent.pid)
+            with suppress(subprocess.TimeoutExpired):
+                code = self._agent.wait(0.2)
+        if code != 0 or self.seen:
+            kill_all(self._agent.pid)
+        return self._agent.wait()
 
 
 @contextmanager
-def _forwarding(agent: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Pass signals on to the agent; kill it when a second one comes, or when we fail ourselves.
-
-    Yields the numbers of the signals so far.
-    """
-    seen: list[int] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        agent.send_signal(number if len(seen) == 1 else signal.SIGKILL)
-
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+def _forwarding(agent: subprocess.Popen[bytes], grace: float) -> Iterator[_Signals]:
+    """Handle signals; kill the agent when we fail ourselves."""
+    signals = _Signals(agent, grace)
+    before = {number: signal.signal(number, signals.take) for number in FORWARDED}
     try:
-        yield seen
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         if agent.poll() is None:
-            agent.kill()
+            kill_all(agent.pid)
 
 
 class _Tap(threading.Thread):

@@ -22,15 +22,21 @@ from drivetrain.errors import CommunicationError, DrivetrainError
 
 FOLDER_VARIABLE = "DRIVETRAIN_RUN_FOLDER"
 
+FIRST_LOG = "first-rank.log"
+"""Where the launcher keeps the first rank's output until that rank has a number."""
+
 
 def main() -> None:
     """Run ``sys.argv[2]``, a script or (``sys.argv[1] == "module"``) a module, as ``__main__``."""
     kind, target, *arguments = sys.argv[1:]
     folder, local_rank = Path(os.environ[FOLDER_VARIABLE]), int(os.environ["LOCAL_RANK"])
     end_with_parent()
+    log = folder / f"rank{os.environ['RANK']}.log"
     if local_rank > 0:
-        _redirect(folder / f"rank{local_rank}.log")
+        _redirect(log)
     else:
+        if (folder / FIRST_LOG).exists():  # not so after a restart
+            (folder / FIRST_LOG).rename(log)
         sys.excepthook = _show_what_the_launcher_does_not
     sys.argv = [target, *arguments]
     try:
@@ -44,10 +50,10 @@ def main() -> None:
         sys.exit(128 + signal.SIGINT)
     except SystemExit as error:
         if error.code not in (None, 0):
-            _record(folder, local_rank, error, f"the script exited with {error.code!r}")
+            _record(folder, error, f"the script exited with {error.code!r}")
         raise
     except BaseException as error:  # noqa: BLE001 - the outermost frame: recorded, shown, ended
-        _record(folder, local_rank, error, _message(error))
+        _record(folder, error, _message(error))
         error.__traceback__ = _own_frames(error.__traceback__)
         if isinstance(error, DrivetrainError):  # its message says all; the record has the rest
             error.__traceback__ = error.__cause__ = error.__context__ = None
@@ -82,12 +88,13 @@ def _redirect(path: Path) -> None:
     os.close(file)
 
 
-def _record(folder: Path, local_rank: int, error: BaseException, message: str) -> None:
+def _record(folder: Path, error: BaseException, message: str) -> None:
+    rank = int(os.environ["RANK"])
     frames = traceback.extract_tb(_own_frames(error.__traceback__))
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
     content = {
-        "rank": int(os.environ["RANK"]),
-        "local_rank": local_rank,
+        "rank": rank,
+        "local_rank": int(os.environ["LOCAL_RANK"]),
         "time_ns": time.time_ns(),
         "message": message,
         # Of another rank's failure, most often; that may be one without a word, by a signal.
@@ -96,7 +103,7 @@ def _record(folder: Path, local_rank: int, error: BaseException, message: str) -
         "where": where,
         "traceback": "".join(traceback.format_exception(error)),
     }
-    path = folder / f"rank{local_rank}.error.json"
+    path = folder / f"rank{rank}.error.json"
     path.write_text(json.dumps(content, indent=2), "utf-8")
 
 

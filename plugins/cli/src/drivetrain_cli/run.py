@@ -6,10 +6,8 @@ import importlib.util
 import os
 import platform
 import signal
-import socket
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -17,59 +15,6 @@ import click
 from drivetrain.cli import UserPath
 from drivetrain.errors import DrivetrainError
 from drivetrain.registry import Registry
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """Which machines take part and how they find each other; the default is this one alone.
-
-    Args:
-        count: number of machines, or ``"MIN:MAX"`` for an elastic job.
-        rank: this machine's place among them, where ``master_port`` is given.
-        master_addr: host of the first machine.
-        master_port: port there; ``None`` on one machine means any free one.
-        rdzv_endpoint: ``HOST:PORT`` at which machines meet in any order, instead of a master.
-        rdzv_id: name of the job there.
-        max_restarts: how often a failed job is started again.
-    """
-
-    count: str
-    rank: int
-    master_addr: str
-    master_port: int | None
-    rdzv_endpoint: str | None
-    rdzv_id: str
-    max_restarts: int
-
-    def arguments(self) -> list[str]:
-        """The rendezvous as torchrun takes it."""
-        common = ["--nnodes", self.count, "--max-restarts", str(self.max_restarts)]
-        if self.rdzv_endpoint is not None:
-            meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", self.rdzv_endpoint]
-            return [*common, *meeting, "--rdzv-id", self.rdzv_id]
-        if self.master_port is not None:
-            master = ["--master-addr", self.master_addr, "--master-port", str(self.master_port)]
-            return [*common, *master, "--node-rank", str(self.rank)]
-        if self.count != "1":
-            raise DrivetrainError(
-                f"{self.count} machines need a place to meet: give --rdzv-endpoint HOST:PORT, or "
-                "--node-rank, --master-addr and --master-port, the same master on every machine"
-            )
-        return [*common, "--standalone", "--local-addr", "127.0.0.1"]
-
-    def check_port(self) -> None:
-        """Refuse a master port of this machine that somebody else listens on."""
-        if self.master_port is None or self.rdzv_endpoint is not None or self.rank > 0:
-            return
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", self.master_port))
-            except OSError as error:
-                raise DrivetrainError(
-                    f"port {self.master_port} cannot be used ({error.strerror}); give another "
-                    "--master-port, or on one machine leave it out to have a free one chosen"
-                ) from error
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -80,6 +25,13 @@ class Nodes:
 @click.option("--master-port", type=int, help="Port of the first machine; default: a free one.")
 @click.option("--rdzv-endpoint", metavar="HOST:PORT", help="Where machines meet in any order.")
 @click.option("--rdzv-id", default="drivetrain", show_default=True, help="Name of the job there.")
+@click.option(
+    "--grace",
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time that ranks have to end after a signal; then they are killed.",
+)
 @click.option("--max-restarts", default=0, show_default=True, help="Restarts after a failure.")
 @click.option("--log-dir", type=UserPath(path_type=Path), help="Run folder; default: under runs/.")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is the name of a module.")
@@ -93,6 +45,7 @@ def run(
     master_port: int | None,
     rdzv_endpoint: str | None,
     rdzv_id: str,
+    grace: float,
     max_restarts: int,
     log_dir: Path | None,
     module: bool,
@@ -106,14 +59,15 @@ def run(
     """
     from drivetrain_cli.failures import explain_failure
     from drivetrain_cli.launch import run_agent
-    from drivetrain_cli.rank import FOLDER_VARIABLE
+    from drivetrain_cli.nodes import Nodes
+    from drivetrain_cli.rank import FIRST_LOG, FOLDER_VARIABLE
 
     nodes = Nodes(nnodes, node_rank, master_addr, master_port, rdzv_endpoint, rdzv_id, max_restarts)
     meeting = nodes.arguments()
     (_check_module if module else _check_script)(script)
     ranks = _ranks(nproc)
     nodes.check_port()
-    folder = _run_folder(log_dir, script, alone=nnodes == "1")
+    folder = _run_folder(log_dir, script, alone=nodes.alone)
     kind = "module" if module else "script"
     worker = ["--module", "drivetrain_cli.rank", kind, script, *arguments]
     agent = [sys.executable, "-m", "drivetrain_cli.agent", str(folder)]
@@ -123,7 +77,9 @@ def run(
     environment = {**os.environ, FOLDER_VARIABLE: str(folder)}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
     environment.setdefault("PYTHONUNBUFFERED", "1")
-    code = run_agent(command, environment, folder / "rank0.log")
+    if interface := nodes.interface():
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+    code = run_agent(command, environment, folder / FIRST_LOG, grace)
     if code > 128:
         how = signal.Signals(code - 128).name
         click.secho(f"interrupted by {how}; the logs are in {folder}", fg="yellow", err=True)
@@ -202,14 +158,16 @@ def _run_folder(wish: Path | None, script: str, *, alone: bool) -> Path:
     Raises:
         DrivetrainError: it cannot be made, or already holds the logs of another run.
     """
+    from drivetrain_cli.rank import FIRST_LOG
+
     stem = Path(script).stem if script.endswith(".py") else script
     host = "" if alone else f"-{platform.node()}"
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = (wish or Path("runs", f"{stamp}-{stem}-{os.getpid()}{host}")).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        used = any(folder.glob("rank*"))
-        (folder / "rank0.log").touch(exist_ok=True)
+        used = any(folder.glob("rank*")) or (folder / FIRST_LOG).exists()
+        (folder / FIRST_LOG).touch(exist_ok=True)
     except OSError as error:
         raise DrivetrainError(
             f"run folder {folder} cannot be written: {error.strerror}; choose another with "
