@@ -15,10 +15,13 @@ STAGES = (0, 1, 2, 3)
 OPTIMIZERS = ("SGD", "AdamW")
 
 
-def make(stage: int, optimizer: str) -> Engine:
+def make(stage: int, optimizer: str, *, freeze: bool = False) -> Engine:
     torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+    module[0].requires_grad_(not freeze)
     return drivetrain.initialize(
-        model=nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)),
+        model=module,
+        model_parameters=list(module.parameters()),
         config={
             "train_micro_batch_size_per_gpu": 4,
             "gradient_clipping": 0.0,
@@ -75,3 +78,26 @@ def differing(folder: str) -> list[str]:
 
 def test_late_buckets_are_added_up_as_in_an_unbroken_run(tmp_path: Path) -> None:
     assert run_distributed(differing, 2, str(tmp_path)) == [[], []]
+
+
+def off_after_unfreezing(folder: str) -> list[float]:
+    """How far weights of a run resumed after a parameter was unfrozen are from an unbroken one."""
+    found = []
+    for stage in STAGES:
+        engine = make(stage, "AdamW", freeze=True)
+        run(engine, range(3))
+        engine.module[0].requires_grad_(True)
+        engine.rebuild()
+        run(engine, range(3, 5))
+        engine.save_checkpoint(f"{folder}/{stage}")
+        run(engine, range(5, 7))
+        unbroken = weights(engine)
+        engine = make(stage, "AdamW")  # where all parameters share a bucket
+        engine.load_checkpoint(f"{folder}/{stage}")
+        run(engine, range(5, 7))
+        found.append(float((weights(engine) - unbroken).abs().max()))
+    return found
+
+
+def test_parameters_that_were_unfrozen_keep_their_own_count_of_updates(tmp_path: Path) -> None:
+    assert run_distributed(off_after_unfreezing, 2, str(tmp_path)) == [[0.0] * 4] * 2

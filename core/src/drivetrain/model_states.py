@@ -7,7 +7,7 @@ plugin brings its own. The engine only ever talks to this interface.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -110,8 +110,16 @@ class ModelStates(ABC):
         """Make the module's parameters agree with fragments that were written. Collective."""
 
     @abstractmethod
-    def rebuild(self) -> None:
-        """Adapt to parameters that were frozen or unfrozen since; keeps states that remain."""
+    def steps(self) -> Mapping[str, int]:
+        """Name of every trained parameter of the module -> updates that its states have seen."""
+
+    @abstractmethod
+    def rebuild(self, steps: Mapping[str, int] | None = None) -> None:
+        """Adapt to parameters that were frozen or unfrozen since; keeps states that remain.
+
+        Args:
+            steps: updates that states have seen, by name, where that is not what it was.
+        """
 
     def flush(self) -> None:  # noqa: B027 - most keep nothing under way
         """Finish what is under way, so that fragments show a consistent state to be saved."""

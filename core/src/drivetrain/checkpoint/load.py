@@ -160,6 +160,7 @@ class _Attempt:
         """
         problem = self._together(self._open, *index.MALFORMED)
         if problem is None:
+            self._keep_apart()
             (other,) = any_rank(self.engine, [not self.same])
             self.guarantee = self._guarantee(not other)
             self.unexpected = self._find_unexpected()
@@ -237,6 +238,25 @@ class _Attempt:
             raise CheckpointError(f"{place} is missing")
         data = bytes(raw_bytes(read_whole(self.storage, self.own["state"])).numpy())
         self.own_state = index.parse(data, place)
+        saved = self.stored.manifest["state"].get("steps", {})
+        self.steps = {str(name): int(step) for name, step in saved.items()}
+        self._look_at_engine()
+
+    def _keep_apart(self) -> None:
+        """Give parameters whose states have seen other numbers of updates buckets of their own.
+
+        A bucket has one such number, so an engine in which a parameter was unfrozen has other
+        buckets than one that trains it from the beginning. Collective where that is so.
+        """
+        states = self.engine.states
+        kept = [(step, self.steps.get(name, step)) for name, step in states.steps().items()]
+        if self.options.states and len({now for now, _ in kept}) < len(set(kept)):
+            states.rebuild(self.steps)
+            self._look_at_engine()
+
+    def _look_at_engine(self) -> None:
+        """Find what there is to restore, and whether it lies as it did in the engine saved."""
+        job = self.engine.job
         self.fragments = [f for f in self.engine.states.fragments() if f.kind != "gradient"]
         self.plugin_fragments = (
             [] if self.options.module_only else plugin_fragments(job.hub, self.engine)

@@ -309,7 +309,7 @@ class _Contents:
 
     def _state(self, writer: StateWriter) -> dict[str, Any]:
         engine, scheduler = self.engine, self.engine.lr_scheduler
-        unfinished = engine.progress.in_window
+        unfinished, steps = engine.progress.in_window, engine.states.steps()
         if unfinished:
             self.weaker.append(
                 f"the gradients of {unfinished} micro-batches of an unfinished step are not saved"
@@ -321,6 +321,7 @@ class _Contents:
             "loss_scaler": engine.loss_scaler.state_dict(),
             "scheduler": packed(scheduler.state_dict(), "scheduler state") if scheduler else None,
             "groups": list(self._groups()),
+            "steps": dict(steps) if len(set(steps.values())) > 1 else {},
             "plugins": writer.data[False],
             "plugin_tensors": sorted(writer.tensors[False]),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -279,12 +279,15 @@ class ReplicatedStates(ModelStates):
                     slot.take_over()
                     write_master(bucket.home, segment, slot.parameter)
 
-    def rebuild(self) -> None:
+    def steps(self) -> Mapping[str, int]:
+        return {s.name: b.home.step for b in self._buckets for s in b.planned.spec.segments}
+
+    def rebuild(self, steps: Mapping[str, int] | None = None) -> None:
         self._watch.refuse_other_module()
         self.discard_gradients()
         self.flush()
         kept = _whole_states(f for b in self._buckets for f in b.home.fragments())
-        steps = {s.name: b.home.step for b in self._buckets for s in b.planned.spec.segments}
+        steps = {**self.steps(), **(steps or {})}
         self._reducer.close()
         self._build(steps)
         for bucket in self._buckets:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
@@ -224,8 +224,11 @@ class SuspendedStates(ModelStates):
     def fragments_written(self) -> None:
         self._whole("loading a checkpoint").fragments_written()
 
-    def rebuild(self) -> None:
-        self._whole("rebuild()").rebuild()
+    def steps(self) -> Mapping[str, int]:
+        return self.inner.steps()
+
+    def rebuild(self, steps: Mapping[str, int] | None = None) -> None:
+        self._whole("rebuild()").rebuild(steps)
 
     def flush(self) -> None:
         pass  # nothing was begun since the states were flushed and moved

@@ -426,16 +426,19 @@ class ZeroStates(ModelStates):
         for watch in self._watches():
             watch.note()
 
-    def rebuild(self) -> None:
-        self._watch.refuse_other_module()
-        self.discard_gradients()
-        kept = collect_states(self._job, self._buckets)
-        steps = {
+    def steps(self) -> Mapping[str, int]:
+        return {
             segment.name: bucket.home.step
             for bucket in self._buckets
             if bucket.spec.rule is not None
             for segment in bucket.plan.spec.segments
         }
+
+    def rebuild(self, steps: Mapping[str, int] | None = None) -> None:
+        self._watch.refuse_other_module()
+        self.discard_gradients()
+        kept = collect_states(self._job, self._buckets)
+        steps = {**self.steps(), **(steps or {})}
         self.detach()
         self._gathering = None
         self._buckets, self._sums = [], []
