@@ -206,6 +206,15 @@ def test_a_schedule_that_no_config_can_describe_is_refused(kind: str) -> None:
     assert problem.startswith(f"scheduler.type: {kind} needs")
 
 
+def test_a_cycle_of_momenta_needs_an_optimizer_that_has_one() -> None:
+    cycle = {"type": "OneCycleLR", "params": {"max_lr": 1, "total_steps": 9}}
+    (problem,) = problems({"optimizer": {"type": "Adagrad"}, "scheduler": cycle})
+    assert problem.startswith("scheduler.params.cycle_momentum: Adagrad has no momentum")
+    cycle["params"] |= {"cycle_momentum": False}
+    Plan.build({"train_batch_size": 1, "optimizer": {"type": "Adagrad"}, "scheduler": cycle})
+    Plan.build({"train_batch_size": 1, "optimizer": {"type": "Lion"}, "scheduler": cycle})
+
+
 def test_whole_numbers_in_any_notation_reach_what_is_made() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9)
     # torch takes no float for a number of steps

@@ -183,31 +183,6 @@ def test_auto_is_dropped_wherever_it_stands_so_that_defaults_apply() -> None:
     assert 'optimizer.params.weight_decay: "auto", so its' in core["optimization"].notes()[0]
 
 
-@pytest.mark.parametrize("path", sorted(SECTIONS))
-@pytest.mark.parametrize("off", [{"enabled": False, "x": 1}, {"a": False, "b": {"c": 0}}, None])
-def test_a_section_that_is_off_needs_nobody_to_serve_it(path: str, off: Any) -> None:
-    config: Any = off
-    for key in reversed(path.split(".")):
-        config = {key: config}
-    composition = compose(config, Registry(core_entries()))
-    assert [m for m in composition.members if not m.is_core] == []
-    (note,) = composition.notes
-    assert note.startswith(f"{path}: no effect, as it is switched off (served by {SECTIONS[path]}")
-
-
-@pytest.mark.parametrize("on", [{}, {"enabled": True}, {"enabled": "auto"}, {"a": 0, "b": 1}, True])
-def test_a_section_that_is_not_off_needs_its_owner(on: Any) -> None:
-    with pytest.raises(ConfigError, match="wandb: served by drivetrain-wandb"):
-        compose({"wandb": on}, Registry(core_entries()))
-
-
-@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
-def test_what_is_offloaded_nowhere_needs_no_package(key: str) -> None:
-    config = {"zero_optimization": {"stage": 0, key: {"device": "none", "pin_memory": True}}}
-    composition = compose(config, Registry(core_entries()))
-    assert len(composition.notes) == 2
-
-
 @pytest.mark.parametrize(
     "config",
     [

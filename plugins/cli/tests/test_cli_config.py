@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from click.testing import CliRunner, Result
@@ -149,6 +150,19 @@ def test_a_dotted_path_is_grafted_into_an_optional_object() -> None:
     schema = json_schema(Registry([]).with_plugins(Outer, Inner))
     assert schema["$defs"]["outer.Disk"]["properties"]["speed"]["type"] == "number"
     assert "speed" not in schema["$defs"]["outer.inner.Disk"]["properties"]
+
+
+def test_other_names_of_keys_are_in_the_schema() -> None:
+    class Renaming(Section):
+        renamed: ClassVar[dict[str, str]] = {"old": "new"}
+        new: PositiveInt = 1
+
+    class Renamed(Plugin):
+        name = "renamed"
+        sections = {"renamed": Renaming}
+
+    found = json_schema(Registry([]).with_plugins(Renamed))["properties"]["renamed"]["properties"]
+    assert found["old"] == {**found["new"], "deprecated": True}
 
 
 def test_a_section_that_nobody_describes_is_an_object_around_its_parts() -> None:

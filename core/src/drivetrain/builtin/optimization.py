@@ -116,6 +116,9 @@ class Optimization(Plugin):
             *_check(plan, "optimizer", self.section(OptimizerSection)),
             *_check(plan, "scheduler", self.section(SchedulerSection)),
         ]
+        problems = problems or _check_momentum(
+            plan, self.section(OptimizerSection).type, self.section(SchedulerSection)
+        )
         factor = self.section(GradientPredivideFactor).root
         if self.section(PrescaleGradients).root and factor != 1.0:
             problems.append(
@@ -205,6 +208,20 @@ def _check_params(plan: Plan, kind: Kind, section: _Typed) -> list[Problem]:
         others = (Problem(*problem.split(": ", 1)) for problem in error.problems)
         found += [problem for problem in others if problem.path not in told]
     return [Problem(p.path, f"{p.message} [{section.type}]") for p in found]
+
+
+def _check_momentum(
+    plan: Plan, optimizer: str | None, scheduler: SchedulerSection
+) -> list[Problem]:
+    """Torch's cycles move a momentum unless told not to, and refuse where there is none."""
+    if optimizer is None or (scheduler.type or "").lower() not in ("cycliclr", "onecyclelr"):
+        return []
+    model = declared_params(plan.registry, "optimizer", optimizer)
+    has_one = model is None or {"momentum", "betas"} & model.model_fields.keys()
+    if has_one or not scheduler.params.get("cycle_momentum", True):
+        return []
+    path, flaw = "scheduler.params.cycle_momentum", f"{optimizer} has no momentum; set it to false"
+    return [Problem(path, flaw)]
 
 
 def _check_autos(plan: Plan, kind: Kind, section: _Typed, model: type[Params]) -> list[Problem]:

@@ -71,6 +71,8 @@ def json_schema(registry: Registry) -> dict[str, Any]:
         if model is None:
             continue
         section = model.model_json_schema(ref_template=f"#/$defs/{path}.{{model}}")
+        for other, key in getattr(model, "renamed", {}).items():
+            section["properties"][other] = {**section["properties"][key], "deprecated": True}
         for name, definition in section.pop("$defs", {}).items():
             definitions[f"{path}.{name}"] = definition
         *parents, key = path.split(".")
