@@ -145,7 +145,7 @@ class Engine(nn.Module):
             TrainingError: not a scalar loss with a graph, or an engine without optimizer.
         """
         self._check_loss(loss)
-        self._losses.add(loss)
+        self._losses.add(loss, self.states.why_not_finite)
         self._announce()
         steps = self._accumulation.counted_steps
         scaled = self._scaled.scale(self.loss_scaler, loss)
@@ -158,7 +158,7 @@ class Engine(nn.Module):
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """Apply the loss scale, for a ``backward`` that the caller runs; needed with fp16."""
         self._check_loss(loss)
-        self._losses.add(loss)
+        self._losses.add(loss, self.states.why_not_finite)
         self._has_scaled = True
         return self._scaled.scale(self.loss_scaler, loss)
 

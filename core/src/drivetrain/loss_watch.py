@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,12 +27,15 @@ class LossWatch:
         self._count = 0
         self._unchecked: torch.Tensor | None = None
         self._unchecked_norm: torch.Tensor | None = None
+        self._why = ""
 
-    def add(self, loss: torch.Tensor) -> None:
-        """Count one micro-batch's loss."""
+    def add(self, loss: torch.Tensor, why: Callable[[torch.Tensor], str]) -> None:
+        """Count one micro-batch's loss; ``why`` returns what is known if it is no number."""
         value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).reshape(())
         self._sum = value.clone() if self._sum is None else self._sum + value
         self._count += 1
+        if self._immediate and not self._why and not bool(torch.isfinite(value)):
+            self._why = why(loss)  # while its graph is there
 
     def note_norm(self, norm: torch.Tensor | None) -> None:
         """Have the next :meth:`check` look at the norm of a step that did not wait for it."""
@@ -60,17 +64,18 @@ class LossWatch:
         step = progress.steps + (1 if self._immediate else 0)
         raise TrainingError(
             f"the loss of step {step} is {float(value)}: parameters were not updated from it"
+            + self._why
             if self._immediate
             else f"the loss of step {step} was {float(value)}; load the last checkpoint"
         )
 
     def forget(self) -> None:
         """Begin as if no loss had been seen: what follows comes from other parameters."""
-        self._sum, self._count = None, 0
+        self._sum, self._count, self._why = None, 0, ""
         self._unchecked = self._unchecked_norm = None
 
     def take(self) -> tuple[torch.Tensor | None, int]:
         """The sum and number of losses since the last call, and start anew."""
         taken = self._sum, self._count
-        self._sum, self._count = None, 0
+        self._sum, self._count, self._why = None, 0, ""
         return taken

@@ -82,6 +82,10 @@ class ModelStates(ABC):
     def first_nonfinite(self) -> str:
         """Name of the first parameter whose gradient is not finite, with what and how many."""
 
+    def why_not_finite(self, loss: torch.Tensor) -> str:
+        """What to add to the message that ``loss`` is no number; mostly nothing."""
+        return ""
+
     @abstractmethod
     def update(self, scale: float | torch.Tensor) -> None:
         """Update every bucket with ``gradient * scale``, publish, and begin a new window."""

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from drivetrain.backward_window import recorded_in
+
+if TYPE_CHECKING:
+    from drivetrain_zero.gathered_unit import GatheredUnit
 
 _GRAPH = "drivetrain_zero.graph"
 
@@ -27,6 +31,13 @@ def in_backward() -> bool:
 def current_pass() -> int:
     """The number of the innermost pass that autograd runs, or -1."""
     number: int = torch._C._current_graph_task_id()
+    return number
+
+
+def operations_so_far() -> int:
+    """The number that autograd gives to the next operation that it records."""
+    autograd: Any = torch.autograd  # it does not export the function
+    number: int = autograd._get_sequence_nr()
     return number
 
 
@@ -67,6 +78,23 @@ def keep_with_graph(kept: object, gradients: object) -> bool:
         node: Any = tensor.grad_fn  # torch types its metadata as a method
         node.metadata.setdefault(_GRAPH, []).append(kept)
     return bool(recorded)
+
+
+@dataclass(eq=False)
+class Graph:
+    """What one pass through the model has recorded; alive as long as autograd's graph.
+
+    Args:
+        held: units that its backward needs, beside those that it comes to through their outputs.
+        operations: autograd's numbers at the beginning and the end of a forward.
+        is_over: its backward has come.
+        is_kept: whether the graph keeps this object.
+    """
+
+    held: list[GatheredUnit] = field(default_factory=list)
+    operations: tuple[int, int] = (0, 0)
+    is_over: bool = False
+    is_kept: bool = False
 
 
 class InputsKnown:

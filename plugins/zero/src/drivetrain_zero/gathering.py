@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -30,11 +30,13 @@ from torch import nn
 
 from drivetrain.backward_window import accumulates
 from drivetrain_zero.backward_hooks import (
+    Graph,
     InputsKnown,
     call_before_backward,
     current_pass,
     in_backward,
     keep_with_graph,
+    operations_so_far,
     when_pass_ends,
 )
 from drivetrain_zero.copies import Hook
@@ -77,21 +79,6 @@ class GatherPolicy:
     log_order: bool
 
 
-@dataclass(eq=False)
-class _Graph:
-    """What one pass through the model has recorded; alive as long as autograd's graph.
-
-    Args:
-        held: units that its backward needs, beside those that it comes to through their outputs.
-        is_over: its backward has come.
-        is_kept: whether the graph keeps this object.
-    """
-
-    held: list[GatheredUnit] = field(default_factory=list)
-    is_over: bool = False
-    is_kept: bool = False
-
-
 class Gathering:
     """Gathers and releases units from module and autograd hooks.
 
@@ -120,25 +107,31 @@ class Gathering:
         self.forward_order = [unit.number for unit in units]
         self.backward_order = self.forward_order[::-1]
         self.left_order = False
+        self.taken: nn.Parameter | None = None  # out of its module, while it was released
         self.gathers = 0
         """Running digest of the gathers of this window; equal on all ranks."""
         self._policy = policy
         self._asynchronous = asynchronous
         self._forward: Pass | None = None
         self._backward: Pass | None = None
-        self._number = -1
+        self._number, self._began = -1, 0
         self._accumulates = True
-        self._recorded: _Graph | None = None
+        self._recorded: Graph | None = None
         self.last_forward: Pass | None = None
         self.last_backward: Pass | None = None
         self._held_without_graph: list[GatheredUnit] = []
-        self._graphs: WeakSet[_Graph] = WeakSet()
-        self._unseen_graphs: list[_Graph] = []
+        self._graphs: WeakSet[Graph] = WeakSet()
+        self._unseen_graphs: list[Graph] = []
         self._hooks: list[RemovableHandle] = []
         self._fetches = any(bucket.fetches for unit in units for bucket in unit.buckets)
         self._choose_persistent()
         for unit in units:
             self._install(unit)
+
+    @property
+    def forwards(self) -> Sequence[tuple[int, int]]:
+        """Autograd's numbers of operations in each forward whose graph lives."""
+        return [graph.operations for graph in self._graphs]
 
     def _choose_persistent(self) -> None:
         total = 0
@@ -176,6 +169,7 @@ class Gathering:
     def release_all(self) -> None:
         """Keep only shards."""
         self._backward = None  # an error may have ended it
+        self.taken = None
         self._unseen_graphs.clear()
         self._graphs.clear()
         for unit in self.units:
@@ -230,12 +224,16 @@ class Gathering:
 
     def _begin_forward(self) -> None:
         self._forward, self._backward = Pass(self.forward_order), None
+        self._began = operations_so_far()
         if all(graph.is_over for graph in self._graphs):
             self._let_go(self.units)
 
-    def use_outside(self, unit: GatheredUnit) -> None:
+    def use_outside(self, unit: GatheredUnit, parameter: nn.Parameter | None = None) -> None:
         """Somebody uses parameters of ``unit`` outside of its module, while the model computes."""
-        if unit.held or (self._forward is None and not in_backward()):
+        if self._forward is None and not in_backward():
+            self.taken = self.taken if unit.gathered else parameter
+            return
+        if unit.held:
             return
         if not unit.gathered:
             self._visit(unit)
@@ -260,7 +258,8 @@ class Gathering:
         if torch.is_grad_enabled():
             graph = None
             if not (unit.number or in_backward()):
-                graph = _Graph([unit for unit in self.units if unit.held])
+                operations = (self._began, operations_so_far())
+                graph = Graph([unit for unit in self.units if unit.held], operations)
                 self._graphs.add(graph)
             call_before_backward(outputs, partial(self._begin_backward, unit, inputs, graph))
         if in_backward():
@@ -294,7 +293,7 @@ class Gathering:
         self,
         unit: GatheredUnit,
         inputs: InputsKnown | None,
-        graph: _Graph | None,
+        graph: Graph | None,
         gradients: Sequence[Any],
     ) -> None:
         """Backward comes to what a forward of ``unit`` has made; with ``graph``, of the model."""
@@ -317,7 +316,7 @@ class Gathering:
     def _hold_for_recorded(self, unit: GatheredUnit) -> None:
         """Hold a unit for the backward of the graph that the pass under way records."""
         if self._recorded is None:
-            self._recorded = _Graph()
+            self._recorded = Graph()
             self._graphs.add(self._recorded)
         if not unit.held:
             unit.held = True

@@ -33,14 +33,15 @@ class WatchedParameters(UserDict[str, "nn.Parameter | None"]):
         taken: called before a parameter is handed out.
     """
 
-    def __init__(self, plain: _Parameters, taken: Callable[[], None]) -> None:
+    def __init__(self, plain: _Parameters, taken: Callable[[nn.Parameter | None], None]) -> None:
         super().__init__()
         self.data = plain
         self._taken = taken
 
     def __getitem__(self, name: str) -> nn.Parameter | None:
-        self._taken()
-        return self.data[name]
+        parameter = self.data[name]
+        self._taken(parameter)
+        return parameter
 
     def items(self) -> ItemsView[str, nn.Parameter | None]:
         return self.data.items()  # listing parameters is no use of them
@@ -92,7 +93,9 @@ def _owners(unit: GatheredUnit) -> list[tuple[nn.Module, _Parameters]]:
 
 
 def _show(
-    owners: Sequence[tuple[nn.Module, _Parameters]], taken: Callable[[], None], gathered: bool
+    owners: Sequence[tuple[nn.Module, _Parameters]],
+    taken: Callable[[nn.Parameter | None], None],
+    gathered: bool,
 ) -> None:
     """Watch the modules' parameters exactly while they are released."""
     for module, plain in owners:

@@ -24,7 +24,7 @@ from drivetrain.loose import (
 from drivetrain.model_states import ModelStates
 from drivetrain.parameters import handed_over
 from drivetrain.replicated.layout import BucketSizes, plan_buckets
-from drivetrain_zero import outside_use
+from drivetrain_zero import outside_use, released
 from drivetrain_zero.agreement import agreement_of
 from drivetrain_zero.bucket import ShardedBucket
 from drivetrain_zero.copies import guard_copies
@@ -204,6 +204,7 @@ class ZeroStates(ModelStates):
         for unit in units:
             unit.gathered = unit.started = False
             self._attach_handles(unit)
+        released.refuse_scripted(self._module)
         policy, communicator = self._policy, self._job.communicator
         alone = policy.secondary_axis is None and all(
             communicator.reads_settled(bucket.shard, bucket.axis)
@@ -310,6 +311,9 @@ class ZeroStates(ModelStates):
                 if bad:
                     return f"{segment.name} ({bad} of {gradient.numel()} elements of its gradient)"
         return "none in this rank's shard"
+
+    def why_not_finite(self, loss: torch.Tensor) -> str:
+        return released.explain(loss, self._gathering, self._job.parameters)
 
     def _refuse_unused(self) -> None:
         unused = [slot.name for slot in self._reducer.slots.values() if not slot.used]
