@@ -107,7 +107,7 @@ class Slot:
         """Copy what the parameter shows to its place, and let it show that again."""
         if self.is_moved:
             assert self.place is not None
-            self.place.copy_(self.parameter.detach())
+            self.place.copy_(self.parameter.detach().clone())  # it may be a view of the place
             self.parameter.data = self.place
         self.note()
 

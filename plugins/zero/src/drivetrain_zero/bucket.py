@@ -398,8 +398,8 @@ class ShardedBucket:
     def take_over(self, index: int) -> None:
         """Keep what the client wrote into gathered parameter ``index``: shard and master."""
         parameter, view = self.parameters[index], self._views[index]
-        if parameter.data_ptr() != view.data_ptr():
-            view.copy_(parameter.detach())
+        if parameter.data_ptr() != view.data_ptr() or not parameter.is_contiguous():
+            view.copy_(parameter.detach().clone())  # it may be a view of the same memory
             parameter.data = view
         self._note()
         name = self._job.parameters.info(parameter).name
