@@ -112,11 +112,9 @@ class ZeroStates(ModelStates):
         self._sums = [self._sum_of(bucket) for bucket in self._trained_in_backward_order(units)]
         self._memory.make()
         self._errors = kept_errors(job.communicator, [bucket.parameters for bucket in self._sums])
+        each, watches = policy.every_backward, job.hub.watch_gradients(job)
         self._reducer = GradientReducer(
-            self._sums,
-            job.communicator,
-            every_backward=policy.every_backward,
-            watches=job.hub.watch_gradients(job),
+            self._sums, job.communicator, every_backward=each, watches=watches
         )
         self._shard_parameters(units)
         self._reducer.note_parameters()  # as they are in buckets now
