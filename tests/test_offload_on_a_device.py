@@ -230,8 +230,8 @@ def test_only_the_lanes_are_locked() -> None:
     locked, messages, _ = answer
     numel = sum(p.numel() for p in _model().parameters())
     assert messages == []
-    # three lanes for gradients and parameters of the largest bucket, here the model; one scale
-    assert locked == 3 * 2 * 2 * numel + 4
+    # three lanes for gradients and parameters of the largest bucket, here the model
+    assert locked == 3 * 2 * 2 * numel
 
 
 def test_a_budget_is_kept_and_said_once() -> None:
