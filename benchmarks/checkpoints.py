@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 
-from drivetrain.checkpoint import index
-from drivetrain.checkpoint.commit import PendingSave, SavedBox, merge
-from drivetrain.checkpoint.index import DataFile, Stored, StoredTensor
-from drivetrain.checkpoint.reading import check_coverage, restore
-from drivetrain.checkpoint.storage import LocalStorage
-from drivetrain.checkpoint.tensor_file import TensorEntry, WrittenFile
-from drivetrain.fragment import Fragment, interval_boxes
+from drivetrain.checkpoint.format import index
+from drivetrain.checkpoint.format.commit import PendingSave, SavedBox, merge
+from drivetrain.checkpoint.format.index import DataFile, Stored, StoredTensor
+from drivetrain.checkpoint.format.reading import check_coverage, restore
+from drivetrain.checkpoint.format.storage import LocalStorage
+from drivetrain.checkpoint.format.tensor_file import TensorEntry, WrittenFile
+from drivetrain.contracts import Fragment, interval_boxes
 
 KINDS = {"parameter": torch.bfloat16}
 KINDS |= dict.fromkeys(("master", "exp_avg", "exp_avg_sq"), torch.float32)

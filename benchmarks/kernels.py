@@ -140,8 +140,9 @@ def rules(elements: int, threads: int, rounds: int, clock: Clock) -> None:
     """``AdamW`` as a config names it, by core and by drivetrain-kernels, over one bucket."""
     from drivetrain_kernels import adam_rule
 
-    from drivetrain.home import BucketSpec, DeviceHome, Segment
-    from drivetrain.optimizers import factory
+    from drivetrain.contracts import BucketSpec, Segment
+    from drivetrain.optimization import factory
+    from drivetrain.states.device_home import DeviceHome
 
     torch.set_num_threads(threads)
     fp32, bf16 = torch.float32, torch.bfloat16

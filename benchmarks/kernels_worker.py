@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.distributed as dist
 
-from drivetrain.communicator import Communicator, Purpose, Tag
+from drivetrain.contracts import Communicator, Purpose, Tag
 
 TAG = Tag(Purpose.GRADIENT, "benchmark")
 Contenders = Mapping[str, Callable[[], object]]
@@ -44,9 +44,9 @@ def time_collectives(elements: int, rounds: int) -> dict[str, dict[str, list[flo
     """On a rank: seconds by collective, contender and round."""
     from drivetrain_cpu.shared_memory import SharedMemoryCommunicator, native_library
 
-    from drivetrain.mesh import Mesh
-    from drivetrain.mesh_layout import MeshLayout
-    from drivetrain.torch_communicator import TorchCommunicator
+    from drivetrain.communication.mesh import Mesh
+    from drivetrain.communication.torch_communicator import TorchCommunicator
+    from drivetrain.contracts import MeshLayout
 
     dist.init_process_group("gloo")
     mesh = Mesh(MeshLayout.build(dist.get_world_size(), ()), dist.get_rank())

@@ -26,9 +26,10 @@ from drivetrain_offload.io_measure import move, scratch_file
 from drivetrain_offload.nvme_home import nvme_homes
 from drivetrain_offload.section import Aio, OffloadOptimizer
 
-from drivetrain.home import BucketSpec, DeviceHome, Segment, StateHome
-from drivetrain.job import Job
-from drivetrain.plan import Plan
+from drivetrain.contracts import BucketSpec, Segment, StateHome
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
+from drivetrain.states.device_home import DeviceHome
 
 KINDS = 3  # masters and two moments, in float32
 

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 import drivetrain
-from drivetrain.communicator import Purpose
-from drivetrain.job import Job
-from drivetrain.mesh_layout import Axis
+from drivetrain.contracts import Axis, Purpose
+from drivetrain.job.job import Job
 from drivetrain.testing import run_distributed
 from drivetrain.testing.models import TinyGPT
 

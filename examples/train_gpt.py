@@ -24,9 +24,9 @@ from text_data import read_files, split, standard_library
 from training_display import Display, draw_curve
 
 import drivetrain
-from drivetrain.communicator import Purpose, Tag
+from drivetrain.contracts import Purpose, Tag
+from drivetrain.engine.loader import DataLoader, RepeatingLoader
 from drivetrain.errors import DrivetrainError
-from drivetrain.loader import DataLoader, RepeatingLoader
 
 PROMPT = b"import os\n\n\ndef "
 """What the text sample begins with."""

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import drivetrain
+from drivetrain.communication.process_group import Ranks
+from drivetrain.contracts import Plugin
 from drivetrain.errors import ConfigError
-from drivetrain.job import Ranks
-from drivetrain.plan import Plan
-from drivetrain.plugin import Plugin
-from drivetrain.registry import Registry
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
 from drivetrain.testing.models import tied_gpt
 

@@ -19,14 +19,15 @@ from drivetrain_kernels import rules
 from drivetrain_onebit.adam import OneBitAdam
 from drivetrain_optimizers import Lamb, Lion, Muon
 
-from drivetrain import schedules
-from drivetrain.builtin.torch_params import MODELS
+from drivetrain.contracts import Params
 from drivetrain.errors import ConfigError
-from drivetrain.optimizers import make_rule
-from drivetrain.params import Kind, Params, check_params, declared_params
-from drivetrain.plan import Plan
-from drivetrain.registry import Registry
-from drivetrain.schedule_choice import make_schedule
+from drivetrain.optimization import schedules
+from drivetrain.optimization.factory import make_rule
+from drivetrain.optimization.schedule_choice import make_schedule
+from drivetrain.plan.params import Kind, check_params, declared_params
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
+from drivetrain.sections.torch_params import MODELS
 
 REGISTRY = Registry.installed()
 
@@ -226,8 +227,8 @@ def test_checking_imports_no_torch() -> None:
     code = """
 import sys
 from drivetrain.errors import ConfigError
-from drivetrain.plan import Plan
-from drivetrain.registry import Registry
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
 for kind in ("optimizer", "scheduler"):
     names = Registry.installed().names(kind + "s")
     for name in [*names, "SGD", "StepLR"]:

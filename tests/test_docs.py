@@ -25,11 +25,11 @@ from pathlib import Path
 
 import pytest
 
-from drivetrain.config.loading import load_config
-from drivetrain.engine import Engine
-from drivetrain.hub import HOOKS
-from drivetrain.plan import Plan
-from drivetrain.registry import Registry
+from drivetrain.engine.engine import Engine
+from drivetrain.plan.config.loading import load_config
+from drivetrain.plan.hub import HOOKS
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
 from tools import generate_docs, workspace
 from tools.api_page import NAMES, thing
 from tools.docstrings import Docstring
@@ -134,7 +134,7 @@ def test_every_optimizer_and_schedule_is_in_the_catalogue() -> None:
 
 
 def test_a_changed_default_makes_a_reference_stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    from drivetrain.builtin.precision import FP16
+    from drivetrain.sections.precision import FP16
 
     before = generate_docs.pages()[generate_docs.REFERENCE / "config.md"]
     monkeypatch.setattr(

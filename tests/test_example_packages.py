@@ -68,7 +68,7 @@ def test_an_engine_has_its_method_and_fp16_is_refused_by_name(
     assert "NoiseScale" in python(
         installed,
         "-c",
-        "from drivetrain.registry import Registry as R;"
+        "from drivetrain.plan.registry import Registry as R;"
         "print(R.installed().find('plugins', 'gradient_noise_scale').load());"
         "assert R.installed().find('methods', 'gradient_noise_scale')",
     )

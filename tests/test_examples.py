@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from drivetrain.contracts import LoaderRequest
+from drivetrain.engine.loader import DataLoader
 from drivetrain.errors import DrivetrainError
-from drivetrain.loader import DataLoader, LoaderRequest
 
 DRIVETRAIN = [sys.executable, "-m", "drivetrain.cli"]
 SMALL = shlex.split("--layers 1 --width 32 --context 64 --validation 8 --sample 40")

@@ -10,9 +10,9 @@ from drivetrain_offload.section import OffloadOptimizer, OffloadParam
 from drivetrain_tensorboard import TensorBoardSection
 from pydantic import BaseModel, ValidationError
 
-from drivetrain.checkpoint.storage import open_storage
-from drivetrain.config.loading import load_config
+from drivetrain.checkpoint.format.storage import open_storage
 from drivetrain.errors import ConfigError
+from drivetrain.plan.config.loading import load_config
 
 
 @pytest.fixture(autouse=True)

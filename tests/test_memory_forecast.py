@@ -18,7 +18,7 @@ from drivetrain_cli.memory import Forecast, Model, Ranks, forecast
 from drivetrain_cli.stand_in import without_memory
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 from drivetrain.testing import run_distributed
 from drivetrain.testing.distributed import start_anew
 from drivetrain.testing.models import TinyGPT

@@ -11,9 +11,9 @@ import torch
 from test_zero_with_offload import MODES, assert_equal, losses_and_weights, start
 
 import drivetrain
+from drivetrain.communication.process_group import Ranks
 from drivetrain.errors import ConfigError, DrivetrainError
-from drivetrain.job import Ranks
-from drivetrain.plan import Plan
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import run_distributed
 
 OPTIMIZER = {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1}}

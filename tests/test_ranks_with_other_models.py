@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import drivetrain
+from drivetrain.communication.process_group import Ranks
 from drivetrain.errors import ConfigError
-from drivetrain.job import Ranks
 from drivetrain.testing import run_distributed
 
 

@@ -15,8 +15,8 @@ import copy, dataclasses, json
 import torch
 from click.testing import CliRunner
 from drivetrain.cli import main
-from drivetrain.job import Job
-from drivetrain.plan import Plan
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain_kernels.registry import registry
 
 called = {}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 from drivetrain.testing import run_distributed
 
 STAGES = (0, 1, 2, 3)

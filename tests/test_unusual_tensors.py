@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import drivetrain
+from drivetrain.communication.process_group import Ranks
 from drivetrain.errors import ConfigError
-from drivetrain.job import Ranks
 from drivetrain.testing import run_distributed
 
 STAGES = (0, 2, 3)

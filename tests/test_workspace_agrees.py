@@ -16,8 +16,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import drivetrain
-from drivetrain import known
-from drivetrain.builtin import ENTRIES
+from drivetrain.plan import known
+from drivetrain.plan.core_entries import ENTRIES
 from tools import check_imports, workspace
 
 WORKSPACE = workspace.load()

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import drivetrain
+from drivetrain.communication.process_group import Ranks
 from drivetrain.errors import ConfigError
-from drivetrain.job import Ranks
-from drivetrain.plan import Plan
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import assert_trains_like_reference, run_distributed
 from drivetrain.testing.models import tiny_gpt
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.parameters import whole
+from drivetrain.states.whole import whole
 from drivetrain.testing import RanksFailedError, run_distributed
 from drivetrain.testing.data import tokens
 from drivetrain.testing.models import TinyGPT

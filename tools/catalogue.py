@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from drivetrain.known import TORCH_OPTIMIZERS, TORCH_SCHEDULERS
-from drivetrain.registry import Group, Registry
+from drivetrain.plan.known import TORCH_OPTIMIZERS, TORCH_SCHEDULERS
+from drivetrain.plan.registry import Group, Registry
 from tools import workspace
 from tools.api_page import thing
 from tools.docstrings import Docstring

@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from drivetrain_cli.explain import PHASES, WHEN
 
-from drivetrain import hookspecs, known
 from drivetrain.cli import main as command_line
-from drivetrain.hub import HOOKS
-from drivetrain.registry import Entry, Registry
+from drivetrain.contracts.plugin import hookspecs
+from drivetrain.plan import known
+from drivetrain.plan.hub import HOOKS
+from drivetrain.plan.registry import Entry, Registry
 from tools import workspace
 from tools.api_page import api_page
 from tools.catalogue import catalogue_page

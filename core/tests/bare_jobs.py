@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from drivetrain.communicator import Purpose, Tag
-from drivetrain.job import Job
-from drivetrain.plan import Plan
-from drivetrain.registry import Registry, core_entries
+from drivetrain.contracts import Purpose, Tag
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry, core_entries
 
 TAG = Tag(Purpose.CONTROL, site="test")
 

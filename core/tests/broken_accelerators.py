@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from drivetrain.accelerator import Accelerator
-from drivetrain.accelerator_choice import HostAccelerator
-from drivetrain.plugin import hookimpl
-from drivetrain.transform import Phase, Transform
+from drivetrain.contracts import Accelerator, Phase, Transform, hookimpl
+from drivetrain.job.accelerator_choice import HostAccelerator
 
 
 class Host(HostAccelerator):
@@ -243,7 +241,7 @@ class CountsTwice(Host):
 
     @hookimpl
     def wrap_communicator(self, job):
-        from drivetrain.home import DeviceHome
+        from drivetrain.states.device_home import DeviceHome
 
         update = DeviceHome.update
 

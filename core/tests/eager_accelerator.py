@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch  # noqa: F401 - which is the flaw
 
-from drivetrain.accelerator_choice import HostAccelerator
+from drivetrain.job.accelerator_choice import HostAccelerator
 
 
 class Eager(HostAccelerator):

@@ -260,9 +260,8 @@ def write(folder: Path) -> dict[str, Any]:
 
 def read_all(folder: Path) -> None:
     """Read each, with so much memory as all of them may have."""
-    from drivetrain.config import strict_yaml  # noqa: F401 - imports count before the limit
     from drivetrain.errors import DrivetrainError
-    from drivetrain.plan import Plan
+    from drivetrain.plan.plan import Plan
 
     build: Callable[..., Any] = Plan.build
     build(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 
 CONFIG: dict[str, Any] = {
     "train_batch_size": 12,

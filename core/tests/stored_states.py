@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from drivetrain.checkpoint import index
-from drivetrain.checkpoint.commit import PendingSave, Retention, SavedBox
-from drivetrain.checkpoint.index import Stored
+from drivetrain.checkpoint.format import index
+from drivetrain.checkpoint.format.commit import PendingSave, Retention, SavedBox
+from drivetrain.checkpoint.format.index import Stored
+from drivetrain.checkpoint.format.reading import check_coverage, read_whole, restore
+from drivetrain.checkpoint.format.storage import LocalStorage
+from drivetrain.checkpoint.format.tensor_file import TensorEntry, as_buffer, raw_bytes
 from drivetrain.checkpoint.load import check_file
-from drivetrain.checkpoint.reading import check_coverage, read_whole, restore
-from drivetrain.checkpoint.storage import LocalStorage
-from drivetrain.checkpoint.tensor_file import TensorEntry, as_buffer, raw_bytes
-from drivetrain.fragment import Fragment, interval_boxes
+from drivetrain.contracts import Fragment, interval_boxes
 
 DATA, INDEX = "rank00000-0123abcd.safetensors", "index-0123abcd.json"
 

@@ -8,8 +8,8 @@ import broken_accelerators as broken
 import pytest
 from eager_accelerator import Eager
 
-from drivetrain.accelerator_choice import HostAccelerator
-from drivetrain.registry import Entry, Registry, core_entries
+from drivetrain.job.accelerator_choice import HostAccelerator
+from drivetrain.plan.registry import Entry, Registry, core_entries
 from drivetrain.testing import AcceleratorConformance
 
 CHECKS = AcceleratorConformance.checks()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from drivetrain.backward_window import BackwardWindow
+from drivetrain.engine.backward_window import BackwardWindow
 
 
 class Counted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from drivetrain.batch import Batch, solve_batch
+from drivetrain.contracts import Batch, solve_batch
 from drivetrain.errors import ConfigError
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from drivetrain.byte_log import ByteLog
-from drivetrain.communicator import Purpose, Tag
-from drivetrain.mesh import Mesh
-from drivetrain.mesh_layout import Atom, MeshLayout
+from drivetrain.communication.byte_log import ByteLog
+from drivetrain.communication.mesh import Mesh
+from drivetrain.communication.torch_communicator import TorchCommunicator
+from drivetrain.contracts import Atom, MeshLayout, Purpose, Tag
 from drivetrain.testing import run_distributed
-from drivetrain.torch_communicator import TorchCommunicator
 
 META = torch.device("meta")
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import TrainingError
 
 BF16 = {"bf16": {"enabled": True}}

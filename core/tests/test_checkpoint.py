@@ -22,15 +22,22 @@ from small_engine import (
 from torch import nn
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.communication.process_group import Ranks
+from drivetrain.contracts import (
+    Atom,
+    AxisRequest,
+    Box,
+    Placement,
+    Plugin,
+    Section,
+    Sections,
+    hookimpl,
+)
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import CheckpointError
-from drivetrain.fragment import Box
-from drivetrain.job import Job, Ranks
-from drivetrain.mesh_layout import Atom, AxisRequest
-from drivetrain.parameters import Placement
-from drivetrain.plan import Plan
-from drivetrain.plugin import Plugin, Section, Sections, hookimpl
-from drivetrain.registry import Registry
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
 
 # -- functions that run on every rank --------------------------------------------------------------

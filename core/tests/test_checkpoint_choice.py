@@ -15,8 +15,8 @@ from small_engine import damage
 from torch import nn
 
 import drivetrain
-from drivetrain.checkpoint import index
-from drivetrain.engine import Engine
+from drivetrain.checkpoint.format import index
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import CheckpointError
 from drivetrain.testing.faulty_disk import Fault, failing
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from stored_states import Tensors, content_hash, load_all, pending, save_all, some_tensors
 
-from drivetrain.checkpoint import storage as storage_module
-from drivetrain.checkpoint.commit import Retention
-from drivetrain.checkpoint.index import Stored
+from drivetrain.checkpoint.format import storage as storage_module
+from drivetrain.checkpoint.format.commit import Retention
+from drivetrain.checkpoint.format.index import Stored
+from drivetrain.checkpoint.format.storage import LocalStorage
 from drivetrain.checkpoint.load import tags_by_age
-from drivetrain.checkpoint.storage import LocalStorage
 from drivetrain.errors import CheckpointError
 
 OLD, NEW = some_tensors(1), some_tensors(2)

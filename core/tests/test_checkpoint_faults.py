@@ -12,10 +12,10 @@ from torch import nn
 
 import drivetrain
 from drivetrain.checkpoint.agreement import any_rank
-from drivetrain.checkpoint.commit import UnfinishedSaveError
-from drivetrain.engine import Engine
+from drivetrain.checkpoint.format.commit import UnfinishedSaveError
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import CheckpointError
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
 from drivetrain.testing.faulty_disk import (
     DONE,

@@ -23,9 +23,9 @@ from stored_states import (
     some_tensors,
 )
 
-from drivetrain.checkpoint import index
-from drivetrain.checkpoint.index import Stored, seal
-from drivetrain.checkpoint.storage import LocalStorage
+from drivetrain.checkpoint.format import index
+from drivetrain.checkpoint.format.index import Stored, seal
+from drivetrain.checkpoint.format.storage import LocalStorage
 from drivetrain.errors import CheckpointError
 
 TENSORS = some_tensors(1)
@@ -93,7 +93,7 @@ def test_only_the_bytes_that_a_rank_needs_are_read(
     monkeypatch.setattr(LocalStorage, "read", count)
     from stored_states import fragments
 
-    from drivetrain.checkpoint.reading import restore
+    from drivetrain.checkpoint.format.reading import restore
 
     part = fragments(big, 0, 8, filled=False)
     stored = Stored(LocalStorage(str(tmp_path)), "t")

@@ -14,8 +14,8 @@ from small_engine import CONFIG, Model
 from torch.optim import Optimizer, lr_scheduler
 
 import drivetrain
-from drivetrain.checkpoint.packed import packed, unpacked
-from drivetrain.engine import Engine
+from drivetrain.checkpoint.format.packed import packed, unpacked
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import CheckpointError
 
 SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import TrainingError
 
 MOMENTUM = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}

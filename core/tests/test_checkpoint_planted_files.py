@@ -25,11 +25,11 @@ from stored_states import (
     some_tensors,
 )
 
-from drivetrain.checkpoint import index
-from drivetrain.checkpoint.index import Stored, covers_once
-from drivetrain.checkpoint.reading import read_whole
-from drivetrain.checkpoint.state import is_plain, plain
-from drivetrain.checkpoint.storage import LocalStorage
+from drivetrain.checkpoint.format import index
+from drivetrain.checkpoint.format.index import Stored, covers_once
+from drivetrain.checkpoint.format.reading import read_whole
+from drivetrain.checkpoint.format.storage import LocalStorage
+from drivetrain.contracts import is_plain, plain
 from drivetrain.errors import CheckpointError
 from drivetrain.testing import run_distributed
 

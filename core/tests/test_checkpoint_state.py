@@ -19,12 +19,12 @@ from small_engine import (
 )
 
 import drivetrain
-from drivetrain.checkpoint import PendingSave, StateReader, StateWriter
-from drivetrain.engine import Engine
+from drivetrain.checkpoint.format.commit import PendingSave
+from drivetrain.communication.process_group import Ranks
+from drivetrain.contracts import Plugin, Section, Sections, StateReader, StateWriter, hookimpl
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import CheckpointError
-from drivetrain.job import Ranks
-from drivetrain.plugin import Plugin, Section, Sections, hookimpl
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
 
 # -- plugins' state --------------------------------------------------------------------------------

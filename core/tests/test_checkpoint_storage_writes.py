@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from drivetrain.checkpoint import storage as storage_module
-from drivetrain.checkpoint.storage import LocalStorage
+from drivetrain.checkpoint.format import storage as storage_module
+from drivetrain.checkpoint.format.storage import LocalStorage
 
 MIB = 1 << 20
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from drivetrain import __version__
 from drivetrain.cli import main
 from drivetrain.errors import ConfigError, PluginError
-from drivetrain.registry import Entry, Registry, core_entries
+from drivetrain.plan.registry import Entry, Registry, core_entries
 
 
 @pytest.fixture

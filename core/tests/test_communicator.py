@@ -9,22 +9,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from drivetrain.byte_log import ByteLog
-from drivetrain.communicator import (
+from drivetrain.communication.byte_log import ByteLog
+from drivetrain.communication.mesh import Mesh
+from drivetrain.communication.torch_communicator import TorchCommunicator
+from drivetrain.contracts import (
     DONE,
+    Atom,
     Collective,
     CommunicatorWrapper,
     Handle,
     Kind,
+    MeshLayout,
     Op,
     Purpose,
     Tag,
 )
 from drivetrain.errors import CommunicationError
-from drivetrain.mesh import Mesh
-from drivetrain.mesh_layout import Atom, MeshLayout
 from drivetrain.testing import run_distributed
-from drivetrain.torch_communicator import TorchCommunicator
 
 TAG = Tag(Purpose.GRADIENT, "bucket0", "backward")
 NUMBERS = (

@@ -8,14 +8,13 @@ from typing import Any, ClassVar, Literal
 import pytest
 from pydantic import Field, model_validator
 
-from drivetrain.builtin.optimization import GradientClipping, OptimizerSection
-from drivetrain.builtin.precision import BF16, FP16, CommunicationDataType, DataTypes
-from drivetrain.config.composition import Composition, compose
+from drivetrain.contracts import Bool, Float, Plugin, PositiveInt, Scalar, Section, Sections
 from drivetrain.errors import ConfigError, PluginError
-from drivetrain.known import PLANNED, SECTIONS
-from drivetrain.plugin import Plugin, Scalar, Section, Sections
-from drivetrain.registry import Registry, core_entries
-from drivetrain.section import Bool, Float, PositiveInt
+from drivetrain.plan.config.composition import Composition, compose
+from drivetrain.plan.known import PLANNED, SECTIONS
+from drivetrain.plan.registry import Registry, core_entries
+from drivetrain.sections.optimization import GradientClipping, OptimizerSection
+from drivetrain.sections.precision import BF16, FP16, CommunicationDataType, DataTypes
 
 
 class Leaf(Section):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from drivetrain.config.loading import load_config, overlay
 from drivetrain.errors import ConfigError
+from drivetrain.plan.config.loading import load_config, overlay
 
 COMMENTED = """
 // a comment at the top

@@ -16,7 +16,7 @@ SOUND = """
 
     from pydantic import BaseModel, ConfigDict, field_validator
 
-    from drivetrain.plugin import Conflict, Plugin, Section, hookimpl
+    from drivetrain.contracts import Conflict, Plugin, Section, hookimpl
 
 
     class Sample(Section):

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import drivetrain
-from drivetrain import known
-from drivetrain.engine import Engine
-from drivetrain.registry import Registry
+from drivetrain.engine.engine import Engine
+from drivetrain.plan import known
+from drivetrain.plan.registry import Registry
 from drivetrain.testing.models import MLP
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from drivetrain.errors import ConfigError, TrainingError
-from drivetrain.optimizers import EngineOptimizer, rule_from_optimizer
+from drivetrain.optimization.factory import EngineOptimizer, rule_from_optimizer
 
 
 class Calls(list):

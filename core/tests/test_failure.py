@@ -17,7 +17,7 @@ import torch.distributed as dist
 from bare_jobs import plan, total
 
 from drivetrain.errors import CommunicationError
-from drivetrain.job import Job
+from drivetrain.job.job import Job
 from drivetrain.testing import RanksFailedError, run_distributed
 
 
@@ -146,7 +146,7 @@ SCRIPT = """
 import sys, time
 sys.path[:] = {path!r}
 import torch
-from drivetrain import failure
+from drivetrain.communication import failure
 from {module} import Job, plan, total
 failure._FAREWELL_SECONDS = 60  # a busy host may need more than there is
 job = Job.open(plan())

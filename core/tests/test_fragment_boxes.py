@@ -7,7 +7,7 @@ from itertools import combinations_with_replacement
 import pytest
 import torch
 
-from drivetrain.fragment import Box, interval_boxes, placed_boxes
+from drivetrain.contracts import Box, interval_boxes, placed_boxes
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 2), (4, 1, 3)])

@@ -8,12 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from drivetrain.communicator import Purpose, Tag
-from drivetrain.functional import Functional, functional
-from drivetrain.mesh import Mesh
-from drivetrain.mesh_layout import MeshLayout
+from drivetrain.communication.functional import Functional, functional
+from drivetrain.communication.mesh import Mesh
+from drivetrain.communication.torch_communicator import TorchCommunicator
+from drivetrain.contracts import MeshLayout, Purpose, Tag
 from drivetrain.testing import run_distributed
-from drivetrain.torch_communicator import TorchCommunicator
 
 WORLDS = (2, 3)
 

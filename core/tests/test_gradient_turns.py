@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from drivetrain.gradients import GradientBucket, GradientReducer, Slot
+from drivetrain.states.gradients import GradientBucket, GradientReducer, Slot
 
 
 @dataclass(eq=False)

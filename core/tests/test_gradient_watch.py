@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import drivetrain
-from drivetrain.gradients import GradientWatch
-from drivetrain.job import Job, Ranks
-from drivetrain.plugin import Plugin, hookimpl
-from drivetrain.registry import Registry
+from drivetrain.communication.process_group import Ranks
+from drivetrain.contracts import GradientWatch, Plugin, hookimpl
+from drivetrain.job.job import Job
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
 
 seen: dict[nn.Parameter, torch.Tensor] = defaultdict(lambda: torch.zeros(()))

@@ -42,8 +42,8 @@ def test_every_hostile_config_is_refused_soon_and_clearly(tmp_path: Path, parser
 
 
 def test_one_wrong_place_is_one_problem(tmp_path: Path) -> None:
-    from drivetrain.config.loading import load_config
     from drivetrain.errors import ConfigError
+    from drivetrain.plan.config.loading import load_config
 
     path = tmp_path / "c.json"
     path.write_text('{"a": 1, // \x1b[31m\n "b": 1e999, "b": 2}')

@@ -12,10 +12,10 @@ from typing import Any
 import pluggy
 import pytest
 
-from drivetrain import hookspecs
+from drivetrain.contracts import Plugin, Problem, hookimpl
+from drivetrain.contracts.plugin import hookspecs
 from drivetrain.errors import PluginError
-from drivetrain.hub import HOOKS, Hub
-from drivetrain.plugin import Plugin, Problem, hookimpl
+from drivetrain.plan.hub import HOOKS, Hub
 
 ENGINE: Any = SimpleNamespace()
 LOSS: Any = SimpleNamespace()

@@ -10,21 +10,21 @@ import pytest
 import drivetrain
 
 LIGHT = [
-    "drivetrain.batch",
-    "drivetrain.builtin",
-    "drivetrain.config.arguments",
-    "drivetrain.config.composition",
-    "drivetrain.config.loading",
-    "drivetrain.config.strict_yaml",
+    "drivetrain.contracts.loop.batch",
+    "drivetrain.plan.core_entries",
+    "drivetrain.plan.config.arguments",
+    "drivetrain.plan.config.composition",
+    "drivetrain.plan.config.loading",
+    "drivetrain.plan.config.strict_yaml",
     "drivetrain.errors",
-    "drivetrain.hookspecs",
-    "drivetrain.hub",
-    "drivetrain.known",
-    "drivetrain.mesh_layout",
+    "drivetrain.contracts.plugin.hookspecs",
+    "drivetrain.plan.hub",
+    "drivetrain.plan.known",
+    "drivetrain.contracts.world.mesh_layout",
     "drivetrain.plan",
-    "drivetrain.plugin",
-    "drivetrain.registry",
-    "drivetrain.section",
+    "drivetrain.contracts.plugin.plugin",
+    "drivetrain.plan.registry",
+    "drivetrain.contracts.plugin.section",
 ]
 
 

@@ -18,11 +18,12 @@ atexit.register(lambda: [say() for say in last_words])  # first to come, so last
 
 import torch
 import torch.distributed as dist
-from drivetrain import failure, init_distributed, process_group
-from drivetrain.communicator import Purpose, Tag
-from drivetrain.job import Job
-from drivetrain.plan import Plan
-from drivetrain.registry import Registry, core_entries
+from drivetrain.communication import failure, process_group
+from drivetrain import init_distributed
+from drivetrain.contracts import Purpose, Tag
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry, core_entries
 
 process_group._END_SECONDS = 1.0
 

@@ -10,20 +10,26 @@ import torch
 import torch.distributed as dist
 from bare_jobs import TAG, plan, total
 
-from drivetrain.accelerator import Accelerator
-from drivetrain.accelerator_choice import HostAccelerator, active_accelerator, choose_accelerator
-from drivetrain.communicator import (
+from drivetrain.communication.process_group import Ranks
+from drivetrain.communication.torch_communicator import TorchCommunicator
+from drivetrain.contracts import (
+    Accelerator,
     CommunicatorLayer,
     CommunicatorPhase,
     CommunicatorWrapper,
+    Plugin,
+    hookimpl,
 )
 from drivetrain.errors import CommunicationError, ConfigError, PluginError
-from drivetrain.job import Job, Ranks, init_distributed
-from drivetrain.plan import Plan
-from drivetrain.plugin import Plugin, hookimpl
-from drivetrain.registry import Registry, core_entries
+from drivetrain.job.accelerator_choice import (
+    HostAccelerator,
+    active_accelerator,
+    choose_accelerator,
+)
+from drivetrain.job.job import Job, init_distributed
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry, core_entries
 from drivetrain.testing import RanksFailedError, run_distributed
-from drivetrain.torch_communicator import TorchCommunicator
 
 # -- opening and closing ---------------------------------------------------------------------------
 

@@ -9,14 +9,22 @@ from weakref import WeakKeyDictionary
 import pytest
 import torch
 
-from drivetrain.checkpoint import StateReader, StateWriter
-from drivetrain.engine import Engine
-from drivetrain.home import BucketSpec
-from drivetrain.optimizers.spans import spans
-from drivetrain.optimizers.torch_rule import TorchRule
-from drivetrain.plugin import Plugin, hookimpl
+from drivetrain.contracts import (
+    BucketSpec,
+    BucketView,
+    Hyper,
+    Plugin,
+    StateReader,
+    StateSpec,
+    StateWriter,
+    UpdateRule,
+    WrappedRule,
+    hookimpl,
+)
+from drivetrain.engine.engine import Engine
+from drivetrain.optimization.spans import spans
+from drivetrain.optimization.torch_rule import TorchRule
 from drivetrain.testing import OptimizerConformance, StateConformance
-from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule, WrappedRule
 
 # -- update rules ----------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset, DistributedSampler, IterableDataset
 
+from drivetrain.contracts import LoaderRequest
+from drivetrain.engine.loader import DataLoader, RepeatingLoader
 from drivetrain.errors import CheckpointError, ConfigError, TrainingError
-from drivetrain.loader import DataLoader, LoaderRequest, RepeatingLoader
 
 try:
     import numpy as np

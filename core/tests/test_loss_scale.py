@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from drivetrain.errors import CheckpointError, TrainingError
-from drivetrain.loss_scale import DynamicLossScaler, LossScaler
+from drivetrain.precision.loss_scale import DynamicLossScaler, LossScaler
 
 
 def never():

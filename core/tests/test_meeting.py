@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from bare_jobs import plan
 
-from drivetrain import meeting, network, process_group, pulse
+from drivetrain.communication import meeting, network, process_group, pulse
+from drivetrain.communication.meeting import Meeting
+from drivetrain.communication.process_group import Ranks
 from drivetrain.errors import CommunicationError
-from drivetrain.job import Job, init_distributed
-from drivetrain.meeting import Meeting
-from drivetrain.process_group import Ranks
+from drivetrain.job.job import Job, init_distributed
 from drivetrain.testing import RanksFailedError, run_distributed
 
 

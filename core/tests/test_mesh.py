@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from drivetrain.communication.mesh import Mesh
+from drivetrain.contracts import Atom, MeshLayout, SplitAxis
 from drivetrain.errors import ConfigError
-from drivetrain.mesh import Mesh
-from drivetrain.mesh_layout import Atom, MeshLayout, SplitAxis
 from drivetrain.testing import RanksFailedError, run_distributed
 
 

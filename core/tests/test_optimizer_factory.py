@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from drivetrain.contracts import NonNegativeFloat, OptimizerParams, Share, UpdateRule
 from drivetrain.errors import ConfigError, PluginError
-from drivetrain.optimizers import make_rule, optimizer_plan
-from drivetrain.params import OptimizerParams
-from drivetrain.plan import Plan
-from drivetrain.registry import Registry
-from drivetrain.section import NonNegativeFloat, Share
+from drivetrain.optimization.factory import make_rule, optimizer_plan
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
 from drivetrain.testing.rules import place
-from drivetrain.update_rule import UpdateRule
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.communicator import Communicator, Purpose, Tag
+from drivetrain.contracts import Communicator, Purpose, Tag
 from drivetrain.testing import run_distributed
 from drivetrain.testing.distributed import RanksFailedError
 
@@ -30,7 +30,7 @@ def start() -> drivetrain.Engine:
 
 def soon() -> Any:
     """Compare after a tenth of a second."""
-    return patch("drivetrain.torch_communicator.LONG", timedelta(seconds=0.1))
+    return patch("drivetrain.communication.torch_communicator.LONG", timedelta(seconds=0.1))
 
 
 def reduce(communicator: Communicator, name: str, **options: Any) -> Any:

@@ -10,21 +10,32 @@ from typing import Any, ClassVar
 import pytest
 
 import drivetrain
-from drivetrain.batch import Batch
-from drivetrain.builtin.batch import ManagedAccumulation
-from drivetrain.builtin.checkpoints import CheckpointSection
-from drivetrain.builtin.data import Seed
-from drivetrain.builtin.defaults import DataParallel
-from drivetrain.builtin.mesh import AcceleratorName
-from drivetrain.builtin.observability import LogLevel, StepsPerPrint, Timers
-from drivetrain.builtin.optimization import GradientClipping, OptimizerSection
-from drivetrain.builtin.precision import BF16, FP16, DataTypes, TorchAutocast
+from drivetrain.contracts import (
+    Atom,
+    AxisRequest,
+    Batch,
+    Bool,
+    Conflict,
+    Plugin,
+    PositiveInt,
+    Problem,
+    Scalar,
+    Section,
+    Sections,
+    SplitAxis,
+    hookimpl,
+)
 from drivetrain.errors import ConfigError, PluginError
-from drivetrain.mesh_layout import Atom, AxisRequest, SplitAxis
-from drivetrain.plan import Plan
-from drivetrain.plugin import Conflict, Plugin, Problem, Scalar, Section, Sections, hookimpl
-from drivetrain.registry import Registry, core_entries
-from drivetrain.section import Bool, PositiveInt
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry, core_entries
+from drivetrain.sections.batch import ManagedAccumulation
+from drivetrain.sections.checkpoints import CheckpointSection
+from drivetrain.sections.data import Seed
+from drivetrain.sections.data_parallel import DataParallel
+from drivetrain.sections.mesh import AcceleratorName
+from drivetrain.sections.observability import LogLevel, StepsPerPrint, Timers
+from drivetrain.sections.optimization import GradientClipping, OptimizerSection
+from drivetrain.sections.precision import BF16, FP16, DataTypes, TorchAutocast
 
 
 class Tensor(Section):

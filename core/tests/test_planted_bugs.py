@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from drivetrain.engine import Engine
-from drivetrain.gradients import GradientBucket, Slot
-from drivetrain.replicated.all_reduce import AllReduceBucket
-from drivetrain.replicated.states import ReplicatedStates
+from drivetrain.engine.engine import Engine
+from drivetrain.states.all_reduce import AllReduceBucket
+from drivetrain.states.gradients import GradientBucket, Slot
+from drivetrain.states.replicated import ReplicatedStates
 from drivetrain.testing import assert_trains_like_reference, data
 from drivetrain.testing.reference import Case
 

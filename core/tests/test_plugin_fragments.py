@@ -11,13 +11,12 @@ import pytest
 import torch
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.communication.process_group import Ranks
+from drivetrain.contracts import Fragment, Plugin, hookimpl
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import CheckpointError
-from drivetrain.fragment import Fragment
-from drivetrain.home import tensor_fragment
-from drivetrain.job import Ranks
-from drivetrain.plugin import Plugin, hookimpl
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
+from drivetrain.states.device_home import tensor_fragment
 from drivetrain.testing import run_distributed
 from drivetrain.testing.models import mlp
 

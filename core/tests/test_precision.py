@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.communicator import Purpose
-from drivetrain.engine import Engine
+from drivetrain.contracts import Purpose
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import TrainingError
 from drivetrain.testing import run_distributed
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from drivetrain.progress import Progress
+from drivetrain.job.progress import Progress
 
 
 def test_counters_add_up_over_steps():

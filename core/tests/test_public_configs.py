@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from drivetrain.builtin.optimization import OptimizerSection
-from drivetrain.config.composition import compose
 from drivetrain.errors import ConfigError
-from drivetrain.known import SECTIONS
-from drivetrain.plan import Plan
-from drivetrain.registry import Registry, core_entries
+from drivetrain.plan.config.composition import compose
+from drivetrain.plan.known import SECTIONS
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry, core_entries
+from drivetrain.sections.optimization import OptimizerSection
 
 
 def built(config: dict[str, Any]) -> Plan:

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from drivetrain.communication.mesh import Mesh
+from drivetrain.contracts import Atom, MeshLayout
 from drivetrain.errors import ConfigError
-from drivetrain.mesh import Mesh
-from drivetrain.mesh_layout import Atom, MeshLayout
-from drivetrain.random_streams import RandomStreams
+from drivetrain.job.random_streams import RandomStreams
 
 CPU = torch.device("cpu")
 

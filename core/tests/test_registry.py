@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import pytest
 
 import drivetrain
-from drivetrain import known
+from drivetrain.contracts import Plugin, Section
 from drivetrain.errors import ConfigError, PluginError
-from drivetrain.plan import Plan
-from drivetrain.plugin import Plugin, Section
-from drivetrain.registry import CORE, Entry, Registry, core_entries
+from drivetrain.plan import known
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import CORE, Entry, Registry, core_entries
 
 Install = Callable[..., None]
 
 PLUGIN = """
-from drivetrain.plugin import Plugin, Problem, Section, hookimpl
+from drivetrain.contracts import Plugin, Problem, Section, hookimpl
 
 class Colour(Section):
     shade: int = 1

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import drivetrain
-from drivetrain.communicator import Purpose
-from drivetrain.engine import Engine
-from drivetrain.job import Ranks
+from drivetrain.communication.process_group import Ranks
+from drivetrain.contracts import Purpose
+from drivetrain.engine.engine import Engine
 from drivetrain.testing import run_distributed
 
 

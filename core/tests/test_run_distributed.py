@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from drivetrain.communicator import Purpose, Tag
-from drivetrain.job import Job
-from drivetrain.plan import Plan
+from drivetrain.contracts import Purpose, Tag
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import RanksFailedError, run_distributed
 
 

@@ -12,9 +12,15 @@ import torch
 from torch import nn
 
 from drivetrain.errors import ConfigError
-from drivetrain.registry import Registry
-from drivetrain.schedule_choice import adopt_schedule, make_schedule
-from drivetrain.schedules import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
+from drivetrain.optimization.schedule_choice import adopt_schedule, make_schedule
+from drivetrain.optimization.schedules import (
+    LRRangeTest,
+    OneCycle,
+    WarmupCosineLR,
+    WarmupDecayLR,
+    WarmupLR,
+)
+from drivetrain.plan.registry import Registry
 
 
 def adamw(*rates):

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from drivetrain import spans
-from drivetrain.spans import Ledger
+from drivetrain.job import spans
+from drivetrain.job.spans import Ledger
 
 
 @pytest.fixture

@@ -12,16 +12,14 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.engine import Engine
-from drivetrain.fragment import Fragment
-from drivetrain.home import BucketSpec, DeviceHome, StateHome
-from drivetrain.job import Job
-from drivetrain.plugin import Plugin, hookimpl
-from drivetrain.registry import Registry
+from drivetrain.contracts import BucketSpec, Fragment, Hyper, Plugin, StateHome, hookimpl
+from drivetrain.engine.engine import Engine
+from drivetrain.job.job import Job
+from drivetrain.plan.registry import Registry
+from drivetrain.states.device_home import DeviceHome
 from drivetrain.testing import reference_losses, run_distributed
 from drivetrain.testing.data import Samples
 from drivetrain.testing.sharded import part_of
-from drivetrain.update_rule import Hyper
 
 STEPS = 10
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}

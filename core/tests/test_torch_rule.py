@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from drivetrain.errors import ConfigError, TrainingError
-from drivetrain.optimizers import TorchRule, rule_from_optimizer, torch_rule
-from drivetrain.optimizers import spans as spans_module
+from drivetrain.optimization import spans as spans_module
+from drivetrain.optimization import torch_rule
+from drivetrain.optimization.factory import TorchRule, rule_from_optimizer
 from drivetrain.testing.rules import place
 
 SHAPES = {"a": (7, 5), "b": (3,), "c": (), "d": (40, 31)}

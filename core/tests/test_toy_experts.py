@@ -11,15 +11,23 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.engine import Engine
-from drivetrain.functional import Functional, functional
-from drivetrain.job import Job
-from drivetrain.mesh_layout import Atom, AxisRequest, SplitAxis
-from drivetrain.plugin import Plugin, Section, Sections, hookimpl
-from drivetrain.registry import Registry
-from drivetrain.section import PositiveInt
+from drivetrain.communication.functional import Functional, functional
+from drivetrain.contracts import (
+    Atom,
+    AxisRequest,
+    Phase,
+    Plugin,
+    PositiveInt,
+    Section,
+    Sections,
+    SplitAxis,
+    Transform,
+    hookimpl,
+)
+from drivetrain.engine.engine import Engine
+from drivetrain.job.job import Job
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
-from drivetrain.transform import Phase, Transform
 
 STEPS, EXPERTS, WIDTH, TOKENS = 10, 4, 6, 16
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.communication.process_group import Ranks
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import ConfigError, TrainingError
-from drivetrain.job import Job, Ranks
-from drivetrain.plan import Plan
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import run_distributed
 
 STEPS = 10

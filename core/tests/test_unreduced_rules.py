@@ -11,15 +11,23 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.communicator import Purpose, Tag
-from drivetrain.home import BucketSpec
-from drivetrain.job import Job
-from drivetrain.mesh_layout import Atom, AxisRequest
-from drivetrain.plugin import Plugin, hookimpl
-from drivetrain.registry import Registry
+from drivetrain.contracts import (
+    Atom,
+    AxisRequest,
+    BucketSpec,
+    BucketView,
+    Hyper,
+    Plugin,
+    Purpose,
+    StateSpec,
+    Tag,
+    UpdateRule,
+    hookimpl,
+)
+from drivetrain.job.job import Job
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import assert_trains_like_reference, data, reference_losses, run_distributed
 from drivetrain.testing.models import mlp
-from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule
 
 SEEN = "updates seen"
 

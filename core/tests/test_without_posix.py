@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 
 PROGRAM = Path(__file__).with_name("without_posix.py")
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from drivetrain_kernels import adam_rule
 
-from drivetrain.home import BucketSpec, DeviceHome, Segment
-from drivetrain.optimizers import factory
-from drivetrain.registry import Registry
+from drivetrain.contracts import BucketSpec, Segment
+from drivetrain.optimization import factory
+from drivetrain.plan.registry import Registry
+from drivetrain.states.device_home import DeviceHome
 
 COUNT = 1000
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -15,9 +15,9 @@ import torch
 from drivetrain_kernels.gpu import watch as module
 from drivetrain_kernels.gpu.watch import Watch, abort_collectives, watch
 
-from drivetrain.failure import Failure
-from drivetrain.job import Job
-from drivetrain.plan import Plan
+from drivetrain.communication.failure import Failure
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import RanksFailedError, run_distributed
 
 
@@ -116,7 +116,7 @@ def closes_in_turn() -> bool:
 
 
 def _tag():
-    from drivetrain.communicator import Purpose, Tag
+    from drivetrain.contracts import Purpose, Tag
 
     return Tag(Purpose.CONTROL)
 

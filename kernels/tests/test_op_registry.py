@@ -11,8 +11,8 @@ from drivetrain_kernels import Example, Op, Provider, Registry
 from drivetrain_kernels.checks import Checker
 from drivetrain_kernels.native import NativeLibrary
 
-from drivetrain.accelerator_choice import HostAccelerator, active, active_accelerator
 from drivetrain.errors import BuildError, PluginError
+from drivetrain.job.accelerator_choice import HostAccelerator, active, active_accelerator
 
 
 def reference(values):

@@ -7,8 +7,9 @@ import torch
 from drivetrain_kernels import rules
 from drivetrain_kernels.report import report_rows
 
+from drivetrain.contracts import BucketSpec, Segment
 from drivetrain.errors import ConfigError, TrainingError
-from drivetrain.home import BucketSpec, DeviceHome, Segment
+from drivetrain.states.device_home import DeviceHome
 
 CPU = torch.device("cpu")
 COUNT = 40

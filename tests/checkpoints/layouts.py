@@ -12,7 +12,7 @@ from drivetrain_checkpoint_tools.opening import opened
 from torch import nn
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 
 
 @dataclass(frozen=True)

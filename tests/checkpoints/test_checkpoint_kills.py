@@ -13,8 +13,8 @@ from drivetrain_checkpoint_tools import verify
 from drivetrain_checkpoint_tools.opening import opened
 from layouts import Layout, hashes, make, train
 
-from drivetrain.checkpoint import storage
-from drivetrain.job import Ranks
+from drivetrain.checkpoint.format import storage
+from drivetrain.communication.process_group import Ranks
 from drivetrain.testing import RanksFailedError, run_distributed
 
 LAYOUT = Layout(2, 2)

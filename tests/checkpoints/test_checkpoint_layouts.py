@@ -9,7 +9,7 @@ import pytest
 import torch
 from layouts import Layout, hashes, make, train
 
-from drivetrain.job import Ranks
+from drivetrain.communication.process_group import Ranks
 from drivetrain.testing import run_distributed
 
 LAYOUTS = [

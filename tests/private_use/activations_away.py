@@ -13,7 +13,7 @@ from on_demand import loss_of, start
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 from drivetrain.testing.models import TinyGPT
 
 

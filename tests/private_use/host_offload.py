@@ -14,9 +14,9 @@ from drivetrain_offload.copies import CopyStream, Mark
 from drivetrain_offload.host_side import HostSide
 from on_demand import loss_of, start
 
-from drivetrain.engine import Engine
+from drivetrain.contracts import UpdateRule
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import TrainingError
-from drivetrain.update_rule import UpdateRule
 
 
 class LateMark:

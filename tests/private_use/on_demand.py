@@ -15,11 +15,11 @@ from torch import nn
 from warp_ranks import WarpWithRanks
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.communication.process_group import Ranks
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import DrivetrainError
-from drivetrain.job import Ranks
-from drivetrain.parameters import whole
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
+from drivetrain.states.whole import whole
 from drivetrain.testing.models import tiny_gpt
 
 MICRO_BATCH = 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from drivetrain.accelerator import Accelerator
+from drivetrain.contracts import Accelerator
 
 if TYPE_CHECKING:
     from drivetrain_kernels.native import NativeLibrary

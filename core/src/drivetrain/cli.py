@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from drivetrain import __version__
 from drivetrain.errors import ConfigError, DrivetrainError, PluginError
-from drivetrain.known import COMMANDS
 from drivetrain.paths import at_home
-from drivetrain.registry import Entry, Registry
+from drivetrain.plan.known import COMMANDS
+from drivetrain.plan.registry import Entry, Registry
+from drivetrain.version import __version__
 from drivetrain.wording import did_you_mean
 
 

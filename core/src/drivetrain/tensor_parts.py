@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from drivetrain.collective import is_float8
+from drivetrain.contracts.world.collective import is_float8
 from drivetrain.errors import ConfigError
 
 _SPARSE: dict[torch.layout, tuple[str, ...]] = {

@@ -8,7 +8,7 @@ from noise_scale_drivetrain import NoiseScale, gradient_noise_scale
 from torch import nn
 
 import drivetrain
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import PluginConformance, StateConformance, run_distributed
 
 DECAY, STEPS, MICRO_BATCH = 0.8, 6, 4

@@ -6,7 +6,7 @@ import pytest
 from drivetrain_kernels import ops
 from lantern_drivetrain.accelerator import Lantern
 
-from drivetrain.accelerator_choice import active
+from drivetrain.job.accelerator_choice import active
 from drivetrain.testing import AcceleratorConformance
 from drivetrain.testing.kernels import KernelConformance
 

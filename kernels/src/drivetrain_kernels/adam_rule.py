@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from drivetrain.optimizers import factory
-from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule
+from drivetrain.contracts import BucketView, Hyper, StateSpec, UpdateRule
+from drivetrain.optimization import factory
 from drivetrain_kernels.checks import FLOATS
 from drivetrain_kernels.ops.adam import ADAM
 from drivetrain_kernels.ops.adam import adam as adam_in_one_pass
@@ -20,8 +20,8 @@ from drivetrain_kernels.registry import REFERENCE
 if TYPE_CHECKING:
     import torch
 
-    from drivetrain.home import BucketSpec
-    from drivetrain.job import Job
+    from drivetrain.contracts import BucketSpec
+    from drivetrain.job.job import Job
 
 _TORCHS_OWN = ("amsgrad", "maximize", "foreach", "capturable", "differentiable")
 """Options of torch's class that the kernel has not."""

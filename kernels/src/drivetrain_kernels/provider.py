@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from drivetrain.errors import PluginError
-from drivetrain.registry import Entry, Registry
+from drivetrain.plan.registry import Entry, Registry
 from drivetrain_kernels.native.library import NativeLibrary
 
 GROUP = "drivetrain.kernels"

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from drivetrain.accelerator_choice import VARIABLE, active_accelerator
 from drivetrain.errors import BuildError, PluginError
+from drivetrain.job.accelerator_choice import VARIABLE, active_accelerator
 from drivetrain_kernels.checks import check_overlap
 from drivetrain_kernels.op import NAMESPACE, Op
 from drivetrain_kernels.provider import (

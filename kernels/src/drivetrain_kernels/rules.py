@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 
 from drivetrain.checked_call import call_checked
+from drivetrain.contracts import BucketView, Hyper, StateSpec, UpdateRule
 from drivetrain.errors import TrainingError
-from drivetrain.optimizers.checks import check_betas, check_non_negative
-from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule
+from drivetrain.optimization.checks import check_betas, check_non_negative
 from drivetrain_kernels.checks import FLOATS
 from drivetrain_kernels.ops import adagrad, adam, lamb, lion, sgd
 
 if TYPE_CHECKING:
-    from drivetrain.home import BucketSpec
-    from drivetrain.job import Job
+    from drivetrain.contracts import BucketSpec
+    from drivetrain.job.job import Job
 
 STATE_DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,

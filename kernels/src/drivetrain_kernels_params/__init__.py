@@ -6,8 +6,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from drivetrain.params import Betas, OptimizerParams
-from drivetrain.section import Bool, Float, NonNegativeFloat
+from drivetrain.contracts import Betas, Bool, Float, NonNegativeFloat, OptimizerParams
 
 
 class FusedParams(OptimizerParams):

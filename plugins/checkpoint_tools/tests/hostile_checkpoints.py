@@ -18,13 +18,13 @@ from hostile_cases import Case, mutants
 from torch import nn
 
 import drivetrain
-from drivetrain.checkpoint.index import seal
+from drivetrain.checkpoint.format.index import seal
 from drivetrain.errors import CheckpointError
 
 TAG = "global_step1"
 
 
-def engine_of(steps: int) -> drivetrain.engine.Engine:
+def engine_of(steps: int) -> drivetrain.engine.engine.Engine:
     torch.manual_seed(1)
     engine, *_ = drivetrain.initialize(
         model=nn.Linear(6, 5),

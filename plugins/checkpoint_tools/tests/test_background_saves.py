@@ -21,11 +21,11 @@ from drivetrain_checkpoint_tools.verification import verify
 from torch import nn
 
 import drivetrain
-from drivetrain.checkpoint import PendingSave
-from drivetrain.engine import Engine
+from drivetrain.checkpoint.format.commit import PendingSave
+from drivetrain.communication.process_group import Ranks
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import CheckpointError
-from drivetrain.job import Ranks
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import RanksFailedError, run_distributed
 from drivetrain.testing.faulty_disk import GONE, check_all, failing, open_files, stored_contents
 from drivetrain.testing.sharded import ShardedStates
@@ -190,7 +190,7 @@ SCRIPT = """
 import sys, time
 import torch
 import drivetrain
-from drivetrain.checkpoint import PendingSave
+from drivetrain.checkpoint.format.commit import PendingSave
 
 original = PendingSave.write
 

@@ -14,10 +14,10 @@ from drivetrain_checkpoint_tools import import_deepspeed, verify
 from torch import nn
 
 import drivetrain
-from drivetrain.checkpoint.index import Stored
-from drivetrain.checkpoint.reading import read_whole
-from drivetrain.checkpoint.storage import LocalStorage
-from drivetrain.engine import Engine
+from drivetrain.checkpoint.format.index import Stored
+from drivetrain.checkpoint.format.reading import read_whole
+from drivetrain.checkpoint.format.storage import LocalStorage
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import CheckpointError
 from drivetrain.testing import run_distributed
 

@@ -15,7 +15,7 @@ from drivetrain_checkpoint_tools import import_weights
 from drivetrain_checkpoint_tools.opening import opened
 from safetensors.torch import save_file
 
-from drivetrain.checkpoint.reading import read_whole
+from drivetrain.checkpoint.format.reading import read_whole
 from drivetrain.errors import CheckpointError
 
 SECONDS = 2

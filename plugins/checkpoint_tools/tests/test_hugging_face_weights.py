@@ -17,10 +17,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import drivetrain
-from drivetrain.checkpoint.storage import LocalStorage
-from drivetrain.engine import Engine
+from drivetrain.checkpoint.format.storage import LocalStorage
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import CheckpointError
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
 from drivetrain.testing.sharded import ShardedStates
 

@@ -14,8 +14,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 
 import drivetrain
-from drivetrain.checkpoint.storage import open_storage
-from drivetrain.engine import Engine
+from drivetrain.checkpoint.format.storage import open_storage
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import CheckpointError
 
 ROOT = "memory://bucket/run"

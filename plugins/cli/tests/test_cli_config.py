@@ -13,10 +13,9 @@ from drivetrain_cli.config import json_schema
 from drivetrain_cli.explain import PHASES, WHEN
 
 from drivetrain.cli import main
-from drivetrain.hub import HOOKS
-from drivetrain.plugin import Plugin, Section
-from drivetrain.registry import Registry
-from drivetrain.section import PositiveInt, Scalar
+from drivetrain.contracts import Plugin, PositiveInt, Scalar, Section
+from drivetrain.plan.hub import HOOKS
+from drivetrain.plan.registry import Registry
 
 GOOD = {
     "train_batch_size": 32,

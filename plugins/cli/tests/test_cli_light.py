@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from drivetrain.cli import main
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 
 COMMANDS = [
     e.name for e in Registry.installed().entries("commands") if e.value[:14] == "drivetrain_cli"

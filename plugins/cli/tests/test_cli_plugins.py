@@ -9,13 +9,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from drivetrain import __version__
-from drivetrain.accelerator import Accelerator
 from drivetrain.cli import main
+from drivetrain.contracts import Accelerator, Float, Plugin, PositiveInt, Scalar, Section, hookimpl
 from drivetrain.errors import PluginError
-from drivetrain.known import PLANNED
-from drivetrain.plugin import Plugin, Section, hookimpl
-from drivetrain.registry import CORE, Entry, Registry
-from drivetrain.section import Float, PositiveInt, Scalar
+from drivetrain.plan.known import PLANNED
+from drivetrain.plan.registry import CORE, Entry, Registry
 
 
 class GoodSection(Section):

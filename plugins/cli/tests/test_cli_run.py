@@ -258,9 +258,9 @@ time.sleep(60)
 def test_a_rank_killed_while_others_wait_is_named_and_not_how_they_broke(script, run) -> None:
     source = """
 import os, signal
-from drivetrain.communicator import Purpose, Tag
-from drivetrain.job import Job
-from drivetrain.plan import Plan
+from drivetrain.contracts import Purpose, Tag
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 
 with Job.open(Plan.build({}, world_size=2, batch_required=False)) as job:
     job.communicator.barrier("world", Tag(Purpose.CONTROL))

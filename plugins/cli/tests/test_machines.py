@@ -106,7 +106,7 @@ def test_the_first_machine_is_that_of_the_master_address(monkeypatch) -> None:
 def test_torchrun_is_told_who_hosts_the_meeting_and_how_this_machine_is_reached(
     monkeypatch,
 ) -> None:
-    from drivetrain.network import Route
+    from drivetrain.communication.network import Route
 
     def meeting(own: str, other: str) -> list[str]:
         monkeypatch.setattr("drivetrain_cli.nodes.route_to", lambda host: Route(own, other, "e0"))

@@ -24,12 +24,11 @@ from drivetrain_cli.stand_in import (
 )
 from torch import nn
 
-from drivetrain.accelerator import Accelerator
-from drivetrain.accelerator_choice import HostAccelerator
 from drivetrain.cli import main
+from drivetrain.contracts import Accelerator, Plugin, Section, hookimpl
 from drivetrain.errors import ConfigError, DrivetrainError
-from drivetrain.plugin import Plugin, Section, hookimpl
-from drivetrain.registry import Registry
+from drivetrain.job.accelerator_choice import HostAccelerator
+from drivetrain.plan.registry import Registry
 from drivetrain.testing.models import Block
 
 GIB = 1 << 30

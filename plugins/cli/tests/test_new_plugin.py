@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 
 from drivetrain import __version__
 from drivetrain.cli import main
-from drivetrain.plugin import Plugin
-from drivetrain.registry import Entry, Registry
+from drivetrain.contracts import Plugin
+from drivetrain.plan.registry import Entry, Registry
 
 
 class Good(Plugin):

@@ -9,8 +9,8 @@ from drivetrain_curriculum import Curriculum, CurriculumSection, Pacing, difficu
 from pydantic import ValidationError
 
 from drivetrain.errors import ConfigError, TrainingError
-from drivetrain.plan import Plan
-from drivetrain.registry import Registry
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import PluginConformance
 
 LINEAR = {

@@ -12,7 +12,7 @@ from torch import nn
 
 import drivetrain
 from drivetrain.errors import ConfigError, TrainingError
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import data, reference_losses, run_distributed
 from drivetrain.testing.models import tiny_gpt
 

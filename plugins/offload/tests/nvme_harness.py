@@ -12,9 +12,8 @@ from drivetrain_offload.nvme_home import nvme_homes
 from drivetrain_offload.section import Aio, OffloadOptimizer
 from offload_harness import spec_of
 
-from drivetrain.home import BucketSpec, Segment, StateHome
-from drivetrain.job import Job
-from drivetrain.update_rule import UpdateRule
+from drivetrain.contracts import BucketSpec, Segment, StateHome, UpdateRule
+from drivetrain.job.job import Job
 
 TILE = 4096
 LARGE: Sequence[tuple[int, ...]] = ((97, 83), (1,), (3001,), (64, 33))  # 14,165 elements: 4 tiles

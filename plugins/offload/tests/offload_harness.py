@@ -12,10 +12,10 @@ from drivetrain_offload.placement import homes_of
 from drivetrain_offload.section import Aio, OffloadOptimizer, OffloadParam
 from drivetrain_offload.zenflow_section import ZenFlow
 
-from drivetrain.home import BucketSpec, DeviceHome, Segment, StateHome
-from drivetrain.job import Job
-from drivetrain.plan import Plan
-from drivetrain.update_rule import UpdateRule
+from drivetrain.contracts import BucketSpec, Segment, StateHome, UpdateRule
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
+from drivetrain.states.device_home import DeviceHome
 
 PRECISIONS: Mapping[str, tuple[torch.dtype, torch.dtype, torch.dtype]] = {
     "fp32": (torch.float32, torch.float32, torch.float32),

@@ -18,7 +18,7 @@ from drivetrain_offload.file_io import AsyncFile, FileIOError
 from drivetrain_offload.file_io.faults import Faults
 from torch import nn
 
-from drivetrain.accelerator_choice import choose_accelerator
+from drivetrain.job.accelerator_choice import choose_accelerator
 from drivetrain.testing import PluginConformance
 from drivetrain.testing.models import TinyGPT
 

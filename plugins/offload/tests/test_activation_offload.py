@@ -18,8 +18,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from drivetrain.accelerator_choice import choose_accelerator
 from drivetrain.errors import TrainingError
+from drivetrain.job.accelerator_choice import choose_accelerator
 from drivetrain.testing import PluginConformance
 from drivetrain.testing.models import ConvNet, TinyGPT
 

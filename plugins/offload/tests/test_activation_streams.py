@@ -18,7 +18,7 @@ from drivetrain_offload.activations_plugin import ActivationOffloadSection
 from drivetrain_offload.file_io import AsyncFile
 from torch import nn
 
-from drivetrain.accelerator_choice import choose_accelerator
+from drivetrain.job.accelerator_choice import choose_accelerator
 from drivetrain.testing.models import TinyGPT
 
 CPU = torch.device("cpu")

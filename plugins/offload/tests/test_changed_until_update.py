@@ -12,7 +12,7 @@ from drivetrain_offload.host_home import HostHome
 from drivetrain_offload.zenflow_section import ZenFlow
 from offload_harness import adopt, on_device, opened, place, spec_of, states, values
 
-from drivetrain.home import StateHome
+from drivetrain.contracts import StateHome
 
 NOW = ZenFlow(topk_ratio=0.3, update_interval=1, full_warm_up_rounds=0)
 HOMES: dict[str, tuple[str, ZenFlow | None, dict[str, Any]]] = {

@@ -15,7 +15,7 @@ from torch import nn
 
 import drivetrain
 from drivetrain.errors import ConfigError
-from drivetrain.plan import Plan
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import models, run_distributed
 from drivetrain.testing.data import vectors
 

@@ -31,9 +31,10 @@ from offload_harness import (
     values,
 )
 
+from drivetrain.contracts import Segment
 from drivetrain.errors import ConfigError
-from drivetrain.home import DeviceHome, Segment
-from drivetrain.optimizers.torch_rule import TorchRule
+from drivetrain.optimization.torch_rule import TorchRule
+from drivetrain.states.device_home import DeviceHome
 from drivetrain.testing import assert_trains_like_reference, run_distributed
 
 RULES = {

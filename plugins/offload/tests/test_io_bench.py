@@ -18,7 +18,7 @@ from drivetrain_offload.io_bench import io_bench
 from drivetrain_offload.io_measure import Measurement, Row, best, scratch_file
 from drivetrain_offload.section import Aio
 
-from drivetrain.plan import Plan
+from drivetrain.plan.plan import Plan
 
 QUICK = ("--size", "32", "--seconds", "0.01", "--threads", "1")
 

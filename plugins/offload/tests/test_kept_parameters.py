@@ -13,7 +13,8 @@ from drivetrain_offload.kept_parameters import KeptParameters, UpdateOrder
 from drivetrain_offload.parameter_stores import FileStore
 from offload_harness import PRECISIONS, adopt, spec_of, states, values
 
-from drivetrain.home import BucketSpec, DeviceHome, StateHome
+from drivetrain.contracts import BucketSpec, StateHome
+from drivetrain.states.device_home import DeviceHome
 
 HOST = torch.device("cpu")
 RULE = FusedAdam(lr=1e-2, weight_decay=0.1)

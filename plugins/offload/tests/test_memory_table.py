@@ -14,7 +14,7 @@ from drivetrain_offload.memory import note_memory
 from drivetrain_offload.memory_report import report_memory
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 from drivetrain.testing.models import mlp
 
 COUNT = sum(p.numel() for p in mlp().parameters())

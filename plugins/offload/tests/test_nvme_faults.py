@@ -16,8 +16,8 @@ from nvme_harness import TILE, files_in, in_files, large_spec
 from offload_harness import adopt, assert_same, on_device, opened, step, values
 
 import drivetrain
+from drivetrain.contracts import StateHome
 from drivetrain.errors import ConfigError
-from drivetrain.home import StateHome
 from drivetrain.testing import RanksFailedError, run_distributed
 from drivetrain.testing.data import vectors
 from drivetrain.testing.models import mlp

@@ -28,10 +28,9 @@ from offload_harness import (
     values,
 )
 
-from drivetrain.home import BucketSpec
-from drivetrain.optimizers.torch_rule import TorchRule
+from drivetrain.contracts import BucketSpec, BucketView, StateSpec, UpdateRule
+from drivetrain.optimization.torch_rule import TorchRule
 from drivetrain.testing import assert_trains_like_reference
-from drivetrain.update_rule import BucketView, StateSpec, UpdateRule
 
 RULES = {
     "torch Adam": lambda: TorchRule(torch.optim.Adam, {"lr": 1e-2}),
@@ -260,7 +259,7 @@ from drivetrain_kernels.rules import FusedAdam
 from nvme_harness import in_files
 from offload_harness import opened, spec_of
 from dataclasses import replace
-from drivetrain.home import Segment
+from drivetrain.contracts import Segment
 
 def memory(field):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -8,7 +8,7 @@ import pytest
 from drivetrain_offload import StateKind, offload_states, reload_states, state_devices
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import TrainingError
 from drivetrain.testing.models import mlp
 

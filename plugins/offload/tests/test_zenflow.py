@@ -21,9 +21,9 @@ from drivetrain_offload.zenflow_section import ZenFlow
 from offload_harness import adopt, config, opened, place, spec_of, states, step, values
 
 import drivetrain
+from drivetrain.contracts import BucketSpec
 from drivetrain.errors import ConfigError
-from drivetrain.home import BucketSpec
-from drivetrain.plan import Plan
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import models, run_distributed
 from drivetrain.testing.data import tokens
 

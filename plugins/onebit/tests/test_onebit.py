@@ -12,11 +12,12 @@ from drivetrain_onebit.compression import average_, chunk_size
 from torch import nn
 
 import drivetrain
-from drivetrain.communicator import Purpose, Tag
-from drivetrain.engine import Engine
+from drivetrain.communication.process_group import Ranks
+from drivetrain.contracts import Purpose, Tag
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import ConfigError
-from drivetrain.job import Job, Ranks
-from drivetrain.plan import Plan
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import run_distributed
 from drivetrain.testing.models import mlp
 

@@ -11,7 +11,7 @@ from drivetrain_onebit.compression import chunk_size
 from torch import nn
 
 import drivetrain
-from drivetrain.job import Ranks
+from drivetrain.communication.process_group import Ranks
 from drivetrain.testing import run_distributed
 
 SIDE, FREEZE, STEPS = 8, 6, 14

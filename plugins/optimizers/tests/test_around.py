@@ -15,10 +15,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.communication.process_group import Ranks
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import TrainingError
-from drivetrain.job import Ranks
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import PluginConformance, run_distributed
 from drivetrain.testing.sharded import ShardedStates
 

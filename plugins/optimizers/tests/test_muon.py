@@ -8,8 +8,8 @@ from drivetrain_optimizers import Muon
 from drivetrain_optimizers.muon import newton_schulz, newton_schulz_gram
 from torch import nn
 
+from drivetrain.contracts import ParameterTable
 from drivetrain.errors import ConfigError
-from drivetrain.parameters import ParameterTable
 from drivetrain.testing.rules import place, read
 
 SHAPES = {"tall": (9, 4), "wide": (3, 8), "square": (5, 5), "kernel": (4, 3, 2, 2), "row": (1, 6)}

@@ -7,11 +7,12 @@ import torch
 from drivetrain_optimizers import Lamb, Lion, Muon
 from torch import nn
 
+from drivetrain.communication.process_group import Ranks
 from drivetrain.errors import ConfigError
-from drivetrain.job import Job, Ranks
-from drivetrain.optimizers import make_rule
-from drivetrain.plan import Plan
-from drivetrain.registry import Registry
+from drivetrain.job.job import Job
+from drivetrain.optimization.factory import make_rule
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
 
 
 @pytest.mark.parametrize(("name", "kind"), [("lion", Lion), ("LAMB", Lamb), ("Muon", Muon)])

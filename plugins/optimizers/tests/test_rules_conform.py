@@ -7,7 +7,7 @@ from drivetrain_optimizers import Lamb, Lion, Muon
 from drivetrain_optimizers.lookahead import LookaheadRule
 from drivetrain_optimizers.weight_average import AveragingRule
 
-from drivetrain.optimizers.torch_rule import TorchRule
+from drivetrain.optimization.torch_rule import TorchRule
 from drivetrain.testing import OptimizerConformance
 
 

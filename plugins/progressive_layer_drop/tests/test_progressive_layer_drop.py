@@ -13,7 +13,7 @@ from torch import nn
 
 import drivetrain
 from drivetrain.errors import ConfigError
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import PluginConformance, run_distributed
 
 INPUTS = torch.linspace(-1, 1, 8).view(2, 4)

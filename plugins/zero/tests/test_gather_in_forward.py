@@ -18,8 +18,8 @@ from zero_harness import (
 )
 from zero_models import ADAPTED, BODY
 
-from drivetrain.communicator import Purpose
-from drivetrain.engine import Engine
+from drivetrain.contracts import Purpose
+from drivetrain.engine.engine import Engine
 from drivetrain.testing import run_distributed
 
 UNITS = 4

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import TrainingError
 from drivetrain.testing import run_distributed
 

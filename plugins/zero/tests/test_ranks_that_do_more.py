@@ -47,7 +47,7 @@ def by_engine(zero: dict[str, Any], kind: str) -> dict[str, torch.Tensor]:
         "zero_optimization": zero,
     }
     engine, *_ = drivetrain.initialize(model=model(), config=config)
-    with patch("drivetrain.torch_communicator.LONG", timedelta(seconds=0.2)):
+    with patch("drivetrain.communication.torch_communicator.LONG", timedelta(seconds=0.2)):
         for _ in range(2):
             engine.backward(engine(torch.ones(1, 4)).sum())
             if engine.job.rank == 0:

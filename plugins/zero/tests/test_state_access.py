@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import TrainingError
-from drivetrain.parameters import whole
+from drivetrain.states.whole import whole
 from drivetrain.testing import data, models, run_distributed
 
 RATE = 1e-2

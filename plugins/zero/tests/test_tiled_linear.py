@@ -12,7 +12,7 @@ from torch import nn
 
 import drivetrain
 from drivetrain.errors import ConfigError
-from drivetrain.parameters import whole
+from drivetrain.states.whole import whole
 from drivetrain.testing import data, run_distributed
 from drivetrain.testing.reference import reference_losses
 

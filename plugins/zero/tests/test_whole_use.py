@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.testing import data, models, run_distributed
 from drivetrain.testing.reference import Case, assert_trains_like_reference

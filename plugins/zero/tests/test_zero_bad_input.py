@@ -13,12 +13,11 @@ from zero_harness import Run, config, train_steps, whole_parameters
 from zero_models import BODY, UNEVEN
 
 import drivetrain
+from drivetrain.contracts import BucketSpec, BucketView, Hyper, OptimizerPlan, StateSpec, UpdateRule
 from drivetrain.errors import ConfigError
-from drivetrain.home import BucketSpec
-from drivetrain.parameters import whole
-from drivetrain.plan import Plan
+from drivetrain.plan.plan import Plan
+from drivetrain.states.whole import whole
 from drivetrain.testing import RanksFailedError, run_distributed
-from drivetrain.update_rule import BucketView, Hyper, OptimizerPlan, StateSpec, UpdateRule
 
 STAGES = (1, 2, 3)
 

@@ -8,8 +8,8 @@ from drivetrain_zero import safe_get_full_fp32_param
 from torch import nn
 
 import drivetrain
-from drivetrain.communicator import Purpose, Tag
-from drivetrain.engine import Engine
+from drivetrain.contracts import Purpose, Tag
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import TrainingError
 from drivetrain.testing import run_distributed
 

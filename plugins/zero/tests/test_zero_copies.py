@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import drivetrain
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import TrainingError
 from drivetrain.testing import run_distributed
 

@@ -26,11 +26,11 @@ from zero_harness import (
 from zero_models import BODY, REENTRANT, ROUTED
 
 import drivetrain
-from drivetrain.engine import Engine
-from drivetrain.home import BucketSpec, DeviceHome, StateHome
-from drivetrain.parameters import whole
-from drivetrain.plugin import Plugin, hookimpl
-from drivetrain.registry import Registry
+from drivetrain.contracts import BucketSpec, Plugin, StateHome, hookimpl
+from drivetrain.engine.engine import Engine
+from drivetrain.plan.registry import Registry
+from drivetrain.states.device_home import DeviceHome
+from drivetrain.states.whole import whole
 from drivetrain.testing import run_distributed
 
 EACH: dict[str, Any] = {"gradient_reduction": "micro_batch", "reduce_bucket_size": 50}

@@ -20,7 +20,7 @@ from torch import nn
 
 import drivetrain
 from drivetrain.errors import ConfigError, TrainingError
-from drivetrain.parameters import whole
+from drivetrain.states.whole import whole
 from drivetrain.testing import data, models, run_distributed
 from drivetrain.testing.reference import Case, assert_trains_like_reference
 

@@ -17,8 +17,8 @@ from torch import nn
 from zero_harness import IN_FORWARD, Run, Stage, batches, config
 
 import drivetrain
-from drivetrain.communicator import Purpose
-from drivetrain.engine import Engine
+from drivetrain.contracts import Purpose
+from drivetrain.engine.engine import Engine
 from drivetrain.testing import run_distributed
 from drivetrain.testing.data import tokens
 from drivetrain.testing.models import TinyGPT

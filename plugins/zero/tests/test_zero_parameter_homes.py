@@ -30,16 +30,22 @@ from zero_models import (
     USED_OUTSIDE,
 )
 
-from drivetrain.engine import Engine
-from drivetrain.fragment import Fragment
-from drivetrain.home import BucketSpec, DeviceHome, ParameterHome, StateHome, segment_fragment
-from drivetrain.job import Job
-from drivetrain.parameters import whole
-from drivetrain.plugin import Plugin, hookimpl
+from drivetrain.contracts import (
+    BucketSpec,
+    Fragment,
+    Hyper,
+    ParameterHome,
+    Plugin,
+    StateHome,
+    hookimpl,
+)
+from drivetrain.engine.engine import Engine
+from drivetrain.job.job import Job
+from drivetrain.states.device_home import DeviceHome, segment_fragment
+from drivetrain.states.whole import whole
 from drivetrain.testing import run_distributed
 from drivetrain.testing.data import Samples
 from drivetrain.testing.reference import CASES, Case
-from drivetrain.update_rule import Hyper
 
 
 class Keeper(ParameterHome):

@@ -18,8 +18,8 @@ from drivetrain_zero.states import ZeroStates
 from zero_harness import SGD, Run, config, plain, sgd, train
 from zero_models import BODY, REENTRANT, ROUTED, UNEVEN
 
-from drivetrain.engine import Engine
-from drivetrain.gradients import Slot
+from drivetrain.engine.engine import Engine
+from drivetrain.states.gradients import Slot
 from drivetrain.testing import RanksFailedError, run_distributed
 from drivetrain.testing.reference import Case
 

@@ -8,7 +8,7 @@ import pytest
 from drivetrain_zero.section import ZeroSection
 
 from drivetrain.errors import ConfigError
-from drivetrain.plan import Plan
+from drivetrain.plan.plan import Plan
 
 STAGE_3 = {
     "prefetch_bucket_size": 7,

@@ -21,7 +21,7 @@ from zero_harness import (
 )
 from zero_models import ADAPTED, ROUTED, UNEVEN
 
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 from drivetrain.testing import run_distributed
 from drivetrain.testing.reference import Case
 

@@ -27,13 +27,11 @@ from zero_harness import (
 from zero_models import BODY, SHARED, UNEVEN, WIDTH
 
 import drivetrain
-from drivetrain.communicator import Purpose
-from drivetrain.engine import Engine
+from drivetrain.contracts import Atom, AxisRequest, Plugin, Purpose, SplitAxis, hookimpl
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import TrainingError
-from drivetrain.job import Job
-from drivetrain.mesh_layout import Atom, AxisRequest, SplitAxis
-from drivetrain.parameters import whole
-from drivetrain.plugin import Plugin, hookimpl
+from drivetrain.job.job import Job
+from drivetrain.states.whole import whole
 from drivetrain.testing import run_distributed
 from drivetrain.testing.data import Samples, vectors
 from drivetrain.testing.reference import Case

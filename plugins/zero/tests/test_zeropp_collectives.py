@@ -10,10 +10,10 @@ import torch.distributed as dist
 from drivetrain_zero.block_codec import BlockCodec
 from drivetrain_zero.error_feedback import ErrorFeedback
 
-from drivetrain.communicator import Op, Purpose, Tag
+from drivetrain.contracts import Op, Purpose, Tag
 from drivetrain.errors import CommunicationError
-from drivetrain.job import Job
-from drivetrain.plan import Plan
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import run_distributed
 
 RANKS = 4

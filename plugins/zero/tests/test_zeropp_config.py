@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from drivetrain.errors import ConfigError
-from drivetrain.plan import Plan
+from drivetrain.plan.plan import Plan
 
 LOCO = {"err_beta": 0.8, "reset_T": 1024}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from drivetrain_zero.nodes import Hops, find_hops
 
-from drivetrain.mesh_layout import SubAxis
+from drivetrain.contracts import SubAxis
 
 
 def test_two_nodes_of_two_ranks_make_two_hops():

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.communicator import Purpose
-from drivetrain.engine import Engine
-from drivetrain.parameters import whole
+from drivetrain.contracts import Purpose
+from drivetrain.engine.engine import Engine
+from drivetrain.states.whole import whole
 from drivetrain.testing import assert_trains_like_reference, data, models, run_distributed
 from drivetrain.testing.models import TinyGPT
 

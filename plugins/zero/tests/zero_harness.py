@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 import drivetrain
-from drivetrain.engine import Engine
-from drivetrain.parameters import whole
-from drivetrain.plugin import Plugin
-from drivetrain.registry import Registry
+from drivetrain.contracts import Plugin
+from drivetrain.engine.engine import Engine
+from drivetrain.plan.registry import Registry
+from drivetrain.states.whole import whole
 from drivetrain.testing import reference_losses, run_distributed
 from drivetrain.testing.data import Samples
 from drivetrain.testing.reference import Case

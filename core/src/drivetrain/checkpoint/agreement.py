@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.communicator import Op, Purpose, Tag
+from drivetrain.contracts.world.collective import Op, Purpose, Tag
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
+    from drivetrain.engine.engine import Engine
 
 _TEXT = 1024
 """Bytes of a message that all ranks get; more is cut off."""

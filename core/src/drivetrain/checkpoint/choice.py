@@ -16,14 +16,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from drivetrain.checkpoint import index
 from drivetrain.checkpoint.agreement import text_of, worst
-from drivetrain.checkpoint.retention import LATEST_LIMIT
-from drivetrain.checkpoint.storage import Storage
+from drivetrain.checkpoint.format import index
+from drivetrain.checkpoint.format.retention import LATEST_LIMIT
+from drivetrain.checkpoint.format.storage import Storage
 from drivetrain.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
+    from drivetrain.engine.engine import Engine
 
 logger = logging.getLogger("drivetrain.checkpoint")
 

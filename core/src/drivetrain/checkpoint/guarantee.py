@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from drivetrain.wording import printable
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
-    from drivetrain.fragment import Fragment
+    from drivetrain.contracts.state.fragment import Fragment
+    from drivetrain.engine.engine import Engine
 
 BITWISE = "bitwise"
 IDENTICAL = "state bit-identical, sample order identical"

@@ -11,30 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.checkpoint import index
 from drivetrain.checkpoint.agreement import any_rank, worst
 from drivetrain.checkpoint.choice import candidates, continue_history, tags_by_age
+from drivetrain.checkpoint.format import index
+from drivetrain.checkpoint.format.index import Stored, StoredTensor
+from drivetrain.checkpoint.format.packed import unpacked
+from drivetrain.checkpoint.format.reading import check_coverage, read_whole, restore
+from drivetrain.checkpoint.format.storage import Storage, open_storage
+from drivetrain.checkpoint.format.tensor_file import checksums, raw_bytes
 from drivetrain.checkpoint.guarantee import Guarantee, changed_versions, fragments_digest, layout_of
-from drivetrain.checkpoint.index import Stored, StoredTensor
-from drivetrain.checkpoint.packed import unpacked
 from drivetrain.checkpoint.random_state import load_random_state
-from drivetrain.checkpoint.reading import check_coverage, read_whole, restore
 from drivetrain.checkpoint.save import versions
-from drivetrain.checkpoint.state import (
-    PLUGIN,
-    StateReader,
-    persistent_buffers,
-    plugin_fragments,
-    tupled,
-)
-from drivetrain.checkpoint.storage import Storage, open_storage
-from drivetrain.checkpoint.tensor_file import checksums, raw_bytes
+from drivetrain.checkpoint.state import PLUGIN, persistent_buffers, plugin_fragments
+from drivetrain.contracts.state.extra import StateReader, tupled
 from drivetrain.errors import CheckpointError
 from drivetrain.tensor_parts import copy_into
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
-    from drivetrain.fragment import Fragment
+    from drivetrain.contracts.state.fragment import Fragment
+    from drivetrain.engine.engine import Engine
 
 logger = logging.getLogger("drivetrain.checkpoint")
 

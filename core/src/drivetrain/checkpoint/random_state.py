@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
+    from drivetrain.job.job import Job
 
 
 def random_state(job: Job) -> dict[str, Any]:

@@ -13,32 +13,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain import __version__
-from drivetrain.builtin.checkpoints import CheckpointSection
-from drivetrain.checkpoint import index
 from drivetrain.checkpoint.agreement import any_rank, same_everywhere, text_of, worst
 from drivetrain.checkpoint.choice import continue_history, history_of
-from drivetrain.checkpoint.commit import PendingSave, SavedBox, UnfinishedSaveError
-from drivetrain.checkpoint.guarantee import fragments_digest, layout_of, promise
-from drivetrain.checkpoint.packed import packed
-from drivetrain.checkpoint.random_state import random_state
-from drivetrain.checkpoint.retention import Retention
-from drivetrain.checkpoint.state import (
-    StateWriter,
-    is_plain,
-    persistent_buffers,
-    plain,
-    plugin_fragments,
-    plugin_state,
+from drivetrain.checkpoint.format import index
+from drivetrain.checkpoint.format.commit import PendingSave, SavedBox, UnfinishedSaveError
+from drivetrain.checkpoint.format.packed import packed
+from drivetrain.checkpoint.format.retention import Retention
+from drivetrain.checkpoint.format.storage import Storage, open_storage
+from drivetrain.checkpoint.format.tensor_file import (
+    NAMES,
+    TensorEntry,
+    as_buffer,
+    checksums,
+    raw_bytes,
 )
-from drivetrain.checkpoint.storage import Storage, open_storage
-from drivetrain.checkpoint.tensor_file import NAMES, TensorEntry, as_buffer, checksums, raw_bytes
+from drivetrain.checkpoint.guarantee import fragments_digest, layout_of, promise
+from drivetrain.checkpoint.random_state import random_state
+from drivetrain.checkpoint.state import persistent_buffers, plugin_fragments, plugin_state
+from drivetrain.contracts.state.extra import StateWriter, is_plain, plain
 from drivetrain.errors import CheckpointError, DrivetrainError
+from drivetrain.sections.checkpoints import CheckpointSection
 from drivetrain.tensor_parts import tensor_parts
+from drivetrain.version import __version__
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
-    from drivetrain.fragment import Box, Fragment
+    from drivetrain.contracts.state.fragment import Box, Fragment
+    from drivetrain.engine.engine import Engine
 
 logger = logging.getLogger("drivetrain.checkpoint")
 

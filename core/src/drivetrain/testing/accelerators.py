@@ -20,11 +20,12 @@ from unittest import SkipTest
 
 import torch
 
-from drivetrain.accelerator import Accelerator
-from drivetrain.accelerator_choice import choose_accelerator
-from drivetrain.job import Job, Ranks
-from drivetrain.plan import Plan
-from drivetrain.registry import Registry
+from drivetrain.communication.process_group import Ranks
+from drivetrain.contracts.world.accelerator import Accelerator
+from drivetrain.job.accelerator_choice import choose_accelerator
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import data, device_checks, job_checks, models
 from drivetrain.testing.check import Kit, check, expect
 from drivetrain.testing.conformance import imported_with, run_python

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from drivetrain.contracts.plugin.plugin import Plugin
 from drivetrain.errors import ConfigError
-from drivetrain.plan import Plan
-from drivetrain.plugin import Plugin
-from drivetrain.registry import Registry
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
 
 
 class PluginConformance:
@@ -45,7 +45,7 @@ class PluginConformance:
         """Importing changes neither environment nor logging nor import hooks."""
         script = (
             "import json, logging, os, sys, warnings\n"
-            "import drivetrain.plugin\n"
+            "import drivetrain.contracts.plugin.plugin\n"
             "def state(): return repr((sorted(os.environ.items()), logging.root.handlers,"
             " logging.root.level, sys.meta_path, sys.excepthook, os.getcwd(), warnings.filters))\n"
             "before = state()\n"

@@ -11,7 +11,7 @@ import torch
 from drivetrain.testing.check import expect
 
 if TYPE_CHECKING:
-    from drivetrain.accelerator import Accelerator
+    from drivetrain.contracts.world.accelerator import Accelerator
 
 MIB = 2**20
 

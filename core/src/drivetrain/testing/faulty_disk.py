@@ -13,12 +13,12 @@ from unittest.mock import patch
 
 import torch
 
-from drivetrain.checkpoint import index, plain_file, storage
-from drivetrain.checkpoint.index import Stored
+from drivetrain.checkpoint.format import index, plain_file, storage
+from drivetrain.checkpoint.format.index import Stored
+from drivetrain.checkpoint.format.reading import read_whole
+from drivetrain.checkpoint.format.storage import LocalStorage
 from drivetrain.checkpoint.load import check_file
-from drivetrain.checkpoint.reading import read_whole
-from drivetrain.checkpoint.storage import LocalStorage
-from drivetrain.engine import Engine
+from drivetrain.engine.engine import Engine
 
 READING = ("listdir", "stat", "fstat", "preadv")
 WRITING = ("open", "write", "fsync", "close", "replace", "mkdir", "unlink", "rmdir")

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from drivetrain.communicator import Op, Purpose, Tag
-from drivetrain.home import BucketSpec, DeviceHome, Segment
-from drivetrain.optimizers.factory import make_rule
+from drivetrain.contracts.state.bucket import BucketSpec, Segment
+from drivetrain.contracts.world.collective import Op, Purpose, Tag
+from drivetrain.optimization.factory import make_rule
+from drivetrain.states.device_home import DeviceHome
 from drivetrain.testing import data, models
 from drivetrain.testing.check import expect
 from drivetrain.testing.device_checks import random_states
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
-    from drivetrain.job import Job
-    from drivetrain.update_rule import UpdateRule
+    from drivetrain.contracts.state.bucket import UpdateRule
+    from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
 
 TAG = Tag(Purpose.CONTROL, site="conformance")
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from drivetrain.home import DeviceHome
+from drivetrain.contracts.state.bucket import UpdateRule
+from drivetrain.states.device_home import DeviceHome
 from drivetrain.testing.rules import place
 from drivetrain.testing.sharded import part_of
-from drivetrain.update_rule import UpdateRule
 
 SHAPES = {"weight": (5, 7), "bias": (7,), "kernel": (2, 3, 4)}
 

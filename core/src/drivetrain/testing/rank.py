@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from drivetrain.failure import open_jobs
+from drivetrain.job.job import open_jobs
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from drivetrain.home import BucketSpec, DeviceHome, Segment, StateHome
-from drivetrain.update_rule import UpdateRule
+from drivetrain.contracts.state.bucket import BucketSpec, Segment, UpdateRule
+from drivetrain.contracts.state.home import StateHome
+from drivetrain.states.device_home import DeviceHome
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -14,14 +14,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.communicator import Communicator, Purpose, Tag
-from drivetrain.home import BucketSpec, DeviceHome, StateHome
-from drivetrain.plugin import Plugin, hookimpl
+from drivetrain.contracts.plugin.plugin import Plugin, hookimpl
+from drivetrain.contracts.state.bucket import BucketSpec
+from drivetrain.contracts.state.home import StateHome
+from drivetrain.contracts.world.collective import Purpose, Tag
+from drivetrain.contracts.world.communicator import Communicator
+from drivetrain.states.device_home import DeviceHome
 
 if TYPE_CHECKING:
-    from drivetrain.fragment import Fragment
-    from drivetrain.job import Job
-    from drivetrain.update_rule import Hyper
+    from drivetrain.contracts.state.bucket import Hyper
+    from drivetrain.contracts.state.fragment import Fragment
+    from drivetrain.job.job import Job
 
 
 class ShardedStates(Plugin):

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from drivetrain.plugin import Plugin
-from drivetrain.registry import Registry
+from drivetrain.contracts.plugin.plugin import Plugin
+from drivetrain.plan.registry import Registry
 from drivetrain.testing.distributed import run_distributed
 from drivetrain.testing.reference import CASES
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
+    from drivetrain.engine.engine import Engine
 
 State = dict[str, Any]
 """Name -> what a rank would save; of tensors that are cut over ranks, position -> number."""

@@ -13,18 +13,15 @@ from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
-from drivetrain.plugin import Conflict, Plugin, Section, Sections, hookimpl
-from drivetrain.section import Float
+from drivetrain.contracts import Conflict, Float, Plugin, Section, Sections, hookimpl
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from drivetrain.checkpoint import StateReader, StateWriter
-    from drivetrain.engine import Engine
-    from drivetrain.gradients import GradientWatch
-    from drivetrain.job import Job
-    from drivetrain.step_report import StepReport
+    from drivetrain.contracts import GradientWatch, StateReader, StateWriter, StepReport
+    from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
 
 PATH = "gradient_noise_scale"
 
@@ -91,7 +88,7 @@ class Estimate:
         """Compare each rank's gradients with that of the step. Collective."""
         import torch
 
-        from drivetrain.communicator import Purpose, Tag
+        from drivetrain.contracts import Purpose, Tag
 
         squares, sent = self._squares, max(self._seen.values(), default=0)
         self._squares = 0.0

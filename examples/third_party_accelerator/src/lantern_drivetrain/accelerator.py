@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 
-from drivetrain.accelerator import Accelerator
+from drivetrain.contracts import Accelerator
 
 
 class Lantern(Accelerator):

@@ -21,8 +21,8 @@ import torch
 from torch.distributed import distributed_c10d as c10d
 
 if TYPE_CHECKING:
-    from drivetrain.failure import FailureBoard
-    from drivetrain.job import Job
+    from drivetrain.communication.failure import FailureBoard
+    from drivetrain.job.job import Job
 
 logger = logging.getLogger("drivetrain.gpu")
 

@@ -7,10 +7,9 @@ import torch.distributed as dist
 from drivetrain_cpu import shared_group
 from drivetrain_cpu.shared_memory import SharedMemoryCommunicator, native_library
 
-from drivetrain.communicator import Purpose, Tag
-from drivetrain.mesh import Mesh
-from drivetrain.mesh_layout import MeshLayout
-from drivetrain.torch_communicator import TorchCommunicator
+from drivetrain.communication.mesh import Mesh
+from drivetrain.communication.torch_communicator import TorchCommunicator
+from drivetrain.contracts import MeshLayout, Purpose, Tag
 
 TAG = Tag(Purpose.GRADIENT, "bucket0", "backward")
 # Small slots, so that small tensors take many turns.

@@ -13,10 +13,10 @@ from drivetrain_cpu.accelerator import CpuAccelerator
 from drivetrain_cpu.plugin import Cpu
 from drivetrain_cpu.shared_memory import SharedMemoryCommunicator, native_library
 
-from drivetrain.communicator import Purpose, Tag
+from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import ConfigError
-from drivetrain.job import Job
-from drivetrain.plan import Plan
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import PluginConformance, RanksFailedError, run_distributed
 
 MIB = 2**20

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drivetrain.errors import ConfigError
-from drivetrain.job import Job
-from drivetrain.plan import Plan
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import run_distributed
 
 CORES = len(os.sched_getaffinity(0))

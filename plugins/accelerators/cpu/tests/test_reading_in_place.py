@@ -10,7 +10,7 @@ import torch
 from drivetrain_cpu.shared_memory import native_library
 from shared_memory_world import TAG, start, values
 
-from drivetrain.communicator import Kind
+from drivetrain.contracts import Kind
 from drivetrain.testing import run_distributed
 
 

@@ -9,7 +9,7 @@ import torch
 from drivetrain_cpu.shared_memory import native_library
 from shared_memory_world import TAG, start, values
 
-from drivetrain.communicator import Op
+from drivetrain.contracts import Op
 from drivetrain.errors import CommunicationError
 from drivetrain.testing import run_distributed
 

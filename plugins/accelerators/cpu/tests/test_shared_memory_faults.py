@@ -19,16 +19,15 @@ from drivetrain_cpu import shared_memory
 from drivetrain_cpu.shared_memory import native_library, share_memory
 from shared_memory_world import TAG, start
 
-from drivetrain.byte_log import ByteLog
-from drivetrain.communicator import CommunicatorPhase, Purpose
+from drivetrain.communication.byte_log import ByteLog
+from drivetrain.communication.failure import broken
+from drivetrain.communication.mesh import Mesh
+from drivetrain.communication.torch_communicator import TorchCommunicator
+from drivetrain.contracts import CommunicatorPhase, MeshLayout, Purpose
 from drivetrain.errors import BuildError, CommunicationError
-from drivetrain.failure import broken
-from drivetrain.job import Job
-from drivetrain.mesh import Mesh
-from drivetrain.mesh_layout import MeshLayout
-from drivetrain.plan import Plan
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import RanksFailedError, run_distributed
-from drivetrain.torch_communicator import TorchCommunicator
 
 
 @pytest.fixture(scope="module", autouse=True)

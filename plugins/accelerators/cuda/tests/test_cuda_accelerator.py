@@ -14,8 +14,8 @@ from drivetrain_cuda.accelerator import CudaAccelerator
 from drivetrain_cuda.presence import why_absent
 
 from drivetrain.errors import ConfigError
-from drivetrain.job import Job
-from drivetrain.plan import Plan
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import AcceleratorConformance
 
 

@@ -13,8 +13,8 @@ from drivetrain_rocm.accelerator import RocmAccelerator
 from drivetrain_rocm.presence import count_devices, why_absent
 
 from drivetrain.errors import ConfigError
-from drivetrain.job import Job
-from drivetrain.plan import Plan
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import AcceleratorConformance
 
 

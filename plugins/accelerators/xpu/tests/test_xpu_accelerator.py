@@ -16,8 +16,8 @@ from drivetrain_xpu.accelerator import XpuAccelerator
 from drivetrain_xpu.presence import why_absent
 
 from drivetrain.errors import ConfigError
-from drivetrain.job import Job
-from drivetrain.plan import Plan
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import AcceleratorConformance
 
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.checkpoint.commit import UnfinishedSaveError
+from drivetrain.checkpoint.format.commit import UnfinishedSaveError
 from drivetrain.checkpoint.save import announce, take_back
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.plugin import writers
 from drivetrain_checkpoint_tools.pulse import Patient, Pulse
 
 if TYPE_CHECKING:
-    from drivetrain.checkpoint import PendingSave
-    from drivetrain.engine import Engine
-    from drivetrain.job import Job
+    from drivetrain.checkpoint.format.commit import PendingSave
+    from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
 
 logger = logging.getLogger("drivetrain.checkpoint")
 

@@ -7,9 +7,9 @@ from math import isfinite
 
 import torch
 
-from drivetrain.checkpoint.index import Stored, StoredTensor
-from drivetrain.checkpoint.reading import read_whole
-from drivetrain.checkpoint.tensor_file import NAMES, raw_bytes
+from drivetrain.checkpoint.format.index import Stored, StoredTensor
+from drivetrain.checkpoint.format.reading import read_whole
+from drivetrain.checkpoint.format.tensor_file import NAMES, raw_bytes
 from drivetrain_checkpoint_tools.opening import check_files
 
 

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 
 from drivetrain import __version__
-from drivetrain.checkpoint import PendingSave
-from drivetrain.checkpoint.commit import SavedBox
+from drivetrain.checkpoint.format.commit import PendingSave, SavedBox
+from drivetrain.checkpoint.format.index import FORMAT, is_plain_name, shown
+from drivetrain.checkpoint.format.storage import open_storage
+from drivetrain.checkpoint.format.tensor_file import NAMES, TensorEntry
 from drivetrain.checkpoint.guarantee import promise
-from drivetrain.checkpoint.index import FORMAT, is_plain_name, shown
 from drivetrain.checkpoint.save import take_back
-from drivetrain.checkpoint.state import is_plain
-from drivetrain.checkpoint.storage import open_storage
-from drivetrain.checkpoint.tensor_file import NAMES, TensorEntry
+from drivetrain.contracts import is_plain
 from drivetrain.errors import CheckpointError
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from drivetrain.checkpoint.index import MALFORMED, is_plain_name
-from drivetrain.checkpoint.state import is_plain
-from drivetrain.checkpoint.storage import LocalStorage
+from drivetrain.checkpoint.format.index import MALFORMED, is_plain_name
+from drivetrain.checkpoint.format.storage import LocalStorage
+from drivetrain.contracts import is_plain
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.conversion import Imported, Source, write_checkpoint
 from drivetrain_checkpoint_tools.torch_archive import read_pickled

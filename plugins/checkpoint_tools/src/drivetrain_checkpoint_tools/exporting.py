@@ -9,10 +9,10 @@ from functools import partial
 
 import torch
 
-from drivetrain.checkpoint.index import Stored, StoredTensor
-from drivetrain.checkpoint.reading import read_whole
-from drivetrain.checkpoint.storage import open_storage
-from drivetrain.checkpoint.tensor_file import TensorEntry, write_tensors
+from drivetrain.checkpoint.format.index import Stored, StoredTensor
+from drivetrain.checkpoint.format.reading import read_whole
+from drivetrain.checkpoint.format.storage import open_storage
+from drivetrain.checkpoint.format.tensor_file import TensorEntry, write_tensors
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.opening import check_files
 

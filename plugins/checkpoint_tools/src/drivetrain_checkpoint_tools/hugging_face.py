@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drivetrain.checkpoint.agreement import worst
-from drivetrain.checkpoint.index import StoredTensor, is_plain_name, parse, shown
-from drivetrain.checkpoint.reading import check_coverage, read_whole, restore
+from drivetrain.checkpoint.format.index import StoredTensor, is_plain_name, parse, shown
+from drivetrain.checkpoint.format.reading import check_coverage, read_whole, restore
+from drivetrain.checkpoint.format.storage import LocalStorage, Storage, open_storage
 from drivetrain.checkpoint.state import persistent_buffers
-from drivetrain.checkpoint.storage import LocalStorage, Storage, open_storage
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.conversion import Imported, Source, write_checkpoint
 from drivetrain_checkpoint_tools.exporting import INDEX
 from drivetrain_checkpoint_tools.safetensors_file import stored_tensors
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
+    from drivetrain.engine.engine import Engine
 
 _INDEX_LIMIT = 1 << 28
 _SINGLE = "model.safetensors"

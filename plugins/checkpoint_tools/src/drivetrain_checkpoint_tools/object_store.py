@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from drivetrain.checkpoint.storage import Sink, Storage
+from drivetrain.checkpoint.format.storage import Sink, Storage
 from drivetrain.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from drivetrain.checkpoint.index import LATEST, MANIFEST, Stored
+from drivetrain.checkpoint.format.index import LATEST, MANIFEST, Stored
+from drivetrain.checkpoint.format.storage import open_storage
 from drivetrain.checkpoint.load import check_file
-from drivetrain.checkpoint.storage import open_storage
 from drivetrain.errors import CheckpointError
 
 

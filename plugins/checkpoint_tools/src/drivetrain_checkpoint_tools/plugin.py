@@ -7,13 +7,12 @@ from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
-from drivetrain.plugin import Plugin, Section, Sections, hookimpl
-from drivetrain.section import Bool, PositiveFloat
+from drivetrain.contracts import Bool, Plugin, PositiveFloat, Section, Sections, hookimpl
 
 if TYPE_CHECKING:
-    from drivetrain.checkpoint import PendingSave
-    from drivetrain.engine import Engine
-    from drivetrain.step_report import StepReport
+    from drivetrain.checkpoint.format.commit import PendingSave
+    from drivetrain.contracts import StepReport
+    from drivetrain.engine.engine import Engine
     from drivetrain_checkpoint_tools.background import BackgroundWriter
 
 PATH = "checkpoint.background"

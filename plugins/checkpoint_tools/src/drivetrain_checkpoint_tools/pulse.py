@@ -16,7 +16,7 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-    from drivetrain.failure import FailureBoard
+    from drivetrain.communication.failure import FailureBoard
 
 _BEAT_SECONDS = 0.25
 

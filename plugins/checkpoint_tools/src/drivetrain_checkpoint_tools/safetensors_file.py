@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from drivetrain.checkpoint.index import DataFile, StoredTensor, extents, parse, shown
-from drivetrain.checkpoint.storage import Storage
-from drivetrain.checkpoint.tensor_file import DTYPES
+from drivetrain.checkpoint.format.index import DataFile, StoredTensor, extents, parse, shown
+from drivetrain.checkpoint.format.storage import Storage
+from drivetrain.checkpoint.format.tensor_file import DTYPES
 from drivetrain.errors import CheckpointError
 
 _HEADER_LIMIT = 100_000_000

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from drivetrain.checkpoint.index import MALFORMED
-from drivetrain.checkpoint.storage import LocalStorage
+from drivetrain.checkpoint.format.index import MALFORMED
+from drivetrain.checkpoint.format.storage import LocalStorage
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.plain_pickle import Inert, RefusedError, key_of, load_plain
 

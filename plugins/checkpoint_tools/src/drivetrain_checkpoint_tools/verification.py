@@ -6,9 +6,9 @@ import zlib
 from collections.abc import Iterator
 from math import prod
 
-from drivetrain.checkpoint.index import Stored, StoredBox, StoredTensor
+from drivetrain.checkpoint.format.index import Stored, StoredBox, StoredTensor
+from drivetrain.checkpoint.format.tensor_file import BLOCK
 from drivetrain.checkpoint.load import check_file
-from drivetrain.checkpoint.tensor_file import BLOCK
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.safetensors_file import read_header
 

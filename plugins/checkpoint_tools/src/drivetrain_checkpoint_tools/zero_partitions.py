@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from drivetrain.checkpoint.index import shown
+from drivetrain.checkpoint.format.index import shown
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.conversion import Source
 

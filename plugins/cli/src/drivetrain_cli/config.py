@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 from drivetrain.wording import printable
 
 OVERLAY_OPTION = click.option(
@@ -36,7 +36,7 @@ def check(file: str, overlays: tuple[str, ...], world_size: int | None) -> None:
 
     Exit code 2 when there is one.
     """
-    from drivetrain.plan import Plan
+    from drivetrain.plan.plan import Plan
 
     plan = Plan.build(file, overlays=overlays, world_size=world_size)
     explanation = plan.explain()

@@ -20,7 +20,7 @@ from drivetrain_cli.tables import show
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from drivetrain.plan import Explanation
+    from drivetrain.plan.plan import Explanation
 
 PHASES = {
     "plan": ("mesh_axes", "configure", "plan_batch"),
@@ -58,7 +58,7 @@ def explain(
     file: str, overlays: tuple[str, ...], world_size: int | None, html: Path | None
 ) -> None:
     """Show what the config FILE activates: plugins and why, settings, mesh, hooks in order."""
-    from drivetrain.plan import Plan
+    from drivetrain.plan.plan import Plan
 
     explanation = Plan.build(file, overlays=overlays, world_size=world_size).explain()
     if html is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
+    from drivetrain.engine.engine import Engine
 
 hookspec = pluggy.HookspecMarker("drivetrain")
 

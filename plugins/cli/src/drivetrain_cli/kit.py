@@ -11,7 +11,7 @@ from unittest import SkipTest
 import click
 
 from drivetrain.errors import DrivetrainError, PluginError
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 from drivetrain.wording import did_you_mean
 from drivetrain_cli.tables import show
 
@@ -19,8 +19,7 @@ if TYPE_CHECKING:  # the help page of all commands imports this module, so it st
     from pydantic import BaseModel
     from rich.table import Table
 
-    from drivetrain.accelerator import Accelerator
-    from drivetrain.plugin import Plugin
+    from drivetrain.contracts import Accelerator, Plugin
 
 
 @click.command("test-plugin")
@@ -39,7 +38,7 @@ def test_plugin(file: str | None, name: str, overlays: tuple[str, ...]) -> None:
     NAME is the config path that a plugin serves, or an accelerator; where it is both, both kits are
     run. The kit of an accelerator trains small models on the device.
     """
-    from drivetrain.config.loading import load_config, overlay
+    from drivetrain.plan.config.loading import load_config, overlay
 
     registry = Registry.installed()
     entries = [registry.find("plugins", name), registry.find("accelerators", name)]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-from drivetrain.builtin.optimization import OptimizerSection
-from drivetrain.precision import Precision
-from drivetrain.units import units
+from drivetrain.precision.precision import Precision
+from drivetrain.sections.optimization import OptimizerSection
+from drivetrain.states.units import units
 from drivetrain_cli import hookspecs
 from drivetrain_cli.rehearsal import rehearsal
 from drivetrain_cli.stand_in import Shape, StandIn, block_activations, model_of, without_memory
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from drivetrain.engine import Engine
+    from drivetrain.engine.engine import Engine
 
 Row = tuple[str, str, int, int]
 """Kind, place, bytes, and how many of them are page-locked."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from drivetrain.config.loading import load_config, overlay
+from drivetrain.plan.config.loading import load_config, overlay
 from drivetrain_cli.machine import look
 from drivetrain_cli.memory import Model, Ranks, forecast
 from drivetrain_cli.memory_tables import (
@@ -22,7 +22,7 @@ from drivetrain_cli.stand_in import number_of_parameters
 from drivetrain_cli.tables import show
 
 if TYPE_CHECKING:
-    from drivetrain.accelerator import Accelerator
+    from drivetrain.contracts import Accelerator
     from drivetrain_cli.report import MemoryRequest
 
 

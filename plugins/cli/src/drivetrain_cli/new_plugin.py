@@ -9,10 +9,11 @@ from string import Template
 
 import click
 
-from drivetrain import __version__, known
+from drivetrain import __version__
 from drivetrain.cli import UserPath
 from drivetrain.errors import DrivetrainError
-from drivetrain.registry import Group, Registry
+from drivetrain.plan import known
+from drivetrain.plan.registry import Group, Registry
 
 
 @click.command("new-plugin")

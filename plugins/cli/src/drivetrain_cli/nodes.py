@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import click
 
+from drivetrain.communication.network import Route, is_own, route_to
 from drivetrain.errors import DrivetrainError
-from drivetrain.network import Route, is_own, route_to
 
 _DEFAULT_PORT = 29400
 """Of torchrun's endpoints."""

@@ -9,7 +9,7 @@ from typing import get_args
 import click
 
 from drivetrain.errors import PluginError
-from drivetrain.registry import Entry, Group, Registry
+from drivetrain.plan.registry import Entry, Group, Registry
 from drivetrain_cli.tables import show
 
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -70,7 +70,7 @@ def installed(registry: Registry) -> list[Row]:
 
 
 def _look_inside(entry: Entry, row: Row) -> None:
-    from drivetrain.hub import HOOKS
+    from drivetrain.plan.hub import HOOKS
 
     try:
         plugin = entry.load()

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from drivetrain.accelerator import Accelerator
-from drivetrain.builtin.optimization import OptimizerSection
+from drivetrain.communication.process_group import Ranks
+from drivetrain.contracts import Accelerator
 from drivetrain.errors import DrivetrainError
-from drivetrain.job import Job, Ranks
-from drivetrain.plan import Plan
-from drivetrain.registry import Registry
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
+from drivetrain.sections.optimization import OptimizerSection
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from drivetrain.engine import Engine
+    from drivetrain.engine.engine import Engine
 
 _NAME = "rehearsal"
 

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from drivetrain import __version__, known
+from drivetrain import __version__
 from drivetrain.errors import DrivetrainError
-from drivetrain.registry import CORE, Entry, Registry
+from drivetrain.plan import known
+from drivetrain.plan.registry import CORE, Entry, Registry
 from drivetrain_cli.config import OVERLAY_OPTION
 from drivetrain_cli.plugins import GROUPS
 from drivetrain_cli.tables import show
 
 if TYPE_CHECKING:
-    from drivetrain.accelerator import Accelerator
+    from drivetrain.contracts import Accelerator
 
 Rows = Iterator[tuple[str, str]]
 
@@ -86,7 +87,7 @@ def _show_all() -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from drivetrain.accelerator_choice import active
+    from drivetrain.job.accelerator_choice import active
 
     registry = Registry.installed()
     accelerator, choice = _chosen()
@@ -139,7 +140,7 @@ def _torch() -> Rows:
 
 def _chosen() -> tuple[Accelerator | None, str]:
     """The accelerator that a job gets here, and its name or why there is none."""
-    from drivetrain.accelerator_choice import choose_accelerator
+    from drivetrain.job.accelerator_choice import choose_accelerator
 
     try:
         accelerator = choose_accelerator()
@@ -174,7 +175,7 @@ def _plugins(registry: Registry) -> Rows:
 
 def _contributed(registry: Registry) -> Rows:
     """What plugins and accelerators say of themselves; one that fails costs its own rows only."""
-    from drivetrain.hub import Hub
+    from drivetrain.plan.hub import Hub
 
     entries = [*registry.entries("plugins"), *registry.entries("accelerators")]
     for entry in {entry.value: entry for entry in entries}.values():

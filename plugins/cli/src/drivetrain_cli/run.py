@@ -14,7 +14,7 @@ import click
 
 from drivetrain.cli import UserPath
 from drivetrain.errors import DrivetrainError
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary, WeakSet
 
+from drivetrain.contracts import Plugin, Problem, Sections, hookimpl
 from drivetrain.errors import TrainingError
-from drivetrain.plugin import Plugin, Problem, Sections, hookimpl
 from drivetrain_curriculum.schedule import Pacing, Schedule
 from drivetrain_curriculum.section import CurriculumSection
 
 if TYPE_CHECKING:
-    from drivetrain.checkpoint import StateReader, StateWriter
-    from drivetrain.engine import Engine
-    from drivetrain.plan import Plan
+    from drivetrain.contracts import StateReader, StateWriter
+    from drivetrain.engine.engine import Engine
+    from drivetrain.plan.plan import Plan
 
 _PATH = "curriculum_learning"
 _KEYWORD = "curriculum_seqlen"

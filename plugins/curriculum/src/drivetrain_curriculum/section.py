@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from drivetrain.plugin import Section
-from drivetrain.section import Bool, NonNegativeInt, PositiveFloat, PositiveInt
+from drivetrain.contracts import Bool, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 ScheduleType = Literal["fixed_linear", "fixed_root", "fixed_discrete", "custom"]
 

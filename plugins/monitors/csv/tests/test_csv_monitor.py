@@ -13,8 +13,8 @@ import torch
 from drivetrain_csv import CsvMonitor
 
 import drivetrain
-from drivetrain.plan import Plan
-from drivetrain.registry import Registry
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import (
     PluginConformance,
     RanksFailedError,

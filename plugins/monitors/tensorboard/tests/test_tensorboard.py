@@ -11,7 +11,7 @@ from drivetrain_tensorboard import TensorBoard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import drivetrain
-from drivetrain.registry import Registry
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import (
     PluginConformance,
     RanksFailedError,

@@ -22,7 +22,7 @@ from drivetrain_offload.file_io import AsyncFile, FileIOError, Request, aligned_
 from drivetrain_offload.memory import MemoryRow
 
 if TYPE_CHECKING:
-    from drivetrain.accelerator import Accelerator
+    from drivetrain.contracts import Accelerator
 
 _WRITING = 4
 """Activations in host memory that are written at the same time; bounds that memory."""

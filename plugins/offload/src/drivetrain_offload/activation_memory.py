@@ -15,7 +15,7 @@ from drivetrain_offload.copies import CopyStream, Mark, Reached
 from drivetrain_offload.memory import MemoryRow
 
 if TYPE_CHECKING:
-    from drivetrain.accelerator import Accelerator
+    from drivetrain.contracts import Accelerator
 
 logger = logging.getLogger("drivetrain.offload")
 

@@ -27,7 +27,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from drivetrain.errors import TrainingError
-from drivetrain.units import units
+from drivetrain.states.units import units
 from drivetrain_offload.activation_memory import Activation, ActivationMemory, HostMemory
 from drivetrain_offload.memory import note_memory
 from drivetrain_offload.section import Aio
@@ -35,7 +35,7 @@ from drivetrain_offload.section import Aio
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from drivetrain.job import Job
+    from drivetrain.job.job import Job
     from drivetrain_offload.activations_plugin import ActivationOffloadSection
 
 logger = logging.getLogger("drivetrain.offload")

@@ -7,16 +7,24 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from drivetrain.plugin import Sections, hookimpl
-from drivetrain.section import Bool, NonNegativeInt, PathText, PositiveInt, Section
-from drivetrain.transform import Phase, Transform
+from drivetrain.contracts import (
+    Bool,
+    NonNegativeInt,
+    PathText,
+    Phase,
+    PositiveInt,
+    Section,
+    Sections,
+    Transform,
+    hookimpl,
+)
 from drivetrain_offload.memory import LogsMemory
 
 if TYPE_CHECKING:
     import torch
 
-    from drivetrain.engine import Engine
-    from drivetrain.job import Job
+    from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
 
 PATH = "activation_offload"
 

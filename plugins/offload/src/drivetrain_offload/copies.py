@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from drivetrain.accelerator import Accelerator
+    from drivetrain.contracts import Accelerator
 
 
 class Mark(Protocol):

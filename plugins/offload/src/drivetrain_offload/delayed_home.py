@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.home import version_of
+from drivetrain.contracts import version_of
 from drivetrain_offload.copies import Mark, Reached
 from drivetrain_offload.host_home import HostHome, Update
 from drivetrain_offload.host_side import as_they_are
 
 if TYPE_CHECKING:
-    from drivetrain.fragment import Fragment
-    from drivetrain.home import BucketSpec
-    from drivetrain.update_rule import Hyper
+    from drivetrain.contracts import BucketSpec, Fragment, Hyper
     from drivetrain_offload.host_side import HostSide
 
 

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.home import BucketSpec, DeviceHome, version_of
-from drivetrain.update_rule import BucketView
+from drivetrain.contracts import BucketSpec, BucketView, version_of
+from drivetrain.states.device_home import DeviceHome
 from drivetrain_offload.copies import Lane, Mark, Reached
 from drivetrain_offload.host_side import HostScale, HostSide, as_they_are
 
 if TYPE_CHECKING:
-    from drivetrain.fragment import Fragment
-    from drivetrain.update_rule import Hyper
+    from drivetrain.contracts import Fragment, Hyper
     from drivetrain_offload.worker import Ticket
 
 HOST = torch.device("cpu")

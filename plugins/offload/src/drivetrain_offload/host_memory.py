@@ -15,7 +15,7 @@ from drivetrain.errors import ConfigError
 from drivetrain_offload.locked_memory import lock
 
 if TYPE_CHECKING:
-    from drivetrain.accelerator import Accelerator
+    from drivetrain.contracts import Accelerator
 
 logger = logging.getLogger("drivetrain.offload")
 

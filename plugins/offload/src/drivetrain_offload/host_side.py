@@ -14,8 +14,8 @@ from drivetrain_offload.memory import MemoryRow, note_memory
 from drivetrain_offload.worker import Worker
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
-    from drivetrain.update_rule import Hyper
+    from drivetrain.contracts import Hyper
+    from drivetrain.job.job import Job
     from drivetrain_offload.section import OffloadOptimizer
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from drivetrain.home import Segment
+from drivetrain.contracts import Segment
 
 
 def important(gradient: torch.Tensor, segments: Sequence[Segment], share: float) -> torch.Tensor:

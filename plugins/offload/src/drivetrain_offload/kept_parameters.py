@@ -14,9 +14,18 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from drivetrain.contracts import (
+    BucketSpec,
+    Fragment,
+    ParameterHome,
+    Place,
+    Segment,
+    StateHome,
+    interval_boxes,
+    placed_boxes,
+)
 from drivetrain.errors import ConfigError
-from drivetrain.fragment import Fragment, interval_boxes, placed_boxes
-from drivetrain.home import BucketSpec, DeviceHome, ParameterHome, Place, Segment, StateHome
+from drivetrain.states.device_home import DeviceHome
 from drivetrain_offload.file_io.pages import Pages
 from drivetrain_offload.host_home import HOST, HostHome
 from drivetrain_offload.host_memory import PinnedMemory, refuse_too_little
@@ -26,8 +35,8 @@ from drivetrain_offload.split_home import SplitHome
 from drivetrain_offload.update_order import TRAVELLING, UpdateOrder, room_for
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
-    from drivetrain.update_rule import Hyper
+    from drivetrain.contracts import Hyper
+    from drivetrain.job.job import Job
     from drivetrain_offload.section import Aio, OffloadParam
 
 _PATH = "zero_optimization.offload_param"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from drivetrain.accelerator import Accelerator
+    from drivetrain.contracts import Accelerator
 
 _blocks: dict[int, int] = {}
 """First address -> end, of each block that :func:`lock` has answered and that is still held."""

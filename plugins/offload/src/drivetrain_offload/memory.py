@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from drivetrain.builtin.observability import MemoryBreakdown, StepsPerPrint
-from drivetrain.plugin import Plugin, hookimpl
+from drivetrain.contracts import Plugin, hookimpl
+from drivetrain.sections.observability import MemoryBreakdown, StepsPerPrint
 from drivetrain_offload.locked_memory import is_locked
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
-    from drivetrain.job import Job
+    from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
 
 logger = logging.getLogger("drivetrain.offload")
 

@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from drivetrain.contracts import BucketSpec, BucketView, Fragment, Segment, StateHome, UpdateRule
 from drivetrain.errors import ConfigError
-from drivetrain.fragment import Fragment
-from drivetrain.home import (
-    BucketSpec,
-    DeviceHome,
-    Segment,
-    StateHome,
-    bucket_fragment,
-    segment_fragment,
-)
-from drivetrain.update_rule import BucketView, UpdateRule
+from drivetrain.states.device_home import DeviceHome, bucket_fragment, segment_fragment
 from drivetrain_offload.host_memory import PinnedMemory
 from drivetrain_offload.host_side import as_they_are
 from drivetrain_offload.memory import MemoryRow, note_memory
@@ -29,8 +21,8 @@ from drivetrain_offload.tile_pipeline import Place, StateFile, TilePipeline
 from drivetrain_offload.tiles import Tile, TileLayout, buffers_for
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
-    from drivetrain.update_rule import Hyper
+    from drivetrain.contracts import Hyper
+    from drivetrain.job.job import Job
     from drivetrain_offload.section import Aio, OffloadOptimizer
 
 logger = logging.getLogger("drivetrain.offload")

@@ -20,8 +20,8 @@ from drivetrain_offload.storages import PlacedStorage, find_storages
 from drivetrain_offload.suspended import SuspendedStates
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
-    from drivetrain.fragment import Fragment
+    from drivetrain.contracts import Fragment
+    from drivetrain.engine.engine import Engine
 
 logger = logging.getLogger("drivetrain.offload")
 

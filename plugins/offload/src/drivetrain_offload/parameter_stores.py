@@ -12,7 +12,7 @@ from drivetrain_offload.copies import CopyStream, Mark, Reached
 from drivetrain_offload.file_io.memory import aligned_empty
 
 if TYPE_CHECKING:
-    from drivetrain.accelerator import Accelerator
+    from drivetrain.contracts import Accelerator
     from drivetrain_offload.file_io import AsyncFile, Request
 
 

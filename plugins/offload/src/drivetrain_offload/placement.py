@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from drivetrain.contracts import BucketSpec, StateHome
 from drivetrain.errors import ConfigError
-from drivetrain.home import BucketSpec, DeviceHome, StateHome
+from drivetrain.states.device_home import DeviceHome
 from drivetrain_offload.copies import Lanes
 from drivetrain_offload.delayed_home import DelayedHome
 from drivetrain_offload.host_home import HostHome
@@ -20,7 +21,7 @@ from drivetrain_offload.split_home import SplitHome, cuts, part_of
 from drivetrain_offload.zenflow_home import ZenFlowHome
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
+    from drivetrain.job.job import Job
     from drivetrain_offload.section import Aio, OffloadOptimizer, OffloadParam
     from drivetrain_offload.zenflow_section import ZenFlow
 

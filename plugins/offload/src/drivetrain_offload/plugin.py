@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from drivetrain.plugin import Problem, Sections, hookimpl
+from drivetrain.contracts import Problem, Sections, hookimpl
 from drivetrain_offload.memory import LogsMemory, noted_memory
 from drivetrain_offload.section import Aio, OffloadOptimizer, OffloadParam
 from drivetrain_offload.zenflow_section import ZenFlow
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
-    from drivetrain.home import BucketSpec, StateHome
-    from drivetrain.job import Job
-    from drivetrain.plan import Plan
+    from drivetrain.contracts import BucketSpec, StateHome
+    from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
+    from drivetrain.plan.plan import Plan
 
 OPTIMIZER = "zero_optimization.offload_optimizer"
 PARAM = "zero_optimization.offload_param"

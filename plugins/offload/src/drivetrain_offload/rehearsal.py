@@ -13,14 +13,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from drivetrain.fragment import Fragment
-from drivetrain.home import (
-    BucketSpec,
-    DeviceHome,
-    ParameterHome,
-    StateHome,
-    segment_fragment,
-)
+from drivetrain.contracts import BucketSpec, Fragment, ParameterHome, StateHome
+from drivetrain.states.device_home import DeviceHome, segment_fragment
 from drivetrain_offload.kept_parameters import stay_on_host
 from drivetrain_offload.memory import MemoryRow, note_memory
 from drivetrain_offload.nvme_home import kinds_of, refuse_communicating, tile_limit
@@ -30,8 +24,8 @@ from drivetrain_offload.tiles import TileLayout, buffers_for
 from drivetrain_offload.update_order import TRAVELLING, room_for
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
-    from drivetrain.update_rule import Hyper
+    from drivetrain.contracts import Hyper
+    from drivetrain.job.job import Job
     from drivetrain_offload.section import OffloadOptimizer, OffloadParam
     from drivetrain_offload.zenflow_section import ZenFlow
 

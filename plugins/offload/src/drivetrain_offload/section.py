@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from drivetrain.section import (
+from drivetrain.contracts import (
     NO_EFFECT,
     Bool,
     Float,

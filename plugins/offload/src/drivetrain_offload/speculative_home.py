@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.home import version_of
+from drivetrain.contracts import version_of
 from drivetrain_offload.copies import Lane, Mark
 from drivetrain_offload.host_home import HostHome, Update
 from drivetrain_offload.host_side import HostScale, as_they_are
 
 if TYPE_CHECKING:
-    from drivetrain.home import BucketSpec
-    from drivetrain.update_rule import Hyper
+    from drivetrain.contracts import BucketSpec, Hyper
     from drivetrain_offload.host_side import HostSide
     from drivetrain_offload.worker import Ticket
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.home import BucketSpec, DeviceHome, StateHome
+from drivetrain.contracts import BucketSpec, StateHome
+from drivetrain.states.device_home import DeviceHome
 
 if TYPE_CHECKING:
-    from drivetrain.fragment import Fragment
-    from drivetrain.update_rule import Hyper
+    from drivetrain.contracts import Fragment, Hyper
 
 
 _ALIGNMENT = 64

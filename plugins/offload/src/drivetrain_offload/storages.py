@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.fragment import Fragment
+from drivetrain.contracts import Fragment
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
+    from drivetrain.engine.engine import Engine
 
 
 @dataclass(eq=False)

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import nn
 
+from drivetrain.contracts import ModelStates
 from drivetrain.errors import TrainingError
-from drivetrain.model_states import ModelStates
 from drivetrain_offload.locked_memory import is_locked, lock
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from drivetrain.engine import Engine
-    from drivetrain.fragment import Fragment
+    from drivetrain.contracts import Fragment
+    from drivetrain.engine.engine import Engine
     from drivetrain_offload.storages import PlacedStorage
 
 _PARAMETERS, _GRADIENTS = "lp_params", "lp_grads"
@@ -159,7 +159,7 @@ class SuspendedStates(ModelStates):
 
     @property
     def reduce_now(self) -> bool:
-        """See :class:`~drivetrain.model_states.ModelStates`."""
+        """See :class:`~drivetrain.contracts.ModelStates`."""
         return self.inner.reduce_now
 
     @reduce_now.setter
@@ -168,7 +168,7 @@ class SuspendedStates(ModelStates):
 
     @property
     def local(self) -> bool:
-        """See :class:`~drivetrain.model_states.ModelStates`; set whenever a pass begins."""
+        """See :class:`~drivetrain.contracts.ModelStates`; set whenever a pass begins."""
         return self.inner.local
 
     @local.setter
@@ -283,11 +283,11 @@ class _ParameterGuard:
         self._hooks.append(register(state_dict))  # type: ignore[no-untyped-call]
 
     def gather(self, write_rank: int | None) -> None:
-        """See :class:`~drivetrain.parameters.ParameterHandle`."""
+        """See :class:`~drivetrain.contracts.ParameterHandle`."""
         self._states.refuse("using parameters whole")
 
     def release(self, write_rank: int | None) -> None:
-        """See :class:`~drivetrain.parameters.ParameterHandle`."""
+        """See :class:`~drivetrain.contracts.ParameterHandle`."""
 
     def hide(self, storages: set[int]) -> None:
         """Let parameters in ``storages``, which are about to be emptied, show no memory."""

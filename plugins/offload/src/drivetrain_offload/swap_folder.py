@@ -28,7 +28,7 @@ from drivetrain_offload.file_io import AsyncFile, FileIOError
 from drivetrain_offload.own_folder import OwnFolder
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
+    from drivetrain.job.job import Job
     from drivetrain_offload.section import Aio
 
 logger = logging.getLogger("drivetrain.offload")

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from drivetrain.home import BucketSpec, Segment
+from drivetrain.contracts import BucketSpec, Segment
 from drivetrain_offload.file_io.memory import aligned
 from drivetrain_offload.split_home import part_of
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.home import bucket_fragment, version_of
-from drivetrain.update_rule import BucketView
+from drivetrain.contracts import BucketView, version_of
+from drivetrain.states.device_home import bucket_fragment
 from drivetrain_offload.copies import Mark
 from drivetrain_offload.delayed_home import DelayedHome
 from drivetrain_offload.host_home import Update
@@ -24,9 +24,7 @@ from drivetrain_offload.host_side import as_they_are
 from drivetrain_offload.importance import important
 
 if TYPE_CHECKING:
-    from drivetrain.fragment import Fragment
-    from drivetrain.home import BucketSpec
-    from drivetrain.update_rule import Hyper
+    from drivetrain.contracts import BucketSpec, Fragment, Hyper
     from drivetrain_offload.host_side import HostSide
     from drivetrain_offload.zenflow_section import ZenFlow
 

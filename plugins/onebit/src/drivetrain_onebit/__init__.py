@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from drivetrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
-    from drivetrain.update_rule import UpdateRule
+    from drivetrain.contracts import UpdateRule
+    from drivetrain.job.job import Job
 
 __all__ = ["one_bit_adam"]
 
@@ -25,7 +25,7 @@ def one_bit_adam(params: Mapping[str, Any], job: Job) -> UpdateRule:
         ConfigError: a parameter is unknown or out of range, or model states are sharded.
     """
     from drivetrain.checked_call import call_checked
-    from drivetrain.optimizers.factory import PARAMS
+    from drivetrain.optimization.factory import PARAMS
     from drivetrain_onebit.adam import OneBitAdam
 
     stage = job.plan.features().get("zero_optimization.stage", 0)

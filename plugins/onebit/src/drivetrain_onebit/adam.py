@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.communicator import Communicator, Purpose, Tag
-from drivetrain.optimizers.checks import check_betas, check_non_negative
-from drivetrain.optimizers.spans import span_size, spans, wide_dtype
-from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule
+from drivetrain.contracts import (
+    BucketView,
+    Communicator,
+    Hyper,
+    Purpose,
+    StateSpec,
+    Tag,
+    UpdateRule,
+)
+from drivetrain.optimization.checks import check_betas, check_non_negative
+from drivetrain.optimization.spans import span_size, spans, wide_dtype
 from drivetrain_onebit.compression import average_, chunk_size
 
 if TYPE_CHECKING:
-    from drivetrain.home import BucketSpec
+    from drivetrain.contracts import BucketSpec
 
 
 class OneBitAdam(UpdateRule):

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from drivetrain.communicator import Communicator, Tag
-    from drivetrain.mesh import Axis
+    from drivetrain.contracts import Axis, Communicator, Tag
 
 _SCALE_BYTES = 4
 """Every message is a row of bytes: an fp32 scale, then eight signs a byte, least bit first."""

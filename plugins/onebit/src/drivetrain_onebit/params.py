@@ -6,8 +6,7 @@ from typing import Any
 
 from pydantic import field_validator
 
-from drivetrain.params import Betas, OptimizerParams
-from drivetrain.section import Bool, NonNegativeFloat, NonNegativeInt
+from drivetrain.contracts import Betas, Bool, NonNegativeFloat, NonNegativeInt, OptimizerParams
 
 
 class OneBitAdamParams(OptimizerParams):

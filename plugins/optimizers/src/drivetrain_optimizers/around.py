@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from drivetrain.plugin import Plugin, Section, Sections, hookimpl
-from drivetrain.section import Bool, Float, PositiveInt
+from drivetrain.contracts import Bool, Float, Plugin, PositiveInt, Section, Sections, hookimpl
 
 if TYPE_CHECKING:
-    from drivetrain.update_rule import UpdateRule
+    from drivetrain.contracts import UpdateRule
 
 
 class LookaheadSection(Section):

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from drivetrain.home import BucketSpec
-from drivetrain.optimizers.checks import check_betas, check_non_negative
-from drivetrain.optimizers.spans import tensors
-from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule
+from drivetrain.contracts import BucketSpec, BucketView, Hyper, StateSpec, UpdateRule
+from drivetrain.optimization.checks import check_betas, check_non_negative
+from drivetrain.optimization.spans import tensors
 
 
 class Lamb(UpdateRule):

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule, WrappedRule
+from drivetrain.contracts import BucketView, Hyper, StateSpec, UpdateRule, WrappedRule
 
 if TYPE_CHECKING:
-    from drivetrain.home import BucketSpec
+    from drivetrain.contracts import BucketSpec
 
 SLOW = "slow_weights"
 

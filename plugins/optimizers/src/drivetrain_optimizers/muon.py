@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from drivetrain.contracts import BucketSpec, BucketView, Hyper, StateSpec, UpdateRule
 from drivetrain.errors import ConfigError
-from drivetrain.home import BucketSpec
-from drivetrain.optimizers.checks import check_betas, check_non_negative
-from drivetrain.optimizers.spans import tensors
-from drivetrain.optimizers.torch_rule import TorchRule
-from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule
+from drivetrain.optimization.checks import check_betas, check_non_negative
+from drivetrain.optimization.spans import tensors
+from drivetrain.optimization.torch_rule import TorchRule
 
 if TYPE_CHECKING:
-    from drivetrain.parameters import ParameterInfo
+    from drivetrain.contracts import ParameterInfo
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic that inflates small singular values fastest (Jordan et al. 2024)."""

@@ -6,8 +6,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from drivetrain.params import Betas, OptimizerParams
-from drivetrain.section import Bool, NonNegativeFloat, PositiveInt, Share
+from drivetrain.contracts import Betas, Bool, NonNegativeFloat, OptimizerParams, PositiveInt, Share
 
 
 class LambParams(OptimizerParams):

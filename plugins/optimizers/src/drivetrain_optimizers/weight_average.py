@@ -8,18 +8,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.communicator import Op, Purpose, Tag
+from drivetrain.contracts import (
+    BucketView,
+    Hyper,
+    Op,
+    Purpose,
+    StateSpec,
+    Tag,
+    UpdateRule,
+    WrappedRule,
+)
 from drivetrain.errors import TrainingError
-from drivetrain.optimizers.spans import span_size
-from drivetrain.update_rule import BucketView, Hyper, StateSpec, UpdateRule, WrappedRule
+from drivetrain.optimization.spans import span_size
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from drivetrain.engine import Engine
-    from drivetrain.fragment import Fragment
-    from drivetrain.home import BucketSpec
-    from drivetrain.parameters import ParameterInfo
+    from drivetrain.contracts import BucketSpec, Fragment, ParameterInfo
+    from drivetrain.engine.engine import Engine
 
 AVERAGE = "weight_average"
 

@@ -13,11 +13,10 @@ from weakref import WeakSet
 
 from pydantic import Field
 
-from drivetrain.plugin import Plugin, Section, Sections, hookimpl
-from drivetrain.section import Bool, Float, NonNegativeFloat
+from drivetrain.contracts import Bool, Float, NonNegativeFloat, Plugin, Section, Sections, hookimpl
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
+    from drivetrain.engine.engine import Engine
 
 __all__ = ["ProgressiveLayerDrop", "ProgressiveLayerDropSection", "current_theta", "theta"]
 

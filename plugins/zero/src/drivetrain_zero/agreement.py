@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from drivetrain.errors import TrainingError
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
+    from drivetrain.job.job import Job
 
 LONG = 2.0
 """Seconds in a gather after which a rank writes down where it is."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from drivetrain.backward_window import recorded_in
+from drivetrain.engine.backward_window import recorded_in
 
 if TYPE_CHECKING:
     from drivetrain_zero.gathered_unit import GatheredUnit

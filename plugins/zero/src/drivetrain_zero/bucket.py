@@ -9,21 +9,28 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from drivetrain.communicator import Handle, Purpose, Tag
+from drivetrain.contracts import (
+    BucketSpec,
+    Fragment,
+    Handle,
+    ParameterHome,
+    Purpose,
+    StateHome,
+    Tag,
+)
 from drivetrain.errors import TrainingError
-from drivetrain.fragment import Fragment
-from drivetrain.home import BucketSpec, ParameterHome, StateHome, segment_fragment
-from drivetrain.loose import broadcast_first
-from drivetrain.parameters import handed_over
+from drivetrain.states.device_home import segment_fragment
+from drivetrain.states.loose import broadcast_first
+from drivetrain.states.whole import handed_over
 from drivetrain_zero.foreign_changes import ForeignChanges
 from drivetrain_zero.packing import Packing, pack
 from drivetrain_zero.secondary import SecondaryShard
 from drivetrain_zero.whole_memory import WholeMemory
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
-    from drivetrain.mesh import Axis
-    from drivetrain.replicated.layout import PlannedBucket
+    from drivetrain.contracts import Axis
+    from drivetrain.job.job import Job
+    from drivetrain.states.buckets import PlannedBucket
 
 
 class ShardedBucket:
@@ -37,7 +44,7 @@ class ShardedBucket:
     Ranks that share memory need no copy to compute: the whole is there, as one row of all shards,
     and gathering is only a matter of showing it. Whoever may write gets a copy (``private``).
 
-    A :class:`~drivetrain.home.ParameterHome` keeps the shard itself. It is then fetched to its
+    A :class:`~drivetrain.contracts.ParameterHome` keeps the shard itself. It is then fetched to its
     place in the whole and gathered there; a single rank releases its parameters too.
 
     Args:

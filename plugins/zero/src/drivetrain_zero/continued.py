@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from drivetrain.communicator import Handle
+from drivetrain.contracts import Handle
 
 
 class Continued:
@@ -20,7 +20,7 @@ class Continued:
         self._finish: Callable[[], None] | None = finish
 
     def wait(self) -> None:
-        """See :class:`~drivetrain.communicator.Handle`."""
+        """See :class:`~drivetrain.contracts.Handle`."""
         if self._finish is not None:
             self._handle.wait()
             self._finish()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from drivetrain_zero.section import ZeroSection
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
+    from drivetrain.engine.engine import Engine
 
 
 @contextmanager

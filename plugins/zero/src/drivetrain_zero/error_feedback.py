@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from drivetrain.fragment import Fragment
-from drivetrain.home import bucket_fragment
+from drivetrain.contracts import Fragment
+from drivetrain.states.device_home import bucket_fragment
 from drivetrain_zero.block_codec import BlockCodec
 
 _STORED = BlockCodec("int8")

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from drivetrain.checkpoint.storage import open_storage
-from drivetrain.checkpoint.tensor_file import TensorEntry, write_tensors
-from drivetrain.communicator import Purpose, Tag
+from drivetrain.checkpoint.format.storage import open_storage
+from drivetrain.checkpoint.format.tensor_file import TensorEntry, write_tensors
+from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import ConfigError
-from drivetrain.parameters import whole
+from drivetrain.states.whole import whole
 from drivetrain_zero.gathered_unit import find_units
 from drivetrain_zero.section import ZeroSection
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
+    from drivetrain.engine.engine import Engine
 
 _KEY = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 

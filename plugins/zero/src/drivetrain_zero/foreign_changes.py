@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from drivetrain.changed_parameters import digests
 from drivetrain.errors import TrainingError
+from drivetrain.states.changed_parameters import digests
 
 
 class ForeignChanges:

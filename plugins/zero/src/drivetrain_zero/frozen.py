@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from drivetrain.home import BucketSpec, Segment
-from drivetrain.replicated.layout import PlannedBucket
+from drivetrain.contracts import BucketSpec, Segment
+from drivetrain.states.buckets import PlannedBucket
 from drivetrain.tensor_parts import is_wrapper
 
 if TYPE_CHECKING:
-    from drivetrain.mesh import Axis
-    from drivetrain.parameters import ParameterTable
+    from drivetrain.contracts import Axis, ParameterTable
 
 
 _FROZEN = "frozen."

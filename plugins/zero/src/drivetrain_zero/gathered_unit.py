@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from drivetrain.units import units
+from drivetrain.states.units import units
 from drivetrain_zero.backward_hooks import beneath_transforms
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from weakref import WeakSet
 import torch
 from torch import nn
 
-from drivetrain.backward_window import accumulates
+from drivetrain.engine.backward_window import accumulates
 from drivetrain_zero.backward_hooks import (
     Graph,
     InputsKnown,

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.communicator import Communicator, Handle, Op, Purpose, Tag
-from drivetrain.gradients import GradientBucket, Slot
+from drivetrain.contracts import Communicator, Handle, Op, Purpose, Tag
+from drivetrain.states.gradients import GradientBucket, Slot
 
 if TYPE_CHECKING:
-    from drivetrain.mesh import Axis
+    from drivetrain.contracts import Axis
     from drivetrain_zero.bucket import ShardedBucket
 
 _KEPT = 2

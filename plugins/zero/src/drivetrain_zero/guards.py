@@ -10,7 +10,7 @@ from torch import nn
 from drivetrain.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
-    from drivetrain.update_rule import UpdateRule
+    from drivetrain.contracts import UpdateRule
 
 _guarded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 

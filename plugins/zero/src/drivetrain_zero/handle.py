@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from drivetrain.changed_parameters import digests
-from drivetrain.communicator import Communicator, Purpose, Tag
+from drivetrain.contracts import Communicator, Purpose, Tag
 from drivetrain.errors import TrainingError
+from drivetrain.states.changed_parameters import digests
 
 if TYPE_CHECKING:
-    from drivetrain.gradients import Slot
-    from drivetrain.job import Job
-    from drivetrain.mesh import Axis
+    from drivetrain.contracts import Axis
+    from drivetrain.job.job import Job
+    from drivetrain.states.gradients import Slot
     from drivetrain_zero.bucket import ShardedBucket
     from drivetrain_zero.gathered_unit import GatheredUnit
 
@@ -25,7 +25,7 @@ class WholeOnDemand(ABC):
 
     A parameter may be gathered inside a block that gathers it already, but for reading only, and
     what was changed must have been gathered for writing; see
-    :class:`drivetrain.parameters.ParameterHandle`.
+    :class:`drivetrain.contracts.ParameterHandle`.
     """
 
     may_be_resized = False

@@ -15,19 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from drivetrain.accelerator_choice import choose_accelerator
-from drivetrain.engine import Engine
+from drivetrain.communication.process_group import Ranks
+from drivetrain.communication.torch_communicator import TorchCommunicator
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import ConfigError
-from drivetrain.job import Job, Ranks, init_distributed
-from drivetrain.plan import Plan
-from drivetrain.torch_communicator import TorchCommunicator
+from drivetrain.job.accelerator_choice import choose_accelerator
+from drivetrain.job.job import Job, init_distributed
+from drivetrain.plan.plan import Plan
 from drivetrain_zero.init_shards import InitShards
 from drivetrain_zero.init_touch import InitTouch
 from drivetrain_zero.materialize import materialize
 from drivetrain_zero.section import ZeroSection
 
 if TYPE_CHECKING:
-    from drivetrain.mesh import Axis
+    from drivetrain.contracts import Axis
 
 logger = logging.getLogger("drivetrain.zero")
 
@@ -40,8 +41,8 @@ class Init:
     As soon as a module's constructor has ended, its parameters take the first rank's values and are
     cut into equal shards over the data-parallel ranks. Initialisation that touches them later
     inside the context works on whole parameters; outside of it, use
-    :func:`drivetrain.parameters.whole`. The engine takes the shards over. Random numbers are drawn
-    as without the context, so the first rank's seed decides about the values.
+    :func:`drivetrain.states.whole.whole`. The engine takes the shards over. Random numbers are
+    drawn as without the context, so the first rank's seed decides about the values.
 
     All ranks must construct the same modules. With one rank nothing is cut. Parameters on the
     meta device stay there.

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from drivetrain.collective import is_float8
-from drivetrain.communicator import Communicator, Purpose, Tag
+from drivetrain.contracts import Communicator, Purpose, Tag, is_float8
 from drivetrain.errors import ConfigError
 from drivetrain.tensor_parts import is_wrapper
 from drivetrain_zero.copies import guard_copies
@@ -20,9 +19,9 @@ from drivetrain_zero.guards import refuse_released_state_dict
 from drivetrain_zero.handle import WholeOnDemand
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
-    from drivetrain.mesh import Axis
-    from drivetrain.plan import Plan
+    from drivetrain.contracts import Axis
+    from drivetrain.job.job import Job
+    from drivetrain.plan.plan import Plan
 
 _COMPARED = (
     "zero_optimization.stage",

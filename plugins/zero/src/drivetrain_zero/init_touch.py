@@ -10,7 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from drivetrain.communicator import Op, Purpose, Tag
+from drivetrain.contracts import Op, Purpose, Tag
 from drivetrain_zero.init_shards import InitParameter
 
 _tensor: Any = torch.Tensor  # its attributes are descriptors, which torch does not type

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.communicator import (
+from drivetrain.contracts import (
     Communicator,
     CommunicatorLayer,
     CommunicatorPhase,
@@ -22,8 +22,8 @@ from drivetrain_zero.quantized_gradients import QuantizedReduce
 from drivetrain_zero.quantized_weights import QuantizedGather
 
 if TYPE_CHECKING:
-    from drivetrain.fragment import Fragment
-    from drivetrain.job import Job
+    from drivetrain.contracts import Fragment
+    from drivetrain.job.job import Job
     from drivetrain_zero.bucket import ShardedBucket
     from drivetrain_zero.section import ZeroSection
 

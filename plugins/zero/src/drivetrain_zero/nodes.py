@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from drivetrain.mesh_layout import Axis, SubAxis
+from drivetrain.contracts import Axis, SubAxis
 
 
 @dataclass(frozen=True)

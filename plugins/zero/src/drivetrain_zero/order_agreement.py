@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.communicator import Communicator, Op, Purpose, Tag
+from drivetrain.contracts import Communicator, Op, Purpose, Tag
 from drivetrain.errors import TrainingError
 from drivetrain_zero.order import learned
 

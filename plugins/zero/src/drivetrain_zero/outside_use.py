@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from drivetrain.backward_window import tensors_in
+from drivetrain.engine.backward_window import tensors_in
 from drivetrain_zero.backward_hooks import unwrapped
 
 if TYPE_CHECKING:

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from drivetrain.plugin import Plugin, Problem, Sections, hookimpl
+from drivetrain.contracts import Plugin, Problem, Sections, hookimpl
 from drivetrain_zero.section import ZeroSection
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from drivetrain.communicator import CommunicatorLayer
-    from drivetrain.engine import Engine
-    from drivetrain.job import Job
-    from drivetrain.mesh_layout import AxisRequest
-    from drivetrain.model_states import ModelStates
-    from drivetrain.plan import Plan
-    from drivetrain.update_rule import OptimizerPlan
+    from drivetrain.contracts import AxisRequest, CommunicatorLayer, ModelStates, OptimizerPlan
+    from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
+    from drivetrain.plan.plan import Plan
 
 PATH = "zero_optimization"
 
@@ -69,7 +66,7 @@ class Zero(Plugin):
 
     @hookimpl
     def mesh_axes(self, plan: Plan) -> Sequence[AxisRequest]:
-        from drivetrain.mesh_layout import SplitAxis
+        from drivetrain.contracts import SplitAxis
 
         config, splits = self.config, []
         if config.mics_shard_size > 0:

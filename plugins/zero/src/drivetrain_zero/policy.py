@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from drivetrain.replicated import ReductionPolicy
-from drivetrain.replicated.layout import BucketSizes
+from drivetrain.states.buckets import BucketSizes
+from drivetrain.states.replicated import ReductionPolicy
 from drivetrain_zero.gathering import GatherPolicy
 from drivetrain_zero.layers import rounded_keys
 from drivetrain_zero.plugin import REPLICA_AXIS, SECONDARY_AXIS, SHARD_AXIS
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from drivetrain.job import Job
-    from drivetrain.mesh import Axis
+    from drivetrain.contracts import Axis
+    from drivetrain.job.job import Job
     from drivetrain_zero.section import ZeroSection
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.communicator import (
+from drivetrain.contracts import (
     DONE,
     Collective,
     Communicator,
@@ -30,8 +30,8 @@ from drivetrain_zero.continued import Continued
 from drivetrain_zero.nodes import Hops, find_hops
 
 if TYPE_CHECKING:
-    from drivetrain.fragment import Fragment
-    from drivetrain.mesh import Axis, Mesh
+    from drivetrain.communication.mesh import Mesh
+    from drivetrain.contracts import Axis, Fragment
     from drivetrain_zero.error_feedback import ErrorFeedback, KeptErrors
 
 logger = logging.getLogger("drivetrain.zero")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.communicator import (
+from drivetrain.contracts import (
     DONE,
     Collective,
     Communicator,
@@ -21,7 +21,7 @@ from drivetrain_zero.block_codec import BlockCodec
 from drivetrain_zero.continued import Continued
 
 if TYPE_CHECKING:
-    from drivetrain.mesh import Axis
+    from drivetrain.contracts import Axis
 
 _CODEC = BlockCodec("int8")
 

@@ -11,7 +11,7 @@ from torch import nn
 from drivetrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from drivetrain.parameters import ParameterTable
+    from drivetrain.contracts import ParameterTable
     from drivetrain_zero.gathering import Gathering
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.communicator import Purpose, Tag
+from drivetrain.contracts import Purpose, Tag
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
+    from drivetrain.job.job import Job
     from drivetrain_zero.bucket import ShardedBucket
 
 Whole = dict[tuple[str, str], torch.Tensor]

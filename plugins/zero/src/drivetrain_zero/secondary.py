@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from drivetrain.communicator import Communicator
-    from drivetrain.home import BucketSpec
-    from drivetrain.mesh import Axis
+    from drivetrain.contracts import Axis, BucketSpec, Communicator
 
 
 class SecondaryShard:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from drivetrain.section import (
+from drivetrain.contracts import (
     NO_EFFECT,
     Bool,
     Int,

@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from drivetrain.communicator import Op, Purpose, Tag
+from drivetrain.contracts import Op, Purpose, Tag
 from drivetrain.errors import TrainingError
-from drivetrain.failure import open_jobs
+from drivetrain.job.job import open_jobs
 
 if TYPE_CHECKING:
-    from drivetrain.engine import Engine
-    from drivetrain.fragment import Fragment
-    from drivetrain.mesh import Axis
-    from drivetrain.parameters import ParameterInfo
+    from drivetrain.contracts import Axis, Fragment, ParameterInfo
+    from drivetrain.engine.engine import Engine
 
 MASTER = "master"
 GRADIENT = "gradient"

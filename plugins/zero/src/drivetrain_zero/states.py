@@ -9,21 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from drivetrain.changed_parameters import ParameterWatch, refuse_unlike_copies
-from drivetrain.communicator import Purpose, Tag
+from drivetrain.contracts import Fragment, ModelStates, Purpose, Tag
 from drivetrain.errors import TrainingError
-from drivetrain.fragment import Fragment
-from drivetrain.gradient_norm import sum_of_squares
-from drivetrain.gradients import GradientReducer, Slot
-from drivetrain.home import step_fragments
-from drivetrain.loose import (
-    loose_fragments,
-    synchronise_loose,
-    trained_parameters,
-)
-from drivetrain.model_states import ModelStates
-from drivetrain.parameters import handed_over
-from drivetrain.replicated.layout import BucketSizes, plan_buckets
+from drivetrain.states.buckets import BucketSizes, plan_buckets
+from drivetrain.states.changed_parameters import ParameterWatch, refuse_unlike_copies
+from drivetrain.states.device_home import step_fragments
+from drivetrain.states.gradient_norm import sum_of_squares
+from drivetrain.states.gradients import GradientReducer, Slot
+from drivetrain.states.loose import loose_fragments, synchronise_loose, trained_parameters
+from drivetrain.states.whole import handed_over
 from drivetrain_zero import outside_use, released
 from drivetrain_zero.agreement import agreement_of
 from drivetrain_zero.bucket import ShardedBucket
@@ -43,9 +37,9 @@ from drivetrain_zero.policy import ZeroPolicy
 from drivetrain_zero.reshard import collect_states, restore_states
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
-    from drivetrain.replicated.layout import PlannedBucket
-    from drivetrain.update_rule import OptimizerPlan
+    from drivetrain.contracts import OptimizerPlan
+    from drivetrain.job.job import Job
+    from drivetrain.states.buckets import PlannedBucket
 
 _WHOLE_UNIT = BucketSizes(regular=2**62, first=2**62)
 
@@ -240,7 +234,7 @@ class ZeroStates(ModelStates):
 
     @property
     def reduce_now(self) -> bool:
-        """See :class:`~drivetrain.model_states.ModelStates`."""
+        """See :class:`~drivetrain.contracts.ModelStates`."""
         return self._reducer.reduce_now
 
     @reduce_now.setter
@@ -253,7 +247,7 @@ class ZeroStates(ModelStates):
 
     @property
     def local(self) -> bool:
-        """See :class:`~drivetrain.model_states.ModelStates`."""
+        """See :class:`~drivetrain.contracts.ModelStates`."""
         return self._local
 
     @local.setter

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from drivetrain.errors import ConfigError
-from drivetrain.parameters import whole
+from drivetrain.states.whole import whole
 
 
 class TiledLinear(nn.Module):

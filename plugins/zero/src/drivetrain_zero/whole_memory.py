@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from drivetrain.home import ParameterHome, Place
+    from drivetrain.contracts import ParameterHome, Place
 
 
 class WholeMemory:

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from drivetrain.errors import TrainingError
-from drivetrain.parameters import whole
+from drivetrain.states.whole import whole
 from drivetrain_zero.copies import Hook
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from drivetrain.engine import Engine
+    from drivetrain.engine.engine import Engine
 
 _external: weakref.WeakKeyDictionary[nn.Module, dict[int, RemovableHandle]]
 _external = weakref.WeakKeyDictionary()
 
 
 class GatheredParameters:
-    """Parameters are whole inside this context; see :func:`drivetrain.parameters.whole`.
+    """Parameters are whole inside this context; see :func:`drivetrain.states.whole.whole`.
 
     Collective over the ranks that share the parameters. Ordinary parameters are left alone.
 

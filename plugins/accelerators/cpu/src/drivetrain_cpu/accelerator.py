@@ -7,17 +7,16 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from drivetrain.accelerator import Accelerator
-from drivetrain.plugin import hookimpl
+from drivetrain.contracts import Accelerator, hookimpl
 from drivetrain_cpu import binding, memory
 from drivetrain_cpu.plugin import CpuSection
 
 if TYPE_CHECKING:
     import torch
 
-    from drivetrain.communicator import CommunicatorLayer
-    from drivetrain.job import Job
-    from drivetrain.plan import Plan
+    from drivetrain.contracts import CommunicatorLayer
+    from drivetrain.job.job import Job
+    from drivetrain.plan.plan import Plan
 
 logger = logging.getLogger("drivetrain.cpu")
 

@@ -7,8 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from drivetrain.plugin import Plugin, Section, Sections
-from drivetrain.section import Bool, PositiveInt
+from drivetrain.contracts import Bool, Plugin, PositiveInt, Section, Sections
 
 
 class CpuSection(Section):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.communicator import Collective, Communicator, Kind, Op, Purpose, Tag
+from drivetrain.contracts import Collective, Communicator, Kind, Op, Purpose, Tag
 from drivetrain_cpu.shared_segment import (
     PAGE,
     Mapping,
@@ -25,7 +25,7 @@ from drivetrain_cpu.shared_segment import (
 )
 
 if TYPE_CHECKING:
-    from drivetrain.mesh_layout import Axis
+    from drivetrain.contracts import Axis
 
 SLOT_BYTES = 1 << 20
 """Size of a staging slot: two of each rank stay in the cache."""

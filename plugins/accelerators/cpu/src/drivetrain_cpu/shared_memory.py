@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.communicator import (
+from drivetrain.communication.failure import broken
+from drivetrain.contracts import (
     DONE,
     Collective,
     Communicator,
@@ -26,15 +27,14 @@ from drivetrain.communicator import (
     Handle,
 )
 from drivetrain.errors import BuildError, CommunicationError
-from drivetrain.failure import broken
 from drivetrain_cpu.instruction_sets import selected
 from drivetrain_cpu.kernels import kernel_library
 from drivetrain_cpu.shared_group import NUMBERS, SLOT_BYTES, SharedGroup, UnavailableError
 from drivetrain_cpu.shared_segment import PAGE
 
 if TYPE_CHECKING:
-    from drivetrain.job import Job
-    from drivetrain.mesh_layout import Axis
+    from drivetrain.contracts import Axis
+    from drivetrain.job.job import Job
 
 logger = logging.getLogger("drivetrain.cpu")
 

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from drivetrain.accelerator import Accelerator
-from drivetrain.plugin import hookimpl
+from drivetrain.contracts import Accelerator, hookimpl
 from drivetrain_cuda.presence import why_absent
 
 if TYPE_CHECKING:
     import torch
 
-    from drivetrain.communicator import CommunicatorLayer
-    from drivetrain.job import Job
+    from drivetrain.contracts import CommunicatorLayer
+    from drivetrain.job.job import Job
 
 
 class CudaAccelerator(Accelerator):

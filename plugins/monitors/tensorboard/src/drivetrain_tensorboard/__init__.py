@@ -8,9 +8,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from drivetrain.monitor import Event, Monitor, writable_folder
-from drivetrain.plugin import Section, Sections
-from drivetrain.section import Bool, PathText
+from drivetrain.contracts import Bool, PathText, Section, Sections
+from drivetrain.engine.monitor import Event, Monitor, writable_folder
 
 __all__ = ["TensorBoard", "TensorBoardSection", "TensorBoardWriter"]
 

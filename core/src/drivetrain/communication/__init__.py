@@ -1,0 +1,1 @@
+"""Process groups, collectives over ``torch.distributed``, and failures of ranks."""

@@ -1,0 +1,1 @@
+"""What surrounds a step: transforms, batches, loaders, runners, reports."""

@@ -1,0 +1,1 @@
+"""What a plugin is: its class, its config sections, and every hook."""

@@ -1,0 +1,1 @@
+"""Where numbers live: parameters, buckets, homes, model states, fragments."""

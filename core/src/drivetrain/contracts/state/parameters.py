@@ -1,0 +1,111 @@
+"""What a job knows of each parameter, and how to use one whole wherever it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from drivetrain.contracts.state.fragment import Box
+
+if TYPE_CHECKING:
+    from drivetrain.contracts.world.mesh_layout import Axis
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which part of the client's whole tensor a parameter of this rank's module is.
+
+    Args:
+        global_shape: shape of the client's tensor.
+        boxes: rectangles of it, in order of their local offsets. Fused and padded tensor-parallel
+            shards are not "dimension and index", so any set of rectangles is allowed.
+    """
+
+    global_shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+
+
+@dataclass
+class ParameterInfo:
+    """Facts about one parameter; filled in by transforms and ``describe_parameters``.
+
+    Args:
+        name: the client's stable name, which survives wrappers and transforms.
+        shape: shape of the parameter in this rank's module.
+        compute_dtype: dtype of the parameter in forward and backward.
+        reduce_dtype: dtype in which its gradient travels; ``None`` for the job's default.
+        master_dtype: dtype of the master weight; ``None`` when the parameter is its own master.
+        state_dtype: dtype of optimizer states; ``None`` for the masters'.
+        placement: the part of the client's tensor; ``None`` when it is the whole.
+        reduction: axes over which the gradient is summed. The divisor is one per job.
+        owner: whether this rank's coordinate counts the parameter in norms and writes it.
+        sparse: whether the gradient travels as (row indices, rows).
+        extra: facts that plugins share under their own name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    compute_dtype: torch.dtype
+    reduction: Axis
+    reduce_dtype: torch.dtype | None = None
+    master_dtype: torch.dtype | None = None
+    state_dtype: torch.dtype | None = None
+    placement: Placement | None = None
+    owner: bool = True
+    sparse: bool = False
+    extra: dict[str, object] = field(default_factory=dict)
+
+
+class ParameterHandle(Protocol):
+    """Attached to a parameter by whoever shards it, as attribute ``drivetrain_handle``."""
+
+    def gather(self, write_rank: int | None) -> None:
+        """Make ``parameter.data`` the whole tensor. Collective."""
+
+    def release(self, write_rank: int | None) -> None:
+        """Return to the shard; with ``write_rank``, that rank's whole tensor wins. Collective."""
+
+
+class ParameterTable:
+    """The job's :class:`ParameterInfo` of every parameter, keyed by the parameter itself."""
+
+    def __init__(self) -> None:
+        # Tensors compare elementwise, so the keys must be held by identity.
+        self._infos: MutableMapping[nn.Parameter, ParameterInfo] = WeakTensorKeyDictionary()
+
+    def register(self, module: nn.Module, reduction: Axis) -> None:
+        """Name every parameter that is not yet known; tied parameters keep their first name.
+
+        A module that ``torch.compile`` has wrapped keeps the names that it has without.
+        """
+        for name, parameter in module.named_parameters():
+            if parameter not in self._infos:
+                self._infos[parameter] = ParameterInfo(
+                    name=name.replace("_orig_mod.", ""),
+                    shape=tuple(parameter.shape),
+                    compute_dtype=parameter.dtype,
+                    reduction=reduction,
+                )
+
+    def info(self, parameter: nn.Parameter) -> ParameterInfo:
+        """The facts about ``parameter``.
+
+        Raises:
+            KeyError: the parameter is not part of the job.
+        """
+        return self._infos[parameter]
+
+    def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Hand ``old``'s name and facts to ``new``, which takes its place in the module."""
+        info = self._infos.pop(old)
+        info.shape = tuple(new.shape)
+        info.compute_dtype = new.dtype
+        self._infos[new] = info
+
+    def __contains__(self, parameter: nn.Parameter) -> bool:
+        return parameter in self._infos

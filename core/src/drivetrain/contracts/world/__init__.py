@@ -1,0 +1,1 @@
+"""Devices, mesh axes and collectives, as plugins see them."""

@@ -1,0 +1,176 @@
+"""Knowing when a backward pass begins and ends, whoever calls ``backward``.
+
+The hooks sit on the tensors that the module returned. The first of them to fire marks the
+beginning and queues a callback that autograd runs when the whole pass is over. (Queued from a
+parameter's hook it would run too early: re-entrant checkpointing runs passes inside the pass.)
+A pass that adds to no ``.grad``, such as that of ``torch.autograd.grad``, is not a backward pass.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from drivetrain.precision.loss_scale import LossScaler
+
+
+class BackwardPass:
+    """Tells whether the backward pass in which it was made still runs.
+
+    A pass that ends calls ``end``. One that dies of an exception calls nothing, but autograd lets
+    go of all that it was to call, which shows here: so nothing that a pass has begun is left open
+    because only success would have closed it.
+
+    Args:
+        end: called when the pass is over.
+    """
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        final = _Final(end)
+        self._final = weakref.ref(final)
+        torch.autograd.Variable._execution_engine.queue_callback(final)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the pass has neither ended nor died."""
+        return self._final() is not None
+
+
+class _Final:
+    """What autograd calls at the end of a pass; it has the only reference."""
+
+    def __init__(self, end: Callable[[], None]) -> None:
+        self._end = end
+
+    def __call__(self) -> None:
+        self._end()
+
+
+class BackwardWindow:
+    """Calls ``begin`` once before and ``end`` once after each backward through watched outputs.
+
+    Args:
+        begin: runs before any gradient of the module is computed; may raise to stop the pass.
+        end: runs after the last one.
+    """
+
+    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        self._begin = begin
+        self._end = end
+        self._pass: BackwardPass | None = None
+
+    def watch(self, outputs: object) -> None:
+        """Attach to every tensor in ``outputs`` that a backward pass can start from or cross.
+
+        Parameters among them are left out; their gradients are noticed in any case.
+        """
+        for tensor in recorded_in(outputs):
+            tensor.register_hook(self._on_output)  # type: ignore[no-untyped-call]
+
+    def _on_output(self, _gradient: torch.Tensor) -> None:
+        if (self._pass is not None and self._pass.runs) or not accumulates():
+            return
+        self.settle()
+        self._begin()
+        self._pass = BackwardPass(self._on_end)
+
+    def settle(self) -> None:
+        """Call ``end`` for a pass that died of an exception, which the client has caught."""
+        if self._pass is not None and not self._pass.runs:
+            self._on_end()
+
+    def _on_end(self) -> None:
+        self._pass = None
+        self._end()
+
+
+class ScaledLosses:
+    """Knows whether the backward pass that runs is one of a loss that was scaled here."""
+
+    def __init__(self) -> None:
+        self._pass: BackwardPass | None = None
+
+    def scale(self, scaler: LossScaler, loss: torch.Tensor) -> torch.Tensor:
+        """Apply ``scaler`` to ``loss``."""
+        scaled = scaler.scale(loss)
+        if scaler.active:
+            scaled.register_hook(self._begins)  # type: ignore[no-untyped-call]
+        return scaled
+
+    @property
+    def runs(self) -> bool:
+        """Whether such a pass runs, or one inside of it."""
+        return self._pass is not None and self._pass.runs
+
+    def _begins(self, _gradient: torch.Tensor) -> None:
+        self._pass = BackwardPass(lambda: None)
+
+
+def accumulates() -> bool:
+    """Tell, in a hook, whether the pass under way adds to the ``.grad`` of tensors.
+
+    ``torch.autograd.grad`` and ``torch.func`` do not. Autograd does not say so itself, but it says
+    of each leaf whether it is going to be reached, so the nearest leaf of the graph is asked.
+    """
+    nodes = [torch._C._current_autograd_node()]
+    known = set(nodes)
+    leaves = 0
+    for node in nodes:
+        if type(node).__name__ == "AccumulateGrad":
+            leaves += 1
+            if _is_accumulated(node):
+                return True
+        for following, _ in node.next_functions:
+            if following is not None and following not in known:
+                known.add(following)
+                nodes.append(following)
+    return leaves == 0
+
+
+def _is_accumulated(leaf: torch.autograd.graph.Node) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:  # torch answers in this way for an input of ``torch.autograd.grad``
+        return False
+
+
+def recorded_in(value: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors in ``value`` that an operation has made, and that a backward can cross.
+
+    Leaves are left out: a hook on a parameter would stay for as long as the parameter. A tensor
+    that a transform of ``torch.func`` has wrapped is yielded at every level that has a graph.
+    """
+    functorch = torch._C._functorch
+    for tensor in tensors_in(value):
+        inner = tensor
+        while functorch.is_functorch_wrapped_tensor(inner):
+            if inner.grad_fn is not None:
+                yield inner
+            inner = functorch.get_unwrapped(inner)
+        if inner.grad_fn is not None:
+            yield inner
+
+
+def tensors_in(value: object, _seen: set[int] | None = None) -> Iterator[torch.Tensor]:
+    """Every tensor in nested containers: pytrees, mappings, dataclasses, plain objects."""
+    seen = set() if _seen is None else _seen
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from tensors_in(_members(leaf), seen)
+
+
+def _members(leaf: object) -> dict[Any, Any] | None:
+    """What a leaf that torch does not know as a container contains; ``None`` for a true leaf."""
+    if isinstance(leaf, Mapping):
+        return dict(leaf)
+    if isinstance(leaf, (type, torch.nn.Module)) or callable(leaf):
+        return None
+    return dict(vars(leaf)) if hasattr(leaf, "__dict__") else None

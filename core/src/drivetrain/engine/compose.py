@@ -1,0 +1,179 @@
+"""How an engine is put together, in one visible order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from drivetrain.contracts.loop.transform import Phase, Transform
+from drivetrain.engine.engine import Engine
+from drivetrain.engine.loader import build_loader
+from drivetrain.errors import ConfigError
+from drivetrain.job.progress import Progress
+from drivetrain.job.spmd_guard import check_same_model
+from drivetrain.optimization.facade import EngineOptimizer, check_groups
+from drivetrain.optimization.factory import optimizer_plan, rule_from_optimizer
+from drivetrain.optimization.schedule_choice import adopt_schedule, make_schedule
+from drivetrain.precision.precision import Precision, loss_scaler
+from drivetrain.sections.optimization import OptimizerSection, SchedulerSection
+
+if TYPE_CHECKING:
+    from drivetrain.contracts.state.bucket import OptimizerPlan
+    from drivetrain.job.job import Job
+
+logger = logging.getLogger("drivetrain.engine")
+
+ClientOptimizer = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
+"""A torch optimizer over the module's parameters, or a callable that makes one of them."""
+
+
+@torch.inference_mode(False)  # tensors made in it could not be trained
+def build_engine(
+    job: Job,
+    module: nn.Module,
+    optimizer: ClientOptimizer | None = None,
+    *,
+    parameters: Iterable[Any] | None = None,
+    scheduler: Any | None = None,
+    training_data: Any | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> Engine:
+    """Put a module to work in a job. Collective: every rank builds the same engine.
+
+    The order matters. Rewrites come before facts about parameters, facts before states, and states
+    before compilation, so that hooks which gather or reduce stay outside compiled graphs.
+
+    Args:
+        job: device, mesh, communication.
+        module: the client's module; changed in place.
+        optimizer: the client's; ``None`` takes the config's, if it names one.
+        parameters: what the config's optimizer trains: parameters, (name, parameter) pairs or
+            group dicts; all of the module's by default.
+        scheduler: the client's schedule, or a callable of an optimizer; ``None``: the config's.
+        training_data: dataset of ``engine.training_dataloader``.
+        collate_fn: makes a micro-batch of a list of samples.
+
+    Returns:
+        The engine; without any optimizer it only runs forward.
+
+    Raises:
+        ConfigError: the optimizer does not fit the module, or names and parameters are wrong.
+    """
+    plan, hub = job.plan, job.hub
+    precision = Precision.of(plan)
+    module = module.to(job.device) if not _is_meta(module) else module
+
+    job.parameters.register(module, reduction="data")
+    transforms = hub.transform_module(job, module)
+    module = _apply(transforms, module, Phase.ADAPT, Phase.PARTITION, Phase.RECOMPUTE)
+    job.parameters.register(module, reduction="data")  # what transforms have added
+    precision.cast_buffers(module)
+    precision.describe(module, job.parameters)
+    hub.describe_parameters(job, module)
+
+    work = _optimizer_plan(job, module, optimizer, parameters)
+    check_same_model(job, module, () if work is None else work.groups)
+    states = hub.build_model_states(job, module, work)
+    assert states is not None, "core's default states answer last"
+    with ExitStack() as undone:  # what fails from here on leaves the module to a better try
+        undone.callback(states.detach)
+        module = _apply(transforms, module, Phase.COMPILE)
+        engine = Engine(
+            job,
+            module,
+            states,
+            precision=precision,
+            loss_scaler=loss_scaler(plan),
+            # The job's counters are those of its first engine; every other engine has its own.
+            progress=Progress() if job.engines else job.progress,
+        )
+        if work is not None:
+            engine.optimizer = _facade(job, engine, work, optimizer)
+        engine.lr_scheduler = _schedule(job, engine.optimizer, scheduler)
+        runner = hub.build_runner(job, engine)
+        assert runner is not None, "core's default runner answers last"
+        engine.runner = runner
+        if training_data is not None:
+            engine.training_dataloader = build_loader(
+                job, training_data, engine.batch, collate_fn=collate_fn
+            )
+        undone.pop_all()
+    return engine
+
+
+def _apply(transforms: Sequence[Transform], module: nn.Module, *phases: Phase) -> nn.Module:
+    for phase in phases:
+        for transform in transforms:
+            if transform.phase is phase:
+                module = transform.apply(module)
+    return module
+
+
+def _optimizer_plan(
+    job: Job, module: nn.Module, optimizer: ClientOptimizer | None, parameters: Iterable[Any] | None
+) -> OptimizerPlan | None:
+    section = job.plan.section(OptimizerSection)
+    if optimizer is not None:
+        if section.type is not None:
+            logger.info("optimizer of the config (%s) is overridden by the client's", section.type)
+        if not isinstance(optimizer, Optimizer) and callable(optimizer):
+            optimizer = optimizer(list(parameters or module.parameters()))
+        work = rule_from_optimizer(optimizer)
+    elif section.type is not None:
+        trained = list(parameters) if parameters is not None else list(module.parameters())
+        work = optimizer_plan(section.type, section.params, trained, job.plan.registry, job)
+    else:
+        return None
+    work = replace(work, rule=job.hub.wrap_update_rule(job, work.rule))
+    check_groups(work.groups, {p: job.parameters.info(p).name for p in module.parameters()})
+    return work
+
+
+def _facade(
+    job: Job, engine: Engine, work: OptimizerPlan, optimizer: ClientOptimizer | None
+) -> EngineOptimizer:
+    named = job.plan.section(OptimizerSection).type
+    client = type(optimizer).__name__ if isinstance(optimizer, Optimizer) else None
+    return EngineOptimizer(
+        work.groups,
+        {p: job.parameters.info(p).name for p in engine.module.parameters()},
+        step=engine.step,
+        zero_grad=engine.zero_grad,
+        type_name=client or named or type(work.rule).__name__,
+        defaults=work.rule.defaults,
+    )
+
+
+def _schedule(job: Job, optimizer: EngineOptimizer | None, client: Any | None) -> Any | None:
+    section = job.plan.section(SchedulerSection)
+    if client is None and section.type is None:
+        return None
+    if optimizer is None:
+        logger.warning("the scheduler is ignored, since there is no optimizer whose rate it sets")
+        return None
+    if client is not None:
+        return adopt_schedule(client, optimizer)
+    assert section.type is not None
+    return make_schedule(section.type, section.params, optimizer, job.plan.registry)
+
+
+def _is_meta(module: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+def require_module(model: object) -> nn.Module:
+    """The model, if it is one.
+
+    Raises:
+        ConfigError: it is not a ``torch.nn.Module``.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    raise ConfigError(f"model must be a torch.nn.Module, got {type(model).__name__}")

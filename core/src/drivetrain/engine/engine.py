@@ -1,0 +1,500 @@
+"""The training object that users hold: forward, backward, step, and what loops ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
+
+from drivetrain import checkpoint
+from drivetrain.engine.accumulation import Accumulation
+from drivetrain.engine.backward_window import BackwardWindow, ScaledLosses
+from drivetrain.engine.step_reporter import StepReporter
+from drivetrain.errors import TrainingError
+from drivetrain.job.spmd_guard import check_same_model
+from drivetrain.plan.known import ENGINE
+from drivetrain.precision.loss_watch import LossWatch
+from drivetrain.sections.optimization import GradientAllreduceOp, GradientClipping
+from drivetrain.states.whole import whole, whole_state_dict
+
+if TYPE_CHECKING:
+    from drivetrain.contracts.loop.batch import Batch
+    from drivetrain.contracts.loop.runner import Runner
+    from drivetrain.contracts.loop.step_report import StepReport
+    from drivetrain.contracts.state.model_states import ModelStates
+    from drivetrain.engine.loader import DataLoader
+    from drivetrain.job.job import Job
+    from drivetrain.job.progress import Progress
+    from drivetrain.optimization.facade import EngineOptimizer
+    from drivetrain.precision.loss_scale import LossScaler
+    from drivetrain.precision.precision import Precision
+
+
+class Engine(nn.Module):
+    """A module together with its states, optimizer and schedule; built by ``job.engine``.
+
+    Attributes that an engine does not have are looked up in :attr:`module`, and then among the
+    methods that installed packages offer: functions whose first argument is the engine, named by
+    entry points of ``drivetrain.methods``.
+
+    Attributes:
+        module: the client's module, after transforms.
+        job: accelerator, mesh, communicator.
+        states: who owns parameters, gradients and optimizer states.
+        optimizer: a real ``torch.optim.Optimizer`` over the client's parameters, or ``None``.
+        lr_scheduler: the schedule, or ``None``.
+        training_dataloader: the loader of ``training_data``, or ``None``.
+        progress: steps, samples, tokens; saved.
+        runner: the micro-batch loop of :meth:`train_batch`.
+        last_report: what the latest step did, or ``None``.
+    """
+
+    runner: Runner
+
+    def __init__(
+        self,
+        job: Job,
+        module: nn.Module,
+        states: ModelStates,
+        *,
+        precision: Precision,
+        loss_scaler: LossScaler,
+        progress: Progress,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.job = job
+        self.states = states
+        self.precision = precision
+        self.loss_scaler = loss_scaler
+        self.optimizer: EngineOptimizer | None = None
+        self.lr_scheduler: Any | None = None
+        self.training_dataloader: DataLoader | None = None
+        self.progress = progress
+        self.last_report: StepReport | None = None
+        section = job.plan.section
+        self._accumulation = Accumulation(job.plan, progress)
+        self._clipping = section(GradientClipping).root
+        self._averages = section(GradientAllreduceOp).root == "mean"
+        self._losses = LossWatch(job.device)
+        self._window = BackwardWindow(self._backward_begins, states.end_backward)
+        self._reducing = True
+        self._has_scaled = False
+        self._scaled = ScaledLosses()
+        self._norm: torch.Tensor | None = None
+        self._norm_wanted = False
+        self._applied = False
+        self._on_destroy: list[Callable[[], object]] = []
+        self._reporter = StepReporter(job.plan)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("module", "job"):
+                raise
+            if hasattr(self.module, name):
+                return getattr(self.module, name)
+            entry = self.job.plan.registry.find("methods", name)
+            if entry is None:
+                raise AttributeError(self._lacks(name), name=name, obj=self) from None
+            return entry.load().__get__(self)
+
+    def __deepcopy__(self, *_: object) -> NoReturn:
+        """Refuse: an engine stands for process groups, hooks and shards of this job."""
+        raise TrainingError(
+            "an engine can be neither copied nor pickled: copy engine.module inside "
+            "`with drivetrain.whole(engine.module):`, or use engine.save_checkpoint()"
+        )
+
+    __copy__ = __reduce_ex__ = __deepcopy__
+
+    # -- the loop -----------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module on one micro-batch, in the configured precision."""
+        with self.job.span("forward"):
+            args, kwargs = self.job.hub.prepare_inputs(self, args, kwargs)
+            self._announce()
+            with self.precision.autocast(self.job.device):
+                outputs = self.module(*args, **kwargs)
+        if self.training and torch.is_grad_enabled():
+            self._reporter.count_tokens(args, kwargs)
+            if self.optimizer is not None:
+                self._window.watch(outputs)
+        return outputs
+
+    def backward(
+        self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> torch.Tensor:
+        """Accumulate the gradients of ``loss``.
+
+        Args:
+            loss: 0-d tensor, the mean over this rank's micro-batch.
+            retain_graph: as for ``torch.Tensor.backward``.
+            scale_wrt_gas: the loss is one of ``gradient_accumulation_steps()`` terms of a mean;
+                ``False`` when the caller has divided it already.
+
+        Returns:
+            The detached loss, divided by the accumulation steps if ``scale_wrt_gas``.
+
+        Raises:
+            TrainingError: not a scalar loss with a graph, or an engine without optimizer.
+        """
+        self._check_loss(loss)
+        self._losses.add(loss, self.states.why_not_finite)
+        self._announce()
+        steps = self._accumulation.counted_steps
+        scaled = self._scaled.scale(self.loss_scaler, loss)
+        if not scale_wrt_gas and steps > 1:
+            scaled = scaled * steps
+        with self.job.span("backward"):
+            self.job.hub.backward(self, scaled, retain_graph)
+        return loss.detach() / steps if scale_wrt_gas else loss.detach()
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """Apply the loss scale, for a ``backward`` that the caller runs; needed with fp16."""
+        self._check_loss(loss)
+        self._losses.add(loss, self.states.why_not_finite)
+        self._has_scaled = True
+        return self._scaled.scale(self.loss_scaler, loss)
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """End a micro-batch; at an accumulation boundary, update the parameters.
+
+        Args:
+            lr_kwargs: passed on to the scheduler's ``step``.
+
+        Raises:
+            TrainingError: called inside :meth:`no_sync`, a loss was not finite, or fp16 gradients
+                overflow at the smallest loss scale.
+        """
+        if self.optimizer is None:
+            raise TrainingError("this engine has no optimizer, so it cannot step")
+        if not self._reducing:
+            raise TrainingError("step() inside no_sync(): leave the block before stepping")
+        self._window.settle()
+        self.states.take_set_gradients(unscaled=self.loss_scaler.active and not self._has_scaled)
+        if self.is_gradient_accumulation_boundary():
+            self.optimizer.refuse_other_groups()
+            self._losses.check(self.loss_scaler.dynamic, self.progress)
+            rates = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
+            with self.job.span("step"):
+                self._applied = bool(self.job.hub.optimizer_step(self))
+            self._end_window(rates, lr_kwargs)
+        else:
+            self.progress.end_micro_batch()
+        self._has_scaled = False
+
+    def skip_step(self) -> None:
+        """Instead of :meth:`step` at a boundary: drop the gradients and count a skipped step.
+
+        Every rank must skip together.
+        """
+        assert self.optimizer is not None
+        self._window.settle()
+        self.states.finish_reduction()
+        self.states.discard_gradients()
+        self._applied = False
+        self._end_window(tuple(float(g["lr"]) for g in self.optimizer.param_groups), None)
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
+        """Run one global batch: all its micro-batches and the update.
+
+        Args:
+            data_iter: yields micro-batches; by default the engine's own training loader,
+                restarted whenever it ends.
+
+        Returns:
+            The mean loss, a 0-d tensor, the same on every rank.
+        """
+        if data_iter is None:
+            data_iter = self._own_batches()
+        self.train()
+        return self.runner.run(data_iter, train=True)
+
+    def eval_batch(self, data_iter: Iterator[Any]) -> torch.Tensor:
+        """Mean loss of one micro-batch per data shard, without gradients."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                return self.runner.run(data_iter, train=False)
+        finally:
+            self.train(was_training)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients accumulated so far."""
+        self._window.settle()
+        self.states.discard_gradients()
+
+    def drop_window(self) -> None:
+        """Begin a window: forget gradients, losses and tokens since the last boundary."""
+        if self.optimizer is not None:
+            self.states.discard_gradients()
+        self._losses.forget()
+        self._reporter.take_tokens()
+        self.progress.drop_window()
+
+    # -- accumulation -------------------------------------------------------------------------
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the micro-batch under way is the last before an update."""
+        return self._accumulation.is_boundary()
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        """Decide the boundary by hand from now on; ``None`` returns to counting."""
+        self._accumulation.set_boundary(is_boundary)
+        self._announce()
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Only accumulate locally in backward passes inside the block; ``step`` is illegal."""
+        if not self._reducing:
+            raise TrainingError("no_sync() cannot be nested")
+        self._reducing = False
+        self._announce()
+        try:
+            yield
+        finally:
+            self._reducing = True
+            self._announce()
+
+    def gradient_divisor(self) -> int:
+        """What summed gradients are divided by: data shards times accumulation steps.
+
+        A window that has grown beyond :meth:`set_train_batch_size` is divided by what is in it.
+        """
+        shards = self.job.mesh.size("dp") if self._averages else 1
+        return self._accumulation.window_steps * shards
+
+    # -- what happened ------------------------------------------------------------------------
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of the latest step's gradient before clipping.
+
+        ``None`` before the first step and after an overflow. Without clipping nobody else needs
+        the norm, so it is computed from the first call on, and that first call answers ``None``.
+        """
+        self._norm_wanted = True
+        return None if self._norm is None else float(self._norm)
+
+    def wants_gradient_norm(self) -> bool:
+        """Whether the step under way has to compute the norm."""
+        return (
+            self._norm_wanted
+            or self._clipping > 0
+            or self.precision.check_finite
+            or self._reporter.prints(self.global_steps + 1)
+        )
+
+    def record_gradient_norm(self, norm: torch.Tensor | None) -> None:
+        """Keep the norm of the step under way, for reports."""
+        self._norm = norm
+        self._losses.note_norm(norm)
+
+    def overflowed(self) -> bool:
+        """Whether the latest boundary skipped its update because gradients were not finite."""
+        return self.global_steps > 0 and not self._applied
+
+    def was_step_applied(self) -> bool:
+        """Whether the latest boundary updated the parameters."""
+        return self._applied
+
+    @property
+    def global_steps(self) -> int:
+        """Boundaries passed, skipped ones included."""
+        return self.progress.steps
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches ended."""
+        return self.progress.micro_steps
+
+    @property
+    def global_samples(self) -> int:
+        """Samples seen by all data shards."""
+        return self.progress.samples
+
+    @property
+    def skipped_steps(self) -> int:
+        """Boundaries without an update."""
+        return self.progress.skipped_steps
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the module computes on."""
+        return self.job.device
+
+    # -- settings -----------------------------------------------------------------------------
+
+    def train_batch_size(self) -> int:
+        """Samples of one step over all data shards."""
+        return self.batch.train_batch_size
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples of one forward on one data shard."""
+        return self.batch.micro_batch_size
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches between two updates."""
+        return self.batch.accumulation_steps
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the global batch by changing the accumulation steps, at once.
+
+        A window that holds as many micro-batches already ends with the next, as their mean.
+
+        Raises:
+            ConfigError: it is no multiple of the micro-batch times the data shards.
+        """
+        self._accumulation.set_train_batch_size(train_batch_size)
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the micro-batch, and the global batch with it; loaders stay as they are.
+
+        Raises:
+            ConfigError: it is not positive.
+        """
+        self._accumulation.set_micro_batch_size(micro_batch_size)
+
+    def gradient_clipping(self) -> float:
+        """Largest global gradient norm; 0 when gradients are not clipped."""
+        return self._clipping
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of every group."""
+        return [group["lr"] for group in self._groups()]
+
+    def get_mom(self) -> list[Any]:
+        """Momentum (SGD-like) or betas (Adam-like) of every group."""
+        return [group.get("momentum", group.get("betas")) for group in self._groups()]
+
+    def get_type(self) -> str | None:
+        """``optimizer.type`` as the config gives it."""
+        return None if self.optimizer is None else self.optimizer.type_name
+
+    # -- the rest of the public surface -------------------------------------------------------
+
+    def compile(self, backend: str = "inductor", **kwargs: Any) -> None:
+        """Compile every repeated block of the module in place, or the module if it has none."""
+        from drivetrain.states.units import units
+
+        for unit in units(self.module):
+            # Not the module's hooks: those that gather parameters stay outside of graphs.
+            forward = torch.compile(unit.module.forward, backend=backend, **kwargs)
+            unit.module.forward = forward
+
+    def rebuild(self) -> None:
+        """Adapt the states after ``requires_grad`` of parameters was changed, on every rank."""
+        check_same_model(self.job, self.module, self._groups())
+        self.states.rebuild()
+
+    def module_state_dict(self, **kwargs: Any) -> dict[str, Any]:
+        """``state_dict`` of the module, parameters whole."""
+        return whole_state_dict(self.module, **kwargs)
+
+    def load_module_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
+        """Load the module's ``state_dict``, the same on every rank; masters follow."""
+        with whole(self.module, write_rank=0):
+            self.module.load_state_dict(state_dict, strict=strict)
+        self.states.refresh()
+
+    def save_checkpoint(self, save_dir: str, tag: str | None = None, *rest: Any, **kw: Any) -> str:
+        """See :func:`drivetrain.checkpoint.save`."""
+        return checkpoint.save(self, save_dir, tag, *rest, **kw)
+
+    def load_checkpoint(
+        self, load_dir: str, tag: str | None = None, **kwargs: Any
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """See :func:`drivetrain.checkpoint.load`."""
+        return checkpoint.load(self, load_dir, tag, **kwargs)
+
+    def deepspeed_io(self, dataset: Any, **kwargs: Any) -> DataLoader:
+        """A loader over ``dataset`` for this engine's data shard."""
+        from drivetrain.engine.loader import build_loader
+
+        return build_loader(self.job, dataset, self.batch, **kwargs)
+
+    def destroy(self) -> None:
+        """Remove every hook from the module and free the states."""
+        self.states.detach()
+        while self._on_destroy:
+            self._on_destroy.pop()()
+
+    def on_destroy(self, release: Callable[[], object]) -> None:
+        """Call ``release`` when the engine is destroyed, in reverse order of registration."""
+        self._on_destroy.append(release)
+
+    # -- internals ----------------------------------------------------------------------------
+
+    def _lacks(self, name: str) -> str:
+        """What an attribute error says; a suggestion by likeness would make ``hasattr`` slow."""
+        hint = f"; in its place: {ENGINE[name]}" if name in ENGINE else ""
+        module = type(self.module).__name__
+        return f"neither the engine nor its module {module} has an attribute {name!r}{hint}"
+
+    def _announce(self) -> None:
+        """Tell the states whether gradients that arrive now complete the window."""
+        self._window.settle()
+        self.states.local = not self._reducing
+        self.states.reduce_now = self._reducing and self._accumulation.completes()
+
+    def _backward_begins(self) -> None:
+        self._announce()
+        if self.loss_scaler.active and not self._scaled.runs:
+            raise TrainingError(
+                "loss.backward() without loss scaling: with fp16 call engine.backward(loss), or "
+                "engine.scale(loss).backward()"
+            )
+
+    def _check_loss(self, loss: torch.Tensor) -> None:
+        if self.optimizer is None:
+            raise TrainingError("this engine has no optimizer, so it cannot run backward")
+        shape = getattr(loss, "shape", None)
+        if shape is None or loss.numel() != 1:
+            got = type(loss).__name__ if shape is None else tuple(shape)
+            raise TrainingError(f"backward needs a scalar loss, got {got}; reduce it, e.g. .mean()")
+        if not loss.requires_grad:
+            raise TrainingError(
+                "the loss has no graph: it was detached, or computed under torch.no_grad(), or no "
+                "trainable parameter took part in it"
+            )
+
+    def _end_window(self, rates: Sequence[float], lr_kwargs: dict[str, Any] | None) -> None:
+        if self._applied and self.lr_scheduler is not None:
+            self.lr_scheduler.step(**(lr_kwargs or {}))
+        samples = self._accumulation.window_samples
+        self.progress.end_micro_batch()
+        tokens = self._reporter.take_tokens() * self.job.mesh.size("data")
+        self.progress.end_step(samples=samples, tokens=tokens, applied=self._applied)
+        self.last_report = self._reporter.report(
+            self,
+            rates=rates,
+            samples=samples,
+            tokens=tokens,
+            loss=self._losses.take(),
+            norm=self._norm,
+        )
+
+    def _own_batches(self) -> Iterator[Any]:
+        if self.training_dataloader is None:
+            raise TrainingError(
+                "train_batch() without an iterator needs training_data given to initialize()"
+            )
+        from drivetrain.engine.loader import RepeatingLoader
+
+        if not hasattr(self, "_repeating"):
+            self._repeating = iter(RepeatingLoader(self.training_dataloader))
+        return self._repeating
+
+    @property
+    def batch(self) -> Batch:
+        """The batch triple as it is now."""
+        return self._accumulation.batch
+
+    def _groups(self) -> Iterable[dict[str, Any]]:
+        return () if self.optimizer is None else self.optimizer.param_groups

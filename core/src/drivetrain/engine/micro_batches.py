@@ -1,0 +1,93 @@
+"""The loop over the micro-batches of one global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from drivetrain.contracts.world.collective import Purpose, Tag
+from drivetrain.errors import TrainingError
+
+if TYPE_CHECKING:
+    from drivetrain.engine.engine import Engine
+
+
+class MicroBatchRunner:
+    """The plain loop: forward, backward, step for every micro-batch.
+
+    A micro-batch is what the module takes: a mapping becomes keywords, a sequence becomes
+    positional arguments, anything else the only argument. The module answers its loss, or a tuple
+    that begins with it, or an object or mapping with ``loss``.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def run(self, batches: Iterator[Any], train: bool) -> torch.Tensor:
+        engine = self._engine
+        if not isinstance(batches, Iterator):
+            raise TrainingError(
+                f"a batch is taken from an iterator, which goes on where it was, not from a "
+                f"{type(batches).__name__}, which would begin again: make iter(...) of it once"
+            )
+        count = engine.gradient_accumulation_steps() if train else 1
+        total = torch.zeros((), dtype=torch.float32, device=engine.device)
+        for index in range(count):
+            loss = loss_of(_call(engine, _next(batches, index, count)))
+            if train:
+                engine.backward(loss)
+                engine.step()
+            total = total + loss.detach()  # in float64 where the loss is
+        engine.job.communicator.all_reduce(
+            total, "data", Tag(Purpose.CONTROL, site="mean loss of a batch")
+        )
+        return total / (count * engine.job.mesh.size("data"))
+
+
+def _next(batches: Iterator[Any], index: int, count: int) -> Any:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise TrainingError(
+            f"the data ended at micro-batch {index + 1} of {count} of a step; wrap the loader in "
+            "drivetrain.engine.loader.RepeatingLoader, or stop one step earlier"
+        ) from None
+
+
+def _call(engine: Engine, batch: Any) -> Any:
+    def move(leaf: Any) -> Any:
+        return leaf.to(engine.device) if isinstance(leaf, torch.Tensor) else leaf
+
+    batch = pytree.tree_map(move, batch)
+    if isinstance(batch, Mapping):
+        return engine(**batch)
+    if isinstance(batch, (tuple, list)):
+        return engine(*batch)
+    return engine(batch)
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """The loss in a module's output.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, Mapping) and "loss" in output:
+        return _tensor(output["loss"])
+    if isinstance(output, (tuple, list)) and output:
+        return _tensor(output[0])
+    return _tensor(getattr(output, "loss", None))
+
+
+def _tensor(loss: Any) -> torch.Tensor:
+    if not isinstance(loss, torch.Tensor):
+        raise TrainingError(
+            "train_batch needs a module that answers its loss, a tuple that begins with it, or an "
+            f"object with .loss; the loss found is {type(loss).__name__}"
+        )
+    return loss

@@ -1,0 +1,136 @@
+"""Named streams of random numbers, each the same on the ranks that must agree, else different."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from drivetrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from drivetrain.communication.mesh import Mesh
+
+_STREAMS: Mapping[str, tuple[str, ...]] = {
+    "data": ("dp",),
+    "model": ("pp", "tp"),
+    "dropout": ("pp", "dp", "sp"),
+}
+"""Core's streams and the axes along which their ranks differ; "dropout" is that of activations
+which tensor-parallel ranks hold in common."""
+
+
+class RandomStreams:
+    """Generators by name on the job's device.
+
+    A stream's seed is a hash of the job's seed, the stream's name and the rank's coordinates along
+    the axes in which its ranks differ. Seeds that are sums (``seed + rank``) would make streams of
+    neighbouring seeds and ranks equal.
+
+    Args:
+        seed: the job's seed.
+        mesh: the job's axes.
+        device: where the numbers are drawn; on the meta device the host draws.
+    """
+
+    def __init__(self, seed: int, mesh: Mesh, device: torch.device) -> None:
+        self.seed = seed
+        self._mesh = mesh
+        self._device = torch.device("cpu") if device.type == "meta" else device
+        self._axes: dict[str, tuple[str, ...]] = dict(_STREAMS)
+        self._generators: dict[str, torch.Generator] = {}
+
+    def declare(self, name: str, axes: tuple[str, ...]) -> None:
+        """Make a stream that differs along ``axes`` and agrees along all others.
+
+        Raises:
+            ConfigError: ``name`` is declared with other axes.
+        """
+        if self._axes.setdefault(name, axes) != axes:
+            raise ConfigError(
+                f"random stream {name!r} differs along {self._axes[name]}, so it cannot also "
+                f"differ along {axes}"
+            )
+
+    def generator(self, name: str) -> torch.Generator:
+        """The generator of a stream; drawing from it advances the stream.
+
+        Raises:
+            ConfigError: no such stream is declared.
+        """
+        generator = self._generators.get(name)
+        if generator is None:
+            generator = self._generators[name] = torch.Generator(self._device)
+            generator.manual_seed(self._seed(name))
+        return generator
+
+    @contextmanager
+    def fork(self, name: str) -> Iterator[None]:
+        """Draw from a stream wherever torch draws from the device's default generator.
+
+        The stream goes on from where it was, and the default generator is as before afterwards.
+        """
+        generator = self.generator(name)
+        before = _default_state(self._device)
+        _set_default_state(self._device, generator.get_state())
+        try:
+            yield
+        finally:
+            generator.set_state(_default_state(self._device))
+            _set_default_state(self._device, before)
+
+    def start_afresh(self) -> None:
+        """Begin all streams again, each from its seed."""
+        self._generators.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed and every used stream's axes and state, as JSON data."""
+        return {
+            "seed": self.seed,
+            "streams": {
+                name: {"axes": list(self._axes[name]), "state": _encode(generator.get_state())}
+                for name, generator in self._generators.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue all streams from where :meth:`state_dict` was taken, on the same coordinates."""
+        self.seed = int(state["seed"])
+        self._generators.clear()
+        for name, stream in state["streams"].items():
+            self.declare(name, tuple(stream["axes"]))
+            self.generator(name).set_state(_decode(stream["state"]))
+
+    def _seed(self, name: str) -> int:
+        if name not in self._axes:
+            known = ", ".join(self._axes)
+            raise ConfigError(f"no random stream is declared as {name!r}; there are {known}")
+        place = [(axis, self._mesh.coordinate(axis)) for axis in self._axes[name]]
+        digest = hashlib.sha256(repr((self.seed, name, place)).encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1  # torch takes seeds as signed integers
+
+
+def _default_state(device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: torch.Tensor = torch.get_device_module(device.type).get_rng_state(device)
+    return state
+
+
+def _set_default_state(device: torch.device, state: torch.Tensor) -> None:
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device.type).set_rng_state(state, device)
+
+
+def _encode(state: torch.Tensor) -> str:
+    return base64.b64encode(bytes(state.tolist())).decode()
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)

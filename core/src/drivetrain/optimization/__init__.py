@@ -1,0 +1,1 @@
+"""Update rules made of torch's optimizers, the optimizer's facade, and schedules."""

@@ -1,0 +1,1 @@
+"""Dtypes of compute, loss scaling, and losses that are not finite."""

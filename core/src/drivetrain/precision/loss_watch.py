@@ -1,0 +1,81 @@
+"""Sums the losses of a step and notices the first that is not a number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from drivetrain.errors import TrainingError
+
+if TYPE_CHECKING:
+    from drivetrain.job.progress import Progress
+
+
+class LossWatch:
+    """Losses of the micro-batches since the last :meth:`take`, summed on the device.
+
+    Args:
+        device: where losses are. On a host the check is free and immediate; elsewhere reading a
+            loss would stall the device, so a step checks the losses of the step before it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._immediate = device.type == "cpu"
+        self._sum: torch.Tensor | None = None
+        self._count = 0
+        self._unchecked: torch.Tensor | None = None
+        self._unchecked_norm: torch.Tensor | None = None
+        self._why = ""
+
+    def add(self, loss: torch.Tensor, why: Callable[[torch.Tensor], str]) -> None:
+        """Count one micro-batch's loss; ``why`` returns what is known if it is no number."""
+        value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).reshape(())
+        self._sum = value.clone() if self._sum is None else self._sum + value
+        self._count += 1
+        if self._immediate and not self._why and not bool(torch.isfinite(value)):
+            self._why = why(loss)  # while its graph is there
+
+    def note_norm(self, norm: torch.Tensor | None) -> None:
+        """Have the next :meth:`check` look at the norm of a step that did not wait for it."""
+        self._unchecked_norm = None if self._immediate else norm
+
+    def check(self, overflow_is_normal: bool, progress: Progress) -> None:
+        """Refuse to train on from a loss or gradients that are not finite.
+
+        Args:
+            overflow_is_normal: dynamic loss scaling deals with it by itself.
+            progress: tells the step for the message.
+
+        Raises:
+            TrainingError: a loss was NaN or infinite, or the last step's gradient norm.
+        """
+        value = self._sum if self._immediate else self._unchecked
+        norm, self._unchecked_norm = self._unchecked_norm, None
+        self._unchecked = self._sum
+        if norm is not None and not bool(torch.isfinite(norm)):
+            raise TrainingError(
+                f"the gradient norm of step {progress.steps} was {float(norm)}, so parameters were "
+                "updated as if its gradients were zero; load the last checkpoint"
+            )
+        if overflow_is_normal or value is None or bool(torch.isfinite(value)):
+            return
+        step = progress.steps + (1 if self._immediate else 0)
+        raise TrainingError(
+            f"the loss of step {step} is {float(value)}: parameters were not updated from it"
+            + self._why
+            if self._immediate
+            else f"the loss of step {step} was {float(value)}; load the last checkpoint"
+        )
+
+    def forget(self) -> None:
+        """Begin as if no loss had been seen: what follows comes from other parameters."""
+        self._sum, self._count, self._why = None, 0, ""
+        self._unchecked = self._unchecked_norm = None
+
+    def take(self) -> tuple[torch.Tensor | None, int]:
+        """The sum and number of losses since the last call, and start anew."""
+        taken = self._sum, self._count
+        self._sum, self._count, self._why = None, 0, ""
+        return taken

@@ -1,0 +1,1 @@
+"""Core's own config sections, written as plugins."""

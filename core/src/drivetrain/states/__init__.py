@@ -1,0 +1,1 @@
+"""Replicated model states: gradients, buckets, and the home on the device."""

@@ -1,0 +1,72 @@
+"""Values that all ranks start from, and the parameters that no bucket holds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from drivetrain.contracts.state.fragment import Fragment
+from drivetrain.contracts.world.collective import Purpose, Tag
+from drivetrain.states.device_home import tensor_fragment
+from drivetrain.states.whole import handed_over
+from drivetrain.tensor_parts import copy_into, is_stored, tensor_parts
+
+if TYPE_CHECKING:
+    from drivetrain.contracts.state.bucket import OptimizerPlan
+    from drivetrain.contracts.world.mesh_layout import Axis
+    from drivetrain.job.job import Job
+
+
+def broadcast_first(job: Job, tensor: torch.Tensor, axis: Axis, key: str) -> None:
+    """Make all ranks of ``axis`` start from the first one's values."""
+    if tensor.is_meta or not tensor.numel():
+        return
+    for name, part in tensor_parts(tensor, key).items():
+        dense = part if part.is_contiguous() else part.contiguous()
+        job.communicator.broadcast(dense, axis, Tag(Purpose.STATE, name, "initial values"))
+        if dense is not part:
+            copy_into(part, dense)
+
+
+def trained_parameters(optimizer: OptimizerPlan | None) -> set[nn.Parameter]:
+    """The parameters that an update changes."""
+    groups = optimizer.groups if optimizer is not None else ()
+    return {p for group in groups for p in group["params"] if p.requires_grad}
+
+
+def synchronise_loose(job: Job, module: nn.Module, bucketed: Collection[nn.Parameter]) -> None:
+    """Cast what is in no bucket to its compute dtype and make all ranks start from rank 0's.
+
+    Raises:
+        ConfigError: the memory of a parameter or buffer cannot be reached.
+    """
+    for parameter in module.parameters():
+        if parameter in bucketed:
+            continue
+        info = job.parameters.info(parameter)
+        with handed_over([parameter]):
+            values = parameter.data
+        if parameter.is_floating_point() and not is_stored(parameter):
+            parameter.data = values.to(info.compute_dtype)
+        broadcast_first(job, parameter.detach(), info.reduction, info.name)
+    for name, buffer in module.named_buffers():
+        broadcast_first(job, buffer, "data", name)
+
+
+def loose_fragments(
+    job: Job, module: nn.Module, bucketed: Collection[nn.Parameter]
+) -> list[Fragment]:
+    """The fragments of the parameters of ``module`` that are in no bucket."""
+    found = []
+    for parameter in module.parameters():
+        if parameter not in bucketed:
+            info = job.parameters.info(parameter)
+            owner = info.owner and job.communicator.rank(info.reduction) == 0
+            fragment = partial(tensor_fragment, owner=owner, placement=info.placement)
+            parts = tensor_parts(parameter.detach(), info.name)
+            found += [fragment(name, "parameter", part) for name, part in parts.items()]
+    return found
