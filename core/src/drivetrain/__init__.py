@@ -37,4 +37,5 @@ __getattr__, __dir__, __all__ = lazy_names(
         "states.units": "units",
         "version": "__version__",
     },
+    submodules=("errors",),
 )

@@ -11,13 +11,13 @@ import torch
 from drivetrain.contracts.world.collective import Op, Purpose, Tag
 
 if TYPE_CHECKING:
-    from drivetrain.engine.engine import Engine
+    from drivetrain.checkpoint.subject import Subject
 
 _TEXT = 1024
 """Bytes of a message that all ranks get; more is cut off."""
 
 
-def text_of(engine: Engine, rank: int, text: str) -> str:
+def text_of(engine: Subject, rank: int, text: str) -> str:
     """One rank's text, on every rank. Collective.
 
     Args:
@@ -32,7 +32,7 @@ def text_of(engine: Engine, rank: int, text: str) -> str:
     return bytes(_max(engine, data).tolist()).rstrip(b"\0").decode(errors="ignore")
 
 
-def worst(engine: Engine, problem: str | None) -> str | None:
+def worst(engine: Subject, problem: str | None) -> str | None:
     """A problem that any rank has, on every rank; ``None`` when no rank has one. Collective."""
     rank = engine.job.rank if problem is not None else -1
     culprit = int(_max(engine, torch.tensor([rank])))
@@ -42,7 +42,7 @@ def worst(engine: Engine, problem: str | None) -> str | None:
     return text if engine.job.world_size == 1 else f"rank {culprit}: {text}"
 
 
-def same_everywhere(engine: Engine, *texts: str) -> list[bool]:
+def same_everywhere(engine: Subject, *texts: str) -> list[bool]:
     """For each text, whether all ranks have the same one. Collective."""
     numbers = [int.from_bytes(hashlib.sha256(_encoded(t)).digest()[:7], "big") for t in texts]
     values = torch.tensor(numbers, dtype=torch.int64)
@@ -51,7 +51,7 @@ def same_everywhere(engine: Engine, *texts: str) -> list[bool]:
     return same
 
 
-def any_rank(engine: Engine, flags: Sequence[bool]) -> list[bool]:
+def any_rank(engine: Subject, flags: Sequence[bool]) -> list[bool]:
     """For each flag, whether it is set on any rank. Collective."""
     united: list[bool] = _max(engine, torch.tensor(flags, dtype=torch.int64)).bool().tolist()
     return united
@@ -62,7 +62,7 @@ def _encoded(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def _max(engine: Engine, values: torch.Tensor) -> torch.Tensor:
+def _max(engine: Subject, values: torch.Tensor) -> torch.Tensor:
     values = values.to(engine.device)
     tag = Tag(Purpose.CONTROL, site="checkpoint agreement")
     engine.job.communicator.all_reduce(values, "world", tag, op=Op.MAX)

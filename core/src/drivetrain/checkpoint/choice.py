@@ -23,22 +23,22 @@ from drivetrain.checkpoint.format.storage import Storage
 from drivetrain.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from drivetrain.engine.engine import Engine
+    from drivetrain.checkpoint.subject import Subject
 
 logger = logging.getLogger("drivetrain.checkpoint")
 
 _LONGEST = 1024
 """Saves that a manifest names; older ones are hardly kept."""
 
-_histories: WeakKeyDictionary[Engine, list[str]] = WeakKeyDictionary()
+_histories: WeakKeyDictionary[Subject, list[str]] = WeakKeyDictionary()
 
 
-def history_of(engine: Engine) -> list[str]:
+def history_of(engine: Subject) -> list[str]:
     """Ids of the saves that an engine's state continues from, the newest last."""
     return _histories.get(engine, [])[-_LONGEST:]
 
 
-def continue_history(engine: Engine, before: list[str], save_id: str) -> None:
+def continue_history(engine: Subject, before: list[str], save_id: str) -> None:
     """Note that an engine's state is that of a save, and the saves before it."""
     _histories[engine] = [*before[-_LONGEST:], save_id]
 
@@ -125,7 +125,7 @@ def tags_by_age(storage: Storage) -> list[str]:
     return [known.tag for known in _Folder.of(storage).known]
 
 
-def candidates(engine: Engine, storage: Storage) -> Iterator[str]:
+def candidates(engine: Subject, storage: Storage) -> Iterator[str]:
     """Tags to be tried one after the other; rank 0's view counts. Collective.
 
     Raises:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from drivetrain.wording import printable
 
 if TYPE_CHECKING:
+    from drivetrain.checkpoint.subject import Subject
     from drivetrain.contracts.state.fragment import Fragment
-    from drivetrain.engine.engine import Engine
 
 BITWISE = "bitwise"
 IDENTICAL = "state bit-identical, sample order identical"
@@ -52,7 +52,7 @@ def promise(weaker: Iterable[str], weaker_reshaped: Iterable[str]) -> str:
     )
 
 
-def layout_of(engine: Engine) -> dict[str, Any]:
+def layout_of(engine: Subject) -> dict[str, Any]:
     """Ranks and axes of an engine's job."""
     mesh = engine.job.mesh
     axes = {axis: mesh.size(axis) for axis in ("pp", "dp", "sp", "tp")}

@@ -37,15 +37,15 @@ from drivetrain.tensor_parts import tensor_parts
 from drivetrain.version import __version__
 
 if TYPE_CHECKING:
+    from drivetrain.checkpoint.subject import Subject
     from drivetrain.contracts.state.fragment import Box, Fragment
-    from drivetrain.engine.engine import Engine
 
 logger = logging.getLogger("drivetrain.checkpoint")
 
 
 @torch.inference_mode(False)
 def save(
-    engine: Engine,
+    engine: Subject,
     save_dir: str | os.PathLike[str],
     tag: str | None = None,
     client_state: dict[str, Any] | None = None,
@@ -88,11 +88,12 @@ def save(
     contents.manifest |= {"latest": save_latest, "history": history_of(engine)}
     pending = contents.pending(storage, tag, save_id, save_latest=save_latest)
     continue_history(engine, history_of(engine), save_id)
-    engine.job.hub.carry_out_save(engine, pending)
+    target: Any = engine  # hooks are written for engines that train
+    engine.job.hub.carry_out_save(target, pending)
     return pending.place
 
 
-def write_and_commit(engine: Engine, pending: PendingSave) -> None:
+def write_and_commit(engine: Subject, pending: PendingSave) -> None:
     """Carry out a save now. Collective.
 
     Raises:
@@ -122,14 +123,14 @@ def take_back(pending: PendingSave) -> None:
         logger.error("files of a failed save stay in %s: %s", pending.place, error)
 
 
-def raise_together(engine: Engine, problem: str | None, place: str) -> None:
+def raise_together(engine: Subject, problem: str | None, place: str) -> None:
     """Raise on every rank when any rank has a problem. Collective."""
     found = worst(engine, problem)
     if found is not None:
         raise CheckpointError(f"checkpoint {place} was not saved: {found}")
 
 
-def _attempt(engine: Engine, pending: PendingSave, action: Callable[[], None] | None) -> None:
+def _attempt(engine: Subject, pending: PendingSave, action: Callable[[], None] | None) -> None:
     cause: Exception | None = None
     try:
         if action is not None:
@@ -147,7 +148,7 @@ def _attempt(engine: Engine, pending: PendingSave, action: Callable[[], None] | 
     raise CheckpointError(f"checkpoint {pending.place} was not saved: {found}") from cause
 
 
-def _agree_on_names(engine: Engine, tag: str | None) -> tuple[str, str]:
+def _agree_on_names(engine: Subject, tag: str | None) -> tuple[str, str]:
     """Tag and id of a save: rank 0's, once it is clear whether the ranks differ."""
     own = f"global_step{engine.global_steps}" if tag is None else str(tag)
     policy = engine.job.plan.section(CheckpointSection).tag_validation
@@ -164,7 +165,7 @@ def _agree_on_names(engine: Engine, tag: str | None) -> tuple[str, str]:
 class _Contents:
     """What one rank has to save."""
 
-    engine: Engine
+    engine: Subject
     exclude_frozen: bool
     boxes: list[SavedBox] = field(default_factory=list)
     empty: dict[str, tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=dict)
@@ -351,6 +352,6 @@ class _LastFragment:
         return self._flat
 
 
-def versions(engine: Engine) -> dict[str, str]:
+def versions(engine: Subject) -> dict[str, str]:
     """What may change the bits that a step computes."""
     return {"drivetrain": __version__, "torch": torch.__version__, "device": engine.device.type}

@@ -62,6 +62,12 @@ class Defaults(Plugin):
         return DataLoader(request)
 
     @hookimpl
+    def prepare_inputs(
+        self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        return engine.precision.cast_inputs(args, kwargs) if engine.precision.inputs else None
+
+    @hookimpl
     def backward(self, engine: Engine, loss: torch.Tensor, retain_graph: bool) -> bool:
         loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         return True

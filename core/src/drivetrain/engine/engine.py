@@ -479,6 +479,7 @@ class Engine(nn.Module):
             loss=self._losses.take(),
             norm=self._norm,
         )
+        self.job.hub.step_end(self, self.last_report)
 
     def _own_batches(self) -> Iterator[Any]:
         if self.training_dataloader is None:

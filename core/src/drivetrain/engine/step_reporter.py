@@ -1,4 +1,4 @@
-"""Collects what a step did, prints the progress line, and tells observers."""
+"""Collect what a step did, and log the progress line."""
 
 from __future__ import annotations
 
@@ -101,5 +101,4 @@ class StepReporter:
         self._ended_at = now
         if printed and job.rank == 0:
             logger.info(report.line(**self._details))
-        job.hub.step_end(engine, report)
         return report

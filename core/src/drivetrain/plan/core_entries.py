@@ -23,6 +23,17 @@ _PATHS = {
 
 _SCHEDULES = ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")
 
+_TORCH_OPTIMIZERS = "SGD Adagrad Adadelta Adamax NAdam RAdam RMSprop Rprop ASGD"
+_TORCH_SCHEDULES = (
+    "StepLR MultiStepLR ConstantLR LinearLR ExponentialLR CosineAnnealingLR "
+    "CosineAnnealingWarmRestarts PolynomialLR CyclicLR OneCycleLR ReduceLROnPlateau"
+)
+
+
+def _torch_params(names: str) -> dict[str, str]:
+    return {name: f"drivetrain.sections.torch_params:{name}" for name in names.split()}
+
+
 ENTRIES: dict[str, dict[str, str]] = {
     "plugins": {
         path: f"drivetrain.{value}" for value, paths in _PATHS.items() for path in paths.split()
@@ -35,7 +46,9 @@ ENTRIES: dict[str, dict[str, str]] = {
     "optimizer_params": {
         "Adam": "drivetrain.sections.params:AdamParams",
         "AdamW": "drivetrain.sections.params:AdamWParams",
+        **_torch_params(_TORCH_OPTIMIZERS),
     },
-    "scheduler_params": {name: f"drivetrain.sections.params:{name}Params" for name in _SCHEDULES},
+    "scheduler_params": {name: f"drivetrain.sections.params:{name}Params" for name in _SCHEDULES}
+    | _torch_params(_TORCH_SCHEDULES),
 }
 """Group -> name -> ``module:attribute``, in the form of entry points."""

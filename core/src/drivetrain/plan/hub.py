@@ -12,7 +12,7 @@ from functools import update_wrapper
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import pluggy
 
@@ -20,11 +20,6 @@ from drivetrain.contracts.plugin import hookspecs
 from drivetrain.contracts.plugin.plugin import Plugin
 from drivetrain.errors import PluginError
 from drivetrain.wording import did_you_mean
-
-if TYPE_CHECKING:
-    from drivetrain.contracts.state.bucket import UpdateRule
-    from drivetrain.engine.engine import Engine
-    from drivetrain.job.job import Job
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,6 +54,21 @@ def _collected(spec: Callable[P, Sequence[T]]) -> Callable[Concatenate[Hub, P], 
         return list(chain.from_iterable(ask(hub, *arguments, **named)))
 
     return update_wrapper(collect, ask)
+
+
+def _folded(spec: Callable[P, T | None]) -> Callable[Concatenate[Hub, P], T]:
+    """The same for a hook whose answers replace its last arguments for those asked after it."""
+    signature = inspect.signature(spec)
+    names = tuple(signature.parameters)[1:]
+
+    def fold(hub: Hub, /, *arguments: P.args, **named: P.kwargs) -> T:
+        values = signature.bind(*arguments, **named).arguments
+        answer = hub._fold(spec.__name__, names, **values)
+        found = tuple(answer[name] for name in names)
+        return cast("T", found if len(names) > 1 else found[0])
+
+    fold.__name__, fold.__doc__ = spec.__name__, spec.__doc__
+    return fold
 
 
 class Hub:
@@ -151,6 +161,8 @@ class Hub:
     build_model_states = _asked(hookspecs.build_model_states)
     build_runner = _asked(hookspecs.build_runner)
     build_loader = _asked(hookspecs.build_loader)
+    prepare_inputs = _folded(hookspecs.prepare_inputs)
+    wrap_update_rule = _folded(hookspecs.wrap_update_rule)
     backward = _asked(hookspecs.backward)
     optimizer_step = _asked(hookspecs.optimizer_step)
     step_end = _asked(hookspecs.step_end)
@@ -159,18 +171,6 @@ class Hub:
     carry_out_save = _asked(hookspecs.carry_out_save)
     load_state = _asked(hookspecs.load_state)
     report_rows = _collected(hookspecs.report_rows)
-
-    def prepare_inputs(
-        self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        found = self._fold(
-            "prepare_inputs", ("args", "kwargs"), engine=engine, args=args, kwargs=kwargs
-        )
-        return found["args"], found["kwargs"]
-
-    def wrap_update_rule(self, job: Job, rule: UpdateRule) -> UpdateRule:
-        answer: UpdateRule = self._fold("wrap_update_rule", ("rule",), job=job, rule=rule)["rule"]
-        return answer
 
     # -- calling ----------------------------------------------------------------------------------
 

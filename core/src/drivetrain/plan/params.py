@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from drivetrain.contracts.plugin.params import Params
 from drivetrain.errors import ConfigError, PluginError
 from drivetrain.plan.config.problems import describe
+from drivetrain.plan.registry import CORE
 
 if TYPE_CHECKING:
     from drivetrain.plan.registry import Group, Registry
@@ -33,14 +34,11 @@ def declared_params(registry: Registry, kind: Kind, name: str) -> type[Params] |
         PluginError: they do not load, or are no :class:`Params`.
     """
     served = registry.find(cast("Group", f"{kind}s"), name)
-    if served is None:
-        from drivetrain.sections.torch_params import MODELS
-
-        return MODELS[kind].get(name.lower())
+    owner = CORE if served is None else served.distribution  # core speaks for torch's classes
     group = cast("Group", f"{kind}_params")
     for entry in registry.entries(group):
-        ours = entry.distribution == served.distribution
-        added = entry.version == served.version == "in-process"
+        ours = entry.distribution == owner
+        added = served is not None and entry.version == served.version == "in-process"
         if entry.name.lower() == name.lower() and (ours or added):
             found = entry.load()
             if not (isinstance(found, type) and issubclass(found, Params)):

@@ -177,16 +177,15 @@ class Plan:
         return " / ".join([f"{ranks} from {self.world_source}", *others])
 
     def _settings(self) -> dict[str, tuple[object, str]]:
-        from drivetrain.sections.optimization import OptimizerSection, SchedulerSection
-
         features = self.features()
         mode = next((m for m in ("fp16", "bf16") if features.get(f"{m}.enabled")), None)
         found: dict[str, tuple[object, str]] = {
             "dtype": (mode or "fp32", f"{mode}.enabled" if mode else "default")
         }
-        for kind, model in (("optimizer", OptimizerSection), ("scheduler", SchedulerSection)):
-            section = self.section(model)
-            given = f"{section.type} {as_json(section.params)}" if section.type else None
+        for kind in ("optimizer", "scheduler"):
+            section = self.config.get(kind) or {}
+            params = as_json(section.get("params") or {})
+            given = f"{section['type']} {params}" if section.get("type") else None
             found[kind] = (given or "none but the script's", "config" if given else "default")
         shown = {path: value for path, value in features.items() if path != "optimizer.type"}
         return found | {path: (value, self._origin(path)) for path, value in shown.items()}

@@ -20,7 +20,6 @@ from drivetrain.contracts.plugin.section import (
 )
 
 if TYPE_CHECKING:
-    from drivetrain.engine.engine import Engine
     from drivetrain.plan.plan import Plan
 
 _SPELLINGS = {
@@ -150,12 +149,6 @@ class Precision(Plugin):
         if self.section(FP16).enabled:
             return "fp16"
         return "bf16" if self.section(BF16).enabled else "fp32"
-
-    @hookimpl
-    def prepare_inputs(
-        self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        return engine.precision.cast_inputs(args, kwargs) if engine.precision.inputs else None
 
     @hookimpl
     def configure(self, plan: Plan) -> Sequence[Problem]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -258,19 +257,3 @@ class ReduceLROnPlateau(Params):
     cooldown: NonNegativeInt = 0
     min_lr: PerGroup = 0.0
     eps: NonNegativeFloat = 1e-8
-
-
-MODELS: Mapping[str, Mapping[str, type[Params]]] = {
-    "optimizer": {
-        model.__name__.lower(): model
-        for model in (SGD, Adagrad, Adadelta, Adamax, NAdam, RAdam, RMSprop, Rprop, ASGD)
-    },
-    "scheduler": {
-        model.__name__.lower(): model
-        for model in (
-            *(StepLR, MultiStepLR, ConstantLR, LinearLR, ExponentialLR, CosineAnnealingLR),
-            *(CosineAnnealingWarmRestarts, PolynomialLR, CyclicLR, OneCycleLR, ReduceLROnPlateau),
-        )
-    },
-}
-"""Kind -> name in lower case -> parameters."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from drivetrain.lazy import lazy_names
 
 if TYPE_CHECKING:
     from drivetrain.testing.accelerators import AcceleratorConformance as AcceleratorConformance
@@ -18,24 +19,14 @@ if TYPE_CHECKING:
     from drivetrain.testing.reference import reference_losses as reference_losses
     from drivetrain.testing.state import StateConformance as StateConformance
 
-_HOME = {
-    "AcceleratorConformance": "accelerators",
-    "OptimizerConformance": "optimizers",
-    "PluginConformance": "conformance",
-    "RankError": "distributed",
-    "RanksFailedError": "distributed",
-    "StateConformance": "state",
-    "assert_trains_like_reference": "reference",
-    "reference_losses": "reference",
-    "run_distributed": "distributed",
-}
-
-__all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'drivetrain.testing' has no attribute {name!r}")
-    value = getattr(import_module(f"drivetrain.testing.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "accelerators": "AcceleratorConformance",
+        "conformance": "PluginConformance",
+        "distributed": "RankError RanksFailedError run_distributed",
+        "optimizers": "OptimizerConformance",
+        "reference": "assert_trains_like_reference reference_losses",
+        "state": "StateConformance",
+    },
+)
