@@ -19,6 +19,9 @@ MAX_CORE_LINES = 8_579
 """Lines of code; the goal was 5,000 (docs/architecture.md, "Core is larger than was planned"). May
 only fall."""
 
+MAX_CONTRACT_LINES = 1_300
+MAX_ROOM_FILES = 11
+
 NO_CODE = (
     *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE),
     *(tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER),
@@ -108,6 +111,18 @@ def test_no_library_function_is_longer_than_50_lines() -> None:
         if (length := length_of(node) - len(docstring_lines(node))) > MAX_FUNCTION_LINES
     ]
     assert not long, "\n".join(long)
+
+
+def test_a_room_of_core_has_at_most_11_files_beside_its_face() -> None:
+    source = workspace.ROOT / "core" / "src" / "drivetrain"
+    rooms = Counter(p.parent for p in source.rglob("*.py") if p.name != "__init__.py")
+    full = {relative(room): n for room, n in rooms.items() if n > MAX_ROOM_FILES}
+    assert {name for name in full if not name.endswith("testing")} == set()
+
+
+def test_what_an_author_of_a_plugin_must_read_stays_short() -> None:
+    contracts = workspace.ROOT / "core" / "src" / "drivetrain" / "contracts"
+    assert sum(code_lines(p) for p in contracts.rglob("*.py")) <= MAX_CONTRACT_LINES
 
 
 def test_core_beside_its_testing_package_does_not_grow() -> None:

@@ -3,6 +3,7 @@
 1. Core imports no plugin and no kernel.
 2. Kernels import no plugin, and plugins never each other.
 3. The modules that a config is checked with never ask for torch themselves.
+4. The rooms of core import downwards only, types included; the exceptions are listed here.
 """
 
 from __future__ import annotations
@@ -22,11 +23,30 @@ from tools import workspace
 LIGHT = tuple(
     f"drivetrain.{name}"
     for name in (
-        *("errors", "section", "plugin", "hookspecs", "registry", "known", "hub", "config"),
-        *("batch", "mesh_layout", "plan", "builtin", "cli", "wording"),
+        *("errors", "wording", "version", "lazy", "cli", "plan", "sections", "contracts.plugin"),
+        *("contracts.world.mesh_layout", "contracts.loop.batch"),
     )
 )
 """Modules that must import without torch; a test imports each of them."""
+
+ROOMS = (
+    *("engine", "states", "checkpoint", "optimization", "precision"),
+    *("job", "sections", "communication", "plan", "contracts"),
+)
+"""The rooms of core, from the top down: each may import those after it."""
+
+UPWARDS = (
+    # Hooks are called with objects of every room; nothing but their types is named.
+    "contracts.plugin.hookspecs -> drivetrain.checkpoint.format.commit",
+    "contracts.plugin.hookspecs -> drivetrain.engine.engine",
+    "contracts.plugin.hookspecs -> drivetrain.job.job",
+    "contracts.plugin.hookspecs -> drivetrain.plan.plan",
+    "contracts.world.accelerator -> drivetrain.plan.plan",
+    # A job is the one door that opens upwards.
+    "job.job -> drivetrain.engine.compose",
+    "job.job -> drivetrain.engine.engine",
+)
+"""Imports between rooms that look up."""
 
 LINTER = Path(sys.executable).with_name("lint-imports")
 
@@ -72,15 +92,33 @@ def contracts(packages: Iterable[str]) -> configparser.ConfigParser:
     return config
 
 
+def rooms() -> configparser.ConfigParser:
+    """The contract of core's rooms; unlike the others it counts imports of types too."""
+    config = configparser.ConfigParser()
+    config["importlinter"] = {"root_packages": _lines(["drivetrain"])}
+    config["importlinter:contract:rooms"] = {
+        "name": "rooms of core import downwards",
+        "type": "layers",
+        "containers": "drivetrain",
+        "layers": _lines(ROOMS),
+        "ignore_imports": _lines(f"drivetrain.{arrow}" for arrow in UPWARDS),
+    }
+    return config
+
+
 def main() -> int:
-    """Check the packages in the working tree; answers import-linter's exit status."""
+    """Check the packages in the working tree; return import-linter's exit status."""
     distributions = workspace.load().values()
     packages = [package for d in distributions for package in d.packages]
     sources = os.pathsep.join(str(d.folder / "src") for d in distributions)
+    return max(_lint(config, sources) for config in (contracts(packages), rooms()))
+
+
+def _lint(config: configparser.ConfigParser, sources: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "contracts.ini")
         with path.open("w", encoding="utf-8") as file:
-            contracts(packages).write(file)
+            config.write(file)
         command = [str(LINTER), "--config", str(path), "--no-cache"]
         environment = {**os.environ, "PYTHONPATH": sources}
         return subprocess.run(command, cwd=folder, env=environment, check=False).returncode

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import pkgutil
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +48,8 @@ def loaded_by(statement: str) -> set[str]:
 def test_import_drivetrain_imports_nothing_but_itself() -> None:
     loaded = loaded_by("import drivetrain; drivetrain.__version__; dir(drivetrain)")
     assert not loaded & {"torch", "pydantic", "pluggy", "yaml", "click", "rich", "numpy"}
-    assert {name for name in loaded if name.startswith("drivetrain")} == {"drivetrain"}
+    own = {name for name in loaded if name.startswith("drivetrain")}
+    assert own == {"drivetrain", "drivetrain.lazy", "drivetrain.version"}
 
 
 def test_import_drivetrain_imports_no_plugin() -> None:
@@ -83,9 +88,25 @@ def test_public_names_resolve_to_what_can_be_called(name: str) -> None:
     assert callable(getattr(drivetrain, name))
 
 
-def test_a_function_is_not_shadowed_by_the_module_of_its_name() -> None:
-    code = "import drivetrain.units, drivetrain; print(callable(drivetrain.units))"
-    assert python(code) == "True"
-    code = "import drivetrain; drivetrain.units; import drivetrain.units as u; print(callable(u))"
-    assert python(code) == "True"
-    assert python("from drivetrain.units import units; print(callable(units))") == "True"
+FACES = [
+    *("drivetrain", "drivetrain.contracts", "drivetrain.plan", "drivetrain.job"),
+    *("drivetrain.engine", "drivetrain.testing"),
+]
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_a_face_gives_every_name_that_it_lists_and_type_checkers_see(face: str) -> None:
+    package = import_module(face)
+    tree = ast.parse(Path(package.__file__ or "").read_text("utf-8"))
+    checked = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name for node in ast.walk(checked[0]) for alias in getattr(node, "names", ())}
+    assert sorted(seen) == sorted(package.__all__)
+    assert all(hasattr(package, name) for name in package.__all__)
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_no_name_of_a_face_is_that_of_a_module_beside_it(face: str) -> None:
+    # the import system would bind the module to the name, whenever somebody imports it
+    package = import_module(face)
+    modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    assert set(package.__all__) & modules <= {"errors"}
