@@ -24,10 +24,18 @@ from drivetrain.errors import ConfigError
 from drivetrain.optimization import schedules
 from drivetrain.optimization.factory import make_rule
 from drivetrain.optimization.schedule_choice import make_schedule
+from drivetrain.plan.core_entries import ENTRIES
 from drivetrain.plan.params import Kind, check_params, declared_params
 from drivetrain.plan.plan import Plan
 from drivetrain.plan.registry import Registry
-from drivetrain.sections.torch_params import MODELS
+from drivetrain.sections import torch_params
+
+
+def torch_models(kind: Kind) -> list[type[Params]]:
+    """The models of torch's classes."""
+    places = ENTRIES[f"{kind}_params"].items()
+    return [getattr(torch_params, name) for name, place in places if "torch_params" in place]
+
 
 REGISTRY = Registry.installed()
 
@@ -37,10 +45,7 @@ ADAM_FLAGS = {
 
 RULES: dict[str, Callable[..., Any]] = {
     **{name: getattr(torch.optim, name) for name in ("Adam", "AdamW")},
-    **{
-        model.__name__: getattr(torch.optim, model.__name__)
-        for model in MODELS["optimizer"].values()
-    },
+    **{model.__name__: getattr(torch.optim, model.__name__) for model in torch_models("optimizer")},
     **{kind.__name__: kind for kind in (Lamb, Lion, Muon)},
     **{
         kind.__name__: kind
@@ -56,7 +61,7 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
     **{entry.name: getattr(schedules, entry.name) for entry in REGISTRY.entries("schedulers")},
     **{
         model.__name__: getattr(torch.optim.lr_scheduler, model.__name__)
-        for model in MODELS["scheduler"].values()
+        for model in torch_models("scheduler")
     },
 }
 NEEDED: dict[str, dict[str, Any]] = {

@@ -471,13 +471,9 @@ class Engine(nn.Module):
         self.progress.end_micro_batch()
         tokens = self._reporter.take_tokens() * self.job.mesh.size("data")
         self.progress.end_step(samples=samples, tokens=tokens, applied=self._applied)
+        loss, norm = self._losses.take(), self._norm
         self.last_report = self._reporter.report(
-            self,
-            rates=rates,
-            samples=samples,
-            tokens=tokens,
-            loss=self._losses.take(),
-            norm=self._norm,
+            self, rates=rates, samples=samples, tokens=tokens, loss=loss, norm=norm
         )
         self.job.hub.step_end(self, self.last_report)
 

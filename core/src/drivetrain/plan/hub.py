@@ -40,10 +40,17 @@ def _asked(spec: Callable[P, R]) -> Callable[Concatenate[Hub, P], R]:
         answer: R = hub._call(spec.__name__, **signature.bind(*arguments, **named).arguments)
         return answer
 
-    ask.__name__, ask.__doc__ = spec.__name__, spec.__doc__
+    return _like(ask, spec)
+
+
+def _like(method: Callable[..., R], spec: Callable[..., Any]) -> Callable[..., R]:
+    """Give a method name, docstring and signature of a hook's specification."""
+    method.__name__, method.__doc__ = spec.__name__, spec.__doc__
     hub = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    vars(ask)["__signature__"] = signature.replace(parameters=[hub, *signature.parameters.values()])
-    return ask
+    signature = inspect.signature(spec)
+    parameters = [hub, *signature.parameters.values()]
+    vars(method)["__signature__"] = signature.replace(parameters=parameters)
+    return method
 
 
 def _collected(spec: Callable[P, Sequence[T]]) -> Callable[Concatenate[Hub, P], list[T]]:
@@ -67,8 +74,7 @@ def _folded(spec: Callable[P, T | None]) -> Callable[Concatenate[Hub, P], T]:
         found = tuple(answer[name] for name in names)
         return cast("T", found if len(names) > 1 else found[0])
 
-    fold.__name__, fold.__doc__ = spec.__name__, spec.__doc__
-    return fold
+    return _like(fold, spec)
 
 
 class Hub:

@@ -1,0 +1,2 @@
+from drivetrain.job.job import Job as Job
+from drivetrain.job.job import init_distributed as init_distributed
