@@ -46,7 +46,7 @@ def time_collectives(elements: int, rounds: int) -> dict[str, dict[str, list[flo
 
     from drivetrain.communication.mesh import Mesh
     from drivetrain.communication.torch_communicator import TorchCommunicator
-    from drivetrain.contracts import MeshLayout
+    from drivetrain.plan.mesh_layout import MeshLayout
 
     dist.init_process_group("gloo")
     mesh = Mesh(MeshLayout.build(dist.get_world_size(), ()), dist.get_rank())

@@ -24,7 +24,7 @@ LIGHT = tuple(
     f"drivetrain.{name}"
     for name in (
         *("errors", "wording", "version", "lazy", "cli", "plan", "sections", "contracts.plugin"),
-        *("contracts.world.mesh_layout", "contracts.loop.batch"),
+        *("contracts.world.axis", "contracts.loop.batch"),
     )
 )
 """Modules that must import without torch; a test imports each of them."""

@@ -7,7 +7,8 @@ import torch
 from drivetrain.communication.byte_log import ByteLog
 from drivetrain.communication.mesh import Mesh
 from drivetrain.communication.torch_communicator import TorchCommunicator
-from drivetrain.contracts import Atom, MeshLayout, Purpose, Tag
+from drivetrain.contracts import Atom, Purpose, Tag
+from drivetrain.plan.mesh_layout import MeshLayout
 from drivetrain.testing import run_distributed
 
 META = torch.device("meta")

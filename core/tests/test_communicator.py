@@ -19,12 +19,12 @@ from drivetrain.contracts import (
     CommunicatorWrapper,
     Handle,
     Kind,
-    MeshLayout,
     Op,
     Purpose,
     Tag,
 )
 from drivetrain.errors import CommunicationError
+from drivetrain.plan.mesh_layout import MeshLayout
 from drivetrain.testing import run_distributed
 
 TAG = Tag(Purpose.GRADIENT, "bucket0", "backward")

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from drivetrain.communication.functional import Functional, functional
 from drivetrain.communication.mesh import Mesh
 from drivetrain.communication.torch_communicator import TorchCommunicator
-from drivetrain.contracts import MeshLayout, Purpose, Tag
+from drivetrain.contracts import Purpose, Tag
+from drivetrain.plan.mesh_layout import MeshLayout
 from drivetrain.testing import run_distributed
 
 WORLDS = (2, 3)

@@ -24,7 +24,7 @@ LIGHT = [
     "drivetrain.contracts.plugin.hookspecs",
     "drivetrain.plan.hub",
     "drivetrain.plan.known",
-    "drivetrain.contracts.world.mesh_layout",
+    "drivetrain.plan.mesh_layout",
     "drivetrain.plan",
     "drivetrain.contracts.plugin.plugin",
     "drivetrain.plan.registry",

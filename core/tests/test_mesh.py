@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from drivetrain.communication.mesh import Mesh
-from drivetrain.contracts import Atom, MeshLayout, SplitAxis
+from drivetrain.contracts import Atom, SplitAxis
 from drivetrain.errors import ConfigError
+from drivetrain.plan.mesh_layout import MeshLayout
 from drivetrain.testing import RanksFailedError, run_distributed
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from drivetrain.communication.mesh import Mesh
-from drivetrain.contracts import Atom, MeshLayout
+from drivetrain.contracts import Atom
 from drivetrain.errors import ConfigError
 from drivetrain.job.random_streams import RandomStreams
+from drivetrain.plan.mesh_layout import MeshLayout
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from drivetrain.contracts.world.collective import Collective, Kind, Purpose
 from drivetrain.contracts.world.communicator import Communicator, CommunicatorWrapper, Handle
 
 if TYPE_CHECKING:
-    from drivetrain.contracts.world.mesh_layout import Axis
+    from drivetrain.contracts.world.axis import Axis
 
 
 class Call(NamedTuple):

@@ -23,9 +23,9 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from drivetrain.contracts.world.axis import Axis
 from drivetrain.contracts.world.collective import Collective, Kind, Op, Purpose, Tag
 from drivetrain.contracts.world.communicator import Communicator
-from drivetrain.contracts.world.mesh_layout import Axis
 
 _TAG = Tag(Purpose.ACTIVATION, site="functional")
 

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from drivetrain.contracts.world.mesh_layout import Atom, Axis, MeshLayout, SubAxis
+from drivetrain.contracts.world.axis import Atom, Axis, SubAxis
 from drivetrain.errors import ConfigError
+from drivetrain.plan.mesh_layout import MeshLayout
 
 # How an mpu calls each axis, in the order in which names are tried.
 _MPU_NAMES = {

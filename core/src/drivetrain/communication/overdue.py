@@ -20,7 +20,7 @@ from drivetrain.errors import CommunicationError
 
 if TYPE_CHECKING:
     from drivetrain.communication.failure import FailureBoard
-    from drivetrain.contracts.world.mesh_layout import Axis
+    from drivetrain.contracts.world.axis import Axis
 
 LONG = timedelta(seconds=2)
 """How long a rank waits in a collective before it compares, and between two comparisons."""

@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from drivetrain.communication.failure import broken
 from drivetrain.communication.overdue import LONG, Issued
+from drivetrain.contracts.world.axis import Axis
 from drivetrain.contracts.world.collective import Collective, Kind, Op, is_float8
 from drivetrain.contracts.world.communicator import DONE, Communicator, Handle
-from drivetrain.contracts.world.mesh_layout import Axis
 from drivetrain.errors import CommunicationError
 
 if TYPE_CHECKING:

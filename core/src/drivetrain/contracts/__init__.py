@@ -31,10 +31,9 @@ __getattr__, __dir__, __all__ = lazy_names(
         "state.model_states": "GradientWatch ModelStates",
         "state.parameters": "ParameterHandle ParameterInfo ParameterTable Placement",
         "world.accelerator": "Accelerator",
+        "world.axis": "ATOMS Atom Axis AxisRequest NamedAxis SplitAxis SubAxis",
         "world.collective": "Collective Kind Op Purpose Tag axis_name is_float8",
         "world.communicator": "Communicator CommunicatorLayer CommunicatorPhase "
         "CommunicatorWrapper DONE Handle",
-        "world.mesh_layout": "ATOMS Atom Axis AxisRequest Digit MeshLayout NamedAxis "
-        "SplitAxis SubAxis",
     },
 )

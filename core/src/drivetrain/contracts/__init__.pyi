@@ -62,6 +62,13 @@ from drivetrain.contracts.state.parameters import ParameterInfo as ParameterInfo
 from drivetrain.contracts.state.parameters import ParameterTable as ParameterTable
 from drivetrain.contracts.state.parameters import Placement as Placement
 from drivetrain.contracts.world.accelerator import Accelerator as Accelerator
+from drivetrain.contracts.world.axis import ATOMS as ATOMS
+from drivetrain.contracts.world.axis import Atom as Atom
+from drivetrain.contracts.world.axis import Axis as Axis
+from drivetrain.contracts.world.axis import AxisRequest as AxisRequest
+from drivetrain.contracts.world.axis import NamedAxis as NamedAxis
+from drivetrain.contracts.world.axis import SplitAxis as SplitAxis
+from drivetrain.contracts.world.axis import SubAxis as SubAxis
 from drivetrain.contracts.world.collective import Collective as Collective
 from drivetrain.contracts.world.collective import Kind as Kind
 from drivetrain.contracts.world.collective import Op as Op
@@ -75,12 +82,3 @@ from drivetrain.contracts.world.communicator import CommunicatorLayer as Communi
 from drivetrain.contracts.world.communicator import CommunicatorPhase as CommunicatorPhase
 from drivetrain.contracts.world.communicator import CommunicatorWrapper as CommunicatorWrapper
 from drivetrain.contracts.world.communicator import Handle as Handle
-from drivetrain.contracts.world.mesh_layout import ATOMS as ATOMS
-from drivetrain.contracts.world.mesh_layout import Atom as Atom
-from drivetrain.contracts.world.mesh_layout import Axis as Axis
-from drivetrain.contracts.world.mesh_layout import AxisRequest as AxisRequest
-from drivetrain.contracts.world.mesh_layout import Digit as Digit
-from drivetrain.contracts.world.mesh_layout import MeshLayout as MeshLayout
-from drivetrain.contracts.world.mesh_layout import NamedAxis as NamedAxis
-from drivetrain.contracts.world.mesh_layout import SplitAxis as SplitAxis
-from drivetrain.contracts.world.mesh_layout import SubAxis as SubAxis

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel
 
 from drivetrain.contracts.loop.batch import ACCUMULATION, GLOBAL, MICRO, Batch
-from drivetrain.contracts.world.mesh_layout import ATOMS, Atom, AxisRequest, MeshLayout
+from drivetrain.contracts.world.axis import ATOMS, Atom, AxisRequest
 from drivetrain.errors import ConfigError
 from drivetrain.plan.config.composition import Composition, Member, compose
 from drivetrain.plan.config.loading import load_config, overlay
 from drivetrain.plan.hub import HOOKS, Hub
+from drivetrain.plan.mesh_layout import MeshLayout
 from drivetrain.plan.registry import Registry
 from drivetrain.version import __version__
 from drivetrain.wording import as_json

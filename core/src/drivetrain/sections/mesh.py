@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from drivetrain.contracts.plugin.plugin import Plugin, Sections, hookimpl
 from drivetrain.contracts.plugin.section import PositiveInt, Scalar
-from drivetrain.contracts.world.mesh_layout import Atom, AxisRequest
+from drivetrain.contracts.world.axis import Atom, AxisRequest
 
 if TYPE_CHECKING:
     from drivetrain.plan.plan import Plan

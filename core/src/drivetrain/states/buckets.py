@@ -18,8 +18,8 @@ from drivetrain.tensor_parts import is_wrapper
 if TYPE_CHECKING:
     from drivetrain.contracts.state.bucket import OptimizerPlan, UpdateRule
     from drivetrain.contracts.state.parameters import ParameterInfo, ParameterTable
+    from drivetrain.contracts.world.axis import Axis
     from drivetrain.contracts.world.communicator import Communicator
-    from drivetrain.contracts.world.mesh_layout import Axis
 
 
 @dataclass(frozen=True)

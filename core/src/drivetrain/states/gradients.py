@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from drivetrain.contracts.state.model_states import GradientWatch
-    from drivetrain.contracts.world.mesh_layout import Axis
+    from drivetrain.contracts.world.axis import Axis
 
 
 _taken: MutableMapping[nn.Parameter, None] = WeakTensorKeyDictionary()

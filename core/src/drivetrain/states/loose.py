@@ -17,7 +17,7 @@ from drivetrain.tensor_parts import copy_into, is_stored, tensor_parts
 
 if TYPE_CHECKING:
     from drivetrain.contracts.state.bucket import OptimizerPlan
-    from drivetrain.contracts.world.mesh_layout import Axis
+    from drivetrain.contracts.world.axis import Axis
     from drivetrain.job.job import Job
 
 

@@ -10,9 +10,9 @@ from torch import nn
 
 if TYPE_CHECKING:
     from drivetrain.contracts.state.parameters import ParameterTable
+    from drivetrain.contracts.world.axis import Axis
     from drivetrain.contracts.world.collective import Tag
     from drivetrain.contracts.world.communicator import Communicator
-    from drivetrain.contracts.world.mesh_layout import Axis
 
 
 def mark_sparse(module: nn.Module, table: ParameterTable) -> None:

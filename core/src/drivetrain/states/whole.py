@@ -17,7 +17,7 @@ from drivetrain.states.changed_parameters import digests
 from drivetrain.tensor_parts import tensor_parts
 
 if TYPE_CHECKING:
-    from drivetrain.contracts.world.mesh_layout import Axis
+    from drivetrain.contracts.world.axis import Axis
     from drivetrain.job.job import Job
 
 

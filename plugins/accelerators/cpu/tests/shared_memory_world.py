@@ -9,7 +9,8 @@ from drivetrain_cpu.shared_memory import SharedMemoryCommunicator, native_librar
 
 from drivetrain.communication.mesh import Mesh
 from drivetrain.communication.torch_communicator import TorchCommunicator
-from drivetrain.contracts import MeshLayout, Purpose, Tag
+from drivetrain.contracts import Purpose, Tag
+from drivetrain.plan.mesh_layout import MeshLayout
 
 TAG = Tag(Purpose.GRADIENT, "bucket0", "backward")
 # Small slots, so that small tensors take many turns.

@@ -23,9 +23,10 @@ from drivetrain.communication.byte_log import ByteLog
 from drivetrain.communication.failure import broken
 from drivetrain.communication.mesh import Mesh
 from drivetrain.communication.torch_communicator import TorchCommunicator
-from drivetrain.contracts import CommunicatorPhase, MeshLayout, Purpose
+from drivetrain.contracts import CommunicatorPhase, Purpose
 from drivetrain.errors import BuildError, CommunicationError
 from drivetrain.job.job import Job
+from drivetrain.plan.mesh_layout import MeshLayout
 from drivetrain.plan.plan import Plan
 from drivetrain.testing import RanksFailedError, run_distributed
 

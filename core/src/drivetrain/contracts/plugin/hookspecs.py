@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from drivetrain.contracts.state.home import StateHome
     from drivetrain.contracts.state.model_states import GradientWatch, ModelStates
     from drivetrain.contracts.world.accelerator import Accelerator
+    from drivetrain.contracts.world.axis import AxisRequest
     from drivetrain.contracts.world.communicator import CommunicatorLayer
-    from drivetrain.contracts.world.mesh_layout import AxisRequest
     from drivetrain.engine.engine import Engine
     from drivetrain.job.job import Job
     from drivetrain.plan.plan import Plan

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from drivetrain.contracts.state.parameters import ParameterInfo, Placement
-    from drivetrain.contracts.world.mesh_layout import Axis
+    from drivetrain.contracts.world.axis import Axis
 
 
 Hyper = Mapping[str, Any]

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from drivetrain.contracts.state.fragment import Box
 
 if TYPE_CHECKING:
-    from drivetrain.contracts.world.mesh_layout import Axis
+    from drivetrain.contracts.world.axis import Axis
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING
 
-from drivetrain.contracts.world.mesh_layout import Axis, SubAxis
+from drivetrain.contracts.world.axis import Axis, SubAxis
 
 if TYPE_CHECKING:
     import torch

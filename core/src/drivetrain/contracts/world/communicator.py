@@ -19,7 +19,7 @@ from drivetrain.contracts.world.collective import Collective, Kind, Op, Tag
 if TYPE_CHECKING:
     import torch
 
-    from drivetrain.contracts.world.mesh_layout import Axis
+    from drivetrain.contracts.world.axis import Axis
 
 
 class Handle(Protocol):
