@@ -12,7 +12,8 @@ from typing import Any
 import pluggy
 import pytest
 
-from drivetrain.contracts import Plugin, Problem, hookimpl, hookspecs
+from drivetrain.contracts import Plugin, Problem, hookimpl
+from drivetrain.contracts.plugin import hookspecs
 from drivetrain.errors import PluginError
 from drivetrain.plan.hub import HOOKS, Hub
 
