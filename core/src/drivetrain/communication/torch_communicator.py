@@ -166,10 +166,12 @@ class TorchCommunicator(Communicator):
 
     def _issued_on(self, axis: Axis) -> Issued | None:
         """What is issued on the ranks of ``axis``, under whatever name."""
+        if self._failures is None:
+            return None
         ranks = tuple(self._mesh.ranks(axis))
-        if self._failures is not None and ranks not in self._issued:
+        if ranks not in self._issued:
             self._issued[ranks] = Issued(self._failures, ranks[self._mesh.coordinate(axis)], ranks)
-        return self._issued.get(ranks)
+        return self._issued[ranks]
 
     def _compare(self, issued: Issued) -> None:
         try:
