@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LONG = timedelta(seconds=2)
 """How long a rank waits in a collective before it compares, and between two comparisons."""
 
-_RECENT = 64
+_RECENT = 32
 """Collectives of one group that a rank remembers: more than are under way at once."""
 
 _ASKED = 4
