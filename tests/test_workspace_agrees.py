@@ -121,6 +121,15 @@ def test_an_import_between_plugins_breaks_a_contract(tmp_path: Path) -> None:
     assert "core imports no plugin and no kernel KEPT" in done.stdout
 
 
+def test_the_guide_to_core_names_files_that_exist() -> None:
+    text = (workspace.ROOT / "docs" / "architecture.md").read_text("utf-8")
+    guide = text.partition("### Where is ...?")[2].partition("\n## ")[0]
+    named = re.findall(r"`([\w/]+\.py)`", guide)
+    source = workspace.ROOT / "core" / "src" / "drivetrain"
+    assert len(named) >= 10
+    assert [name for name in named if not (source / name).is_file()] == []
+
+
 def test_light_modules_import_no_torch() -> None:
     modules = check_imports.LIGHT
     code = f"""
