@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ Errors are written before anything breaks; a process that dies closes its connec
 
 _LOOK_SECONDS = 1.0
 """How long to wait for a process that neither accepts nor refuses a connection."""
+
+_ASKED = 64
+"""Ranks that are asked at a time whether they live, so that a large job does not flood itself."""
 
 _DIED = "died without an error of its own: it was killed, crashed, or left its script early"
 
@@ -82,6 +86,8 @@ class FailureBoard:
         self._acknowledged = False
         self._own = meeting.own_place()
         self._places: dict[int, pulse.Place] = {}
+        # Each rank begins with the next one, so that all together ask everybody.
+        self._others = deque((rank + 1 + i) % world_size for i in range(world_size - 1))
         self._looked = time.monotonic()
         store.set(f"place/{rank}", json.dumps(self._own))
 
@@ -117,7 +123,7 @@ class FailureBoard:
         """
         failure = self.first()
         if failure is None and time.monotonic() - self._looked > _LOOK_SECONDS:
-            failure = self._look()
+            failure = self._look(_ASKED)
         if failure is not None and failure.rank != self._rank:
             raise CommunicationError(f"{what} was broken off because {failure}")
 
@@ -126,7 +132,8 @@ class FailureBoard:
         failure = None
         for pause in _NOTICE_PAUSES:
             time.sleep(pause)
-            failure = self.first() or self._look()
+            at_last = pause == _NOTICE_PAUSES[-1]
+            failure = self.first() or self._look(self._world_size if at_last else _ASKED)
             if failure is not None:
                 break
         if failure is not None and failure.rank != self._rank:
@@ -172,11 +179,11 @@ class FailureBoard:
 
         aside.within(_FAREWELL_SECONDS, say)  # a host that is cut off says nothing for long
 
-    def _look(self) -> Failure | None:
-        """Look for a rank that died without an error, and tell the others of it."""
+    def _look(self, most: int) -> Failure | None:
+        """Look for one of the next ``most`` ranks that died without an error; tell the others."""
         self._looked = time.monotonic()
         with suppress(*_STORE_IS_GONE):
-            died = [rank for rank in self._ended() if not self._has("left", rank)]
+            died = [rank for rank in self._ended(most) if not self._has("left", rank)]
             if died:
                 self._write(Failure(died[0], _DIED))
                 return self.first()
@@ -190,10 +197,13 @@ class FailureBoard:
                 address, port = json.loads(self.store.get(f"place/{rank}"))
                 self._places[rank] = (address, port)
 
-    def _ended(self) -> list[int]:
-        """The ranks whose processes have ended."""
-        self._learn(range(self._world_size))
-        return pulse.ended(self._places, self._own, _LOOK_SECONDS)
+    def _ended(self, most: int) -> list[int]:
+        """Those of the next ``most`` ranks whose processes have ended."""
+        asked = list(self._others)[:most]
+        self._others.rotate(-len(asked))
+        self._learn(asked)
+        places = {rank: self._places[rank] for rank in asked if rank in self._places}
+        return pulse.ended(places, self._own, _LOOK_SECONDS)
 
     def _all_informed(self) -> bool:
         """True if every rank that does not know of the failure has ended."""
@@ -201,7 +211,7 @@ class FailureBoard:
         if now - self._looked < _LOOK_SECONDS:
             return False
         self._looked = now
-        ended = self._ended()
+        ended = self._ended(self._world_size)
         return all(self._has("knows", r) or r in ended for r in range(self._world_size))
 
     def _has(self, what: str, rank: int) -> bool:
