@@ -18,10 +18,10 @@ atexit.register(lambda: [say() for say in last_words])  # first to come, so last
 
 import torch
 import torch.distributed as dist
-from drivetrain.communication import failure, process_group
+from drivetrain.communication import process_group
 from drivetrain import init_distributed
 from drivetrain.contracts import Purpose, Tag
-from drivetrain.job.job import Job
+from drivetrain.job.job import Job, open_jobs
 from drivetrain.plan.plan import Plan
 from drivetrain.plan.registry import Registry, core_entries
 
@@ -65,7 +65,7 @@ def start(how):
             os.environ.update({name: str(value) for name, value in environment.items()})
             path = f"{folder}/{how} {number}"
             last_words.append(
-                lambda: open(path, "w").write(f"{dist.is_initialized()} {failure.open_jobs()}")
+                lambda: open(path, "w").write(f"{dist.is_initialized()} {open_jobs()}")
             )
             return number
         children.append(child)
