@@ -1,11 +1,13 @@
 """Tox plugin: one environment per distribution, with a shared torch and freshly built wheels.
 
 Every distribution of the workspace gets an environment of its own name, in which only that
-distribution and what it declares are installed. ``tox.ini`` says the rest, with these keys:
+distribution and what it declares are installed, and beside it ``long-NAME``, the same for the tests
+marked as long. ``tox.ini`` says the rest, with these keys:
 
 - ``distributions``: workspace distributions to install (default: the environment's own);
 - ``requirements``: what those declare from outside the workspace, for use in ``deps``;
-- ``tests`` and ``processes``: folder of the tests, and how many processes share them.
+- ``tests`` and ``processes``: folder of the tests, and how many processes share them;
+- ``marks``: which tests of that folder: ``not long``, or ``long`` in a long environment.
 
 The workspace part of an installation is built from the working tree in every run, so that no test
 ever runs against a stale wheel; ``pip check`` then holds the result against what is declared.
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
     from tox.tox_env.installer import InstallArguments
 
 WORKSPACE = workspace.load()
-ENVIRONMENTS = {d.environment: d for d in WORKSPACE.values()}
+ENVIRONMENTS = {
+    prefix + d.environment: d for d in WORKSPACE.values() for prefix in ("", workspace.LONG)
+}
 
 
 class Wheels:
@@ -72,7 +76,7 @@ WHEELS = Wheels()
 
 @impl
 def tox_extend_envs() -> Iterable[str]:
-    """Declare one environment per distribution."""
+    """Declare an ordinary and a long environment per distribution."""
     return tuple(ENVIRONMENTS)
 
 
@@ -81,7 +85,8 @@ def tox_add_core_config(core_conf: ConfigSet, state: State) -> None:
     """Describe each of them."""
     for name, distribution in ENVIRONMENTS.items():
         folder = distribution.folder.relative_to(workspace.ROOT)
-        description = f"test {distribution.name} ({folder}/) with nothing but what it declares"
+        tests = "the long tests of" if name.startswith(workspace.LONG) else "test"
+        description = f"{tests} {distribution.name} ({folder}/) with nothing but what it declares"
         loader = MemoryLoader(description=description)
         state.conf.memory_seed_loaders[name].append(loader)
 
@@ -102,6 +107,13 @@ def tox_add_env_config(env_conf: EnvConfigSet, state: State) -> None:
         of_type=str,
         default=str(own.folder / "tests") if own else "",
         desc="folder of the tests to run",
+    )
+    long = (env_conf.name or "").startswith(workspace.LONG)
+    env_conf.add_config(
+        keys=["marks"],
+        of_type=str,
+        default="long" if long else "not long",
+        desc="which tests to run, as pytest's -m takes it",
     )
     env_conf.add_config(
         keys=["processes"],

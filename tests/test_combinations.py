@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
@@ -162,7 +163,14 @@ def reference(config: dict[str, Any]) -> list[float]:
     return losses
 
 
+def beyond_pairs(values: Mapping[str, Sequence[Any]], count: int) -> list[dict[str, Any]]:
+    """Rows drawn at random: faults that need three values or more, for which pairs are too few."""
+    draw = random.Random(count).choice
+    return [{name: draw(values[name]) for name in sorted(values)} for _ in range(count)]
+
+
 ROWS = list(all_pairs(features()))
+MORE_ROWS = [pytest.param(row, marks=pytest.mark.long) for row in beyond_pairs(features(), 60)]
 
 
 def label(row: dict[str, Any]) -> str:
@@ -176,7 +184,7 @@ def test_the_rows_contain_every_pair_of_values() -> None:
             assert any(row[a] == x and row[b] == y for row in ROWS), (a, x, b, y)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=label)
+@pytest.mark.parametrize("row", [*ROWS, *MORE_ROWS], ids=label)
 def test_a_combination_trains_to_the_reference_or_is_refused_by_name(row: dict[str, Any]) -> None:
     config = config_of(row)
     active = [mode for mode in MODES if config.get(mode, {}).get("enabled")]

@@ -18,7 +18,7 @@ from packaging.version import Version
 import drivetrain
 from drivetrain.plan import known
 from drivetrain.plan.core_entries import ENTRIES
-from tools import check_imports, workspace
+from tools import check_imports, run_suite, workspace
 
 WORKSPACE = workspace.load()
 DISTRIBUTIONS = list(WORKSPACE.values())
@@ -80,10 +80,24 @@ def test_every_distribution_has_a_test_environment_of_its_own() -> None:
     names = [distribution.environment for distribution in DISTRIBUTIONS]
     assert len(set(names)) == len(names)
     assert not {"lint", "checkpoints", "integration", "docs"} & set(names)
+    assert not [name for name in names if name.startswith(workspace.LONG)]
     config = configparser.ConfigParser(interpolation=None)
     config.read(workspace.ROOT / "tox.ini", "utf-8")
     sections = {s.removeprefix("testenv:") for s in config.sections() if s.startswith("testenv:")}
-    assert sections - set(names) == {"lint", "checkpoints", "integration", "docs"}
+    ordinary = {section.removeprefix(f"{{,{workspace.LONG}}}") for section in sections}
+    assert ordinary - set(names) == {"lint", "checkpoints", "integration", "docs"}
+    # settings of tests hold in the long environment as well
+    assert sections & {*names, "checkpoints", "integration"} == set()
+
+
+def test_every_environment_with_tests_has_a_budget_of_minutes() -> None:
+    cheap, alone = run_suite.environments()
+    assert set(workspace.budgets()) == {*cheap, *alone} - {"lint"}
+
+
+def test_the_suite_runs_no_long_environment() -> None:
+    cheap, alone = run_suite.environments()
+    assert not [name for name in (*cheap, *alone) if name.startswith(workspace.LONG)]
 
 
 def test_the_readme_lists_exactly_the_packages_that_exist() -> None:

@@ -1,7 +1,8 @@
 """Run every tox environment of the workspace and print one summary of all their tests.
 
 Cheap environments run two at a time; those that use both cores themselves run alone afterwards. A
-failing environment does not keep the others from running.
+failing environment does not keep the others from running. Then it compares the minutes that each
+took with its budget (``tools/budgets.py``). Long environments are never run here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from xml.etree import ElementTree as ET
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import workspace
+from tools import budgets, workspace
 
 ALONE = ("core", "checkpoints", "integration")
 """Environments whose tests start several processes each and take minutes."""
@@ -53,10 +54,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("-p", "--parallel", type=int, default=2, help="cheap environments at once")
     parallel = parser.parse_args().parallel
-    started = time.time()
-    names = [d.environment for d in workspace.load().values()]
-    cheap = ["lint", *(name for name in names if name not in ALONE)]
-    alone = [name for name in ALONE if name in (*names, "checkpoints", "integration")]
+    started, other_work = time.time(), budgets.OtherWork()
+    cheap, alone = environments()
     work = workspace.ROOT / ".tox"
     for name in (*cheap, *alone):
         (work / name / "report.xml").unlink(missing_ok=True)
@@ -64,12 +63,30 @@ def main() -> int:
         _tox("run-parallel", "-p", str(parallel), "--parallel-no-spinner", "-e", ",".join(cheap)),
         _tox("run", "-e", ",".join(alone)),
     ]
-    return _summary(work, [*cheap, *alone], codes, time.time() - started)
+    late = _budgets(work, [*cheap, *alone], other_work.share())
+    return _summary(work, [*cheap, *alone], [*codes, int(late)], time.time() - started)
+
+
+def environments() -> tuple[list[str], list[str]]:
+    """Environments of the suite: those that may run two at a time, and those that run alone."""
+    names = [d.environment for d in workspace.load().values()]
+    cheap = ["lint", *(name for name in names if name not in ALONE)]
+    return cheap, [name for name in ALONE if name in (*names, "checkpoints", "integration")]
 
 
 def _tox(*arguments: str) -> int:
     command = [sys.executable, "-m", "tox", *arguments]
     return subprocess.run(command, cwd=workspace.ROOT, check=False).returncode
+
+
+def _budgets(work: Path, names: list[str], other_work: float) -> bool:
+    """Print minutes and budgets; returns True if the run fails for them."""
+    reports = {name: work / name / "report.xml" for name in names}
+    there = {name: report for name, report in reports.items() if report.is_file()}
+    found = budgets.spent(there, workspace.budgets())
+    failed, message = budgets.verdict(found, other_work)
+    print(budgets.table(found), message, sep="\n")
+    return failed
 
 
 def _summary(work: Path, names: list[str], codes: list[int], seconds: float) -> int:

@@ -16,6 +16,12 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
+LONG = "long-"
+"""Prefix of the environment that runs only the long tests of another environment."""
+
+MINUTES = 3.0
+"""Budget of a package's ordinary tests where its ``pyproject.toml`` declares none."""
+
 _FOLDERS = (
     "core/pyproject.toml",
     "kernels/pyproject.toml",
@@ -35,6 +41,7 @@ class Distribution:
         extras: extra name -> what that extra adds.
         test_requirements: its ``test`` dependency group: what only its own tests need.
         entry_points: entry point group -> names it registers.
+        minutes: budget of its ordinary tests, from ``[tool.drivetrain]``.
     """
 
     name: str
@@ -43,6 +50,7 @@ class Distribution:
     extras: Mapping[str, tuple[Requirement, ...]] = field(default_factory=dict)
     test_requirements: tuple[Requirement, ...] = ()
     entry_points: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    minutes: float = MINUTES
 
     @property
     def environment(self) -> str:
@@ -67,6 +75,17 @@ def load(root: Path = ROOT) -> dict[str, Distribution]:
     files = [path for pattern in _FOLDERS for path in sorted(root.glob(pattern))]
     found = [_read(path) for path in files]
     return {distribution.name: distribution for distribution in found}
+
+
+def budgets(root: Path = ROOT) -> dict[str, float]:
+    """Environment -> minutes that its ordinary tests may take.
+
+    A distribution declares its own; the ``pyproject.toml`` of the workspace declares those of the
+    environments that hold all distributions.
+    """
+    content = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+    shared: dict[str, float] = content["tool"]["drivetrain"]["minutes"]
+    return {d.environment: d.minutes for d in load(root).values()} | shared
 
 
 def closure(names: Iterable[str], workspace: Mapping[str, Distribution]) -> list[Distribution]:
@@ -115,6 +134,7 @@ def _read(path: Path) -> Distribution:
         extras={canonicalize_name(key): _parse(value) for key, value in extras.items()},
         test_requirements=_parse(content.get("dependency-groups", {}).get("test", [])),
         entry_points={group: tuple(names) for group, names in points.items()},
+        minutes=content.get("tool", {}).get("drivetrain", {}).get("minutes", MINUTES),
     )
 
 
