@@ -30,8 +30,9 @@ def test_ring_formulas_over_four_ranks():
     c.all_gather(tensor(100, dtype=torch.bfloat16), tensor(25, dtype=torch.bfloat16), "data", tag)
     c.broadcast(tensor(100), "data", tag)
     c.all_to_all(tensor(8, 2), tensor(8, 2), "data", tag)  # 64 bytes, a quarter is kept
-    c.send(tensor(10), "tp", tag, to=1)
-    c.receive(tensor(10), "tp", tag, source=1)
+    c.send_receive(
+        [(tensor(10), 1), (tensor(2, dtype=torch.float64), 1)], [(tensor(5), 1)], "tp", tag
+    )
     c.barrier("data", tag)
     counts = {call.op: (t.calls, t.payload_bytes, t.sent_bytes) for call, t in c.items()}
     assert counts == {
@@ -40,8 +41,7 @@ def test_ring_formulas_over_four_ranks():
         "all_gather": (1, 200, 150),
         "broadcast": (1, 400, 300),
         "all_to_all": (1, 64, 48),
-        "send": (1, 40, 40),
-        "receive": (1, 40, 0),
+        "send_receive": (1, 40 + 16 + 20, 40 + 16),
         "barrier": (1, 0, 0),
     }
 

@@ -248,7 +248,15 @@ def mistakes() -> None:
         ),
         (
             lambda: c.send(x(4), "data", TAG, to=c.rank("data")),
-            "is this rank itself",
+            f"send_receive of {where}position {c.rank('data')} is this rank itself",
+        ),
+        (
+            lambda: c.send_receive([(x(4), 1 - c.rank("data"))], [(x(4), 2)], "data", TAG),
+            f"send_receive of {where}there is no position 2 among 2 ranks",
+        ),
+        (
+            lambda: c.receive(x(4, 4).t(), "data", TAG, source=1 - c.rank("data")),
+            f"send_receive of {where}tensor of shape (4, 4), stride (1, 4) is not contiguous",
         ),
     ):
         assert message in refusal(call)

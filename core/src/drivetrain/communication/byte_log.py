@@ -28,11 +28,13 @@ class Traffic:
 
     Args:
         calls: number of collectives.
-        payload_bytes: size of the whole tensor that a collective is about: the reduced, broadcast
-            or sent tensor, the gathered output, the scattered or exchanged input.
+        payload_bytes: size of the whole tensor that a collective is about: the reduced or broadcast
+            tensor, the gathered output, the scattered or exchanged input, all tensors that a
+            send-receive sends and receives.
         sent_bytes: what this rank sends with the usual ring algorithms, for n payload bytes and s
             ranks: all-reduce 2n(s-1)/s; all-gather, reduce-scatter and broadcast n(s-1)/s (for
-            broadcast the mean over ranks); all-to-all what is not kept; send n; receive 0.
+            broadcast the mean over ranks); all-to-all what is not kept; send-receive
+            what it sends.
     """
 
     calls: int = 0
@@ -92,10 +94,8 @@ class ByteLog(CommunicatorWrapper):
     def _sent_bytes(self, collective: Collective, payload: int) -> float:
         """See :class:`Traffic`."""
         kind, splits = collective.kind, collective.input_splits
-        if kind is Kind.SEND:
-            return payload
-        if kind is Kind.RECEIVE:
-            return 0
+        if kind is Kind.SEND_RECEIVE:
+            return sum(tensor.nbytes for tensor in collective.tensors[: collective.sends])
         if splits is not None and collective.input.shape[0]:
             row = payload / collective.input.shape[0]
             return payload - row * splits[self.inner.rank(collective.axis)]
@@ -109,5 +109,7 @@ class ByteLog(CommunicatorWrapper):
 def _payload_bytes(collective: Collective) -> int:
     if collective.kind is Kind.BARRIER:
         return 0
+    if collective.kind is Kind.SEND_RECEIVE:
+        return sum(tensor.nbytes for tensor in collective.tensors)
     gathers = collective.kind is Kind.ALL_GATHER
     return (collective.output if gathers else collective.input).nbytes

@@ -7,14 +7,17 @@ size can be walked through on one machine. Over axes of one rank no process grou
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from drivetrain.communication import aside
 from drivetrain.communication.failure import broken
 from drivetrain.communication.overdue import LONG, Issued
 from drivetrain.contracts.world.axis import Axis
@@ -42,7 +45,7 @@ class _Line:
         rank: this rank's position.
         group: process group; ``None`` for one rank and on the meta device.
         exchanges: whether reduce-scatter is an exchange and a local sum; see :func:`_exchange`.
-        issued: compares with other ranks where the backend waits on the host; else ``None``.
+        issued: what the ranks compare where the backend waits on the host; else ``None``.
     """
 
     size: int
@@ -50,6 +53,33 @@ class _Line:
     group: dist.ProcessGroup | None
     exchanges: bool
     issued: Issued | None
+
+
+class _Messages:
+    """Messages under way, which are waited for like one of torch's collectives.
+
+    A thread waits for them where there is a limit: gloo closes the connection to a rank whose
+    message has not come within one.
+    """
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = works
+        self._arrival: Future[None] | None = None
+
+    def wait(self, limit: timedelta | None = None) -> None:
+        if limit is None and self._arrival is None:
+            self._join()
+            return
+        if self._arrival is None:
+            self._arrival = aside.begin(self._join)
+        self._arrival.result(None if limit is None else limit.total_seconds())
+
+    def is_completed(self) -> bool:
+        return self._arrival is not None and self._arrival.done()
+
+    def _join(self) -> None:
+        for work in self._works:
+            work.wait()
 
 
 class _Pending:
@@ -93,7 +123,7 @@ class _Pending:
         """Wait, but not for ever; true once it is through or broken."""
         try:
             self._work.wait(LONG)
-        except RuntimeError:  # also if only the time is over
+        except (RuntimeError, TimeoutError):  # also if only the time is over
             return bool(self._work.is_completed())
         return True
 
@@ -164,7 +194,7 @@ class TorchCommunicator(Communicator):
             )
         return line
 
-    def _issued_on(self, axis: Axis) -> Issued | None:
+    def _issued_on(self, axis: Axis) -> Issued:
         """What is issued on the ranks of ``axis``, under whatever name."""
         if self._failures is None:
             return None
@@ -190,7 +220,9 @@ class TorchCommunicator(Communicator):
             raise explain(error) from error
         if line.issued is not None:
             line.issued.note(collective)
-        overdue = None if line.issued is None else partial(self._compare, line.issued)
+        overdue = None
+        if line.issued is not None and line.issued.board is not None:
+            overdue = partial(self._compare, line.issued)
         pending = _Pending(work, finish, explain, overdue)
         if collective.asynchronous:
             return pending
@@ -215,10 +247,8 @@ class TorchCommunicator(Communicator):
                 how["output_split_sizes"] = _listed(c.output_splits)
                 how["input_split_sizes"] = _listed(c.input_splits)
                 return dist.all_to_all_single(_movable(c.output), _movable(c.input), **how), None
-            case Kind.SEND:
-                return dist.isend(_movable(c.input), group=line.group, group_dst=c.peer), None
-            case Kind.RECEIVE:
-                return dist.irecv(_movable(c.output), group=line.group, group_src=c.peer), None
+            case Kind.SEND_RECEIVE:
+                return _Messages(dist.batch_isend_irecv(list(_operations(c, line)))), None
             case Kind.BARRIER:
                 # An all-reduce works on every backend without being told a device.
                 return dist.all_reduce(torch.zeros(1, device=self._device), **how), None
@@ -247,6 +277,17 @@ def _exchange(c: Collective, line: _Line) -> tuple[Any, Callable[[], object]]:
     received = torch.empty_like(c.input)
     work = dist.all_to_all_single(received, c.input, group=line.group, async_op=True)
     return work, partial(_reduce_rows, c.output.view(-1), received.view(line.size, -1), c.op)
+
+
+def _operations(c: Collective, line: _Line) -> Iterator[dist.P2POp]:
+    """Torch's words for messages; one alone too, as NCCL connects ranks otherwise outside of a
+    batch, and the other side may have it in one.
+    """
+    for number, (tensor, peer) in enumerate(zip(c.tensors, c.peers, strict=True)):
+        sent = number < c.sends
+        tag = 0 if line.issued is None else line.issued.message(tensor, peer, sent)
+        way = dist.isend if sent else dist.irecv
+        yield dist.P2POp(way, _movable(tensor), None, line.group, tag, group_peer=peer)
 
 
 def _listed(splits: Sequence[int] | None) -> list[int] | None:

@@ -59,8 +59,7 @@ class Kind(StrEnum):
     ALL_GATHER = "all_gather"
     BROADCAST = "broadcast"
     ALL_TO_ALL = "all_to_all"
-    SEND = "send"
-    RECEIVE = "receive"
+    SEND_RECEIVE = "send_receive"
     BARRIER = "barrier"
 
 
@@ -71,17 +70,18 @@ class Collective:
     Args:
         kind: which collective.
         tensors: (output, input) where they differ, one tensor where it works in place or goes one
-            way, none for a barrier.
+            way, none for a barrier; of a send-receive all that are sent, then all that come.
         axis: over which ranks.
         tag: its name.
         op: how values are combined, where they are.
         asynchronous: whether the tensors are left alone until the handle is waited for.
-        peer: position along the axis that a broadcast or ``receive`` comes from, or ``send`` goes
-            to.
+        peer: position along the axis that a broadcast comes from.
         output_splits: rows of the output that come from each rank; ``None`` for equal shares.
         input_splits: rows of the input that go to each rank; ``None`` for equal shares.
         settled: of an all-gather: every rank's input stays as it is from one other collective of
             the axis to the next, so that whoever can read it where it lies may do so alone.
+        peers: of a send-receive: for each tensor the position that it goes to or comes from.
+        sends: of a send-receive: how many of the tensors are sent.
     """
 
     kind: Kind
@@ -94,6 +94,8 @@ class Collective:
     output_splits: Sequence[int] | None = None
     input_splits: Sequence[int] | None = None
     settled: bool = False
+    peers: Sequence[int] = ()
+    sends: int = 0
 
     @property
     def output(self) -> torch.Tensor:
@@ -115,9 +117,13 @@ class Collective:
         """
         if self.kind is Kind.BARRIER:
             return None
-        return _not_alike(self.tensors) or self._misfit(size, rank)
+        if self.kind is Kind.SEND_RECEIVE:
+            pairs = zip(self.tensors, self.peers, strict=True)
+            flaws = (_not_alike((t,)) or _no_peer(peer, size, rank) for t, peer in pairs)
+            return next(filter(None, flaws), None)
+        return _not_alike(self.tensors) or self._misfit(size)
 
-    def _misfit(self, size: int, rank: int) -> str | None:
+    def _misfit(self, size: int) -> str | None:
         match self.kind:
             case Kind.ALL_REDUCE:
                 return _not_reducible(self.input)
@@ -129,11 +135,7 @@ class Collective:
             case Kind.ALL_TO_ALL:
                 misfit = _no_rows("input", self.input, self.input_splits, size)
                 return misfit or _no_rows("output", self.output, self.output_splits, size)
-        if not 0 <= self.peer < size:
-            return f"there is no position {self.peer} among {size} ranks"
-        if self.peer == rank and self.kind is not Kind.BROADCAST:
-            return f"position {self.peer} is this rank itself"
-        return None
+        return _no_peer(self.peer, size)
 
 
 def axis_name(axis: Axis) -> str:
@@ -170,6 +172,12 @@ def _not_reducible(tensor: torch.Tensor) -> str | None:
     if is_float8(tensor.dtype):
         return f"{tensor.dtype} cannot be reduced; cast it to bfloat16 first"
     return None
+
+
+def _no_peer(peer: int, size: int, rank: int | None = None) -> str | None:
+    if not 0 <= peer < size:
+        return f"there is no position {peer} among {size} ranks"
+    return f"position {peer} is this rank itself" if peer == rank else None
 
 
 def _no_parts(*, whole: torch.Tensor, part: torch.Tensor, size: int) -> str | None:

@@ -158,7 +158,9 @@ class Communicator(ABC):
         asynchronous: bool = False,
     ) -> Handle:
         """Copy ``tensor`` of the rank at position ``source`` of ``axis`` to all others."""
-        return self._to_or_from(Kind.BROADCAST, tensor, axis, tag, source, asynchronous)
+        return self.run(
+            Collective(Kind.BROADCAST, (tensor,), axis, tag, Op.SUM, asynchronous, source)
+        )
 
     def all_to_all(
         self,
@@ -187,26 +189,53 @@ class Communicator(ABC):
             )
         )
 
+    def send_receive(
+        self,
+        sends: Sequence[tuple[torch.Tensor, int]],
+        receives: Sequence[tuple[torch.Tensor, int]],
+        axis: Axis,
+        tag: Tag,
+        *,
+        asynchronous: bool = False,
+    ) -> Handle:
+        """Send and receive several tensors as one, so that no order of them can hang.
+
+        Each comes with the position of ``axis`` that it goes to or comes from. Only ranks that have
+        messages call it. Messages from one rank to another arrive in the order in which they are
+        issued, with the shape and dtype that they are sent with; ranks may put them into calls in
+        different ways. The first collective of an axis, whichever it is, is one that all its ranks
+        take part in, since NCCL connects them there.
+        """
+        tensors, peers = zip(*sends, *receives, strict=True) if sends or receives else ((), ())
+        if not tensors:
+            return DONE
+        return self.run(
+            Collective(
+                Kind.SEND_RECEIVE,
+                tensors,
+                axis,
+                tag,
+                asynchronous=asynchronous,
+                peers=peers,
+                sends=len(sends),
+            )
+        )
+
     def send(
         self, tensor: torch.Tensor, axis: Axis, tag: Tag, *, to: int, asynchronous: bool = False
     ) -> Handle:
-        """Send ``tensor`` to position ``to`` of ``axis``."""
-        return self._to_or_from(Kind.SEND, tensor, axis, tag, to, asynchronous)
+        """Send ``tensor`` to position ``to`` of ``axis``; see :meth:`send_receive`."""
+        return self.send_receive([(tensor, to)], (), axis, tag, asynchronous=asynchronous)
 
     def receive(
         self, tensor: torch.Tensor, axis: Axis, tag: Tag, *, source: int, asynchronous: bool = False
     ) -> Handle:
-        """Receive into ``tensor`` from position ``source`` of ``axis``."""
-        return self._to_or_from(Kind.RECEIVE, tensor, axis, tag, source, asynchronous)
+        """Receive into ``tensor`` from position ``source``; see :meth:`send_receive`."""
+        return self.send_receive((), [(tensor, source)], axis, tag, asynchronous=asynchronous)
 
     def barrier(self, axis: Axis, tag: Tag) -> None:
         """Wait until every rank of ``axis`` is here."""
         self.run(Collective(Kind.BARRIER, (), axis, tag))
-
-    def _to_or_from(
-        self, kind: Kind, tensor: torch.Tensor, axis: Axis, tag: Tag, peer: int, asynchronous: bool
-    ) -> Handle:
-        return self.run(Collective(kind, (tensor,), axis, tag, Op.SUM, asynchronous, peer))
 
 
 class CommunicatorWrapper(Communicator):
