@@ -270,7 +270,8 @@ class GradientReducer:
         bucket = slot.bucket
         if gradient is not None:
             slot.used = slot.arrived = True
-            gradient = gradient.detach()  # it has a graph after backward(create_graph=True)
+            if gradient.requires_grad:  # it has a graph after backward(create_graph=True)
+                gradient = gradient.detach()
             if bucket.sent:
                 slot.late = gradient if slot.late is None else slot.late + gradient
                 return
