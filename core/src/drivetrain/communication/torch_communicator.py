@@ -194,7 +194,7 @@ class TorchCommunicator(Communicator):
             )
         return line
 
-    def _issued_on(self, axis: Axis) -> Issued:
+    def _issued_on(self, axis: Axis) -> Issued | None:
         """What is issued on the ranks of ``axis``, under whatever name."""
         if self._failures is None:
             return None
