@@ -219,8 +219,7 @@ def refusal(call: Callable[[], Any]) -> str:
 def mistakes() -> None:
     f, _, _ = start()
     counts = torch.ones(f.size, dtype=torch.long)
-    wrong = counts.clone()
-    wrong[0] = 1 if f.rank != 1 else -1
+    wrong = torch.tensor([-1, 3]) if f.rank == 1 else counts  # which adds up
     message = refusal(lambda: f.counts(wrong, f.size))
     assert "control/test over 'data' are negative or do not add up" in message
     assert "at position 1" in message
