@@ -203,9 +203,9 @@ class TorchCommunicator(Communicator):
             self._issued[ranks] = Issued(self._failures, ranks[self._mesh.coordinate(axis)], ranks)
         return self._issued[ranks]
 
-    def _compare(self, issued: Issued) -> None:
+    def _compare(self, issued: Issued, needs: dict[str, int]) -> None:
         try:
-            issued.compare()
+            issued.compare(needs)
         except CommunicationError:
             # Torch waits in the destructor of a group for what is under way, which never ends.
             for line in self._lines.values():
@@ -218,11 +218,9 @@ class TorchCommunicator(Communicator):
             work, finish = self._start(collective, line)
         except RuntimeError as error:
             raise explain(error) from error
-        if line.issued is not None:
-            line.issued.note(collective)
         overdue = None
-        if line.issued is not None and line.issued.board is not None:
-            overdue = partial(self._compare, line.issued)
+        if line.issued is not None:
+            overdue = partial(self._compare, line.issued, line.issued.note(collective))
         pending = _Pending(work, finish, explain, overdue)
         if collective.asynchronous:
             return pending
