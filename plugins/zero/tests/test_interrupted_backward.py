@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def engine_of(stage: int, shared_memory: bool, **changes: Any) -> Engine:
         "gradient_clipping": 0.0,
         "optimizer": {"type": "SGD", "params": {"lr": RATE}},
         "steps_per_print": 0,
-        "cpu": {"shared_memory": shared_memory},
+        **({"cpu": {"shared_memory": shared_memory}} if find_spec("drivetrain_cpu") else {}),
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         **changes,
     }
