@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 
 import pytest
@@ -18,6 +19,7 @@ from drivetrain.contracts import (
     CommunicatorPhase,
     CommunicatorWrapper,
     Plugin,
+    Section,
     hookimpl,
 )
 from drivetrain.errors import CommunicationError, ConfigError, PluginError
@@ -226,8 +228,8 @@ class Missing(Gadget):
     absent = "the driver is not loaded"
 
 
-def plan_with(*accelerators: type[Accelerator], **config) -> Plan:
-    registry = Registry(core_entries())
+def plan_with(*accelerators: type[Accelerator], brought: tuple[type, ...] = (), **config) -> Plan:
+    registry = Registry(core_entries()).with_plugins(*brought)
     for accelerator in accelerators:
         registry.add("accelerators", accelerator.name, accelerator)
     return Plan.build(config, world_size=1, batch_required=False, registry=registry)
@@ -263,6 +265,64 @@ def test_an_accelerator_asked_for_must_work(monkeypatch):
     monkeypatch.setenv("DRIVETRAIN_ACCELERATOR", "missing")
     with pytest.raises(ConfigError, match="DRIVETRAIN_ACCELERATOR asks for 'missing'"):
         choose_accelerator(plan_with(Missing))
+
+
+class PreferenceSection(Section):
+    first: tuple[str, ...]
+
+
+class Preference(Plugin):
+    """Chooses the first accelerator of a list that works here; without one, leaves it to core."""
+
+    name = "preference"
+    sections = {"preference": PreferenceSection}
+
+    @hookimpl
+    def select_accelerator(
+        self, candidates: Mapping[str, Accelerator], requested: str | None
+    ) -> Accelerator | None:
+        assert requested is None or list(candidates) == [requested]
+        names = self.section(PreferenceSection).first
+        return next((candidates[name] for name in names if name in candidates), None)
+
+
+class Invention(Plugin):
+    name = "invention"
+
+    @hookimpl
+    def select_accelerator(self) -> Accelerator:
+        return Gadget()
+
+
+def chosen_by_preference(*first: str, **config) -> str:
+    config = {"preference": {"first": first}, **config}
+    plan = plan_with(Gadget, Gizmo, Missing, brought=(Preference,), **config)
+    return choose_accelerator(plan).name
+
+
+def test_a_plugin_may_choose_by_its_section_among_the_accelerators_that_work():
+    assert chosen_by_preference("gizmo", "gadget") == "gizmo"
+    assert chosen_by_preference("missing", "gadget", "gizmo") == "gadget"
+    assert chosen_by_preference("cpu") == "cpu"
+
+
+def test_a_plugin_that_chooses_none_leaves_the_choice_as_it_was():
+    with pytest.raises(ConfigError, match="gadget, gizmo all claim this process"):
+        chosen_by_preference("missing")
+    assert chosen_by_preference("gadget", accelerator="gizmo") == "gizmo"
+
+
+def test_a_job_opens_on_the_accelerator_that_a_plugin_chose():
+    section = {"first": ["gizmo"]}
+    with Job.open(plan_with(Gadget, Gizmo, brought=(Preference,), preference=section)) as job:
+        assert isinstance(job.accelerator, Gizmo)
+        assert active_accelerator() == "gizmo"
+
+
+def test_a_plugin_may_choose_nothing_but_a_candidate():
+    plan = plan_with(Gizmo, brought=(Invention,), plugins={"invention": True}, accelerator="gizmo")
+    with pytest.raises(PluginError, match=r"no candidate \(gizmo\): it has to return one of"):
+        choose_accelerator(plan)
 
 
 class Abacus(Gadget):

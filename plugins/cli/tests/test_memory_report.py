@@ -197,7 +197,7 @@ class Lender(Plugin):
     name = "lender"
     sections = {"lender": Section}
 
-    @hookimpl(optionalhook=True)
+    @hookimpl
     def memory_rows(self, engine: Any, block_activations: int) -> list[tuple[str, str, int, int]]:
         n = block_activations
         return [

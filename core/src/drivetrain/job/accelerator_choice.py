@@ -103,6 +103,12 @@ def choose_accelerator(plan: Plan | None = None) -> Accelerator:
         else:
             logger.info("accelerator %s is not used: %s", name, reason)
     chosen = plan.hub.select_accelerator(candidates, requested) if plan is not None else None
+    if chosen is not None and chosen not in candidates.values():
+        names = ", ".join(candidates) or "there is none"
+        raise PluginError(
+            f"the hook select_accelerator chose {chosen!r}, which is no candidate ({names}): it "
+            "has to return one of the accelerators that it gets"
+        )
     chosen = chosen or _only(candidates)
     if plan is not None:
         chosen.configure(plan)

@@ -177,6 +177,7 @@ class Hub:
     carry_out_save = _asked(hookspecs.carry_out_save)
     load_state = _asked(hookspecs.load_state)
     report_rows = _collected(hookspecs.report_rows)
+    memory_rows = _collected(hookspecs.memory_rows)
 
     # -- calling ----------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ PHASES = {
     "backward": ("backward",),
     "step": ("optimizer_step", "step_end"),
     "checkpoint": ("save_state", "state_fragments", "carry_out_save", "load_state"),
-    "report": ("report_rows",),
+    "report": ("report_rows", "memory_rows"),
 }
 """The way of a job: moment -> hooks that run in it, in order."""
 

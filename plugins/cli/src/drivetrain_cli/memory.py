@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import pluggy
 
 from drivetrain.precision.precision import Precision
 from drivetrain.sections.optimization import OptimizerSection
 from drivetrain.states.units import units
-from drivetrain_cli import hookspecs
 from drivetrain_cli.rehearsal import rehearsal
 from drivetrain_cli.stand_in import Shape, StandIn, block_activations, model_of, without_memory
 
@@ -144,7 +141,7 @@ def forecast(
         each, notes = _activations(engine, model, sequence)
         if engine.job.plan.section(OptimizerSection).type is None:
             notes.append(f"the config names no optimizer; {engine.get_type()} is assumed")
-        added = list(rows_of_plugins(engine, each, blocks))
+        added = engine.job.hub.memory_rows(engine, each, blocks)
         whole = [(ACTIVATIONS, "device", each * blocks, 0)]
         return Forecast(held_rows(engine), [*added, *whole], notes)
 
@@ -175,19 +172,6 @@ def held_rows(engine: Engine) -> list[Row]:
             sizes["parameter", "device"] += storage.nbytes()
             counted.add(storage._cdata)
     return [(kind, place, nbytes, 0) for (kind, place), nbytes in sizes.items()]
-
-
-def rows_of_plugins(engine: Engine, block_activations: int, blocks: int) -> Iterator[Row]:
-    """What plugins add to it, see :func:`~drivetrain_cli.hookspecs.memory_rows`."""
-    manager = pluggy.PluginManager("drivetrain")
-    manager.add_hookspecs(hookspecs)
-    for name, plugin in engine.job.hub.plugins.items():
-        manager.register(plugin, name)
-    answers: Iterable[Iterable[Row]] = manager.hook.memory_rows(
-        engine=engine, block_activations=block_activations, blocks=blocks
-    )
-    for answer in answers:
-        yield from answer
 
 
 def _order(row: Row) -> int:

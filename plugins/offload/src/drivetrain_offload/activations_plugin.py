@@ -93,7 +93,7 @@ class ActivationOffload(LogsMemory):
             )
         return found
 
-    @hookimpl(optionalhook=True)  # of drivetrain-cli
+    @hookimpl
     def memory_rows(
         self, engine: Engine, block_activations: int, blocks: int
     ) -> Sequence[tuple[str, str, int, int]]:

@@ -101,6 +101,6 @@ class Offload(LogsMemory):
             self._zenflow,
         )
 
-    @hookimpl(optionalhook=True)  # of drivetrain-cli
+    @hookimpl
     def memory_rows(self, engine: Engine) -> Sequence[tuple[str, str, int, int]]:
         return [(r.kind, r.place, r.nbytes, r.locked) for r in noted_memory(engine.job)]

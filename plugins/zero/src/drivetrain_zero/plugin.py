@@ -104,7 +104,7 @@ class Zero(Plugin):
 
         return ZeroStates(job, module, optimizer, policy_of(job, self.config))
 
-    @hookimpl(optionalhook=True)  # of drivetrain-cli
+    @hookimpl
     def memory_rows(self, engine: Engine) -> Sequence[tuple[str, str, int, int]]:
         from drivetrain_zero.states import ZeroStates
 

@@ -86,7 +86,8 @@ def select_accelerator(
     """Choose the accelerator of this process among candidates that probed well.
 
     First result. Once per process, on every rank, before the process group exists, so it must not
-    communicate. ``requested`` is the config's or the environment's explicit wish.
+    communicate. ``requested`` is the config's or the environment's explicit wish; then it is the
+    only candidate. An answer that is no candidate raises ``PluginError``.
     """
 
 
@@ -264,5 +265,22 @@ def report_rows() -> Sequence[tuple[str, str]]:
     """Lines for ``drivetrain report``: (label, value).
 
     Collect. Called outside a job; must not start devices or communicate.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def memory_rows(
+    engine: Engine, block_activations: int, blocks: int
+) -> Sequence[tuple[str, str, int, int]]:
+    """Memory of one rank that is neither parameter nor state: (kind, place, bytes, locked bytes).
+
+    Collect. Once per forecast (``drivetrain report --memory``), in one process that stands for a
+    rank; ``engine`` was put together of tensors without memory (device ``meta``) and will not run.
+    Places are ``"device"``, ``"host"`` and ``"nvme"``; locked bytes are a part of the host's. Rows
+    of one kind are added up, so a plugin that moves something also returns a negative row for the
+    place where it was. ``block_activations`` is what autograd saves, in bytes, in the forward of
+    one of the model's ``blocks`` blocks; 0 if unknown. Must not communicate, allocate or touch
+    files.
     """
     raise NotImplementedError
