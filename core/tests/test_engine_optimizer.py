@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from drivetrain.errors import ConfigError, TrainingError
-from drivetrain.optimization.factory import EngineOptimizer, rule_from_optimizer
+from drivetrain.optimization.facade import EngineOptimizer
+from drivetrain.optimization.factory import rule_from_optimizer
 
 
 class Calls(list):

@@ -20,10 +20,6 @@ PLUGIN = "plugin"
 """Kind of tensors that are a plugin's."""
 
 
-_LONGEST = 1 << 28
-"""Characters of JSON; a manifest that is longer is not read."""
-
-
 def plugin_state(hub: Hub, engine: Any) -> StateWriter:
     """The state of all plugins.
 

@@ -438,7 +438,7 @@ class ZeroStates(ModelStates):
         self.detach()
         self._gathering = None
         self._buckets, self._sums = [], []
-        del self._reducer
+        del self._reducer, self._watch
         gc.collect()  # hooks and units refer to each other; states go before others come
         self._build(steps)
         restore_states(self._buckets, kept)

@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from drivetrain.errors import _LONGEST, CheckpointError
+from drivetrain.errors import CheckpointError
+
+_LONGEST = 1 << 28
+"""Characters of JSON; a manifest that is longer is not read."""
+
+_DEEPEST = 200
+"""Lists and dicts inside each other."""
+
+_WIDEST = 10_000
+"""Bits of an integer. Python does not write more than 4,300 digits."""
 
 
 class StateWriter:
@@ -143,10 +152,3 @@ def _length(value: Any, known: dict[int, int], depth: int, longest: int) -> int:
                 raise _NotPlainError("", f" (more than {longest:,} characters of JSON)")
         known[id(value)] = length
     return known[id(value)]
-
-
-_DEEPEST = 200
-
-
-_WIDEST = 10_000
-"""Bits of an integer. Python does not write more than 4,300 digits."""
