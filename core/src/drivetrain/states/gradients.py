@@ -40,7 +40,7 @@ _taken: MutableMapping[nn.Parameter, None] = WeakTensorKeyDictionary()
 """Parameters whose gradients a reducer takes away, so that a second one would get none."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Slot:
     """One parameter's place in a bucket.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -179,7 +180,8 @@ class ShardedParameter(WholeOnDemand):
         slot: Slot | None,
     ) -> None:
         super().__init__()
-        self._slot = slot
+        # A slot and its bucket refer to each other, so a handle would keep those of an old layout.
+        self._slot = None if slot is None else weakref.ref(slot)
         self._job = job
         self.unit = unit
         self._bucket = bucket
@@ -208,8 +210,8 @@ class ShardedParameter(WholeOnDemand):
         if self._bucket.watch is not None:
             self._bucket.watch.note()  # changes were looked for above, with better advice
         self._bucket.trust_shown()
-        if self._slot is not None:
-            self._slot.note()
+        if self._slot is not None and (slot := self._slot()) is not None:
+            slot.note()
         self.unit.unpin()
 
     def _take_over(self) -> None:
