@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,8 +12,16 @@ from torch import nn
 import drivetrain
 from drivetrain.engine.engine import Engine
 from drivetrain.errors import TrainingError
+from drivetrain.job.job import open_jobs
 
 BF16 = {"bf16": {"enabled": True}}
+
+
+@pytest.fixture(autouse=True)
+def jobs_are_closed() -> Iterator[None]:
+    yield
+    for job in open_jobs()[::-1]:
+        job.close()
 
 
 def engine_of(**config: Any) -> Engine:
