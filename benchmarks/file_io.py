@@ -20,8 +20,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from drivetrain_offload.bench.io_measure import move
 from drivetrain_offload.file_io import IOSettings
-from drivetrain_offload.io_measure import move
 
 FIO_ENGINES = {"io_uring": "io_uring", "libaio": "libaio", "threads": "psync"}
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 from drivetrain_kernels.rules import FusedAdam
+from drivetrain_offload.bench.io_measure import move, scratch_file
 from drivetrain_offload.file_io import IOSettings
-from drivetrain_offload.io_measure import move, scratch_file
-from drivetrain_offload.nvme_home import nvme_homes
+from drivetrain_offload.files.home import nvme_homes
 from drivetrain_offload.section import Aio, OffloadOptimizer
 
 from drivetrain.contracts import BucketSpec, Segment, StateHome

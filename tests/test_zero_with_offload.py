@@ -198,7 +198,7 @@ def test_freezing_and_overwriting_weights_works_as_without_offload(stage: int, m
 
 def written_by_ranks_of_different_speed(given: dict[str, Any]) -> bool:
     """Whether the fast rank reads what the slow one had to write into its shard."""
-    from drivetrain_zero.handle import ShardedParameter
+    from drivetrain_zero.gathering.handle import ShardedParameter
 
     engine, take_over = start(given), ShardedParameter._take_over
 

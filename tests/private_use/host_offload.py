@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 import torch
 from device_memory import allocated
-from drivetrain_offload.copies import CopyStream, Mark
-from drivetrain_offload.host_side import HostSide
+from drivetrain_offload.host.copies import CopyStream, Mark
+from drivetrain_offload.host.side import HostSide
 from on_demand import loss_of, start
 
 from drivetrain.contracts import UpdateRule
@@ -62,8 +62,8 @@ class LateStream(CopyStream):
 def late_copies() -> Iterator[None]:
     """Every copy happens at the last moment."""
     with (
-        patch("drivetrain_offload.host_side.CopyStream", LateStream),
-        patch("drivetrain_offload.parameter_stores.CopyStream", LateStream),
+        patch("drivetrain_offload.host.side.CopyStream", LateStream),
+        patch("drivetrain_offload.parameters.stores.CopyStream", LateStream),
     ):
         yield
 

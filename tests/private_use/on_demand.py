@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from device_memory import allocated
 from drivetrain_offload import offload_states, reload_states, state_devices
-from drivetrain_offload.storages import PlacedStorage
+from drivetrain_offload.on_demand.storages import PlacedStorage
 from torch import nn
 from warp_ranks import WarpWithRanks
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drivetrain_offload.nvme_home import nvme_homes
+from drivetrain_offload.files.home import nvme_homes
 from drivetrain_offload.section import Aio, OffloadOptimizer
 from offload_harness import spec_of
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from drivetrain_offload.activation_files import FileMemory, Slots
-from drivetrain_offload.activations import ActivationOffloader
-from drivetrain_offload.activations_plugin import ActivationOffload, ActivationOffloadSection
+from drivetrain_offload.activations.files import FileMemory, Slots
+from drivetrain_offload.activations.plugin import ActivationOffload, ActivationOffloadSection
+from drivetrain_offload.activations.saved import ActivationOffloader
 from drivetrain_offload.file_io import AsyncFile, FileIOError
 from drivetrain_offload.file_io.faults import Faults
 from torch import nn

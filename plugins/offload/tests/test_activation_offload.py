@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from drivetrain_offload.activation_memory import Activation, HostActivation, HostMemory, HostPool
-from drivetrain_offload.activations import ActivationOffloader
-from drivetrain_offload.activations_plugin import ActivationOffload, ActivationOffloadSection
-from drivetrain_offload.copies import Reached
+from drivetrain_offload.activations.memory import Activation, HostActivation, HostMemory, HostPool
+from drivetrain_offload.activations.plugin import ActivationOffload, ActivationOffloadSection
+from drivetrain_offload.activations.saved import ActivationOffloader
+from drivetrain_offload.host.copies import Reached
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from drivetrain_offload.activation_files import FileMemory
-from drivetrain_offload.activation_memory import HostMemory
-from drivetrain_offload.activations import ActivationOffloader
-from drivetrain_offload.activations_plugin import ActivationOffloadSection
+from drivetrain_offload.activations.files import FileMemory
+from drivetrain_offload.activations.memory import HostMemory
+from drivetrain_offload.activations.plugin import ActivationOffloadSection
+from drivetrain_offload.activations.saved import ActivationOffloader
 from drivetrain_offload.file_io import AsyncFile
 from torch import nn
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_kernels.rules import FusedAdam, FusedSGD
-from drivetrain_offload.host_home import HostHome
+from drivetrain_offload.homes.host import HostHome
 from drivetrain_offload.zenflow_section import ZenFlow
 from offload_harness import adopt, on_device, opened, place, spec_of, states, values
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from drivetrain_kernels.rules import FusedAdam, FusedLamb, FusedLion, FusedSGD
-from drivetrain_offload.delayed_home import DelayedHome
-from drivetrain_offload.host_home import HostHome
+from drivetrain_offload.homes.delayed import DelayedHome
+from drivetrain_offload.homes.host import HostHome
+from drivetrain_offload.homes.speculative import SpeculativeHome
+from drivetrain_offload.homes.split import SplitHome, cuts, part_of
+from drivetrain_offload.homes.zenflow import ZenFlowHome
 from drivetrain_offload.placement import state_bytes
-from drivetrain_offload.speculative_home import SpeculativeHome
-from drivetrain_offload.split_home import SplitHome, cuts, part_of
-from drivetrain_offload.zenflow_home import ZenFlowHome
 from drivetrain_offload.zenflow_section import ZenFlow
 from offload_harness import (
     PRECISIONS,
@@ -244,7 +244,7 @@ def all_tensors(found: object) -> list[torch.Tensor]:
 
 def test_too_little_memory_is_an_error_before_any_is_taken(monkeypatch) -> None:
     spec = spec_of(FusedAdam())
-    monkeypatch.setattr("drivetrain_offload.host_memory.available_bytes", lambda: 12 * 73 - 1)
+    monkeypatch.setattr("drivetrain_offload.host.memory.available_bytes", lambda: 12 * 73 - 1)
     with opened() as job, pytest.raises(ConfigError, match="needs 876 bytes of masters") as caught:
         place(job, [spec])
     assert "zero_optimization.offload_optimizer" in str(caught.value)
@@ -252,7 +252,7 @@ def test_too_little_memory_is_an_error_before_any_is_taken(monkeypatch) -> None:
 
 
 def test_exactly_enough_memory_is_enough(monkeypatch) -> None:
-    monkeypatch.setattr("drivetrain_offload.host_memory.available_bytes", lambda: 12 * 73)
+    monkeypatch.setattr("drivetrain_offload.host.memory.available_bytes", lambda: 12 * 73)
     with opened() as job:
         place(job, [spec_of(FusedAdam())])
 
@@ -272,7 +272,7 @@ def test_training_in_bf16_is_that_of_plain_torch() -> None:
 
 
 def refuse_on_one_rank() -> str:
-    import drivetrain_offload.host_memory as memory
+    import drivetrain_offload.host.memory as memory
 
     import drivetrain
     from drivetrain.testing.models import mlp

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from drivetrain_offload import host_memory
+from drivetrain_offload.host import memory as host_memory
 
 from drivetrain.errors import ConfigError
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from drivetrain_offload.bench.io_bench import io_bench
+from drivetrain_offload.bench.io_measure import Measurement, Row, best, scratch_file
 from drivetrain_offload.file_io import IOSettings
 from drivetrain_offload.file_io.engine import LATENCY_BUCKETS, Latencies, bucket_start
-from drivetrain_offload.io_bench import io_bench
-from drivetrain_offload.io_measure import Measurement, Row, best, scratch_file
 from drivetrain_offload.section import Aio
 
 from drivetrain.plan.plan import Plan

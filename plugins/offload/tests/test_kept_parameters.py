@@ -9,8 +9,8 @@ import pytest
 import torch
 from drivetrain_kernels.rules import FusedAdam
 from drivetrain_offload.file_io import AsyncFile, FileIOError
-from drivetrain_offload.kept_parameters import KeptParameters, UpdateOrder
-from drivetrain_offload.parameter_stores import FileStore
+from drivetrain_offload.parameters.kept import KeptParameters, UpdateOrder
+from drivetrain_offload.parameters.stores import FileStore
 from offload_harness import PRECISIONS, adopt, spec_of, states, values
 
 from drivetrain.contracts import BucketSpec, StateHome

@@ -11,7 +11,7 @@ import torch
 from drivetrain_kernels.rules import FusedAdam
 from drivetrain_offload.file_io import FileIOError
 from drivetrain_offload.file_io.faults import SHORT, Fault, Faults
-from drivetrain_offload.swap_folder import SwapFolder
+from drivetrain_offload.files.swap_folder import SwapFolder
 from nvme_harness import TILE, files_in, in_files, large_spec
 from offload_harness import adopt, assert_same, on_device, opened, step, values
 

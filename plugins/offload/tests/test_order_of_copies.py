@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_kernels.rules import FusedAdam
-from drivetrain_offload.copies import Lanes, Reached
-from drivetrain_offload.host_home import HostHome
+from drivetrain_offload.homes.host import HostHome
+from drivetrain_offload.host.copies import Lanes, Reached
 from offload_harness import adopt, opened, place, spec_of, step, values
 
 

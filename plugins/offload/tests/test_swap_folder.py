@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from drivetrain_offload.file_io import FileIOError
+from drivetrain_offload.files.swap_folder import SwapFolder
 from drivetrain_offload.section import Aio
-from drivetrain_offload.swap_folder import SwapFolder
 from nvme_harness import files_in
 
 OURS = f"drivetrain-{os.geteuid()}"
 OWNER = """
 import os, sys, time, torch
 from drivetrain_offload.section import Aio
-from drivetrain_offload.swap_folder import SwapFolder
+from drivetrain_offload.files.swap_folder import SwapFolder
 folder = SwapFolder(sys.argv[1], rank=3)
 file = folder.create("states", Aio())
 file.write_sync(torch.arange(10_000))

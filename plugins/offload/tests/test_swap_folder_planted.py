@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from drivetrain_offload.file_io import FileIOError
+from drivetrain_offload.files.swap_folder import SwapFolder
 from drivetrain_offload.section import Aio
-from drivetrain_offload.swap_folder import SwapFolder
 
 OURS = f"drivetrain-{os.geteuid()}"
 JOB = "host-pid1-rank0-abc"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from drivetrain_offload.update_order import UpdateOrder
+from drivetrain_offload.parameters.update_order import UpdateOrder
 from hypothesis import given
 from hypothesis import strategies as st
 

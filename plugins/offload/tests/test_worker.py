@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from drivetrain_offload.worker import Worker
+from drivetrain_offload.host.worker import Worker
 
 from drivetrain.errors import TrainingError
 
@@ -85,7 +85,7 @@ def test_closing_ends_the_thread_and_drops_what_is_queued() -> None:
 def test_a_process_ends_well_though_nobody_closed_its_job() -> None:
     script = """
 import threading, time, torch
-from drivetrain_offload.worker import Worker
+from drivetrain_offload.host.worker import Worker
 weights, begun = torch.zeros(1 << 20), threading.Event()
 def work():
     begun.set()

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_kernels.rules import FusedAdam, FusedLamb, FusedSGD
-from drivetrain_offload.importance import important
-from drivetrain_offload.split_home import part_of
+from drivetrain_offload.homes.importance import important
+from drivetrain_offload.homes.split import part_of
 from drivetrain_offload.zenflow_section import ZenFlow
 from offload_harness import adopt, config, opened, place, spec_of, states, step, values
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from drivetrain_zero.order import Pass, learned
+from drivetrain_zero.gathering.order import Pass, learned
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from drivetrain_zero.packing import ALIGNMENT, WORTH_PAGES, pack
+from drivetrain_zero.shards.packing import ALIGNMENT, WORTH_PAGES, pack
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -7,8 +7,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from drivetrain_zero.shards.whole_memory import WholeMemory
 from drivetrain_zero.states import ZeroStates
-from drivetrain_zero.whole_memory import WholeMemory
 
 import drivetrain
 from drivetrain.testing import run_distributed

@@ -7,7 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from drivetrain_zero import Init, TiledLinear, TiledLinearReturnBias
-from drivetrain_zero.gathered_unit import GatheredUnit, find_units
+from drivetrain_zero.gathering.unit import GatheredUnit, find_units
 from torch import nn
 
 import drivetrain

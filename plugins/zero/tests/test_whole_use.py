@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from drivetrain_zero import export
+from drivetrain_zero.scripts import export
 from safetensors.torch import load_file
 from torch import nn
 

@@ -438,7 +438,9 @@ class PeakMemory(threading.Thread):
 
     def __enter__(self) -> PeakMemory:
         # Freed memory goes back at once, so that the process's size is what is in use.
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
+        libc.malloc_trim(0)  # what was let go of before would hide what comes now
         self.before, self.peak, self.ended = self.now(), 0, False
         self.start()
         return self

@@ -10,10 +10,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from drivetrain_zero.bucket import ShardedBucket
-from drivetrain_zero.gathering import Gathering
-from drivetrain_zero.gradients import GradientMemory, ReduceScatterBucket
-from drivetrain_zero.packing import Packing
+from drivetrain_zero.gathering.gathering import Gathering
+from drivetrain_zero.shards.bucket import ShardedBucket
+from drivetrain_zero.shards.gradients import GradientMemory, ReduceScatterBucket
+from drivetrain_zero.shards.packing import Packing
 from drivetrain_zero.states import ZeroStates
 from zero_harness import SGD, Run, config, plain, sgd, train
 from zero_models import BODY, REENTRANT, ROUTED, UNEVEN

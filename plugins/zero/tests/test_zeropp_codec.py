@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drivetrain_zero import block_codec
-from drivetrain_zero.block_codec import BLOCK, BlockCodec
+from drivetrain_zero.compressed import block_codec
+from drivetrain_zero.compressed.block_codec import BLOCK, BlockCodec
 
 LARGEST = {"int8": 127, "int4": 7}
 CODECS = [BlockCodec("int8"), BlockCodec("int4")]

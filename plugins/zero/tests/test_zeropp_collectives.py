@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from drivetrain_zero.block_codec import BlockCodec
-from drivetrain_zero.error_feedback import ErrorFeedback
+from drivetrain_zero.compressed.block_codec import BlockCodec
+from drivetrain_zero.compressed.error_feedback import ErrorFeedback
 
 from drivetrain.contracts import Op, Purpose, Tag
 from drivetrain.errors import CommunicationError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from drivetrain_zero.nodes import Hops, find_hops
+from drivetrain_zero.compressed.nodes import Hops, find_hops
 
 from drivetrain.contracts import SubAxis
 

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from drivetrain.contracts import Plugin, hookimpl
 from drivetrain.sections.observability import MemoryBreakdown, StepsPerPrint
-from drivetrain_offload.locked_memory import is_locked
+from drivetrain_offload.host.locked import is_locked
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
@@ -73,7 +73,7 @@ def memory_table(engine: Engine) -> list[MemoryRow]:
     on the device, workspace) is not in it; the accelerator counts it. Copies nothing and does not
     communicate.
     """
-    from drivetrain_offload.suspended import SuspendedStates
+    from drivetrain_offload.on_demand.suspended import SuspendedStates
 
     sizes: dict[tuple[str, str], int] = defaultdict(int)
     locked: dict[tuple[str, str], int] = defaultdict(int)

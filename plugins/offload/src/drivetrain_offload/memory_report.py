@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from drivetrain_offload.host_memory import available_bytes, lockable, total_bytes
+from drivetrain_offload.host.memory import available_bytes, lockable, total_bytes
 
 _GIB = 1 << 30
 

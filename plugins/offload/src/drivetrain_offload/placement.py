@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from drivetrain.contracts import BucketSpec, StateHome
 from drivetrain.errors import ConfigError
 from drivetrain.states.device_home import DeviceHome
-from drivetrain_offload.copies import Lanes
-from drivetrain_offload.delayed_home import DelayedHome
-from drivetrain_offload.host_home import HostHome
-from drivetrain_offload.host_memory import refuse_too_little
-from drivetrain_offload.host_side import HostSide
-from drivetrain_offload.speculative_home import SpeculativeHome
-from drivetrain_offload.split_home import SplitHome, cuts, part_of
-from drivetrain_offload.zenflow_home import ZenFlowHome
+from drivetrain_offload.homes.delayed import DelayedHome
+from drivetrain_offload.homes.host import HostHome
+from drivetrain_offload.homes.speculative import SpeculativeHome
+from drivetrain_offload.homes.split import SplitHome, cuts, part_of
+from drivetrain_offload.homes.zenflow import ZenFlowHome
+from drivetrain_offload.host.copies import Lanes
+from drivetrain_offload.host.memory import refuse_too_little
+from drivetrain_offload.host.side import HostSide
 
 if TYPE_CHECKING:
     from drivetrain.job.job import Job
@@ -52,7 +52,7 @@ def homes_of(
     homes = _state_homes(job, specs, optimizer, aio, zenflow)
     if param.device == "none":
         return homes
-    from drivetrain_offload.kept_parameters import keep
+    from drivetrain_offload.parameters.kept import keep
 
     return keep(job, specs, homes, param, aio)
 
@@ -69,7 +69,7 @@ def _state_homes(
         return [DeviceHome(spec) for spec in specs]
     make: Factory = partial(host_homes, job, section, zenflow=zenflow)
     if section.device == "nvme":
-        from drivetrain_offload.nvme_home import nvme_homes
+        from drivetrain_offload.files.home import nvme_homes
 
         make = partial(nvme_homes, job, section=section, aio=aio)
     return divided_homes(specs, section.ratio, make)

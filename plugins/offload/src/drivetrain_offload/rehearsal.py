@@ -15,13 +15,13 @@ import torch
 
 from drivetrain.contracts import BucketSpec, Fragment, ParameterHome, StateHome
 from drivetrain.states.device_home import DeviceHome, segment_fragment
-from drivetrain_offload.kept_parameters import stay_on_host
+from drivetrain_offload.files.home import kinds_of, refuse_communicating, tile_limit
+from drivetrain_offload.files.tiles import TileLayout, buffers_for
+from drivetrain_offload.homes.split import SplitHome
 from drivetrain_offload.memory import MemoryRow, note_memory
-from drivetrain_offload.nvme_home import kinds_of, refuse_communicating, tile_limit
+from drivetrain_offload.parameters.kept import stay_on_host
+from drivetrain_offload.parameters.update_order import TRAVELLING, room_for
 from drivetrain_offload.placement import divided_homes, way_of
-from drivetrain_offload.split_home import SplitHome
-from drivetrain_offload.tiles import TileLayout, buffers_for
-from drivetrain_offload.update_order import TRAVELLING, room_for
 
 if TYPE_CHECKING:
     from drivetrain.contracts import Hyper

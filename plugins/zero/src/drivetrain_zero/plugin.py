@@ -91,7 +91,7 @@ class Zero(Plugin):
         )
         if not any(quantised):
             return ()
-        from drivetrain_zero.layers import layers_of
+        from drivetrain_zero.compressed.layers import layers_of
 
         return layers_of(job, config)
 

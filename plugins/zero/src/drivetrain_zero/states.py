@@ -18,23 +18,23 @@ from drivetrain.states.gradient_norm import sum_of_squares
 from drivetrain.states.gradients import GradientReducer, Slot
 from drivetrain.states.loose import loose_fragments, synchronise_loose, trained_parameters
 from drivetrain.states.whole import handed_over
-from drivetrain_zero import outside_use, released
-from drivetrain_zero.agreement import agreement_of
-from drivetrain_zero.bucket import ShardedBucket
-from drivetrain_zero.copies import guard_copies
-from drivetrain_zero.foreign_changes import ForeignChanges
-from drivetrain_zero.frozen import bucketed, plan_frozen
-from drivetrain_zero.gathered_unit import GatheredUnit, find_units
-from drivetrain_zero.gathering import Gathering
-from drivetrain_zero.gradients import GradientMemory, ReduceScatterBucket
-from drivetrain_zero.guards import refuse_communicating, refuse_released_state_dict
-from drivetrain_zero.handle import ShardedParameter
-from drivetrain_zero.init_shards import refuse_other_layout
-from drivetrain_zero.layers import kept_errors
-from drivetrain_zero.order_agreement import agree_on_order
-from drivetrain_zero.passing_memory import most_gathered
+from drivetrain_zero.compressed.layers import kept_errors
+from drivetrain_zero.gathering import outside_use, released
+from drivetrain_zero.gathering.agreement import agreement_of
+from drivetrain_zero.gathering.gathering import Gathering
+from drivetrain_zero.gathering.guards import refuse_communicating, refuse_released_state_dict
+from drivetrain_zero.gathering.handle import ShardedParameter
+from drivetrain_zero.gathering.order_agreement import agree_on_order
+from drivetrain_zero.gathering.unit import GatheredUnit, find_units
+from drivetrain_zero.init.shards import refuse_other_layout
 from drivetrain_zero.policy import ZeroPolicy
-from drivetrain_zero.reshard import collect_states, restore_states
+from drivetrain_zero.scripts.copies import guard_copies
+from drivetrain_zero.shards.bucket import ShardedBucket
+from drivetrain_zero.shards.foreign_changes import ForeignChanges
+from drivetrain_zero.shards.frozen import bucketed, plan_frozen
+from drivetrain_zero.shards.gradients import GradientMemory, ReduceScatterBucket
+from drivetrain_zero.shards.passing_memory import most_gathered
+from drivetrain_zero.shards.reshard import collect_states, restore_states
 
 if TYPE_CHECKING:
     from drivetrain.contracts import OptimizerPlan

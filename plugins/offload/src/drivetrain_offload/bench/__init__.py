@@ -1,0 +1,1 @@
+"""``drivetrain io-bench``: what disks do under which settings."""

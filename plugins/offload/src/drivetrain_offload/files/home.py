@@ -1,0 +1,349 @@
+"""States in files: read, updated in host memory and written back, tile by tile."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from drivetrain.contracts import BucketSpec, BucketView, Fragment, Segment, StateHome, UpdateRule
+from drivetrain.errors import ConfigError
+from drivetrain.states.device_home import DeviceHome, bucket_fragment, segment_fragment
+from drivetrain_offload.files.pipeline import Place, StateFile, TilePipeline
+from drivetrain_offload.files.swap_folder import SwapFolder
+from drivetrain_offload.files.tiles import Tile, TileLayout, buffers_for
+from drivetrain_offload.host.memory import PinnedMemory
+from drivetrain_offload.host.side import as_they_are
+from drivetrain_offload.memory import MemoryRow, note_memory
+
+if TYPE_CHECKING:
+    from drivetrain.contracts import Hyper
+    from drivetrain.job.job import Job
+    from drivetrain_offload.section import Aio, OffloadOptimizer
+
+logger = logging.getLogger("drivetrain.offload")
+
+_PATH = "zero_optimization.offload_optimizer"
+MASTER = "master"
+
+
+class Staging:
+    """Page-locked memory for one tile of gradients and one of parameters on their way.
+
+    Args:
+        memory: locks pages as far as the config allows.
+    """
+
+    def __init__(self, memory: PinnedMemory) -> None:
+        self._memory = memory
+        self._gradient = memory.empty(0)
+        self._parameters = memory.empty(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory that it takes."""
+        return self._gradient.nbytes + self._parameters.nbytes
+
+    def reserve(self, gradient: int, parameters: int) -> None:
+        """Make room for tiles of that many bytes."""
+        if gradient > self._gradient.nbytes:
+            self._gradient = self._memory.empty(gradient)
+        if parameters > self._parameters.nbytes:
+            self._parameters = self._memory.empty(parameters)
+
+    def gradient(self, source: torch.Tensor) -> torch.Tensor:
+        """``source`` where a rule can run on the host: itself, or a copy."""
+        return source if _is_near(source) else _like(self._gradient, source).copy_(source)
+
+    def parameters(self, target: torch.Tensor, *, filled: bool) -> torch.Tensor:
+        """Host memory for ``target``: itself, or a place beside it, with its values if wanted."""
+        if _is_near(target):
+            return target
+        place = _like(self._parameters, target)
+        return place.copy_(target) if filled else place
+
+
+class NvmeHome(StateHome):
+    """Masters and optimizer states of one bucket in a file.
+
+    An update goes through the bucket tile by tile: while the rule runs on one, the next are read
+    and the last are written. What rules keep per bucket, and not per element, stays in memory.
+
+    Args:
+        spec: the bucket.
+        store: its file.
+        pipeline: shared by the homes of a job.
+        staging: likewise.
+    """
+
+    name = "nvme"
+
+    def __init__(
+        self, spec: BucketSpec, store: StateFile, pipeline: TilePipeline, staging: Staging
+    ) -> None:
+        self.spec = spec
+        self.step = 0
+        self._store = store
+        self.pipeline = pipeline
+        self.staging = staging
+        self._parameters = torch.empty(0)
+        self._own: dict[str, torch.Tensor] = {}
+
+    # -- the way of a step ----------------------------------------------------------------------
+
+    def adopt(self, parameters: torch.Tensor, originals: torch.Tensor) -> None:
+        self._parameters = parameters
+        initial = {}
+        for state in _rule(self.spec).states(self.spec):
+            initial[state.name] = state.initial
+            if state.numel is not None:
+                dtype = state.dtype or self.spec.state_dtype
+                self._own[state.name] = torch.full((state.numel,), state.initial, dtype=dtype)
+        for tile, kinds in self._tiles(self.pipeline.blank):
+            for kind, values in kinds.items():
+                if kind == MASTER:
+                    values.copy_(tile.of(originals))
+                else:
+                    values.fill_(initial[kind])
+
+    def gradient_ready(self, gradient: torch.Tensor) -> None:
+        pass  # the first tiles have been read since the last update
+
+    def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
+        self.step += 1
+        hyper = as_they_are(hyper)
+        if isinstance(scale, torch.Tensor):
+            scale = scale.cpu()
+        for tile, kinds in self._tiles(self.pipeline.take):
+            self._update_tile(tile, kinds, gradient, hyper, scale)
+
+    def publish(self) -> None:
+        pass  # parameters are written as their tiles are updated
+
+    def refresh(self) -> None:
+        if self.spec.has_masters:
+            for tile, kinds in self._tiles(self.pipeline.take):
+                kinds[MASTER].copy_(tile.of(self._parameters))
+
+    def flush(self) -> None:
+        self.pipeline.drain()
+
+    # -- internals ------------------------------------------------------------------------------
+
+    def _tiles(
+        self, take: Callable[[Place], torch.Tensor]
+    ) -> Iterator[tuple[Tile, dict[str, torch.Tensor]]]:
+        """Every tile and what is kept of it, by kind; written back when the next is asked for."""
+        layout = self._store.layout
+        for index, tile in enumerate(layout.tiles):
+            place = Place(self._store, index)
+            yield tile, layout.views(tile, take(place))
+            self.pipeline.give_back(place)
+
+    def _update_tile(
+        self,
+        tile: Tile,
+        kinds: dict[str, torch.Tensor],
+        gradient: torch.Tensor,
+        hyper: Mapping[str, Any],
+        scale: float | torch.Tensor,
+    ) -> None:
+        there = tile.of(self._parameters)
+        here = self.staging.parameters(there, filled=not self.spec.has_masters)
+        view = BucketView(
+            key=tile.key,
+            weights=kinds.pop(MASTER, here),
+            gradient=self.staging.gradient(tile.of(gradient)),
+            states={**kinds, **self._own},
+            segments=tile.segments,
+            step=self.step,
+            out=here if self.spec.has_masters else None,
+            reduction=self.spec.reduction,
+        )
+        _rule(self.spec).apply(view, hyper, scale)
+        if here is not there:
+            there.copy_(here)
+
+    # -- fragments ------------------------------------------------------------------------------
+
+    def fragments(self) -> Sequence[Fragment]:
+        fresh = {state.name: state.initial for state in _rule(self.spec).states(self.spec)}
+        found = [
+            self._fragment(segment, kind, dtype, fresh.get(kind, 0.0))
+            for segment in self.spec.segments
+            for kind, dtype in self._store.layout.kinds.items()
+        ]
+        key = self.spec.key
+        return found + [
+            bucket_fragment(key, kind, flat, "host", initial=fresh[kind])
+            for kind, flat in self._own.items()
+        ]
+
+    def _fragment(
+        self, segment: Segment, kind: str, dtype: torch.dtype, initial: float
+    ) -> Fragment:
+        start, stop = segment.offset, segment.offset + segment.numel
+
+        def read() -> torch.Tensor:
+            self.flush()
+            return self._store.read_part(kind, start, stop)
+
+        def write(values: torch.Tensor) -> None:
+            self.pipeline.settle()
+            self._store.write_part(kind, start, values.reshape(-1))
+
+        # Its boxes come from a tensor that takes no memory.
+        shape = torch.empty(1, dtype=dtype).expand(self.spec.numel)
+        fragment = segment_fragment(segment, kind, shape, self.name, initial=initial)
+        return replace(fragment, read=read, write=write)
+
+
+# -- set-up ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Shared:
+    """What the homes of one job have in common."""
+
+    pipeline: TilePipeline
+    staging: Staging
+
+
+def nvme_homes(
+    job: Job, specs: Sequence[BucketSpec], section: OffloadOptimizer, aio: Aio
+) -> list[StateHome]:
+    """Homes in files under ``nvme_path``.
+
+    Args:
+        job: rank, accelerator, and end of everything.
+        specs: buckets with rules, in the order in which they are likely to be updated.
+        section: where files go, how large tiles are and how many are in memory.
+        aio: how files are read and written.
+
+    Raises:
+        ConfigError: the disk has too little space, or a rule communicates gradients by itself.
+        FileIOError: files cannot be made.
+    """
+    assert section.nvme_path is not None, "the section has been validated"
+    stateful = [spec for spec in specs if kinds_of(spec)]
+    for spec in stateful:
+        refuse_communicating(spec)
+    folder = SwapFolder.of(job, section.nvme_path)
+    layouts = [TileLayout.of(spec, kinds_of(spec), tile_limit(spec, section)) for spec in stateful]
+    _refuse_full_disk(folder, section.nvme_path, stateful, layouts)
+    buffers = buffers_for(layouts, section.buffer_count, section.buffer_size)
+    shared = _shared(job, folder, section, *buffers)
+    stores = []
+    for spec, layout in zip(stateful, layouts, strict=True):
+        file = folder.create(f"{spec.key}.states", aio)
+        file.preallocate(layout.file_bytes)
+        stores.append(StateFile(file, layout))
+        if spec.device.type != "cpu":
+            longest = max(tile.numel for tile in layout.tiles)
+            shared.staging.reserve(
+                longest * spec.gradient_dtype.itemsize, longest * spec.parameter_dtype.itemsize
+            )
+    for store, following in zip(stores, stores[1:] + stores[:1], strict=True):
+        store.following = following
+    left = iter(stores)
+    return [
+        NvmeHome(spec, next(left), shared.pipeline, shared.staging)
+        if kinds_of(spec)
+        else DeviceHome(spec)  # keeps nothing of its elements, so nothing can be kept elsewhere
+        for spec in specs
+    ]
+
+
+_of_jobs: weakref.WeakKeyDictionary[Job, _Shared] = weakref.WeakKeyDictionary()
+
+
+def _shared(
+    job: Job, folder: SwapFolder, section: OffloadOptimizer, count: int, nbytes: int
+) -> _Shared:
+    """So many buffers of that size; those of earlier homes of the job, if there were any."""
+    if job in _of_jobs:
+        pipeline = _of_jobs[job].pipeline
+        pipeline.settle()  # may hold tiles of homes that are no more
+        pipeline.grow(count, nbytes)
+        return _of_jobs[job]
+    pipeline = TilePipeline(
+        count,
+        nbytes,
+        read_ahead=section.pipeline_read,
+        write_behind=section.pipeline_write,
+    )
+    folder.before_close(pipeline.close)
+    memory = PinnedMemory(
+        job.accelerator, wanted=section.pin_memory, budget=section.pinned_memory_budget
+    )
+    staging = Staging(memory)
+    _of_jobs[job] = _Shared(pipeline, staging)
+    note_memory(
+        job,
+        lambda: [
+            MemoryRow("buffers of tiles", "host", pipeline.nbytes),
+            MemoryRow("staging of tiles", "host", staging.nbytes, memory.locked),
+        ],
+    )
+    logger.info("states in files: %d buffers of %s bytes", count, f"{nbytes:,}")
+    return _of_jobs[job]
+
+
+def kinds_of(spec: BucketSpec) -> dict[str, torch.dtype]:
+    """What is kept of every element."""
+    kinds = {MASTER: spec.master_dtype} if spec.has_masters else {}
+    for state in _rule(spec).states(spec):
+        if state.numel is None:
+            kinds[state.name] = state.dtype or spec.state_dtype
+    return kinds
+
+
+def tile_limit(spec: BucketSpec, section: OffloadOptimizer) -> int | None:
+    """Elements of a tile; a rule that keeps something per bucket has to see all of it."""
+    whole = any(state.numel is not None for state in _rule(spec).states(spec))
+    return None if whole else section.buffer_size
+
+
+def _refuse_full_disk(
+    folder: SwapFolder, root: str, specs: Sequence[BucketSpec], layouts: Sequence[TileLayout]
+) -> None:
+    needed, free = sum(layout.file_bytes for layout in layouts), folder.free_bytes()
+    if needed > free:
+        elements = sum(spec.numel for spec in specs)
+        kinds = ", ".join(dict.fromkeys(kind for layout in layouts for kind in layout.kinds))
+        raise ConfigError(
+            f"{_PATH}.nvme_path: {kinds} of {elements:,} parameters need {needed:,} bytes for "
+            f"this rank, but {root} has {free:,} left; free space, choose another folder, shard "
+            "over more ranks, or offload less with offload_optimizer.ratio"
+        )
+
+
+def refuse_communicating(spec: BucketSpec) -> None:
+    """Refuse a rule that communicates gradients from a device with memory of its own.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    kind = type(_rule(spec))
+    if kind.wants_reduced is not UpdateRule.wants_reduced and spec.device.type != "cpu":
+        raise ConfigError(
+            f"{_PATH}: the optimizer {kind.__name__} communicates gradients by itself, so its "
+            "states cannot leave the device; use device none, or another optimizer.type"
+        )
+
+
+def _rule(spec: BucketSpec) -> UpdateRule:
+    assert spec.rule is not None, f"bucket {spec.key} is not trained"
+    return spec.rule
+
+
+def _is_near(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _like(memory: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return memory[: other.nbytes].view(other.dtype)

@@ -1,0 +1,1 @@
+"""Homes of optimizer states in host memory."""

@@ -1,0 +1,1 @@
+"""States that leave the device between phases of a job."""

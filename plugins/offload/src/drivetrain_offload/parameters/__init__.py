@@ -1,0 +1,1 @@
+"""Parameters that stay in host memory or in files between their uses."""

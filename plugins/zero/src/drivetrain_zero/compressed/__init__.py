@@ -1,0 +1,1 @@
+"""What travels in fewer bits: ZeRO++ and error feedback."""

@@ -1,0 +1,218 @@
+"""Whole parameters outside of forward and backward: for generation, initialisation, export."""
+
+from __future__ import annotations
+
+import weakref
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from drivetrain.contracts import Communicator, Purpose, Tag
+from drivetrain.errors import TrainingError
+from drivetrain.states.changed_parameters import digests
+
+if TYPE_CHECKING:
+    from drivetrain.contracts import Axis
+    from drivetrain.job.job import Job
+    from drivetrain.states.gradients import Slot
+    from drivetrain_zero.gathering.unit import GatheredUnit
+    from drivetrain_zero.shards.bucket import ShardedBucket
+
+
+class WholeOnDemand(ABC):
+    """The rules for using a sharded parameter whole, wherever its shards are kept.
+
+    A parameter may be gathered inside a block that gathers it already, but for reading only, and
+    what was changed must have been gathered for writing; see
+    :class:`drivetrain.contracts.ParameterHandle`.
+    """
+
+    may_be_resized = False
+    """Whether a change may give the parameter another shape."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._before: tuple[object, ...] = ()
+
+    # -- where it is kept ---------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def parameter(self) -> nn.Parameter:
+        """Whose handle this is."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    @abstractmethod
+    def gathered(self) -> bool:
+        """Whether the parameter is whole now."""
+
+    @abstractmethod
+    def _ranks(self) -> tuple[Communicator, Axis]:
+        """Who has to agree on its values."""
+
+    @abstractmethod
+    def _fetch(self, *, writable: bool) -> None:
+        """Make it whole and keep it so; ``writable``: in memory of this rank alone. Collective."""
+
+    @abstractmethod
+    def _let_go(self) -> None:
+        """Undo one :meth:`_fetch`."""
+
+    @abstractmethod
+    def _take_over(self) -> None:
+        """Keep what the parameter, which is whole, now holds; equal on all ranks."""
+
+    # -- the rules ----------------------------------------------------------------------------
+
+    def gather(self, write_rank: int | None) -> None:
+        """Make the parameter whole. Collective.
+
+        Raises:
+            TrainingError: it is gathered for writing already.
+        """
+        if self._depth and write_rank is not None:
+            raise TrainingError(
+                f"parameter {self.name} is gathered for writing inside a block that gathers it "
+                "already: leave the outer block first, its changes might be lost"
+            )
+        self._fetch(writable=write_rank is not None)
+        self._depth += 1
+        if self._depth == 1:
+            self._before = self._state()
+
+    def release(self, write_rank: int | None) -> None:
+        """Keep the shard; with ``write_rank``, of that rank's values. Collective.
+
+        Raises:
+            TrainingError: it was changed where the change would be lost.
+        """
+        changed = self._depth == 1 and self._state() != self._before
+        try:
+            if write_rank is not None:
+                self._write(write_rank, changed)
+            elif changed:
+                raise TrainingError(
+                    f"parameter {self.name} was changed inside a block that gathers it for "
+                    "reading, so the change would be lost: give modifier_rank (write_rank)"
+                )
+        finally:
+            self._depth -= 1
+            self._let_go()
+
+    def _write(self, write_rank: int, changed: bool) -> None:
+        communicator, axis = self._ranks()
+        tag = Tag(Purpose.STATE, self.name, "changed whole")
+        rank = communicator.rank(axis)
+        changes = torch.zeros(communicator.size(axis), dtype=torch.int32)
+        changes[rank] = int(changed)
+        communicator.all_reduce(changes, axis, tag)
+        who = changes.nonzero().flatten().tolist()
+        if who and write_rank not in who:
+            raise TrainingError(
+                f"parameter {self.name} was changed on rank {who[0]}, but modifier_rank "
+                f"(write_rank) is {write_rank}, whose copy is as it was: the change would be lost"
+            )
+        if who:
+            self._broadcast(write_rank)
+            self._take_over()
+            # Ranks that share memory read each other's shards where they lie: none may go on
+            # before all have taken over theirs.
+            communicator.barrier(axis, tag)
+
+    def _broadcast(self, source: int) -> None:
+        """Give the parameter, which is whole, the values of rank ``source``."""
+        communicator, axis = self._ranks()
+        tag = Tag(Purpose.STATE, self.name, "changed whole")
+        values = self.parameter.detach()
+        shape = torch.zeros(9, dtype=torch.int64)
+        shape[0], shape[1 : values.dim() + 1] = values.dim(), torch.tensor(values.shape)
+        communicator.broadcast(shape, axis, tag, source=source)
+        wanted = torch.Size(shape[1 : int(shape[0]) + 1].tolist())
+        if wanted != self._shape_before and not self.may_be_resized:
+            raise TrainingError(
+                f"parameter {self.name} has shape {tuple(wanted)} after it was changed, "
+                f"expected {tuple(self._shape_before)}: resize parameters before the engine is "
+                "built"
+            )
+        if values.shape != wanted:
+            values = values.new_empty(wanted)
+        values = values.contiguous()
+        communicator.broadcast(values, axis, tag, source=source)
+        if values.data_ptr() != self.parameter.data_ptr() or values.shape != self.parameter.shape:
+            self.parameter.data = values
+
+    @property
+    def _shape_before(self) -> torch.Size:
+        shape = self._before[1]
+        assert isinstance(shape, torch.Size)
+        return shape
+
+    def _state(self) -> tuple[object, ...]:
+        """Changes when the parameter does: where it is, and what is in it."""
+        values = self.parameter.detach()
+        return values.data_ptr(), values.shape, *digests([values])[0].tolist()
+
+
+class ShardedParameter(WholeOnDemand):
+    """The handle of one parameter in a bucket of a gathered unit.
+
+    Args:
+        job: communicator and names.
+        unit: gathered when the parameter is.
+        bucket: where the parameter lies.
+        index: which of the bucket's parameters it is.
+        slot: where its gradients go, if it is trained; told that changes are known.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        unit: GatheredUnit,
+        bucket: ShardedBucket,
+        index: int,
+        slot: Slot | None,
+    ) -> None:
+        super().__init__()
+        # A slot and its bucket refer to each other, so a handle would keep those of an old layout.
+        self._slot = None if slot is None else weakref.ref(slot)
+        self._job = job
+        self.unit = unit
+        self._bucket = bucket
+        self._index = index
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self._bucket.parameters[self._index]
+
+    @property
+    def name(self) -> str:
+        return self._job.parameters.info(self.parameter).name
+
+    @property
+    def gathered(self) -> bool:
+        return self.unit.gathered
+
+    def _ranks(self) -> tuple[Communicator, Axis]:
+        return self._job.communicator, self._job.parameters.info(self.parameter).reduction
+
+    def _fetch(self, *, writable: bool) -> None:
+        self._bucket.refuse_changes()
+        self.unit.pin()
+
+    def _let_go(self) -> None:
+        if self._bucket.watch is not None:
+            self._bucket.watch.note()  # changes were looked for above, with better advice
+        self._bucket.trust_shown()
+        if self._slot is not None and (slot := self._slot()) is not None:
+            slot.note()
+        self.unit.unpin()
+
+    def _take_over(self) -> None:
+        self._bucket.take_over(self._index)

@@ -1,0 +1,103 @@
+"""Parameters of a unit that are used outside of its module: ``F.linear(x, self.block.weight)``.
+
+Units that are not whole have their modules' parameters watched. Whoever takes one out of a module
+during the model's forward gets it whole; it stays so until backward is over, because nobody can
+tell how long it is used. What a unit's forward returns of its own parameters is kept likewise.
+"""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Callable, ItemsView, Sequence, ValuesView
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from drivetrain.engine.backward_window import tensors_in
+from drivetrain_zero.gathering.backward_hooks import unwrapped
+
+if TYPE_CHECKING:
+    from drivetrain_zero.gathering.gathering import Gathering
+    from drivetrain_zero.gathering.unit import GatheredUnit
+
+_Parameters = dict[str, nn.Parameter | None]
+
+
+class WatchedParameters(UserDict[str, "nn.Parameter | None"]):
+    """A module's ``_parameters``, which tells when one is taken by name.
+
+    Args:
+        plain: the module's own dictionary; changes go there.
+        taken: called before a parameter is handed out.
+    """
+
+    def __init__(self, plain: _Parameters, taken: Callable[[nn.Parameter | None], None]) -> None:
+        super().__init__()
+        self.data = plain
+        self._taken = taken
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        parameter = self.data[name]
+        self._taken(parameter)
+        return parameter
+
+    def items(self) -> ItemsView[str, nn.Parameter | None]:
+        return self.data.items()  # listing parameters is no use of them
+
+    def values(self) -> ValuesView[nn.Parameter | None]:
+        return self.data.values()
+
+    def __reduce__(self) -> tuple[type[_Parameters], tuple[_Parameters]]:
+        return dict, (self.data,)  # copies of the module are not watched
+
+
+def install(units: Sequence[GatheredUnit], gathering: Gathering) -> None:
+    """Watch the parameters of all ``units`` but the root, which is whole in the whole forward."""
+    for unit in units:
+        use = partial(gathering.use_outside, unit)
+        for parameter in unit.parameters:
+            handle: Any = parameter.drivetrain_handle  # type: ignore[attr-defined]
+            handle.use = use
+        if unit.number:
+            show = partial(_show, _owners(unit), use)
+            for bucket in unit.buckets:
+                bucket.shown = show
+            show(unit.gathered)
+
+
+def remove(units: Sequence[GatheredUnit]) -> None:
+    """Undo :func:`install`."""
+    for unit in units:
+        for bucket in unit.buckets:
+            if bucket.shown is not None:
+                bucket.shown(True)
+                bucket.shown = None
+
+
+def returns_own(unit: GatheredUnit, outputs: object) -> bool:
+    """Whether ``outputs`` contain parameters of ``unit`` or views of them."""
+    own = {bucket.parameters[0].untyped_storage()._cdata for bucket in unit.buckets}
+    dense = (t for t in map(unwrapped, tensors_in(outputs)) if t.layout is torch.strided)
+    return any(tensor.untyped_storage()._cdata in own for tensor in dense)
+
+
+def _owners(unit: GatheredUnit) -> list[tuple[nn.Module, _Parameters]]:
+    own = set(unit.parameters)
+    return [
+        (module, module._parameters)
+        for module in unit.module.modules()
+        if any(p in own for p in module._parameters.values() if p is not None)
+    ]
+
+
+def _show(
+    owners: Sequence[tuple[nn.Module, _Parameters]],
+    taken: Callable[[nn.Parameter | None], None],
+    gathered: bool,
+) -> None:
+    """Watch the modules' parameters exactly while they are released."""
+    for module, plain in owners:
+        # Compiled code sees the plain dictionary only.
+        vars(module)["_parameters"] = plain if gathered else WatchedParameters(plain, taken)

@@ -1,0 +1,1 @@
+"""Models that are shards from their construction on: ``zero.Init``."""

@@ -1,0 +1,1 @@
+"""What scripts call: whole parameters, single states, estimates, export."""
