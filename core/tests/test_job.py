@@ -157,6 +157,24 @@ def test_what_is_registered_for_closing_is_released_once_in_reverse():
     assert released == ["second", "first"]
 
 
+def refuse_to_be_released() -> None:
+    raise OSError("the disk is gone")
+
+
+def close_with_a_resource_that_fails() -> tuple[int, bool]:
+    job = Job.open(plan())
+    job.on_close(refuse_to_be_released)
+    with pytest.raises(OSError, match="the disk is gone"):
+        job.close()
+    left = not dist.is_initialized()
+    with Job.open(plan()) as again:
+        return total(again), left
+
+
+def test_a_resource_that_fails_to_close_does_not_keep_the_rank_in_its_group():
+    assert run_distributed(close_with_a_resource_that_fails, 2) == [(3, True), (3, True)]
+
+
 class Outer(CommunicatorWrapper):
     pass
 

@@ -187,13 +187,19 @@ class Job:
             return
         failures, self.failures = self.failures, None
         failures.record(error)
-        self._release()
-        process_group.abandon()
-        failures.farewell()
+        try:
+            self._release()
+        finally:  # others wait for this rank, whatever becomes of its own resources
+            process_group.abandon()
+            failures.farewell()
 
     def close(self) -> None:
         """Release what the job has created. May be called repeatedly."""
-        if self._release():
+        if not self._open:
+            return
+        try:
+            self._release()
+        finally:
             if self.failures is not None:
                 self.failures.leave()
             process_group.leave()
@@ -242,14 +248,12 @@ class Job:
             else:
                 self.communicator = layer.wrap(self.communicator)
 
-    def _release(self) -> bool:
-        """Let go of everything but the default process group; false if that is done already."""
-        if not self._open:
-            return False
-        self._open = False
-        unwatch(self)
-        self._resources.close()
-        return True
+    def _release(self) -> None:
+        """Let go of everything but the default process group."""
+        if self._open:
+            self._open = False
+            unwatch(self)
+            self._resources.close()
 
 
 def _register(hub: Hub, accelerator: Accelerator) -> None:
