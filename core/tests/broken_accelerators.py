@@ -279,7 +279,7 @@ class IgnoresAutocast(Host):
                     part.forward = torch.autocast("cpu", enabled=False)(part.forward)
             return module
 
-        return [Transform(Phase.COMPILE, apply)]
+        return [Transform(Phase.ADAPT, apply)]
 
 
 class LosesWeights(Host):

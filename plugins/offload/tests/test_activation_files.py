@@ -18,7 +18,10 @@ from drivetrain_offload.file_io import AsyncFile, FileIOError
 from drivetrain_offload.file_io.faults import Faults
 from torch import nn
 
+from drivetrain.contracts import Phase
 from drivetrain.job.accelerator_choice import choose_accelerator
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import PluginConformance
 from drivetrain.testing.models import TinyGPT
 
@@ -167,3 +170,10 @@ def test_a_read_that_fails_is_an_error_of_backward(
     loss = loss_of(module)
     with pytest.raises(FileIOError, match=r"cannot read from .*activations"):
         loss.backward()
+
+
+def test_an_engine_that_only_serves_has_no_activations_to_move() -> None:
+    given = {"train_batch_size": 1, "activation_offload": {"enabled": True}}
+    with Job.open(Plan.build(given, world_size=1)) as job:
+        offered = [job.hub.transform_module(job, nn.Linear(2, 2), t) for t in (True, False)]
+    assert [[transform.phase for transform in found] for found in offered] == [[Phase.SURROUND], []]

@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "loop.loading": "LoaderRequest",
         "loop.runner": "Runner",
         "loop.step_report": "StepReport",
-        "loop.transform": "Partitionable Phase Transform",
+        "loop.transform": "Phase Transform",
         "plugin.hookspecs": "HOOKSPEC_VERSION",
         "plugin.params": "Betas OptimizerParams Params PerGroup Two",
         "plugin.plugin": "Conflict Plugin Problem Sections hookimpl",

@@ -7,7 +7,6 @@ from drivetrain.contracts.loop.batch import solve_batch as solve_batch
 from drivetrain.contracts.loop.loading import LoaderRequest as LoaderRequest
 from drivetrain.contracts.loop.runner import Runner as Runner
 from drivetrain.contracts.loop.step_report import StepReport as StepReport
-from drivetrain.contracts.loop.transform import Partitionable as Partitionable
 from drivetrain.contracts.loop.transform import Phase as Phase
 from drivetrain.contracts.loop.transform import Transform as Transform
 from drivetrain.contracts.plugin.hookspecs import HOOKSPEC_VERSION as HOOKSPEC_VERSION

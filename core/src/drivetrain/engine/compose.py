@@ -71,7 +71,8 @@ def build_engine(
     module = module.to(job.device) if not _is_meta(module) else module
 
     job.parameters.register(module, reduction="data")
-    transforms = hub.transform_module(job, module)
+    training = optimizer is not None or plan.section(OptimizerSection).type is not None
+    transforms = hub.transform_module(job, module, training)
     module = _apply(transforms, module, Phase.ADAPT, Phase.PARTITION, Phase.RECOMPUTE)
     job.parameters.register(module, reduction="data")  # what transforms have added
     precision.cast_buffers(module)
@@ -84,7 +85,7 @@ def build_engine(
     assert states is not None, "core's default states answer last"
     with ExitStack() as undone:  # what fails from here on leaves the module to a better try
         undone.callback(states.detach)
-        module = _apply(transforms, module, Phase.COMPILE)
+        module = _apply(transforms, module, Phase.COMPILE, Phase.SURROUND)
         engine = Engine(
             job,
             module,

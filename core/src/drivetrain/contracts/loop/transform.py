@@ -1,15 +1,13 @@
-"""Rewrites of the client's module, and what lets one rewrite understand another's result."""
+"""Rewrites of the client's module."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 
@@ -17,9 +15,19 @@ class Phase(IntEnum):
     """When a transform runs; model states are built between ``RECOMPUTE`` and ``COMPILE``."""
 
     ADAPT = 0
+    """Replace layers by others that compute the same."""
+
     PARTITION = 1
+    """Keep this rank's part."""
+
     RECOMPUTE = 2
+    """Choose what forward does again in backward."""
+
     COMPILE = 3
+    """Compile blocks; states have their hooks, which stay outside of compiled graphs."""
+
+    SURROUND = 4
+    """Put hooks around the finished module; they see what everything inside of it does."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +41,3 @@ class Transform:
 
     phase: Phase
     apply: Callable[[nn.Module], nn.Module]
-
-
-@runtime_checkable
-class Partitionable(Protocol):
-    """A module made by an ``ADAPT`` transform that ``PARTITION`` may slice without knowing it."""
-
-    @abstractmethod
-    def partition_dims(self) -> dict[str, tuple[int, ...]]:
-        """Own parameter name -> dimensions along which it may be cut."""
-
-    @abstractmethod
-    def partition(self, name: str, dim: int, pieces: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """The given [start, stop) ranges of parameter ``name`` along ``dim``, concatenated."""

@@ -114,11 +114,13 @@ def place_state(job: Job, specs: Sequence[BucketSpec]) -> Sequence[StateHome] | 
 
 
 @hookspec
-def transform_module(job: Job, module: torch.nn.Module) -> Sequence[Transform]:
-    """Offer rewrites of the module, each with its phase (adapt, partition, recompute, compile).
+def transform_module(job: Job, module: torch.nn.Module, training: bool) -> Sequence[Transform]:
+    """Offer rewrites of the module, each with its phase: adapt, partition, recompute, ...
 
     Collect; transforms run by phase, in dependency order inside one. Once per engine, on every
-    rank. A transform that replaces a parameter calls ``job.parameters.replace(old, new)``.
+    rank. ``training`` is false for an engine without an optimizer, which only serves: it has no
+    backward to prepare for. A transform that replaces a parameter calls
+    ``job.parameters.replace(old, new)``.
     """
     raise NotImplementedError
 
@@ -127,7 +129,8 @@ def transform_module(job: Job, module: torch.nn.Module) -> Sequence[Transform]:
 def describe_parameters(job: Job, module: torch.nn.Module) -> None:
     """Fill in ``job.parameters.info(p)``: placement, reduction, owner, dtypes.
 
-    Collect. Once per engine, after all transforms but compile, on every rank; no communication.
+    Collect. Once per engine, after all transforms that come before states, on every rank; no
+    communication.
     """
 
 

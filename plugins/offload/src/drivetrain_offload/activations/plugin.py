@@ -71,12 +71,16 @@ class ActivationOffload(LogsMemory):
     sections: ClassVar[Sections] = {PATH: ActivationOffloadSection}
 
     @hookimpl
-    def transform_module(self, job: Job, module: torch.nn.Module) -> Sequence[Transform]:
+    def transform_module(
+        self, job: Job, module: torch.nn.Module, training: bool
+    ) -> Sequence[Transform]:
         from drivetrain_offload.activations.saved import offload_activations
 
+        if not training:  # nothing is saved for a backward that will not come
+            return []
         section = self.section(ActivationOffloadSection)
         # Behind the hooks that gather parameters, so that those which are gathered are known.
-        return [Transform(Phase.COMPILE, lambda final: offload_activations(job, final, section))]
+        return [Transform(Phase.SURROUND, lambda final: offload_activations(job, final, section))]
 
     def features(self) -> Mapping[str, object]:
         section = self.section(ActivationOffloadSection)
