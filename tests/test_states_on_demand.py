@@ -137,6 +137,16 @@ def test_use_of_what_is_away_is_one_clear_error(stage: int) -> None:
             assert "call reload_states(engine) first" in error, use
 
 
+def test_each_use_is_refused_exactly_when_what_it_needs_is_away() -> None:
+    update = {"step", "rebuild", "refresh"}
+    assert run_distributed(on_demand.refusals_by_kind, 1, CASES["zero2"])[0] == {
+        "optim_states": update,
+        "hp_params": update,
+        "lp_params": {*update, "evaluate", "forward"},
+        "lp_grads": {*update, "forward", "zero_grad"},
+    }
+
+
 @each_stage
 def test_a_checkpoint_can_be_saved_but_not_loaded_meanwhile(stage: int, tmp_path: Path) -> None:
     given = config(stage, **BF16)

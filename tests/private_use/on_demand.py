@@ -153,6 +153,32 @@ def _error(use: Callable[[], object]) -> str:
     return ""
 
 
+def refusals_by_kind(config: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Kind that is away -> the uses that are refused."""
+    engine = start(config)
+    train(engine, range(1), lambda: None)
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            loss_of(engine, 1)
+
+    uses: dict[str, Callable[[], object]] = {
+        "evaluate": evaluate,
+        "forward": lambda: loss_of(engine, 1),
+        "zero_grad": engine.zero_grad,
+        "step": engine.step,
+        "rebuild": engine.rebuild,
+        "refresh": lambda: engine.states.refresh(),
+    }
+    found = {}
+    for kind in ("optim_states", "hp_params", "lp_params", "lp_grads"):
+        offload_states(engine, [kind])
+        found[kind] = {name for name, use in uses.items() if _error(use)}
+        reload_states(engine)
+    engine.destroy()
+    return found
+
+
 def saved_while_away(config: Mapping[str, Any], folder: str) -> tuple[list[float], list[float]]:
     """Losses after a save, and after loading it into another engine; states are away at the save.
 

@@ -73,7 +73,7 @@ def memory_table(engine: Engine) -> list[MemoryRow]:
     on the device, workspace) is not in it; the accelerator counts it. Copies nothing and does not
     communicate.
     """
-    from drivetrain_offload.on_demand.suspended import SuspendedStates
+    from drivetrain_offload.on_demand.suspended import suspended
 
     sizes: dict[tuple[str, str], int] = defaultdict(int)
     locked: dict[tuple[str, str], int] = defaultdict(int)
@@ -86,8 +86,8 @@ def memory_table(engine: Engine) -> list[MemoryRow]:
             locked[key] += nbytes if is_locked(fragment.read()) else 0
         elif key == ("parameter", "device") and nbytes:
             shards[fragment.name] = fragment.read().untyped_storage()._cdata, nbytes
-    if isinstance(engine.states, SuspendedStates):
-        for kind, nbytes in engine.states.locked_bytes().items():
+    if (states := suspended(engine)) is not None:
+        for kind, nbytes in states.locked_bytes().items():
             locked[kind, "host"] += nbytes if kind != "parameter" else 0  # counted above
     sizes["parameter", "device"] += _whole_beside(engine, shards)
     rows = [MemoryRow(*key, nbytes, locked[key]) for key, nbytes in sizes.items()]

@@ -13,14 +13,14 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from drivetrain.errors import TrainingError
 from drivetrain_offload.on_demand.storages import PlacedStorage, find_storages
-from drivetrain_offload.on_demand.suspended import SuspendedStates
+from drivetrain_offload.on_demand.suspended import SuspendedStates, suspended
 
 if TYPE_CHECKING:
-    from drivetrain.contracts import Fragment
+    from drivetrain.contracts import Fragment, ModelStates
     from drivetrain.engine.engine import Engine
 
 logger = logging.getLogger("drivetrain.offload")
@@ -90,17 +90,14 @@ def offload_states(
     moved = dict.fromkeys((kind.value for kind in StateKind if kind in wanted), 0)
     if engine.device.type == "cpu":
         return moved
-    states = engine.states
-    if not isinstance(states, SuspendedStates):
-        states.flush()
-        states = SuspendedStates(engine)
+    states = suspended(engine) or SuspendedStates(engine)
     engine.job.accelerator.synchronize()
     chosen, left = _choose(states, wanted)
     states.move_away(chosen, pin_memory=pin_memory, non_blocking=non_blocking)
     for storage in chosen:
         kind = _first_kind(storage)
         moved[kind if kind in moved else StateKind.CONTIGUOUS_GRAD_BUFFER.value] += storage.nbytes
-    engine.states = states if states.away else states.inner
+    engine.states = cast("ModelStates", states) if states.away else states.inner
     for (kind, why), count in left.items():
         logger.warning("%d bytes of %s stay on %s: %s", count, kind, engine.device, why)
     return moved
@@ -117,8 +114,8 @@ def reload_states(engine: Engine, non_blocking: bool = False) -> None:
     Raises:
         TrainingError: the accelerator has too little memory. What is away then stays away.
     """
-    states = engine.states
-    if isinstance(states, SuspendedStates):
+    states = suspended(engine)
+    if states is not None:
         states.bring_back(non_blocking=non_blocking)
         engine.states = states.inner
 

@@ -1,14 +1,16 @@
-"""Which memory of the accelerator keeps the states of an engine."""
+"""The memory of the accelerator that keeps the states of an engine, and its way to the host."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.contracts import Fragment
+from drivetrain.contracts import Accelerator, Fragment
+from drivetrain.errors import TrainingError
+from drivetrain_offload.host.locked import lock
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
@@ -46,6 +48,67 @@ class PlacedStorage:
         assert self.host is not None
         start = view.storage_offset() * view.element_size()
         return self.host.narrow(0, start, view.numel() * view.element_size()).view(view.dtype)
+
+
+def move_to_host(
+    storages: Sequence[PlacedStorage],
+    accelerator: Accelerator,
+    *,
+    pin_memory: bool,
+    non_blocking: bool,
+) -> None:
+    """Copy ``storages`` to host memory and give theirs back.
+
+    Raises:
+        TrainingError: there is too little host memory. Nothing is moved then.
+    """
+    for done, storage in enumerate(storages):
+        try:
+            memory = torch.empty(storage.nbytes, dtype=torch.uint8)
+            storage.host = lock(accelerator, memory) if pin_memory else memory
+        except (RuntimeError, MemoryError) as error:
+            for other in storages[:done]:
+                other.host = None
+            locked = "pinned " if pin_memory else ""
+            hint = "pin_memory=False, or " if pin_memory else ""
+            raise TrainingError(
+                f"no {locked}host memory for {sum(s.nbytes for s in storages)} bytes of model "
+                f"states ({' '.join(str(error).split())}); {hint}move fewer kinds"
+            ) from error
+    for storage in storages:
+        assert storage.host is not None
+        storage.host.copy_(storage.bytes(), non_blocking=non_blocking)
+    accelerator.synchronize()
+    for storage in storages:
+        storage.storage.resize_(0)
+
+
+def fill_again(
+    storages: Sequence[PlacedStorage], accelerator: Accelerator, *, non_blocking: bool
+) -> None:
+    """Give ``storages`` their memory again, with the values that they had.
+
+    Raises:
+        TrainingError: the device has too little memory. All of them then stay on the host.
+    """
+    for done, storage in enumerate(storages):
+        try:
+            storage.storage.resize_(storage.nbytes)
+        except RuntimeError as error:
+            for other in storages[:done]:
+                other.storage.resize_(0)
+            raise TrainingError(
+                f"{storage.storage.device} has no memory for {sum(s.nbytes for s in storages)} "
+                f"bytes of model states that come back ({' '.join(str(error).split())}); free "
+                "what the phase in between has left there"
+            ) from error
+    for storage in storages:
+        assert storage.host is not None
+        storage.bytes().copy_(storage.host, non_blocking=non_blocking)
+    if not non_blocking:
+        accelerator.synchronize()
+    for storage in storages:
+        storage.host = None
 
 
 def find_storages(
