@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -233,7 +234,8 @@ def test_a_parameter_that_another_engine_trains_is_refused_by_name() -> None:
     first, *_ = drivetrain.initialize(model=module, optimizer=adamw("first", module), config=CONFIG)
     shared = nn.Sequential(nn.Linear(4, 4), module[2])
     message = (
-        r"parameter 1\.\w+ is trained by another engine.*call destroy\(\) on that engine first"
+        r"parameter 1\.\w+ is kept by another engine \(number 0 of another job, over Sequential\).*"
+        r"call destroy\(\) on that engine first"
     )
     with pytest.raises(ConfigError, match=message):
         drivetrain.initialize(model=shared, optimizer=adamw("first", shared), config=CONFIG)
@@ -242,9 +244,42 @@ def test_a_parameter_that_another_engine_trains_is_refused_by_name() -> None:
         model=shared, optimizer=adamw("first", shared), config=CONFIG
     )
     first.destroy()  # once more, which frees nothing that is the second engine's now
-    with pytest.raises(ConfigError, match="trained by another engine"):
+    with pytest.raises(ConfigError, match="kept by another engine"):
         drivetrain.initialize(model=module, optimizer=adamw("first", module), config=CONFIG)
     second.destroy()
+
+
+def train_what_another_engine_trains() -> str:
+    with opened(CONFIG) as job:
+        trunk = network(0)
+        first = job.engine(trunk, adamw("first", trunk))
+        outer = nn.Sequential(trunk, nn.Linear(1, 1))
+        with pytest.raises(ConfigError) as refused:
+            job.engine(outer, adamw("second", outer))
+        trunk.requires_grad_(False)  # what is frozen is not trained
+        second = job.engine(outer, adamw("second", outer))
+        trunk.requires_grad_(True)
+        with pytest.raises(ConfigError, match=r"parameter 0\.weight is kept by another engine"):
+            second.rebuild()
+        second.destroy()
+        first.destroy()
+        return str(refused.value)
+
+
+def test_each_rank_is_told_which_parameter_another_engine_of_the_job_trains() -> None:
+    for message in run_distributed(train_what_another_engine_trains, 2):
+        assert "parameter 0.weight is kept by another engine (number 0 of this job" in message
+
+
+def test_a_parameter_is_free_once_the_engine_that_kept_it_is_gone() -> None:
+    module = network(0)
+    with opened(CONFIG) as job:
+        job.engine(module, adamw("first", module))
+    del job
+    gc.collect()
+    again, *_ = drivetrain.initialize(model=module, optimizer=adamw("first", module), config=CONFIG)
+    again.destroy()
+    again.job.close()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from drivetrain.contracts.loop.transform import Phase, Transform
 from drivetrain.engine.engine import Engine
 from drivetrain.engine.loader import build_loader
 from drivetrain.errors import ConfigError
+from drivetrain.job.ownership import refuse_kept_elsewhere
 from drivetrain.job.progress import Progress
 from drivetrain.job.spmd_guard import check_same_model
 from drivetrain.optimization.facade import EngineOptimizer, check_groups
@@ -64,7 +65,8 @@ def build_engine(
         The engine; without any optimizer it only runs forward.
 
     Raises:
-        ConfigError: the optimizer does not fit the module, or names and parameters are wrong.
+        ConfigError: the optimizer does not fit the module, names and parameters are wrong, or
+            another engine keeps parameters that this one would change.
     """
     plan, hub = job.plan, job.hub
     precision = Precision.of(plan)
@@ -75,12 +77,14 @@ def build_engine(
     transforms = hub.transform_module(job, module, training)
     module = _apply(transforms, module, Phase.ADAPT, Phase.PARTITION, Phase.RECOMPUTE)
     job.parameters.register(module, reduction="data")  # what transforms have added
-    precision.cast_buffers(module)
     precision.describe(module, job.parameters)
     hub.describe_parameters(job, module)
 
     work = _optimizer_plan(job, module, optimizer, parameters)
-    check_same_model(job, module, () if work is None else work.groups)
+    groups = () if work is None else work.groups
+    check_same_model(job, module, groups)
+    refuse_kept_elsewhere(job, module, groups)
+    precision.cast_buffers(module)
     states = hub.build_model_states(job, module, work)
     assert states is not None, "core's default states answer last"
     with ExitStack() as undone:  # what fails from here on leaves the module to a better try

@@ -14,6 +14,7 @@ from drivetrain.engine.accumulation import Accumulation
 from drivetrain.engine.backward_window import BackwardWindow, ScaledLosses
 from drivetrain.engine.step_reporter import StepReporter
 from drivetrain.errors import TrainingError
+from drivetrain.job.ownership import refuse_kept_elsewhere
 from drivetrain.job.spmd_guard import check_same_model
 from drivetrain.plan.known import ENGINE
 from drivetrain.precision.loss_watch import LossWatch
@@ -391,6 +392,7 @@ class Engine(nn.Module):
     def rebuild(self) -> None:
         """Adapt the states after ``requires_grad`` of parameters was changed, on every rank."""
         check_same_model(self.job, self.module, self._groups())
+        refuse_kept_elsewhere(self.job, self.module, self._groups(), self.states)
         self.states.rebuild()
 
     def module_state_dict(self, **kwargs: Any) -> dict[str, Any]:

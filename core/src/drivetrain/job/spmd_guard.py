@@ -13,6 +13,7 @@ import torch
 from drivetrain.contracts.world.collective import Purpose, Tag, axis_name
 from drivetrain.contracts.world.communicator import Communicator
 from drivetrain.errors import ConfigError
+from drivetrain.job.ownership import owner_of
 from drivetrain.tensor_parts import tensor_parts
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def _described(
         facts = _facts(parameter, info.name)
         facts["requires_grad"] = parameter.requires_grad
         facts["optimizer group"] = group_of.get(parameter)
+        facts["kept by an engine"] = owner_of(parameter) is not None
         by_axis.setdefault(info.reduction, {})[info.name] = facts
     for name, buffer in module.named_buffers():
         by_axis["data"][f"buffer {name}"] = _facts(buffer, name)

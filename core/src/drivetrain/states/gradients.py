@@ -17,27 +17,22 @@ Where every backward is reduced, each one is a *round*: what is late in one take
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from drivetrain.contracts.world.collective import Op, Purpose, Tag
 from drivetrain.contracts.world.communicator import Communicator
-from drivetrain.errors import ConfigError, TrainingError
+from drivetrain.errors import TrainingError
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from drivetrain.contracts.state.model_states import GradientWatch
     from drivetrain.contracts.world.axis import Axis
-
-
-_taken: MutableMapping[nn.Parameter, None] = WeakTensorKeyDictionary()
-"""Parameters whose gradients a reducer takes away, so that a second one would get none."""
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -190,9 +185,6 @@ class GradientReducer:
         every_backward: reduce each backward by itself, not the sum of a window.
         watches: shown each parameter's gradient before it is sent.
 
-    Raises:
-        ConfigError: another engine trains one of the parameters.
-
     Attributes:
         reduce_now: whether gradients that arrive now may be reduced.
         in_turn: buckets are reduced when :meth:`passed` says so, not when their gradients are
@@ -218,13 +210,7 @@ class GradientReducer:
         self._next = 0
         self._hooks: list[RemovableHandle] = []
         self._always_wait = {bucket.key for bucket in buckets if bucket.wait_for_end}
-        if shared := [slot.name for slot in self.slots.values() if slot.parameter in _taken]:
-            raise ConfigError(
-                f"parameter {shared[0]} is trained by another engine, which would take its "
-                "gradients; call destroy() on that engine first"
-            )
         for slot in self.slots.values():
-            _taken[slot.parameter] = None
             parameter: Any = slot.parameter  # torch does not type the method
             hook = parameter.register_post_accumulate_grad_hook(
                 lambda _parameter, slot=slot: None if slot.deferred else self._take(slot)
@@ -425,9 +411,8 @@ class GradientReducer:
 
     def close(self) -> None:
         """Remove the hooks, so that another engine may train the parameters."""
-        for slot, hook in zip(self.slots.values(), self._hooks, strict=False):
+        for hook in self._hooks:
             hook.remove()
-            del _taken[slot.parameter]
         self._hooks.clear()
 
 

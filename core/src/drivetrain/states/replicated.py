@@ -13,6 +13,7 @@ from drivetrain.contracts.state.fragment import Fragment
 from drivetrain.contracts.state.home import StateHome, write_master
 from drivetrain.contracts.state.model_states import ModelStates
 from drivetrain.contracts.world.collective import Purpose, Tag
+from drivetrain.job.ownership import Owner
 from drivetrain.precision.precision import Precision
 from drivetrain.sections.data_parallel import DataParallel
 from drivetrain.sections.optimization import GradientPredivideFactor, PrescaleGradients
@@ -104,6 +105,7 @@ class ReplicatedStates(ModelStates):
         self._optimizer = optimizer
         self._policy = policy
         self._buckets: list[_Bucket] = []
+        self._owner = Owner(job, module, self)
         synchronise_loose(job, module, trained_parameters(optimizer))
         self._build({})
 
@@ -148,6 +150,7 @@ class ReplicatedStates(ModelStates):
         self._watch = ParameterWatch(
             self._module, job.parameters, self._optimizer, self._reducer.slots
         )
+        self._owner.take(self._reducer.slots)
         self._open_window()
 
     def _flatten(self, plan: PlannedBucket, home: StateHome) -> torch.Tensor:
@@ -323,6 +326,7 @@ class ReplicatedStates(ModelStates):
 
     def detach(self) -> None:
         self._reducer.close()
+        self._owner.release()
 
 
 def _whole_states(fragments: Iterable[Fragment]) -> dict[tuple[str, str], torch.Tensor]:

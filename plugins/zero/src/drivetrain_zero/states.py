@@ -11,6 +11,7 @@ from torch import nn
 
 from drivetrain.contracts import Fragment, ModelStates, Purpose, Tag
 from drivetrain.errors import TrainingError
+from drivetrain.job.ownership import Owner
 from drivetrain.states.buckets import BucketSizes, plan_buckets
 from drivetrain.states.changed_parameters import ParameterWatch, refuse_unlike_copies
 from drivetrain.states.device_home import step_fragments
@@ -68,6 +69,7 @@ class ZeroStates(ModelStates):
         self._sums: list[ReduceScatterBucket] = []
         self._gathering: Gathering | None = None
         self._local = False
+        self._owner = Owner(job, module, self)
         self._prefix = f"engine{len(job.engines)}." if job.engines else ""
         refuse_other_layout(job, module.parameters())
         trained = trained_parameters(optimizer)
@@ -112,6 +114,7 @@ class ZeroStates(ModelStates):
         )
         self._shard_parameters(units)
         self._reducer.note_parameters()  # as they are in buckets now
+        self._owner.take(p for bucket in self._buckets for p in bucket.parameters)
         self._watch = ParameterWatch(
             self._module, job.parameters, self._optimizer, self._reducer.slots
         )
@@ -481,6 +484,7 @@ class ZeroStates(ModelStates):
     def detach(self) -> None:
         """Remove every hook; sharded parameters stay reachable through ``whole``."""
         self._reducer.close()
+        self._owner.release()
         for bucket in self._buckets:
             bucket.hand_over()
         if self._gathering is not None:
