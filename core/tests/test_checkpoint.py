@@ -87,7 +87,7 @@ class Halved(Plugin):
     def describe_parameters(self, job: Job, module: nn.Module) -> None:
         row = Box((job.mesh.coordinate("tp"), 0), (1, 3), 0)
         for parameter in module.parameters():
-            job.parameters.info(parameter).placement = Placement((2, 3), (row,))
+            job.parameters.info(parameter).placement = Placement((2, 3), (row,), "tp")
 
 
 def save_rows(folder: str) -> None:

@@ -138,9 +138,7 @@ class ToyExperts(Plugin):
         for parameter in module.parameters():
             info = job.parameters.info(parameter)
             if parameter in experts:
-                info.reduction = "edp"
-            else:  # equal on all tensor-parallel ranks
-                info.owner = job.mesh.coordinate("tp") == 0
+                info.reduction, info.distinct = "edp", ("ep",)
 
 
 def tokens(step: int, shard: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,9 +14,11 @@ import drivetrain
 from drivetrain.contracts import (
     Atom,
     AxisRequest,
+    Box,
     BucketSpec,
     BucketView,
     Hyper,
+    Placement,
     Plugin,
     Purpose,
     StateSpec,
@@ -216,7 +218,8 @@ class Slices(Plugin):
 
     @hookimpl
     def describe_parameters(self, job: Job, module: Sliced) -> None:
-        job.parameters.info(module.scale).owner = job.mesh.coordinate("tp") == 0
+        part = Box((3 * job.mesh.coordinate("tp"),), (3,), 0)
+        job.parameters.info(module.weight).placement = Placement((6,), (part,), "tp")
 
 
 def norm_of_slices(optimizer: str) -> float:

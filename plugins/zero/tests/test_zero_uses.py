@@ -294,7 +294,8 @@ class OwnSite(Plugin):
         own = job.mesh.coordinate("site")
         bias = module.sites[own]
         module.sites = nn.ParameterList([bias])
-        job.parameters.info(bias).reduction = "same_site"
+        info = job.parameters.info(bias)
+        info.reduction, info.distinct = "same_site", ("site",)
 
 
 @EVERY_STAGE
@@ -319,11 +320,6 @@ class Copies(Plugin):
     @hookimpl
     def mesh_axes(self) -> Sequence[AxisRequest]:
         return self.axes
-
-    @hookimpl
-    def describe_parameters(self, job: Job, module: nn.Module) -> None:
-        for parameter in module.parameters():
-            job.parameters.info(parameter).owner = job.mesh.coordinate("tp") == 0
 
 
 @EVERY_STAGE

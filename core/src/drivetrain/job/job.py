@@ -77,7 +77,7 @@ class Job:
         self.device = accelerator.device(ranks.local_rank)
         self.progress = Progress()
         self.ledger = Ledger()
-        self.parameters = ParameterTable()
+        self.parameters = ParameterTable(plan.layout.rest)
         self.engines: list[Engine] = []
         self.failures: FailureBoard | None = None
         self._resources = ExitStack()

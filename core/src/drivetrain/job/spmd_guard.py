@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from drivetrain.contracts.world.axis import SubAxis
 from drivetrain.contracts.world.collective import Purpose, Tag, axis_name
 from drivetrain.contracts.world.communicator import Communicator
 from drivetrain.errors import ConfigError
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
     from drivetrain.job.job import Job
 
 _SHOWN = 5
+_FIRST = ("data", "tp", "pp")
+_HINT = (
+    "\n  along {} ranks have copies or parts of the same parameters: a plugin whose ranks have "
+    "others there adds that axis to ParameterInfo.distinct, and to a placement where they are parts"
+)
 
 
 def check_same_plan(
@@ -42,10 +48,11 @@ def check_same_plan(
 
 
 def check_same_model(job: Job, module: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Compare the parameters and buffers of ``module`` between ranks that train copies of it.
+    """Compare the parameters and buffers of ``module`` between ranks that have copies or parts.
 
-    Collective: 8 bytes of every rank for each axis over which gradients are summed. Without it,
-    ranks with other models add up numbers that do not belong together, or wait for each other.
+    Collective: 8 bytes of every rank for each axis over which parameters are summed, replicated or
+    cut. Without it, ranks with other models add up numbers that do not belong together, or wait for
+    each other.
 
     Args:
         job: facts about parameters, axes and communication.
@@ -59,7 +66,9 @@ def check_same_model(job: Job, module: nn.Module, groups: Iterable[Mapping[str, 
     if job.failures is None:
         return
     by_axis = _described(job, module, groups)
-    for axis in sorted(by_axis, key=lambda axis: (axis != "data", axis_name(axis))):
+    for axis in sorted(by_axis, key=lambda axis: (axis not in _FIRST, axis_name(axis))):
+        if axis != "data" and job.mesh.size(axis) == 1:
+            continue
         found = _difference(
             "model",
             by_axis[axis],
@@ -70,7 +79,8 @@ def check_same_model(job: Job, module: nn.Module, groups: Iterable[Mapping[str, 
             job.device,
         )
         if found is not None:
-            raise ConfigError(f"ranks have built different models, {found}")
+            hint = "" if axis == "data" else _HINT.format(axis_name(axis))
+            raise ConfigError(f"ranks have built different models, {found}{hint}")
 
 
 def _described(
@@ -78,19 +88,38 @@ def _described(
 ) -> dict[Axis, dict[str, Any]]:
     """Axis -> name -> facts that all ranks of the axis must agree on."""
     group_of = {p: number for number, group in enumerate(groups) for p in group["params"]}
-    by_axis: dict[Axis, dict[str, Any]] = {"data": {}}
+    by_axis: dict[Axis, dict[str, Any]] = {axis: {} for axis in _FIRST}
     for parameter in module.parameters():
         info = job.parameters.info(parameter)
-        facts = _facts(parameter, info.name)
-        facts["requires_grad"] = parameter.requires_grad
-        facts["optimizer group"] = group_of.get(parameter)
-        facts["kept by an engine"] = owner_of(parameter) is not None
-        by_axis.setdefault(info.reduction, {})[info.name] = facts
+        try:
+            replicated = job.parameters.replicated(info)
+        except ConfigError as error:
+            raise ConfigError(f"parameter {info.name}: {error}") from None
+        facts: dict[str, Any] = {
+            "requires_grad": parameter.requires_grad,
+            "optimizer group": group_of.get(parameter),
+            "kept by an engine": owner_of(parameter) is not None,
+        }
+        placed = info.placement
+        if placed is not None:  # whose ranks have other boxes of one tensor
+            facts["whole shape"] = list(placed.global_shape)
+            by_axis.setdefault(_short(placed.axis), {})[info.name] = dict(facts)
+            facts["boxes"] = [[list(box.global_offset), list(box.size)] for box in placed.boxes]
+        facts |= _facts(parameter, info.name)
+        for axis in (info.reduction, replicated):
+            by_axis.setdefault(_short(axis), {})[info.name] = facts
     for name, buffer in module.named_buffers():
         by_axis["data"][f"buffer {name}"] = _facts(buffer, name)
-    if len(by_axis) > 1:
-        by_axis["data"]["axes of other parameters"] = sorted(map(axis_name, by_axis))
+    # Ranks that agree on these agree on what they compare next, and do not wait for each other.
+    axes = [axis for axis in by_axis if not isinstance(axis, SubAxis)]
+    for first in _FIRST:
+        mine = sorted(axis_name(axis) for axis in axes if job.mesh.layout.overlap(first, axis))
+        by_axis[first]["axes of parameters"] = mine
     return by_axis
+
+
+def _short(axis: Axis) -> Axis:
+    return axis[0] if isinstance(axis, tuple) and len(axis) == 1 else axis
 
 
 def _facts(tensor: torch.Tensor, name: str) -> dict[str, Any]:

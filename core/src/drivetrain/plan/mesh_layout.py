@@ -8,7 +8,7 @@ in two. Queries cost as much as their answer, never as much as the world.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd, prod
@@ -130,6 +130,30 @@ class MeshLayout:
             raise ConfigError(f"positions {ordered} are not all in axis {axis!r} of size {size}")
         return SubAxis(axis, ordered)
 
+    def rest(self, axes: Iterable[Axis]) -> tuple[str, ...]:
+        """Names of axes that make up the world together with ``axes``: atoms where they do.
+
+        Raises:
+            ConfigError: some of ``axes`` share ranks, or no axes make up what they leave over.
+        """
+        used: list[str] = []
+        for axis in axes:
+            names = axis.axis if isinstance(axis, SubAxis) else axis
+            used += (names,) if isinstance(names, str) else names
+        left = self.world_size // self.size(tuple(used))
+        found: list[str] = []
+        for name in (*ATOMS, *sorted(self.axes, key=self.size, reverse=True)):
+            if self.size(name) > 1 and not self.overlap(*used, *found, name):
+                found.append(name)
+        if self.size(tuple(found)) != left:
+            raise ConfigError(f"no mesh axes make up the {left} ranks beside axes {tuple(used)}")
+        return tuple(found)
+
+    def overlap(self, *axes: str | tuple[str, ...]) -> bool:
+        """Whether some of ``axes`` share ranks beside the one that all go through."""
+        names = [name for axis in axes for name in ((axis,) if isinstance(axis, str) else axis)]
+        return any(o.stride % (i.size * i.stride) for o, i in pairwise(self._joined(names)))
+
     def digits(self, axis: str | tuple[str, ...]) -> tuple[Digit, ...]:
         """The digits of ``axis``, outermost first.
 
@@ -140,14 +164,16 @@ class MeshLayout:
             return self._named(axis)
         if len(axis) == 1:
             return self._named(axis[0])
-        digits = sorted((d for name in axis for d in self._named(name)), key=lambda d: -d.stride)
-        for outer, inner in pairwise(digits):
-            if outer.stride % (inner.size * inner.stride):
-                raise ConfigError(
-                    f"mesh axes {axis} overlap, so they have no product: "
-                    + ", ".join(f"{name} = {self.group(0, name)[:8]}" for name in axis)
-                )
-        return tuple(digits)
+        if self.overlap(*axis):
+            raise ConfigError(
+                f"mesh axes {axis} overlap, so they have no product: "
+                + ", ".join(f"{name} = {self.group(0, name)[:8]}" for name in axis)
+            )
+        return self._joined(axis)
+
+    def _joined(self, names: Iterable[str]) -> tuple[Digit, ...]:
+        digits = (digit for name in names for digit in self._named(name))
+        return tuple(sorted(digits, key=_outer))
 
     def _named(self, name: str) -> tuple[Digit, ...]:
         try:
@@ -155,6 +181,11 @@ class MeshLayout:
         except KeyError:
             known = ", ".join(self.axes)
             raise ConfigError(f"unknown mesh axis {name!r}; this job has {known}") from None
+
+
+def _outer(digit: Digit) -> int:
+    """A key by which outer digits come first."""
+    return -digit.stride
 
 
 def _atoms(world_size: int, requests: Sequence[Atom]) -> dict[str, Digit]:
@@ -240,7 +271,7 @@ def _does_not_nest(atoms: Mapping[str, Digit], request: SplitAxis, name: str, mi
 def _digits(*digits: Digit) -> tuple[Digit, ...]:
     """Outermost first, without digits of size 1, neighbours merged: one form for equal axes."""
     merged: list[Digit] = []
-    for digit in sorted((d for d in digits if d.size > 1), key=lambda d: -d.stride):
+    for digit in sorted((d for d in digits if d.size > 1), key=_outer):
         if merged and merged[-1].stride == digit.size * digit.stride:
             digit = Digit(merged.pop().size * digit.size, digit.stride)
         merged.append(digit)

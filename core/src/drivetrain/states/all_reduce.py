@@ -54,6 +54,7 @@ class AllReduceBucket(GradientBucket):
         bucket = cls(
             key=spec.key,
             reduction=spec.reduction,
+            replicated=spec.replicated,
             wait_for_end=plan.sparse or not overlap,
             communicator=communicator,
             gradient=communicator.buffer(spec.numel, spec.gradient_dtype, spec.reduction),

@@ -68,7 +68,7 @@ class _Kind:
     state_dtype: torch.dtype
     wire_dtype: torch.dtype
     reduction: Axis
-    owner: bool
+    replicated: tuple[str, ...]
     sparse: bool
     device: torch.device
 
@@ -93,7 +93,7 @@ def plan_buckets(
         parameters: in the module's order; those in no group are left out.
         optimizer: rule and groups.
         table: facts on every parameter.
-        communicator: tells which of the copies along a reduction is this rank's.
+        communicator: tells which of the copies of a parameter is this rank's.
         sizes: bucket limits.
         gradient_dtype: dtype that gradients accumulate in; ``None`` for each parameter's own.
         steps: parameter name -> updates that its states have seen; a bucket has one such count.
@@ -103,7 +103,8 @@ def plan_buckets(
     group_of = {p: i for i, group in enumerate(optimizer.groups) for p in group["params"]}
     open_buckets: dict[_Kind, list[nn.Parameter]] = defaultdict(list)
     filled: dict[_Kind, int] = defaultdict(int)
-    limit = sizes.first
+    # Each set of copies is cut by itself: ranks along other axes may have larger parts of others.
+    limits: dict[tuple[Axis, ...], int] = defaultdict(lambda: sizes.first)
     closed: list[tuple[_Kind, list[nn.Parameter]]] = []
     for parameter in reversed(list(parameters)):
         if not parameter.requires_grad or parameter not in group_of:
@@ -122,22 +123,28 @@ def plan_buckets(
             state_dtype=info.state_dtype or info.master_dtype or info.compute_dtype,
             wire_dtype=info.reduce_dtype or gradient_dtype or info.compute_dtype,
             reduction=info.reduction,
-            owner=info.owner,
+            replicated=table.replicated(info),
             sparse=info.sparse,
             device=parameter.device,
         )
         open_buckets[kind].append(parameter)
         filled[kind] += parameter.numel() * kind.gradient_dtype.itemsize
-        if filled[kind] >= limit or info.sparse:
+        copies = kind.reduction, kind.replicated
+        if filled[kind] >= limits[copies] or info.sparse:
             closed.append((kind, open_buckets.pop(kind)))
             filled.pop(kind)
-            limit = sizes.regular
+            limits[copies] = sizes.regular
     closed += open_buckets.items()
     closed.sort(key=lambda item: item[0].sparse)  # stable
     return [
         _planned(f"{prefix}g{kind.group}.b{n}", kind, members, table, communicator, rules)
         for n, (kind, members) in enumerate(closed)
     ]
+
+
+def is_first_copy(communicator: Communicator, *axes: Axis) -> bool:
+    """Whether this rank's copy counts, of the equal ones that ranks along ``axes`` have."""
+    return all(communicator.rank(axis) == 0 for axis in axes)
 
 
 def _refuse_untrainable(parameter: nn.Parameter, info: ParameterInfo) -> None:
@@ -162,8 +169,7 @@ def _planned(
     communicator: Communicator,
     rules: Mapping[int, UpdateRule],
 ) -> PlannedBucket:
-    # Which copy is the first is no part of a kind: copies must be cut into buckets alike.
-    owner = kind.owner and communicator.rank(kind.reduction) == 0
+    owner = is_first_copy(communicator, kind.reduction, kind.replicated)
     segments, offset = [], 0
     for parameter in members:
         segments.append(
@@ -190,5 +196,6 @@ def _planned(
         rule=rules[kind.rule],
         group=kind.group,
         device=kind.device,
+        replicated=kind.replicated,
     )
     return PlannedBucket(spec, tuple(members), kind.wire_dtype, kind.sparse, kind.step)

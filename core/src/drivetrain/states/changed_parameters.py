@@ -179,17 +179,19 @@ def _weighted(sums: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_unlike_copies(communicator: Communicator, bucket: GradientBucket) -> None:
-    """Check that all ranks of a bucket's reduction have the same parameters. Collective.
+    """Check that all ranks that have copies of a bucket have the same parameters. Collective.
 
     Raises:
         TrainingError: names the first that differs.
     """
-    if not bucket.reduced or communicator.size(bucket.reduction) == 1:
+    axes = [a for a in (bucket.reduction, bucket.replicated) if communicator.size(a) > 1]
+    if not bucket.reduced or not axes:
         return
     own = digests([slot.parameter for slot in bucket.slots])
     most = torch.cat([own, -own])
     tag = Tag(Purpose.CONTROL, bucket.key, "changed parameters")
-    communicator.all_reduce(most, bucket.reduction, tag, op=Op.MAX)
+    for axis in axes:
+        communicator.all_reduce(most, axis, tag, op=Op.MAX)
     highest, lowest = most.chunk(2)
     for slot, unlike in zip(bucket.slots, (highest != -lowest).any(dim=1), strict=True):
         if unlike:

@@ -189,10 +189,20 @@ def step_fragments(home: StateHome, changed: Callable[[], object]) -> list[Fragm
             global_shape=(),
             dtype=torch.int64,
             boxes=tuple(interval_boxes((), 0, 1)),
-            owner=segment.owner and segment.start == 0,
+            owner=segment.owner and _has_first(segment),
             home="host",
             read=lambda: torch.tensor([home.step]),
             write=write,
         )
         for segment in home.spec.segments
     ]
+
+
+def _has_first(segment: Segment) -> bool:
+    """Whether the first element of the client's tensor is in the segment: on one rank of all."""
+    if segment.placement is None:
+        starts = [0]
+    else:
+        boxes = segment.placement.boxes
+        starts = [box.local_offset for box in boxes if not any(box.global_offset)]
+    return any(0 <= start - segment.start < max(segment.numel, 1) for start in starts)

@@ -114,6 +114,7 @@ class GradientBucket(ABC):
     Args:
         key: names it in collectives.
         reduction: axes that gradients are summed over.
+        replicated: further axes along which ranks have equal parameters.
         slots: its parameters.
         reduced: false while the update rule communicates by itself.
         wait_for_end: whether it is sent at the end of the window only.
@@ -125,6 +126,7 @@ class GradientBucket(ABC):
 
     key: str
     reduction: Axis
+    replicated: tuple[str, ...] = ()
     wait_for_end: bool = False
     slots: list[Slot] = field(default_factory=list)
     reduced: bool = True
@@ -363,9 +365,12 @@ class GradientReducer:
         for bucket in self.buckets:
             bucket.changed = any(slot.is_changed for slot in bucket.slots)
         by_axis: dict[Axis, list[GradientBucket]] = {}
-        for bucket in self.buckets:
-            if bucket.reduced and self._communicator.size(bucket.reduction) > 1:
-                by_axis.setdefault(bucket.reduction, []).append(bucket)
+        for axis, bucket in [
+            *((bucket.reduction, bucket) for bucket in self.buckets),
+            *((bucket.replicated, bucket) for bucket in self.buckets),  # of what the former found
+        ]:
+            if bucket.reduced and self._communicator.size(axis) > 1:
+                by_axis.setdefault(axis, []).append(bucket)
         for axis, members in by_axis.items():
             changed = [int(bucket.changed) for bucket in members]
             late = torch.tensor([int(flags[b.key]) for b in members] + changed, dtype=torch.int8)

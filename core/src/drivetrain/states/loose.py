@@ -11,6 +11,7 @@ from torch import nn
 
 from drivetrain.contracts.state.fragment import Fragment
 from drivetrain.contracts.world.collective import Purpose, Tag
+from drivetrain.states.buckets import is_first_copy
 from drivetrain.states.device_home import tensor_fragment
 from drivetrain.states.whole import handed_over
 from drivetrain.tensor_parts import copy_into, is_stored, tensor_parts
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
     from drivetrain.job.job import Job
 
 
-def broadcast_first(job: Job, tensor: torch.Tensor, axis: Axis, key: str) -> None:
-    """Make all ranks of ``axis`` start from the first one's values."""
+def broadcast_first(job: Job, tensor: torch.Tensor, key: str, *axes: Axis) -> None:
+    """Make all ranks that differ along ``axes`` only start from the first one's values."""
     if tensor.is_meta or not tensor.numel():
         return
     for name, part in tensor_parts(tensor, key).items():
         dense = part if part.is_contiguous() else part.contiguous()
-        job.communicator.broadcast(dense, axis, Tag(Purpose.STATE, name, "initial values"))
+        for axis in axes:
+            job.communicator.broadcast(dense, axis, Tag(Purpose.STATE, name, "initial values"))
         if dense is not part:
             copy_into(part, dense)
 
@@ -52,9 +54,10 @@ def synchronise_loose(job: Job, module: nn.Module, bucketed: Collection[nn.Param
             values = parameter.data
         if parameter.is_floating_point() and not is_stored(parameter):
             parameter.data = values.to(info.compute_dtype)
-        broadcast_first(job, parameter.detach(), info.reduction, info.name)
+        axes = info.reduction, job.parameters.replicated(info)
+        broadcast_first(job, parameter.detach(), info.name, *axes)
     for name, buffer in module.named_buffers():
-        broadcast_first(job, buffer, "data", name)
+        broadcast_first(job, buffer, name, "data")
 
 
 def loose_fragments(
@@ -65,7 +68,8 @@ def loose_fragments(
     for parameter in module.parameters():
         if parameter not in bucketed:
             info = job.parameters.info(parameter)
-            owner = info.owner and job.communicator.rank(info.reduction) == 0
+            axes = info.reduction, job.parameters.replicated(info)
+            owner = is_first_copy(job.communicator, *axes)
             fragment = partial(tensor_fragment, owner=owner, placement=info.placement)
             parts = tensor_parts(parameter.detach(), info.name)
             found += [fragment(name, "parameter", part) for name, part in parts.items()]

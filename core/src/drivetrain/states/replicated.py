@@ -18,7 +18,12 @@ from drivetrain.precision.precision import Precision
 from drivetrain.sections.data_parallel import DataParallel
 from drivetrain.sections.optimization import GradientPredivideFactor, PrescaleGradients
 from drivetrain.states.all_reduce import AllReduceBucket
-from drivetrain.states.buckets import BucketSizes, PlannedBucket, plan_buckets
+from drivetrain.states.buckets import (
+    BucketSizes,
+    PlannedBucket,
+    is_first_copy,
+    plan_buckets,
+)
 from drivetrain.states.changed_parameters import ParameterWatch, refuse_unlike_copies
 from drivetrain.states.device_home import segment_fragment, step_fragments
 from drivetrain.states.gradient_norm import sum_of_squares
@@ -159,7 +164,7 @@ class ReplicatedStates(ModelStates):
         wide = max((p.dtype for p in plan.parameters), key=lambda dtype: dtype.itemsize)
         with handed_over(plan.parameters):
             originals = torch.cat([p.detach().to(wide).reshape(-1) for p in plan.parameters])
-        broadcast_first(self._job, originals, spec.reduction, spec.key)
+        broadcast_first(self._job, originals, spec.key, spec.reduction, spec.replicated)
         flat = self._job.communicator.buffer(spec.numel, spec.parameter_dtype, spec.reduction)
         flat.copy_(originals)
         for segment, parameter in zip(spec.segments, plan.parameters, strict=True):
@@ -213,8 +218,9 @@ class ReplicatedStates(ModelStates):
             if not bucket.gradients.reduced:
                 # One rank's term, taken as if all terms were alike; the mean of these estimates
                 # over the ranks is one number that all ranks agree on.
-                if self._job.parameters.info(bucket.planned.parameters[0]).owner:
-                    size = communicator.size(bucket.planned.spec.reduction)
+                spec = bucket.planned.spec
+                if is_first_copy(communicator, spec.replicated):
+                    size = communicator.size(spec.reduction)
                     counted.setdefault(size, []).append(bucket.gradients.gradient)
             elif local or bucket.owner:
                 counted[1].append(bucket.gradients.gradient)

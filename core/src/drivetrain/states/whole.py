@@ -29,17 +29,20 @@ class ReplicaWrites:
 
     Args:
         parameters: any; those that no open job knows are left alone.
-        write_rank: the data-parallel rank whose changes count.
+        write_rank: the data-parallel rank whose changes count. Of its replicas along other axes,
+            the first that has changed a parameter counts.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], write_rank: int) -> None:
         self._write_rank = write_rank
-        self._groups: dict[tuple[Job, Axis], list[nn.Parameter]] = defaultdict(list)
+        self._groups: dict[tuple[Job, Axis, Axis], list[nn.Parameter]] = defaultdict(list)
         jobs = open_jobs()[::-1]
         for parameter in parameters:
             job = next((job for job in jobs if parameter in job.parameters), None)
             if job is not None:
-                self._groups[job, job.parameters.info(parameter).reduction].append(parameter)
+                info = job.parameters.info(parameter)
+                copies = info.reduction, job.parameters.replicated(info)
+                self._groups[job, *copies].append(parameter)
         self._before = {
             key: [_state(parameter) for parameter in members]
             for key, members in self._groups.items()
@@ -51,12 +54,14 @@ class ReplicaWrites:
         Raises:
             TrainingError: another rank has changed a parameter, or one has another shape.
         """
-        for (job, axis), members in self._groups.items():
-            written = self._agree(job, axis, members, self._before[job, axis])
-            for parameter in written:
+        for (job, axis, replicated), members in self._groups.items():
+            before = self._before[job, axis, replicated]
+            written = self._agree(job, axis, replicated, members, before)
+            for parameter, replica in written.items():
                 tag = Tag(Purpose.STATE, job.parameters.info(parameter).name, "changed whole")
                 for part in _parts(parameter):
                     dense = part.contiguous()
+                    job.communicator.broadcast(dense, replicated, tag, source=replica)
                     job.communicator.broadcast(dense, axis, tag, source=self._write_rank)
                     if dense is not part:
                         part.copy_(dense)
@@ -68,18 +73,22 @@ class ReplicaWrites:
         self,
         job: Job,
         axis: Axis,
+        replicated: Axis,
         members: list[nn.Parameter],
         before: list[tuple[torch.Size, torch.Tensor]],
-    ) -> list[nn.Parameter]:
-        """Those that the writing rank has changed."""
-        rank, ranks = job.communicator.rank(axis), job.communicator.size(axis)
-        found = torch.zeros(len(members), ranks, dtype=torch.int32)
+    ) -> dict[nn.Parameter, int]:
+        """Those that the writing rank has changed, and the first of its replicas that has."""
+        communicator, axes = job.communicator, (axis, replicated)
+        found = torch.zeros(len(members), *map(communicator.size, axes), dtype=torch.int32)
+        place = tuple(map(communicator.rank, axes))
         for row, parameter, old in zip(found, members, before, strict=True):
-            row[rank] = _change(old, _state(parameter))
-        job.communicator.all_reduce(found, axis, Tag(Purpose.STATE, site="changed whole"))
-        written = []
-        for parameter, changes in zip(members, found.tolist(), strict=True):
+            row[place] = _change(old, _state(parameter))
+        for each in axes:
+            communicator.all_reduce(found, each, Tag(Purpose.STATE, site="changed whole"))
+        written = {}
+        for parameter, copies in zip(members, found, strict=True):
             name = job.parameters.info(parameter).name
+            changes = copies.amax(dim=1).tolist()
             if _OTHER_SHAPE in changes:
                 raise TrainingError(
                     f"parameter {name} has another shape after it was changed: resize parameters "
@@ -92,7 +101,7 @@ class ReplicaWrites:
                     f"is {self._write_rank}, whose copy is as it was: the change would be lost"
                 )
             if any(changes):
-                written.append(parameter)
+                written[parameter] = int(copies[self._write_rank].argmax())
         return written
 
 

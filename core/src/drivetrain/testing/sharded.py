@@ -19,6 +19,7 @@ from drivetrain.contracts.state.bucket import BucketSpec
 from drivetrain.contracts.state.home import StateHome
 from drivetrain.contracts.world.collective import Purpose, Tag
 from drivetrain.contracts.world.communicator import Communicator
+from drivetrain.states.buckets import is_first_copy
 from drivetrain.states.device_home import DeviceHome
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ class ShardedHome(StateHome):
         self._parts = list(pairwise(cuts))
         self._begin, self._end = self._parts[self._rank]
         part = part_of(spec, self._begin, self._end)
-        owned = tuple(replace(segment, owner=True) for segment in part.segments)
+        first = is_first_copy(communicator, spec.replicated)
+        owned = tuple(replace(segment, owner=first) for segment in part.segments)
         self._part = DeviceHome(replace(part, segments=owned))
         self._parameters = torch.empty(0)
 

@@ -179,6 +179,7 @@ class ZeroStates(ModelStates):
         return ReduceScatterBucket(
             key=bucket.key,
             reduction=bucket.spec.reduction,
+            replicated=bucket.spec.replicated,
             parameters=bucket,
             communicator=self._job.communicator,
             memory=self._memory,

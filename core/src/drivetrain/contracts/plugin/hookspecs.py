@@ -127,7 +127,7 @@ def transform_module(job: Job, module: torch.nn.Module, training: bool) -> Seque
 
 @hookspec
 def describe_parameters(job: Job, module: torch.nn.Module) -> None:
-    """Fill in ``job.parameters.info(p)``: placement, reduction, owner, dtypes.
+    """Fill in ``job.parameters.info(p)``: placement, reduction, distinct, dtypes.
 
     Collect. Once per engine, after all transforms that come before states, on every rank; no
     communication.

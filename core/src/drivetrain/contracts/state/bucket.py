@@ -31,7 +31,7 @@ class Segment:
         start: index of the first element held, in the row-major flattened parameter.
         numel: number of elements held.
         offset: where they begin in the bucket.
-        owner: whether this rank's copy counts in norms and checkpoints.
+        owner: whether this rank's copy is the first, which counts in norms and checkpoints.
         placement: which part of the client's tensor the parameter is; ``None`` for all of it.
     """
 
@@ -69,6 +69,7 @@ class BucketSpec:
         device: the device that parameters and gradients are on.
         released: whether the parameters are needed now and then only, so that a home may keep them
             meanwhile (:class:`ParameterHome`).
+        replicated: further axes along which ranks have copies, with equal gradients.
     """
 
     key: str
@@ -83,6 +84,7 @@ class BucketSpec:
     group: int
     device: torch.device
     released: bool = False
+    replicated: tuple[str, ...] = ()
 
     @property
     def has_masters(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,15 +24,25 @@ class Placement:
         global_shape: shape of the client's tensor.
         boxes: rectangles of it, in order of their local offsets. Fused and padded tensor-parallel
             shards are not "dimension and index", so any set of rectangles is allowed.
+        axis: over which the other ranks hold the other rectangles.
     """
 
     global_shape: tuple[int, ...]
     boxes: tuple[Box, ...]
+    axis: str | tuple[str, ...]
 
 
 @dataclass
 class ParameterInfo:
     """Facts about one parameter; filled in by transforms and ``describe_parameters``.
+
+    Three facts say which ranks have it. Along :attr:`reduction`, ranks have copies, each with a
+    term of the gradient. Along ``placement.axis`` they have other parts of it, and along
+    :attr:`distinct` other parameters in its place. Along all other axes it is *replicated*: ranks
+    have copies that compute the same gradient. All copies start from the first one's values, and
+    the first one counts in norms and is saved. An axis whose ranks have equal copies, but each a
+    term of the gradient, belongs to :attr:`reduction`: ``tp`` for the norms between tensor-parallel
+    layers that share out the sequence.
 
     Args:
         name: the client's stable name, which survives wrappers and transforms.
@@ -43,7 +53,8 @@ class ParameterInfo:
         state_dtype: dtype of optimizer states; ``None`` for the masters'.
         placement: the part of the client's tensor; ``None`` when it is the whole.
         reduction: axes over which the gradient is summed. The divisor is one per job.
-        owner: whether this rank's coordinate counts the parameter in norms and writes it.
+        distinct: axes along which ranks have other parameters, such as ``pp`` for the layers of a
+            pipeline's stages and ``ep`` for experts.
         sparse: whether the gradient travels as (row indices, rows).
         extra: facts that plugins share under their own name.
     """
@@ -56,7 +67,7 @@ class ParameterInfo:
     master_dtype: torch.dtype | None = None
     state_dtype: torch.dtype | None = None
     placement: Placement | None = None
-    owner: bool = True
+    distinct: tuple[str, ...] = ()
     sparse: bool = False
     extra: dict[str, object] = field(default_factory=dict)
 
@@ -72,9 +83,14 @@ class ParameterHandle(Protocol):
 
 
 class ParameterTable:
-    """The job's :class:`ParameterInfo` of every parameter, keyed by the parameter itself."""
+    """The job's :class:`ParameterInfo` of every parameter, keyed by the parameter itself.
 
-    def __init__(self) -> None:
+    Args:
+        rest: returns the names of the axes that some others leave over of all ranks.
+    """
+
+    def __init__(self, rest: Callable[[Iterable[Axis]], tuple[str, ...]] = lambda _: ()) -> None:
+        self._rest = rest
         # Tensors compare elementwise, so the keys must be held by identity.
         self._infos: MutableMapping[nn.Parameter, ParameterInfo] = WeakTensorKeyDictionary()
 
@@ -99,6 +115,15 @@ class ParameterTable:
             KeyError: the parameter is not part of the job.
         """
         return self._infos[parameter]
+
+    def replicated(self, info: ParameterInfo) -> tuple[str, ...]:
+        """The axes along which ranks have copies that compute the same gradient.
+
+        Raises:
+            ConfigError: axes of ``info`` have ranks in common.
+        """
+        placed = () if info.placement is None else (info.placement.axis,)
+        return self._rest((info.reduction, *info.distinct, *placed))
 
     def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
         """Hand ``old``'s name and facts to ``new``, which takes its place in the module."""

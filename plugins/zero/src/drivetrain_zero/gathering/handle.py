@@ -57,6 +57,10 @@ class WholeOnDemand(ABC):
     def _ranks(self) -> tuple[Communicator, Axis]:
         """Who has to agree on its values."""
 
+    def _replicated(self) -> tuple[str, ...]:
+        """Axes along which further ranks have copies, which are kept apart from these."""
+        return ()
+
     @abstractmethod
     def _fetch(self, *, writable: bool) -> None:
         """Make it whole and keep it so; ``writable``: in memory of this rank alone. Collective."""
@@ -109,31 +113,34 @@ class WholeOnDemand(ABC):
     def _write(self, write_rank: int, changed: bool) -> None:
         communicator, axis = self._ranks()
         tag = Tag(Purpose.STATE, self.name, "changed whole")
-        rank = communicator.rank(axis)
-        changes = torch.zeros(communicator.size(axis), dtype=torch.int32)
-        changes[rank] = int(changed)
-        communicator.all_reduce(changes, axis, tag)
-        who = changes.nonzero().flatten().tolist()
+        axes = axis, self._replicated()
+        changes = torch.zeros(*map(communicator.size, axes), dtype=torch.int32)
+        changes[tuple(map(communicator.rank, axes))] = int(changed)
+        for each in axes:
+            communicator.all_reduce(changes, each, tag)
+        who = changes.amax(dim=1).nonzero().flatten().tolist()
         if who and write_rank not in who:
             raise TrainingError(
                 f"parameter {self.name} was changed on rank {who[0]}, but modifier_rank "
                 f"(write_rank) is {write_rank}, whose copy is as it was: the change would be lost"
             )
         if who:
-            self._broadcast(write_rank)
+            self._broadcast(write_rank, int(changes[write_rank].argmax()))
             self._take_over()
             # Ranks that share memory read each other's shards where they lie: none may go on
             # before all have taken over theirs.
             communicator.barrier(axis, tag)
 
-    def _broadcast(self, source: int) -> None:
-        """Give the parameter, which is whole, the values of rank ``source``."""
+    def _broadcast(self, source: int, replica: int) -> None:
+        """Give the parameter, which is whole, the values of a replica of rank ``source``."""
         communicator, axis = self._ranks()
         tag = Tag(Purpose.STATE, self.name, "changed whole")
+        sources = ((self._replicated(), replica), (axis, source))
         values = self.parameter.detach()
         shape = torch.zeros(9, dtype=torch.int64)
         shape[0], shape[1 : values.dim() + 1] = values.dim(), torch.tensor(values.shape)
-        communicator.broadcast(shape, axis, tag, source=source)
+        for each, first in sources:
+            communicator.broadcast(shape, each, tag, source=first)
         wanted = torch.Size(shape[1 : int(shape[0]) + 1].tolist())
         if wanted != self._shape_before and not self.may_be_resized:
             raise TrainingError(
@@ -144,7 +151,8 @@ class WholeOnDemand(ABC):
         if values.shape != wanted:
             values = values.new_empty(wanted)
         values = values.contiguous()
-        communicator.broadcast(values, axis, tag, source=source)
+        for each, first in sources:
+            communicator.broadcast(values, each, tag, source=first)
         if values.data_ptr() != self.parameter.data_ptr() or values.shape != self.parameter.shape:
             self.parameter.data = values
 
@@ -201,6 +209,9 @@ class ShardedParameter(WholeOnDemand):
 
     def _ranks(self) -> tuple[Communicator, Axis]:
         return self._job.communicator, self._job.parameters.info(self.parameter).reduction
+
+    def _replicated(self) -> tuple[str, ...]:
+        return self._job.parameters.replicated(self._job.parameters.info(self.parameter))
 
     def _fetch(self, *, writable: bool) -> None:
         self._bucket.refuse_changes()

@@ -91,7 +91,9 @@ class StateAccess:
                 )
             value = given.detach().to(self.engine.device, part.dtype, copy=True).contiguous()
             tag = Tag(Purpose.STATE, part.info.name, f"set {part.kind}")
-            self.engine.job.communicator.broadcast(value, part.info.reduction, tag)
+            replicated = self.engine.job.parameters.replicated(part.info)
+            for axis in (replicated, part.info.reduction):
+                self.engine.job.communicator.broadcast(value, axis, tag)
             for fragment in self._followers(fragments, part):
                 _put(fragment, part.info, value / scale)
         self._written()

@@ -19,6 +19,7 @@ from drivetrain.contracts import (
     Tag,
 )
 from drivetrain.errors import TrainingError
+from drivetrain.states.buckets import is_first_copy
 from drivetrain.states.device_home import segment_fragment
 from drivetrain.states.loose import broadcast_first
 from drivetrain.states.whole import handed_over
@@ -92,7 +93,7 @@ class ShardedBucket:
         self.rank = communicator.rank(axis)
         # Of the ranks that hold the same shard, the first counts in norms and checkpoints.
         first_copy = communicator.rank(plan.spec.reduction) == self.rank
-        self.counts = first_copy and job.parameters.info(plan.parameters[0]).owner
+        self.counts = first_copy and is_first_copy(communicator, plan.spec.replicated)
         spec = _shard_spec(plan.spec, self.packing, self.rank, owner=self.counts)
         self.spec = replace(spec, released=sharded and not kept)
         self.home: StateHome
@@ -178,7 +179,8 @@ class ShardedBucket:
             originals = torch.zeros(self.packing.numel, dtype=wide, device=self.spec.device)
             for view, parameter in zip(self.views_of(originals), self.parameters, strict=True):
                 view.copy_(parameter.detach())
-        broadcast_first(self._job, originals, self.spec.reduction, self.key)
+        axes = self.spec.reduction, self.spec.replicated
+        broadcast_first(self._job, originals, self.key, *axes)
         mine = self.shard_of(originals)
         if self._keeper is not None:
             self._memory.take()

@@ -42,20 +42,22 @@ def bucketed(
 def plan_frozen(
     parameters: Iterable[nn.Parameter], table: ParameterTable, prefix: str
 ) -> list[PlannedBucket]:
-    """One bucket for each dtype, reduction, owner and device among ``parameters``, of any dtype."""
-    kinds: dict[tuple[torch.dtype, Axis, bool, torch.device], list[nn.Parameter]]
+    """One bucket for each dtype, device and set of copies among ``parameters``, of any dtype."""
+    kinds: dict[tuple[torch.dtype, Axis, tuple[str, ...], torch.device], list[nn.Parameter]]
     kinds = defaultdict(list)
     for parameter in parameters:
         info = table.info(parameter)
         dtype = info.compute_dtype if parameter.is_floating_point() else parameter.dtype
-        kinds[dtype, info.reduction, info.owner, parameter.device].append(parameter)
+        copies = info.reduction, table.replicated(info)
+        kinds[dtype, *copies, parameter.device].append(parameter)
     planned = []
-    for number, ((dtype, reduction, owner, device), members) in enumerate(kinds.items()):
+    for number, ((dtype, reduction, replicated, device), members) in enumerate(kinds.items()):
         segments, offset = [], 0
         for parameter in members:
             info, numel = table.info(parameter), parameter.numel()
             shape = tuple(parameter.shape)
-            segments.append(Segment(info.name, shape, 0, numel, offset, owner, info.placement))
+            placement = info.placement
+            segments.append(Segment(info.name, shape, 0, numel, offset, placement=placement))
             offset += numel
         spec = BucketSpec(
             key=f"{prefix}{_FROZEN}b{number}",
@@ -69,6 +71,7 @@ def plan_frozen(
             rule=None,
             group=-1,
             device=device,
+            replicated=replicated,
         )
         planned.append(PlannedBucket(spec, tuple(members), dtype, sparse=False, step=0))
     return planned
