@@ -20,6 +20,7 @@ from drivetrain.job.job import Job
 from drivetrain.plan.registry import Registry
 from drivetrain.testing import RanksFailedError, run_distributed
 
+AVERAGED = {"weight_average": {"decay": 0.9}}
 STEPS, ROWS, RATE = 4, 3, 0.1
 LAYOUTS = [pytest.param(1, 2, id="dp 1 x tp 2"), pytest.param(2, 2, id="dp 2 x tp 2")]
 STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -213,6 +214,13 @@ def initialize_with(change: str) -> None:
     )
 
 
+def train_with(optimizer: str, tp: int) -> None:
+    params = {"lr": 1e-3}
+    engine = make(1, tp, optimizer={"type": optimizer, "params": params}, **AVERAGED)
+    train(engine, 0, 1)
+    engine.destroy()
+
+
 # -- claims ----------------------------------------------------------------------------------------
 
 
@@ -282,4 +290,14 @@ def test_ranks_with_other_parameters_must_say_so() -> None:
 def test_placements_that_cannot_be_are_refused(change: str, text: str) -> None:
     with pytest.raises(RanksFailedError) as raised:
         run_distributed(initialize_with, 2, change)
+    assert text in str(raised.value)
+
+
+@pytest.mark.parametrize("optimizer", ["Muon", "Lamb"])
+def test_rules_over_whole_tensors_refuse_parts(optimizer: str) -> None:
+    run_distributed(train_with, 2, optimizer, 1)
+    with pytest.raises(RanksFailedError) as raised:
+        run_distributed(train_with, 2, optimizer, 2)
+    name = "blocks.1.down.weight [4, 5]"
+    text = f"{optimizer} needs whole tensors, but of parameter {name} each rank along tp has a part"
     assert text in str(raised.value)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from drivetrain.contracts.state.bucket import BucketSpec, Segment
-from drivetrain.contracts.world.collective import is_float8
+from drivetrain.contracts.state.bucket import BucketSpec, Segment, WrappedRule
+from drivetrain.contracts.world.collective import axis_name, is_float8
 from drivetrain.errors import ConfigError
 from drivetrain.tensor_parts import is_wrapper
 
@@ -112,6 +113,7 @@ def plan_buckets(
         info = table.info(parameter)
         _refuse_untrainable(parameter, info)
         rule = optimizer.rule.rule_for(parameter, info)
+        _refuse_part(info, rule)
         rules[id(rule)] = rule
         kind = _Kind(
             group=group_of[parameter],
@@ -158,6 +160,21 @@ def _refuse_untrainable(parameter: nn.Parameter, info: ParameterInfo) -> None:
         raise ConfigError(
             f"parameter {info.name} is kept as {what}, in which nothing can be trained: freeze it "
             "(requires_grad_(False)), or make an ordinary tensor of it"
+        )
+
+
+def _refuse_part(info: ParameterInfo, rule: UpdateRule) -> None:
+    placed = info.placement
+    if rule.grain != "tensor" or placed is None:
+        return
+    if sum(box.numel for box in placed.boxes) < prod(placed.global_shape):
+        while isinstance(rule, WrappedRule):
+            rule = rule.rule
+        raise ConfigError(
+            f"optimizer: {type(rule).__name__} needs whole tensors, but of parameter {info.name} "
+            f"{list(placed.global_shape)} each rank along {axis_name(placed.axis)} has a part: use "
+            "an optimizer that updates each element by itself (AdamW, Lion, SGD), or leave the "
+            "parameter whole"
         )
 
 
