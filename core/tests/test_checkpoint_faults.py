@@ -97,7 +97,7 @@ def begin(folder: Path, case: Case, world: int = 1) -> tuple[Engine, dict[int, C
             engine.save_checkpoint(place)
         saved[step] = stored_contents(place, f"global_step{step}")
         assert world > 1 or str(saved[step]) == str(contents(engine))
-    any_rank(engine, [False])  # all have read it
+    any_rank(engine.job, [False])  # all have read it
     if engine.job.rank == 0:
         shutil.rmtree(place)
     engine.destroy()
@@ -144,11 +144,11 @@ def fail_everywhere(root: Path, case: Case, fault: Fault, world: int = 1) -> set
         folder = root / f"{victim}-{number}"
         if first:
             shutil.copytree(root / "base", folder)
-        any_rank(engine, [False])  # wait for each other
+        any_rank(engine.job, [False])  # wait for each other
         with failing(number if engine.job.rank == victim else None, fault) as faulty:
             raised = save(engine, folder, case)
         assert open_files(folder) == []
-        (more,) = any_rank(engine, [faulty.has_failed])
+        (more,) = any_rank(engine.job, [faulty.has_failed])
         if first:
             check_outcome(folder, case, before, check_all(folder, saved), raised)
         outcomes.add(type(raised))
@@ -161,7 +161,7 @@ def fail_everywhere(root: Path, case: Case, fault: Fault, world: int = 1) -> set
                 assert save(engine, folder, case) is None
             if first:
                 check_outcome(folder, case, before, check_all(folder, saved), None)
-        any_rank(engine, [False])
+        any_rank(engine.job, [False])
         if first:
             shutil.rmtree(folder)
     engine.destroy()

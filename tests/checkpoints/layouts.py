@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from drivetrain_checkpoint_tools import inspect
-from drivetrain_checkpoint_tools.opening import opened
 from torch import nn
 
 import drivetrain
+from drivetrain.checkpoint.opening import opened
 from drivetrain.engine.engine import Engine
 
 

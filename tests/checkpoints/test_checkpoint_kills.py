@@ -10,10 +10,10 @@ from unittest.mock import patch
 
 import pytest
 from drivetrain_checkpoint_tools import verify
-from drivetrain_checkpoint_tools.opening import opened
 from layouts import Layout, hashes, make, train
 
 from drivetrain.checkpoint.format import storage
+from drivetrain.checkpoint.opening import opened
 from drivetrain.communication.process_group import Ranks
 from drivetrain.testing import RanksFailedError, run_distributed
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from drivetrain_checkpoint_tools import export, inspect, verify
-from drivetrain_checkpoint_tools.opening import opened
 from hostile_cases import Case, mutants
 from torch import nn
 
 import drivetrain
 from drivetrain.checkpoint.format.index import seal
+from drivetrain.checkpoint.opening import opened
 from drivetrain.errors import CheckpointError
 
 TAG = "global_step1"

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_checkpoint_tools import pulse, wait_for_saves
-from drivetrain_checkpoint_tools.opening import opened
 from drivetrain_checkpoint_tools.plugin import writers
 from drivetrain_checkpoint_tools.verification import verify
 from torch import nn
 
 import drivetrain
 from drivetrain.checkpoint.format.commit import PendingSave
+from drivetrain.checkpoint.opening import opened
 from drivetrain.communication.process_group import Ranks
 from drivetrain.engine.engine import Engine
 from drivetrain.errors import CheckpointError

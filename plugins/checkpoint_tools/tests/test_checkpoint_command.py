@@ -14,11 +14,11 @@ from click.testing import CliRunner, Result
 from drivetrain_checkpoint_tools import inspect, verify
 from drivetrain_checkpoint_tools.command import checkpoint
 from drivetrain_checkpoint_tools.exporting import parse_size
-from drivetrain_checkpoint_tools.opening import opened
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import drivetrain
+from drivetrain.checkpoint.opening import opened
 from drivetrain.errors import CheckpointError
 
 RUN = CliRunner()

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_checkpoint_tools import import_weights
-from drivetrain_checkpoint_tools.opening import opened
 from safetensors.torch import save_file
 
 from drivetrain.checkpoint.format.reading import read_whole
+from drivetrain.checkpoint.opening import opened
 from drivetrain.errors import CheckpointError
 
 SECONDS = 2

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_checkpoint_tools import export, import_weights, load_pretrained
-from drivetrain_checkpoint_tools.opening import opened
-from drivetrain_checkpoint_tools.safetensors_file import read_header
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import drivetrain
+from drivetrain.checkpoint.format.safetensors_file import read_header
 from drivetrain.checkpoint.format.storage import LocalStorage
+from drivetrain.checkpoint.opening import opened
 from drivetrain.engine.engine import Engine
 from drivetrain.errors import CheckpointError
 from drivetrain.plan.registry import Registry

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_checkpoint_tools.object_store import ObjectStore
-from drivetrain_checkpoint_tools.opening import opened
 from drivetrain_checkpoint_tools.verification import verify
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 
 import drivetrain
 from drivetrain.checkpoint.format.storage import open_storage
+from drivetrain.checkpoint.opening import opened
 from drivetrain.engine.engine import Engine
 from drivetrain.errors import CheckpointError
 

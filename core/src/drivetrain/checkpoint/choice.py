@@ -138,9 +138,9 @@ def candidates(engine: Subject, storage: Storage) -> Iterator[str]:
             tag = next(own, "")
         except (CheckpointError, OSError) as error:
             problem = str(error)
-        if (found := worst(engine, problem)) is not None:
+        if (found := worst(engine.job, problem)) is not None:
             raise CheckpointError(found)
-        if not (agreed := text_of(engine, 0, tag)):
+        if not (agreed := text_of(engine.job, 0, tag)):
             return
         yield agreed
 

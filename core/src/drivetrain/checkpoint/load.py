@@ -156,7 +156,7 @@ class _Attempt:
         problem = self._together(self._open, *index.MALFORMED)
         if problem is None:
             self._keep_apart()
-            (other,) = any_rank(self.engine, [not self.same])
+            (other,) = any_rank(self.engine.job, [not self.same])
             self.guarantee = self._guarantee(not other)
             self.unexpected = self._find_unexpected()
             problem = self._together(self._plan, damage=False)
@@ -187,7 +187,7 @@ class _Attempt:
         except index.MALFORMED as error:
             problem = CheckpointError(f"state in {self.stored.place} does not fit: {error!r}")
             problem.__cause__ = error
-        found = worst(engine, None if problem is None else str(problem))
+        found = worst(engine.job, None if problem is None else str(problem))
         if found is not None:  # on every rank, though state may be one rank's own
             raise problem or CheckpointError(found)
         if engine.job.rank == 0:
@@ -214,10 +214,10 @@ class _Attempt:
             texts[damage and not error.other_version] = str(error)
         except malformed as error:
             texts[damage] = f"checkpoint {self.storage.where(self.tag)} is malformed: {error!r}"
-        if not any(any_rank(self.engine, [bool(texts)])):
+        if not any(any_rank(self.engine.job, [bool(texts)])):
             return None
         for kind in (False, True):  # what is not damage on one rank is none
-            if (text := worst(self.engine, texts.get(kind))) is not None:
+            if (text := worst(self.engine.job, texts.get(kind))) is not None:
                 return _Problem(text, damage=kind)
         raise AssertionError("a rank has a problem")
 
@@ -267,7 +267,7 @@ class _Attempt:
         known = {table.info(parameter).name for parameter in self.engine.module.parameters()}
         known |= {fragment.name for fragment in self.fragments}  # also what is inside of wrappers
         stored = sorted(name for kind, name in self.stored.keys if kind == "parameter")
-        anywhere = any_rank(self.engine, [name in known for name in stored])
+        anywhere = any_rank(self.engine.job, [name in known for name in stored])
         return [name for name, found in zip(stored, anywhere, strict=True) if not found]
 
     def _guarantee(self, same: bool) -> Guarantee:

@@ -125,7 +125,7 @@ def take_back(pending: PendingSave) -> None:
 
 def raise_together(engine: Subject, problem: str | None, place: str) -> None:
     """Raise on every rank when any rank has a problem. Collective."""
-    found = worst(engine, problem)
+    found = worst(engine.job, problem)
     if found is not None:
         raise CheckpointError(f"checkpoint {place} was not saved: {found}")
 
@@ -137,10 +137,10 @@ def _attempt(engine: Subject, pending: PendingSave, action: Callable[[], None] |
             action()
     except Exception as error:  # noqa: BLE001 - whatever it is, it is raised on every rank
         cause = error
-    found = worst(engine, None if cause is None else str(cause) or type(cause).__name__)
+    found = worst(engine.job, None if cause is None else str(cause) or type(cause).__name__)
     if found is None:
         return
-    (unfinished,) = any_rank(engine, [isinstance(cause, UnfinishedSaveError)])
+    (unfinished,) = any_rank(engine.job, [isinstance(cause, UnfinishedSaveError)])
     if unfinished:
         raise UnfinishedSaveError(found) from cause
     if engine.job.rank == 0:
@@ -152,12 +152,12 @@ def _agree_on_names(engine: Subject, tag: str | None) -> tuple[str, str]:
     """Tag and id of a save: rank 0's, once it is clear whether the ranks differ."""
     own = f"global_step{engine.global_steps}" if tag is None else str(tag)
     policy = engine.job.plan.section(CheckpointSection).tag_validation
-    if policy != "Ignore" and not same_everywhere(engine, own)[0]:
+    if policy != "Ignore" and not same_everywhere(engine.job, own)[0]:
         problem = f"the ranks save under different tags; this rank's is {own!r}"
         if policy == "Fail":
             raise CheckpointError(f"{problem}; give all ranks the same one")
         logger.warning("%s; rank 0's is used", problem)
-    save_id, _, agreed = text_of(engine, 0, f"{secrets.token_hex(4)} {own}").partition(" ")
+    save_id, _, agreed = text_of(engine.job, 0, f"{secrets.token_hex(4)} {own}").partition(" ")
     return agreed, save_id
 
 
@@ -209,7 +209,7 @@ class _Contents:
         equal = dict.fromkeys(buffers, engine.job.world_size == 1)
         if buffers and engine.job.mesh.size("pp") == 1:  # else they are not the same buffers
             digests = [checksums(as_buffer(raw_bytes(b))) for b in buffers.values()]
-            equal = dict(zip(buffers, same_everywhere(engine, *digests), strict=True))
+            equal = dict(zip(buffers, same_everywhere(engine.job, *digests), strict=True))
         for name, buffer in buffers.items():
             if first:
                 self._box(f"buffer/{name}", buffer, whole=True)

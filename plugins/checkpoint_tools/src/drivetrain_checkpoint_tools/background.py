@@ -176,6 +176,6 @@ def wait_for_saves(engine: Engine) -> None:
             writers[engine].wait()
     except CheckpointError as error:
         problem = str(error)
-    problem = worst(engine, problem)
+    problem = worst(engine.job, problem)
     if problem is not None:
         raise CheckpointError(problem)

@@ -33,7 +33,7 @@ def verify(folder: str, tag: str | None) -> None:
 
     Exit code 1 when something is wrong.
     """
-    from drivetrain_checkpoint_tools.opening import opened
+    from drivetrain.checkpoint.opening import opened
     from drivetrain_checkpoint_tools.verification import verify as check
 
     with opened(folder, tag) as stored:
@@ -54,9 +54,9 @@ def verify(folder: str, tag: str | None) -> None:
 @JSON_OPTION
 def inspect(folder: str, tag: str | None, values: bool, hashes: bool, as_json: bool) -> None:
     """Show what a checkpoint holds, tensor by tensor."""
+    from drivetrain.checkpoint.opening import opened
     from drivetrain_checkpoint_tools.inspection import inspect as look
     from drivetrain_checkpoint_tools.inspection import overview
-    from drivetrain_checkpoint_tools.opening import opened
 
     with opened(folder, tag) as stored:
         facts = overview(stored)
@@ -82,8 +82,8 @@ def diff(a: str, b: str, as_json: bool) -> None:
 
     Exit code 1 when they differ.
     """
+    from drivetrain.checkpoint.opening import opened
     from drivetrain_checkpoint_tools.comparison import diff as compare
-    from drivetrain_checkpoint_tools.opening import opened
 
     with opened(a) as one, opened(b) as other:
         found = [asdict(difference) for difference in compare(one, other)]
@@ -115,9 +115,9 @@ def export(
     folder: str, out: str, tag: str | None, dtype: str, max_shard_size: str, config: Path | None
 ) -> None:
     """Write full weights as safetensors files, which Transformers loads, into the folder OUT."""
+    from drivetrain.checkpoint.opening import opened
     from drivetrain_checkpoint_tools.exporting import export as write
     from drivetrain_checkpoint_tools.exporting import parse_size
-    from drivetrain_checkpoint_tools.opening import opened
 
     with opened(folder, tag) as stored:
         names = write(

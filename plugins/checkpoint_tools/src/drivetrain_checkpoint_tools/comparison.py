@@ -10,7 +10,7 @@ import torch
 from drivetrain.checkpoint.format.index import Stored, StoredTensor
 from drivetrain.checkpoint.format.reading import read_whole
 from drivetrain.checkpoint.format.tensor_file import NAMES, raw_bytes
-from drivetrain_checkpoint_tools.opening import check_files
+from drivetrain.checkpoint.opening import check_files
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,16 @@ import torch
 
 from drivetrain.checkpoint.format.index import Stored, StoredTensor
 from drivetrain.checkpoint.format.reading import read_whole
+from drivetrain.checkpoint.format.safetensors_file import INDEX
 from drivetrain.checkpoint.format.storage import open_storage
 from drivetrain.checkpoint.format.tensor_file import TensorEntry, write_tensors
+from drivetrain.checkpoint.opening import check_files
 from drivetrain.errors import CheckpointError
-from drivetrain_checkpoint_tools.opening import check_files
 
 logger = logging.getLogger("drivetrain.checkpoint")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-INDEX = "model.safetensors.index.json"
 
 _METADATA = {"format": "pt"}
 """Transformers refuses files that do not say so."""

@@ -5,61 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drivetrain.checkpoint.agreement import worst
-from drivetrain.checkpoint.format.index import StoredTensor, is_plain_name, parse, shown
+from drivetrain.checkpoint.format.index import StoredTensor
 from drivetrain.checkpoint.format.reading import check_coverage, read_whole, restore
-from drivetrain.checkpoint.format.storage import LocalStorage, Storage, open_storage
+from drivetrain.checkpoint.format.safetensors_file import find_weights, open_weights
+from drivetrain.checkpoint.format.storage import Storage
 from drivetrain.checkpoint.state import persistent_buffers
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.conversion import Imported, Source, write_checkpoint
-from drivetrain_checkpoint_tools.exporting import INDEX
-from drivetrain_checkpoint_tools.safetensors_file import stored_tensors
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
-
-_INDEX_LIMIT = 1 << 28
-_SINGLE = "model.safetensors"
-
-
-def find_weights(storage: Storage) -> dict[str, StoredTensor]:
-    """Name -> tensor of all weights in a folder; nothing but headers is read.
-
-    Raises:
-        CheckpointError: there are none, or a file is damaged or not where it may be.
-    """
-    names = storage.names()
-    if INDEX in names:
-        index = parse(storage.get(INDEX, _INDEX_LIMIT), storage.where(INDEX))
-        weights = index.get("weight_map")
-        if not isinstance(weights, dict):
-            raise CheckpointError(f"{storage.where(INDEX)} is damaged: it has no weight_map")
-        for file in weights.values():
-            if not isinstance(file, str) or not is_plain_name(file):
-                raise CheckpointError(
-                    f"{storage.where(INDEX)} names {str(file)[:100]!r}, which leads elsewhere"
-                )
-        files = sorted(set(weights.values()))
-    else:
-        weights, files = None, [_SINGLE] if _SINGLE in names else []
-    if not files:
-        raise CheckpointError(
-            f"{storage.root} has no {_SINGLE} and no {INDEX}; weights in .bin files are pickles: "
-            "convert them to safetensors first"
-        )
-    found = {
-        name: tensor
-        for file in files
-        for name, tensor in stored_tensors(storage, file).items()
-        if weights is None or weights.get(name) == file
-    }
-    if weights is not None and (lost := sorted(set(weights) - set(found))):
-        listed = ", ".join(map(shown, lost[:5]))
-        raise CheckpointError(f"{storage.root} lacks {listed}, which its index names")
-    return found
 
 
 def load_pretrained(
@@ -83,7 +41,7 @@ def load_pretrained(
     Raises:
         CheckpointError: on every rank: names or shapes differ, or a file is damaged.
     """
-    storage = _opened(folder)
+    storage = open_weights(folder)
     problem = None
     try:
         _fill(engine, storage, rename, strict=strict)
@@ -91,7 +49,7 @@ def load_pretrained(
         problem = str(error)
     finally:
         storage.close()
-    found = worst(engine, problem)
+    found = worst(engine.job, problem)
     if found is not None:
         raise CheckpointError(f"weights were not loaded from {folder}: {found}")
     engine.states.fragments_written()
@@ -111,24 +69,13 @@ def import_weights(source: str, folder: str, tag: str | None = None) -> str:
     Raises:
         CheckpointError: a file is damaged, or there are no weights.
     """
-    with closing(_opened(source)) as storage:
+    with closing(open_weights(source)) as storage:
         sources = [
             Source("parameter", name, t.dtype, t.shape, partial(read_whole, storage, t))
             for name, t in find_weights(storage).items()
         ]
         imported = Imported(sources, weaker=["there are weights only, so load_module_only=True"])
         return write_checkpoint(imported, folder, tag)
-
-
-def _opened(folder: str) -> Storage:
-    """The storage of a folder of weights.
-
-    The Hub's cache keeps files in ``blobs`` and links to them in ``snapshots/<revision>``.
-    """
-    snapshots = Path(folder).resolve().parent
-    if "://" not in folder and snapshots.name == "snapshots":
-        return LocalStorage(folder, boundary=str(snapshots.parent))
-    return open_storage(folder)
 
 
 def _fill(engine: Engine, storage: Storage, rename: Callable[[str], str], *, strict: bool) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from math import prod
 
 from drivetrain.checkpoint.format.index import Stored, StoredBox, StoredTensor
+from drivetrain.checkpoint.format.safetensors_file import read_header
 from drivetrain.checkpoint.format.tensor_file import BLOCK
 from drivetrain.checkpoint.load import check_file
 from drivetrain.errors import CheckpointError
-from drivetrain_checkpoint_tools.safetensors_file import read_header
 
 _CHUNK = 16 * BLOCK
 

@@ -6,15 +6,27 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from drivetrain.checkpoint.format.index import DataFile, StoredTensor, extents, parse, shown
-from drivetrain.checkpoint.format.storage import Storage
+from drivetrain.checkpoint.format.index import (
+    DataFile,
+    StoredTensor,
+    extents,
+    is_plain_name,
+    parse,
+    shown,
+)
+from drivetrain.checkpoint.format.storage import LocalStorage, Storage, open_storage
 from drivetrain.checkpoint.format.tensor_file import DTYPES
 from drivetrain.errors import CheckpointError
 
+INDEX = "model.safetensors.index.json"
+
+_SINGLE = "model.safetensors"
+_INDEX_LIMIT = 1 << 28
 _HEADER_LIMIT = 100_000_000
 """Bytes, the limit of the format."""
 
@@ -79,6 +91,54 @@ def stored_tensors(storage: Storage, path: str) -> dict[str, StoredTensor]:
     places = read_header(storage, path)
     file = DataFile(path, storage.where(path), storage.size(path) or 0)
     return {name: _stored(shown(name), place, file) for name, place in places.items()}
+
+
+def find_weights(storage: Storage) -> dict[str, StoredTensor]:
+    """Name -> tensor of all weights in a folder; nothing but headers is read.
+
+    Raises:
+        CheckpointError: there are none, or a file is damaged or not where it may be.
+    """
+    names = storage.names()
+    if INDEX in names:
+        index = parse(storage.get(INDEX, _INDEX_LIMIT), storage.where(INDEX))
+        weights = index.get("weight_map")
+        if not isinstance(weights, dict):
+            raise CheckpointError(f"{storage.where(INDEX)} is damaged: it has no weight_map")
+        for file in weights.values():
+            if not isinstance(file, str) or not is_plain_name(file):
+                raise CheckpointError(
+                    f"{storage.where(INDEX)} names {str(file)[:100]!r}, which leads elsewhere"
+                )
+        files = sorted(set(weights.values()))
+    else:
+        weights, files = None, [_SINGLE] if _SINGLE in names else []
+    if not files:
+        raise CheckpointError(
+            f"{storage.root} has no {_SINGLE} and no {INDEX}; weights in .bin files are pickles: "
+            "convert them to safetensors first"
+        )
+    found = {
+        name: tensor
+        for file in files
+        for name, tensor in stored_tensors(storage, file).items()
+        if weights is None or weights.get(name) == file
+    }
+    if weights is not None and (lost := sorted(set(weights) - set(found))):
+        listed = ", ".join(map(shown, lost[:5]))
+        raise CheckpointError(f"{storage.root} lacks {listed}, which its index names")
+    return found
+
+
+def open_weights(folder: str) -> Storage:
+    """The storage of a folder of weights.
+
+    The Hub's cache keeps files in ``blobs`` and links to them in ``snapshots/<revision>``.
+    """
+    snapshots = Path(folder).resolve().parent
+    if "://" not in folder and snapshots.name == "snapshots":
+        return LocalStorage(folder, boundary=str(snapshots.parent))
+    return open_storage(folder)
 
 
 def _stored(name: str, place: TensorPlace, file: DataFile) -> StoredTensor:
