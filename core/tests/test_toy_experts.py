@@ -175,12 +175,10 @@ def train(engine: Engine, begin: int, end: int) -> Curve:
             whole.chunk(sp)[job.mesh.coordinate("sp")]
             for whole in tokens(step, job.mesh.coordinate("dp"))
         )
-        # Gradients are summed over data = dp x sp and divided by dp, so a rank's loss is its
-        # share of the mean over the sequence.
-        loss = engine(x, y) / sp
+        loss = engine(x, y)
         engine.backward(loss)
         engine.step()
-        mean = functional(job.communicator, "data").all_reduce(loss.detach()) / shards
+        mean = functional(job.communicator, "data").all_reduce(loss.detach()) / (shards * sp)
         norm = engine.get_global_grad_norm()
         assert norm is not None
         curve.append((mean.item(), norm))

@@ -117,3 +117,69 @@ class Accumulation:
         batch = self.batch
         total = size * batch.accumulation_steps * batch.data_shards
         self._batch = replace(batch, micro_batch_size=size, train_batch_size=total)
+
+
+class BatchSettings:
+    """What an engine shows of its batch, of its accumulation windows, and of its progress."""
+
+    progress: Progress
+    _accumulation: Accumulation
+
+    @property
+    def batch(self) -> Batch:
+        """The batch triple as it is now."""
+        return self._accumulation.batch
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the micro-batch under way is the last before an update."""
+        return self._accumulation.is_boundary()
+
+    def train_batch_size(self) -> int:
+        """Samples of one step over all data shards."""
+        return self.batch.train_batch_size
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples of one forward on one data shard."""
+        return self.batch.micro_batch_size
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches between two updates."""
+        return self.batch.accumulation_steps
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the global batch by changing the accumulation steps, at once.
+
+        A window that holds as many micro-batches already ends with the next, as their mean.
+
+        Raises:
+            ConfigError: it is no multiple of the micro-batch times the data shards.
+        """
+        self._accumulation.set_train_batch_size(train_batch_size)
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the micro-batch, and the global batch with it; loaders stay as they are.
+
+        Raises:
+            ConfigError: it is not positive.
+        """
+        self._accumulation.set_micro_batch_size(micro_batch_size)
+
+    @property
+    def global_steps(self) -> int:
+        """Boundaries passed, skipped ones included."""
+        return self.progress.steps
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches ended."""
+        return self.progress.micro_steps
+
+    @property
+    def global_samples(self) -> int:
+        """Samples seen by all data shards."""
+        return self.progress.samples
+
+    @property
+    def skipped_steps(self) -> int:
+        """Boundaries without an update."""
+        return self.progress.skipped_steps

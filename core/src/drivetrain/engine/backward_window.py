@@ -90,15 +90,22 @@ class BackwardWindow:
 
 
 class ScaledLosses:
-    """Knows whether the backward pass that runs is one of a loss that was scaled here."""
+    """Knows whether the backward pass that runs is one of a loss that was scaled here.
+
+    Passes of losses that need neither loss scale nor weight are not noted.
+    """
 
     def __init__(self) -> None:
         self._pass: BackwardPass | None = None
 
-    def scale(self, scaler: LossScaler, loss: torch.Tensor) -> torch.Tensor:
-        """Apply ``scaler`` to ``loss``."""
+    def scale(
+        self, scaler: LossScaler, loss: torch.Tensor, weight: float | torch.Tensor | None
+    ) -> torch.Tensor:
+        """Apply ``scaler`` and ``weight`` to ``loss``; in float32 at least, if there are any."""
         scaled = scaler.scale(loss)
-        if scaler.active:
+        if weight is not None:
+            scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32)) * weight
+        if scaler.active or weight is not None:
             scaled.register_hook(self._begins)  # type: ignore[no-untyped-call]
         return scaled
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from drivetrain import checkpoint
-from drivetrain.engine.accumulation import Accumulation
+from drivetrain.engine.accumulation import Accumulation, BatchSettings
 from drivetrain.engine.backward_window import BackwardWindow, ScaledLosses
 from drivetrain.engine.step_reporter import StepReporter
+from drivetrain.engine.stepping import checked_weight, total_weight
 from drivetrain.errors import TrainingError
 from drivetrain.job.ownership import refuse_kept_elsewhere
 from drivetrain.job.spmd_guard import check_same_model
@@ -22,7 +23,6 @@ from drivetrain.sections.optimization import GradientAllreduceOp, GradientClippi
 from drivetrain.states.whole import whole, whole_state_dict
 
 if TYPE_CHECKING:
-    from drivetrain.contracts.loop.batch import Batch
     from drivetrain.contracts.loop.runner import Runner
     from drivetrain.contracts.loop.step_report import StepReport
     from drivetrain.contracts.state.model_states import ModelStates
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from drivetrain.precision.precision import Precision
 
 
-class Engine(nn.Module):
+class Engine(BatchSettings, nn.Module):
     """A module together with its states, optimizer and schedule; built by ``job.engine``.
 
     Attributes that an engine does not have are looked up in :attr:`module`, and then among the
@@ -129,39 +129,53 @@ class Engine(nn.Module):
         return outputs
 
     def backward(
-        self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+        self,
+        loss: torch.Tensor,
+        retain_graph: bool = False,
+        scale_wrt_gas: bool = True,
+        *,
+        weight: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Accumulate the gradients of ``loss``.
 
+        A rank's loss is the mean over what this rank has: the samples of its micro-batch, or the
+        tokens of its part of the sequences. The engine takes the mean over the axis ``data``
+        (dp x sp) and over the micro-batches of the window. Where these means are over different
+        numbers of tokens, their mean is not that over all tokens, unless ``weight`` tells how many
+        they are: the update then uses sum(weight * gradient) / sum(weight) over ranks and calls.
+
         Args:
-            loss: 0-d tensor, the mean over this rank's micro-batch.
+            loss: 0-d tensor, the mean over what this rank has.
             retain_graph: as for ``torch.Tensor.backward``.
             scale_wrt_gas: the loss is one of ``gradient_accumulation_steps()`` terms of a mean;
                 ``False`` when the caller has divided it already.
+            weight: number of tokens or samples that the loss is a mean of, at least 0; a number or
+                a 0-d tensor. In one window all losses of all ranks have weights, or none has. The
+                gradients of a loss of weight 0 must be finite, the loss need not.
 
         Returns:
-            The detached loss, divided by the accumulation steps if ``scale_wrt_gas``.
+            The detached loss, divided by the accumulation steps if ``scale_wrt_gas`` and without a
+            weight.
 
         Raises:
-            TrainingError: not a scalar loss with a graph, or an engine without optimizer.
+            TrainingError: not a scalar loss with a graph, an engine without optimizer, a bad
+                weight, or only some losses of the window have weights.
         """
-        self._check_loss(loss)
-        self._losses.add(loss, self.states.why_not_finite)
+        if weight is not None and not scale_wrt_gas:
+            raise TrainingError(
+                "a loss that is divided already (scale_wrt_gas=False) has no weight"
+            )
+        scaled = self._begin_loss(loss, weight, divided=not scale_wrt_gas)
         self._announce()
         steps = self._accumulation.counted_steps
-        scaled = self._scaled.scale(self.loss_scaler, loss)
-        if not scale_wrt_gas and steps > 1:
-            scaled = scaled * steps
         with self.job.span("backward"):
             self.job.hub.backward(self, scaled, retain_graph)
-        return loss.detach() / steps if scale_wrt_gas else loss.detach()
+        return loss.detach() / steps if scale_wrt_gas and weight is None else loss.detach()
 
-    def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """Apply the loss scale, for a ``backward`` that the caller runs; needed with fp16."""
-        self._check_loss(loss)
-        self._losses.add(loss, self.states.why_not_finite)
+    def scale(self, loss: torch.Tensor, weight: float | torch.Tensor | None = None) -> torch.Tensor:
+        """Apply loss scale (needed with fp16) and weight, for a ``backward`` of the caller's."""
         self._has_scaled = True
-        return self._scaled.scale(self.loss_scaler, loss)
+        return self._begin_loss(loss, weight, divided=False)
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """End a micro-batch; at an accumulation boundary, update the parameters.
@@ -178,7 +192,8 @@ class Engine(nn.Module):
         if not self._reducing:
             raise TrainingError("step() inside no_sync(): leave the block before stepping")
         self._window.settle()
-        self.states.take_set_gradients(unscaled=self.loss_scaler.active and not self._has_scaled)
+        scales = self.loss_scaler.active or bool(self.states.weighted)
+        self.states.take_set_gradients(unscaled=scales and not self._has_scaled)
         if self.is_gradient_accumulation_boundary():
             self.optimizer.refuse_other_groups()
             self._losses.check(self.loss_scaler.dynamic, self.progress)
@@ -228,9 +243,10 @@ class Engine(nn.Module):
             self.train(was_training)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients accumulated so far."""
+        """Drop the gradients accumulated so far, and the losses that they are of."""
         self._window.settle()
         self.states.discard_gradients()
+        self._losses.take()
 
     def drop_window(self) -> None:
         """Begin a window: forget gradients, losses and tokens since the last boundary."""
@@ -241,10 +257,6 @@ class Engine(nn.Module):
         self.progress.drop_window()
 
     # -- accumulation -------------------------------------------------------------------------
-
-    def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the micro-batch under way is the last before an update."""
-        return self._accumulation.is_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Decide the boundary by hand from now on; ``None`` returns to counting."""
@@ -264,13 +276,18 @@ class Engine(nn.Module):
             self._reducing = True
             self._announce()
 
-    def gradient_divisor(self) -> int:
-        """What summed gradients are divided by: data shards times accumulation steps.
+    def gradient_divisor(self) -> int | torch.Tensor:
+        """What summed gradients are divided by, once they are reduced.
 
-        A window that has grown beyond :meth:`set_train_batch_size` is divided by what is in it.
+        It is the size of ``data`` times accumulation steps; a window that has grown beyond
+        :meth:`set_train_batch_size` is divided by what is in it. Where losses have weights it is
+        their sum over ``data``, a 0-d tensor that takes a collective; infinite if that is 0.
         """
-        shards = self.job.mesh.size("dp") if self._averages else 1
-        return self._accumulation.window_steps * shards
+        if self.states.weighted:
+            return total_weight(self.job, self._losses.weight, averages=self._averages)
+        # Parts of a sequence are averaged in any case, data shards only if the config says so.
+        parts = self.job.mesh.size("data" if self._averages else "sp")
+        return self._accumulation.window_steps * parts
 
     # -- what happened ------------------------------------------------------------------------
 
@@ -297,6 +314,10 @@ class Engine(nn.Module):
         self._norm = norm
         self._losses.note_norm(norm)
 
+    def record_divisor(self, divisor: torch.Tensor) -> None:
+        """Have the next step look at a divisor that the step under way does not wait for."""
+        self._losses.note_divisor(divisor)
+
     def overflowed(self) -> bool:
         """Whether the latest boundary skipped its update because gradients were not finite."""
         return self.global_steps > 0 and not self._applied
@@ -306,61 +327,11 @@ class Engine(nn.Module):
         return self._applied
 
     @property
-    def global_steps(self) -> int:
-        """Boundaries passed, skipped ones included."""
-        return self.progress.steps
-
-    @property
-    def micro_steps(self) -> int:
-        """Micro-batches ended."""
-        return self.progress.micro_steps
-
-    @property
-    def global_samples(self) -> int:
-        """Samples seen by all data shards."""
-        return self.progress.samples
-
-    @property
-    def skipped_steps(self) -> int:
-        """Boundaries without an update."""
-        return self.progress.skipped_steps
-
-    @property
     def device(self) -> torch.device:
         """The device that the module computes on."""
         return self.job.device
 
     # -- settings -----------------------------------------------------------------------------
-
-    def train_batch_size(self) -> int:
-        """Samples of one step over all data shards."""
-        return self.batch.train_batch_size
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples of one forward on one data shard."""
-        return self.batch.micro_batch_size
-
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches between two updates."""
-        return self.batch.accumulation_steps
-
-    def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the global batch by changing the accumulation steps, at once.
-
-        A window that holds as many micro-batches already ends with the next, as their mean.
-
-        Raises:
-            ConfigError: it is no multiple of the micro-batch times the data shards.
-        """
-        self._accumulation.set_train_batch_size(train_batch_size)
-
-    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Change the micro-batch, and the global batch with it; loaders stay as they are.
-
-        Raises:
-            ConfigError: it is not positive.
-        """
-        self._accumulation.set_micro_batch_size(micro_batch_size)
 
     def gradient_clipping(self) -> float:
         """Largest global gradient norm; 0 when gradients are not clipped."""
@@ -447,11 +418,34 @@ class Engine(nn.Module):
 
     def _backward_begins(self) -> None:
         self._announce()
-        if self.loss_scaler.active and not self._scaled.runs:
+        if not self._scaled.runs:
+            if self.loss_scaler.active:
+                raise TrainingError(
+                    "loss.backward() without loss scaling: with fp16 call engine.backward(loss), "
+                    "or engine.scale(loss).backward()"
+                )
+            self._declare(weighted=False)
+
+    def _begin_loss(
+        self, loss: torch.Tensor, weight: float | torch.Tensor | None, *, divided: bool
+    ) -> torch.Tensor:
+        """Check a loss, note it, and return what backward starts from."""
+        self._check_loss(loss)
+        factor = self._accumulation.counted_steps if divided else 1
+        weight = checked_weight(weight)
+        self._declare(weighted=weight is not None)
+        self._losses.add(loss, self.states.why_not_finite, factor, weight)
+        scaled = self._scaled.scale(self.loss_scaler, loss, weight)
+        return scaled * factor if factor > 1 else scaled
+
+    def _declare(self, weighted: bool) -> None:
+        """Note if a loss has a weight; all of a window have, or none."""
+        if self.states.weighted not in (None, weighted):
             raise TrainingError(
-                "loss.backward() without loss scaling: with fp16 call engine.backward(loss), or "
-                "engine.scale(loss).backward()"
+                "some losses of this window have weights and others have none: call "
+                "engine.backward(loss, weight=...), or engine.scale(loss, weight), for all of them"
             )
+        self.states.weighted = weighted
 
     def _check_loss(self, loss: torch.Tensor) -> None:
         if self.optimizer is None:
@@ -469,13 +463,13 @@ class Engine(nn.Module):
     def _end_window(self, rates: Sequence[float], lr_kwargs: dict[str, Any] | None) -> None:
         if self._applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
-        samples = self._accumulation.window_samples
+        samples, steps = self._accumulation.window_samples, self._accumulation.window_steps
         self.progress.end_micro_batch()
         tokens = self._reporter.take_tokens() * self.job.mesh.size("data")
         self.progress.end_step(samples=samples, tokens=tokens, applied=self._applied)
-        loss, norm = self._losses.take(), self._norm
+        loss = self._reporter.mean_loss(self, *self._losses.take(), steps)
         self.last_report = self._reporter.report(
-            self, rates=rates, samples=samples, tokens=tokens, loss=loss, norm=norm
+            self, rates=rates, samples=samples, tokens=tokens, loss=loss, norm=self._norm
         )
         self.job.hub.step_end(self, self.last_report)
 
@@ -489,11 +483,6 @@ class Engine(nn.Module):
         if not hasattr(self, "_repeating"):
             self._repeating = iter(RepeatingLoader(self.training_dataloader))
         return self._repeating
-
-    @property
-    def batch(self) -> Batch:
-        """The batch triple as it is now."""
-        return self._accumulation.batch
 
     def _groups(self) -> Iterable[dict[str, Any]]:
         return () if self.optimizer is None else self.optimizer.param_groups

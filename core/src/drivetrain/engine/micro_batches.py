@@ -9,7 +9,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from drivetrain.contracts.world.collective import Purpose, Tag
+from drivetrain.engine.stepping import checked_weight
 from drivetrain.errors import TrainingError
+from drivetrain.precision.loss_watch import weighted_loss
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
@@ -20,7 +22,9 @@ class MicroBatchRunner:
 
     A micro-batch is what the module takes: a mapping becomes keywords, a sequence becomes
     positional arguments, anything else the only argument. The module answers its loss, or a tuple
-    that begins with it, or an object or mapping with ``loss``.
+    that begins with it, or an object or mapping with ``loss``. The latter may have a
+    ``loss_weight``, too: the number of tokens or samples that the loss is a mean of, where that
+    differs; see ``engine.backward``.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -34,17 +38,21 @@ class MicroBatchRunner:
                 f"{type(batches).__name__}, which would begin again: make iter(...) of it once"
             )
         count = engine.gradient_accumulation_steps() if train else 1
-        total = torch.zeros((), dtype=torch.float32, device=engine.device)
+        # The sum of losses and that of their weights; in float64 where the loss is.
+        total = torch.zeros(2, dtype=torch.float32, device=engine.device)
         for index in range(count):
-            loss = loss_of(_call(engine, _next(batches, index, count)))
+            output = _call(engine, _next(batches, index, count))
+            loss, weight = loss_of(output), checked_weight(_part(output, "loss_weight"))
             if train:
-                engine.backward(loss)
+                engine.backward(loss, weight=weight)
                 engine.step()
-            total = total + loss.detach()  # in float64 where the loss is
+            value, weight = loss.detach().reshape(()), 1.0 if weight is None else weight
+            counted = torch.zeros_like(total[1]) + weight
+            total = total + torch.stack([weighted_loss(value, weight), counted])
         engine.job.communicator.all_reduce(
             total, "data", Tag(Purpose.CONTROL, site="mean loss of a batch")
         )
-        return total / (count * engine.job.mesh.size("data"))
+        return total[0] / total[1]
 
 
 def _next(batches: Iterator[Any], index: int, count: int) -> Any:
@@ -77,11 +85,16 @@ def loss_of(output: Any) -> torch.Tensor:
     """
     if isinstance(output, torch.Tensor):
         return output
-    if isinstance(output, Mapping) and "loss" in output:
-        return _tensor(output["loss"])
     if isinstance(output, (tuple, list)) and output:
         return _tensor(output[0])
-    return _tensor(getattr(output, "loss", None))
+    return _tensor(_part(output, "loss"))
+
+
+def _part(output: Any, name: str) -> Any:
+    """What a module's output has under ``name``, or ``None``."""
+    if isinstance(output, Mapping):
+        return output.get(name)
+    return None if isinstance(output, torch.Tensor) else getattr(output, name, None)
 
 
 def _tensor(loss: Any) -> torch.Tensor:

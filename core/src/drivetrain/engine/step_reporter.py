@@ -11,6 +11,7 @@ import torch
 from drivetrain.contracts.loop.step_report import StepReport
 from drivetrain.contracts.world.collective import Purpose, Tag
 from drivetrain.sections.observability import MemoryBreakdown, StepsPerPrint, WallClockBreakdown
+from drivetrain.states.gradient_norm import accumulator
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,6 +58,39 @@ class StepReporter:
         tokens, self._tokens = self._tokens, 0
         return tokens
 
+    def mean_loss(
+        self,
+        engine: Engine,
+        total: torch.Tensor | None,
+        weight: float | torch.Tensor | None,
+        steps: int,
+    ) -> tuple[torch.Tensor | None, float | torch.Tensor]:
+        """What the loss of the boundary just passed is a fraction of; the gradient's is the same.
+
+        The mean over ranks needs a collective, so it is taken only for steps that somebody looks
+        at; others have this rank's.
+
+        Args:
+            engine: whose boundary it is; its step is counted.
+            total: this rank's sum of losses; ``None`` if the engine has seen none.
+            weight: sum of their weights; ``None`` if they have none.
+            steps: micro-batches of the window.
+
+        Returns:
+            Numerator and denominator; the denominator is 0 if no loss was given.
+        """
+        job = engine.job
+        if not self.prints(engine.global_steps) and not job.hub.has("step_end"):
+            return total, steps if weight is None else weight
+        found = torch.zeros(3, dtype=accumulator(job.device), device=job.device)
+        if total is not None:
+            found[0], found[2] = total, weight is None
+        if weight is not None:
+            found[1] = weight
+        job.communicator.all_reduce(found, "data", Tag(Purpose.CONTROL, site="loss of a step"))
+        total, weights, without = found.unbind()
+        return total, torch.where(without > 0, float(steps * job.mesh.size("data")), weights)
+
     def report(
         self,
         engine: Engine,
@@ -64,22 +98,11 @@ class StepReporter:
         rates: Sequence[float],
         samples: int,
         tokens: int,
-        loss: tuple[torch.Tensor | None, int],
+        loss: tuple[torch.Tensor | None, float | torch.Tensor],
         norm: torch.Tensor | None,
     ) -> StepReport:
-        """Report the boundary that ``engine`` has just passed.
-
-        The mean loss over data shards needs a collective, so it is taken only for steps that
-        somebody looks at; other reports show this rank's.
-        """
-        loss_sum, loss_count = loss
-        job = engine.job
-        printed = self.prints(engine.global_steps)
-        if loss_sum is not None and (printed or job.hub.has("step_end")):
-            tag = Tag(Purpose.CONTROL, site="loss of a step")
-            job.communicator.all_reduce(loss_sum, "data", tag)
-            loss_count *= job.mesh.size("data")
-        now = time.perf_counter()
+        """Report the boundary that ``engine`` has just passed, with its :meth:`mean_loss`."""
+        job, now = engine.job, time.perf_counter()
         report = StepReport(
             step=engine.global_steps,
             applied=engine.was_step_applied(),
@@ -94,11 +117,11 @@ class StepReporter:
                 job.accelerator.memory_allocated(),
                 job.accelerator.max_memory_allocated(),
             ),
-            loss_sum=loss_sum,
-            loss_count=loss_count,
+            loss_sum=loss[0],
+            loss_count=loss[1],
             norm=norm,
         )
         self._ended_at = now
-        if printed and job.rank == 0:
+        if job.rank == 0 and self.prints(engine.global_steps):
             logger.info(report.line(**self._details))
         return report

@@ -1,4 +1,4 @@
-"""What happens at an accumulation boundary: check, clip, update."""
+"""What happens at an accumulation boundary: check, divide, clip, update."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from drivetrain.contracts.world.collective import Purpose, Tag
 from drivetrain.errors import TrainingError
+from drivetrain.states.gradient_norm import accumulator
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
 
 logger = logging.getLogger("drivetrain.engine")
 
@@ -23,7 +26,7 @@ def apply_optimizer_step(engine: Engine) -> bool:
     """Finish the window of ``engine`` and update, or drop it when gradients are not finite.
 
     One factor turns the accumulated sums into the gradient that the rule uses: it divides by loss
-    scale and by (data shards x accumulation steps), and clips. The gradients themselves are read
+    scale and by the engine's ``gradient_divisor``, and clips. The gradients themselves are read
     once more only if their norm is needed.
 
     Returns:
@@ -31,15 +34,16 @@ def apply_optimizer_step(engine: Engine) -> bool:
 
     Raises:
         TrainingError: gradients are not finite, and the precision has no way to go on: fp32 has
-            none, and fp16 none once the loss scale is at its minimum.
+            none, and fp16 none once the loss scale is at its minimum; or weights of losses make no
+            positive sum.
     """
     states, scaler = engine.states, engine.loss_scaler
     with engine.job.span("communication wait"):
         states.finish_reduction()
-    divide = 1.0 / (scaler.scale_value * engine.gradient_divisor())
-    norm = states.gradient_norm() if engine.wants_gradient_norm() else None
-    # On a host looking at the norm is free; elsewhere it stalls the device.
+    # On a host looking at a number is free; elsewhere it stalls the device.
     looks = engine.precision.check_finite or engine.device.type == "cpu"
+    divide = 1.0 / (scaler.scale_value * _divisor(engine, looks))
+    norm = states.gradient_norm() if engine.wants_gradient_norm() else None
     seen = float(norm) if norm is not None and looks else None
     if seen is not None and not math.isfinite(seen):
         # Every rank sees the same norm, so all ranks take this branch together.
@@ -62,6 +66,66 @@ def apply_optimizer_step(engine: Engine) -> bool:
     states.update(scale)
     scaler.update(overflow=False, first_nonfinite=states.first_nonfinite)
     return True
+
+
+def checked_weight(weight: float | torch.Tensor | None) -> float | torch.Tensor | None:
+    """The weight of a loss: a number where the host knows it, else a 0-d tensor.
+
+    Raises:
+        TrainingError: it is known, and no finite number from 0 on; or not one number.
+    """
+    if isinstance(weight, torch.Tensor):
+        if weight.numel() != 1:
+            raise TrainingError(
+                f"the weight of a loss has shape {tuple(weight.shape)}, expected ()"
+            )
+        if weight.device.type != "cpu":
+            return weight.detach().reshape(())
+    if weight is None:
+        return None
+    number = float(weight)
+    if not 0 <= number < math.inf:
+        raise TrainingError(f"the weight of a loss is a finite number from 0 on, got {number}")
+    return number
+
+
+def total_weight(job: Job, weight: float | torch.Tensor | None, *, averages: bool) -> torch.Tensor:
+    """Sum the weights of all ranks, a 0-d tensor; infinite if there is nothing. Collective.
+
+    Args:
+        job: its axis ``data`` is summed over.
+        weight: sum of this rank's weights since the window began; ``None`` if it had no loss.
+        averages: ``False`` divides it by the number of data shards, so that their means are added.
+    """
+    dtype = accumulator(job.device)
+    total = torch.zeros((), dtype=dtype, device=job.device)
+    if weight is not None:
+        total += weight
+    job.communicator.all_reduce(total, "data", Tag(Purpose.CONTROL, site="weights of losses"))
+    total = torch.where(total > 0, total, math.inf)
+    return total if averages else total / job.mesh.size("dp")
+
+
+def _divisor(engine: Engine, looks: bool) -> float | torch.Tensor:
+    """The engine's divisor, a number where the host looks at numbers.
+
+    Raises:
+        TrainingError: weights of losses make no positive sum; where the host does not look, the
+            update is that of zeros, and the next step raises.
+    """
+    divisor = engine.gradient_divisor()
+    if not isinstance(divisor, torch.Tensor):
+        return divisor
+    if not looks:
+        engine.record_divisor(divisor)
+        return divisor
+    if math.isfinite(number := float(divisor)):
+        return number
+    raise TrainingError(
+        f"the weights of the losses of step {engine.global_steps + 1} have no positive sum over "
+        "ranks and micro-batches, so there is no mean: parameters were not updated; call "
+        "engine.skip_step() in place of step() where a step has nothing to learn from"
+    )
 
 
 def _refuse_or_note(engine: Engine) -> None:

@@ -24,22 +24,44 @@ class LossWatch:
     def __init__(self, device: torch.device) -> None:
         self._immediate = device.type == "cpu"
         self._sum: torch.Tensor | None = None
-        self._count = 0
+        self._weight: float | torch.Tensor | None = None
         self._unchecked: torch.Tensor | None = None
         self._unchecked_norm: torch.Tensor | None = None
+        self._unchecked_divisor: torch.Tensor | None = None
         self._why = ""
 
-    def add(self, loss: torch.Tensor, why: Callable[[torch.Tensor], str]) -> None:
-        """Count one micro-batch's loss; ``why`` returns what is known if it is no number."""
+    def add(
+        self,
+        loss: torch.Tensor,
+        why: Callable[[torch.Tensor], str],
+        factor: int = 1,
+        weight: float | torch.Tensor | None = None,
+    ) -> None:
+        """Add one backward's loss.
+
+        Args:
+            loss: of one element.
+            why: returns what is known if it is no number.
+            factor: of the loss in the sum.
+            weight: of the loss in a weighted mean; that of a loss which is NaN may be 0.
+        """
         value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).reshape(())
-        self._sum = value.clone() if self._sum is None else self._sum + value
-        self._count += 1
+        if weight is None:
+            value = value * factor
+        else:
+            value = weighted_loss(value, weight)
+            self._weight = weight if self._weight is None else self._weight + weight
+        self._sum = value if self._sum is None else self._sum + value
         if self._immediate and not self._why and not bool(torch.isfinite(value)):
             self._why = why(loss)  # while its graph is there
 
     def note_norm(self, norm: torch.Tensor | None) -> None:
         """Have the next :meth:`check` look at the norm of a step that did not wait for it."""
         self._unchecked_norm = None if self._immediate else norm
+
+    def note_divisor(self, divisor: torch.Tensor) -> None:
+        """Have the next :meth:`check` look at a sum of weights that the step did not wait for."""
+        self._unchecked_divisor = None if self._immediate else divisor
 
     def check(self, overflow_is_normal: bool, progress: Progress) -> None:
         """Refuse to train on from a loss or gradients that are not finite.
@@ -49,11 +71,18 @@ class LossWatch:
             progress: tells the step for the message.
 
         Raises:
-            TrainingError: a loss was NaN or infinite, or the last step's gradient norm.
+            TrainingError: a loss was NaN or infinite, or the last step's gradient norm, or the
+                weights of the last step's losses made no positive sum.
         """
         value = self._sum if self._immediate else self._unchecked
         norm, self._unchecked_norm = self._unchecked_norm, None
+        divisor, self._unchecked_divisor = self._unchecked_divisor, None
         self._unchecked = self._sum
+        if divisor is not None and not bool(torch.isfinite(divisor)):
+            raise TrainingError(
+                f"the weights of the losses of step {progress.steps} had no positive sum, so "
+                "parameters were updated as if its gradients were zero; load the last checkpoint"
+            )
         if norm is not None and not bool(torch.isfinite(norm)):
             raise TrainingError(
                 f"the gradient norm of step {progress.steps} was {float(norm)}, so parameters were "
@@ -71,11 +100,22 @@ class LossWatch:
 
     def forget(self) -> None:
         """Begin as if no loss had been seen: what follows comes from other parameters."""
-        self._sum, self._count, self._why = None, 0, ""
-        self._unchecked = self._unchecked_norm = None
+        self.take()
+        self._unchecked = self._unchecked_norm = self._unchecked_divisor = None
 
-    def take(self) -> tuple[torch.Tensor | None, int]:
-        """The sum and number of losses since the last call, and start anew."""
-        taken = self._sum, self._count
-        self._sum, self._count, self._why = None, 0, ""
+    @property
+    def weight(self) -> float | torch.Tensor | None:
+        """Sum of the weights since the last :meth:`take`, of this rank; ``None`` without any."""
+        return self._weight
+
+    def take(self) -> tuple[torch.Tensor | None, float | torch.Tensor | None]:
+        """Return the sum of losses and that of their weights since the last call; begin again."""
+        taken = self._sum, self._weight
+        self._sum, self._weight, self._why = None, None, ""
         return taken
+
+
+def weighted_loss(loss: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    """``loss * weight``, but 0 where the weight is 0: a mean over nothing is NaN."""
+    product = loss * weight
+    return torch.where(torch.as_tensor(weight, device=loss.device) == 0, 0.0, product)

@@ -189,6 +189,7 @@ class GradientReducer:
 
     Attributes:
         reduce_now: whether gradients that arrive now may be reduced.
+        weighted: whether the window's losses have weights; ranks agree on it in :meth:`finish`.
         in_turn: buckets are reduced when :meth:`passed` says so, not when their gradients are
             there: between other collectives that ranks have to issue in one order.
     """
@@ -202,6 +203,7 @@ class GradientReducer:
         watches: Sequence[GradientWatch] = (),
     ) -> None:
         self.reduce_now = True
+        self.weighted: bool | None = None
         self.in_turn = False
         self.buckets = buckets
         self.slots = {slot.parameter: slot for bucket in buckets for slot in bucket.slots}
@@ -329,7 +331,11 @@ class GradientReducer:
     # -- at the boundary ----------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Reduce what is left, wait for all, then reduce late gradients in a second round."""
+        """Reduce what is left, wait for all, then reduce late gradients in a second round.
+
+        Raises:
+            TrainingError: losses have weights on some ranks and none on others.
+        """
         waiting = [
             s.name for s in self.slots.values() if s.deferred and s.parameter.grad is not None
         ]
@@ -359,7 +365,7 @@ class GradientReducer:
         """Buckets in which any rank has late accumulations; one small host collective per axis.
 
         Hooks run on the host, so the flags are known there and no device has to be waited for.
-        It also tells in which buckets any rank has changed parameters.
+        It also tells in which buckets any rank has changed parameters, and if losses have weights.
         """
         flags = {bucket.key: bucket.has_late for bucket in self.buckets}
         for bucket in self.buckets:
@@ -371,14 +377,25 @@ class GradientReducer:
         ]:
             if bucket.reduced and self._communicator.size(axis) > 1:
                 by_axis.setdefault(axis, []).append(bucket)
+        if self._communicator.size("data") > 1:
+            by_axis.setdefault("data", [])  # rules that communicate by themselves ask nothing else
+        weights = [self.weighted is True, self.weighted is False]
         for axis, members in by_axis.items():
-            changed = [int(bucket.changed) for bucket in members]
-            late = torch.tensor([int(flags[b.key]) for b in members] + changed, dtype=torch.int8)
+            own = [*(flags[b.key] for b in members), *(b.changed for b in members), *weights]
+            told = torch.tensor(own, dtype=torch.int8)
             tag = Tag(Purpose.CONTROL, site="late gradients")
-            self._communicator.all_reduce(late, axis, tag, op=Op.MAX)
-            numbers = late.view(2, -1).bool().tolist()
-            for bucket, is_late, is_changed in zip(members, *numbers, strict=True):
+            self._communicator.all_reduce(told, axis, tag, op=Op.MAX)
+            *both, with_weight, without = told.bool().tolist()
+            weights = [with_weight, without]
+            pairs = zip(both[: len(members)], both[len(members) :], strict=True)
+            for bucket, (is_late, is_changed) in zip(members, pairs, strict=True):
                 flags[bucket.key], bucket.changed = is_late, is_changed
+        if all(weights):
+            raise TrainingError(
+                "in this window losses have weights on some ranks and none on others: call "
+                "engine.backward(loss, weight=...) on all ranks, with 0 where a rank has nothing"
+            )
+        self.weighted = weights[0] if any(weights) else None
         return [bucket for bucket in self.buckets if flags[bucket.key]]
 
     def drop(self) -> None:
@@ -394,7 +411,7 @@ class GradientReducer:
 
     def restart(self) -> None:
         """Begin a new window."""
-        self._next, self._between_rounds = 0, False
+        self._next, self._between_rounds, self.weighted = 0, False, None
         for bucket in self.buckets:
             bucket.restart()
 
@@ -419,6 +436,15 @@ class GradientReducer:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def of_reducer(name: str) -> Any:
+    """A property of model states that is an attribute of their ``_reducer``."""
+    return property(
+        lambda states: getattr(states._reducer, name),
+        lambda states, value: setattr(states._reducer, name, value),
+        doc="See :class:`~drivetrain.contracts.state.model_states.ModelStates`.",
+    )
 
 
 def _why_not_set(slot: Slot) -> str:

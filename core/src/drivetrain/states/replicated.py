@@ -27,7 +27,7 @@ from drivetrain.states.buckets import (
 from drivetrain.states.changed_parameters import ParameterWatch, refuse_unlike_copies
 from drivetrain.states.device_home import segment_fragment, step_fragments
 from drivetrain.states.gradient_norm import sum_of_squares
-from drivetrain.states.gradients import GradientReducer
+from drivetrain.states.gradients import GradientReducer, of_reducer
 from drivetrain.states.loose import (
     broadcast_first,
     loose_fragments,
@@ -64,7 +64,7 @@ class ReductionPolicy:
         section = plan.section(DataParallel)
         predivide = plan.section(GradientPredivideFactor).root
         if plan.section(PrescaleGradients).root:
-            predivide = float(job.mesh.size("dp"))
+            predivide = float(job.mesh.size("data"))
         return cls(
             sizes=BucketSizes(section.bucket_bytes, section.first_bucket_bytes),
             gradient_dtype=Precision.of(plan).gradient,
@@ -176,14 +176,8 @@ class ReplicatedStates(ModelStates):
 
     # -- gradients ----------------------------------------------------------------------------
 
-    @property
-    def reduce_now(self) -> bool:
-        """See :class:`~drivetrain.contracts.state.model_states.ModelStates`."""
-        return self._reducer.reduce_now
-
-    @reduce_now.setter
-    def reduce_now(self, value: bool) -> None:
-        self._reducer.reduce_now = value
+    reduce_now = of_reducer("reduce_now")
+    weighted = of_reducer("weighted")
 
     def gradients_ready(self, parameters: Iterable[nn.Parameter]) -> None:
         self._reducer.gradients_ready(parameters)

@@ -97,7 +97,7 @@ class Estimate:
             return
         total = torch.as_tensor(squares, dtype=torch.float32, device=engine.device).clone()
         engine.job.communicator.all_reduce(total, "data", Tag(Purpose.CONTROL, site=PATH))
-        shards = engine.job.mesh.size("dp")
+        shards = engine.job.mesh.size("data")
         # Each of them sums that many micro-batches.
         micro_batches = engine.gradient_accumulation_steps() / sent
         large = engine.train_batch_size()

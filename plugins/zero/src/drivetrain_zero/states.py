@@ -16,7 +16,7 @@ from drivetrain.states.buckets import BucketSizes, plan_buckets
 from drivetrain.states.changed_parameters import ParameterWatch, refuse_unlike_copies
 from drivetrain.states.device_home import step_fragments
 from drivetrain.states.gradient_norm import sum_of_squares
-from drivetrain.states.gradients import GradientReducer, Slot
+from drivetrain.states.gradients import GradientReducer, Slot, of_reducer
 from drivetrain.states.loose import loose_fragments, synchronise_loose, trained_parameters
 from drivetrain.states.whole import handed_over
 from drivetrain_zero.compressed.layers import kept_errors
@@ -257,6 +257,8 @@ class ZeroStates(ModelStates):
     @local.setter
     def local(self, value: bool) -> None:
         self._local = value
+
+    weighted = of_reducer("weighted")
 
     def gradients_ready(self, parameters: Iterable[nn.Parameter]) -> None:
         self._reducer.gradients_ready(parameters)

@@ -20,5 +20,6 @@ class Runner(Protocol):
                 one micro-batch forward only.
 
         Returns:
-            Mean loss over micro-batches and data shards on every rank, 0-d, at least in float32.
+            Mean loss over micro-batches and the axis ``data``, by weights if there are any; on
+            every rank, 0-d, at least in float32.
         """

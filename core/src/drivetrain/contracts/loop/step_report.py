@@ -42,15 +42,16 @@ class StepReport:
     times: Mapping[str, float]
     memory: Callable[[], tuple[int, int]] = field(repr=False)
     loss_sum: torch.Tensor | None = field(repr=False, default=None)
-    loss_count: int = 0
+    loss_count: float | torch.Tensor = 0
     norm: torch.Tensor | None = field(repr=False, default=None)
 
     @cached_property
     def loss(self) -> float | None:
-        """Mean loss over micro-batches and data shards; ``None`` if no loss was given."""
-        if self.loss_sum is None or not self.loss_count:
-            return None
-        return float(self.loss_sum) / self.loss_count
+        """The loss whose gradient this step used: the mean, by weights if there are any, over
+        micro-batches and the axis ``data``; ``None`` if no loss was given.
+        """
+        count = float(self.loss_count)
+        return None if self.loss_sum is None or not count else float(self.loss_sum) / count
 
     @cached_property
     def gradient_norm(self) -> float | None:

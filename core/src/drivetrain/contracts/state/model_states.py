@@ -25,8 +25,8 @@ class ModelStates(ABC):
 
     An *accumulation window* is all that happens between two updates. One window, on every rank:
 
-    1. before each backward, the engine sets :attr:`reduce_now` (true in the last micro-batch) and
-       :attr:`local`;
+    1. before each backward, the engine sets :attr:`reduce_now` (true in the last micro-batch),
+       :attr:`local` and :attr:`weighted`;
     2. gradients arrive through autograd hooks, or :meth:`gradients_ready`; reduction starts as
        buckets fill and overlaps with the rest of backward;
     3. when a backward ends, :meth:`end_backward`;
@@ -39,6 +39,13 @@ class ModelStates(ABC):
 
     local: bool = False
     """Whether nothing may be communicated in backward (inside ``no_sync``)."""
+
+    weighted: bool | None = None
+    """Whether the losses of this window have weights; ``None`` before the first loss.
+
+    The engine sets it with each loss, and a new window begins with ``None``. Ranks agree on it
+    where reduction ends; ``TrainingError`` on all of them if some have weights and others not.
+    """
 
     @abstractmethod
     def gradients_ready(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -145,6 +145,15 @@ class SuspendedStates:
         self.inner.reduce_now = value
 
     @property
+    def weighted(self) -> bool | None:
+        """See :class:`~drivetrain.contracts.ModelStates`."""
+        return self.inner.weighted
+
+    @weighted.setter
+    def weighted(self, value: bool | None) -> None:
+        self.inner.weighted = value
+
+    @property
     def local(self) -> bool:
         """See :class:`~drivetrain.contracts.ModelStates`; set whenever a pass begins."""
         return self.inner.local

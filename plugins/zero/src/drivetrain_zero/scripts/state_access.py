@@ -144,7 +144,7 @@ class StateAccess:
         factor = engine.states.complete_gradients()
         if factor is None:
             return None
-        return factor / (engine.loss_scaler.scale_value * engine.gradient_divisor())
+        return factor / (engine.loss_scaler.scale_value * float(engine.gradient_divisor()))
 
     def _fragments(self) -> dict[tuple[str, str], list[Fragment]]:
         wanted = {key for part in self._parts for key in (part.key, part.follower)}
