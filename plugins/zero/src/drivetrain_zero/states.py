@@ -68,7 +68,6 @@ class ZeroStates(ModelStates):
         self._buckets: list[ShardedBucket] = []
         self._sums: list[ReduceScatterBucket] = []
         self._gathering: Gathering | None = None
-        self._local = False
         self._owner = Owner(job, module, self)
         self._prefix = f"engine{len(job.engines)}." if job.engines else ""
         refuse_other_layout(job, module.parameters())
@@ -243,20 +242,11 @@ class ZeroStates(ModelStates):
 
     @reduce_now.setter
     def reduce_now(self, value: bool) -> None:
-        reduces = not self._local if self._policy.every_backward else value
+        reduces = not self.local if self._policy.every_backward else value
         self._reducer.reduce_now = reduces
         for bucket in self._sums:
             bucket.local = not reduces
             bucket.last = value
-
-    @property
-    def local(self) -> bool:
-        """See :class:`~drivetrain.contracts.ModelStates`."""
-        return self._local
-
-    @local.setter
-    def local(self, value: bool) -> None:
-        self._local = value
 
     weighted = of_reducer("weighted")
 
