@@ -146,8 +146,10 @@ def test_low_precision_parameters_are_the_rounded_masters(name, params, gradient
         step_reference(reference, parameters, gradient.float() * 0.3)
         home.update(gradient, rule.defaults, 0.3)
     masters = flat_of(parameters)
-    torch.testing.assert_close(home._masters[:NUMEL], masters, **tolerance(torch.float32))
-    assert torch.equal(flat, home._masters.bfloat16())
+    torch.testing.assert_close(
+        home.states.tensors["master"][:NUMEL], masters, **tolerance(torch.float32)
+    )
+    assert torch.equal(flat, home.states.tensors["master"].bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -164,7 +166,7 @@ def test_narrow_masters_with_wide_states_compute_in_fp32(name, dtype):
         reference.step()
         weights.data = weights.data.to(dtype).float()
         home.update(gradient, rule.defaults, 0.3)
-    assert all(state.dtype == torch.float32 for state in home._states.values())
+    assert all(state.dtype == torch.float32 for state in home.states.tensors.values())
     # One rounding may fall to the other side where the fp32 results differ in the last bit.
     torch.testing.assert_close(flat.float(), weights.data, rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert (flat.float() != weights.data).float().mean() < 0.01
@@ -178,8 +180,8 @@ def test_narrow_states_are_rounded_once_per_step():
         home.update(gradient.clone(), rule.defaults, 1.0)
     first = (0.1 * gradient.double()).bfloat16()
     second = (0.9 * first.double() + 0.1 * gradient.double()).bfloat16()
-    torch.testing.assert_close(home._states["exp_avg"], second, rtol=2**-7, atol=0)
-    assert (home._states["exp_avg"] != second).float().mean() < 0.01
+    torch.testing.assert_close(home.states.tensors["exp_avg"], second, rtol=2**-7, atol=0)
+    assert (home.states.tensors["exp_avg"] != second).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("name", ["AdamW", "NAdam", "Rprop", "ASGD"])

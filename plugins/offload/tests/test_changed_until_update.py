@@ -9,6 +9,7 @@ import pytest
 import torch
 from drivetrain_kernels.rules import FusedAdam, FusedSGD
 from drivetrain_offload.homes.host import HostHome
+from drivetrain_offload.host.side import HostSide
 from drivetrain_offload.zenflow_section import ZenFlow
 from offload_harness import adopt, on_device, opened, place, spec_of, states, values
 
@@ -30,7 +31,7 @@ HOMES: dict[str, tuple[str, ZenFlow | None, dict[str, Any]]] = {
 @pytest.fixture
 def away(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let host homes do what they do for a device with memory of its own."""
-    monkeypatch.setattr(HostHome, "_is_in_place", lambda self, tensor: False)
+    monkeypatch.setattr(HostSide, "is_near", lambda self, device: False)
 
 
 def in_place(gradient: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from drivetrain_kernels.rules import FusedAdam, FusedLamb, FusedLion, FusedSGD
-from drivetrain_offload.homes.delayed import DelayedHome
+from drivetrain_offload.homes.delayed import Delayed
 from drivetrain_offload.homes.host import HostHome
-from drivetrain_offload.homes.speculative import SpeculativeHome
+from drivetrain_offload.homes.speculative import Speculative
 from drivetrain_offload.homes.split import SplitHome, cuts, part_of
-from drivetrain_offload.homes.zenflow import ZenFlowHome
+from drivetrain_offload.homes.zenflow import ByImportance
+from drivetrain_offload.host.side import HostSide
 from drivetrain_offload.placement import state_bytes
 from drivetrain_offload.zenflow_section import ZenFlow
 from offload_harness import (
@@ -34,7 +36,7 @@ from offload_harness import (
 from drivetrain.contracts import Segment
 from drivetrain.errors import ConfigError
 from drivetrain.optimization.torch_rule import TorchRule
-from drivetrain.states.device_home import DeviceHome
+from drivetrain.states.device_home import DeviceHome, FlatStates
 from drivetrain.testing import assert_trains_like_reference, run_distributed
 
 RULES = {
@@ -220,26 +222,30 @@ def test_a_home_takes_the_bytes_a_parameter_that_are_checked_and_documented(way:
     with opened() as job:
         (home,) = place(job, [spec], zenflow, **section)
         parameters = adopt(home)
-        tensors = [value for found in vars(home).values() for value in all_tensors(found)]
-        sizes = {t.data_ptr(): t.nbytes for t in tensors if t.data_ptr() != parameters.data_ptr()}
+        sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(home)}
+        del sizes[parameters.data_ptr()]
         counts = 16 if zenflow is not None else 0  # two integers
         assert sum(sizes.values()) == expected * spec.numel + counts
     extra = {
         "plain": 0,
-        "late": DelayedHome.extra_bytes(spec),
-        "guessing": SpeculativeHome.extra_bytes(spec, state_bytes(spec)),
-        "by importance": ZenFlowHome.extra_bytes(spec),
+        "late": Delayed.extra_bytes(spec),
+        "guessing": Speculative.extra_bytes(spec, state_bytes(spec)),
+        "by importance": ByImportance.extra_bytes(spec),
     }
     assert state_bytes(spec) + extra[way] == expected * spec.numel
 
 
-def all_tensors(found: object) -> list[torch.Tensor]:
-    if isinstance(found, torch.Tensor):
-        return [found] if found.numel() else []
-    inner = found.values() if isinstance(found, dict) else found
-    return (
-        [t for t in inner if isinstance(t, torch.Tensor)] if isinstance(found, dict | list) else []
-    )
+def tensors_of(part: object) -> Iterator[torch.Tensor]:
+    """Those that a home and its parts hold, without what homes share."""
+    if isinstance(part, torch.Tensor):
+        yield part
+    elif isinstance(part, HostSide):
+        return
+    elif isinstance(part, dict | list):
+        for inner in part.values() if isinstance(part, dict) else part:
+            yield from tensors_of(inner)
+    elif type(part).__module__.startswith(("drivetrain_offload.homes", FlatStates.__module__)):
+        yield from tensors_of(vars(part))
 
 
 def test_too_little_memory_is_an_error_before_any_is_taken(monkeypatch) -> None:

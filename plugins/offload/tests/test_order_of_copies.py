@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_kernels.rules import FusedAdam
-from drivetrain_offload.homes.host import HostHome
 from drivetrain_offload.host.copies import Lanes, Reached
+from drivetrain_offload.host.side import HostSide
 from offload_harness import adopt, opened, place, spec_of, step, values
 
 
@@ -72,7 +72,7 @@ def test_a_late_update_waits_until_what_it_overwrites_has_gone_up() -> None:
 def test_parameters_come_down_when_asked_for_and_after_those_before_have_gone_up(
     monkeypatch: pytest.MonkeyPatch, section: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(HostHome, "_is_in_place", lambda self, tensor: False)
+    monkeypatch.setattr(HostSide, "is_near", lambda self, device: False)
     down, up = steps("fp32", 2, **section)
     gradient, parameters = down.copies[2:]
     assert parameters.after == [down.marks[-1]]  # which the update has made

@@ -17,73 +17,123 @@ if TYPE_CHECKING:
     from drivetrain.contracts.state.parameters import Placement
 
 
-class DeviceHome(StateHome):
-    """The default home: states beside the parameters, updated in line on the device."""
+MASTER = "master"
 
-    name = "device"
 
-    def __init__(self, spec: BucketSpec, device: torch.device | None = None) -> None:
+class FlatStates:
+    """Masters and optimizer states of one bucket: flat tensors, all in one memory.
+
+    Args:
+        spec: the bucket.
+        device: whose memory.
+
+    Attributes:
+        tensors: kind, as fragments name it, -> flat tensor; ``"master"`` where there are masters.
+    """
+
+    def __init__(self, spec: BucketSpec, device: torch.device) -> None:
         self.spec = spec
-        self.step = 0
-        self._device = device or spec.device
-        self._parameters = torch.empty(0)
-        self._masters = torch.empty(0)
-        self._states: dict[str, torch.Tensor] = {}
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._device = device
 
-    def adopt(self, parameters: torch.Tensor, originals: torch.Tensor) -> None:
+    def fill(self, originals: torch.Tensor) -> None:
+        """Make masters of ``originals`` [numel], and fresh states."""
         spec = self.spec
-        self._parameters = parameters
-        self._masters = (
-            originals.to(device=self._device, dtype=spec.master_dtype, copy=True)
-            if spec.has_masters
-            else parameters
-        )
         for state in self._declared():
-            self._states[state.name] = torch.full(
+            self.tensors[state.name] = torch.full(
                 (spec.numel if state.numel is None else state.numel,),
                 state.initial,
                 dtype=state.dtype or spec.state_dtype,
                 device=self._device,
             )
+        if spec.has_masters:
+            self.tensors[MASTER] = originals.to(
+                device=self._device, dtype=spec.master_dtype, copy=True
+            )
 
-    def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
+    def update(
+        self,
+        parameters: torch.Tensor,
+        gradient: torch.Tensor,
+        hyper: Hyper,
+        scale: float | torch.Tensor,
+        step: int,
+    ) -> None:
+        """Run the rule on ``gradient * scale``; ``gradient`` may be overwritten.
+
+        Args:
+            parameters: takes the new values [numel]; where they are their own masters it has the
+                ones of before.
+            gradient: reduced, [numel].
+            hyper: see :class:`BucketView`.
+            scale: a number, or a 0-d tensor in the same memory.
+            step: number of this update, from 1.
+        """
         spec = self.spec
         assert spec.rule is not None, f"bucket {spec.key} is not trained"
-        self.step += 1
+        states = dict(self.tensors)
         view = BucketView(
             key=spec.key,
-            weights=self._masters,
+            weights=states.pop(MASTER, parameters),
             gradient=gradient,
-            states=self._states,
+            states=states,
             segments=spec.segments,
-            step=self.step,
-            out=self._parameters if spec.has_masters else None,
+            step=step,
+            out=parameters if spec.has_masters else None,
             reduction=spec.reduction,
         )
         spec.rule.apply(view, hyper, scale)
 
-    def refresh(self) -> None:
+    def refresh(self, parameters: torch.Tensor) -> None:
+        """Make masters anew from the parameters."""
         if self.spec.has_masters:
-            self._masters.copy_(self._parameters)
+            self.tensors[MASTER].copy_(parameters)
 
-    def fragments(self) -> Sequence[Fragment]:
-        declared, key = self._declared(), self.spec.key
-        parts = {s.name: (self._states[s.name], s.initial) for s in declared if s.numel is None}
-        if self.spec.has_masters:
-            parts["master"] = self._masters, 0.0
+    def fragments(self, home: str) -> list[Fragment]:
+        """See :meth:`StateHome.fragments`; ``home`` is what they call the memory."""
+        declared = {state.name: state for state in self._declared()}
+        initial = {name: state.initial for name, state in declared.items()}
+        of_bucket = [name for name, state in declared.items() if state.numel is not None]
         found = [
-            segment_fragment(segment, kind, flat, self.name, initial=initial)
+            segment_fragment(segment, kind, flat, home, initial=initial.get(kind, 0.0))
             for segment in self.spec.segments
-            for kind, (flat, initial) in parts.items()
+            for kind, flat in self.tensors.items()
+            if kind not in of_bucket
         ]
+        key, tensors = self.spec.key, self.tensors
         return found + [
-            bucket_fragment(key, s.name, self._states[s.name], self.name, initial=s.initial)
-            for s in declared
-            if s.numel is not None
+            bucket_fragment(key, name, tensors[name], home, initial=initial[name])
+            for name in of_bucket
         ]
 
     def _declared(self) -> Sequence[StateSpec]:
         return self.spec.rule.states(self.spec) if self.spec.rule is not None else ()
+
+
+class DeviceHome(StateHome):
+    """The default home: states beside the parameters, updated in line on the device."""
+
+    name = "device"
+
+    def __init__(self, spec: BucketSpec) -> None:
+        self.spec = spec
+        self.step = 0
+        self.states = FlatStates(spec, spec.device)
+        self._parameters = torch.empty(0)
+
+    def adopt(self, parameters: torch.Tensor, originals: torch.Tensor) -> None:
+        self._parameters = parameters
+        self.states.fill(originals)
+
+    def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
+        self.step += 1
+        self.states.update(self._parameters, gradient, hyper, scale, self.step)
+
+    def refresh(self) -> None:
+        self.states.refresh(self._parameters)
+
+    def fragments(self) -> Sequence[Fragment]:
+        return self.states.fragments(self.name)
 
 
 def segment_fragment(

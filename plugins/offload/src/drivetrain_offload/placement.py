@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from drivetrain.contracts import BucketSpec, StateHome
 from drivetrain.errors import ConfigError
 from drivetrain.states.device_home import DeviceHome
-from drivetrain_offload.homes.delayed import DelayedHome
+from drivetrain_offload.homes.bucket import HostBucket
+from drivetrain_offload.homes.delayed import Delayed
 from drivetrain_offload.homes.host import HostHome
-from drivetrain_offload.homes.speculative import SpeculativeHome
+from drivetrain_offload.homes.speculative import Speculative
 from drivetrain_offload.homes.split import SplitHome, cuts, part_of
-from drivetrain_offload.homes.zenflow import ZenFlowHome
+from drivetrain_offload.homes.timing import InLine, OnWorker, Timing
+from drivetrain_offload.homes.zenflow import ByImportance
 from drivetrain_offload.host.copies import Lanes
 from drivetrain_offload.host.memory import refuse_too_little
 from drivetrain_offload.host.side import HostSide
@@ -133,7 +135,7 @@ def host_homes(
         "rank %d keeps %s bytes of masters and optimizer states in host memory, and %s of buffers",
         *(job.rank, f"{states:,}", f"{buffers:,}"),
     )
-    return [way.make(spec, side) for spec in specs]
+    return [HostHome(spec, side, way.timing) for spec in specs]
 
 
 @dataclass(frozen=True)
@@ -141,14 +143,14 @@ class Way:
     """How buckets are updated on the host.
 
     Args:
-        make: makes a home.
+        timing: says when each of them is, and by whom.
         through_lanes: buckets that come down and go up through the shared lanes.
         extra_bytes: of host memory beside masters, states and lanes.
         locked_bytes: how many of these are page-locked where that is wanted.
         shown_bytes: how many of these the homes' fragments show.
     """
 
-    make: Callable[[BucketSpec, HostSide], StateHome]
+    timing: Callable[[HostBucket], Timing]
     through_lanes: Sequence[BucketSpec] = ()
     extra_bytes: int = 0
     locked_bytes: int = 0
@@ -173,33 +175,37 @@ def way_of(section: OffloadOptimizer, specs: Sequence[BucketSpec], zenflow: ZenF
     Raises:
         ConfigError: their update rule, or their dtypes, do not allow it.
     """
-    delayed = sum(map(DelayedHome.extra_bytes, specs))
+    delayed = sum(map(Delayed.extra_bytes, specs))
     if zenflow is not None:
         _refuse_communicating(specs)
         _refuse_without_masters(specs, "zero_optimization.zenflow")
         _refuse_whole_tensors(specs)
-        extra = sum(map(ZenFlowHome.extra_bytes, specs))
-        make = partial(ZenFlowHome, section=zenflow)
-        return Way(make, (), extra, locked_bytes=delayed, shown_bytes=extra - delayed)
+        extra = sum(map(ByImportance.extra_bytes, specs))
+        timing = partial(ByImportance, section=zenflow)
+        return Way(timing, (), extra, locked_bytes=delayed, shown_bytes=extra - delayed)
     if section.delayed_update:
         _refuse_communicating(specs)
         _refuse_without_masters(specs, f"{_PATH}.delayed_update")
-        return Way(DelayedHome, extra_bytes=delayed, locked_bytes=delayed)
+        return Way(Delayed, extra_bytes=delayed, locked_bytes=delayed)
     if section.super_offload:
         _refuse_communicating(specs)
         ahead = [spec for spec in specs if spec.has_masters]
-        extra = sum(SpeculativeHome.extra_bytes(spec, state_bytes(spec)) for spec in ahead)
+        extra = sum(Speculative.extra_bytes(spec, state_bytes(spec)) for spec in ahead)
         out = sum(spec.numel * spec.parameter_dtype.itemsize for spec in ahead)
         lanes = [spec for spec in specs if spec.has_masters or spec.device.type != "cpu"]
-        return Way(_speculative_home, lanes, extra, locked_bytes=out)
+        return Way(_speculative, lanes, extra, locked_bytes=out)
     on_device = [spec for spec in specs if spec.device.type != "cpu"]
     _refuse_communicating(on_device)
-    return Way(HostHome, on_device)
+    return Way(_at_once, on_device)
 
 
-def _speculative_home(spec: BucketSpec, side: HostSide) -> StateHome:
+def _at_once(bucket: HostBucket) -> Timing:
+    return (InLine if bucket.side.is_near(bucket.spec.device) else OnWorker)(bucket)
+
+
+def _speculative(bucket: HostBucket) -> Timing:
     """Guess ahead of masters only: parameters may be changed by clients until the update."""
-    return SpeculativeHome(spec, side) if spec.has_masters else HostHome(spec, side)
+    return Speculative(bucket) if bucket.spec.has_masters else _at_once(bucket)
 
 
 def state_bytes(spec: BucketSpec) -> int:

@@ -70,7 +70,7 @@ class RehearsedHome(DeviceHome):
         # What a rule keeps of a bucket as a whole is never in files.
         return [
             replace(fragment, home="host") if fragment.on_reshape == "reset" else fragment
-            for fragment in super().fragments()
+            for fragment in self.states.fragments(self.name)
         ]
 
 

@@ -6,111 +6,138 @@ parameters after step t are those that the masters had before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from drivetrain.contracts import version_of
-from drivetrain_offload.homes.host import HostHome, Update
+from drivetrain.states.device_home import MASTER
+from drivetrain_offload.homes.timing import Timing
 from drivetrain_offload.host.copies import Mark, Reached
-from drivetrain_offload.host.side import as_they_are
 
 if TYPE_CHECKING:
-    from drivetrain.contracts import BucketSpec, Fragment, Hyper
+    from drivetrain.contracts import BucketSpec, Hyper
+    from drivetrain_offload.homes.bucket import HostBucket, Update
     from drivetrain_offload.host.side import HostSide
 
 
-class DelayedHome(HostHome):
-    """Masters and states in host memory, a step ahead of the parameters.
+class Delayed(Timing):
+    """The worker keeps the masters a step ahead of the parameters.
 
     The masters hold all updates once :meth:`flush` returns; what the parameters lack is therefore
     in every checkpoint, and the first step after a resume shows it.
 
     Args:
-        spec: a bucket with masters.
-        side: what all host homes of the job share.
+        bucket: one with masters.
+
+    Attributes:
+        gradient: a copy of the step's gradient.
+        rounded: the masters in the parameters' dtype.
+        due: what the next :meth:`publish` shows.
     """
 
-    def __init__(self, spec: BucketSpec, side: HostSide) -> None:
+    def __init__(self, bucket: HostBucket) -> None:
+        spec = bucket.spec
         assert spec.has_masters, f"the parameters of bucket {spec.key} are their own masters"
-        super().__init__(spec, side)
-        self._copied: Mark = Reached()
-        self._coming: tuple[int, int] | None = None  # version of the gradient being copied, if any
-        self._newest: torch.Tensor | None = None  # the masters, rounded; None when not known
-        self._due: torch.Tensor | None = None  # what the next publish shows
+        super().__init__(bucket)
+        self.due: torch.Tensor | None = None
 
     @staticmethod
     def extra_bytes(spec: BucketSpec) -> int:
         """Bytes beside masters and states: a gradient, parameters of this step and of the last."""
         return spec.numel * (spec.gradient_dtype.itemsize + 2 * spec.parameter_dtype.itemsize)
 
-    def adopt(self, parameters: torch.Tensor, originals: torch.Tensor) -> None:
-        super().adopt(parameters, originals)
-        spec, empty = self.spec, self.side.memory.empty
-        self._gradient = empty(spec.numel, spec.gradient_dtype)
-        self._buffers = [empty(spec.numel, spec.parameter_dtype) for _ in range(2)]
-        self._newest = self._due = None
+    def adopt(self) -> None:
+        self.gradient = GradientCopy(self.bucket.spec, self.bucket.side)
+        self.rounded = RoundedMasters(self.bucket)
+        self.due = None
 
-    def gradient_ready(self, gradient: torch.Tensor) -> None:
-        self._coming = None
-        if self._ticket is None or self._ticket.done:  # else its copy is still being read
-            self._start_copy(gradient)
+    def gradient_ready(self, gradient: torch.Tensor, step: int) -> None:
+        self.gradient.forget()
+        if not self.bucket.is_busy:  # else the copy is still being read
+            self.gradient.begin(gradient)
 
-    def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
-        self._finish()
-        if self._coming != version_of(gradient):
-            self._start_copy(gradient)
-        self._coming = None
-        self.step += 1
-        self._due = self._rounded()
-        asked = self.side.down.mark()
-        work = Update(self._gradient, as_they_are(hyper), self.side.scale(scale), self.step, asked)
-        run = partial(self._compute, work, self._copied, self._uploaded)
-        self._ticket = self.side.worker.submit(run)
+    def update(
+        self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor, step: int
+    ) -> None:
+        copied = self.gradient.complete(gradient)
+        self.due = self.rounded.latest()
+        work = self.bucket.asked(self.gradient.values, hyper, scale, step)
+        self.bucket.submit(partial(self.run, work, copied, self.bucket.uploaded))
 
     def publish(self) -> None:
-        due, self._due = self._due, None
+        due, self.due = self.due, None
         if due is not None:
-            asked = self.side.up.mark()
-            self._uploaded = self.side.up.copy([(self._parameters, due)], [asked])
-        self._copied.wait()  # the gradient's memory is free now
-        self._uploaded.wait()
+            self.bucket.upload(due, [self.bucket.side.up.mark()])
+        self.gradient.copied.wait()  # the gradient's memory is free now
+        self.bucket.uploaded.wait()
 
-    def refresh(self) -> None:
-        super().refresh()
-        self._newest = None
+    def masters_written(self) -> None:
+        self.rounded.known = None
 
-    def fragments(self) -> Sequence[Fragment]:
-        return [
-            replace(f, write=partial(self._write, f.write)) if f.kind == "master" else f
-            for f in super().fragments()
-        ]
-
-    def _write(self, write: Callable[[torch.Tensor], None], values: torch.Tensor) -> None:
-        """Overwrite masters; what was made from them is out of date."""
-        self.flush()
-        write(values)
-        self._newest = None
-
-    def _rounded(self) -> torch.Tensor:
-        """The masters in the parameters' dtype; nothing may be under way."""
-        if self._newest is None:
-            self._uploaded.synchronize()
-            self._newest = self._buffers[0].copy_(self._masters)
-        return self._newest
-
-    def _start_copy(self, gradient: torch.Tensor) -> None:
-        down = self.side.down
-        self._copied = down.copy([(self._gradient, gradient)], [down.mark()])
-        self._coming = version_of(gradient)
-
-    def _compute(self, work: Update, copied: Mark, uploaded: Mark) -> None:
+    def run(self, work: Update, copied: Mark, uploaded: Mark) -> None:
         """On the worker's thread: the masters' next values, and their rounded copy."""
         copied.synchronize()
         uploaded.synchronize()
-        target = self._buffers[1] if self._newest is self._buffers[0] else self._buffers[0]
-        self.run_rule(work, work.gradient, self._masters, target)
-        self._newest = target
+        target = self.rounded.spare()
+        self.bucket.run(work, work.gradient, target)
+        self.rounded.known = target
+
+
+class GradientCopy:
+    """A bucket's gradient in host memory of its own, which outlives the step.
+
+    Args:
+        spec: the bucket.
+        side: copies, and has the memory.
+    """
+
+    def __init__(self, spec: BucketSpec, side: HostSide) -> None:
+        self.values = side.memory.empty(spec.numel, spec.gradient_dtype)
+        self.copied: Mark = Reached()
+        self._side = side
+        self._version: tuple[int, int] | None = None  # of the gradient that is being copied
+
+    def begin(self, gradient: torch.Tensor) -> None:
+        """Begin to copy."""
+        down = self._side.down
+        self.copied = down.copy([(self.values, gradient)], [down.mark()])
+        self._version = version_of(gradient)
+
+    def complete(self, gradient: torch.Tensor) -> Mark:
+        """When all of ``gradient`` is copied, as it is now; begin again if it has changed."""
+        if self._version != version_of(gradient):
+            self.begin(gradient)
+        self.forget()
+        return self.copied
+
+    def forget(self) -> None:
+        """Copy the next gradient, even if it is like this one."""
+        self._version = None
+
+
+class RoundedMasters:
+    """The masters in the parameters' dtype, after the last update and after the one before it.
+
+    Args:
+        bucket: whose.
+    """
+
+    def __init__(self, bucket: HostBucket) -> None:
+        spec, empty = bucket.spec, bucket.side.memory.empty
+        self._bucket = bucket
+        self._buffers = [empty(spec.numel, spec.parameter_dtype) for _ in range(2)]
+        self.known: torch.Tensor | None = None
+        """One of the buffers; None when the masters were written since."""
+
+    def latest(self) -> torch.Tensor:
+        """Those of now; nothing may be under way."""
+        if self.known is None:
+            self._bucket.uploaded.synchronize()
+            self.known = self._buffers[0].copy_(self._bucket.states.tensors[MASTER])
+        return self.known
+
+    def spare(self) -> torch.Tensor:
+        """The buffer that may be overwritten once it is uploaded."""
+        return self._buffers[1] if self.known is self._buffers[0] else self._buffers[0]

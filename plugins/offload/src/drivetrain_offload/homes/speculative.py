@@ -9,42 +9,42 @@ that of no guess at all, bit for bit, whatever the rule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.contracts import version_of
-from drivetrain_offload.homes.host import HostHome, Update
-from drivetrain_offload.host.copies import Lane, Mark
+from drivetrain_offload.homes.bucket import Update
+from drivetrain_offload.homes.lane_trip import LaneTrip
+from drivetrain_offload.homes.timing import Timing
+from drivetrain_offload.host.copies import Lane
 from drivetrain_offload.host.side import HostScale, as_they_are
 
 if TYPE_CHECKING:
     from drivetrain.contracts import BucketSpec, Hyper
-    from drivetrain_offload.host.side import HostSide
+    from drivetrain_offload.homes.bucket import HostBucket
     from drivetrain_offload.host.worker import Ticket
 
 
-class SpeculativeHome(HostHome):
-    """Masters and states in host memory, updated on a guess of hyper-parameters and scale.
+class Speculative(Timing):
+    """The worker updates on a guess of hyper-parameters and scale, and again if that was wrong.
 
     The guess: the hyper-parameters and the gradient as they are when that is ready, and of the last
     two scales the larger one, since clipping only makes it smaller.
 
     Args:
-        spec: a bucket with masters. Parameters that are their own may be changed until the update.
-        side: what all host homes of the job share.
+        bucket: one with masters. Parameters that are their own may be changed until the update.
     """
 
-    def __init__(self, spec: BucketSpec, side: HostSide) -> None:
+    def __init__(self, bucket: HostBucket) -> None:
+        spec = bucket.spec
         assert spec.has_masters, f"the parameters of bucket {spec.key} are their own masters"
-        super().__init__(spec, side)
+        super().__init__(bucket)
+        self._trip = LaneTrip(bucket, gradient_stays=True)
         self._live: Hyper | None = None
         self._scales: list[HostScale] = []
         self._guess: Ticket | None = None
         self._guessed: Update | None = None  # run, and neither confirmed nor taken back
-        self._before: dict[str, torch.Tensor] = {}
 
     @staticmethod
     def extra_bytes(spec: BucketSpec, states: int) -> int:
@@ -56,36 +56,38 @@ class SpeculativeHome(HostHome):
         """
         return states + spec.numel * spec.parameter_dtype.itemsize
 
-    def adopt(self, parameters: torch.Tensor, originals: torch.Tensor) -> None:
-        super().adopt(parameters, originals)
-        self._out = self.side.memory.empty(self.spec.numel, self.spec.parameter_dtype)
-        self._before = {name: torch.empty_like(value) for name, value in self._kept().items()}
+    def adopt(self) -> None:
+        spec, tensors = self.bucket.spec, self.bucket.states.tensors
+        # New parameters wait here until they are confirmed, longer than a lane can wait.
+        self._out = self.bucket.side.memory.empty(spec.numel, spec.parameter_dtype)
+        self._before = {kind: torch.empty_like(values) for kind, values in tensors.items()}
 
     # -- the way of a step ----------------------------------------------------------------------
 
-    def gradient_ready(self, gradient: torch.Tensor) -> None:
+    def gradient_ready(self, gradient: torch.Tensor, step: int) -> None:
         self._end_guess()
-        super().gradient_ready(gradient)
+        self.bucket.finish()
+        self._trip.begin(gradient)
         if self._live is None:
             return
-        work = Update(
-            gradient,
-            as_they_are(self._live),
-            max(self._scales, key=lambda scale: float(scale.value())),
-            self.step + 1,
-            self.side.down.mark(),
-        )
-        self._guess = self.side.worker.submit(
-            partial(self._run_ahead, work), prepare=partial(self._prepare, work)
+        side = self.bucket.side
+        scale = max(self._scales, key=lambda scale: float(scale.value()))
+        work = Update(gradient, as_they_are(self._live), scale, step, side.down.mark())
+        self._guess = side.worker.submit(
+            partial(self._run_ahead, work), partial(self._trip.prepare, work)
         )
 
-    def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
+    def update(
+        self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor, step: int
+    ) -> None:
         self._live = hyper
-        if self._brought != version_of(gradient):
+        if not self._trip.has(gradient):
             self._end_guess()
             self._take_back()  # here, since the worker has nothing of this bucket any more
-        super().update(gradient, hyper, scale)
-        self._scales = [*self._scales[-1:], self.side.scale(scale)]
+        work = self.bucket.asked(gradient, hyper, scale, step)
+        self._trip.complete(work)
+        self.bucket.submit(partial(self._confirm, work))
+        self._scales = [*self._scales[-1:], work.scale]
 
     def flush(self) -> None:
         super().flush()
@@ -96,56 +98,38 @@ class SpeculativeHome(HostHome):
 
     def _run_ahead(self, work: Update) -> None:
         self._take_back()
-        lane = self._filled(work)
-        for name, value in self._kept().items():
-            self._before[name].copy_(value)
-        self._guessed = work
-        try:
-            self._run(work, lane)
-        except Exception:  # noqa: BLE001 - the update will raise it, if it comes to the same
-            self._take_back()
-        finally:
-            self.side.lanes.release(lane, self)
-
-    def _carry_out(self, work: Update) -> None:
-        if self._guessed is None or not _are_alike(self._guessed, work):
-            self._take_back()
-            lane = self._filled(work)
+        with self._trip.arrived(work) as lane:
+            for kind, values in self.bucket.states.tensors.items():
+                self._before[kind].copy_(values)
+            self._guessed = work
             try:
                 self._run(work, lane)
-            finally:
-                self.side.lanes.release(lane, self)
+            except Exception:  # noqa: BLE001 - the update will raise it, if it comes to the same
+                self._take_back()
+
+    def _confirm(self, work: Update) -> None:
+        if self._guessed is None or not _are_alike(self._guessed, work):
+            self._take_back()
+            with self._trip.arrived(work) as lane:
+                self._run(work, lane)
         self._guessed = None
-        self._uploaded = self.side.up.copy([(self._parameters, self._out)], [work.asked])
+        self.bucket.upload(self._out, [work.asked])
+
+    def _run(self, work: Update, lane: Lane) -> None:
+        self.bucket.uploaded.synchronize()  # of what is there
+        self.bucket.run(work, self._trip.gradient(work, lane), self._out)
 
     def _take_back(self) -> None:
+        """Undo a guess that was run. Parameters only change when they are uploaded."""
         if self._guessed is not None:
-            for name, value in self._kept().items():
-                value.copy_(self._before[name])
+            for kind, values in self.bucket.states.tensors.items():
+                values.copy_(self._before[kind])
         self._guessed = None
-
-    # -- internals ------------------------------------------------------------------------------
-
-    def _kept(self) -> Mapping[str, torch.Tensor]:
-        """All that a rule changes, but for parameters, which change when they are uploaded."""
-        return {"": self._masters, **self._states}
 
     def _end_guess(self) -> None:
         guess, self._guess = self._guess, None
         if guess is not None:
             guess.settle()
-
-    def _submit(self, work: Update) -> Ticket:
-        return self.side.worker.submit(partial(self._carry_out, work))
-
-    def _is_in_place(self, tensor: torch.Tensor) -> bool:
-        return False  # it may be needed again
-
-    def _parameters_in(self, lane: Lane) -> torch.Tensor:
-        return self._out  # until the update is confirmed, longer than a lane can wait
-
-    def _waits_for(self, lane: Lane) -> Sequence[Mark]:
-        return [lane.drained, self._uploaded]
 
 
 def _are_alike(guess: Update, work: Update) -> bool:

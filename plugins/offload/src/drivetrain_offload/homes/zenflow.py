@@ -15,162 +15,123 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.contracts import BucketView, version_of
-from drivetrain.states.device_home import bucket_fragment
-from drivetrain_offload.homes.delayed import DelayedHome
-from drivetrain_offload.homes.host import Update
+from drivetrain.states.device_home import FlatStates, bucket_fragment
+from drivetrain_offload.homes.delayed import Delayed
 from drivetrain_offload.homes.importance import important
+from drivetrain_offload.homes.timing import Timing
 from drivetrain_offload.host.copies import Mark
-from drivetrain_offload.host.side import as_they_are
 
 if TYPE_CHECKING:
     from drivetrain.contracts import BucketSpec, Fragment, Hyper
-    from drivetrain_offload.host.side import HostSide
+    from drivetrain_offload.homes.bucket import HostBucket, Update
     from drivetrain_offload.zenflow_section import ZenFlow
 
 _SLOW, _SELECTED = range(2)
 
 
-class ZenFlowHome(DelayedHome):
-    """All masters and states in host memory; those of important elements also on the device.
+class ByImportance(Timing):
+    """The device updates important elements in every step, the worker all others every few steps.
 
     The host's copies of what the device updates are out of date, until columns are selected anew
     or someone looks: then the device's values are written back.
 
     Args:
-        spec: a bucket with masters, and a rule that works element by element.
-        side: what all host homes of the job share.
+        bucket: one with masters, and a rule that works element by element.
         section: how much is important, and the intervals.
     """
 
-    def __init__(self, spec: BucketSpec, side: HostSide, section: ZenFlow) -> None:
-        super().__init__(spec, side)
+    def __init__(self, bucket: HostBucket, section: ZenFlow) -> None:
+        super().__init__(bucket)
         self._section = section
-        self._warm_up = section.full_warm_up_rounds
-        self._device_states: dict[str, torch.Tensor] = {}
-        self._index = torch.empty(0, dtype=torch.int64)
-        self._is_split = False
+        self._host = Delayed(bucket)
+        self._device: ImportantPart | None = None
         self._waits = False
 
     @staticmethod
     def extra_bytes(spec: BucketSpec) -> int:
         """Bytes beside masters and states: those of delayed updates, a sum, and who is where."""
-        return DelayedHome.extra_bytes(spec) + spec.numel * (4 + 1)
+        return Delayed.extra_bytes(spec) + spec.numel * (4 + 1)
 
-    def adopt(self, parameters: torch.Tensor, originals: torch.Tensor) -> None:
-        super().adopt(parameters, originals)
-        numel = self.spec.numel
+    def adopt(self) -> None:
+        numel = self.bucket.spec.numel
+        self._host.adopt()
         self._sum = torch.zeros(numel, dtype=torch.float32, device="cpu")
         self._columns = torch.zeros(numel, dtype=torch.uint8, device="cpu")
         self._counts = torch.zeros(2, dtype=torch.int64, device="cpu")
-        self._is_split = False
+        self._device = None
 
     # -- the way of a step ----------------------------------------------------------------------
 
-    def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
-        self._finish()
-        if self._coming != version_of(gradient):
-            self._start_copy(gradient)
-        self._coming = None
-        self.step += 1
-        asked = self.side.down.mark()
-        work = Update(self._gradient, as_they_are(hyper), self.side.scale(scale), self.step, asked)
-        if self.step <= self._warm_up:
+    def gradient_ready(self, gradient: torch.Tensor, step: int) -> None:
+        self._host.gradient_ready(gradient, step)
+
+    def update(
+        self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor, step: int
+    ) -> None:
+        bucket, host, section = self.bucket, self._host, self._section
+        copied = host.gradient.complete(gradient)
+        work = bucket.asked(host.gradient.values, hyper, scale, step)
+        if step <= section.full_warm_up_rounds:
             self._waits = True
-            run = partial(self._compute, work, self._copied, self._uploaded)
-            self._ticket = self.side.worker.submit(run)
+            bucket.submit(partial(host.run, work, copied, bucket.uploaded))
             return
-        interval = self._section.update_interval
-        place = (self.step - self._warm_up - 1) % interval
-        self._split(gradient, begins=place == 0)
-        self._update_important(gradient, hyper, scale)
-        ends = place == interval - 1
-        self._waits = ends and not self._section.overlap_step
-        if ends and self._section.overlap_step:
-            self._due = self._rounded()
-        run = partial(self._add_up, work, self._copied, self._uploaded if ends else None)
-        self._ticket = self.side.worker.submit(run)
+        place = (step - section.full_warm_up_rounds - 1) % section.update_interval
+        self._select(gradient, step, begins=place == 0).update(gradient, hyper, scale, step)
+        ends = place == section.update_interval - 1
+        self._waits = ends and not section.overlap_step
+        if ends and section.overlap_step:
+            host.due = host.rounded.latest()
+        bucket.submit(partial(self._add_up, work, copied, bucket.uploaded if ends else None))
 
     def publish(self) -> None:
         if self._waits:
             self._waits = False
-            self._finish()
-            self._due = self._newest
-        shows = self._due is not None
-        super().publish()
-        if shows and self._is_split:
-            self._parameters.index_copy_(0, self._index, self._important_out)
+            self.bucket.finish()
+            self._host.due = self._host.rounded.known
+        shows = self._host.due is not None
+        self._host.publish()
+        if shows and self._device is not None:
+            self._device.show()
 
     def flush(self) -> None:
         super().flush()
         self._write_back()
 
-    def refresh(self) -> None:
-        super().refresh()
-        self._is_split = False
+    def masters_written(self) -> None:
+        self._host.masters_written()
+        self._device = None
 
     def fragments(self) -> Sequence[Fragment]:
-        found = [*super().fragments()]
-        self._is_split = False  # what is written into fragments has to come back to the device
+        self._device = None  # what is written into fragments has to come back to the device
         kept = {"sum": self._sum, "columns": self._columns, "counts": self._counts}
-        return found + [
-            bucket_fragment(self.spec.key, f"zenflow_{kind}", flat, self.name)
+        return [
+            bucket_fragment(self.bucket.spec.key, f"zenflow_{kind}", flat, "host")
             for kind, flat in kept.items()
         ]
 
     # -- what the device updates ----------------------------------------------------------------
 
-    def _split(self, gradient: torch.Tensor, *, begins: bool) -> None:
+    def _select(self, gradient: torch.Tensor, step: int, *, begins: bool) -> ImportantPart:
         """Have the important elements on the device; select them anew where that is due."""
         selected = int(self._counts[_SELECTED])
-        due = not selected or (begins and self.step - selected >= self._section.steps_selected)
-        if due:
+        if not selected or (begins and step - selected >= self._section.steps_selected):
             self._write_back()
+            self._device = None
             share = self._section.topk_ratio
-            self._columns.copy_(important(gradient, self.spec.segments, share))
-            self._counts[_SELECTED] = self.step
-        if due or not self._is_split:
-            device = self._parameters.device
-            index = self._columns.nonzero().flatten()
-            self._index = index.to(device)
-            self._device_states = {
-                name: flat.index_select(0, index).to(device) for name, flat in self._kept().items()
-            }
-            self._important_out = self._parameters.index_select(0, self._index)
-            self._is_split = True
-
-    def _update_important(
-        self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor
-    ) -> None:
-        spec = self.spec
-        assert spec.rule is not None, f"bucket {spec.key} is not trained"
-        states = dict(self._device_states)
-        view = BucketView(
-            key=f"{spec.key}.important",
-            weights=states.pop("master"),
-            gradient=gradient.index_select(0, self._index),
-            states=states,
-            segments=(),
-            step=self.step,
-            out=self._important_out,
-            reduction=spec.reduction,
-        )
-        spec.rule.apply(view, hyper, scale)
-        self._parameters.index_copy_(0, self._index, self._important_out)
+            self._columns.copy_(important(gradient, self.bucket.spec.segments, share))
+            self._counts[_SELECTED] = step
+        if self._device is None:
+            self._device = ImportantPart(self.bucket, self._columns.nonzero().flatten())
+        return self._device
 
     def _write_back(self) -> None:
         """Bring the host's copies of what the device updates up to date."""
-        if not self._is_split:
+        if self._device is None:
             return
-        index = self._index.cpu()
-        for name, flat in self._kept().items():
-            flat.index_copy_(0, index, self._device_states[name].cpu())
-        if self._newest is not None:
-            self._uploaded.synchronize()
-            self._newest.index_copy_(0, index, self._important_out.cpu())
-
-    def _kept(self) -> dict[str, torch.Tensor]:
-        return {"master": self._masters, **self._states}
+        self._device.write_to(self.bucket.states)
+        if self._host.rounded.known is not None:
+            self.bucket.uploaded.synchronize()
+            self._device.write_parameters(self._host.rounded.known)
 
     # -- on the worker's thread -----------------------------------------------------------------
 
@@ -186,9 +147,50 @@ class ZenFlowHome(DelayedHome):
         slow = replace(
             work,
             gradient=self._sum,
-            step=self._warm_up + int(self._counts[_SLOW]),
-            scale=self.side.scale(1 / self._section.update_interval),
+            step=self._section.full_warm_up_rounds + int(self._counts[_SLOW]),
+            scale=self.bucket.side.scale(1 / self._section.update_interval),
         )
         # Also what the device updates, which is cheaper than to leave it out, and never used.
-        self._compute(slow, copied, uploaded)
+        self._host.run(slow, copied, uploaded)
         self._sum.zero_()
+
+
+class ImportantPart:
+    """Masters, states and parameters of a bucket's important elements, on the device.
+
+    Args:
+        bucket: whose; its host tensors are copied.
+        index: which elements, int64 [count] in host memory.
+    """
+
+    def __init__(self, bucket: HostBucket, index: torch.Tensor) -> None:
+        spec, device = bucket.spec, bucket.parameters.device
+        part = replace(spec, key=f"{spec.key}.important", numel=index.numel(), segments=())
+        self._all = bucket.parameters
+        self._index = index.to(device)
+        self._parameters = self._all.index_select(0, self._index)
+        self._states = FlatStates(part, device)
+        for kind, flat in bucket.states.tensors.items():
+            self._states.tensors[kind] = flat.index_select(0, index).to(device)
+
+    def update(
+        self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor, step: int
+    ) -> None:
+        """Run the rule on these elements of the bucket's ``gradient`` [numel], and show them."""
+        mine = gradient.index_select(0, self._index)
+        self._states.update(self._parameters, mine, hyper, scale, step)
+        self.show()
+
+    def show(self) -> None:
+        """Put their values into the bucket's parameters."""
+        self._all.index_copy_(0, self._index, self._parameters)
+
+    def write_to(self, states: FlatStates) -> None:
+        """Overwrite masters and states of these elements in ``states``, the bucket's."""
+        index = self._index.cpu()
+        for kind, flat in states.tensors.items():
+            flat.index_copy_(0, index, self._states.tensors[kind].cpu())
+
+    def write_parameters(self, flat: torch.Tensor) -> None:
+        """Overwrite the parameters of these elements in ``flat`` [numel], host memory."""
+        flat.index_copy_(0, self._index.cpu(), self._parameters.cpu())

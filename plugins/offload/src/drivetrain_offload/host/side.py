@@ -69,6 +69,10 @@ class HostSide:
         self.lanes.grow(gradient, parameters)
         self._extra += extra
 
+    def is_near(self, device: torch.device) -> bool:
+        """Whether a tensor of that device can be worked on here where it is."""
+        return device.type == "cpu"
+
     def scale(self, scale: float | torch.Tensor) -> HostScale:
         """A scale on its way to the host; one that several buckets share goes once."""
         known = self._scale

@@ -27,7 +27,7 @@ from drivetrain.contracts import (
 from drivetrain.errors import ConfigError
 from drivetrain.states.device_home import DeviceHome
 from drivetrain_offload.file_io.pages import Pages
-from drivetrain_offload.homes.host import HOST, HostHome
+from drivetrain_offload.homes.bucket import HOST
 from drivetrain_offload.homes.split import SplitHome
 from drivetrain_offload.host.memory import PinnedMemory, refuse_too_little
 from drivetrain_offload.memory import MemoryRow, note_memory
@@ -344,7 +344,7 @@ def stay_on_host(specs: Sequence[BucketSpec], section: OffloadParam) -> list[boo
 
 def _place(home: StateHome) -> Literal["device", "host"]:
     """Where the states' home updates parameters."""
-    on_device = isinstance(home, SplitHome | DeviceHome) and not isinstance(home, HostHome)
+    on_device = isinstance(home, SplitHome | DeviceHome)
     return "device" if on_device and home.spec.rule is not None else "host"
 
 
