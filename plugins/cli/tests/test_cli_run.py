@@ -215,7 +215,7 @@ def test_ranks_that_failed_in_the_same_way_are_named_once(tmp_path) -> None:
         record = {"rank": rank, "local_rank": rank, "time_ns": when, "message": message}
         text = json.dumps({**record, "where": "a.py:1"})
         (tmp_path / f"rank{rank}.error.json").write_text(text)
-    assert str(explain_failure(tmp_path, 3)).splitlines() == [
+    assert explain_failure(tmp_path, 3).text.splitlines() == [
         "rank 1 failed (and in the same way rank 0): odd",
         "  raised at a.py:1",
         f"logs of all 3 ranks: {tmp_path}",
@@ -230,6 +230,14 @@ def test_the_traceback_of_an_error_without_one_on_screen_is_on_disk(script, run,
     record = json.loads((tmp_path / "logs" / "rank0.error.json").read_text())
     assert "in f\n" in record["traceback"]
     assert record["message"] == "ConfigError: odd"
+
+
+def test_a_program_that_starts_machines_gets_the_failure_as_one_line(script, run) -> None:
+    done = run("--nproc", "1", "--failure-format", "json", script("raise ValueError('no')"))
+    assert done.returncode == 2
+    told = json.loads(done.stderr.splitlines()[-1])["drivetrain_failure"]
+    assert told["text"].startswith("rank 0 failed: ValueError: no")
+    assert "error: " not in done.stderr
 
 
 def test_an_exit_code_is_a_failure(script, run) -> None:
@@ -284,7 +292,7 @@ def test_what_a_rank_raised_goes_before_how_others_broke_even_if_it_was_written_
     for error in errors:
         content = {**error, "local_rank": error["rank"], "where": None, "says_all": True}
         (tmp_path / f"rank{error['rank']}.error.json").write_text(json.dumps(content))
-    assert str(explain_failure(tmp_path, 2)).startswith("rank 1 failed: ValueError: no more data")
+    assert explain_failure(tmp_path, 2).text.startswith("rank 1 failed: ValueError: no more data")
 
 
 def test_a_rank_that_said_nothing_goes_before_those_that_only_broke(tmp_path) -> None:
@@ -293,7 +301,19 @@ def test_a_rank_that_said_nothing_goes_before_those_that_only_broke(tmp_path) ->
     (tmp_path / "rank0.error.json").write_text(json.dumps(content))
     ended = {"0": {"exit_code": 1, "local_rank": 0}, "1": {"exit_code": -9, "local_rank": 1}}
     (tmp_path / "failures.json").write_text(json.dumps(ended))
-    assert str(explain_failure(tmp_path, 2)).startswith("rank 1 was killed by SIGKILL")
+    explained = explain_failure(tmp_path, 2)
+    assert explained.text.startswith("rank 1 was killed by SIGKILL")
+    assert not explained.follows
+
+
+def test_a_failure_that_another_machine_has_brought_about_says_so(tmp_path, monkeypatch) -> None:
+    broke = {"rank": 0, "local_rank": 0, "time_ns": 5, "message": "CommunicationError: broken"}
+    content = {**broke, "follows": True, "where": None, "says_all": True}
+    (tmp_path / "rank0.error.json").write_text(json.dumps(content))
+    monkeypatch.setenv("DRIVETRAIN_HOST", "worker-1")
+    told = json.loads(explain_failure(tmp_path, 1).json())["drivetrain_failure"]
+    assert (told["host"], told["time_ns"], told["follows"]) == ("worker-1", 5, True)
+    assert told["text"].startswith("rank 0 failed: CommunicationError: broken")
 
 
 def test_a_missing_script_is_one_message(tmp_path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import signal
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,43 @@ from drivetrain_cli.rank import FIRST_LOG
 
 TAIL_LINES = 12
 
+FAILURE = "drivetrain_failure"
+"""Key of the one line of JSON that ``--failure-format json`` ends with."""
 
-def explain_failure(folder: Path, ranks: int) -> DrivetrainError:
+HOST = "DRIVETRAIN_HOST"
+"""Variable with the name that whoever has started this machine calls it by."""
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Why the ranks of this machine have failed.
+
+    Args:
+        text: for people; several lines.
+        time_ns: when the first of them failed, by this machine's clock.
+        follows: whether a failure on another machine has brought it about.
+    """
+
+    text: str
+    time_ns: int
+    follows: bool
+
+    def error(self) -> DrivetrainError:
+        """The exception that shows it."""
+        return DrivetrainError(self.text)
+
+    def json(self) -> str:
+        """One line for a program that has started several machines."""
+        content = {
+            "host": os.environ.get(HOST, platform.node()),
+            "time_ns": self.time_ns,
+            "follows": self.follows,
+            "text": self.text,
+        }
+        return json.dumps({FAILURE: content})
+
+
+def explain_failure(folder: Path, ranks: int) -> Explained:
     """What happened, from the files that the agent and the ranks of this machine left.
 
     Args:
@@ -36,7 +75,12 @@ def explain_failure(folder: Path, ranks: int) -> DrivetrainError:
         lines = [f"the ranks could not be started: {agent['message']}"]
     else:
         lines = ["torchrun ended without saying why", *_tail(_first_log(folder))]
-    return DrivetrainError("\n".join([*lines, f"logs of all {ranks} ranks: {folder}"]))
+    follows = bool(raised) and not causes and not any(map(_killed, ended.values()))
+    return Explained(
+        text="\n".join([*lines, f"logs of all {ranks} ranks: {folder}"]),
+        time_ns=(causes or raised)[0]["time_ns"] if raised else time.time_ns(),
+        follows=follows,
+    )
 
 
 def _raised(errors: list[dict[str, Any]], folder: Path) -> list[str]:

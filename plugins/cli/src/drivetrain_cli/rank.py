@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 
 from drivetrain.errors import CommunicationError, DrivetrainError
+from drivetrain_cli.cores import VARIABLE as CORES
+from drivetrain_cli.cores import bind
 
 FOLDER_VARIABLE = "DRIVETRAIN_RUN_FOLDER"
 
@@ -31,6 +33,8 @@ def main() -> None:
     kind, target, *arguments = sys.argv[1:]
     folder, local_rank = Path(os.environ[FOLDER_VARIABLE]), int(os.environ["LOCAL_RANK"])
     end_with_parent()
+    if CORES in os.environ:
+        bind(os.environ[CORES], local_rank)
     log = folder / f"rank{os.environ['RANK']}.log"
     if local_rank > 0:
         _redirect(log)

@@ -34,6 +34,15 @@ from drivetrain.plan.registry import Registry
 )
 @click.option("--max-restarts", default=0, show_default=True, help="Restarts after a failure.")
 @click.option("--log-dir", type=UserPath(path_type=Path), help="Run folder; default: under runs/.")
+@click.option("--bind-cores", is_flag=True, help="Give each rank cores of its own.")
+@click.option("--core-list", default="", metavar="LIST", help="Cores to share out: 0-15,32-47.")
+@click.option(
+    "--failure-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How a failure is said; json is for programs that start several machines.",
+)
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is the name of a module.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -48,6 +57,9 @@ def run(
     grace: float,
     max_restarts: int,
     log_dir: Path | None,
+    bind_cores: bool,
+    core_list: str,
+    failure_format: str,
     module: bool,
     script: str,
     arguments: tuple[str, ...],
@@ -57,6 +69,7 @@ def run(
     The first rank's output is shown; the output of every rank is kept in the run folder. When a
     rank fails, the others are ended and the first failure is shown.
     """
+    from drivetrain_cli.cores import core_variables
     from drivetrain_cli.failures import explain_failure
     from drivetrain_cli.launch import run_agent
     from drivetrain_cli.nodes import Nodes
@@ -74,18 +87,30 @@ def run(
     # Without a folder of its own torchrun leaves one in the system's temporary folder at every run.
     own = ["--nproc-per-node", str(ranks), "--log-dir", str(folder / "torchrun")]
     command = [*agent, *meeting, *own, *worker]
-    environment = {**os.environ, FOLDER_VARIABLE: str(folder)}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
-    environment.setdefault("PYTHONUNBUFFERED", "1")
-    if interface := nodes.interface():
-        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+    environment = {**_environment(ranks, nodes.interface()), FOLDER_VARIABLE: str(folder)}
+    if bind_cores or core_list:
+        environment |= core_variables(ranks, core_list)
     code = run_agent(command, environment, folder / FIRST_LOG, grace)
     if code > 128:
         how = signal.Signals(code - 128).name
         click.secho(f"interrupted by {how}; the logs are in {folder}", fg="yellow", err=True)
         sys.exit(code)
     if code:
-        raise explain_failure(folder, ranks)
+        failure = explain_failure(folder, ranks)
+        if failure_format == "text":
+            raise failure.error()
+        click.echo(failure.json(), err=True)
+        sys.exit(2)
+
+
+def _environment(ranks: int, interface: str) -> dict[str, str]:
+    """Our own, with what ranks need where the user has not set it."""
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    if interface:
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return environment
 
 
 def _ranks(nproc: str) -> int:

@@ -1,0 +1,1 @@
+"""How the hosts of a job are started: one class for each program that does it."""
