@@ -26,7 +26,8 @@ from stored_states import (
 )
 
 from drivetrain.checkpoint.format import index
-from drivetrain.checkpoint.format.index import Stored, covers_once
+from drivetrain.checkpoint.format.boxes import covers_once
+from drivetrain.checkpoint.format.index import Stored
 from drivetrain.checkpoint.format.reading import read_whole
 from drivetrain.checkpoint.format.storage import LocalStorage
 from drivetrain.contracts import is_plain, plain

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from drivetrain.checkpoint.redistribute import kept_on_host, redistribute
 from drivetrain.contracts.state.fragment import Fragment
 from drivetrain.contracts.state.home import StateHome, write_master
 from drivetrain.contracts.state.model_states import ModelStates
@@ -290,15 +291,12 @@ class ReplicatedStates(ModelStates):
         self._watch.refuse_other_module()
         self.discard_gradients()
         self.flush()
-        kept = _whole_states(f for b in self._buckets for f in b.home.fragments())
-        steps = {**self.steps(), **(steps or {})}
+        known = self.steps()
+        kept = kept_on_host(f for bucket in self._buckets for f in bucket.home.fragments())
         self._reducer.close()
-        self._build(steps)
-        for bucket in self._buckets:
-            for fragment in bucket.home.fragments():
-                whole = kept.get((fragment.name, fragment.kind))
-                if whole is not None and fragment.boxes:
-                    fragment.write(torch.cat([box.of(whole).reshape(-1) for box in fragment.boxes]))
+        self._build({**known, **(steps or {})})
+        new = (f for bucket in self._buckets for f in bucket.home.fragments())
+        redistribute(self._job, kept, [f for f in new if f.name in known])
 
     def flush(self) -> None:
         for bucket in self._buckets:
@@ -327,17 +325,3 @@ class ReplicatedStates(ModelStates):
     def detach(self) -> None:
         self._reducer.close()
         self._owner.release()
-
-
-def _whole_states(fragments: Iterable[Fragment]) -> dict[tuple[str, str], torch.Tensor]:
-    """Copies of the states by (name, kind), put together where a home keeps them in parts."""
-    found: dict[tuple[str, str], torch.Tensor] = {}
-    for fragment in fragments:
-        if fragment.on_reshape != "redistribute":
-            continue
-        flat = fragment.read()
-        key = (fragment.name, fragment.kind)
-        whole = found.setdefault(key, flat.new_empty(fragment.global_shape))
-        for box in fragment.boxes:
-            box.of(whole).copy_(box.of_storage(flat))
-    return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from drivetrain.checkpoint.redistribute import kept_on_host, redistribute
 from drivetrain.contracts import Fragment, ModelStates, Purpose, Tag
 from drivetrain.errors import TrainingError
 from drivetrain.job.ownership import Owner
@@ -35,7 +36,6 @@ from drivetrain_zero.shards.foreign_changes import ForeignChanges
 from drivetrain_zero.shards.frozen import bucketed, plan_frozen
 from drivetrain_zero.shards.gradients import GradientMemory, ReduceScatterBucket
 from drivetrain_zero.shards.passing_memory import most_gathered
-from drivetrain_zero.shards.reshard import collect_states, restore_states
 
 if TYPE_CHECKING:
     from drivetrain.contracts import OptimizerPlan
@@ -429,16 +429,23 @@ class ZeroStates(ModelStates):
     def rebuild(self, steps: Mapping[str, int] | None = None) -> None:
         self._watch.refuse_other_module()
         self.discard_gradients()
-        kept = collect_states(self._job, self._buckets)
-        steps = {**self.steps(), **(steps or {})}
+        self.flush()
+        known = self.steps()
+        kept = kept_on_host(self._home_fragments())
         self.detach()
         self._gathering = None
         self._buckets, self._sums = [], []
         del self._reducer, self._watch
         gc.collect()  # hooks and units refer to each other; states go before others come
-        self._build(steps)
-        restore_states(self._buckets, kept)
+        self._build({**known, **(steps or {})})
+        new = [fragment for fragment in self._home_fragments() if fragment.name in known]
+        redistribute(self._job, kept, new)
         self._publish()
+
+    def _home_fragments(self) -> list[Fragment]:
+        """Masters and optimizer states."""
+        found = (f for bucket in self._buckets for f in bucket.home.fragments())
+        return [fragment for fragment in found if fragment.kind != "parameter"]
 
     def flush(self) -> None:
         for bucket in self._buckets:

@@ -17,15 +17,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from math import prod
 from typing import Any
 
 import torch
 
+from drivetrain.checkpoint.format.boxes import Boxes, covers_once
 from drivetrain.checkpoint.format.storage import Storage
 from drivetrain.checkpoint.format.tensor_file import BLOCK, DTYPES
 from drivetrain.errors import CheckpointError
@@ -43,7 +43,6 @@ _MANIFEST_SHAPE: dict[str, type] = {
     **dict.fromkeys(("index", "state", "client_state", "guarantee", "axes", "versions"), dict),
     "excluded": list,
 }
-_PRIME = (1 << 127) - 1
 _MOST_DIMENSIONS = 64
 _MOST_BYTES = 1 << 60
 _RANK_SHAPE = {"bytes": int, "header": int, "crc": str, "own": dict}
@@ -231,6 +230,7 @@ class StoredTensor:
         outside = (self._offsets > bounds) | (self._sizes > bounds - self._offsets)
         if bool((self._offsets < 0).any() or (self._sizes < 0).any() or outside.any()):
             raise ValueError("a box that is no part of the tensor")
+        self._boxes = Boxes(self._offsets, self._sizes)
 
     def __len__(self) -> int:
         """Number of boxes; a tensor without elements has none."""
@@ -258,11 +258,9 @@ class StoredTensor:
         self, offset: tuple[int, ...], size: tuple[int, ...]
     ) -> Iterator[tuple[StoredBox, tuple[int, ...], tuple[int, ...]]]:
         """Boxes that overlap a rectangle, each with where the overlap begins and ends."""
-        begin = torch.tensor(offset, dtype=torch.int64)
-        low = torch.maximum(self._offsets, begin)
-        high = torch.minimum(self._offsets + self._sizes, begin + torch.tensor(size).long())
-        for index in (low < high).all(dim=1).nonzero().flatten().tolist():
-            yield self.box(index), tuple(low[index].tolist()), tuple(high[index].tolist())
+        end = tuple(at + extent for at, extent in zip(offset, size, strict=True))
+        for index, (low, high) in self._boxes.overlaps((offset, end)):
+            yield self.box(index), low, high
 
     def is_whole(self) -> bool:
         """True if each element of the tensor is in one box."""
@@ -281,32 +279,6 @@ def _counts(columns: Mapping[str, Any], key: str, *shape: int) -> torch.Tensor:
     if not isinstance(column, list) or {*map(type, column)} - {int}:
         raise ValueError(f"its column {key!r} is no list of integers")
     return torch.tensor(column, dtype=torch.int64).reshape(shape)
-
-
-def covers_once(
-    boxes: Iterable[tuple[Sequence[int], Sequence[int]]], low: Sequence[int], high: Sequence[int]
-) -> bool:
-    """True if boxes, each from a low to a high corner, hold each element of a rectangle once.
-
-    An element at position (i, j, ...) weighs x^i y^j ..., for random x, y, ... modulo a prime. The
-    weight of a box is a product of geometric series. If the boxes' weights sum up to that of the
-    rectangle, the boxes cover it, but for a chance of about 2^-60; a comparison of all pairs of
-    boxes would take minutes where there are many. Boxes may not reach out of the rectangle.
-    """
-    bases = [secrets.randbelow(_PRIME - 2) + 2 for _ in low]
-
-    @cache
-    def power(axis: int, at: int) -> int:
-        return pow(bases[axis], at, _PRIME)
-
-    def weight(begin: Sequence[int], end: Sequence[int]) -> int:
-        # Without the denominators of the series, which are the same for all boxes.
-        product = 1
-        for axis, (first, last) in enumerate(zip(begin, end, strict=True)):
-            product = product * (power(axis, last) - power(axis, first)) % _PRIME
-        return product
-
-    return sum(weight(*box) for box in boxes) % _PRIME == weight(low, high)
 
 
 class Stored:

@@ -17,7 +17,8 @@ from math import prod
 
 import torch
 
-from drivetrain.checkpoint.format.index import StoredBox, StoredTensor, covers_once
+from drivetrain.checkpoint.format.boxes import Region, covers_once
+from drivetrain.checkpoint.format.index import StoredBox, StoredTensor
 from drivetrain.checkpoint.format.storage import Storage
 from drivetrain.checkpoint.format.tensor_file import BLOCK, as_buffer
 from drivetrain.contracts.state.fragment import Box, Fragment
@@ -31,9 +32,6 @@ _GAP = 64 << 10
 """Unneeded bytes between two pieces that are cheaper to read than to skip."""
 
 _THREADS = 4
-
-Region = tuple[tuple[int, ...], tuple[int, ...]]
-"""Where a rectangle begins and ends, per dimension."""
 
 
 @dataclass(frozen=True)

@@ -388,20 +388,6 @@ class ShardedBucket:
         if self.watch is not None:
             self.watch.note()
 
-    # -- states -------------------------------------------------------------------------------
-
-    def state_kinds(self) -> dict[str, torch.dtype]:
-        """Kinds of states that parameters have here, with their dtypes."""
-        spec = self.spec
-        if spec.rule is None:
-            return {}
-        kinds = {
-            state.name: state.dtype or spec.state_dtype
-            for state in spec.rule.states(spec)
-            if state.numel is None
-        }
-        return kinds | ({"master": spec.master_dtype} if spec.has_masters else {})
-
     # -- changes from outside -----------------------------------------------------------------
 
     def take_over(self, index: int) -> None:
