@@ -125,7 +125,7 @@ def dies(engine: Engine, place: str, error: type[BaseException], drops: bool) ->
 def whole_units(engine: Engine) -> list[str]:
     gathering = getattr(engine.states, "_gathering", None)
     units = [] if gathering is None else gathering.units
-    return [unit.name for unit in units if unit.gathered and unit.parameters]
+    return [unit.name for unit in units if unit.is_whole and unit.parameters]
 
 
 DEATHS: list[tuple[str, type[BaseException], bool]] = [

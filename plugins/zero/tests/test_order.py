@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from drivetrain_zero.gathering.order import Pass, learned
+from drivetrain_zero.gathering.order import Walk, learned
 from hypothesis import given
 from hypothesis import strategies as st
 
 
 def steps(order: list[int], used: list[int]) -> list[tuple[int, list[int]]]:
     """What one rank gathers in a pass in which it uses some units, and what is ahead each time."""
-    walk, done = Pass(order), []
+    walk, done = Walk(order), []
 
     def step(unit: int) -> None:
-        walk.step()
+        walk.reach(unit)
         done.append((unit, list(walk.ahead())))
 
     for unit in used:
@@ -40,16 +40,22 @@ def test_units_may_come_repeatedly() -> None:
 
 
 def test_a_unit_that_does_not_come_any_more_joins_nothing() -> None:
-    walk = Pass([0, 1, 2])
+    walk = Walk([0, 1, 2])
     assert walk.visit(1) == [0]
-    walk.step()
-    walk.step()
+    walk.reach(0)
+    walk.reach(1)
     assert walk.visit(0) == ()
     assert walk.is_lost
-    assert walk.left_order
     assert walk.visit(2) == []
     assert not walk.is_lost
-    assert walk.left_order
+
+
+def test_a_rank_that_gathers_alone_joins_nothing() -> None:
+    walk = Walk([0, 1, 2], alone=True)
+    assert walk.visit(1) == ()
+    walk.reach(1)
+    assert walk.ahead() == [2]
+    assert walk.end() == ()
 
 
 def test_what_is_learned_keeps_units_that_were_not_used() -> None:

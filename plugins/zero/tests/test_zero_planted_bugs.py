@@ -10,7 +10,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from drivetrain_zero.gathering.gathering import Gathering
+from drivetrain_zero.gathering.unit import GatheredUnit
+from drivetrain_zero.gathering.unit_hooks import UnitHooks
 from drivetrain_zero.shards.bucket import ShardedBucket
 from drivetrain_zero.shards.gradients import GradientMemory, ReduceScatterBucket
 from drivetrain_zero.shards.packing import Packing
@@ -145,7 +146,7 @@ def shard_from_the_wrong_rank() -> AbstractContextManager[Any]:
 
 def released_before_backward() -> AbstractContextManager[Any]:
     """Nothing is gathered again when backward arrives."""
-    return patch.object(Gathering, "_before_backward", lambda gathering, unit: None)
+    return patch.object(UnitHooks, "_before_backward", lambda hooks, unit: None)
 
 
 def stale_after_update() -> AbstractContextManager[Any]:
@@ -153,7 +154,7 @@ def stale_after_update() -> AbstractContextManager[Any]:
 
 
 def stale_where_it_stays_gathered() -> AbstractContextManager[Any]:
-    return patch.object(Gathering, "gather_anew", lambda gathering: None)
+    return patch.object(GatheredUnit, "renew", lambda unit: None)
 
 
 def update_of_another_shard() -> AbstractContextManager[Any]:

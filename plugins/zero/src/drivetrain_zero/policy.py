@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from drivetrain.states.buckets import BucketSizes
 from drivetrain.states.replicated import ReductionPolicy
 from drivetrain_zero.compressed.layers import rounded_keys
-from drivetrain_zero.gathering.gathering import GatherPolicy
+from drivetrain_zero.gathering.gatherer import GatherPolicy
 from drivetrain_zero.plugin import REPLICA_AXIS, SECONDARY_AXIS, SHARD_AXIS
 
 if TYPE_CHECKING:

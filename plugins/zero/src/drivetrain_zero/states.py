@@ -21,13 +21,14 @@ from drivetrain.states.gradients import GradientReducer, Slot, of_reducer
 from drivetrain.states.loose import loose_fragments, synchronise_loose, trained_parameters
 from drivetrain.states.whole import handed_over
 from drivetrain_zero.compressed.layers import kept_errors
-from drivetrain_zero.gathering import outside_use, released
+from drivetrain_zero.gathering import released
 from drivetrain_zero.gathering.agreement import agreement_of
-from drivetrain_zero.gathering.gathering import Gathering
+from drivetrain_zero.gathering.gatherer import Gatherer
 from drivetrain_zero.gathering.guards import refuse_communicating, refuse_released_state_dict
 from drivetrain_zero.gathering.handle import ShardedParameter
-from drivetrain_zero.gathering.order_agreement import agree_on_order
-from drivetrain_zero.gathering.unit import GatheredUnit, find_units
+from drivetrain_zero.gathering.order import CommonOrder
+from drivetrain_zero.gathering.unit import GatheredUnit, Reason, UnitState, find_units
+from drivetrain_zero.gathering.unit_hooks import UnitHooks
 from drivetrain_zero.init.shards import refuse_other_layout
 from drivetrain_zero.policy import ZeroPolicy
 from drivetrain_zero.scripts.copies import guard_copies
@@ -67,7 +68,7 @@ class ZeroStates(ModelStates):
         self._policy = policy
         self._buckets: list[ShardedBucket] = []
         self._sums: list[ReduceScatterBucket] = []
-        self._gathering: Gathering | None = None
+        self._gathering: UnitHooks | None = None
         self._owner = Owner(job, module, self)
         self._prefix = f"engine{len(job.engines)}." if job.engines else ""
         refuse_other_layout(job, module.parameters())
@@ -193,11 +194,10 @@ class ZeroStates(ModelStates):
             # What is whole already is made exact on demand, where gathers round it.
             for bucket in (bucket for bucket in self._buckets if bucket.rounds):
                 own = GatheredUnit(0, bucket.key, self._module, [*bucket.parameters], [bucket])
-                own.persistent = own.started = own.gathered = True
+                own.state, own.reasons = UnitState.WHOLE, {Reason.PERSISTENT}
                 self._attach_handles(own)
             return
         for unit in units:
-            unit.gathered = unit.started = False
             self._attach_handles(unit)
         released.refuse_scripted(self._module)
         policy, communicator = self._policy, self._job.communicator
@@ -207,23 +207,27 @@ class ZeroStates(ModelStates):
             for bucket in unit.buckets
             if bucket.sharded
         )
-        self._gathering = Gathering(
-            units,
-            policy.gather,
-            asynchronous=policy.overlap,
-            agreement=None if alone else agreement_of(self._job),
-            passed=self._units_passed,
+        order = CommonOrder(
+            [unit.name for unit in units],
+            communicator,
+            None if alone else agreement_of(self._job),
+            logs=policy.gather.log_order,
         )
-        self._reducer.in_turn = not self._gathering.alone
+        gatherer = Gatherer(
+            units, policy.gather, order, asynchronous=policy.overlap, passed=self._units_passed
+        )
+        self._gathering = UnitHooks(gatherer)
+        self._reducer.in_turn = not order.alone
         if policy.secondary_axis is not None:
-            for bucket in (b for u in units if not u.persistent for b in u.buckets):
+            for bucket in (
+                b for u in units if Reason.PERSISTENT not in u.reasons for b in u.buckets
+            ):
                 if bucket.sharded and bucket.axis == "data":
                     bucket.keep_secondary(policy.secondary_axis)
         communicator.barrier("data", Tag(Purpose.CONTROL, site="first shards"))
-        self._gathering.gather_persistent()
+        self._gathering.begin()
         for part in self._module.modules():
             refuse_released_state_dict(part)
-        outside_use.install(units, self._gathering)
 
     def _attach_handles(self, unit: GatheredUnit) -> None:
         for bucket in unit.buckets:
@@ -352,10 +356,7 @@ class ZeroStates(ModelStates):
         for bucket in self._sums:
             bucket.parameters.finish_publish()
         if self._gathering is not None:
-            agree_on_order(self._job.communicator, self._gathering)
-            self._gathering.release_all()
-            self._gathering.gather_anew()
-            self._gathering.gather_next()
+            self._gathering.updated()
         self._note_parameters()
 
     def discard_gradients(self) -> None:
@@ -488,7 +489,6 @@ class ZeroStates(ModelStates):
         for bucket in self._buckets:
             bucket.hand_over()
         if self._gathering is not None:
-            self._gathering.release_all()
             self._gathering.close()
 
 

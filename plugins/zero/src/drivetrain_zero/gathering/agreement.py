@@ -48,33 +48,31 @@ class Agreement:
         self._peers = peers
         self._check = check
         self._count = 0
+        self._numbers: dict[str, int] = {}  # of the latest gather of each unit
         self._waiting: tuple[int, str, float] | None = None
         self._closed = threading.Event()
         self._watch = threading.Thread(target=self._write_waits, daemon=True, name="zero-agreement")
         self._watch.start()
 
-    def begin(self, unit: str, *, known: bool) -> int:
-        """The next gather is that of ``unit``.
+    def begin(self, unit: str, *, known: bool) -> None:
+        """Make the gather of ``unit`` the next one.
 
         Args:
             unit: its name.
-            known: whether the order says so; otherwise this returns once all ranks agree.
-
-        Returns:
-            The number of the gather, for :meth:`waits`.
+            known: the order says so; otherwise this returns once all ranks agree.
 
         Raises:
             TrainingError: another rank needs another unit.
         """
         self._count += 1
+        self._numbers[unit] = self._count
         if not known:
             self._agree(unit)
-        return self._count
 
     @contextmanager
-    def waits(self, number: int, unit: str) -> Iterator[None]:
-        """The block waits for gather ``number``."""
-        self._waiting = (number, unit, time.monotonic())
+    def waits(self, unit: str) -> Iterator[None]:
+        """Wait in the block for the latest gather of ``unit``."""
+        self._waiting = (self._numbers.get(unit, 0), unit, time.monotonic())
         try:
             yield
         finally:

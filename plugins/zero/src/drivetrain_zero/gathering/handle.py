@@ -205,7 +205,7 @@ class ShardedParameter(WholeOnDemand):
 
     @property
     def gathered(self) -> bool:
-        return self.unit.gathered
+        return self.unit.is_whole
 
     def _ranks(self) -> tuple[Communicator, Axis]:
         return self._job.communicator, self._job.parameters.info(self.parameter).reduction

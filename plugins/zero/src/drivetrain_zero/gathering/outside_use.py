@@ -19,7 +19,6 @@ from drivetrain.engine.backward_window import tensors_in
 from drivetrain_zero.gathering.backward_hooks import unwrapped
 
 if TYPE_CHECKING:
-    from drivetrain_zero.gathering.gathering import Gathering
     from drivetrain_zero.gathering.unit import GatheredUnit
 
 _Parameters = dict[str, nn.Parameter | None]
@@ -53,18 +52,25 @@ class WatchedParameters(UserDict[str, "nn.Parameter | None"]):
         return dict, (self.data,)  # copies of the module are not watched
 
 
-def install(units: Sequence[GatheredUnit], gathering: Gathering) -> None:
-    """Watch the parameters of all ``units`` but the root, which is whole in the whole forward."""
+def install(
+    units: Sequence[GatheredUnit], call: Callable[[GatheredUnit, nn.Parameter | None], None]
+) -> None:
+    """Watch the parameters of all ``units`` but the root, which is whole in the whole forward.
+
+    Args:
+        units: of a model.
+        call: called before a parameter of a unit is handed out.
+    """
     for unit in units:
-        use = partial(gathering.use_outside, unit)
+        use = partial(call, unit)
         for parameter in unit.parameters:
             handle: Any = parameter.drivetrain_handle  # type: ignore[attr-defined]
             handle.use = use
         if unit.number:
-            show = partial(_show, _owners(unit), use)
+            show = partial(_show, owners(unit), use)
             for bucket in unit.buckets:
                 bucket.shown = show
-            show(unit.gathered)
+            show(unit.is_whole)
 
 
 def remove(units: Sequence[GatheredUnit]) -> None:
@@ -83,7 +89,8 @@ def returns_own(unit: GatheredUnit, outputs: object) -> bool:
     return any(tensor.untyped_storage()._cdata in own for tensor in dense)
 
 
-def _owners(unit: GatheredUnit) -> list[tuple[nn.Module, _Parameters]]:
+def owners(unit: GatheredUnit) -> list[tuple[nn.Module, _Parameters]]:
+    """Return the modules that have parameters of ``unit`` as attributes, with their own."""
     own = set(unit.parameters)
     return [
         (module, module._parameters)
@@ -93,11 +100,11 @@ def _owners(unit: GatheredUnit) -> list[tuple[nn.Module, _Parameters]]:
 
 
 def _show(
-    owners: Sequence[tuple[nn.Module, _Parameters]],
+    modules: Sequence[tuple[nn.Module, _Parameters]],
     taken: Callable[[nn.Parameter | None], None],
     gathered: bool,
 ) -> None:
     """Watch the modules' parameters exactly while they are released."""
-    for module, plain in owners:
+    for module, plain in modules:
         # Compiled code sees the plain dictionary only.
         vars(module)["_parameters"] = plain if gathered else WatchedParameters(plain, taken)

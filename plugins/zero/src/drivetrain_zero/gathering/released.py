@@ -12,20 +12,20 @@ from drivetrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from drivetrain.contracts import ParameterTable
-    from drivetrain_zero.gathering.gathering import Gathering
+    from drivetrain_zero.gathering.unit_hooks import UnitHooks
 
 
-def explain(loss: torch.Tensor, gathering: Gathering | None, table: ParameterTable) -> str:
+def explain(loss: torch.Tensor, hooks: UnitHooks | None, table: ParameterTable) -> str:
     """Return what to add to a message about a loss that is no number.
 
     Args:
         loss: with its graph.
-        gathering: knows the forwards of the model, and what was taken out of a module between them.
+        hooks: know the forwards of the model, and what was taken out of a module between them.
         table: knows names.
     """
-    if gathering is None:
+    if hooks is None:
         return ""
-    used = next(_used_outside(loss, gathering.forwards), gathering.taken)
+    used = next(_used_outside(loss, hooks.forwards), hooks.taken)
     if used is None:
         return ""
     return (

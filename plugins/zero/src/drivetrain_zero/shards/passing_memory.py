@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from drivetrain_zero.gathering.unit import Reason
+
 if TYPE_CHECKING:
-    from drivetrain_zero.gathering.gathering import GatherPolicy
+    from drivetrain_zero.gathering.gatherer import GatherPolicy
     from drivetrain_zero.gathering.unit import GatheredUnit
 
 
@@ -27,13 +29,13 @@ def most_gathered(
     if policy.until_update:
         return sum(map(_nbytes, units))
     root, *others = units
-    coming = [unit for unit in reversed(others) if not unit.persistent]
+    coming = [unit for unit in reversed(others) if Reason.PERSISTENT not in unit.reasons]
     fetches = any(bucket.fetches for unit in coming for bucket in unit.buckets)
     most = max(
         (_from(coming[place:], policy, asynchronous, fetches) for place in range(len(coming))),
         default=0,
     )
-    return most + (0 if root.persistent else _nbytes(root))
+    return most + (0 if Reason.PERSISTENT in root.reasons else _nbytes(root))
 
 
 def _from(
