@@ -19,7 +19,7 @@ from drivetrain.errors import ConfigError
 from drivetrain.job.ownership import refuse_kept_elsewhere
 from drivetrain.job.progress import Progress
 from drivetrain.job.spmd_guard import check_same_model
-from drivetrain.optimization.facade import EngineOptimizer, check_groups
+from drivetrain.optimization.facade import check_groups
 from drivetrain.optimization.factory import optimizer_plan, rule_from_optimizer
 from drivetrain.optimization.schedule_choice import adopt_schedule, make_schedule
 from drivetrain.precision.precision import Precision, loss_scaler
@@ -28,6 +28,7 @@ from drivetrain.sections.optimization import OptimizerSection, SchedulerSection
 if TYPE_CHECKING:
     from drivetrain.contracts.state.bucket import OptimizerPlan
     from drivetrain.job.job import Job
+    from drivetrain.optimization.facade import EngineOptimizer
 
 logger = logging.getLogger("drivetrain.engine")
 
@@ -45,6 +46,7 @@ def build_engine(
     scheduler: Any | None = None,
     training_data: Any | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    engine_type: type[Engine] = Engine,
 ) -> Engine:
     """Put a module to work in a job. Collective: every rank builds the same engine.
 
@@ -60,6 +62,7 @@ def build_engine(
         scheduler: the client's schedule, or a callable of an optimizer; ``None``: the config's.
         training_data: dataset of ``engine.training_dataloader``.
         collate_fn: makes a micro-batch of a list of samples.
+        engine_type: class of the engine; a subclass may add to its surface.
 
     Returns:
         The engine; without any optimizer it only runs forward.
@@ -90,14 +93,13 @@ def build_engine(
     with ExitStack() as undone:  # what fails from here on leaves the module to a better try
         undone.callback(states.detach)
         module = _apply(transforms, module, Phase.COMPILE, Phase.SURROUND)
-        engine = Engine(
+        engine = engine_type(
             job,
             module,
             states,
             precision=precision,
             loss_scaler=loss_scaler(plan),
-            # The job's counters are those of its first engine; every other engine has its own.
-            progress=Progress() if job.engines else job.progress,
+            progress=_progress(job),
         )
         if work is not None:
             engine.optimizer = _facade(job, engine, work, optimizer)
@@ -106,11 +108,15 @@ def build_engine(
         assert runner is not None, "core's default runner answers last"
         engine.runner = runner
         if training_data is not None:
-            engine.training_dataloader = build_loader(
-                job, training_data, engine.batch, collate_fn=collate_fn
-            )
+            loader = build_loader(job, training_data, engine.batch, collate_fn=collate_fn)
+            engine.training_dataloader = loader
         undone.pop_all()
     return engine
+
+
+def _progress(job: Job) -> Progress:
+    """The job's counters are those of its first engine; every other engine has its own."""
+    return Progress() if job.engines else job.progress
 
 
 def _apply(transforms: Sequence[Transform], module: nn.Module, *phases: Phase) -> nn.Module:
@@ -146,7 +152,7 @@ def _facade(
 ) -> EngineOptimizer:
     named = job.plan.section(OptimizerSection).type
     client = type(optimizer).__name__ if isinstance(optimizer, Optimizer) else None
-    return EngineOptimizer(
+    return engine.optimizer_type(
         work.groups,
         {p: job.parameters.info(p).name for p in engine.module.parameters()},
         step=engine.step,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from drivetrain.engine.stepping import checked_weight, total_weight
 from drivetrain.errors import TrainingError
 from drivetrain.job.ownership import refuse_kept_elsewhere
 from drivetrain.job.spmd_guard import check_same_model
+from drivetrain.optimization.facade import EngineOptimizer
 from drivetrain.plan.known import ENGINE
 from drivetrain.precision.loss_watch import LossWatch
 from drivetrain.sections.optimization import GradientAllreduceOp, GradientClipping
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from drivetrain.engine.loader import DataLoader
     from drivetrain.job.job import Job
     from drivetrain.job.progress import Progress
-    from drivetrain.optimization.facade import EngineOptimizer
     from drivetrain.precision.loss_scale import LossScaler
     from drivetrain.precision.precision import Precision
 
@@ -42,6 +42,7 @@ class Engine(BatchSettings, nn.Module):
     entry points of ``drivetrain.methods``.
 
     Attributes:
+        optimizer_type: class of :attr:`optimizer`.
         module: the client's module, after transforms.
         job: accelerator, mesh, communicator.
         states: who owns parameters, gradients and optimizer states.
@@ -53,6 +54,7 @@ class Engine(BatchSettings, nn.Module):
         last_report: what the latest step did, or ``None``.
     """
 
+    optimizer_type: ClassVar[type[EngineOptimizer]] = EngineOptimizer
     runner: Runner
 
     def __init__(

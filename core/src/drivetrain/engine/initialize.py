@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from drivetrain.communication.process_group import Ranks
 from drivetrain.engine.compose import ClientOptimizer, require_module
+from drivetrain.engine.engine import Engine
 from drivetrain.errors import ConfigError
 from drivetrain.job.job import Job
 from drivetrain.plan.plan import Plan
@@ -15,7 +16,6 @@ from drivetrain.plan.plan import Plan
 if TYPE_CHECKING:
     from torch import nn
 
-    from drivetrain.engine.engine import Engine
     from drivetrain.engine.loader import DataLoader
     from drivetrain.optimization.facade import EngineOptimizer
     from drivetrain.plan.registry import Registry
@@ -40,6 +40,7 @@ def initialize(
     *,
     overlays: Iterable[str] = (),
     registry: Registry | None = None,
+    engine_type: type[Engine] = Engine,
 ) -> tuple[Engine, EngineOptimizer | None, DataLoader | None, Any | None]:
     """Build an engine for a model. Collective: every rank makes the same call.
 
@@ -61,6 +62,7 @@ def initialize(
         config_params: older name of ``config``.
         overlays: ``path=value`` assignments on top of the config.
         registry: where plugins come from; everything installed by default.
+        engine_type: subclass of ``Engine`` to build.
 
     Returns:
         Engine, optimizer, loader and schedule; the last three may be ``None``.
@@ -93,6 +95,7 @@ def initialize(
             scheduler=lr_scheduler,
             training_data=training_data,
             collate_fn=collate_fn,
+            engine_type=engine_type,
         )
     except BaseException as error:
         job.fail(error)

@@ -32,6 +32,7 @@ Group = Literal[
     "commands",
     "reports",
     "methods",
+    "deepspeed",
 ]
 """An entry point group of ours, without the prefix ``drivetrain.``."""
 
@@ -52,7 +53,8 @@ class Entry:
     Args:
         group: what kind of thing.
         name: the config path, or the accelerator's, optimizer's, schedule's or command's name, the
-            title of a table in ``drivetrain report``, or how an engine calls a method.
+            title of a table in ``drivetrain report``, how an engine calls a method, or the name
+            under which scripts for DeepSpeed import it, without ``deepspeed.``.
         distribution: who offers it; for objects added in this process, their module.
         version: the distribution's version, or ``"in-process"``.
         value: ``"module:attribute"``, or ``"module"``.
@@ -73,7 +75,7 @@ class Entry:
     @property
     def label(self) -> str:
         """How messages call it, e.g. ``plugin 'moe' (drivetrain-moe 0.1.0)``."""
-        return f"{self.group[:-1]} {self.name!r} ({self.distribution} {self.version})"
+        return f"{self.group.removesuffix('s')} {self.name!r} ({self.distribution} {self.version})"
 
     def load(self) -> Any:
         """Import the object.
@@ -240,11 +242,11 @@ class Registry:
         """
         entry = self.find(group, name)
         if entry is None:
-            reason = self.missing(group, name)
+            reason, kind = self.missing(group, name), group.removesuffix("s")
             raise PluginError(
-                f"{group[:-1]} {name!r} is {reason}"
+                f"{kind} {name!r} is {reason}"
                 if reason
-                else f"no {group[:-1]} is named {name!r}{did_you_mean(name, self.names(group))}"
+                else f"no {kind} is named {name!r}{did_you_mean(name, self.names(group))}"
             )
         return entry.load()
 

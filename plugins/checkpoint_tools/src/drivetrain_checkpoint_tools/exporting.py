@@ -54,14 +54,11 @@ def export(
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
-    check_files(stored)
     target = open_storage(folder)
     if target.names():
         raise CheckpointError(f"{folder} is not empty; export into a new folder")
-    entries = list(_entries(stored, DTYPES[dtype]))
-    if not entries:
-        raise CheckpointError(f"{stored.place} has no parameters")
-    shards = _shards(entries, max_shard_bytes)
+    entries = weights_of(stored, DTYPES[dtype])
+    shards = shards_of(entries, max_shard_bytes)
     names = [
         f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         for number in range(1, len(shards) + 1)
@@ -82,6 +79,23 @@ def export(
     return names
 
 
+def weights_of(stored: Stored, dtype: torch.dtype) -> list[TensorEntry]:
+    """All parameters and buffers of a checkpoint, in a stable order; nothing is read yet.
+
+    Args:
+        stored: the checkpoint.
+        dtype: of what is floating point.
+
+    Raises:
+        CheckpointError: it is damaged, or has no weights.
+    """
+    check_files(stored)
+    entries = list(_entries(stored, dtype))
+    if not entries:
+        raise CheckpointError(f"{stored.place} has no parameters")
+    return entries
+
+
 def _entries(stored: Stored, dtype: torch.dtype) -> Iterator[TensorEntry]:
     """The weights, in a stable order; nothing is read yet."""
     names = dict.fromkeys(
@@ -100,7 +114,8 @@ def _read(stored: Stored, source: StoredTensor, dtype: torch.dtype) -> torch.Ten
     return read_whole(stored.storage, source).to(dtype)
 
 
-def _shards(entries: list[TensorEntry], limit: int) -> list[list[TensorEntry]]:
+def shards_of(entries: list[TensorEntry], limit: int) -> list[list[TensorEntry]]:
+    """Entries by file, of which none is larger than ``limit`` bytes unless one tensor is."""
     shards: list[list[TensorEntry]] = [[]]
     size = 0
     for entry in entries:

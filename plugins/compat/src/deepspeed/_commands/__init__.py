@@ -1,0 +1,1 @@
+"""Commands by DeepSpeed's names."""

@@ -1,0 +1,1 @@
+"""A config of DeepSpeed, read as Drivetrain reads one."""

@@ -1,0 +1,180 @@
+"""From a config as DeepSpeed reads it to one as Drivetrain reads it, with a line for each change.
+
+What means the same to both is left alone, also where core accepts a key without effect: it says so
+itself. What happens here is what only DeepSpeed does: deprecated spellings, keys that it reads and
+that mean nothing here, switches that are off by default, ``null``, and keys that it never looks at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepspeed._config.keys import DEFAULTS, OPEN
+from drivetrain.plan.known import SECTIONS
+from drivetrain.plan.registry import Registry
+from drivetrain.wording import as_json, did_you_mean
+
+Config = dict[str, Any]
+
+LOOSE = frozenset({"activation_checkpointing", "aio", "checkpoint", "optimizer", "scheduler"})
+"""Sections in which DeepSpeed never looks at keys that it does not know."""
+
+WITHOUT_EFFECT: Mapping[str, str] = {
+    "activation_checkpointing.number_checkpoints": "memory is not cut by layers",
+    "activation_checkpointing.profile": "drivetrain explain and reports time all the same",
+    "activation_checkpointing.synchronize_checkpoint_boundary": "nothing runs beside recomputation",
+    "check_overflow": "gradients are checked where fp16 or bf16 asks for it",
+    "disable_python_gc": "the collector of Python is left alone",
+    "zero_optimization.cpu_offload_use_pin_memory": "offload_optimizer.pin_memory says it",
+    "zero_optimization.grad_hooks": "gradients are always taken as they appear",
+    "zero_optimization.offload_optimizer.pipeline": "pipeline_read and pipeline_write say it",
+}
+"""Keys that DeepSpeed reads and that decide nothing here -> why."""
+
+_OFFLOADS = {
+    "cpu_offload": "offload_optimizer",
+    "cpu_offload_param": "offload_param",
+    "cpu_offload_params": "offload_param",
+}
+
+
+@dataclass
+class Translation:
+    """A translated config.
+
+    Args:
+        config: as core reads it.
+        notes: keys without effect and deprecated spellings: path and reason.
+        ignored: keys that DeepSpeed never looks at, which are most likely mistakes.
+    """
+
+    config: Config
+    notes: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+
+
+def translate(config: Mapping[str, Any], registry: Registry | None = None) -> Translation:
+    """Translate a config.
+
+    Args:
+        config: as it was given, read from its file; not changed.
+        registry: what is installed; its sections are known keys.
+    """
+    done = Translation(_without_nulls(config))
+    for step in (_steps_per_print, _old_zero, _drop_dead, _switch_off, _parallelism):
+        step(done)
+    _drop_unknown(done, registry or Registry.installed())
+    return done
+
+
+def _without_nulls(section: Mapping[str, Any], path: str = "") -> Config:
+    """A deep copy without keys that are ``null``, which DeepSpeed takes for not given."""
+    copy: Config = {}
+    for key, value in section.items():
+        where = f"{path}{key}"
+        if isinstance(value, Mapping) and where not in OPEN:
+            copy[key] = _without_nulls(value, f"{where}.")
+        elif value is not None or path.removesuffix(".") in OPEN:
+            copy[key] = value
+    return copy
+
+
+def _steps_per_print(done: Translation) -> None:
+    value = done.config.get("steps_per_print")
+    if isinstance(value, float) and math.isinf(value):  # Accelerate's way to say never
+        done.config["steps_per_print"] = 0
+
+
+def _old_zero(done: Translation) -> None:
+    zero = done.config.get("zero_optimization")
+    if isinstance(zero, bool):
+        done.config["zero_optimization"] = {"stage": int(zero)}
+        done.notes.append(f'zero_optimization: {as_json(zero)} is {{"stage": {int(zero)}}}')
+    if not isinstance(zero, dict):
+        return
+    for old, new in _OFFLOADS.items():
+        if old not in zero:
+            continue
+        if zero.pop(old) is True and new not in zero:
+            zero[new] = {"device": "cpu"}
+            done.notes.append(f'zero_optimization.{old}: is {new}: {{"device": "cpu"}}')
+        else:
+            done.notes.append(f"zero_optimization.{old}: no effect, {new} decides")
+
+
+def _drop_dead(done: Translation) -> None:
+    for path, reason in WITHOUT_EFFECT.items():
+        *above, key = path.split(".")
+        section: Any = done.config
+        for name in above:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and key in section:
+            del section[key]
+            done.notes.append(f"{path}: no effect, {reason}")
+
+
+def _switch_off(done: Translation) -> None:
+    """Say of sections that they are off where DeepSpeed has them off unless ``enabled`` is given.
+
+    ``comms_logger`` is none of them: there its presence is enough.
+    """
+    for name, default in DEFAULTS.items():
+        section = done.config.get(name)
+        off = isinstance(default, Mapping) and default.get("enabled") is False
+        if off and name != "comms_logger" and isinstance(section, dict) and section:
+            section.setdefault("enabled", False)
+
+
+def _parallelism(done: Translation) -> None:
+    """Drop what asks for an axis of one rank."""
+    config = done.config
+    if config.get("sequence_parallel_size", 1) == 1:
+        _drop(done, "seq_parallel_communication_data_type", "there is one sequence rank")
+    tensor = config.get("tensor_parallel")
+    keys = ("autotp_size", "tp_size")
+    if isinstance(tensor, dict) and all(tensor.get(key, 1) in (0, 1) for key in keys):
+        _drop(done, "tensor_parallel", "it asks for one rank")
+    memory = config.get("activation_checkpointing")
+    if "tensor_parallel" in config or not isinstance(memory, dict):
+        return
+    if memory.pop("partition_activations", False):
+        done.notes.append(
+            "activation_checkpointing.partition_activations: no effect, since no tensor-parallel "
+            "ranks share activations"
+        )
+
+
+def _drop(done: Translation, key: str, reason: str) -> None:
+    if done.config.pop(key, None) is not None:
+        done.notes.append(f"{key}: no effect, {reason}")
+
+
+def _drop_unknown(done: Translation, registry: Registry) -> None:
+    ours = {path.split(".")[0] for path in (*registry.names("plugins", hidden=True), *SECTIONS)}
+    known = {*DEFAULTS, *ours, "plugins", "bfloat16"}
+    _forget(done, done.config, "", known)
+    for name in LOOSE & done.config.keys():
+        section = done.config[name]
+        if isinstance(section, dict):
+            inner = {p.removeprefix(f"{name}.") for p in registry.names("plugins")}
+            _forget(
+                done, section, f"{name}.", {*DEFAULTS[name], *_own_keys(registry, name), *inner}
+            )
+
+
+def _own_keys(registry: Registry, name: str) -> set[str]:
+    """Keys that Drivetrain's section of that name has beyond DeepSpeed's."""
+    entry = registry.find("plugins", name)
+    return set() if entry is None else set(entry.load().sections[name].model_fields)
+
+
+def _forget(done: Translation, section: Config, prefix: str, known: set[str]) -> None:
+    for key in [key for key in section if key not in known]:
+        del section[key]
+        done.ignored.append(
+            f"{prefix}{key}: DeepSpeed has no such key and never looks at it, so it has no effect "
+            f"here either{did_you_mean(key, sorted(known))}"
+        )

@@ -1,0 +1,176 @@
+"""``DeepSpeedConfig``: a config's values under the names that DeepSpeed's object gives them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, RootModel
+
+from deepspeed._config.keys import DEFAULTS
+from deepspeed._config.translate import translate
+from drivetrain.plan.config.loading import load_config
+from drivetrain.plan.plan import Plan
+
+if TYPE_CHECKING:
+    ConfigSource = Mapping[str, Any] | str | os.PathLike[str]
+
+ATTRIBUTES: Mapping[str, str] = {
+    "bfloat16_enabled": "bf16.enabled",
+    "check_grad_overflow": "bf16.check_grad_overflow",
+    "communication_data_type": "communication_data_type",
+    "dataloader_drop_last": "dataloader_drop_last",
+    "dump_state": "dump_state",
+    "fp16_auto_cast": "fp16.auto_cast",
+    "fp16_enabled": "fp16.enabled",
+    "grad_accum_dtype": "data_types.grad_accum_dtype",
+    "gradient_clipping": "gradient_clipping",
+    "gradient_predivide_factor": "gradient_predivide_factor",
+    "initial_dynamic_scale": "fp16.initial_scale_power",
+    "load_universal_checkpoint": "checkpoint.load_universal",
+    "loss_scale": "fp16.loss_scale",
+    "memory_breakdown": "memory_breakdown",
+    "optimizer_name": "optimizer.type",
+    "optimizer_params": "optimizer.params",
+    "pld_enabled": "progressive_layer_drop.enabled",
+    "prescale_gradients": "prescale_gradients",
+    "scheduler_name": "scheduler.type",
+    "scheduler_params": "scheduler.params",
+    "sparse_gradients_enabled": "sparse_gradients",
+    "steps_per_print": "steps_per_print",
+    "torch_autocast_dtype": "torch_autocast.dtype",
+    "torch_autocast_enabled": "torch_autocast.enabled",
+    "wall_clock_breakdown": "wall_clock_breakdown",
+    "zero_allow_untested_optimizer": "zero_allow_untested_optimizer",
+    "zero_optimization_stage": "zero_optimization.stage",
+}
+"""Attribute of DeepSpeed's object -> config path."""
+
+
+class DeepSpeedConfig:
+    """A checked config, for reading.
+
+    Args:
+        config: a dict, a path or base64-url JSON, as ``initialize`` takes it.
+        mpu: accepted; the number of data shards is the plan's.
+        mesh_device: accepted, likewise.
+        plan: made of the config already, by an engine.
+
+    Raises:
+        ConfigError: with every problem of the config at once.
+    """
+
+    def __init__(
+        self,
+        config: ConfigSource,
+        mpu: Any | None = None,
+        mesh_device: Any | None = None,
+        *,
+        plan: Plan | None = None,
+    ) -> None:
+        self._param_dict = load_config(config)
+        self._plan = plan or Plan.build(translate(self._param_dict).config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ATTRIBUTES:
+            return value_at(self._plan, ATTRIBUTES[name])
+        if f"{name.removesuffix('_config')}" in _SECTIONS and name.endswith("_config"):
+            return section_at(self._plan, _SECTIONS[name.removesuffix("_config")])
+        raise AttributeError(
+            f"the config has no attribute {name!r} here; engine.config is it as a dict, and "
+            "engine.job.plan what it means"
+        )
+
+    @property
+    def train_batch_size(self) -> int | None:
+        """Samples of one step over all data shards."""
+        return self._plan.batch.train_batch_size if self._plan.batch else None
+
+    @property
+    def train_micro_batch_size_per_gpu(self) -> int | None:
+        """Samples of one forward on one data shard."""
+        return self._plan.batch.micro_batch_size if self._plan.batch else None
+
+    @property
+    def gradient_accumulation_steps(self) -> int | None:
+        """Micro-batches between two updates."""
+        return self._plan.batch.accumulation_steps if self._plan.batch else None
+
+    @property
+    def zero_enabled(self) -> bool:
+        """Whether the stage is above 0."""
+        return int(self.zero_optimization_stage) > 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of data shards, as DeepSpeed means it here."""
+        return self._plan.layout.size("dp")
+
+    def print(self, name: str = "DeepSpeedConfig") -> None:
+        """Log every setting and where it comes from."""
+        from deepspeed._parts.logs import logger
+
+        for path, (value, source) in self._plan.explain().settings.items():
+            logger.info("%s: %s = %r (%s)", name, path, value, source)
+
+
+_SECTIONS: Mapping[str, str] = {
+    "activation_checkpointing": "activation_checkpointing",
+    "aio": "aio",
+    "bfloat16": "bf16",
+    "checkpoint": "checkpoint",
+    "float16": "fp16",
+    "timers": "timers",
+    "zero": "zero_optimization",
+}
+"""Attribute ``<name>_config`` -> the section that it shows."""
+
+
+def value_at(plan: Plan, path: str) -> Any:
+    """A setting as its plugin reads it; DeepSpeed's default where no plugin has it.
+
+    Args:
+        plan: of the job.
+        path: of the config.
+    """
+    keys = path.split(".")
+    for end in range(len(keys), 0, -1):
+        section = _model(plan, ".".join(keys[:end]))
+        if section is not None:
+            return _inside(section, keys[end:], path)
+    return default_at(path)
+
+
+def section_at(plan: Plan, path: str) -> Any:
+    """A section as its plugin reads it, else DeepSpeed's defaults as attributes."""
+    section = _model(plan, path)
+    return SimpleNamespace(**DEFAULTS[path]) if section is None else section
+
+
+def default_at(path: str) -> Any:
+    """DeepSpeed's default of a key; ``None`` if it has none."""
+    value: Any = DEFAULTS
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _model(plan: Plan, path: str) -> BaseModel | None:
+    for member in plan.members:
+        if path in member.plugin.sections:
+            return member.plugin.section(member.plugin.sections[path])
+    return None
+
+
+def _inside(section: BaseModel, keys: list[str], path: str) -> Any:
+    value: Any = section.root if isinstance(section, RootModel) else section
+    for key in keys:
+        if isinstance(value, Mapping):
+            value = value.get(key)
+        elif hasattr(value, key):
+            value = getattr(value, key)
+        else:
+            return default_at(path)
+    return value

@@ -1,0 +1,1 @@
+"""Small modules of DeepSpeed that scripts use beside the engine."""

@@ -1,0 +1,308 @@
+"""DeepSpeed's optimizers: torch optimizers that ``initialize`` turns into Drivetrain's rules.
+
+An object of these is a description: the optimizer's type in a config, its parameters, and the
+groups. ``initialize`` hands them to the engine, which makes the rule, and builds its states where
+they belong. ``FusedAdam``, ``DeepSpeedCPUAdam`` and ``DeepSpeedCPUAdagrad`` also step without an
+engine, as torch's classes do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NoReturn
+
+import torch
+
+from drivetrain.errors import ConfigError, TrainingError
+
+Parameters = Iterable[Any]
+
+
+class Described(torch.optim.Optimizer):
+    """An optimizer that a config could name.
+
+    Class attributes:
+        type_name: ``optimizer.type``.
+
+    Attributes:
+        params: ``optimizer.params``.
+    """
+
+    type_name: ClassVar[str]
+    params: dict[str, Any]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
+        """Refused: only an engine steps it.
+
+        Raises:
+            TrainingError: always.
+        """
+        raise TrainingError(
+            f"{type(self).__name__} steps through an engine: pass it to deepspeed.initialize, and "
+            "call engine.step()"
+        )
+
+
+class FusedAdam(torch.optim.Adam, Described):
+    """Adam with decoupled weight decay, unless ``adam_w_mode`` is false.
+
+    Args:
+        params: as for ``torch.optim``.
+        lr: learning rate.
+        bias_correction: ``False`` only steps in an engine.
+        betas: decay of the moments.
+        eps: added to the denominator.
+        adam_w_mode: decouple weight decay from the gradient.
+        weight_decay: its strength.
+        amsgrad: must be false.
+        set_grad_none: accepted, has no effect: gradients are the engine's.
+
+    Raises:
+        ConfigError: ``amsgrad`` is asked for.
+    """
+
+    type_name = "Adam"
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        set_grad_none: bool = True,
+    ) -> None:
+        if amsgrad:
+            raise ConfigError("amsgrad is not supported; pass a torch.optim.AdamW to initialize")
+        super().__init__(params, lr, betas, eps, weight_decay, decoupled_weight_decay=adam_w_mode)
+        self.params = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "adam_w_mode": adam_w_mode,
+            "bias_correction": bias_correction,
+        }
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As ``torch.optim.Adam`` does it, without an engine.
+
+        Raises:
+            TrainingError: ``bias_correction`` is false, which torch's class cannot.
+        """
+        if not self.params["bias_correction"]:
+            Described.step(self, closure)
+        return torch.optim.Adam.step(self, closure)
+
+
+class DeepSpeedCPUAdam(FusedAdam):
+    """Adam whose update runs where its states live: on the host if the config offloads them.
+
+    Args:
+        model_params: as for ``torch.optim``.
+        lr: learning rate.
+        bias_correction: see :class:`FusedAdam`.
+        betas: decay of the moments.
+        eps: added to the denominator.
+        weight_decay: its strength.
+        amsgrad: must be false.
+        adamw_mode: decouple weight decay from the gradient.
+        fp32_optimizer_states: keep the moments in float32 whatever the weights are.
+    """
+
+    def __init__(
+        self,
+        model_params: Parameters,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        adamw_mode: bool = True,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        super().__init__(
+            model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay, amsgrad
+        )
+        self.params["fp32_optimizer_states"] = fp32_optimizer_states
+
+
+class DeepSpeedCPUAdagrad(torch.optim.Adagrad, Described):
+    """Adagrad whose update runs where its states live.
+
+    Args:
+        model_params: as for ``torch.optim``.
+        lr: learning rate.
+        eps: added to the denominator.
+        weight_decay: its strength.
+        amsgrad: must be false.
+        fp32_optimizer_states: accepted; states have the dtype of the master weights.
+
+    Raises:
+        ConfigError: ``amsgrad`` is asked for.
+    """
+
+    type_name = "Adagrad"
+
+    def __init__(
+        self,
+        model_params: Parameters,
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        if amsgrad:
+            raise ConfigError("Adagrad has no amsgrad; leave it out")
+        super().__init__(model_params, lr, weight_decay=weight_decay, eps=eps)
+        self.params = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As ``torch.optim.Adagrad`` does it, without an engine."""
+        return torch.optim.Adagrad.step(self, closure)
+
+
+class FusedLion(Described):
+    """Lion (Chen et al. 2023, arXiv 2302.06675).
+
+    Args:
+        params: as for ``torch.optim``.
+        lr: learning rate.
+        betas: of the update, and of the momentum that is kept.
+        weight_decay: decoupled.
+        set_grad_none: accepted, has no effect: gradients are the engine's.
+    """
+
+    type_name = "Lion"
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        set_grad_none: bool = True,
+    ) -> None:
+        self.params = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
+        super().__init__(params, dict(self.params))
+
+
+class DeepSpeedCPULion(FusedLion):
+    """Lion whose update runs where its states live.
+
+    Args:
+        model_params: as for ``torch.optim``.
+        lr: learning rate.
+        betas: see :class:`FusedLion`.
+        weight_decay: decoupled.
+        fp32_optimizer_states: accepted; states have the dtype of the master weights.
+    """
+
+    def __init__(
+        self,
+        model_params: Parameters,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        super().__init__(model_params, lr, betas, weight_decay)
+
+
+class FusedLamb(Described):
+    """Lamb (You et al. 2020, arXiv 1904.00962).
+
+    Args:
+        params: as for ``torch.optim``.
+        lr: learning rate.
+        bias_correction: correct the moments for their zero start.
+        betas: decay of the moments.
+        eps: added to the denominator.
+        eps_inside_sqrt: under the root.
+        weight_decay: added to the update.
+        max_grad_norm: must be 0; the config's ``gradient_clipping`` clips.
+        max_coeff: upper bound of the trust ratio.
+        min_coeff: lower bound of the trust ratio.
+        amsgrad: must be false.
+
+    Raises:
+        ConfigError: ``max_grad_norm`` or ``amsgrad`` is asked for.
+    """
+
+    type_name = "Lamb"
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        eps_inside_sqrt: bool = False,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 0.0,
+        max_coeff: float = 10.0,
+        min_coeff: float = 0.01,
+        amsgrad: bool = False,
+    ) -> None:
+        if max_grad_norm or amsgrad:
+            name = "amsgrad" if amsgrad else "max_grad_norm"
+            raise ConfigError(f"FusedLamb: {name} is not supported; use gradient_clipping to clip")
+        self.params = {
+            "lr": lr,
+            "bias_correction": bias_correction,
+            "betas": tuple(betas),
+            "eps": eps,
+            "eps_inside_sqrt": eps_inside_sqrt,
+            "weight_decay": weight_decay,
+            "max_coeff": max_coeff,
+            "min_coeff": min_coeff,
+        }
+        super().__init__(params, dict(self.params))
+
+
+class OnebitAdam(Described):
+    """1-bit Adam (Tang et al. 2021, arXiv 2102.02888).
+
+    Args:
+        params: as for ``torch.optim``.
+        deepspeed: accepted; the engine is the one that it is passed to.
+        lr: learning rate.
+        freeze_step: length of the warm-up.
+        bias_correction: correct the moments for their zero start.
+        betas: decay of the moments.
+        eps: added to the denominator.
+        weight_decay: added to the update.
+        cuda_aware: accepted, has no effect.
+        comm_backend_name: accepted, has no effect: the job's communicator carries the bits.
+    """
+
+    type_name = "OneBitAdam"
+
+    def __init__(
+        self,
+        params: Parameters,
+        deepspeed: Any | None = None,
+        lr: float = 1e-3,
+        freeze_step: int = 100_000,
+        bias_correction: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        cuda_aware: bool = False,
+        comm_backend_name: str = "nccl",
+    ) -> None:
+        self.params = {
+            "lr": lr,
+            "freeze_step": freeze_step,
+            "bias_correction": bias_correction,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, dict(self.params))

@@ -1,0 +1,57 @@
+"""Small helpers that scripts import from ``deepspeed.runtime.utils`` and ``deepspeed.utils``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from packaging.version import Version
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def ensure_directory_exists(filename: str) -> None:
+    """Make the folder in which a file is to lie."""
+    Path(filename).parent.mkdir(parents=True, exist_ok=True)
+
+
+def set_random_seed(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def noop_decorator(function: F) -> F:
+    """Return the function."""
+    return function
+
+
+def noop_context(*_: Any, **__: Any) -> AbstractContextManager[None]:
+    """Do nothing in a ``with`` block."""
+    return nullcontext()
+
+
+def instrument_w_nvtx(function: F) -> F:
+    """Return the function; ranges of a profiler are named by the engine's spans here."""
+    return function
+
+
+def required_torch_version(
+    min_version: str | float | None = None, max_version: str | float | None = None
+) -> bool:
+    """Whether torch's version lies between two versions, both included.
+
+    Args:
+        min_version: oldest one.
+        max_version: newest one.
+    """
+    here = Version(Version(torch.__version__).base_version)
+    low = min_version is None or here >= Version(str(min_version))
+    return low and (max_version is None or here <= Version(str(max_version)))

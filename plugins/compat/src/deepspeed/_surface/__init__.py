@@ -1,0 +1,1 @@
+"""Which names ``deepspeed`` has, where each leads, and the modules that show them."""

@@ -1,0 +1,244 @@
+"""The table of names: what this package serves itself, and what becomes of the rest.
+
+Other packages of Drivetrain declare the names that they serve by entry points of
+``drivetrain.deepspeed``, which go before the names here. Here is only which package that is, so
+that an error can say what to install. All names are without ``deepspeed.``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+OWN: Mapping[str, Mapping[str, str]] = {
+    "": {
+        "deepspeed._training.initialize": "initialize add_config_arguments",
+        "deepspeed._training.engine": "DeepSpeedEngine",
+        "deepspeed._training.optimizer": "DeepSpeedOptimizer",
+        "deepspeed._config.view": "DeepSpeedConfig",
+        "drivetrain.engine.loader": "DeepSpeedDataLoader=DataLoader",
+        "drivetrain.errors": "DeepSpeedConfigError=ConfigError",
+    },
+    "accelerator": {"deepspeed._parts.accelerator": "get_accelerator DeepSpeedAccelerator"},
+    "checkpoint.ds_to_universal": {"deepspeed._commands.universal": "main"},
+    "checkpoint.utils": {"deepspeed._parts.tensors": "clone_tensors_for_torch_save"},
+    "checkpointing": {
+        "deepspeed._parts.checkpointing": "checkpoint configure is_configured "
+        "non_reentrant_checkpoint partition_activations_in_checkpoint reset set_num_layers",
+    },
+    "comm": {
+        "deepspeed._parts.comm": "init_distributed get_rank get_world_size get_local_rank "
+        "get_world_group get_global_rank get_all_ranks_from_group inference_all_reduce "
+        "reduce_scatter_fn allgather_fn has_all_gather_into_tensor has_reduce_scatter_tensor "
+        "has_all_reduce_coalesced has_coalescing_manager all_gather_coalesced "
+        "all_reduce_coalesced",
+        "torch.distributed": "ProcessGroup ReduceOp P2POp all_gather all_gather_into_tensor "
+        "all_gather_object all_reduce all_to_all all_to_all_single barrier batch_isend_irecv "
+        "broadcast broadcast_object_list destroy_process_group gather irecv is_available "
+        "is_initialized isend monitored_barrier new_group recv reduce reduce_scatter "
+        "reduce_scatter_tensor scatter send",
+        "torch.distributed.device_mesh": "initialize_mesh_device=init_device_mesh",
+    },
+    "env_report": {"deepspeed._commands.report": "main cli_main=main"},
+    "launcher.runner": {
+        "deepspeed._commands.launch": "main DEEPSPEED_ENVIRONMENT_NAME EXPORT_ENVS",
+    },
+    "ops.adagrad": {"deepspeed._parts.optimizers": "DeepSpeedCPUAdagrad"},
+    "ops.adam": {"deepspeed._parts.optimizers": "DeepSpeedCPUAdam FusedAdam"},
+    "ops.lamb": {"deepspeed._parts.optimizers": "FusedLamb"},
+    "ops.lion": {"deepspeed._parts.optimizers": "DeepSpeedCPULion FusedLion"},
+    "ops.op_builder": {
+        "deepspeed._parts.op_builder": "OpBuilder AsyncIOBuilder CPUAdagradBuilder CPUAdamBuilder "
+        "CPULionBuilder FusedAdamBuilder FusedLambBuilder FusedLionBuilder QuantizerBuilder",
+    },
+    "runtime.dataloader": {"drivetrain.engine.loader": "RepeatingLoader"},
+    "runtime.fp16.onebit.adam": {"deepspeed._parts.optimizers": "OnebitAdam"},
+    "runtime.lr_schedules": {
+        "drivetrain.optimization.schedules": "LRRangeTest OneCycle WarmupCosineLR WarmupDecayLR "
+        "WarmupLR",
+        "deepspeed._parts.schedules": "LR_RANGE_TEST LR_SCHEDULE ONE_CYCLE VALID_LR_SCHEDULES "
+        "WARMUP_COSINE_LR WARMUP_DECAY_LR WARMUP_LR",
+    },
+    "runtime.utils": {
+        "deepspeed._parts.tensors": "move_to_device",
+        "deepspeed._parts.memory": "empty_cache memory_status see_memory_usage",
+        "deepspeed._parts.small": "ensure_directory_exists noop_context noop_decorator "
+        "set_random_seed",
+    },
+    "utils": {
+        "deepspeed._parts.logs": "log_dist log_dist_once logger set_log_level_from_string",
+        "deepspeed._parts.on_device": "OnDevice",
+        "deepspeed._parts.small": "instrument_w_nvtx required_torch_version",
+    },
+    "utils.groups": {
+        "deepspeed._parts.groups": "get_data_parallel_group get_data_parallel_rank "
+        "get_data_parallel_world_size get_model_parallel_group get_model_parallel_rank "
+        "get_model_parallel_world_size get_sequence_data_parallel_group "
+        "get_sequence_data_parallel_rank get_sequence_data_parallel_world_size "
+        "get_sequence_parallel_group get_sequence_parallel_rank "
+        "get_sequence_parallel_world_size get_tensor_model_parallel_group "
+        "get_tensor_model_parallel_rank get_tensor_model_parallel_world_size get_world_group "
+        "get_world_rank get_world_size",
+    },
+    "zero": {
+        "deepspeed._parts.zero_words": "OffloadDeviceEnum OffloadStateTypeEnum "
+        "ZeroParamStatus ZeroParamType ZeroStageEnum",
+    },
+}
+"""Module -> where its names are -> names, ``theirs=ours`` where they differ."""
+
+SHOWS: Mapping[str, tuple[str, ...]] = {
+    "accelerator.abstract_accelerator": ("accelerator",),
+    "accelerator.real_accelerator": ("accelerator",),
+    "comm.comm": ("comm",),
+    "moe": ("moe.layer",),
+    "ops.adam.cpu_adam": ("ops.adam",),
+    "ops.adam.fused_adam": ("ops.adam",),
+    "ops.adagrad.cpu_adagrad": ("ops.adagrad",),
+    "ops.lamb.fused_lamb": ("ops.lamb",),
+    "ops.lion.cpu_lion": ("ops.lion",),
+    "ops.lion.fused_lion": ("ops.lion",),
+    "profiling.flops_profiler.profiler": ("profiling.flops_profiler",),
+    "runtime.activation_checkpointing.checkpointing": ("checkpointing",),
+    "runtime.fp16.onebit": ("runtime.fp16.onebit.adam",),
+    "runtime.pipe": ("pipe",),
+    "runtime.pipe.module": ("pipe",),
+    "runtime.zero": ("zero",),
+    "runtime.zero.config": ("zero",),
+    "runtime.zero.mics": ("zero",),
+    "runtime.zero.offload_config": ("zero",),
+    "runtime.zero.partition_parameters": ("zero",),
+    "runtime.zero.stage3": ("zero",),
+    "runtime.zero.stage_1_and_2": ("zero",),
+    "runtime.zero.tiling": ("zero",),
+    "utils.init_on_device": ("utils",),
+    "utils.logging": ("utils",),
+    "utils.tensor_fragment": ("utils",),
+    "utils.torch": ("utils",),
+    "utils.z3_leaf_module": ("utils",),
+}
+"""Module -> modules whose names it shows, too."""
+
+SAME: Mapping[str, str] = {
+    "OnDevice": "utils.OnDevice",
+    "PipelineEngine": "runtime.pipe.engine.PipelineEngine",
+    "PipelineModule": "pipe.PipelineModule",
+    "get_accelerator": "accelerator.get_accelerator",
+    "init_distributed": "comm.init_distributed",
+    "log_dist": "utils.log_dist",
+    "logger": "utils.logger",
+    "runtime.base_optimizer.DeepSpeedOptimizer": "DeepSpeedOptimizer",
+    "runtime.config.DeepSpeedConfig": "DeepSpeedConfig",
+    "runtime.config.DeepSpeedConfigError": "DeepSpeedConfigError",
+    "runtime.dataloader.DeepSpeedDataLoader": "DeepSpeedDataLoader",
+    "runtime.engine.DeepSpeedEngine": "DeepSpeedEngine",
+    "utils.RepeatingLoader": "runtime.dataloader.RepeatingLoader",
+}
+"""Name -> the name under which it is declared."""
+
+NEEDS: Mapping[str, Mapping[str, str]] = {
+    "drivetrain-activation-checkpointing": {
+        "checkpointing": "get_cuda_rng_tracker model_parallel_cuda_manual_seed "
+        "model_parallel_reconfigure_tp_seed",
+    },
+    "drivetrain-autotuning": {"autotuning": "Autotuner"},
+    "drivetrain-checkpoint-tools": {
+        "checkpoint": "import_deepspeed",
+        "utils.zero_to_fp32": "convert_zero_checkpoint_to_fp32_state_dict "
+        "get_fp32_state_dict_from_zero_checkpoint load_state_dict_from_zero_checkpoint",
+    },
+    "drivetrain-comms-logger": {
+        "comm": "configure get_comm_operation_count has_comm_data log_summary reset_log",
+    },
+    "drivetrain-compression": {
+        "compression.compress": "init_compression redundancy_clean student_initialization",
+        "linear": "Init LoRAConfig OptimizedLinear QuantizationConfig init_lora",
+    },
+    "drivetrain-data-efficiency": {
+        "runtime.data_pipeline.data_routing.helper": "convert_to_random_ltd "
+        "save_without_random_ltd",
+    },
+    "drivetrain-elasticity": {
+        "elasticity": "compute_elastic_config elasticity_enabled ensure_immutable_elastic_config",
+    },
+    "drivetrain-flops-profiler": {"profiling.flops_profiler": "FlopsProfiler get_model_profile"},
+    "drivetrain-hybrid-engine": {
+        "runtime.hybrid_engine": "DeepSpeedHybridEngine",
+        "runtime.rollout": "RolloutBatch RolloutConfig RolloutEngine RolloutRequest "
+        "SamplingConfig build_rollout",
+    },
+    "drivetrain-inference": {
+        "": "InferenceEngine default_inference_config init_inference",
+        "inference": "InferenceEngine",
+        "inference.config": "DeepSpeedInferenceConfig",
+        "module_inject": "replace_transformer_layer",
+    },
+    "drivetrain-moe": {
+        "moe.layer": "MoE",
+        "moe.utils": "configure_moe_param_groups has_moe_layers is_moe_param "
+        "split_params_into_different_moe_groups_for_optimizer",
+        "utils.groups": "get_expert_data_parallel_group get_expert_parallel_group "
+        "get_expert_parallel_rank get_expert_parallel_world_size",
+    },
+    "drivetrain-pipeline": {
+        "pipe": "DualPipeVModule LayerSpec PipelineModule TiedLayerSpec",
+        "runtime.pipe.engine": "PipelineEngine",
+    },
+    "drivetrain-sequence": {
+        "runtime.sequence_parallel.ulysses_sp": "SequenceTiledCompute TiledFusedLogitsLoss "
+        "TiledMLP UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter sequence_tiled_compute",
+        "sequence.cross_entropy": "vocab_parallel_cross_entropy "
+        "vocab_sequence_parallel_cross_entropy",
+        "sequence.fpdt_layer": "FPDT_Attention FPDT_FFN",
+        "sequence.layer": "DistributedAttention",
+    },
+    "drivetrain-sparse-attention": {
+        "ops.sparse_attention": "BertSparseSelfAttention SparseSelfAttention SparsityConfig",
+    },
+    "drivetrain-tensor": {"": "tp_model_init set_autotp_mode"},
+    "drivetrain-zero": {
+        "utils": "get_z3_leaf_modules safe_get_full_fp32_param safe_get_full_grad "
+        "safe_get_full_optimizer_state safe_get_local_fp32_param safe_get_local_grad "
+        "safe_get_local_optimizer_state safe_set_full_fp32_param safe_set_full_grad "
+        "safe_set_full_optimizer_state safe_set_local_fp32_param safe_set_local_grad "
+        "safe_set_local_optimizer_state safe_update_full_grad_vectorized set_z3_leaf_module "
+        "set_z3_leaf_modules set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix "
+        "unset_z3_leaf_modules z3_leaf_module z3_leaf_parameter",
+        "zero": "GatheredParameters Init MiCS_Init TiledLinear TiledLinearReturnBias "
+        "estimate_zero2_model_states_mem_needs estimate_zero2_model_states_mem_needs_all_cold "
+        "estimate_zero2_model_states_mem_needs_all_live estimate_zero3_model_states_mem_needs "
+        "estimate_zero3_model_states_mem_needs_all_cold "
+        "estimate_zero3_model_states_mem_needs_all_live register_external_parameter "
+        "unregister_external_parameter unwrap_model_for_generation",
+    },
+}
+"""Package -> module -> names that it serves, or is to serve."""
+
+INSTEAD: Mapping[str, str] = {
+    "DeepSpeedTransformerConfig": "a layer of your own over torch's attention",
+    "DeepSpeedTransformerLayer": "a layer of your own over torch's attention",
+    "checkpoint.DeepSpeedCheckpoint": "drivetrain checkpoint inspect FOLDER",
+    "compat.get_accelerator": "deepspeed.accelerator.get_accelerator",
+    "io.FastFileWriter": "the config's checkpoint.background, which saves while training goes on",
+    "module_inject.revert_transformer_layer": "nothing: modules are not replaced",
+    "monitor.monitor.MonitorMaster": "the config's tensorboard or csv_monitor section, or the hook "
+    "step_end",
+    "ops.aio.AsyncIOBuilder": "drivetrain_offload.AsyncFile",
+    "ops.adam.ZenFlowCPUAdam": "the config's zero_optimization.zenflow",
+    "ops.adam.ZenFlowSelectiveAdamW": "the config's zero_optimization.zenflow",
+    "runtime.bf16_optimizer.BF16_Optimizer": "engine.optimizer",
+    "runtime.fp16.fused_optimizer.FP16_Optimizer": "engine.optimizer",
+    "runtime.fp16.loss_scaler.DynamicLossScaler": "engine.loss_scaler",
+    "runtime.fp16.loss_scaler.LossScaler": "engine.loss_scaler",
+    "runtime.fp16.onebit.lamb.OnebitLamb": "optimizer.type OneBitAdam",
+    "runtime.fp16.onebit.zoadam.ZeroOneAdam": "optimizer.type OneBitAdam",
+    "runtime.lr_schedules.add_tuning_arguments": "arguments of the script's own; schedules are "
+    "set in the config",
+    "runtime.utils.clip_grad_norm_": "the config's gradient_clipping",
+    "runtime.zero.offload_states.get_state_devices": "drivetrain_offload.state_devices(engine)",
+    "runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": "engine.optimizer",
+    "runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": "engine.optimizer",
+    "utils.timer.SynchronizedWallClockTimer": "engine.job.span(name), and engine.last_report.times",
+    "utils.timer.ThroughputTimer": "engine.last_report.samples_per_second",
+    "zero.DeepSpeedZeRoOffload": "an engine without optimizer at stage 3",
+}
+"""Name that nothing serves -> what to use."""

@@ -1,0 +1,1 @@
+"""``initialize`` and the engine that it returns."""

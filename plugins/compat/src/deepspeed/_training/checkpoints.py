@@ -1,0 +1,151 @@
+"""Saving and loading with DeepSpeed's arguments, and loading what DeepSpeed itself has saved."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from deepspeed._surface import lookup
+from drivetrain import checkpoint
+from drivetrain.contracts import Purpose, Tag
+from drivetrain.errors import CheckpointError, PluginError
+
+if TYPE_CHECKING:
+    from deepspeed._training.engine import DeepSpeedEngine
+
+logger = logging.getLogger("deepspeed")
+
+Folder = str | os.PathLike[str]
+
+_CONVERTED = ".from_deepspeed"
+"""Folder beside a checkpoint of DeepSpeed in which it lies in our format while it is loaded."""
+
+
+def save(
+    engine: DeepSpeedEngine,
+    save_dir: Folder,
+    tag: str | int | None,
+    client_state: dict[str, Any] | None,
+    save_latest: bool,
+    exclude_frozen_parameters: bool,
+) -> bool:
+    """See ``engine.save_checkpoint``."""
+    checkpoint.save(
+        engine,
+        save_dir,
+        None if tag is None else str(tag),
+        client_state,
+        save_latest=save_latest,
+        exclude_frozen_parameters=exclude_frozen_parameters,
+    )
+    return True
+
+
+def load(
+    engine: DeepSpeedEngine, load_dir: Folder, tag: str | int | None, **options: bool
+) -> tuple[str | None, dict[str, Any] | None]:
+    """See ``engine.load_checkpoint``."""
+    named = None if tag is None else str(tag)
+    with _in_our_format(engine, os.fspath(load_dir), named) as (folder, inner):
+        path, client_state = checkpoint.load(engine, folder, inner, **options)
+    if folder != os.fspath(load_dir):
+        path = os.path.join(load_dir, inner or "")  # noqa: PTH118 - as the caller spells it
+    return path, client_state
+
+
+@contextmanager
+def _in_our_format(
+    engine: DeepSpeedEngine, load_dir: str, tag: str | None
+) -> Iterator[tuple[str, str | None]]:
+    """Folder and tag of a checkpoint; one of DeepSpeed is converted for the time being. Collective.
+
+    The first rank converts, into the folder itself, since every rank can see that.
+    """
+    source = None if "://" in load_dir else _of_deepspeed(load_dir, tag)
+    if source is None:
+        yield load_dir, tag
+        return
+    target = Path(load_dir, _CONVERTED)
+    problem = ""
+    if engine.job.rank == 0:
+        logger.info("%s is a checkpoint of DeepSpeed: converting it", source)
+        try:
+            lookup.load("checkpoint.import_deepspeed")(str(source), str(target), source.name)
+        except (CheckpointError, PluginError, LookupError, OSError) as error:
+            problem = str(error)
+    try:
+        _same_on_all(engine, problem)
+        yield str(target), source.name
+    finally:
+        _meet(engine)
+        if engine.job.rank == 0:
+            shutil.rmtree(target, ignore_errors=True)
+
+
+def _of_deepspeed(load_dir: str, tag: str | None) -> Path | None:
+    """The folder of a checkpoint that DeepSpeed has written, if this is one."""
+    run = Path(load_dir)
+    for pointer in ("latest", "latest_universal"):
+        if tag is None and (run / pointer).is_file():
+            named = (run / pointer).read_text("utf-8", "replace").strip()
+            if named and Path(named).name == named and any((run / named).glob("*model_states.pt")):
+                return run / named
+    if tag is not None and any((run / tag).glob("*model_states.pt")):
+        return run / tag
+    return None
+
+
+def _same_on_all(engine: DeepSpeedEngine, problem: str) -> None:
+    """Raise the first rank's problem on every rank."""
+    if engine.job.world_size > 1:
+        told: list[str] = [problem]
+        torch.distributed.broadcast_object_list(told, src=0)
+        problem = told[0]
+    if problem:
+        raise CheckpointError(problem)
+
+
+def _meet(engine: DeepSpeedEngine) -> None:
+    engine.job.communicator.barrier("world", Tag(Purpose.CONTROL, site="checkpoint"))
+
+
+def consolidated(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any] | None:
+    """Whole weights on the host of the first rank; ``None`` elsewhere. Collective."""
+    state = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
+    if engine.job.rank != 0:
+        return None
+    return {
+        name: value.detach().to("cpu") if isinstance(value, torch.Tensor) else value
+        for name, value in state.items()
+    }
+
+
+def save_weights(engine: DeepSpeedEngine, folder: Folder, name: str, exclude_frozen: bool) -> bool:
+    """See ``engine.save_16bit_model``."""
+    if (
+        engine.zero_optimization_partition_weights()
+        and not engine.zero_gather_16bit_weights_on_model_save()
+    ):
+        logger.warning(
+            "nothing is saved: at stage 3 save_16bit_model needs "
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save: true"
+        )
+        return False
+    if name.endswith(".safetensors") and (
+        entry := engine.job.plan.registry.find("methods", "save_16bit_model")
+    ):
+        written: bool = entry.load()(engine, folder, name, exclude_frozen)
+        return written
+    state = consolidated(engine, exclude_frozen)
+    if state is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        torch.save(state, Path(folder, name))
+    _meet(engine)
+    return True

@@ -1,0 +1,120 @@
+"""``deepspeed.initialize``, in every form in which scripts call it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from deepspeed._config.translate import translate
+from deepspeed._parts.optimizers import Described
+from deepspeed._training.engine import DeepSpeedEngine
+from deepspeed._training.optimizer import DeepSpeedOptimizer
+from drivetrain.communication.process_group import Ranks
+from drivetrain.engine.initialize import initialize as build
+from drivetrain.errors import ConfigError
+from drivetrain.plan.config.arguments import add_config_arguments as add_arguments
+from drivetrain.plan.config.loading import load_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from drivetrain.engine.loader import DataLoader
+
+ConfigSource = Mapping[str, Any] | str | os.PathLike[str]
+
+logger = logging.getLogger("deepspeed")
+
+
+def initialize(
+    args: Any | None = None,
+    model: nn.Module | None = None,
+    optimizer: Any | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any | None = None,
+    lr_scheduler: Any | None = None,
+    distributed_port: int | None = None,
+    mpu: Any | None = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: ConfigSource | None = None,
+    mesh_param: tuple[int, int] | None = None,
+    config_params: ConfigSource | None = None,
+) -> tuple[DeepSpeedEngine, DeepSpeedOptimizer | None, DataLoader | None, Any | None]:
+    """Build an engine for a model; see :func:`drivetrain.initialize`. Collective.
+
+    Returns:
+        Engine, optimizer, loader and schedule; the last three may be ``None``.
+
+    Raises:
+        ConfigError: with every problem of the config at once.
+        PluginError: a plugin that the config names cannot be used.
+        CommunicationError: the ranks did not come together.
+    """
+    source = _one_config(args, config, config_params)
+    given = load_config(source)
+    done = translate(given)
+    if Ranks.current().rank == 0:
+        for line in done.notes:
+            logger.info("config: %s", line)
+        for line in done.ignored:
+            logger.warning("config: %s", line)
+    local_rank = getattr(args, "local_rank", None)
+    if isinstance(local_rank, int) and local_rank >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    if isinstance(optimizer, Described):
+        done.config["optimizer"] = {"type": optimizer.type_name, "params": optimizer.params}
+        model_parameters, optimizer = optimizer.param_groups, None
+    engine, _, loader, schedule = build(
+        None,
+        model,
+        optimizer,
+        model_parameters,
+        training_data,
+        lr_scheduler,
+        distributed_port,
+        mpu,
+        dist_init_required,
+        collate_fn,
+        done.config,
+        mesh_param,
+        overlays=getattr(args, "overlays", None) or (),
+        engine_type=DeepSpeedEngine,
+    )
+    ours = cast("DeepSpeedEngine", engine)
+    ours.config = given
+    if isinstance(ours.optimizer, DeepSpeedOptimizer):
+        ours.optimizer.belong_to(ours)
+    return ours, cast("DeepSpeedOptimizer | None", ours.optimizer), loader, schedule
+
+
+def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add ``--deepspeed`` and ``--deepspeed_config``, see ``drivetrain.add_config_arguments``."""
+    return add_arguments(parser)
+
+
+def _one_config(
+    args: Any | None, config: ConfigSource | None, config_params: ConfigSource | None
+) -> ConfigSource:
+    """The one config among the places where scripts give it.
+
+    Raises:
+        ConfigError: there is none, or more than one.
+    """
+    given = {
+        "config": config,
+        "config_params": config_params,
+        "args.deepspeed_config": getattr(args, "deepspeed_config", None),
+        "args.deepscale_config": getattr(args, "deepscale_config", None),
+    }
+    sources = {name: source for name, source in given.items() if source is not None}
+    if len(sources) == 1:
+        return next(iter(sources.values()))
+    if not sources:
+        raise ConfigError(
+            "deepspeed.initialize needs a config: config=, a dict or the path of a JSON file, or "
+            "--deepspeed_config in args"
+        )
+    raise ConfigError(f"the config is given more than once: {' and '.join(sources)}; give one")
