@@ -142,8 +142,8 @@ def test_each_use_is_refused_exactly_when_what_it_needs_is_away() -> None:
     assert run_distributed(on_demand.refusals_by_kind, 1, CASES["zero2"])[0] == {
         "optim_states": update,
         "hp_params": update,
-        "lp_params": {*update, "evaluate", "forward"},
-        "lp_grads": {*update, "forward", "zero_grad"},
+        "lp_params": {*update, "evaluate", "forward", "backward"},
+        "lp_grads": {*update, "backward", "zero_grad"},
     }
 
 

@@ -47,6 +47,7 @@ def turns(late: bool) -> list[str]:
     reducer.in_turn = True
     for number in range(2):
         log.clear()
+        reducer.begin_backward(last=False, local=False)
         last.parameter.sum().backward()
         reducer.passed([last])
         log.append("gather")

@@ -158,7 +158,7 @@ def test_wrappers_run_around_the_answer() -> None:
     order: list[str] = []
 
     @hookimpl(wrapper=True)
-    def around(self: Plugin, loss: object) -> Iterator[None]:
+    def around(self: Plugin, tensors: object) -> Iterator[None]:
         order.append("before")
         answer = yield
         order.append("after")
@@ -169,7 +169,7 @@ def test_wrappers_run_around_the_answer() -> None:
         return True
 
     hub = Hub([made("core", backward=inner)], [made("a", backward=around)])
-    assert hub.backward(ENGINE, LOSS, False) is True
+    assert hub.backward(ENGINE, [LOSS], [None], False) is True
     assert order == ["before", "backward", "after"]
 
 

@@ -9,7 +9,7 @@ def test_counters_add_up_over_steps():
     progress = Progress()
     for applied in (True, False, True):
         for _ in range(4):
-            progress.end_micro_batch()
+            progress.end_micro_batches(1)
         progress.end_step(samples=8, tokens=80, applied=applied)
     assert progress.steps == 3
     assert progress.micro_steps == 12
@@ -29,7 +29,7 @@ def test_state_is_plain_data_and_restores():
 
 def test_micro_batches_of_a_window_that_has_not_ended_are_not_saved():
     progress = Progress(steps=3, micro_steps=12)
-    progress.end_micro_batch()
+    progress.end_micro_batches(1)
     restored = Progress()
     restored.load_state_dict(progress.state_dict())
     assert (restored.micro_steps, restored.in_window) == (12, 0)

@@ -165,6 +165,7 @@ def refusals_by_kind(config: Mapping[str, Any]) -> dict[str, set[str]]:
     uses: dict[str, Callable[[], object]] = {
         "evaluate": evaluate,
         "forward": lambda: loss_of(engine, 1),
+        "backward": lambda: engine.backward(loss_of(engine, 1)),
         "zero_grad": engine.zero_grad,
         "step": engine.step,
         "rebuild": engine.rebuild,

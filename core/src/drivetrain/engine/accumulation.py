@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.sections.batch import ManagedAccumulation
@@ -11,6 +13,7 @@ from drivetrain.sections.batch import ManagedAccumulation
 if TYPE_CHECKING:
     from drivetrain.contracts.loop.batch import Batch
     from drivetrain.job.progress import Progress
+    from drivetrain.optimization.facade import EngineOptimizer
     from drivetrain.plan.plan import Plan
 
 
@@ -119,10 +122,13 @@ class Accumulation:
         self._batch = replace(batch, micro_batch_size=size, train_batch_size=total)
 
 
-class BatchSettings:
-    """What an engine shows of its batch, of its accumulation windows, and of its progress."""
+class EngineSettings:
+    """What an engine shows of its batch, windows and progress, and of how it updates."""
 
     progress: Progress
+    optimizer: EngineOptimizer | None
+    _clipping: float
+    _reducing: bool
     _accumulation: Accumulation
 
     @property
@@ -133,6 +139,21 @@ class BatchSettings:
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the micro-batch under way is the last before an update."""
         return self._accumulation.is_boundary()
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        """Decide the boundary by hand from now on; ``None`` returns to counting."""
+        self._accumulation.set_boundary(is_boundary)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Only accumulate locally in backward passes inside the block; ``step`` is illegal."""
+        if not self._reducing:
+            raise TrainingError("no_sync() cannot be nested")
+        self._reducing = False
+        try:
+            yield
+        finally:
+            self._reducing = True
 
     def train_batch_size(self) -> int:
         """Samples of one step over all data shards."""
@@ -183,3 +204,22 @@ class BatchSettings:
     def skipped_steps(self) -> int:
         """Boundaries without an update."""
         return self.progress.skipped_steps
+
+    def gradient_clipping(self) -> float:
+        """Largest global gradient norm; 0 when gradients are not clipped."""
+        return self._clipping
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of every group."""
+        return [group["lr"] for group in self._groups()]
+
+    def get_mom(self) -> list[Any]:
+        """Momentum (SGD-like) or betas (Adam-like) of every group."""
+        return [group.get("momentum", group.get("betas")) for group in self._groups()]
+
+    def get_type(self) -> str | None:
+        """``optimizer.type`` as the config gives it."""
+        return None if self.optimizer is None else self.optimizer.type_name
+
+    def _groups(self) -> Iterable[dict[str, Any]]:
+        return () if self.optimizer is None else self.optimizer.param_groups

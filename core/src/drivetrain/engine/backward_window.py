@@ -1,4 +1,4 @@
-"""Knowing when a backward pass begins and ends, whoever calls ``backward``.
+"""Knowing where a backward pass starts, when it begins and ends, whoever calls ``backward``.
 
 The hooks sit on the tensors that the module returned. The first of them to fire marks the
 beginning and queues a callback that autograd runs when the whole pass is over. (Queued from a
@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
+
+from drivetrain.errors import TrainingError
 
 if TYPE_CHECKING:
     from drivetrain.precision.loss_scale import LossScaler
@@ -63,6 +66,21 @@ class BackwardWindow:
         self._begin = begin
         self._end = end
         self._pass: BackwardPass | None = None
+        self._announced = self._noticed = False
+
+    @contextmanager
+    def announced(self) -> Iterator[None]:
+        """A backward runs inside the block for which all that ``begin`` does was done before.
+
+        Its end is told also if it crosses no watched output.
+        """
+        self._announced, self._noticed = True, False
+        try:
+            yield
+        finally:
+            self._announced = False
+        if not self._noticed:
+            self._end()
 
     def watch(self, outputs: object) -> None:
         """Attach to every tensor in ``outputs`` that a backward pass can start from or cross.
@@ -76,7 +94,9 @@ class BackwardWindow:
         if (self._pass is not None and self._pass.runs) or not accumulates():
             return
         self.settle()
-        self._begin()
+        if not self._announced:
+            self._begin()
+        self._noticed = True
         self._pass = BackwardPass(self._on_end)
 
     def settle(self) -> None:
@@ -116,6 +136,82 @@ class ScaledLosses:
 
     def _begins(self, _gradient: torch.Tensor) -> None:
         self._pass = BackwardPass(lambda: None)
+
+
+def check_loss(loss: torch.Tensor) -> None:
+    """Refuse what no backward can start from.
+
+    Raises:
+        TrainingError: it is no scalar, or has no graph.
+    """
+    shape = getattr(loss, "shape", None)
+    if shape is None or loss.numel() != 1:
+        got = type(loss).__name__ if shape is None else tuple(shape)
+        raise TrainingError(f"backward needs a scalar loss, got {got}; reduce it, e.g. .mean()")
+    if not loss.requires_grad:
+        raise TrainingError(
+            "the loss has no graph: it was detached, or computed under torch.no_grad(), or no "
+            "trainable parameter took part in it"
+        )
+
+
+def starting_points(
+    outputs: object, gradients: object
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the tensors in ``outputs`` that have a graph, and the gradient given for each.
+
+    Args:
+        outputs: a tensor or nested tensors.
+        gradients: nested alike.
+
+    Raises:
+        TrainingError: a gradient is missing, left over, or of another shape; nothing has a graph.
+    """
+    given = {path: gradient for path, gradient in _leaves(gradients) if gradient is not None}
+    tensors, found = [], []
+    for path, output in _leaves(outputs):
+        gradient, name = given.pop(path, None), f"output{path}"
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            tensors.append(output)
+            found.append(_fitting(name, output, gradient))
+        elif gradient is not None:
+            raise TrainingError(
+                f"{name} ({type(output).__name__}) has no graph, but a gradient is given for it: "
+                "was it detached, or computed under torch.no_grad()? If not, give None"
+            )
+        elif next(tensors_in(output), None) is not None and not isinstance(output, torch.Tensor):
+            raise TrainingError(
+                f"{name} is a {type(output).__name__}, whose tensors cannot be told from each "
+                "other: pass them in a tuple or dict"
+            )
+    if given:
+        path = next(iter(given))
+        raise TrainingError(f"a gradient is given for output{path}, which is not among the outputs")
+    if not tensors:
+        raise TrainingError(
+            "no output has a graph: they were detached, or computed under torch.no_grad(), or no "
+            "trainable parameter took part in them"
+        )
+    return tensors, found
+
+
+def _leaves(value: object) -> list[tuple[str, object]]:
+    return [(pytree.keystr(path), leaf) for path, leaf in pytree.tree_flatten_with_path(value)[0]]
+
+
+def _fitting(name: str, output: torch.Tensor, gradient: object) -> torch.Tensor:
+    shape = tuple(output.shape)
+    if not isinstance(gradient, torch.Tensor):
+        got = "none" if gradient is None else type(gradient).__name__
+        raise TrainingError(
+            f"{name} of shape {shape} needs a gradient, got {got}: give zeros if nothing depends "
+            "on it"
+        )
+    if gradient.shape != output.shape:
+        raise TrainingError(
+            f"the gradient of {name} has shape {tuple(gradient.shape)}, the output {shape}"
+        )
+    return gradient
 
 
 def accumulates() -> bool:

@@ -68,8 +68,15 @@ class Defaults(Plugin):
         return engine.precision.cast_inputs(args, kwargs) if engine.precision.inputs else None
 
     @hookimpl
-    def backward(self, engine: Engine, loss: torch.Tensor, retain_graph: bool) -> bool:
-        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+    def backward(
+        self,
+        tensors: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        retain_graph: bool,
+    ) -> bool:
+        import torch
+
+        torch.autograd.backward(tensors, gradients, retain_graph)
         return True
 
     @hookimpl

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
 
 from drivetrain import checkpoint
-from drivetrain.engine.accumulation import Accumulation, BatchSettings
-from drivetrain.engine.backward_window import BackwardWindow, ScaledLosses
+from drivetrain.engine.accumulation import Accumulation, EngineSettings
+from drivetrain.engine.backward_window import (
+    BackwardWindow,
+    ScaledLosses,
+    check_loss,
+    starting_points,
+)
+from drivetrain.engine.loader import build_loader, endless_batches
 from drivetrain.engine.step_reporter import StepReporter
 from drivetrain.engine.stepping import checked_weight, total_weight
 from drivetrain.errors import TrainingError
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
     from drivetrain.precision.precision import Precision
 
 
-class Engine(BatchSettings, nn.Module):
+class Engine(EngineSettings, nn.Module):
     """A module together with its states, optimizer and schedule; built by ``job.engine``.
 
     Attributes that an engine does not have are looked up in :attr:`module`, and then among the
@@ -83,13 +88,14 @@ class Engine(BatchSettings, nn.Module):
         self._clipping = section(GradientClipping).root
         self._averages = section(GradientAllreduceOp).root == "mean"
         self._losses = LossWatch(job.device)
-        self._window = BackwardWindow(self._backward_begins, states.end_backward)
+        self._window = BackwardWindow(self._unannounced_begins, states.end_backward)
         self._reducing = True
         self._has_scaled = False
         self._scaled = ScaledLosses()
         self._norm: torch.Tensor | None = None
         self._norm_wanted = False
         self._applied = False
+        self._batches: Iterator[Any] | None = None
         self._on_destroy: list[Callable[[], object]] = []
         self._reporter = StepReporter(job.plan)
 
@@ -121,7 +127,7 @@ class Engine(BatchSettings, nn.Module):
         """Run the module on one micro-batch, in the configured precision."""
         with self.job.span("forward"):
             args, kwargs = self.job.hub.prepare_inputs(self, args, kwargs)
-            self._announce()
+            self._window.settle()
             with self.precision.autocast(self.job.device):
                 outputs = self.module(*args, **kwargs)
         if self.training and torch.is_grad_enabled():
@@ -137,6 +143,7 @@ class Engine(BatchSettings, nn.Module):
         scale_wrt_gas: bool = True,
         *,
         weight: float | torch.Tensor | None = None,
+        last: bool | None = None,
     ) -> torch.Tensor:
         """Accumulate the gradients of ``loss``.
 
@@ -154,6 +161,8 @@ class Engine(BatchSettings, nn.Module):
             weight: number of tokens or samples that the loss is a mean of, at least 0; a number or
                 a 0-d tensor. In one window all losses of all ranks have weights, or none has. The
                 gradients of a loss of weight 0 must be finite, the loss need not.
+            last: whether the window has no backward after this one; by default the engine
+                counts steps, so who runs several micro-batches before a step says it.
 
         Returns:
             The detached loss, divided by the accumulation steps if ``scale_wrt_gas`` and without a
@@ -168,43 +177,86 @@ class Engine(BatchSettings, nn.Module):
                 "a loss that is divided already (scale_wrt_gas=False) has no weight"
             )
         scaled = self._begin_loss(loss, weight, divided=not scale_wrt_gas)
-        self._announce()
         steps = self._accumulation.counted_steps
-        with self.job.span("backward"):
-            self.job.hub.backward(self, scaled, retain_graph)
+        self._run_backward([scaled], [None], retain_graph, last)
         return loss.detach() / steps if scale_wrt_gas and weight is None else loss.detach()
+
+    def backward_from(
+        self,
+        outputs: Any,
+        gradients: Any,
+        *,
+        retain_graph: bool = False,
+        last: bool | None = None,
+    ) -> None:
+        """Accumulate gradients from outputs whose own gradients are known, without a loss.
+
+        For the stages of a pipeline before the last. The gradients come from a loss that
+        :meth:`backward` of another rank has scaled, so nothing is scaled here.
+
+        Args:
+            outputs: a tensor or nested tensors, made by this rank's part of the model.
+            gradients: nested alike; a tensor of the same shape for every output with a graph,
+                ``None`` for everything else.
+            retain_graph: as for ``torch.Tensor.backward``.
+            last: see :meth:`backward`.
+
+        Raises:
+            TrainingError: outputs and gradients do not fit, or no output has a graph.
+        """
+        self._require_optimizer("run backward")
+        self._run_backward(*starting_points(outputs, gradients), retain_graph, last)
+
+    def gradients_ready(self, parameters: Iterable[nn.Parameter], last: bool | None = None) -> None:
+        """Take the ``.grad`` of parameters, computed apart from a backward, as one micro-batch's.
+
+        For schedules that compute gradients of weights later than those of inputs. Whatever is
+        not handed over in one call for each micro-batch has to be deferred before, in
+        ``engine.states.defer``, and again as long as more is to come.
+
+        Args:
+            parameters: whose gradients are of a loss that was scaled as all others.
+            last: see :meth:`backward`.
+        """
+        self._require_optimizer("take gradients")
+        self._begin_backward(last)
+        self.states.gradients_ready(parameters)
+        self.states.end_backward()
 
     def scale(self, loss: torch.Tensor, weight: float | torch.Tensor | None = None) -> torch.Tensor:
         """Apply loss scale (needed with fp16) and weight, for a ``backward`` of the caller's."""
         self._has_scaled = True
         return self._begin_loss(loss, weight, divided=False)
 
-    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+    def step(self, lr_kwargs: dict[str, Any] | None = None, *, micro_batches: int = 1) -> None:
         """End a micro-batch; at an accumulation boundary, update the parameters.
 
         Args:
             lr_kwargs: passed on to the scheduler's ``step``.
+            micro_batches: how many have ended since the last step, with their backwards.
 
         Raises:
             TrainingError: called inside :meth:`no_sync`, a loss was not finite, or fp16 gradients
                 overflow at the smallest loss scale.
         """
-        if self.optimizer is None:
-            raise TrainingError("this engine has no optimizer, so it cannot step")
+        optimizer = self._require_optimizer("step")
         if not self._reducing:
             raise TrainingError("step() inside no_sync(): leave the block before stepping")
+        if micro_batches < 1:
+            raise TrainingError(f"a step ends at least one micro-batch, got {micro_batches}")
         self._window.settle()
         scales = self.loss_scaler.active or bool(self.states.weighted)
         self.states.take_set_gradients(unscaled=scales and not self._has_scaled)
+        self.progress.end_micro_batches(micro_batches - 1)
         if self.is_gradient_accumulation_boundary():
-            self.optimizer.refuse_other_groups()
+            optimizer.refuse_other_groups()
             self._losses.check(self.loss_scaler.dynamic, self.progress)
-            rates = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
+            rates = tuple(float(group["lr"]) for group in optimizer.param_groups)
             with self.job.span("step"):
                 self._applied = bool(self.job.hub.optimizer_step(self))
             self._end_window(rates, lr_kwargs)
         else:
-            self.progress.end_micro_batch()
+            self.progress.end_micro_batches(1)
         self._has_scaled = False
 
     def skip_step(self) -> None:
@@ -230,7 +282,8 @@ class Engine(BatchSettings, nn.Module):
             The mean loss, a 0-d tensor, the same on every rank.
         """
         if data_iter is None:
-            data_iter = self._own_batches()
+            self._batches = self._batches or endless_batches(self.training_dataloader)
+            data_iter = self._batches
         self.train()
         return self.runner.run(data_iter, train=True)
 
@@ -257,26 +310,6 @@ class Engine(BatchSettings, nn.Module):
         self._losses.forget()
         self._reporter.take_tokens()
         self.progress.drop_window()
-
-    # -- accumulation -------------------------------------------------------------------------
-
-    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
-        """Decide the boundary by hand from now on; ``None`` returns to counting."""
-        self._accumulation.set_boundary(is_boundary)
-        self._announce()
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Only accumulate locally in backward passes inside the block; ``step`` is illegal."""
-        if not self._reducing:
-            raise TrainingError("no_sync() cannot be nested")
-        self._reducing = False
-        self._announce()
-        try:
-            yield
-        finally:
-            self._reducing = True
-            self._announce()
 
     def gradient_divisor(self) -> int | torch.Tensor:
         """What summed gradients are divided by, once they are reduced.
@@ -333,24 +366,6 @@ class Engine(BatchSettings, nn.Module):
         """The device that the module computes on."""
         return self.job.device
 
-    # -- settings -----------------------------------------------------------------------------
-
-    def gradient_clipping(self) -> float:
-        """Largest global gradient norm; 0 when gradients are not clipped."""
-        return self._clipping
-
-    def get_lr(self) -> list[float]:
-        """Learning rate of every group."""
-        return [group["lr"] for group in self._groups()]
-
-    def get_mom(self) -> list[Any]:
-        """Momentum (SGD-like) or betas (Adam-like) of every group."""
-        return [group.get("momentum", group.get("betas")) for group in self._groups()]
-
-    def get_type(self) -> str | None:
-        """``optimizer.type`` as the config gives it."""
-        return None if self.optimizer is None else self.optimizer.type_name
-
     # -- the rest of the public surface -------------------------------------------------------
 
     def compile(self, backend: str = "inductor", **kwargs: Any) -> None:
@@ -390,8 +405,6 @@ class Engine(BatchSettings, nn.Module):
 
     def deepspeed_io(self, dataset: Any, **kwargs: Any) -> DataLoader:
         """A loader over ``dataset`` for this engine's data shard."""
-        from drivetrain.engine.loader import build_loader
-
         return build_loader(self.job, dataset, self.batch, **kwargs)
 
     def destroy(self) -> None:
@@ -412,14 +425,24 @@ class Engine(BatchSettings, nn.Module):
         module = type(self.module).__name__
         return f"neither the engine nor its module {module} has an attribute {name!r}{hint}"
 
-    def _announce(self) -> None:
-        """Tell the states whether gradients that arrive now complete the window."""
-        self._window.settle()
-        self.states.local = not self._reducing
-        self.states.reduce_now = self._reducing and self._accumulation.completes()
+    def _run_backward(
+        self,
+        tensors: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        retain_graph: bool,
+        last: bool | None,
+    ) -> None:
+        self._begin_backward(last)
+        with self._window.announced(), self.job.span("backward"):
+            self.job.hub.backward(self, tensors, gradients, retain_graph)
 
-    def _backward_begins(self) -> None:
-        self._announce()
+    def _begin_backward(self, last: bool | None = None) -> None:
+        self._window.settle()
+        last = self._accumulation.completes() if last is None else last
+        self.states.begin_backward(last=last and self._reducing, local=not self._reducing)
+
+    def _unannounced_begins(self) -> None:
+        self._begin_backward()
         if not self._scaled.runs:
             if self.loss_scaler.active:
                 raise TrainingError(
@@ -432,7 +455,8 @@ class Engine(BatchSettings, nn.Module):
         self, loss: torch.Tensor, weight: float | torch.Tensor | None, *, divided: bool
     ) -> torch.Tensor:
         """Check a loss, note it, and return what backward starts from."""
-        self._check_loss(loss)
+        self._require_optimizer("run backward")
+        check_loss(loss)
         factor = self._accumulation.counted_steps if divided else 1
         weight = checked_weight(weight)
         self._declare(weighted=weight is not None)
@@ -449,24 +473,16 @@ class Engine(BatchSettings, nn.Module):
             )
         self.states.weighted = weighted
 
-    def _check_loss(self, loss: torch.Tensor) -> None:
+    def _require_optimizer(self, what: str) -> EngineOptimizer:
         if self.optimizer is None:
-            raise TrainingError("this engine has no optimizer, so it cannot run backward")
-        shape = getattr(loss, "shape", None)
-        if shape is None or loss.numel() != 1:
-            got = type(loss).__name__ if shape is None else tuple(shape)
-            raise TrainingError(f"backward needs a scalar loss, got {got}; reduce it, e.g. .mean()")
-        if not loss.requires_grad:
-            raise TrainingError(
-                "the loss has no graph: it was detached, or computed under torch.no_grad(), or no "
-                "trainable parameter took part in it"
-            )
+            raise TrainingError(f"this engine has no optimizer, so it cannot {what}")
+        return self.optimizer
 
     def _end_window(self, rates: Sequence[float], lr_kwargs: dict[str, Any] | None) -> None:
         if self._applied and self.lr_scheduler is not None:
             self.lr_scheduler.step(**(lr_kwargs or {}))
         samples, steps = self._accumulation.window_samples, self._accumulation.window_steps
-        self.progress.end_micro_batch()
+        self.progress.end_micro_batches(1)
         tokens = self._reporter.take_tokens() * self.job.mesh.size("data")
         self.progress.end_step(samples=samples, tokens=tokens, applied=self._applied)
         loss = self._reporter.mean_loss(self, *self._losses.take(), steps)
@@ -474,17 +490,3 @@ class Engine(BatchSettings, nn.Module):
             self, rates=rates, samples=samples, tokens=tokens, loss=loss, norm=self._norm
         )
         self.job.hub.step_end(self, self.last_report)
-
-    def _own_batches(self) -> Iterator[Any]:
-        if self.training_dataloader is None:
-            raise TrainingError(
-                "train_batch() without an iterator needs training_data given to initialize()"
-            )
-        from drivetrain.engine.loader import RepeatingLoader
-
-        if not hasattr(self, "_repeating"):
-            self._repeating = iter(RepeatingLoader(self.training_dataloader))
-        return self._repeating
-
-    def _groups(self) -> Iterable[dict[str, Any]]:
-        return () if self.optimizer is None else self.optimizer.param_groups

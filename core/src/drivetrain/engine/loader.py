@@ -356,6 +356,19 @@ class RepeatingLoader:
         raise TrainingError(f"the {type(self.loader).__name__} to repeat yields nothing")
 
 
+def endless_batches(loader: Iterable[Any] | None) -> Iterator[Any]:
+    """Return the micro-batches of an engine's own training loader, again and again.
+
+    Raises:
+        TrainingError: there is none.
+    """
+    if loader is None:
+        raise TrainingError(
+            "train_batch() without an iterator needs training_data given to initialize()"
+        )
+    return RepeatingLoader(loader)
+
+
 def _check(request: LoaderRequest) -> None:
     dataset, kind = request.dataset, type(request.dataset).__name__
     if request.batch_size < 1:

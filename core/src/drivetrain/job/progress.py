@@ -31,10 +31,10 @@ class Progress:
     in_window: int = field(default=0, compare=False)
     mode: Literal["train", "eval"] = field(default="train", compare=False)
 
-    def end_micro_batch(self) -> None:
-        """Count one micro-batch."""
-        self.micro_steps += 1
-        self.in_window += 1
+    def end_micro_batches(self, count: int) -> None:
+        """Count micro-batches."""
+        self.micro_steps += count
+        self.in_window += count
 
     def end_step(self, *, samples: int, tokens: int, applied: bool) -> None:
         """Count one accumulation boundary.

@@ -190,6 +190,7 @@ class GradientReducer:
     Attributes:
         reduce_now: whether gradients that arrive now may be reduced.
         weighted: whether the window's losses have weights; ranks agree on it in :meth:`finish`.
+        last: whether they are the last of their parameters in this window.
         in_turn: buckets are reduced when :meth:`passed` says so, not when their gradients are
             there: between other collectives that ranks have to issue in one order.
     """
@@ -202,7 +203,7 @@ class GradientReducer:
         every_backward: bool = False,
         watches: Sequence[GradientWatch] = (),
     ) -> None:
-        self.reduce_now = True
+        self.reduce_now = self.last = False
         self.weighted: bool | None = None
         self.in_turn = False
         self.buckets = buckets
@@ -222,6 +223,13 @@ class GradientReducer:
             self._hooks.append(hook)
 
     # -- during backward ----------------------------------------------------------------------
+
+    def begin_backward(self, *, last: bool, local: bool) -> None:
+        """See :class:`~drivetrain.contracts.state.model_states.ModelStates`."""
+        self.last = last
+        # What is deferred would be late in every round, so there is one for the whole window.
+        rounds = self._every_backward and not self._is_deferring
+        self.reduce_now = not local and (last or rounds)
 
     def gradients_ready(self, parameters: Iterable[nn.Parameter]) -> None:
         """Take ``.grad`` of parameters that hooks did not report, and end their deferral."""
@@ -313,8 +321,7 @@ class GradientReducer:
         """Reduce what nothing will be added to: all of the round, where each backward is one."""
         if not self.reduce_now:
             return
-        deferring = any(slot.deferred for slot in self.slots.values())
-        if self._every_backward and not deferring:
+        if self._every_backward and not self._is_deferring:
             for bucket in self.buckets[self._next :]:
                 self._send(bucket)
             self._begin_round()
@@ -322,6 +329,10 @@ class GradientReducer:
         for bucket in self.buckets:
             self._end(bucket)
         self._send_in_order()
+
+    @property
+    def _is_deferring(self) -> bool:
+        return any(slot.deferred for slot in self.slots.values())
 
     def _begin_round(self) -> None:
         self._next, self._between_rounds = 0, True
@@ -334,12 +345,15 @@ class GradientReducer:
         """Reduce what is left, wait for all, then reduce late gradients in a second round.
 
         Raises:
-            TrainingError: losses have weights on some ranks and none on others.
+            TrainingError: losses have weights on some ranks and none on others, or a gradient was
+                deferred and not reported.
         """
-        waiting = [
-            s.name for s in self.slots.values() if s.deferred and s.parameter.grad is not None
-        ]
-        assert not waiting, f"deferred gradients were never reported ready: {waiting}"
+        for slot in self.slots.values():
+            if slot.deferred and slot.parameter.grad is not None:
+                raise TrainingError(
+                    f"the gradient of parameter {slot.name} was deferred and never reported ready: "
+                    "call engine.gradients_ready() before engine.step()"
+                )
         if not self._between_rounds:
             for bucket in self.buckets[self._next :]:
                 self._send(bucket)
@@ -404,13 +418,13 @@ class GradientReducer:
         What one rank has sent, all ranks must send; a window without any backward sends nothing.
         """
         for slot in self.slots.values():
-            if not slot.deferred:
-                slot.parameter.grad, slot.arrived = None, False
+            slot.parameter.grad, slot.arrived = None, False
         if self._between_rounds or any(bucket.sent for bucket in self.buckets):
             self.finish()
 
     def restart(self) -> None:
         """Begin a new window."""
+        self.reduce_now = self.last = False
         self._next, self._between_rounds, self.weighted = 0, False, None
         for bucket in self.buckets:
             bucket.restart()

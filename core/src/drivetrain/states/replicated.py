@@ -177,8 +177,10 @@ class ReplicatedStates(ModelStates):
 
     # -- gradients ----------------------------------------------------------------------------
 
-    reduce_now = of_reducer("reduce_now")
     weighted = of_reducer("weighted")
+
+    def begin_backward(self, *, last: bool, local: bool) -> None:
+        self._reducer.begin_backward(last=last, local=local)
 
     def gradients_ready(self, parameters: Iterable[nn.Parameter]) -> None:
         self._reducer.gradients_ready(parameters)

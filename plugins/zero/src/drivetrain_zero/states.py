@@ -239,18 +239,13 @@ class ZeroStates(ModelStates):
 
     # -- gradients ----------------------------------------------------------------------------
 
-    @property
-    def reduce_now(self) -> bool:
-        """See :class:`~drivetrain.contracts.ModelStates`."""
-        return self._reducer.reduce_now
+    def begin_backward(self, *, last: bool, local: bool) -> None:
+        self._reducer.begin_backward(last=last, local=local)
+        self._tell_buckets()
 
-    @reduce_now.setter
-    def reduce_now(self, value: bool) -> None:
-        reduces = not self.local if self._policy.every_backward else value
-        self._reducer.reduce_now = reduces
+    def _tell_buckets(self) -> None:
         for bucket in self._sums:
-            bucket.local = not reduces
-            bucket.last = value
+            bucket.local, bucket.last = not self._reducer.reduce_now, self._reducer.last
 
     weighted = of_reducer("weighted")
 
@@ -365,6 +360,7 @@ class ZeroStates(ModelStates):
 
     def _open_window(self) -> None:
         self._reducer.restart()
+        self._tell_buckets()
 
     # -- changes from outside -----------------------------------------------------------------
 

@@ -197,11 +197,19 @@ def prepare_inputs(
 
 
 @hookspec(firstresult=True)
-def backward(engine: Engine, loss: torch.Tensor, retain_graph: bool) -> bool | None:
-    """Run the backward pass of one (already scaled) loss; answer ``True`` when done.
+def backward(
+    engine: Engine,
+    tensors: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor | None],
+    retain_graph: bool,
+) -> bool | None:
+    """Run one backward pass as ``torch.autograd.backward`` does; answer ``True`` when done.
 
-    First result. Once per ``engine.backward``, on every rank. Nothing may depend on it for
-    correctness, since users may call ``loss.backward()`` themselves.
+    It starts from one scaled loss, whose gradient is ``None``, or from outputs of a pipeline's
+    stage with the gradients of each.
+
+    First result. Once per ``engine.backward`` and ``engine.backward_from``, on every rank. Nothing
+    may depend on it for correctness, since users may call ``loss.backward()`` themselves.
     """
 
 

@@ -25,8 +25,8 @@ class ModelStates(ABC):
 
     An *accumulation window* is all that happens between two updates. One window, on every rank:
 
-    1. before each backward, the engine sets :attr:`reduce_now` (true in the last micro-batch),
-       :attr:`local` and :attr:`weighted`;
+    1. before each backward, :meth:`begin_backward`; with each loss, the engine sets
+       :attr:`weighted`;
     2. gradients arrive through autograd hooks, or :meth:`gradients_ready`; reduction starts as
        buckets fill and overlaps with the rest of backward;
     3. when a backward ends, :meth:`end_backward`;
@@ -34,11 +34,18 @@ class ModelStates(ABC):
     5. :meth:`update`, or :meth:`discard_gradients` to drop the window.
     """
 
-    reduce_now: bool = True
-    """Whether gradients that arrive now complete the window and may be reduced."""
+    @abstractmethod
+    def begin_backward(self, *, last: bool, local: bool) -> None:
+        """Gradients that arrive from now on are those of another backward; not collective.
 
-    local: bool = False
-    """Whether nothing may be communicated in backward (inside ``no_sync``)."""
+        A window begins as if told ``last=False``, so gradients that come unannounced are reduced
+        by :meth:`finish_reduction`.
+
+        Args:
+            last: a parameter gets no gradient in this window after the one that arrives now, so
+                that may be reduced at once.
+            local: nothing may be communicated in this backward (inside ``no_sync``).
+        """
 
     weighted: bool | None = None
     """Whether the losses of this window have weights; ``None`` before the first loss.

@@ -136,15 +136,6 @@ class SuspendedStates:
     # -- what works meanwhile, or depends on more than the method -----------------------------
 
     @property
-    def reduce_now(self) -> bool:
-        """See :class:`~drivetrain.contracts.ModelStates`."""
-        return self.inner.reduce_now
-
-    @reduce_now.setter
-    def reduce_now(self, value: bool) -> None:
-        self.inner.reduce_now = value
-
-    @property
     def weighted(self) -> bool | None:
         """See :class:`~drivetrain.contracts.ModelStates`."""
         return self.inner.weighted
@@ -153,18 +144,10 @@ class SuspendedStates:
     def weighted(self, value: bool | None) -> None:
         self.inner.weighted = value
 
-    @property
-    def local(self) -> bool:
-        """See :class:`~drivetrain.contracts.ModelStates`; set whenever a pass begins."""
-        return self.inner.local
-
-    @local.setter
-    def local(self, value: bool) -> None:
-        if self._is_away(_PARAMETERS):
-            self.refuse("a forward or backward pass")
-        if torch.is_grad_enabled() and self._is_away(_GRADIENTS):
-            self.refuse("a pass that makes gradients (use torch.no_grad() where none are wanted)")
-        self.inner.local = value
+    def begin_backward(self, *, last: bool, local: bool) -> None:
+        away = self._is_away(_PARAMETERS) or self._is_away(_GRADIENTS)
+        states = self.refuse("a backward pass") if away else self.inner
+        states.begin_backward(last=last, local=local)
 
     def flush(self) -> None:
         """Return at once: nothing was begun since the states were flushed and moved."""
