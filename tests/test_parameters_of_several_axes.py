@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from several_axes import RATE, ROWS, data, make
 from torch import nn
 from toy_tensor_parallel import Model, ToyTensorParallel
 
@@ -21,37 +22,12 @@ from drivetrain.plan.registry import Registry
 from drivetrain.testing import RanksFailedError, run_distributed
 
 AVERAGED = {"weight_average": {"decay": 0.9}}
-STEPS, ROWS, RATE = 4, 3, 0.1
+STEPS = 4
 LAYOUTS = [pytest.param(1, 2, id="dp 1 x tp 2"), pytest.param(2, 2, id="dp 2 x tp 2")]
 STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 
 Curve = list[tuple[float, float]]
 """Loss and norm of the gradient before clipping, by step."""
-
-
-def make(
-    stage: int, tp: int, clipping: float = 0.0, model: nn.Module | None = None, **changes: Any
-) -> Engine:
-    engine, *_ = drivetrain.initialize(
-        model=model or Model().double(),
-        config={
-            "train_micro_batch_size_per_gpu": ROWS,
-            "gradient_clipping": clipping,
-            "optimizer": {"type": "SGD", "params": {"lr": RATE, "momentum": 0.9}},
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-            "data_parallel": {"bucket_bytes": 256, "first_bucket_bytes": 64},
-            "toy_tensor_parallel": {"tp": tp},
-            **changes,
-        },
-        registry=Registry.installed().with_plugins(ToyTensorParallel),
-    )
-    return engine
-
-
-def data(step: int, shard: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(100 * step + shard)
-    x = torch.randn(ROWS, 3, generator=generator, dtype=torch.float64)
-    return x, torch.sin(3 * x.sum(-1))
 
 
 def train(engine: Engine, begin: int, end: int, shards: int | None = None) -> Curve:

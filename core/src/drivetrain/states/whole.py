@@ -1,15 +1,26 @@
-"""One rank's changes of parameters that every rank keeps whole reach all the others."""
+"""Parameters whole, wherever and in however many parts ranks keep them.
+
+[Note: levels of whole] A parameter is kept in parts on two levels. Model states may keep shards of
+what this rank's module has, and show the whole of that through a handle. That in turn may be a part
+of the client's tensor, as its placement says. So states gather first and boxes are put together
+then; on the way back boxes are taken out first. Each level brings one rank's changes to all ranks
+that have copies on that level.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from drivetrain.contracts.state.fragment import Box
 from drivetrain.contracts.world.collective import Purpose, Tag
 from drivetrain.errors import TrainingError
 from drivetrain.job.job import open_jobs
@@ -17,134 +28,201 @@ from drivetrain.states.changed_parameters import digests
 from drivetrain.tensor_parts import tensor_parts
 
 if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+    from drivetrain.contracts.state.parameters import Placement
     from drivetrain.contracts.world.axis import Axis
     from drivetrain.job.job import Job
 
 
 _SAME, _CHANGED, _OTHER_SHAPE = range(3)
 
+_local: MutableMapping[nn.Parameter, torch.Tensor] = WeakTensorKeyDictionary()
+"""This rank's parts of the parameters that show the client's whole tensor now."""
 
-class ReplicaWrites:
+
+def shows_client_tensor(parameter: nn.Parameter) -> bool:
+    """Whether :func:`whole` lets a parameter, of which this rank has a part, show all of it now."""
+    return parameter in _local
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Whose changes of a parameter reach whom.
+
+    Args:
+        job: knows the parameter.
+        axes: along which ranks have copies; the writing rank is one along the first.
+    """
+
+    job: Job
+    axes: tuple[Axis, ...]
+
+
+class CopyWrites:
     """What some parameters were before a script changed them.
 
     Args:
-        parameters: any; those that no open job knows are left alone.
-        write_rank: the data-parallel rank whose changes count. Of its replicas along other axes,
-            the first that has changed a parameter counts.
+        copies: the parameters, with who has copies of each.
+        write_rank: the rank along the first axis whose changes count. Of its copies along other
+            axes, the first that has changed a parameter counts.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], write_rank: int) -> None:
+    def __init__(self, copies: Mapping[nn.Parameter, _Copies], write_rank: int) -> None:
         self._write_rank = write_rank
-        self._groups: dict[tuple[Job, Axis, Axis], list[nn.Parameter]] = defaultdict(list)
-        jobs = open_jobs()[::-1]
-        for parameter in parameters:
-            job = next((job for job in jobs if parameter in job.parameters), None)
-            if job is not None:
-                info = job.parameters.info(parameter)
-                copies = info.reduction, job.parameters.replicated(info)
-                self._groups[job, *copies].append(parameter)
-        self._before = {
-            key: [_state(parameter) for parameter in members]
-            for key, members in self._groups.items()
-        }
+        self._groups: dict[_Copies, dict[nn.Parameter, _State]] = defaultdict(dict)
+        for parameter, who in copies.items():
+            self._groups[who][parameter] = _state(parameter)
 
-    def keep(self) -> None:
-        """Give all ranks what the writing rank has changed; masters follow. Collective.
+    def changed(self) -> list[nn.Parameter]:
+        """Those that this rank has changed."""
+        pairs = (pair for before in self._groups.values() for pair in before.items())
+        return [parameter for parameter, old in pairs if _change(old, _state(parameter))]
+
+    def spread(self) -> Iterator[tuple[Job, list[nn.Parameter], set[nn.Parameter]]]:
+        """Give all ranks what the writing rank has changed. Collective.
+
+        Yields:
+            Of each job, parameters that have other values now, and those that have not.
 
         Raises:
             TrainingError: another rank has changed a parameter, or one has another shape.
         """
-        for (job, axis, replicated), members in self._groups.items():
-            before = self._before[job, axis, replicated]
-            written = self._agree(job, axis, replicated, members, before)
-            for parameter, replica in written.items():
-                tag = Tag(Purpose.STATE, job.parameters.info(parameter).name, "changed whole")
+        for who, before in self._groups.items():
+            written = self._agree(who, before)
+            for parameter, source in written.items():
+                tag = Tag(Purpose.STATE, who.job.parameters.info(parameter).name, "changed whole")
                 for part in _parts(parameter):
                     dense = part.contiguous()
-                    job.communicator.broadcast(dense, replicated, tag, source=replica)
-                    job.communicator.broadcast(dense, axis, tag, source=self._write_rank)
+                    for axis, rank in reversed([*zip(who.axes, source, strict=True)]):
+                        who.job.communicator.broadcast(dense, axis, tag, source=rank)
                     if dense is not part:
                         part.copy_(dense)
-            same = set(members).difference(written)
-            for engine in job.engines:
-                engine.states.take_over(written, same)
+            yield who.job, [*written], set(before).difference(written)
 
     def _agree(
-        self,
-        job: Job,
-        axis: Axis,
-        replicated: Axis,
-        members: list[nn.Parameter],
-        before: list[tuple[torch.Size, torch.Tensor]],
-    ) -> dict[nn.Parameter, int]:
-        """Those that the writing rank has changed, and the first of its replicas that has."""
-        communicator, axes = job.communicator, (axis, replicated)
-        found = torch.zeros(len(members), *map(communicator.size, axes), dtype=torch.int32)
+        self, who: _Copies, before: Mapping[nn.Parameter, _State]
+    ) -> dict[nn.Parameter, list[int]]:
+        """Those that the writing rank has changed, and where along each axis that was."""
+        communicator, axes = who.job.communicator, who.axes
+        found = torch.zeros(len(before), *map(communicator.size, axes), dtype=torch.int32)
         place = tuple(map(communicator.rank, axes))
-        for row, parameter, old in zip(found, members, before, strict=True):
+        for row, (parameter, old) in zip(found, before.items(), strict=True):
             row[place] = _change(old, _state(parameter))
-        for each in axes:
-            communicator.all_reduce(found, each, Tag(Purpose.STATE, site="changed whole"))
+        for axis in axes:
+            communicator.all_reduce(found, axis, Tag(Purpose.STATE, site="changed whole"))
         written = {}
-        for parameter, copies in zip(members, found, strict=True):
-            name = job.parameters.info(parameter).name
-            changes = copies.amax(dim=1).tolist()
+        for parameter, copies in zip(before, found, strict=True):
+            name = who.job.parameters.info(parameter).name
+            changes = copies.flatten(1).amax(dim=1).tolist()
             if _OTHER_SHAPE in changes:
                 raise TrainingError(
                     f"parameter {name} has another shape after it was changed: resize parameters "
                     "before the engine is built"
                 )
             if any(changes) and not changes[self._write_rank]:
-                who = next(rank for rank, change in enumerate(changes) if change)
+                rank = next(rank for rank, change in enumerate(changes) if change)
                 raise TrainingError(
-                    f"parameter {name} was changed on rank {who}, but modifier_rank (write_rank) "
+                    f"parameter {name} was changed on rank {rank}, but modifier_rank (write_rank) "
                     f"is {self._write_rank}, whose copy is as it was: the change would be lost"
                 )
             if any(changes):
-                written[parameter] = int(copies[self._write_rank].argmax())
+                first: list[int] = copies[self._write_rank].nonzero()[0].tolist()
+                written[parameter] = [self._write_rank, *first]
         return written
+
+
+_State = tuple[torch.Size, torch.Tensor]
 
 
 def _parts(parameter: nn.Parameter) -> list[torch.Tensor]:
     return list(tensor_parts(parameter.detach(), "parameter").values())
 
 
-def _state(parameter: nn.Parameter) -> tuple[torch.Size, torch.Tensor]:
+def _state(parameter: nn.Parameter) -> _State:
     return parameter.shape, digests(_parts(parameter))
 
 
-def _change(before: tuple[torch.Size, torch.Tensor], after: tuple[torch.Size, torch.Tensor]) -> int:
+def _change(before: _State, after: _State) -> int:
     if before[0] != after[0]:
         return _OTHER_SHAPE
     return _SAME if torch.equal(before[1], after[1]) else _CHANGED
+
+
+def _copies(parameters: Iterable[nn.Parameter], *, placed: bool) -> dict[nn.Parameter, _Copies]:
+    """Who has copies of parameters; of parts or, if ``placed``, of the client's tensors.
+
+    Those that no open job knows are left out, and those of which this rank has no part.
+    """
+    found, jobs = {}, open_jobs()[::-1]
+    for parameter in parameters:
+        job = next((job for job in jobs if parameter in job.parameters), None)
+        if job is None:
+            continue
+        info = job.parameters.info(parameter)
+        axes: tuple[Axis, ...] = info.reduction, job.parameters.replicated(info)
+        if placed:
+            placement = info.placement
+            if placement is None or job.communicator.size(placement.axis) == 1:
+                continue
+            axes += (placement.axis,)
+        found[parameter] = _Copies(job, axes)
+    return found
 
 
 @contextmanager
 def whole(
     target: nn.Module | nn.Parameter | Iterable[nn.Parameter], write_rank: int | None = None
 ) -> Iterator[None]:
-    """Use parameters whole inside the block, wherever they are kept.
+    """Use the client's tensors whole inside the block, wherever and in what parts they are kept.
 
-    Collective over the ranks that share the parameters. With ``write_rank``, changes inside the
-    block reach all ranks and the masters, at every stage; without it, ordinary parameters are left
-    alone. An exception inside the block keeps changes of ordinary parameters where they are.
+    Collective over the ranks that share the parameters or have parts of them. With ``write_rank``,
+    changes inside the block reach all ranks and the masters, at every stage; without it, ordinary
+    parameters are left alone. An exception inside the block keeps changes of ordinary parameters
+    where they are.
 
     Args:
         target: a module (all its parameters), a parameter, or several.
-        write_rank: the data-parallel rank whose changes are kept; ``None`` discards changes of
-            sharded parameters.
+        write_rank: the data-parallel rank whose changes are kept. ``None``: parameters that are
+            kept in parts must not be changed.
 
     Raises:
-        TrainingError: a parameter was changed on another rank only, so the change would be lost.
+        TrainingError: a parameter was changed where the change would be lost.
     """
     several = target.parameters() if isinstance(target, nn.Module) else target
     parameters = [several] if isinstance(several, nn.Parameter) else list(several)
+    inside = [parameter for parameter in parameters if parameter in _local]
+    if inside and write_rank is not None:
+        raise TrainingError(
+            f"a parameter of shape {tuple(inside[0].shape)} is gathered for writing inside a block "
+            "that gathers it already: leave the outer block first, its changes might be lost"
+        )
+    outside = [parameter for parameter in parameters if parameter not in _local]
+    with whole_parts(outside, write_rank):
+        placed = _copies(outside, placed=True)
+        _show_client_tensors(placed)
+        before = CopyWrites(placed, write_rank or 0)
+        try:
+            yield
+        finally:
+            try:
+                _keep_written(before, placed, write_rank)
+            finally:
+                for parameter in placed:
+                    parameter.data = _local.pop(parameter)
+
+
+@contextmanager
+def whole_parts(
+    parameters: Sequence[nn.Parameter], write_rank: int | None = None
+) -> Iterator[None]:
+    """Use all that this rank's module has of each parameter; see :func:`whole` for the rest."""
     every = [getattr(parameter, "drivetrain_handle", None) for parameter in parameters]
     handles = [handle for handle in every if handle is not None]
     writes = None
     if write_rank is not None and len(handles) < len(parameters):
-        pairs = zip(parameters, every, strict=True)
-        writes = ReplicaWrites((p for p, handle in pairs if handle is None), write_rank)
+        ordinary = (p for p, handle in zip(parameters, every, strict=True) if handle is None)
+        writes = CopyWrites(_copies(ordinary, placed=False), write_rank)
     gathered = []
     try:
         for handle in handles:
@@ -154,18 +232,19 @@ def whole(
     finally:
         for handle in reversed(gathered):
             handle.release(write_rank)
-    if writes is not None:
-        writes.keep()
+    for job, written, same in writes.spread() if writes is not None else ():
+        for engine in job.engines:
+            engine.states.take_over(written, same)
 
 
 @contextmanager
 def handed_over(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Take the values of ``parameters`` inside the block, whole; whoever sharded them forgets them.
+    """Take what this rank has of ``parameters`` inside the block; whoever sharded it forgets it.
 
     For model states that are about to keep the parameters in their own way. Collective, as
     :func:`whole` is.
     """
-    with whole(parameters):
+    with whole_parts(parameters):
         yield
     for parameter in parameters:
         vars(parameter).pop("drivetrain_handle", None)
@@ -184,3 +263,90 @@ def whole_state_dict(module: nn.Module, **options: Any) -> dict[str, Any]:
                 for key, value in state.items()
             }
     return state
+
+
+# -- boxes of the client's tensors -----------------------------------------------------------------
+
+
+def _show_client_tensors(placed: Mapping[nn.Parameter, _Copies]) -> None:
+    """Let parameters show all of the tensors of which this rank has boxes. Collective."""
+    for parameter, boxes in _boxes_of_all(placed).items():
+        job = placed[parameter].job
+        info, mine = job.parameters.info(parameter), parameter.data
+        assert info.placement is not None
+        tensor = mine.new_zeros(info.placement.global_shape)
+        longest = max(box.local_offset + box.numel for theirs in boxes for box in theirs)
+        held = mine.reshape(-1)[:longest].view(torch.uint8)
+        row = torch.zeros(longest * mine.itemsize, dtype=torch.uint8, device=mine.device)
+        row[: held.numel()] = held
+        rows = row.new_empty(len(boxes) * row.numel())
+        tag = Tag(Purpose.STATE, info.name, "parts")
+        job.communicator.all_gather(rows, row, info.placement.axis, tag)
+        for flat, theirs in zip(rows.view(len(boxes), -1).view(mine.dtype), boxes, strict=True):
+            for box in theirs:
+                box.of(tensor).copy_(box.of_storage(flat))
+        _local[parameter] = mine
+        parameter.data = tensor
+
+
+def _boxes_of_all(placed: Mapping[nn.Parameter, _Copies]) -> dict[nn.Parameter, list[list[Box]]]:
+    """The boxes of each parameter that each rank along its placement's axis has. Collective."""
+    found: dict[nn.Parameter, list[list[Box]]] = {}
+    together: dict[tuple[Job, Axis], dict[nn.Parameter, Placement]] = defaultdict(dict)
+    for parameter, who in placed.items():
+        placement = who.job.parameters.info(parameter).placement
+        assert placement is not None
+        together[who.job, placement.axis][parameter] = placement
+    for (job, axis), placements in together.items():
+        numbers: list[int] = []
+        for placement in placements.values():
+            numbers.append(len(placement.boxes))
+            for box in placement.boxes:
+                numbers += (*box.global_offset, *box.size, box.local_offset)
+        for theirs in map(iter, _gathered_numbers(job, axis, numbers)):
+            for parameter, placement in placements.items():
+                boxes, dims = [], len(placement.global_shape)
+                for _ in range(next(theirs)):
+                    offset, size = (tuple(islice(theirs, dims)) for _ in range(2))
+                    boxes.append(Box(offset, size, next(theirs)))
+                found.setdefault(parameter, []).append(boxes)
+    return found
+
+
+def _gathered_numbers(job: Job, axis: Axis, numbers: Sequence[int]) -> list[list[int]]:
+    """As many integers as each rank along ``axis`` has. Collective."""
+    communicator, tag = job.communicator, Tag(Purpose.CONTROL, site="boxes of parts")
+    ranks = communicator.size(axis)
+    length = torch.tensor([len(numbers)], device=job.device)
+    lengths = length.new_empty(ranks)
+    communicator.all_gather(lengths, length, axis, tag)
+    own = length.new_zeros(max(lengths.tolist()))
+    own[: len(numbers)] = torch.tensor(numbers, device=job.device)
+    rows = own.new_empty(ranks * own.numel())
+    communicator.all_gather(rows, own, axis, tag)
+    every: list[list[int]] = rows.view(ranks, -1).tolist()
+    return every
+
+
+def _keep_written(
+    before: CopyWrites, placed: Mapping[nn.Parameter, _Copies], write_rank: int | None
+) -> None:
+    """Take this rank's boxes out of tensors that were changed. Collective with ``write_rank``.
+
+    Raises:
+        TrainingError: a tensor was changed where the change would be lost.
+    """
+    for changed in before.changed() if write_rank is None else ():
+        name = placed[changed].job.parameters.info(changed).name
+        raise TrainingError(
+            f"parameter {name} was changed inside a block that gathers it for reading, so the "
+            "change would be lost: give modifier_rank (write_rank)"
+        )
+    for job, written, _ in before.spread() if write_rank is not None else ():
+        for parameter in written:
+            placement, mine = job.parameters.info(parameter).placement, _local[parameter]
+            assert placement is not None
+            flat = mine.reshape(-1).clone()
+            for box in placement.boxes:
+                box.of_storage(flat).copy_(box.of(parameter.detach()))
+            mine.copy_(flat.view_as(mine))

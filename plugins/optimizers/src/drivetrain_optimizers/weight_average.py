@@ -97,11 +97,10 @@ def _show_average(engine: Engine, parameter: nn.Parameter, fragments: Sequence[F
     info: ParameterInfo = engine.job.parameters.info(parameter)
     if not parameter.requires_grad:
         return
-    shape = parameter.shape if info.placement is None else info.placement.global_shape
     dtype = torch.promote_types(info.master_dtype or info.compute_dtype, torch.float32)
     mine = [f for f in fragments if f.name == info.name]
     # Ranks keep different parts or copies of one; whoever has a number has the largest.
-    whole = torch.full(tuple(shape), -torch.inf, dtype=dtype, device=engine.device)
+    whole = torch.full(info.whole_shape, -torch.inf, dtype=dtype, device=engine.device)
     for fragment in mine:
         if fragment.kind == AVERAGE:
             flat = fragment.read().to(whole)

@@ -71,9 +71,18 @@ class ParameterInfo:
     sparse: bool = False
     extra: dict[str, object] = field(default_factory=dict)
 
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the client's tensor."""
+        return self.shape if self.placement is None else self.placement.global_shape
+
 
 class ParameterHandle(Protocol):
-    """Attached to a parameter by whoever shards it, as attribute ``drivetrain_handle``."""
+    """Attached to a parameter by whoever shards it, as attribute ``drivetrain_handle``.
+
+    *Whole* is what this rank's module has of the parameter. Where that is a part of the client's
+    tensor, core puts the parts together, as their :class:`Placement` says.
+    """
 
     def gather(self, write_rank: int | None) -> None:
         """Make ``parameter.data`` the whole tensor. Collective."""

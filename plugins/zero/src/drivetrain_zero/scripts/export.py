@@ -47,12 +47,15 @@ def save_16bit_model(
         True.
 
     Raises:
-        ConfigError: at stage 3, ``stage3_gather_16bit_weights_on_model_save`` is not set.
+        ConfigError: at stage 3, ``stage3_gather_16bit_weights_on_model_save`` is not set; or ranks
+            have parameters that the first one has not.
         OSError: the file cannot be written.
     """
     section = engine.job.plan.section(ZeroSection)
     if section.stage == 3 and not section.stage3_gather_16bit_weights_on_model_save:
         raise ConfigError(f"{_KEY}: must be true for save_16bit_model at stage 3, which gathers")
+    for parameter in engine.module.parameters():
+        _refuse_distinct(engine, parameter)
     with ExitStack() as held:
         entries = list(_entries(engine, held, exclude_frozen_parameters))
         if engine.job.rank == 0:
@@ -62,6 +65,17 @@ def save_16bit_model(
                 entry.read()  # which takes part in the gather
     engine.job.communicator.barrier("world", Tag(Purpose.CONTROL, site="16-bit model"))
     return True
+
+
+def _refuse_distinct(engine: Engine, parameter: nn.Parameter) -> None:
+    info, mesh = engine.job.parameters.info(parameter), engine.job.mesh
+    axes = [axis for axis in info.distinct if mesh.size(axis) > 1]
+    if axes:
+        raise ConfigError(
+            f"save_16bit_model writes what the first rank has, but along {axes[0]} ranks have "
+            f"others than {info.name}: use engine.save_checkpoint(), and export the checkpoint "
+            "with `drivetrain checkpoint export`"
+        )
 
 
 def _write(folder: str, name: str, entries: list[TensorEntry]) -> None:
@@ -84,7 +98,7 @@ def _entries(engine: Engine, held: ExitStack, exclude_frozen: bool) -> Iterator[
         for parameter in unit.parameters:
             if exclude_frozen and not parameter.requires_grad:
                 continue
-            dtype, shape = parameter.dtype, parameters.info(parameter).shape
+            dtype, shape = parameter.dtype, parameters.info(parameter).whole_shape
             for name in names[parameter]:
                 yield TensorEntry(name, dtype, shape, partial(gather.read, parameter))
     for name, buffer in _persistent_buffers(module):

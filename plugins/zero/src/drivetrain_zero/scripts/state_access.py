@@ -1,8 +1,7 @@
 """Reading and writing single states of an engine, whatever keeps them: over fragments.
 
-Values are those of the parameter as this rank's module has it. Every rank that shares the
-parameter calls with the same one; what no rank shares (another tensor-parallel shard, another
-pipeline stage) is not asked.
+Values are those of the client's tensor. Every rank that shares the parameter, or has a part of it,
+calls with the same one; ranks that have others (another pipeline stage) are not asked.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,18 +84,18 @@ class StateAccess:
             raise TrainingError("there is no gradient yet in this window that could be overwritten")
         fragments = self._fragments()
         for part, given in zip(self._parts, values, strict=True):
-            if given.shape != part.parameter.shape:
+            if given.shape != part.info.whole_shape:
                 raise TrainingError(
                     f"the {part.kind} of parameter {part.info.name} has shape "
-                    f"{tuple(part.parameter.shape)}, got a value of shape {tuple(given.shape)}"
+                    f"{part.info.whole_shape}, got a value of shape {tuple(given.shape)}"
                 )
             value = given.detach().to(self.engine.device, part.dtype, copy=True).contiguous()
             tag = Tag(Purpose.STATE, part.info.name, f"set {part.kind}")
             replicated = self.engine.job.parameters.replicated(part.info)
-            for axis in (replicated, part.info.reduction):
+            for axis in (*part.axes[::-1], replicated):
                 self.engine.job.communicator.broadcast(value, axis, tag)
             for fragment in self._followers(fragments, part):
-                _put(fragment, part.info, value / scale)
+                _put(fragment, value / scale)
         self._written()
 
     def read_local(self) -> list[torch.Tensor | None]:
@@ -164,24 +164,25 @@ class StateAccess:
     def _gathered(
         self, fragments: dict[tuple[str, str], list[Fragment]]
     ) -> dict[_Part, torch.Tensor | None]:
-        together: dict[tuple[Axis, torch.dtype], list[_Part]] = defaultdict(list)
+        together: dict[tuple[tuple[Axis, ...], torch.dtype], list[_Part]] = defaultdict(list)
         for part in self._parts:
-            together[part.info.reduction, part.dtype].append(part)
+            together[part.axes, part.dtype].append(part)
         found: dict[_Part, torch.Tensor | None] = {}
-        for (axis, dtype), parts in together.items():
-            sizes = [part.parameter.numel() + 1 for part in parts]  # one says that it is there
+        for (axes, dtype), parts in together.items():
+            sizes = [prod(part.info.whole_shape) + 1 for part in parts]  # one says that it is there
             flat = torch.full((sum(sizes),), -0.0, dtype=dtype, device=self.engine.device)
             slots = torch.split(flat, sizes)
             for part, slot in zip(parts, slots, strict=True):
                 for fragment in fragments[part.key]:
-                    _take(fragment, part.info, slot[:-1])
+                    _take(fragment, slot[:-1].view(part.info.whole_shape))
                     slot[-1] = 1.0
             tag = Tag(Purpose.STATE, parts[0].info.name, f"get {self._kind}")
-            communicator = self.engine.job.communicator
-            communicator.all_reduce(flat.view(_BITS[dtype]), axis, tag, op=Op.MAX)
+            for axis in axes:
+                bits = flat.view(_BITS[dtype])
+                self.engine.job.communicator.all_reduce(bits, axis, tag, op=Op.MAX)
             for part, slot in zip(parts, slots, strict=True):
                 there = float(slot[-1]) == 1.0
-                found[part] = slot[:-1].view(part.parameter.shape) if there else None
+                found[part] = slot[:-1].view(part.info.whole_shape) if there else None
         return found
 
     def _known(self) -> str:
@@ -201,6 +202,12 @@ class _Part:
     parameter: nn.Parameter
     info: ParameterInfo
     kind: str
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Axes along which ranks have it, or parts of it."""
+        placement = self.info.placement
+        return (self.info.reduction, *(() if placement is None else (placement.axis,)))
 
     @property
     def key(self) -> tuple[str, str]:
@@ -248,28 +255,16 @@ def _flat(fragments: Sequence[Fragment], dtype: torch.dtype) -> torch.Tensor:
     return torch.cat([part.to(dtype) for part in parts]) if parts else torch.empty(0, dtype=dtype)
 
 
-def _take(fragment: Fragment, info: ParameterInfo, flat: torch.Tensor) -> None:
-    """Copy what ``fragment`` holds to its places in the flat parameter."""
-    stored, placement = fragment.read(), info.placement
-    target = (
-        flat.view(info.shape) if placement is None else flat.new_full(placement.global_shape, -0.0)
-    )
+def _take(fragment: Fragment, whole: torch.Tensor) -> None:
+    """Copy what ``fragment`` holds to its places in the whole tensor."""
+    stored = fragment.read()
     for box in fragment.boxes:
-        box.of(target).copy_(box.of_storage(stored))
-    for box in placement.boxes if placement is not None else ():
-        mine, new = box.of_storage(flat), box.of(target)
-        held = new.view(_BITS[flat.dtype]) != torch.iinfo(_BITS[flat.dtype]).min
-        mine.copy_(torch.where(held, new, mine))
+        box.of(whole).copy_(box.of_storage(stored))
 
 
-def _put(fragment: Fragment, info: ParameterInfo, value: torch.Tensor) -> None:
-    """Overwrite what ``fragment`` holds with its places of the whole parameter."""
-    source = value
-    if info.placement is not None:
-        source = value.new_zeros(info.placement.global_shape)
-        for box in info.placement.boxes:
-            box.of(source).copy_(box.of_storage(value.reshape(-1)))
+def _put(fragment: Fragment, whole: torch.Tensor) -> None:
+    """Overwrite what ``fragment`` holds with its places of the whole tensor."""
     stored = fragment.read().detach().clone()
     for box in fragment.boxes:
-        box.of_storage(stored).copy_(box.of(source))
+        box.of_storage(stored).copy_(box.of(whole))
     fragment.write(stored)

@@ -1,8 +1,9 @@
 """``safe_get_*`` and ``safe_set_*``: single states by parameter, at every stage.
 
-Where a function's name says *full*, values have the parameter's shape and the call is collective
-over the ranks that share the parameter. Where it says *local*, they are what this rank keeps, flat;
-getting is not collective for them, except for gradients, and setting is.
+Where a function's name says *full*, values have the shape of the client's tensor and the call is
+collective over the ranks that share the parameter or have parts of it. Where it says *local*, they
+are what this rank keeps, flat; getting is not collective for them, except for gradients, and
+setting is.
 
 Gradients are what plain torch has in ``.grad`` after the window's last backward: the mean over the
 global batch, without loss scale, before clipping. They can be read and written between that

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from drivetrain.errors import TrainingError
-from drivetrain.states.whole import whole
+from drivetrain.states.whole import whole, whole_parts
 from drivetrain_zero.scripts.copies import Hook
 
 if TYPE_CHECKING:
@@ -115,10 +115,11 @@ def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) ->
 
 @contextmanager
 def unwrap_model_for_generation(engine: Engine) -> Iterator[nn.Module]:
-    """The engine's module with all parameters whole, so that ranks may generate independently.
+    """The engine's module with all that its forward needs, so that ranks may generate alone.
 
-    Collective on entering and leaving only: inside, ranks may run forward different numbers of
-    times. Needs memory for the whole model.
+    Collective on entering and leaving only: inside, data-parallel ranks may run forward different
+    numbers of times. Needs memory for all of the module. Tensor-parallel parts stay parts, which is
+    what the forward is made for.
     """
-    with whole(engine.module):
+    with whole_parts([*engine.module.parameters()]):
         yield engine.module

@@ -22,7 +22,7 @@ from drivetrain.errors import TrainingError
 from drivetrain.states.buckets import is_first_copy
 from drivetrain.states.device_home import segment_fragment
 from drivetrain.states.loose import broadcast_first
-from drivetrain.states.whole import handed_over
+from drivetrain.states.whole import handed_over, shows_client_tensor
 from drivetrain_zero.shards.foreign_changes import ForeignChanges
 from drivetrain_zero.shards.packing import Packing, pack
 from drivetrain_zero.shards.secondary import SecondaryShard
@@ -362,6 +362,8 @@ class ShardedBucket:
             return
         shown = zip(self.parameters, self._shown, self._versions, strict=True)
         for parameter, value, version in shown:
+            if shows_client_tensor(parameter):
+                continue  # changes are kept, or refused, when it ends
             if parameter._version != version or parameter.data_ptr() != value.data_ptr():
                 name = self._job.parameters.info(parameter).name
                 raise TrainingError(
