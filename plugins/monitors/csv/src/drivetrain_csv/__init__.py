@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from drivetrain.contracts import Bool, PathText, Section, Sections
-from drivetrain.engine.monitor import Event, Monitor, writable_folder
+from drivetrain.monitor import Event, Monitor, writable_folder
 
 if TYPE_CHECKING:
     from typing import TextIO
+
+    from drivetrain import Engine
 
 __all__ = ["CsvMonitor", "CsvSection", "CsvWriter"]
 
@@ -35,7 +37,7 @@ class CsvMonitor(Monitor):
     name = "csv_monitor"
     sections: ClassVar[Sections] = {"csv_monitor": CsvSection}
 
-    def open_writer(self, number: int) -> CsvWriter:
+    def open_writer(self, engine: Engine, number: int) -> CsvWriter:
         section = self.section(CsvSection)
         job = section.job_name if number == 0 else f"{section.job_name}.{number}"
         folder = Path(section.output_path) / job

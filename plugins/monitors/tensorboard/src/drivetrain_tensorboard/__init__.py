@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from drivetrain.contracts import Bool, PathText, Section, Sections
-from drivetrain.engine.monitor import Event, Monitor, writable_folder
+from drivetrain.monitor import Event, Monitor, writable_folder
+
+if TYPE_CHECKING:
+    from drivetrain import Engine
 
 __all__ = ["TensorBoard", "TensorBoardSection", "TensorBoardWriter"]
 
@@ -32,7 +35,7 @@ class TensorBoard(Monitor):
     name = "tensorboard"
     sections: ClassVar[Sections] = {"tensorboard": TensorBoardSection}
 
-    def open_writer(self, number: int) -> TensorBoardWriter:
+    def open_writer(self, engine: Engine, number: int) -> TensorBoardWriter:
         section = self.section(TensorBoardSection)
         job = section.job_name if number == 0 else f"{section.job_name}.{number}"
         folder = Path(section.output_path) / job
