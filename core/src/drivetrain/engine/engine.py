@@ -17,6 +17,7 @@ from drivetrain.engine.backward_window import (
     starting_points,
 )
 from drivetrain.engine.loader import build_loader, endless_batches
+from drivetrain.engine.micro_batches import mean_over_ranks
 from drivetrain.engine.step_reporter import StepReporter
 from drivetrain.engine.stepping import checked_weight, total_weight
 from drivetrain.errors import TrainingError
@@ -285,7 +286,7 @@ class Engine(EngineSettings, nn.Module):
             self._batches = self._batches or endless_batches(self.training_dataloader)
             data_iter = self._batches
         self.train()
-        return self.runner.run(data_iter, train=True)
+        return mean_over_ranks(self.job, self.runner.run(data_iter, train=True))
 
     def eval_batch(self, data_iter: Iterator[Any]) -> torch.Tensor:
         """Mean loss of one micro-batch per data shard, without gradients."""
@@ -293,7 +294,7 @@ class Engine(EngineSettings, nn.Module):
         self.eval()
         try:
             with torch.no_grad():
-                return self.runner.run(data_iter, train=False)
+                return mean_over_ranks(self.job, self.runner.run(data_iter, train=False))
         finally:
             self.train(was_training)
 
@@ -483,7 +484,7 @@ class Engine(EngineSettings, nn.Module):
             self.lr_scheduler.step(**(lr_kwargs or {}))
         samples, steps = self._accumulation.window_samples, self._accumulation.window_steps
         self.progress.end_micro_batches(1)
-        tokens = self._reporter.take_tokens() * self.job.mesh.size("data")
+        tokens = self._reporter.tokens_of_step(self.job)
         self.progress.end_step(samples=samples, tokens=tokens, applied=self._applied)
         loss = self._reporter.mean_loss(self, *self._losses.take(), steps)
         self.last_report = self._reporter.report(

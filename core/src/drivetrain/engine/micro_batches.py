@@ -9,12 +9,14 @@ import torch
 from torch.utils import _pytree as pytree
 
 from drivetrain.contracts.world.collective import Purpose, Tag
-from drivetrain.engine.stepping import checked_weight
+from drivetrain.engine.stepping import checked_weight, loss_axes
 from drivetrain.errors import TrainingError
 from drivetrain.precision.loss_watch import weighted_loss
+from drivetrain.states.gradient_norm import accumulator
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
 
 
 class MicroBatchRunner:
@@ -49,10 +51,15 @@ class MicroBatchRunner:
             value, weight = loss.detach().reshape(()), 1.0 if weight is None else weight
             counted = torch.zeros_like(total[1]) + weight
             total = total + torch.stack([weighted_loss(value, weight), counted])
-        engine.job.communicator.all_reduce(
-            total, "data", Tag(Purpose.CONTROL, site="mean loss of a batch")
-        )
-        return total[0] / total[1]
+        return total
+
+
+def mean_over_ranks(job: Job, total: torch.Tensor) -> torch.Tensor:
+    """The mean loss of a batch, 0-d, of what a runner has returned on each rank. Collective."""
+    total = total.to(accumulator(job.device))  # stages without a loss do not know its dtype
+    tag = Tag(Purpose.CONTROL, site="mean loss of a batch")
+    job.communicator.all_reduce(total, loss_axes(job), tag)
+    return total[0] / total[1]
 
 
 def _next(batches: Iterator[Any], index: int, count: int) -> Any:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drivetrain.contracts.loop.step_report import StepReport
-from drivetrain.contracts.world.collective import Purpose, Tag
+from drivetrain.contracts.world.collective import Op, Purpose, Tag
+from drivetrain.engine.stepping import loss_axes
 from drivetrain.sections.observability import MemoryBreakdown, StepsPerPrint, WallClockBreakdown
 from drivetrain.states.gradient_norm import accumulator
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
     from drivetrain.plan.plan import Plan
 
 logger = logging.getLogger("drivetrain.engine")
@@ -58,6 +60,19 @@ class StepReporter:
         tokens, self._tokens = self._tokens, 0
         return tokens
 
+    def tokens_of_step(self, job: Job) -> int:
+        """Tokens of all data shards since the last call. Collective over stages, which see others.
+
+        The first stage of a pipeline takes them, and the engines of all must count alike.
+        """
+        tokens = self.take_tokens()
+        if job.mesh.size("pp") > 1:
+            most = torch.tensor([tokens])  # on the host, so that no device is waited for
+            tag = Tag(Purpose.CONTROL, site="tokens of a step")
+            job.communicator.all_reduce(most, "pp", tag, op=Op.MAX)
+            tokens = int(most)
+        return tokens * job.mesh.size("data")
+
     def mean_loss(
         self,
         engine: Engine,
@@ -68,7 +83,7 @@ class StepReporter:
         """What the loss of the boundary just passed is a fraction of; the gradient's is the same.
 
         The mean over ranks needs a collective, so it is taken only for steps that somebody looks
-        at; others have this rank's.
+        at; others have this rank's. Where only the last of several stages has one, all get it.
 
         Args:
             engine: whose boundary it is; its step is counted.
@@ -80,14 +95,16 @@ class StepReporter:
             Numerator and denominator; the denominator is 0 if no loss was given.
         """
         job = engine.job
-        if not self.prints(engine.global_steps) and not job.hub.has("step_end"):
+        staged = job.mesh.size("pp") > 1
+        if not staged and not self.prints(engine.global_steps) and not job.hub.has("step_end"):
             return total, steps if weight is None else weight
         found = torch.zeros(3, dtype=accumulator(job.device), device=job.device)
         if total is not None:
             found[0], found[2] = total, weight is None
         if weight is not None:
             found[1] = weight
-        job.communicator.all_reduce(found, "data", Tag(Purpose.CONTROL, site="loss of a step"))
+        tag = Tag(Purpose.CONTROL, site="loss of a step")
+        job.communicator.all_reduce(found, loss_axes(job), tag)
         total, weights, without = found.unbind()
         return total, torch.where(without > 0, float(steps * job.mesh.size("data")), weights)
 

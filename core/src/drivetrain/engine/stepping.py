@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.contracts.world.collective import Purpose, Tag
+from drivetrain.contracts.world.collective import Op, Purpose, Tag
 from drivetrain.errors import TrainingError
 from drivetrain.states.gradient_norm import accumulator
 
 if TYPE_CHECKING:
+    from drivetrain.contracts.world.axis import Axis
     from drivetrain.engine.engine import Engine
     from drivetrain.job.job import Job
 
@@ -40,6 +41,7 @@ def apply_optimizer_step(engine: Engine) -> bool:
     states, scaler = engine.states, engine.loss_scaler
     with engine.job.span("communication wait"):
         states.finish_reduction()
+    _tell_stages_of_weights(engine)
     # On a host looking at a number is free; elsewhere it stalls the device.
     looks = engine.precision.check_finite or engine.device.type == "cpu"
     divide = 1.0 / (scaler.scale_value * _divisor(engine, looks))
@@ -68,6 +70,21 @@ def apply_optimizer_step(engine: Engine) -> bool:
     return True
 
 
+def loss_axes(job: Job) -> Axis:
+    """The axes that losses are summed over: of a pipeline's stages only the last has any."""
+    return "data" if job.mesh.size("pp") == 1 else ("pp", "data")
+
+
+def _tell_stages_of_weights(engine: Engine) -> None:
+    """Have all stages of a pipeline divide by weights if the losses of the last one have some."""
+    job, states = engine.job, engine.states
+    if job.mesh.size("pp") > 1:
+        weighted = torch.tensor([int(bool(states.weighted))])
+        tag = Tag(Purpose.CONTROL, site="weights of losses")
+        job.communicator.all_reduce(weighted, "pp", tag, op=Op.MAX)
+        states.weighted = bool(weighted)
+
+
 def checked_weight(weight: float | torch.Tensor | None) -> float | torch.Tensor | None:
     """The weight of a loss: a number where the host knows it, else a 0-d tensor.
 
@@ -93,7 +110,7 @@ def total_weight(job: Job, weight: float | torch.Tensor | None, *, averages: boo
     """Sum the weights of all ranks, a 0-d tensor; infinite if there is nothing. Collective.
 
     Args:
-        job: its axis ``data`` is summed over.
+        job: its axis ``data``, and all stages, are summed over.
         weight: sum of this rank's weights since the window began; ``None`` if it had no loss.
         averages: ``False`` divides it by the number of data shards, so that their means are added.
     """
@@ -101,7 +118,8 @@ def total_weight(job: Job, weight: float | torch.Tensor | None, *, averages: boo
     total = torch.zeros((), dtype=dtype, device=job.device)
     if weight is not None:
         total += weight
-    job.communicator.all_reduce(total, "data", Tag(Purpose.CONTROL, site="weights of losses"))
+    tag = Tag(Purpose.CONTROL, site="weights of losses")
+    job.communicator.all_reduce(total, loss_axes(job), tag)
     total = torch.where(total > 0, total, math.inf)
     return total if averages else total / job.mesh.size("dp")
 

@@ -16,10 +16,11 @@ class Runner(Protocol):
 
         Args:
             batches: yields micro-batches of this data shard.
-            train: run backward and call ``engine.step`` after each micro-batch; otherwise run
-                one micro-batch forward only.
+            train: run backward and ``engine.step``: one for each micro-batch, or one for all of
+                them, told how many they are; otherwise run one micro-batch forward only.
 
         Returns:
-            Mean loss over micro-batches and the axis ``data``, by weights if there are any; on
-            every rank, 0-d, at least in float32.
+            What this rank has seen of losses, [2], at least in float32: the sum of weight * loss,
+            and the sum of weights, each 1 where losses have none. Zeros on a stage of a pipeline
+            that has no loss. The engine makes the mean of all ranks of it.
         """
