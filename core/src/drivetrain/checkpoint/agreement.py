@@ -11,6 +11,7 @@ import torch
 from drivetrain.contracts.world.collective import Op, Purpose, Tag
 
 if TYPE_CHECKING:
+    from drivetrain.contracts.world.axis import Axis
     from drivetrain.job.job import Job
 
 _TEXT = 1024
@@ -42,11 +43,11 @@ def worst(job: Job, problem: str | None) -> str | None:
     return text if job.world_size == 1 else f"rank {culprit}: {text}"
 
 
-def same_everywhere(job: Job, *texts: str) -> list[bool]:
-    """For each text, whether all ranks have the same one. Collective."""
+def same_everywhere(job: Job, *texts: str, axes: Sequence[Axis] = ("world",)) -> list[bool]:
+    """For each text, whether all ranks along ``axes`` have the same one. Collective."""
     numbers = [int.from_bytes(hashlib.sha256(_encoded(t)).digest()[:7], "big") for t in texts]
     values = torch.tensor(numbers, dtype=torch.int64)
-    high, low = _max(job, torch.cat([values, -values])).chunk(2)
+    high, low = _max(job, torch.cat([values, -values]), axes).chunk(2)
     same: list[bool] = (high == -low).tolist()
     return same
 
@@ -62,8 +63,9 @@ def _encoded(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def _max(job: Job, values: torch.Tensor) -> torch.Tensor:
+def _max(job: Job, values: torch.Tensor, axes: Sequence[Axis] = ("world",)) -> torch.Tensor:
     values = values.to(job.device)
     tag = Tag(Purpose.CONTROL, site="checkpoint agreement")
-    job.communicator.all_reduce(values, "world", tag, op=Op.MAX)
+    for axis in axes:
+        job.communicator.all_reduce(values, axis, tag, op=Op.MAX)
     return values.cpu()

@@ -22,7 +22,12 @@ from drivetrain.checkpoint.format.tensor_file import checksums, raw_bytes
 from drivetrain.checkpoint.guarantee import Guarantee, changed_versions, fragments_digest, layout_of
 from drivetrain.checkpoint.random_state import load_random_state
 from drivetrain.checkpoint.save import versions
-from drivetrain.checkpoint.state import PLUGIN, persistent_buffers, plugin_fragments
+from drivetrain.checkpoint.state import (
+    PLUGIN,
+    buffer_fragment,
+    persistent_buffers,
+    plugin_fragments,
+)
 from drivetrain.contracts.state.extra import StateReader, tupled
 from drivetrain.errors import CheckpointError
 from drivetrain.tensor_parts import copy_into
@@ -339,11 +344,16 @@ class _Attempt:
 
     def _plan_buffers(self, missing: list[str]) -> None:
         self.buffers: list[tuple[torch.Tensor, StoredTensor]] = []
-        for name, buffer in persistent_buffers(self.engine.module).items():
+        table, module = self.engine.job.parameters, self.engine.module
+        for name, (buffer, info) in persistent_buffers(table, module).items():
             own = self.own.get(f"buffer/{name}") if self.guarantee.same_layout else None
             source = own or self.stored.find("buffer", name)
             if source is None:
                 missing.append(f"{name} (buffer)")
+            elif own is None and info.placement is not None:
+                part = buffer_fragment(name, buffer, info.placement)
+                check_coverage(part, source, self.stored.place)
+                self.work.append((part, source))
             elif source.shape != tuple(buffer.shape):
                 raise CheckpointError(
                     f"{name} (buffer) has shape {list(buffer.shape)} in the model, but "

@@ -29,7 +29,12 @@ from drivetrain.checkpoint.format.tensor_file import (
 )
 from drivetrain.checkpoint.guarantee import fragments_digest, layout_of, promise
 from drivetrain.checkpoint.random_state import random_state
-from drivetrain.checkpoint.state import persistent_buffers, plugin_fragments, plugin_state
+from drivetrain.checkpoint.state import (
+    buffer_fragment,
+    persistent_buffers,
+    plugin_fragments,
+    plugin_state,
+)
 from drivetrain.contracts.state.extra import StateWriter, is_plain, plain
 from drivetrain.errors import CheckpointError, DrivetrainError
 from drivetrain.sections.checkpoints import CheckpointSection
@@ -39,6 +44,8 @@ from drivetrain.version import __version__
 if TYPE_CHECKING:
     from drivetrain.checkpoint.subject import Subject
     from drivetrain.contracts.state.fragment import Box, Fragment
+    from drivetrain.contracts.state.parameters import ParameterInfo
+    from drivetrain.contracts.world.axis import Axis
 
 logger = logging.getLogger("drivetrain.checkpoint")
 
@@ -203,19 +210,21 @@ class _Contents:
 
     def compare_buffers(self) -> None:
         """Buffers once; also each rank's own where they differ. Collective."""
-        engine = self.engine
-        buffers = persistent_buffers(engine.module)
-        first = engine.job.mesh.coordinate(("dp", "sp", "tp")) == 0
-        equal = dict.fromkeys(buffers, engine.job.world_size == 1)
-        if buffers and engine.job.mesh.size("pp") == 1:  # else they are not the same buffers
-            digests = [checksums(as_buffer(raw_bytes(b))) for b in buffers.values()]
-            equal = dict(zip(buffers, same_everywhere(engine.job, *digests), strict=True))
-        for name, buffer in buffers.items():
-            if first:
-                self._box(f"buffer/{name}", buffer, whole=True)
-            if not equal[name]:
-                self._box(f"buffer/{name}", buffer)
-        different = sum(not same for same in equal.values())
+        job, different = self.engine.job, 0
+        copies: dict[tuple[Axis, Axis], dict[str, tuple[torch.Tensor, ParameterInfo]]] = {}
+        axes: tuple[Axis, Axis]
+        for name, found in persistent_buffers(job.parameters, self.engine.module).items():
+            axes = found[1].reduction, job.parameters.replicated(found[1])
+            copies.setdefault(axes, {})[name] = found
+        for axes, buffers in copies.items():
+            digests = [checksums(as_buffer(raw_bytes(buffer))) for buffer, _ in buffers.values()]
+            equal = same_everywhere(job, *digests, axes=axes)
+            for (name, (buffer, info)), same in zip(buffers.items(), equal, strict=True):
+                if all(job.communicator.rank(axis) == 0 for axis in axes):
+                    self._buffer(name, buffer, info)
+                if not same:
+                    self._box(f"buffer/{name}", buffer)
+            different += equal.count(False)
         if different:
             self.weaker_reshaped.append(
                 f"{different} buffers differ between ranks (such as batch statistics), of which "
@@ -289,6 +298,15 @@ class _Contents:
         file_key = f"{key}@{','.join('0' * len(shape))}" if whole else f"rank/{key}"
         entry = TensorEntry(file_key, tensor.dtype, shape, lambda: tensor)
         self.boxes.append(SavedBox(entry, key, shape if whole else None, (0,) * len(shape)))
+
+    def _buffer(self, name: str, buffer: torch.Tensor, info: ParameterInfo) -> None:
+        """The one copy of a buffer, or of this rank's part of it."""
+        if info.placement is None:
+            self._box(f"buffer/{name}", buffer, whole=True)
+            return
+        part = buffer_fragment(name, buffer, info.placement)
+        for box in part.boxes:
+            self._fragment_box(part, f"buffer/{name}", box, _LastFragment())
 
     def _plugin_tensors(self, writer: StateWriter) -> None:
         for key, tensor in writer.tensors[True].items():

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from drivetrain.contracts.state.extra import StateWriter
+from drivetrain.contracts.state.fragment import Fragment
 from drivetrain.errors import CheckpointError
-from drivetrain.tensor_parts import tensor_parts
+from drivetrain.tensor_parts import copy_into, tensor_parts
 
 if TYPE_CHECKING:
-    from drivetrain.contracts.state.fragment import Fragment
+    from drivetrain.contracts.state.parameters import ParameterInfo, ParameterTable, Placement
     from drivetrain.plan.hub import Hub
 
 PLUGIN = "plugin"
@@ -63,16 +64,34 @@ def plugin_fragments(hub: Hub, engine: Any) -> list[Fragment]:
     return found
 
 
-def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> buffer of all that belong to the module's ``state_dict``, in plain tensors."""
+def persistent_buffers(
+    table: ParameterTable, module: nn.Module
+) -> dict[str, tuple[torch.Tensor, ParameterInfo]]:
+    """Name -> buffer and facts of all that belong to the ``state_dict``, in plain tensors."""
     own = (
         (prefix, name, module._non_persistent_buffers_set)
         for prefix, module in module.named_modules(remove_duplicate=False)
         for name in module._buffers
     )
     passing = {".".join(filter(None, (prefix, n))) for prefix, n, passing in own if n in passing}
-    lasting = {name: buffer for name, buffer in module.named_buffers() if name not in passing}
-    found: dict[str, torch.Tensor] = {}
-    for name, buffer in lasting.items():
-        found |= tensor_parts(buffer, name.replace("_orig_mod.", ""))
+    found: dict[str, tuple[torch.Tensor, ParameterInfo]] = {}
+    for path, buffer, info in table.buffers(module):
+        if path not in passing:
+            parts = tensor_parts(buffer, info.name)
+            found |= {name: (part, info) for name, part in parts.items()}
     return found
+
+
+def buffer_fragment(name: str, buffer: torch.Tensor, placement: Placement) -> Fragment:
+    """A buffer that is a part of the client's."""
+    return Fragment(
+        name=name,
+        kind="buffer",
+        global_shape=placement.global_shape,
+        dtype=buffer.dtype,
+        boxes=placement.boxes,
+        owner=True,
+        home="device",
+        read=lambda: buffer.detach().reshape(-1),
+        write=lambda values: copy_into(buffer, values.view_as(buffer)),
+    )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.distributed_c10d import Store
 
+    from drivetrain.contracts.state.parameters import ParameterInfo
     from drivetrain.contracts.world.axis import Axis
     from drivetrain.job.job import Job
 
@@ -63,9 +64,9 @@ def check_same_model(job: Job, module: nn.Module, groups: Iterable[Mapping[str, 
         ConfigError: on every rank of an axis; names a rank, the first parameters or buffers that
             it has otherwise, and what both have.
     """
+    by_axis = _described(job, module, groups)
     if job.failures is None:
         return
-    by_axis = _described(job, module, groups)
     for axis in sorted(by_axis, key=lambda axis: (axis not in _FIRST, axis_name(axis))):
         if axis != "data" and job.mesh.size(axis) == 1:
             continue
@@ -90,32 +91,48 @@ def _described(
     group_of = {p: number for number, group in enumerate(groups) for p in group["params"]}
     by_axis: dict[Axis, dict[str, Any]] = {axis: {} for axis in _FIRST}
     for parameter in module.parameters():
-        info = job.parameters.info(parameter)
-        try:
-            replicated = job.parameters.replicated(info)
-        except ConfigError as error:
-            raise ConfigError(f"parameter {info.name}: {error}") from None
-        facts: dict[str, Any] = {
+        facts = {
             "requires_grad": parameter.requires_grad,
             "optimizer group": group_of.get(parameter),
             "kept by an engine": owner_of(parameter) is not None,
         }
-        placed = info.placement
-        if placed is not None:  # whose ranks have other boxes of one tensor
-            facts["whole shape"] = list(placed.global_shape)
-            by_axis.setdefault(_short(placed.axis), {})[info.name] = dict(facts)
-            facts["boxes"] = [[list(box.global_offset), list(box.size)] for box in placed.boxes]
-        facts |= _facts(parameter, info.name)
-        for axis in (info.reduction, replicated):
-            by_axis.setdefault(_short(axis), {})[info.name] = facts
-    for name, buffer in module.named_buffers():
-        by_axis["data"][f"buffer {name}"] = _facts(buffer, name)
+        _note(by_axis, job, "", parameter, job.parameters.info(parameter), facts)
+    for _, buffer, info in job.parameters.buffers(module):
+        _note(by_axis, job, "buffer ", buffer, info, {})
     # Ranks that agree on these agree on what they compare next, and do not wait for each other.
     axes = [axis for axis in by_axis if not isinstance(axis, SubAxis)]
     for first in _FIRST:
         mine = sorted(axis_name(axis) for axis in axes if job.mesh.layout.overlap(first, axis))
         by_axis[first]["axes of parameters"] = mine
     return by_axis
+
+
+def _note(
+    by_axis: dict[Axis, dict[str, Any]],
+    job: Job,
+    kind: str,
+    tensor: torch.Tensor,
+    info: ParameterInfo,
+    facts: dict[str, Any],
+) -> None:
+    """Add facts about a parameter or buffer to those of the axes whose ranks must agree on them."""
+    label, placed = f"{kind}{info.name}", info.placement
+    try:
+        replicated = job.parameters.replicated(info)
+    except ConfigError as error:
+        raise ConfigError(f"{kind or 'parameter '}{info.name}: {error}") from None
+    if label in by_axis.setdefault(_short(info.reduction), {}):
+        raise ConfigError(
+            f"two of this rank's {kind or 'parameter '}tensors are called {info.name}: give names "
+            "to what is built in place of the client's modules (job.parameters.name)"
+        )
+    if placed is not None:  # whose ranks have other boxes of one tensor
+        facts["whole shape"] = list(placed.global_shape)
+        by_axis.setdefault(_short(placed.axis), {})[label] = dict(facts)
+        facts["boxes"] = [[list(box.global_offset), list(box.size)] for box in placed.boxes]
+    facts |= _facts(tensor, info.name)
+    for axis in (info.reduction, replicated):
+        by_axis.setdefault(_short(axis), {})[label] = facts
 
 
 def _short(axis: Axis) -> Axis:

@@ -119,11 +119,7 @@ def plan_buckets(
             group=group_of[parameter],
             step=steps.get(info.name, 0),
             rule=id(rule),
-            parameter_dtype=info.compute_dtype,
-            gradient_dtype=gradient_dtype or info.compute_dtype,
-            master_dtype=info.master_dtype or info.compute_dtype,
-            state_dtype=info.state_dtype or info.master_dtype or info.compute_dtype,
-            wire_dtype=info.reduce_dtype or gradient_dtype or info.compute_dtype,
+            **_dtypes(info, gradient_dtype),
             reduction=info.reduction,
             replicated=table.replicated(info),
             sparse=info.sparse,
@@ -142,6 +138,17 @@ def plan_buckets(
         _planned(f"{prefix}g{kind.group}.b{n}", kind, members, table, communicator, rules)
         for n, (kind, members) in enumerate(closed)
     ]
+
+
+def _dtypes(info: ParameterInfo, gradient: torch.dtype | None) -> dict[str, torch.dtype]:
+    own = info.compute_dtype
+    return {
+        "parameter_dtype": own,
+        "gradient_dtype": gradient or own,
+        "master_dtype": info.master_dtype or own,
+        "state_dtype": info.state_dtype or info.master_dtype or own,
+        "wire_dtype": info.reduce_dtype or gradient or own,
+    }
 
 
 def is_first_copy(communicator: Communicator, *axes: Axis) -> bool:

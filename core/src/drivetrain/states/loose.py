@@ -56,8 +56,9 @@ def synchronise_loose(job: Job, module: nn.Module, bucketed: Collection[nn.Param
             parameter.data = values.to(info.compute_dtype)
         axes = info.reduction, job.parameters.replicated(info)
         broadcast_first(job, parameter.detach(), info.name, *axes)
-    for name, buffer in module.named_buffers():
-        broadcast_first(job, buffer, name, "data")
+    for _, buffer, info in job.parameters.buffers(module):
+        axes = info.reduction, job.parameters.replicated(info)
+        broadcast_first(job, buffer, info.name, *axes)
 
 
 def loose_fragments(

@@ -12,7 +12,7 @@ from drivetrain.checkpoint.format.index import StoredTensor
 from drivetrain.checkpoint.format.reading import check_coverage, read_whole, restore
 from drivetrain.checkpoint.format.safetensors_file import find_weights, open_weights
 from drivetrain.checkpoint.format.storage import Storage
-from drivetrain.checkpoint.state import persistent_buffers
+from drivetrain.checkpoint.state import buffer_fragment, persistent_buffers
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.conversion import Imported, Source, write_checkpoint
 
@@ -92,9 +92,15 @@ def _fill(engine: Engine, storage: Storage, rename: Callable[[str], str], *, str
 
     fragments = [f for f in engine.states.fragments() if f.kind in ("parameter", "master")]
     work = [(f, found) for f in fragments if (found := source(f.name)) is not None]
-    buffers = persistent_buffers(engine.module)
-    filled = [(buffer, weights[rename(n)]) for n, buffer in buffers.items() if rename(n) in weights]
-    used.update(map(rename, buffers))
+    filled = []
+    for name, (buffer, info) in persistent_buffers(engine.job.parameters, engine.module).items():
+        used.add(rename(name))
+        if (found := weights.get(rename(name))) is None:
+            continue
+        if info.placement is None:
+            filled.append((buffer, found))
+        else:
+            work.append((buffer_fragment(name, buffer, info.placement), found))
     if strict and missing:
         raise CheckpointError(f"they lack {', '.join(sorted(set(missing))[:5])}")
     if strict and (extra := sorted(set(weights) - used)):

@@ -131,6 +131,8 @@ def describe_parameters(job: Job, module: torch.nn.Module) -> None:
 
     Collect. Once per engine, after all transforms that come before states, on every rank; no
     communication.
+    Facts about buffers are ``job.parameters.buffer(module, name)``: name, placement, reduction and
+    distinct. What was built in place of the client's modules gets the client's names.
     """
 
 

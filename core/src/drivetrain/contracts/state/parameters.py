@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -94,6 +95,8 @@ class ParameterHandle(Protocol):
 class ParameterTable:
     """The job's :class:`ParameterInfo` of every parameter, keyed by the parameter itself.
 
+    Buffers have one, too; their key is the module that they belong to and their name in it.
+
     Args:
         rest: returns the names of the axes that some others leave over of all ranks.
     """
@@ -102,6 +105,18 @@ class ParameterTable:
         self._rest = rest
         # Tensors compare elementwise, so the keys must be held by identity.
         self._infos: MutableMapping[nn.Parameter, ParameterInfo] = WeakTensorKeyDictionary()
+        self._names: MutableMapping[nn.Parameter, str] = WeakTensorKeyDictionary()
+        self._buffers: WeakKeyDictionary[nn.Module, dict[str, ParameterInfo]] = WeakKeyDictionary()
+
+    def name(self, parameter: nn.Parameter, name: str) -> None:
+        """Give the client's name of a parameter whose place in this rank's module is another.
+
+        For what is built in place of the client's module, such as the layers of one stage of a
+        pipeline; before or after :meth:`register`.
+        """
+        self._names[parameter] = name
+        if parameter in self._infos:
+            self._infos[parameter].name = name
 
     def register(self, module: nn.Module, reduction: Axis) -> None:
         """Name every parameter that is not yet known; tied parameters keep their first name.
@@ -111,11 +126,13 @@ class ParameterTable:
         for name, parameter in module.named_parameters():
             if parameter not in self._infos:
                 self._infos[parameter] = ParameterInfo(
-                    name=name.replace("_orig_mod.", ""),
+                    name=self._names.get(parameter, name.replace("_orig_mod.", "")),
                     shape=tuple(parameter.shape),
                     compute_dtype=parameter.dtype,
                     reduction=reduction,
                 )
+        for _ in self.buffers(module):
+            pass  # which names those that are new
 
     def info(self, parameter: nn.Parameter) -> ParameterInfo:
         """The facts about ``parameter``.
@@ -124,6 +141,30 @@ class ParameterTable:
             KeyError: the parameter is not part of the job.
         """
         return self._infos[parameter]
+
+    def buffer(self, module: nn.Module, name: str) -> ParameterInfo:
+        """The facts about a buffer of ``module`` itself, from :meth:`register` on.
+
+        ``reduction`` has axes along which ranks have copies that may come to differ, such as batch
+        statistics: ``data``, unless a plugin says otherwise.
+
+        Raises:
+            KeyError: there is no such buffer.
+        """
+        return self._buffers[module][name]
+
+    def buffers(self, root: nn.Module) -> Iterator[tuple[str, torch.Tensor, ParameterInfo]]:
+        """Path in ``root``, tensor and facts of each buffer once."""
+        seen: set[int] = set()
+        for path, part in root.named_modules():
+            known = self._buffers.setdefault(part, {})
+            for name, buffer in part._buffers.items():
+                if buffer is not None and id(buffer) not in seen:
+                    seen.add(id(buffer))
+                    full = f"{path}.{name}" if path else name
+                    found = full.replace("_orig_mod.", "")
+                    facts = found, tuple(buffer.shape), buffer.dtype, "data"
+                    yield full, buffer, known.setdefault(name, ParameterInfo(*facts))
 
     def replicated(self, info: ParameterInfo) -> tuple[str, ...]:
         """The axes along which ranks have copies that compute the same gradient.
