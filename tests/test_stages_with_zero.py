@@ -56,6 +56,7 @@ CASES = [
         (4, "by messages", {**MESSAGES}),
         (4, "weights by a backward", {"split": "backward", **MESSAGES}),
         (4, "weights by autograd.grad", {"split": "grad", **MESSAGES, **CLIPPED}),
+        (4, "weights by hand", {"split": "stored", **MESSAGES, **CLIPPED}),
         (2, "fp16", FP16),
         (4, "fp16, weights by autograd.grad", {**FP16, "split": "grad"}),
     )

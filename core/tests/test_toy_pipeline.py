@@ -84,6 +84,7 @@ CLIPPED = {"gradient_clipping": CLIPPING}
         pytest.param(4, 2, {}, 1e-5, id="two stages, copies over dp"),
         pytest.param(2, 2, {"split": "backward", **CLIPPED}, 1e-5, id="weights by a backward"),
         pytest.param(4, 2, {"split": "grad"}, 1e-5, id="weights by autograd.grad"),
+        pytest.param(4, 2, {"split": "stored"}, 1e-5, id="weights by hand"),
         pytest.param(2, 2, FP16, 3e-3, id="fp16"),
         pytest.param(2, 2, {**FP16, "split": "grad"}, 3e-3, id="fp16, weights apart"),
         pytest.param(2, 2, {"bf16": {"enabled": True}}, 3e-2, id="bf16"),

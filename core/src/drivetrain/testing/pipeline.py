@@ -27,8 +27,43 @@ if TYPE_CHECKING:
 
 WIDTH, LAYERS, ROWS = 6, 4, 3
 
-Split = Literal["no", "backward", "grad"]
-"""Gradients of weights with those of inputs, or later: by a backward, or by ``autograd.grad``."""
+Split = Literal["no", "backward", "grad", "stored"]
+"""Gradients of weights with those of inputs, or later: by a backward from the layers, by
+``autograd.grad``, or by hand from what the layers have stored, with those of biases in backward."""
+
+Stored = list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]]
+"""Weights with the inputs of their layers and the gradients of their outputs, [rows, width]."""
+
+
+class _WithoutWeight(torch.autograd.Function):
+    """A linear layer whose backward leaves the gradient of its weight for later."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor, stored: Stored
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight, ctx.stored = weight, stored
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        ctx.stored.append((ctx.weight, x, gradient))
+        return gradient @ weight, None, gradient.sum(0), None
+
+
+class Linear(nn.Linear):
+    """A linear layer that stores what its weight's gradient is made of, where it is told to."""
+
+    stored: Stored | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.stored is None:
+            return super().forward(x)
+        apply: Any = _WithoutWeight.apply  # torch does not type it
+        output: torch.Tensor = apply(x, self.weight, self.bias, self.stored)
+        return output
 
 
 class Layers(nn.Module):
@@ -43,7 +78,7 @@ class Layers(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(LAYERS)
+            nn.Sequential(Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(LAYERS)
         )
         self.cut = False
         self.made: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -91,7 +126,7 @@ class ToyPipeline(Plugin):
             for number in range(LAYERS):
                 if not first <= number < first + own:
                     model.layers[number] = nn.Identity()
-            model.cut = self.section(ToyPipelineSection).split != "no"
+            model.cut = self.section(ToyPipelineSection).split in ("backward", "grad")
             return model
 
         return [Transform(Phase.PARTITION, keep_own)]
@@ -127,6 +162,7 @@ class Stages:
         # Inputs and what backward starts from, by micro-batch; what weights still wait for.
         self._under_way: deque[tuple[torch.Tensor, torch.Tensor, list[Any]]] = deque()
         self._weights_left: deque[tuple[list[Any], list[torch.Tensor]]] = deque()
+        self._begin_storing()
         count = self._engine.gradient_accumulation_steps() if train else 1
         self._batches = iter([next(batches) for _ in range(count)])
         if not train:
@@ -196,7 +232,7 @@ class Stages:
         """Run one micro-batch's backward; returns what goes to the stage before."""
         x, start, made = self._under_way.popleft()
         before: torch.Tensor | None
-        if self._split != "no":
+        if self._split in ("backward", "grad"):
             before = self._backward_of_inputs(start, made, gradients)
         elif self._is_last:
             self._engine.backward(start, last=last)
@@ -204,7 +240,18 @@ class Stages:
         else:
             self._engine.backward_from(start, gradients[0], last=last)
             before = x.grad
+        if self._split == "stored":
+            self._weights_left.append((list(self._stored), []))
+            self._stored.clear()
         return [] if not self._stage or before is None else [(before, -1)]
+
+    def _begin_storing(self) -> None:
+        self._stored: Stored = []
+        if self._split == "stored":
+            layers = [part for part in self._engine.module.modules() if isinstance(part, Linear)]
+            for layer in layers:
+                layer.stored = self._stored
+            self._engine.states.defer([next(layer.parameters()) for layer in layers])  # weights
 
     def _backward_of_inputs(
         self, start: torch.Tensor, made: list[Any], gradients: Sequence[torch.Tensor]
@@ -223,6 +270,14 @@ class Stages:
         return result
 
     def _weights(self, made: list[Any], gradients: list[torch.Tensor], last: bool) -> None:
+        if self._split == "stored":
+            # Layer by layer, so that one's reduction goes on while the next is computed.
+            for weight, x, gradient in made:
+                weight.grad = gradient.t() @ x
+                self._engine.gradients_ready([weight], last=last)
+                if not last:
+                    self._engine.states.defer([weight])
+            return
         outputs = [output for _, output in made]
         if self._split == "backward":
             self._engine.backward_from(outputs, gradients, last=last)
