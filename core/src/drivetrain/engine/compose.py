@@ -84,9 +84,7 @@ def build_engine(
     hub.describe_parameters(job, module)
 
     work = _optimizer_plan(job, module, optimizer, parameters)
-    groups = () if work is None else work.groups
-    check_same_model(job, module, groups)
-    refuse_kept_elsewhere(job, module, groups)
+    _check_model(job, module, work)
     precision.cast_buffers(module)
     states = hub.build_model_states(job, module, work)
     assert states is not None, "core's default states answer last"
@@ -112,6 +110,13 @@ def build_engine(
             engine.training_dataloader = loader
         undone.pop_all()
     return engine
+
+
+def _check_model(job: Job, module: nn.Module, work: OptimizerPlan | None) -> None:
+    """Refuse a module that differs between ranks, or that another engine would change."""
+    groups = () if work is None else work.groups
+    check_same_model(job, module, groups)
+    refuse_kept_elsewhere(job, module, groups)
 
 
 def _progress(job: Job) -> Progress:
