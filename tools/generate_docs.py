@@ -31,6 +31,7 @@ from tools import workspace
 from tools.api_page import api_page
 from tools.catalogue import catalogue_page
 from tools.docstrings import one_line, prose
+from tools.moving_page import moving_page
 
 REFERENCE = workspace.ROOT / "docs" / "reference"
 NOTICE = "<!-- written by tools/generate_docs.py; change the code instead -->\n"
@@ -45,7 +46,7 @@ DEEPSPEED_INTRODUCTION = """\
 # What an engine lacks
 
 Attributes and methods of DeepSpeed's engine that scripts use, and what to use here. The error of a
-script that asks for one says the same. See [Moving from DeepSpeed](../howto/deepspeed.md).
+script that asks for one says the same. See [Moving from DeepSpeed](../moving-from-deepspeed.md).
 
 | of DeepSpeed's engine | in its place |
 |---|---|"""
@@ -79,7 +80,9 @@ def pages() -> dict[Path, str]:
         "optimizers.md": catalogue_page(registry, kind),
         "python.md": api_page(),
     }
-    return {REFERENCE / name: f"{NOTICE}\n{text}" for name, text in texts.items()}
+    pages = {REFERENCE / name: text for name, text in texts.items()}
+    pages[REFERENCE.parent / "moving-from-deepspeed.md"] = moving_page()
+    return {path: f"{NOTICE}\n{text}" for path, text in pages.items()}
 
 
 # -- config --------------------------------------------------------------------------------------

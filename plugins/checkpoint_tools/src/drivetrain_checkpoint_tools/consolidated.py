@@ -38,7 +38,8 @@ def get_fp32_state_dict_from_zero_checkpoint(
         lazy_mode: accepted, has no effect: tensors are read one after the other in any case.
 
     Returns:
-        Name -> tensor; buffers that are no floating point keep their dtype.
+        Name -> tensor; buffers that are no floating point keep their dtype. A tied parameter is
+        there under one of its names.
 
     Raises:
         CheckpointError: there is none, or it is damaged or has no weights.

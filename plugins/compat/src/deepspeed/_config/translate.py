@@ -34,7 +34,7 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 }
 """Keys that DeepSpeed reads and that decide nothing here -> why."""
 
-_OFFLOADS = {
+OFFLOADS = {
     "cpu_offload": "offload_optimizer",
     "cpu_offload_param": "offload_param",
     "cpu_offload_params": "offload_param",
@@ -95,7 +95,7 @@ def _old_zero(done: Translation) -> None:
         done.notes.append(f'zero_optimization: {as_json(zero)} is {{"stage": {int(zero)}}}')
     if not isinstance(zero, dict):
         return
-    for old, new in _OFFLOADS.items():
+    for old, new in OFFLOADS.items():
         if old not in zero:
             continue
         if zero.pop(old) is True and new not in zero:
@@ -145,6 +145,8 @@ def _parallelism(done: Translation) -> None:
             "activation_checkpointing.partition_activations: no effect, since no tensor-parallel "
             "ranks share activations"
         )
+    if not memory:
+        del config["activation_checkpointing"]
 
 
 def _drop(done: Translation, key: str, reason: str) -> None:

@@ -146,7 +146,7 @@ def value_at(plan: Plan, path: str) -> Any:
 def section_at(plan: Plan, path: str) -> Any:
     """A section as its plugin reads it, else DeepSpeed's defaults as attributes."""
     section = _model(plan, path)
-    return SimpleNamespace(**DEFAULTS[path]) if section is None else section
+    return SimpleNamespace(**default_at(path)) if section is None else section
 
 
 def default_at(path: str) -> Any:

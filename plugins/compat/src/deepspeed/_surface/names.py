@@ -126,6 +126,7 @@ SAME: Mapping[str, str] = {
     "init_distributed": "comm.init_distributed",
     "log_dist": "utils.log_dist",
     "logger": "utils.logger",
+    "ops.aio.AsyncIOBuilder": "ops.op_builder.AsyncIOBuilder",
     "runtime.base_optimizer.DeepSpeedOptimizer": "DeepSpeedOptimizer",
     "runtime.config.DeepSpeedConfig": "DeepSpeedConfig",
     "runtime.config.DeepSpeedConfigError": "DeepSpeedConfigError",
@@ -222,7 +223,7 @@ INSTEAD: Mapping[str, str] = {
     "module_inject.revert_transformer_layer": "nothing: modules are not replaced",
     "monitor.monitor.MonitorMaster": "the config's tensorboard or csv_monitor section, or the hook "
     "step_end",
-    "ops.aio.AsyncIOBuilder": "drivetrain_offload.AsyncFile",
+    "ops.aio.aio_handle": "drivetrain_offload.AsyncFile",
     "ops.adam.ZenFlowCPUAdam": "the config's zero_optimization.zenflow",
     "ops.adam.ZenFlowSelectiveAdamW": "the config's zero_optimization.zenflow",
     "runtime.bf16_optimizer.BF16_Optimizer": "engine.optimizer",

@@ -1,0 +1,246 @@
+"""``deepspeed.initialize`` and what its engine adds to Drivetrain's."""
+
+from __future__ import annotations
+
+import logging
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+from deepspeed._training.settings import SETTINGS
+
+from drivetrain.errors import ConfigError, TrainingError
+
+CONFIG = {"train_batch_size": 4, "gradient_clipping": 0.0, "zero_optimization": {"stage": 1}}
+
+
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Linear(4, 2)
+
+
+@pytest.fixture
+def build():
+    """Engines that are destroyed after the test."""
+    engines = []
+
+    def make(config=CONFIG, module=None, **arguments):
+        module = module or model()
+        made = deepspeed.initialize(model=module, config=config, **arguments)
+        engines.append(made[0])
+        return made
+
+    yield make
+    for engine in engines:
+        engine.destroy()
+
+
+def sgd(module):
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+def update(engine):
+    inputs = torch.ones(4, 4)
+    engine.backward(engine(inputs).square().mean())
+    engine.step()
+    return [p.detach().clone() for p in engine.module.parameters()]
+
+
+# -- arguments -----------------------------------------------------------------------------------
+
+
+def test_a_config_may_come_in_every_way_but_only_once(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"train_batch_size": 4,} // a comment')
+    parser = deepspeed.add_config_arguments(ArgumentParser())
+    args = parser.parse_args(["--deepspeed", "--deepspeed_config", str(path)])
+    old = Namespace(deepscale_config=str(path), local_rank=0)
+    for arguments in (
+        {"args": args},
+        {"args": old},
+        {"config": str(path)},
+        {"config_params": {"train_batch_size": 4}},
+    ):
+        engine, optimizer, loader, schedule = deepspeed.initialize(model=model(), **arguments)
+        assert (optimizer, loader, schedule) == (None, None, None)
+        assert engine.train_batch_size() == 4
+        engine.destroy()
+    with pytest.raises(ConfigError, match=r"more than once: config and args\.deepspeed_config"):
+        deepspeed.initialize(args=args, model=model(), config=CONFIG)
+    with pytest.raises(ConfigError, match="needs a config: config=, a dict"):
+        deepspeed.initialize(model=model())
+
+
+def test_lines_about_a_config_are_logged_once(build, caplog):
+    with caplog.at_level(logging.INFO, logger="deepspeed"):
+        build({**CONFIG, "disable_python_gc": True, "typo": 1})
+    lines = [r.getMessage() for r in caplog.records if r.name == "deepspeed"]
+    assert [line.split(",")[0] for line in lines] == [
+        "config: disable_python_gc: no effect",
+        "config: typo: DeepSpeed has no such key and never looks at it",
+    ]
+
+
+# -- the engine ----------------------------------------------------------------------------------
+
+
+def test_an_engine_has_what_frameworks_read(build):
+    module = model()
+    engine, optimizer, *_ = build(module=module, optimizer=sgd(module))
+    assert isinstance(engine, deepspeed.DeepSpeedEngine)
+    assert isinstance(optimizer, deepspeed.DeepSpeedOptimizer)
+    assert (engine.local_rank, engine.global_rank, engine.world_size) == (0, 0, 1)
+    assert (engine.mp_world_size, engine.get_data_parallel_rank()) == (1, 0)
+    assert engine.get_batch_info() == (4, 4, 1)
+    assert engine.config == CONFIG
+    assert engine._config.zero_config.stage == 1
+    assert engine.zero_optimization_stage() == 1
+    assert engine.zero_optimization()
+    assert not engine.zero_optimization_partition_gradients()
+    assert not engine.zero_optimization_partition_weights()
+    assert engine.zero_offload_optimizer() is None
+    assert not engine.zero_cpu_offload()
+    assert engine.optimizer_name() == "SGD"
+    assert engine.scheduler_name() is None
+    assert engine.get_data_types() == (torch.float32, torch.float32)
+    assert engine.communication_data_type is None
+    assert (engine.loss_scale(), engine.dynamic_loss_scale()) == (1.0, False)
+    assert not engine.is_compiled
+    engine.set_lr(0.5)
+    assert engine.get_lr() == [0.5]
+    assert not hasattr(engine, "nothing")
+
+
+def test_every_setting_is_a_method(build):
+    engine, *_ = build()
+    values = {name: getattr(engine, name)() for name in SETTINGS}
+    assert values["fp16_enabled"] is False
+    assert values["zero_reduce_scatter"] is True
+    assert values["zero_allgather_bucket_size"] == 500_000_000
+    assert values["flops_profiler_enabled"] is False  # of a package that does not exist yet
+
+
+def test_the_optimizer_tells_of_loss_scale_and_overflow(build):
+    config = {**CONFIG, "fp16": {"enabled": True, "initial_scale_power": 4}}
+    module = model()
+    engine, optimizer, *_ = build(config, module, optimizer=sgd(module))
+    assert engine.fp16_enabled()
+    assert (optimizer.cur_scale, optimizer.loss_scale, optimizer.dynamic_loss_scale) == (
+        16,
+        16,
+        True,
+    )
+    assert optimizer.optimizer is optimizer
+    optimizer.backward(engine(torch.ones(4, 4, dtype=torch.float16)).sum() * float("inf"))
+    engine.step()
+    assert optimizer.overflow
+    assert engine.skipped_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "plain"),
+    [
+        (
+            lambda p: deepspeed.ops.adam.FusedAdam(p, lr=0.01, weight_decay=0.1),
+            lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+        ),
+        (
+            lambda p: deepspeed.ops.adam.FusedAdam(p, lr=0.01, weight_decay=0.1, adam_w_mode=False),
+            lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
+        ),
+        (
+            lambda p: deepspeed.ops.adam.DeepSpeedCPUAdam(p, lr=0.01, betas=(0.8, 0.9)),
+            lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.8, 0.9), weight_decay=0.0),
+        ),
+        (
+            lambda p: deepspeed.ops.adagrad.DeepSpeedCPUAdagrad(p, lr=0.01),
+            lambda p: torch.optim.Adagrad(p, lr=0.01),
+        ),
+    ],
+)
+def test_optimizers_step_in_an_engine_and_alone_as_those_of_torch_do(build, make, plain):
+    module, alone, reference = model(), model(), model()
+    engine, *_ = build(module=module, optimizer=make(module.parameters()))
+    optimizers = [make(alone.parameters()), plain(reference.parameters())]
+    for _ in range(3):
+        values = update(engine)
+        for net, optimizer in zip((alone, reference), optimizers, strict=True):
+            optimizer.zero_grad()
+            net(torch.ones(4, 4)).square().mean().backward()
+            optimizer.step()
+    for ours, its_own, expected in zip(
+        values, alone.parameters(), reference.parameters(), strict=True
+    ):
+        torch.testing.assert_close(its_own, expected)
+        torch.testing.assert_close(ours, expected.detach())
+
+
+def test_lion_and_lamb_are_rules_of_the_engine(build):
+    for kind in (deepspeed.ops.lion.FusedLion, deepspeed.ops.lamb.FusedLamb):
+        module = model()
+        optimizer = kind(module.parameters(), lr=0.01)
+        with pytest.raises(TrainingError, match=f"{kind.__name__} steps through an engine"):
+            optimizer.step()
+        engine, held, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=CONFIG)
+        before = [p.detach().clone() for p in module.parameters()]
+        after = update(engine)
+        assert not torch.equal(before[0], after[0])
+        assert held.param_groups is not optimizer.param_groups
+        assert held.param_groups[0] is optimizer.param_groups[0]
+        engine.destroy()
+
+
+def test_lion_follows_its_formula(build):
+    module, reference = model(), model()
+    lion = deepspeed.ops.lion.DeepSpeedCPULion(module.parameters(), lr=0.01, weight_decay=0.1)
+    engine, *_ = build(module=module, optimizer=lion)
+    reference(torch.ones(4, 4)).square().mean().backward()
+    for value, start in zip(update(engine), reference.parameters(), strict=True):
+        expected = start.detach() * (1 - 0.01 * 0.1) - 0.01 * start.grad.sign()
+        torch.testing.assert_close(value, expected)
+
+
+def test_what_an_optimizer_cannot_do_is_refused():
+    parameters = list(model().parameters())
+    with pytest.raises(ConfigError, match="amsgrad is not supported"):
+        deepspeed.ops.adam.FusedAdam(parameters, amsgrad=True)
+    with pytest.raises(ConfigError, match="max_grad_norm is not supported; use gradient_clipping"):
+        deepspeed.ops.lamb.FusedLamb(parameters, max_grad_norm=1.0)
+    alone = deepspeed.ops.adam.FusedAdam(parameters, bias_correction=False)
+    with pytest.raises(TrainingError, match="FusedAdam steps through an engine"):
+        alone.step()
+
+
+# -- checkpoints ---------------------------------------------------------------------------------
+
+
+def test_saving_and_loading_take_and_return_what_deepspeed_does(build, tmp_path):
+    module = model()
+    engine, *_ = build(module=module, optimizer=sgd(module))
+    saved = update(engine)
+    assert engine.load_checkpoint(str(tmp_path)) == (None, None)
+    assert engine.save_checkpoint(tmp_path, 7, {"epoch": 3}, True) is True
+    update(engine)
+    path, client = engine.load_checkpoint(tmp_path)
+    assert (Path(path), client) == (tmp_path / "7", {"epoch": 3})
+    for value, expected in zip(engine.module.parameters(), saved, strict=True):
+        assert torch.equal(value, expected)
+    with pytest.raises(ConfigError, match="custom_load_fn is not supported"):
+        engine.load_checkpoint(tmp_path, custom_load_fn=print)
+
+
+def test_weights_are_written_for_torch_load_and_as_safetensors(build, tmp_path):
+    module = model()
+    module.bias.requires_grad_(False)
+    engine, *_ = build(module=module, optimizer=torch.optim.SGD([module.weight], lr=0.1))
+    assert engine.save_16bit_model(tmp_path)
+    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    assert torch.equal(state["weight"], module.weight)
+    assert engine.save_16bit_model(tmp_path, "model.safetensors", exclude_frozen_parameters=True)
+    assert (tmp_path / "model.safetensors").exists()
+    assert set(engine._zero3_consolidated_16bit_state_dict()) == {"weight", "bias"}
+    assert set(engine.module_state_dict(exclude_frozen_parameters=True)) == {"weight"}
+    engine.load_module_state_dict({"module": {"weight": torch.ones(2, 4), "bias": torch.ones(2)}})
+    assert torch.equal(module.weight, torch.ones(2, 4))

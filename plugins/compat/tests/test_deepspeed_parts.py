@@ -1,0 +1,207 @@
+"""Small modules: communication, groups, accelerator, recomputation, kernels, helpers."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import deepspeed
+import pytest
+import torch
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+from deepspeed.runtime.utils import ensure_directory_exists, move_to_device, see_memory_usage
+from deepspeed.utils import groups, log_dist, log_dist_once, logger, required_torch_version
+
+from drivetrain.errors import ConfigError, PluginError
+from drivetrain.testing import run_distributed
+
+
+def on_two_ranks():
+    comm.init_distributed(verbose=False)
+    rank = comm.get_rank()
+    before = groups.get_data_parallel_world_size(), groups.get_sequence_parallel_world_size()
+    alone = torch.tensor([rank + 1.0])
+    comm.all_reduce(alone, group=groups.get_tensor_model_parallel_group())
+    several = [torch.tensor([rank + 1.0]), torch.tensor([10.0 * rank])]
+    comm.all_reduce_coalesced(several)
+    gathered = [torch.empty(2), torch.empty(4)]
+    comm.all_gather_coalesced(gathered, [torch.tensor([rank * 1.0]), torch.full((2,), rank + 5.0)])
+    part = torch.empty(1)
+    comm.reduce_scatter_fn(part, torch.tensor([1.0, 2.0]))
+    module = torch.nn.Linear(2, 2)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        config={"train_micro_batch_size_per_gpu": 1, "sequence_parallel_size": 2},
+    )
+    shared = torch.tensor([rank + 1.0])
+    comm.all_reduce(shared, group=groups.get_sequence_parallel_group())
+    single = torch.tensor([rank + 1.0])
+    comm.all_reduce(single, group=engine.data_parallel_group)
+    sizes = groups.get_data_parallel_world_size(), groups.get_sequence_parallel_world_size()
+    everything = comm.get_all_ranks_from_group(groups.get_sequence_data_parallel_group())
+    engine.destroy()
+    return {
+        "rank": (rank, comm.get_world_size(), comm.get_local_rank()),
+        "before": before,
+        "alone": alone.item(),
+        "several": [t.item() for t in several],
+        "gathered": [t.tolist() for t in gathered],
+        "part": part.item(),
+        "shared": shared.item(),
+        "single": single.item(),
+        "sizes": sizes,
+        "everything": everything,
+    }
+
+
+def test_collectives_and_groups_of_two_ranks():
+    for rank, found in enumerate(run_distributed(on_two_ranks, 2)):
+        assert found == {
+            "rank": (rank, 2, rank),
+            "before": (2, 1),
+            "alone": rank + 1.0,  # a group of one rank, not of all
+            "several": [3.0, 10.0],
+            "gathered": [[0.0, 1.0], [5.0, 5.0, 6.0, 6.0]],
+            "part": 2.0 * (rank + 1),
+            "shared": 3.0,
+            "single": rank + 1.0,
+            "sizes": (1, 2),
+            "everything": [0, 1],
+        }
+
+
+def test_ranks_of_mpi_are_taken_where_no_launcher_gives_any(monkeypatch):
+    from deepspeed._parts.comm import _from_mpi
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_RANK", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_LOCAL_SIZE", "4")
+    _from_mpi()
+    taken = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    assert list(taken.values()) == ["3", "4", "3", "127.0.0.1"]
+
+
+def test_before_there_is_a_process_group_ranks_are_the_environments(monkeypatch):
+    assert not comm.is_initialized()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (comm.get_rank(), comm.get_world_size()) == (1, 2)
+    comm.init_distributed(dist_init_required=False)
+    assert not comm.is_initialized()
+
+
+def test_the_accelerator_speaks_as_deepspeeds_does():
+    accelerator = get_accelerator()
+    assert deepspeed.get_accelerator() is accelerator
+    if accelerator.device_name() != "cpu":
+        pytest.skip("this machine computes on a device")
+    assert accelerator.current_device_name() == "cpu"
+    assert accelerator.communication_backend_name().startswith("gloo") or accelerator.device_name()
+    assert accelerator.is_available()
+    assert accelerator.is_bf16_supported()
+    assert accelerator.FloatTensor([1, 2]).dtype == torch.float32
+    assert accelerator.on_accelerator(torch.ones(1))
+    assert accelerator.total_memory() > accelerator.memory_allocated() > 0
+    assert accelerator.create_op_builder("CPUAdamBuilder").NAME == "cpu_adam"
+    assert accelerator.create_op_builder("Nothing") is None
+    assert accelerator.Stream() is None
+    with accelerator.stream(None), accelerator.device(0):
+        accelerator.synchronize()
+    accelerator.manual_seed(3)
+    state = accelerator.get_rng_state()
+    first = torch.rand(2)
+    accelerator.set_rng_state(state)
+    assert torch.equal(first, torch.rand(2))
+    with pytest.raises(AttributeError, match="'cpu' has no 'nothing'"):
+        accelerator.nothing  # noqa: B018
+
+
+def test_recomputation_gives_the_same_gradients():
+    checkpointing = deepspeed.checkpointing
+    assert not checkpointing.is_configured()
+    checkpointing.configure(mpu_=None, partition_activations=False, num_checkpoints=4)
+    assert checkpointing.is_configured()
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5))
+    inputs = torch.randn(4, 3, requires_grad=True)
+    gradients = []
+    for run in (checkpointing.checkpoint, checkpointing.non_reentrant_checkpoint, None):
+        torch.manual_seed(1)
+        out = layer(inputs) if run is None else run(layer, inputs)
+        gradients.append(
+            torch.autograd.grad(out.square().sum(), inputs)[0] if run is None else None
+        )
+        if run is not None:
+            out.square().sum().backward()
+            gradients[-1], inputs.grad = inputs.grad, None
+    assert torch.equal(gradients[0], gradients[2])
+    assert torch.equal(gradients[1], gradients[2])
+    for asked in ("partition_activations", "checkpoint_in_cpu", "contiguous_checkpointing"):
+        with pytest.raises(ConfigError, match=f"{asked} needs drivetrain-activation-checkpointing"):
+            checkpointing.configure(**{asked: True})
+
+
+def test_builders_tell_what_there_is(monkeypatch):
+    from deepspeed.ops.op_builder import CPUAdamBuilder, QuantizerBuilder
+
+    builder = CPUAdamBuilder()
+    assert builder.is_compatible()
+    assert builder.load().FusedAdam is deepspeed.ops.adam.FusedAdam
+    monkeypatch.setenv("DRIVETRAIN_DISABLE_PLUGINS", "drivetrain-zero")
+    assert not QuantizerBuilder().is_compatible()
+    with pytest.raises(
+        PluginError, match="quantizer needs zero_optimization, which nothing serves"
+    ):
+        QuantizerBuilder().load()
+
+
+def test_modules_are_constructed_in_another_dtype_or_without_values():
+    with deepspeed.OnDevice(dtype=torch.bfloat16, device="meta"):
+        layer = torch.nn.Linear(2, 2)
+    assert (layer.weight.dtype, layer.weight.device.type) == (torch.bfloat16, "meta")
+    with deepspeed.OnDevice(dtype=torch.float16, enabled=False):
+        assert torch.nn.Linear(2, 2).weight.dtype == torch.float32
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.empty(1).device.type == "cpu"
+
+
+def test_messages_are_logged_on_the_ranks_asked_for(caplog, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with caplog.at_level(logging.INFO, logger="deepspeed"):
+        log_dist("mine", ranks=[1])
+        log_dist("another's", ranks=[0])
+        log_dist("everybody's")
+        for _ in range(2):
+            log_dist_once("once", (-1,))
+    assert [r.getMessage() for r in caplog.records] == [
+        "[rank 1] mine",
+        "[rank 1] everybody's",
+        "[rank 1] once",
+    ]
+    assert logger is logging.getLogger("deepspeed")
+
+
+def test_small_helpers(tmp_path, caplog):
+    large = torch.zeros(1000)
+    copied = clone_tensors_for_torch_save({"a": [large[:2]], "b": (1, large[2:4])})
+    assert copied["a"][0].untyped_storage().nbytes() == 8
+    assert copied["b"][0] == 1
+    moved = move_to_device({"x": [torch.ones(1), "text"]}, "meta")
+    assert moved["x"][0].is_meta
+    assert moved["x"][1] == "text"
+    ensure_directory_exists(str(tmp_path / "a" / "b" / "file"))
+    assert (tmp_path / "a" / "b").is_dir()
+    assert required_torch_version(min_version=2.0)
+    assert not required_torch_version(max_version="1.13")
+    with caplog.at_level(logging.INFO, logger="deepspeed"):
+        see_memory_usage("quiet")
+        see_memory_usage("after the first step", force=True)
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line.startswith("after the first step: device ")

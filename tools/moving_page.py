@@ -1,0 +1,149 @@
+"""The page ``docs/moving-from-deepspeed.md``: how to move; what becomes of every key and name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+from deepspeed._config.keys import DEFAULTS, paths
+from deepspeed._config.status import key_status
+from deepspeed._surface import lookup
+from deepspeed._training.engine import DeepSpeedEngine
+from torch import nn
+
+from drivetrain.plan import known
+from drivetrain.plan.registry import Registry
+
+INTRODUCTION = """\
+# Moving from DeepSpeed
+
+There are two ways, and a job may change from the first to the second at any time, since
+checkpoints and configs are the same.
+
+1. **Leave the script as it is.** The package `deepspeed` of this repository, in `plugins/compat`,
+   makes `import deepspeed` work on top of Drivetrain: it is told from DeepSpeed by its version,
+   `0.19.8+drivetrain.0.1.0`. This page says what of DeepSpeed it serves.
+2. **Import `drivetrain`.** [Changing the imports](howto/deepspeed.md) says which lines change.
+
+## What to install
+
+Public indexes take no local versions, so `pip install deepspeed` means DeepSpeed itself. Build
+the wheels of this repository, or take those of a release, and name the whole version:
+
+```text
+pip uninstall deepspeed
+pip install --find-links WHEELS "deepspeed==0.19.8+drivetrain.0.1.0"
+```
+
+ZeRO, offloading, optimizers, checkpoint tools and commands come with it. Where files of both lie
+in one folder, `import deepspeed` is refused; where this package hides another installation, it
+warns and names it.
+
+## Differences that matter
+
+- **Config keys that DeepSpeed never looks at** are named in the log, with a guess what was meant.
+  In sections in which DeepSpeed refuses unknown keys they are errors here, too.
+- **Sections of packages that do not exist yet** are refused by name, unless they are off. So are
+  names that need such a package, when they are used: an `AttributeError`, or an `ImportError` in
+  `from deepspeed.pipe import PipelineModule`.
+- **Optimizers of `deepspeed.ops`** describe an update that the engine carries out. `FusedAdam`,
+  `DeepSpeedCPUAdam` and `DeepSpeedCPUAdagrad` step without an engine as well, as torch's classes
+  do; `FusedLion`, `FusedLamb` and `OnebitAdam` do not.
+- **Gradients are not in `parameter.grad`** between backward and step;
+  `deepspeed.utils.safe_get_full_grad` reads them.
+- **Checkpoints** of DeepSpeed load through `engine.load_checkpoint`; at stage 0 with several
+  parameter groups only without optimizer states. New ones are Drivetrain's, so `client_state` is
+  plain data. They load on any number of ranks, and `ds_to_universal` has nothing to do for them.
+- **`save_16bit_model`** writes what `torch.save` writes, or safetensors if the file's name ends
+  so.
+- **Parameters of stage 3** have no `ds_id`, `ds_status` and their like;
+  `deepspeed.zero.GatheredParameters` makes them whole.
+- **`deepspeed SCRIPT`** starts the ranks of one host.
+
+"""
+
+KEYS = """\
+## Config keys
+
+Each key with its default in DeepSpeed; defaults of this package's own are in
+[Config keys](reference/config.md).
+
+| key | default | here |
+|---|---|---|"""
+
+NAMES = """\
+## Public names
+
+Other modules show the same objects, e.g. `deepspeed.runtime.zero.partition_parameters` those of
+`deepspeed.zero`.
+
+| module | names | here |
+|---|---|---|"""
+
+ENGINE = """\
+## The engine
+
+Methods and attributes beside those of `torch.nn.Module`, and those of DeepSpeed's engine that it
+lacks.
+
+| names | here |
+|---|---|"""
+
+
+def moving_page() -> str:
+    """The whole page."""
+    parts = [INTRODUCTION + KEYS, *_keys(), "", NAMES, *_names(), "", ENGINE, *_engine(), ""]
+    return "\n".join(parts)
+
+
+def _keys() -> Iterator[str]:
+    registry = Registry.installed()
+    for path, default in paths(DEFAULTS):
+        kind, text = key_status(path, registry)
+        shown = "" if default is None else f"`{_json(default)}`"
+        yield f"| `{path}` | {shown} | {_words(kind, text)} |"
+
+
+def _names() -> Iterator[str]:
+    rows = []
+    for dotted in lookup.everything():
+        kind, text = lookup.status(dotted)
+        module, _, name = dotted.rpartition(".")
+        text = f"`{text}`" if kind == "needs" else "" if kind == "works" else text
+        if kind == "needs" and text.strip("`") in known.PLANNED:
+            text += ", not released yet"
+        rows.append((f"deepspeed.{module}".rstrip("."), _words(kind, text), name))
+    for (module, words), group in groupby(sorted(rows), key=lambda row: row[:2]):
+        yield f"| `{module}` | {_listed(name for _, _, name in group)} | {words} |"
+
+
+def _engine() -> Iterator[str]:
+    own = {name for name in dir(DeepSpeedEngine) if not name.startswith("_")}
+    own |= set(Registry.installed().names("methods"))
+    attributes = {"config", "lr_scheduler", "module", "optimizer", "training_dataloader"}
+    yield f"| {_listed(sorted((own | attributes) - set(dir(nn.Module))))} | works |"
+    for name, use in sorted(known.ENGINE.items()):
+        if name not in own | {"_config", "config"} and "pip install" not in use:
+            yield f"| `{name}` | not yet; instead: {use} |"
+
+
+def _words(kind: str, text: str) -> str:
+    """How a status is told."""
+    told = {
+        "works": "works",
+        "without effect": "accepted without effect",
+        "needs": "needs",
+        "not yet": "not yet; instead",
+        "refused": "not yet",
+    }[kind]
+    joint = " " if kind == "needs" else ": "
+    return (f"{told}{joint}{text}" if text else told).replace("|", "\\|")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value)
