@@ -10,6 +10,7 @@ from deepspeed._config.keys import DEFAULTS, paths
 from deepspeed._config.status import key_status
 from deepspeed._surface import lookup
 from deepspeed._training.engine import DeepSpeedEngine
+from deepspeed._training.settings import SHARED
 from torch import nn
 
 from drivetrain.plan import known
@@ -119,12 +120,11 @@ def _names() -> Iterator[str]:
 
 
 def _engine() -> Iterator[str]:
-    own = {name for name in dir(DeepSpeedEngine) if not name.startswith("_")}
-    own |= set(Registry.installed().names("methods"))
-    attributes = {"config", "lr_scheduler", "module", "optimizer", "training_dataloader"}
-    yield f"| {_listed(sorted((own | attributes) - set(dir(nn.Module))))} | works |"
+    own = {name for name in vars(DeepSpeedEngine) if not name.startswith("_")}
+    own = (own | {"config", *SHARED}) - {"optimizer_type", *dir(nn.Module)} | {"compile"}
+    yield f"| {_listed(sorted(own))} | works |"
     for name, use in sorted(known.ENGINE.items()):
-        if name not in own | {"_config", "config"} and "pip install" not in use:
+        if name not in own | {"_config"}:
             yield f"| `{name}` | not yet; instead: {use} |"
 
 

@@ -9,9 +9,13 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
-from deepspeed._training.settings import SETTINGS
+from deepspeed._training.settings import SETTINGS, SHARED
 
 from drivetrain.errors import ConfigError, TrainingError
+from drivetrain.job.job import Job
+from drivetrain.monitor import Monitor
+from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
 
 CONFIG = {"train_batch_size": 4, "gradient_clipping": 0.0, "zero_optimization": {"stage": 1}}
 
@@ -115,6 +119,7 @@ def test_an_engine_has_what_frameworks_read(build):
 
 def test_every_setting_is_a_method(build):
     engine, *_ = build()
+    assert [name for name in SHARED if not hasattr(engine, name)] == []
     values = {name: getattr(engine, name)() for name in SETTINGS}
     assert values["fp16_enabled"] is False
     assert values["zero_reduce_scatter"] is True
@@ -137,6 +142,27 @@ def test_the_optimizer_tells_of_loss_scale_and_overflow(build):
     engine.step()
     assert optimizer.overflow
     assert engine.skipped_steps == 1
+
+
+def test_numbers_of_a_script_go_to_the_monitors(build):
+    class Notes(Monitor):
+        name = "notes"
+        written = []
+
+        def open_writer(self, engine, number):
+            return Namespace(write=Notes.written.extend, flush=lambda: None, close=lambda: None)
+
+    module = model()
+    registry = Registry.installed().with_plugins(Notes)
+    job = Job.open(Plan.build({**CONFIG, "plugins": {"notes": True}}, registry=registry))
+    engine = job.engine(module, sgd(module), engine_type=deepspeed.DeepSpeedEngine)
+    assert engine.monitor.enabled
+    engine.monitor.write_events([("mine", 2.0, 8)])
+    job.close()
+    assert [tuple(event) for event in Notes.written] == [("mine", 2.0, 8)]
+    plain, *_ = build()
+    assert not plain.monitor.enabled
+    plain.monitor.write_events([("mine", 2.0, 8)])
 
 
 @pytest.mark.parametrize(

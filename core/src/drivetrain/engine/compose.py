@@ -97,7 +97,7 @@ def build_engine(
             states,
             precision=precision,
             loss_scaler=loss_scaler(plan),
-            progress=_progress(job),
+            progress=Progress() if job.engines else job.progress,  # the job's: the first's
         )
         if work is not None:
             engine.optimizer = _facade(job, engine, work, optimizer)
@@ -117,11 +117,6 @@ def _check_model(job: Job, module: nn.Module, work: OptimizerPlan | None) -> Non
     groups = () if work is None else work.groups
     check_same_model(job, module, groups)
     refuse_kept_elsewhere(job, module, groups)
-
-
-def _progress(job: Job) -> Progress:
-    """The job's counters are those of its first engine; every other engine has its own."""
-    return Progress() if job.engines else job.progress
 
 
 def _apply(transforms: Sequence[Transform], module: nn.Module, *phases: Phase) -> nn.Module:

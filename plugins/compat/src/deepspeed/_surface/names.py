@@ -221,8 +221,7 @@ INSTEAD: Mapping[str, str] = {
     "compat.get_accelerator": "deepspeed.accelerator.get_accelerator",
     "io.FastFileWriter": "the config's checkpoint.background, which saves while training goes on",
     "module_inject.revert_transformer_layer": "nothing: modules are not replaced",
-    "monitor.monitor.MonitorMaster": "the config's tensorboard or csv_monitor section, or the hook "
-    "step_end",
+    "monitor.monitor.MonitorMaster": "engine.monitor, with the monitors of the config",
     "ops.aio.aio_handle": "drivetrain_offload.AsyncFile",
     "ops.adam.ZenFlowCPUAdam": "the config's zero_optimization.zenflow",
     "ops.adam.ZenFlowSelectiveAdamW": "the config's zero_optimization.zenflow",

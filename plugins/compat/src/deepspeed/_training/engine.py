@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from deepspeed._config.view import DeepSpeedConfig, value_at
+from deepspeed._parts.monitor import EngineMonitor
 from deepspeed._training import checkpoints
 from deepspeed._training.optimizer import DeepSpeedOptimizer
 from deepspeed._training.settings import SETTINGS
@@ -173,6 +174,11 @@ class DeepSpeedEngine(Engine):
     def basic_optimizer(self) -> EngineOptimizer | None:
         """The optimizer."""
         return self.optimizer
+
+    @property
+    def monitor(self) -> EngineMonitor:
+        """Where a script shows numbers of its own."""
+        return EngineMonitor(self)
 
     @property
     def is_compiled(self) -> bool:

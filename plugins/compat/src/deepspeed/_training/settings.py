@@ -63,3 +63,14 @@ SETTINGS: Mapping[str, str] = {
     "zero_sub_group_size": "zero_optimization.sub_group_size",
 }
 """Method -> config path."""
+
+SHARED = (
+    *("backward", "coalesce_grad_reduction", "deepspeed_io", "destroy", "device", "eval_batch"),
+    *("get_global_grad_norm", "get_lr", "get_mom", "get_type", "global_samples", "global_steps"),
+    *("gradient_accumulation_steps", "gradient_clipping", "is_gradient_accumulation_boundary"),
+    *("lr_scheduler", "micro_steps", "module", "no_sync", "offload_states", "optimizer"),
+    *("reload_states", "scale", "set_gradient_accumulation_boundary", "set_train_batch_size"),
+    *("set_train_micro_batch_size", "skipped_steps", "step", "train_batch", "train_batch_size"),
+    *("train_micro_batch_size_per_gpu", "training_dataloader", "was_step_applied"),
+)
+"""What DeepSpeed's engine and Drivetrain's both have under the same name."""
