@@ -203,3 +203,36 @@ def test_a_stage_that_trains_nothing_is_refused_on_all() -> None:
         run_distributed(a_stage_trains_nothing, 2, timeout=60)
     for error in caught.value.errors.values():
         assert "the model has no trainable parameters: all 4 have" in error.error
+
+
+def one_stage_overflows() -> list[tuple[float, bool, int, int]]:
+    """After two steps, the first with a gradient on stage 0 that is no number."""
+    fp16 = {"enabled": True, "initial_scale_power": 7, "hysteresis": 1}
+    engine = make(2, fp16=fp16)
+    seen = []
+    if engine.job.rank == 0:
+        bias = next(p for p in engine.module.parameters() if p.dim() == 1)
+        hook = bias.register_hook(lambda gradient: gradient * float("inf"))
+    for step in range(2):
+        if engine.job.rank == 0:  # the first stage alone sees tokens
+            engine._reporter.count_tokens((torch.ones(2, 5, dtype=torch.int64),), {})
+        (micro,) = data(step + 1, MICRO_BATCHES, 1)[step:]
+        engine.train_batch(iter([(x.float(), y) for ((x, y),) in micro]))
+        if engine.job.rank == 0 and not step:
+            hook.remove()
+        progress = engine.progress
+        seen.append(
+            (
+                engine.loss_scaler.scale_value,
+                engine.was_step_applied(),
+                progress.skipped_steps,
+                progress.tokens,
+            )
+        )
+    close(engine)
+    return seen
+
+
+def test_stages_keep_one_loss_scale_and_count_alike() -> None:
+    for seen in run_distributed(one_stage_overflows, 2):
+        assert seen == [(64.0, False, 1, 10), (64.0, True, 1, 20)]

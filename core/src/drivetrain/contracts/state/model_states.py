@@ -42,8 +42,8 @@ class ModelStates(ABC):
         by :meth:`finish_reduction`.
 
         Args:
-            last: a parameter gets no gradient in this window after the one that arrives now, so
-                that may be reduced at once.
+            last: no other follows in this window, so what arrives may be reduced at once, and what
+                does not arrive counts as zero, but for parameters that are deferred.
             local: nothing may be communicated in this backward (inside ``no_sync``).
         """
 
