@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 
 from drivetrain.contracts import Plugin, hookimpl
 from drivetrain.sections.observability import MemoryBreakdown, StepsPerPrint
-from drivetrain_offload.host.locked import is_locked
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
@@ -82,16 +81,16 @@ def memory_table(engine: Engine) -> list[MemoryRow]:
         key = fragment.kind, fragment.home
         nbytes = sum(box.numel for box in fragment.boxes) * fragment.dtype.itemsize
         sizes[key] += nbytes
-        if key == ("parameter", "host") and nbytes:  # other states are updated where they lie
-            locked[key] += nbytes if is_locked(fragment.read()) else 0
-        elif key == ("parameter", "device") and nbytes:
+        if key == ("parameter", "device") and nbytes:
             shards[fragment.name] = fragment.read().untyped_storage()._cdata, nbytes
     if (states := suspended(engine)) is not None:
         for kind, nbytes in states.locked_bytes().items():
-            locked[kind, "host"] += nbytes if kind != "parameter" else 0  # counted above
+            locked[kind, "host"] += nbytes
     sizes["parameter", "device"] += _whole_beside(engine, shards)
+    for row in noted_memory(engine.job):
+        sizes[row.kind, row.place] += row.nbytes
+        locked[row.kind, row.place] += row.locked
     rows = [MemoryRow(*key, nbytes, locked[key]) for key, nbytes in sizes.items()]
-    rows += noted_memory(engine.job)
     return sorted((row for row in rows if row.nbytes or row.locked), key=lambda row: -row.nbytes)
 
 

@@ -19,8 +19,9 @@ from drivetrain_offload.homes.split import SplitHome, cuts, part_of
 from drivetrain_offload.homes.timing import InLine, OnWorker, Timing
 from drivetrain_offload.homes.zenflow import ByImportance
 from drivetrain_offload.host.copies import Lanes
-from drivetrain_offload.host.memory import refuse_too_little
+from drivetrain_offload.host.memory import is_host, is_planned, refuse_too_little
 from drivetrain_offload.host.side import HostSide
+from drivetrain_offload.memory import MemoryRow, note_memory
 
 if TYPE_CHECKING:
     from drivetrain.job.job import Job
@@ -47,10 +48,6 @@ def homes_of(
     Raises:
         ConfigError: the host has too little memory, or an update rule cannot work on it.
     """
-    if any(spec.device.type == "meta" for spec in specs):
-        from drivetrain_offload.rehearsal import rehearsed_homes
-
-        return rehearsed_homes(job, specs, optimizer, param, zenflow)
     homes = _state_homes(job, specs, optimizer, aio, zenflow)
     if param.device == "none":
         return homes
@@ -77,19 +74,13 @@ def _state_homes(
     return divided_homes(specs, section.ratio, make)
 
 
-def divided_homes(
-    specs: Sequence[BucketSpec],
-    ratio: float,
-    make: Factory,
-    split: type[SplitHome] = SplitHome,
-) -> list[StateHome]:
+def divided_homes(specs: Sequence[BucketSpec], ratio: float, make: Factory) -> list[StateHome]:
     """A home for every bucket, of which all or a part is kept off the device.
 
     Args:
         specs: all buckets.
         ratio: share of the elements of trained ones that is offloaded.
         make: makes homes for that share.
-        split: home of a bucket of which the device keeps a part.
     """
     kept = cuts(specs, ratio)
     offloaded = [
@@ -105,7 +96,7 @@ def divided_homes(
         elif cut == 0:
             homes.append(next(made))
         else:
-            homes.append(split(spec, DeviceHome(part_of(spec, 0, cut)), next(made)))
+            homes.append(SplitHome(spec, DeviceHome(part_of(spec, 0, cut)), next(made)))
     return homes
 
 
@@ -122,14 +113,18 @@ def host_homes(
         ConfigError: the host has too little memory, or an update rule communicates.
     """
     side = HostSide.of(job, section)
-    way = way_of(section, specs, zenflow)
+    way = way_of(job, section, specs, zenflow)
     states, buffers = sum(map(state_bytes, specs)), way.buffer_bytes
-    refuse_too_little(
-        states + buffers,
-        job.ranks.ranks_on_host,
-        what=f"{_PATH}: device cpu needs {states:,} bytes of masters and optimizer states"
-        + (f" and {buffers:,} of buffers" if buffers else ""),
-    )
+    if not is_planned(job):
+        refuse_too_little(
+            states + buffers,
+            job.ranks.ranks_on_host,
+            what=f"{_PATH}: device cpu needs {states:,} bytes of masters and optimizer states"
+            + (f" and {buffers:,} of buffers" if buffers else ""),
+        )
+    if is_planned(job) and zenflow is not None:
+        columns = sum(ByImportance.device_bytes(spec, zenflow) for spec in specs)
+        note_memory(job, lambda: [MemoryRow("important columns", "device", columns)])
     side.reserve(*way.lane_bytes, way.extra_bytes - way.shown_bytes)
     logger.info(
         "rank %d keeps %s bytes of masters and optimizer states in host memory, and %s of buffers",
@@ -146,14 +141,12 @@ class Way:
         timing: says when each of them is, and by whom.
         through_lanes: buckets that come down and go up through the shared lanes.
         extra_bytes: of host memory beside masters, states and lanes.
-        locked_bytes: how many of these are page-locked where that is wanted.
         shown_bytes: how many of these the homes' fragments show.
     """
 
     timing: Callable[[HostBucket], Timing]
     through_lanes: Sequence[BucketSpec] = ()
     extra_bytes: int = 0
-    locked_bytes: int = 0
     shown_bytes: int = 0
 
     @property
@@ -169,7 +162,9 @@ class Way:
         return self.extra_bytes + Lanes.COUNT * sum(self.lane_bytes)
 
 
-def way_of(section: OffloadOptimizer, specs: Sequence[BucketSpec], zenflow: ZenFlow | None) -> Way:
+def way_of(
+    job: Job, section: OffloadOptimizer, specs: Sequence[BucketSpec], zenflow: ZenFlow | None
+) -> Way:
     """How a config wants buckets updated.
 
     Raises:
@@ -182,19 +177,18 @@ def way_of(section: OffloadOptimizer, specs: Sequence[BucketSpec], zenflow: ZenF
         _refuse_whole_tensors(specs)
         extra = sum(map(ByImportance.extra_bytes, specs))
         timing = partial(ByImportance, section=zenflow)
-        return Way(timing, (), extra, locked_bytes=delayed, shown_bytes=extra - delayed)
+        return Way(timing, extra_bytes=extra, shown_bytes=extra - delayed)
     if section.delayed_update:
         _refuse_communicating(specs)
         _refuse_without_masters(specs, f"{_PATH}.delayed_update")
-        return Way(Delayed, extra_bytes=delayed, locked_bytes=delayed)
+        return Way(Delayed, extra_bytes=delayed)
     if section.super_offload:
         _refuse_communicating(specs)
         ahead = [spec for spec in specs if spec.has_masters]
         extra = sum(Speculative.extra_bytes(spec, state_bytes(spec)) for spec in ahead)
-        out = sum(spec.numel * spec.parameter_dtype.itemsize for spec in ahead)
-        lanes = [spec for spec in specs if spec.has_masters or spec.device.type != "cpu"]
-        return Way(_speculative, lanes, extra, locked_bytes=out)
-    on_device = [spec for spec in specs if spec.device.type != "cpu"]
+        lanes = [spec for spec in specs if spec.has_masters or not is_host(job)]
+        return Way(_speculative, lanes, extra)
+    on_device = [] if is_host(job) else specs
     _refuse_communicating(on_device)
     return Way(_at_once, on_device)
 

@@ -14,9 +14,9 @@ from drivetrain.contracts import BucketSpec, BucketView, Fragment, Segment, Stat
 from drivetrain.errors import ConfigError
 from drivetrain.states.device_home import DeviceHome, bucket_fragment, segment_fragment
 from drivetrain_offload.files.pipeline import Place, StateFile, TilePipeline
-from drivetrain_offload.files.swap_folder import SwapFolder
+from drivetrain_offload.files.swap_folder import SwapFolder, new_file
 from drivetrain_offload.files.tiles import Tile, TileLayout, buffers_for
-from drivetrain_offload.host.memory import PinnedMemory
+from drivetrain_offload.host.memory import HOST, PinnedMemory, is_host, is_planned
 from drivetrain_offload.host.side import as_they_are
 from drivetrain_offload.memory import MemoryRow, note_memory
 
@@ -102,7 +102,9 @@ class NvmeHome(StateHome):
             initial[state.name] = state.initial
             if state.numel is not None:
                 dtype = state.dtype or self.spec.state_dtype
-                self._own[state.name] = torch.full((state.numel,), state.initial, dtype=dtype)
+                device = parameters.device if parameters.is_meta else HOST
+                own = torch.full((state.numel,), state.initial, dtype=dtype, device=device)
+                self._own[state.name] = own
         for tile, kinds in self._tiles(self.pipeline.blank):
             for kind, values in kinds.items():
                 if kind == MASTER:
@@ -138,6 +140,8 @@ class NvmeHome(StateHome):
         self, take: Callable[[Place], torch.Tensor]
     ) -> Iterator[tuple[Tile, dict[str, torch.Tensor]]]:
         """Every tile and what is kept of it, by kind; written back when the next is asked for."""
+        if self._parameters.is_meta:  # of a job that is only planned
+            return
         layout = self._store.layout
         for index, tile in enumerate(layout.tiles):
             place = Place(self._store, index)
@@ -230,19 +234,20 @@ def nvme_homes(
     """
     assert section.nvme_path is not None, "the section has been validated"
     stateful = [spec for spec in specs if kinds_of(spec)]
-    for spec in stateful:
-        refuse_communicating(spec)
-    folder = SwapFolder.of(job, section.nvme_path)
+    if not is_host(job):
+        for spec in stateful:
+            refuse_communicating(spec)
     layouts = [TileLayout.of(spec, kinds_of(spec), tile_limit(spec, section)) for spec in stateful]
-    _refuse_full_disk(folder, section.nvme_path, stateful, layouts)
+    folder = None if is_planned(job) else SwapFolder.of(job, section.nvme_path)
+    if folder is not None:
+        _refuse_full_disk(folder, section.nvme_path, stateful, layouts)
     buffers = buffers_for(layouts, section.buffer_count, section.buffer_size)
     shared = _shared(job, folder, section, *buffers)
     stores = []
     for spec, layout in zip(stateful, layouts, strict=True):
-        file = folder.create(f"{spec.key}.states", aio)
-        file.preallocate(layout.file_bytes)
+        file = new_file(folder, f"{spec.key}.states", layout.file_bytes, aio)
         stores.append(StateFile(file, layout))
-        if spec.device.type != "cpu":
+        if not is_host(job):
             longest = max(tile.numel for tile in layout.tiles)
             shared.staging.reserve(
                 longest * spec.gradient_dtype.itemsize, longest * spec.parameter_dtype.itemsize
@@ -262,7 +267,7 @@ _of_jobs: weakref.WeakKeyDictionary[Job, _Shared] = weakref.WeakKeyDictionary()
 
 
 def _shared(
-    job: Job, folder: SwapFolder, section: OffloadOptimizer, count: int, nbytes: int
+    job: Job, folder: SwapFolder | None, section: OffloadOptimizer, count: int, nbytes: int
 ) -> _Shared:
     """So many buffers of that size; those of earlier homes of the job, if there were any."""
     if job in _of_jobs:
@@ -276,10 +281,9 @@ def _shared(
         read_ahead=section.pipeline_read,
         write_behind=section.pipeline_write,
     )
-    folder.before_close(pipeline.close)
-    memory = PinnedMemory(
-        job.accelerator, wanted=section.pin_memory, budget=section.pinned_memory_budget
-    )
+    if folder is not None:
+        folder.before_close(pipeline.close)
+    memory = PinnedMemory.of(job, wanted=section.pin_memory, budget=section.pinned_memory_budget)
     staging = Staging(memory)
     _of_jobs[job] = _Shared(pipeline, staging)
     note_memory(
@@ -323,13 +327,13 @@ def _refuse_full_disk(
 
 
 def refuse_communicating(spec: BucketSpec) -> None:
-    """Refuse a rule that communicates gradients from a device with memory of its own.
+    """Refuse a rule that communicates gradients, from a device with memory of its own.
 
     Raises:
         ConfigError: it is one.
     """
     kind = type(_rule(spec))
-    if kind.wants_reduced is not UpdateRule.wants_reduced and spec.device.type != "cpu":
+    if kind.wants_reduced is not UpdateRule.wants_reduced:
         raise ConfigError(
             f"{_PATH}: the optimizer {kind.__name__} communicates gradients by itself, so its "
             "states cannot leave the device; use device none, or another optimizer.type"

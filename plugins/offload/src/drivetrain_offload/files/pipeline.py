@@ -18,14 +18,20 @@ class StateFile:
     """The file of one bucket.
 
     Args:
-        file: of ``layout.file_bytes`` bytes; this object owns it.
+        file: of ``layout.file_bytes`` bytes; this object owns it. None if the job is only planned.
         layout: what lies where.
     """
 
-    def __init__(self, file: AsyncFile, layout: TileLayout) -> None:
-        self.file = file
+    def __init__(self, file: AsyncFile | None, layout: TileLayout) -> None:
+        self._file = file
         self.layout = layout
         self._following: Callable[[], StateFile | None] = lambda: None
+
+    @property
+    def file(self) -> AsyncFile:
+        """The file."""
+        assert self._file is not None, "a job that is only planned has no files"
+        return self._file
 
     @property
     def following(self) -> StateFile | None:
@@ -118,10 +124,9 @@ class TilePipeline:
         self._latest: StateFile | None = None
         self._failure: FileIOError | None = None
         self._closing = False
-        self.buffer_count = self.buffer_bytes = 0
-        self.grow(buffer_count, buffer_bytes)
-        self._thread = threading.Thread(target=self._run, name="drivetrain-tiles", daemon=True)
-        self._thread.start()
+        self.buffer_count, self.buffer_bytes = buffer_count, buffer_bytes
+        self._has_buffers = False
+        self._thread: threading.Thread | None = None
 
     @property
     def nbytes(self) -> int:
@@ -134,10 +139,19 @@ class TilePipeline:
             self.settle()
             self.buffer_count = max(buffer_count, self.buffer_count)
             self.buffer_bytes = max(buffer_bytes, self.buffer_bytes)
-            self._free.clear()  # first, so that old and new are never there together
+            self._free.clear()
+            self._has_buffers = False
+
+    def _start(self) -> None:
+        """Have buffers and the thread; nothing is taken before there is a tile."""
+        if not self._has_buffers:
+            self._has_buffers = True
             self._free.extend(
                 aligned_empty(self.nbytes, torch.uint8).view(self.buffer_count, -1).unbind()
             )
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="drivetrain-tiles", daemon=True)
+            self._thread.start()
 
     # -- tiles ----------------------------------------------------------------------------------
 
@@ -149,6 +163,7 @@ class TilePipeline:
         """
         with self._changed:
             assert not self._closing, "the job is closed"
+            self._start()
             self._learn(place)
             if place not in self._held or self._held[place].writing is not None:
                 self._forget_ahead()  # another one was expected
@@ -170,6 +185,7 @@ class TilePipeline:
         """
         with self._changed:
             assert not self._closing, "the job is closed"
+            self._start()
             self._forget_ahead()
             held = self._held[place] = _Held(self._await_buffer(place), is_taken=True)
         return held.buffer[: place.file.layout.nbytes(place.tile)]
@@ -219,7 +235,8 @@ class TilePipeline:
             self._changed.wait_for(lambda: not self._writes)
             self._forget_ahead()
             self._changed.notify_all()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         self._free.clear()
 
     # -- inside the lock ------------------------------------------------------------------------

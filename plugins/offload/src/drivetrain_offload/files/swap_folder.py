@@ -135,6 +135,19 @@ class SwapFolder:
         self._end.detach()
 
 
+def new_file(folder: SwapFolder | None, name: str, nbytes: int, aio: Aio) -> AsyncFile | None:
+    """A new file of so many bytes, whose space is reserved; None without a folder.
+
+    Raises:
+        FileIOError: it cannot be made.
+    """
+    if folder is None:
+        return None
+    file = folder.create(name, aio)
+    file.preallocate(nbytes)
+    return file
+
+
 _folders: weakref.WeakSet[SwapFolder] = weakref.WeakSet()
 _of_jobs: weakref.WeakKeyDictionary[Job, dict[str, SwapFolder]] = weakref.WeakKeyDictionary()
 

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from drivetrain.contracts import Hyper
     from drivetrain_offload.host.worker import Ticket
 
-HOST = torch.device("cpu")
-
 
 @dataclass(frozen=True)
 class Update:
@@ -55,7 +53,7 @@ class HostBucket:
     def __init__(self, spec: BucketSpec, side: HostSide) -> None:
         self.spec = spec
         self.side = side
-        self.states = FlatStates(spec, HOST)
+        self.states = FlatStates(spec, side.memory.device)
         self.parameters = torch.empty(0)
         self.uploaded: Mark = Reached()
         self._ticket: Ticket | None = None

@@ -69,6 +69,8 @@ class SplitHome(StateHome):
 
     def fragments(self) -> Sequence[Fragment]:
         """One for each state of each parameter, as of a bucket that is not split."""
+        if self.spec.device.type == "meta":  # only counted, and each part where it would be
+            return [*self.first.fragments(), *self.rest.fragments()]
         found = {(fragment.name, fragment.kind): fragment for fragment in self.first.fragments()}
         sizes = {segment.name: segment.numel for segment in self.first.spec.segments}
         for fragment in self.rest.fragments():

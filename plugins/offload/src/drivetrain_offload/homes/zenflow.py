@@ -52,12 +52,24 @@ class ByImportance(Timing):
         """Bytes beside masters and states: those of delayed updates, a sum, and who is where."""
         return Delayed.extra_bytes(spec) + spec.numel * (4 + 1)
 
+    @staticmethod
+    def device_bytes(spec: BucketSpec, section: ZenFlow) -> int:
+        """Bytes on the device of index, masters, states and parameters of important columns.
+
+        Without tensors of one dimension, which are small.
+        """
+        assert spec.rule is not None, f"bucket {spec.key} is not trained"
+        states = [state.dtype or spec.state_dtype for state in spec.rule.states(spec)]
+        dtypes = [torch.int64, spec.master_dtype, spec.parameter_dtype, *states]
+        count = round(section.topk_ratio * spec.numel)
+        return count * sum(dtype.itemsize for dtype in dtypes)
+
     def adopt(self) -> None:
-        numel = self.bucket.spec.numel
+        numel, device = self.bucket.spec.numel, self.bucket.side.memory.device
         self._host.adopt()
-        self._sum = torch.zeros(numel, dtype=torch.float32, device="cpu")
-        self._columns = torch.zeros(numel, dtype=torch.uint8, device="cpu")
-        self._counts = torch.zeros(2, dtype=torch.int64, device="cpu")
+        self._sum = torch.zeros(numel, dtype=torch.float32, device=device)
+        self._columns = torch.zeros(numel, dtype=torch.uint8, device=device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
         self._device = None
 
     # -- the way of a step ----------------------------------------------------------------------

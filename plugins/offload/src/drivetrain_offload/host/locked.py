@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     from drivetrain.contracts import Accelerator
 
-_blocks: dict[int, int] = {}
-"""First address -> end, of each block that :func:`lock` has answered and that is still held."""
+_locked: set[int] = set()
+"""The storages of tensors that :func:`lock` has returned, as long as these are held."""
 
 
 def lock(accelerator: Accelerator, plain: torch.Tensor) -> torch.Tensor:
@@ -21,14 +21,13 @@ def lock(accelerator: Accelerator, plain: torch.Tensor) -> torch.Tensor:
         RuntimeError: the system does not lock so much.
     """
     pinned = accelerator.pin_memory(plain)
-    if accelerator.device_type != "cpu" and not pinned.is_meta:
-        start = pinned.data_ptr()
-        _blocks[start] = start + pinned.nbytes
-        weakref.finalize(pinned, _blocks.pop, start, None)
+    if accelerator.device_type != "cpu":
+        storage = pinned.untyped_storage()._cdata
+        _locked.add(storage)
+        weakref.finalize(pinned, _locked.discard, storage)
     return pinned
 
 
 def is_locked(tensor: torch.Tensor) -> bool:
     """Whether a host tensor lies in memory of :func:`lock`."""
-    address = tensor.data_ptr()
-    return any(start <= address < end for start, end in _blocks.items())
+    return tensor.untyped_storage()._cdata in _locked

@@ -16,14 +16,27 @@ from drivetrain_offload.host.locked import lock
 
 if TYPE_CHECKING:
     from drivetrain.contracts import Accelerator
+    from drivetrain.job.job import Job
 
 logger = logging.getLogger("drivetrain.offload")
+
+HOST = torch.device("cpu")
 
 _MIB = 1 << 20
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUP = Path("/proc/self/cgroup")
+
+
+def is_planned(job: Job) -> bool:
+    """Whether a job is only put together to find out what it would hold, and takes no memory."""
+    return job.device.type == "meta"
+
+
+def is_host(job: Job) -> bool:
+    """Whether the memory of a job's device, planned or not, is that of the host."""
+    return job.accelerator.device_type == "cpu"
 
 
 class PinnedMemory:
@@ -33,9 +46,18 @@ class PinnedMemory:
         accelerator: locks pages.
         wanted: whether to lock any.
         budget: largest number of bytes locked at once; ``None`` for all that the system allows.
+        device: whose tensors it makes: ``meta`` to count memory without taking any.
     """
 
-    def __init__(self, accelerator: Accelerator, *, wanted: bool, budget: int | None) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        *,
+        wanted: bool,
+        budget: int | None,
+        device: torch.device = HOST,
+    ) -> None:
+        self.device = device
         self._accelerator = accelerator
         self._wanted = wanted and accelerator.device_type != "cpu"
         self._budget = budget
@@ -43,12 +65,18 @@ class PinnedMemory:
         self.locked = 0
         """Bytes locked now."""
 
+    @classmethod
+    def of(cls, job: Job, *, wanted: bool, budget: int | None = None) -> PinnedMemory:
+        """Host memory of ``job``; none is taken if that is only planned."""
+        device = job.device if is_planned(job) else HOST
+        return cls(job.accelerator, wanted=wanted, budget=budget, device=device)
+
     def empty(self, numel: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
         """An uninitialised flat tensor; its memory is counted until the tensor itself is gone.
 
         Logs once when it is not locked although that was wanted.
         """
-        plain = torch.empty(numel, dtype=dtype, device="cpu")
+        plain = torch.empty(numel, dtype=dtype, device=self.device)
         nbytes = plain.nbytes
         if not self._wanted or not numel:
             return plain
@@ -73,7 +101,7 @@ class PinnedMemory:
         self.locked -= nbytes
 
     def _say(self, why: str) -> None:
-        if not self._said:
+        if not self._said and self.device == HOST:
             self._said = True
             logger.warning(
                 "some host memory is not page-locked, so that copies between it and the device do "

@@ -29,8 +29,8 @@ class HostSide:
 
     def __init__(self, job: Job, section: OffloadOptimizer) -> None:
         accelerator = job.accelerator
-        self.memory = PinnedMemory(
-            accelerator, wanted=section.pin_memory, budget=section.pinned_memory_budget
+        self.memory = PinnedMemory.of(
+            job, wanted=section.pin_memory, budget=section.pinned_memory_budget
         )
         self.worker = Worker(max(1, int(section.cpuadam_cores_perc * torch.get_num_threads())))
         self.lanes = Lanes(self.memory.empty)

@@ -27,9 +27,14 @@ from drivetrain.contracts import (
 from drivetrain.errors import ConfigError
 from drivetrain.states.device_home import DeviceHome
 from drivetrain_offload.file_io.pages import Pages
-from drivetrain_offload.homes.bucket import HOST
 from drivetrain_offload.homes.split import SplitHome
-from drivetrain_offload.host.memory import PinnedMemory, refuse_too_little
+from drivetrain_offload.host.memory import (
+    HOST,
+    PinnedMemory,
+    is_host,
+    is_planned,
+    refuse_too_little,
+)
 from drivetrain_offload.memory import MemoryRow, note_memory
 from drivetrain_offload.parameters.stores import FileStore, Finish, HostStore, ParameterStore
 from drivetrain_offload.parameters.update_order import TRAVELLING, UpdateOrder, room_for
@@ -37,6 +42,7 @@ from drivetrain_offload.parameters.update_order import TRAVELLING, UpdateOrder, 
 if TYPE_CHECKING:
     from drivetrain.contracts import Hyper
     from drivetrain.job.job import Job
+    from drivetrain_offload.files.swap_folder import SwapFolder
     from drivetrain_offload.section import Aio, OffloadParam
 
 _PATH = "zero_optimization.offload_param"
@@ -92,6 +98,9 @@ class KeptParameters(ParameterHome):
     # -- what model states call ---------------------------------------------------------------
 
     def adopt(self, parameters: torch.Tensor, originals: torch.Tensor) -> None:
+        if parameters.is_meta:  # of a job that is only planned
+            self._states.adopt(parameters, originals)
+            return
         if isinstance(self._store, HostStore) and self.stays_near:
             self._work = self._store.values
         elif self._near.type == "cpu":
@@ -280,40 +289,41 @@ def keep(
             "it needs zero_optimization.stage 3 (drivetrain-zero)"
         )
     on_host = stay_on_host(specs, section)
-    away = [spec.device.type != "cpu" for spec in specs]
     taken = sum(
         spec.numel * spec.parameter_dtype.itemsize
-        for spec, host, other in zip(specs, on_host, away, strict=True)
-        if host and other
+        for spec, host in zip(specs, on_host, strict=True)
+        if host and not is_host(job)
     )
-    if taken:
+    if taken and not is_planned(job):
         refuse_too_little(
             taken, job.ranks.ranks_on_host, what=f"{_PATH} needs {taken:,} bytes of parameters"
         )
-    memory = PinnedMemory(job.accelerator, wanted=section.pin_memory, budget=None)
-    files = None if all(on_host) else _Files(job, section, aio)
-    orders = _orders(job, _that_travel(homes, on_host), section.buffer_count)
+    memory = PinnedMemory.of(job, wanted=section.pin_memory)
+    note_memory(job, lambda: [MemoryRow("parameter", "host", 0, memory.locked)])
+    folder = None if all(on_host) else _folder(job, section)
+    orders = _orders(job, _that_travel(job, homes, on_host), section.buffer_count)
     kept: list[StateHome] = []
-    for spec, home, host, other in zip(specs, homes, on_host, away, strict=True):
+    for spec, home, host in zip(specs, homes, on_host, strict=True):
         store: ParameterStore
-        if not spec.released or (host and not other):
+        if not spec.released or (host and is_host(job)):
             kept.append(home)
             continue
         if host:
             values = memory.empty(spec.numel, spec.parameter_dtype)
             store = HostStore(values, job.accelerator)
         else:
-            assert files is not None
-            store = files.store(spec)
+            store = _file_store(folder, spec, aio)
         kept.append(KeptParameters(home, store, orders[_place(home)], _near(home)))
     return kept
 
 
-def _that_travel(homes: Sequence[StateHome], on_host: Sequence[bool]) -> Iterator[StateHome]:
+def _that_travel(
+    job: Job, homes: Sequence[StateHome], on_host: Sequence[bool]
+) -> Iterator[StateHome]:
     """Those whose parameters are not kept where they are updated."""
     for home, stays in zip(homes, on_host, strict=True):
         is_trained = home.spec.released and home.spec.rule is not None
-        if is_trained and not (stays and _near(home) == HOST):
+        if is_trained and not (stays and (is_host(job) or _near(home) == HOST)):
             yield home
 
 
@@ -352,18 +362,17 @@ def _near(home: StateHome) -> torch.device:
     return home.spec.device if _place(home) == "device" else HOST
 
 
-class _Files:
-    """Makes the files of a rank's parameters."""
+def _folder(job: Job, section: OffloadParam) -> SwapFolder | None:
+    """Where files of parameters go; None in a job that is only planned."""
+    from drivetrain_offload.files.swap_folder import SwapFolder
 
-    def __init__(self, job: Job, section: OffloadParam, aio: Aio) -> None:
-        from drivetrain_offload.files.swap_folder import SwapFolder
+    assert section.nvme_path is not None, "the section has been validated"
+    return None if is_planned(job) else SwapFolder.of(job, section.nvme_path)
 
-        assert section.nvme_path is not None, "the section has been validated"
-        self._folder = SwapFolder.of(job, section.nvme_path)
-        self._aio = aio
 
-    def store(self, spec: BucketSpec) -> FileStore:
-        """A store in a file of its own, whose space is reserved."""
-        file = self._folder.create(f"{spec.key}.parameters", self._aio)
-        file.preallocate(spec.numel * spec.parameter_dtype.itemsize)
-        return FileStore(file, spec.numel, spec.parameter_dtype)
+def _file_store(folder: SwapFolder | None, spec: BucketSpec, aio: Aio) -> FileStore:
+    from drivetrain_offload.files.swap_folder import new_file
+
+    nbytes = spec.numel * spec.parameter_dtype.itemsize
+    file = new_file(folder, f"{spec.key}.parameters", nbytes, aio)
+    return FileStore(file, spec.numel, spec.parameter_dtype)

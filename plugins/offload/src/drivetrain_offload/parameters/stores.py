@@ -93,18 +93,23 @@ class FileStore(ParameterStore):
     """A file.
 
     Args:
-        file: of ``numel`` elements; this store owns it.
+        file: of ``numel`` elements; this store owns it. None in a job that is only planned.
         numel: number of parameters.
         dtype: theirs.
     """
 
     place = "nvme"
 
-    def __init__(self, file: AsyncFile, numel: int, dtype: torch.dtype) -> None:
-        self._file = file
+    def __init__(self, file: AsyncFile | None, numel: int, dtype: torch.dtype) -> None:
+        self._maybe_file = file
         self._numel = numel
         self._dtype = dtype
         self._write: Request | None = None
+
+    @property
+    def _file(self) -> AsyncFile:
+        assert self._maybe_file is not None, "a job that is only planned has no files"
+        return self._maybe_file
 
     def begin_read(self, into: torch.Tensor) -> Finish:
         self.finish_write()
