@@ -42,7 +42,7 @@ def seen(stage: int, prefetch: int, *, overlap: bool) -> tuple[dict[str, int], i
     def taken(memory: WholeMemory) -> None:
         nonlocal most
         take(memory)
-        whole = (b.whole.untyped_storage().nbytes() for b in states._buckets if b.sharded)
+        whole = (b.whole.flat.untyped_storage().nbytes() for b in states._buckets if b.sharded)
         most = max(most, sum(whole))
 
     with patch.object(WholeMemory, "take", taken):

@@ -12,9 +12,10 @@ import pytest
 import torch
 from drivetrain_zero.gathering.unit import GatheredUnit
 from drivetrain_zero.gathering.unit_hooks import UnitHooks
-from drivetrain_zero.shards.bucket import ShardedBucket
 from drivetrain_zero.shards.gradients import GradientMemory, ReduceScatterBucket
+from drivetrain_zero.shards.layout import Layout
 from drivetrain_zero.shards.packing import Packing
+from drivetrain_zero.shards.whole import AlwaysWhole, GatheredWhole
 from drivetrain_zero.states import ZeroStates
 from zero_harness import SGD, Run, config, plain, sgd, train
 from zero_models import BODY, REENTRANT, ROUTED, UNEVEN
@@ -133,15 +134,15 @@ def gradient_of_an_unused_parameter_left_over() -> AbstractContextManager[Any]:
 
 
 def shard_from_the_wrong_rank() -> AbstractContextManager[Any]:
-    finish = ShardedBucket.finish_gather
+    finish = GatheredWhole.finish
 
-    def rotated(bucket: ShardedBucket) -> None:
-        arrived = bucket._handle is not None
-        finish(bucket)
-        if arrived and bucket.sharded:
-            bucket.whole.copy_(bucket.whole.roll(bucket.packing.shard))
+    def rotated(whole: GatheredWhole) -> None:
+        arrived = whole._handle is not None
+        finish(whole)
+        if arrived:
+            whole.flat.copy_(whole.flat.roll(whole.shard.numel()))
 
-    return patch.object(ShardedBucket, "finish_gather", rotated)
+    return patch.object(GatheredWhole, "finish", rotated)
 
 
 def released_before_backward() -> AbstractContextManager[Any]:
@@ -150,7 +151,7 @@ def released_before_backward() -> AbstractContextManager[Any]:
 
 
 def stale_after_update() -> AbstractContextManager[Any]:
-    return patch.object(ShardedBucket, "publish", lambda bucket: None)
+    return patch.object(AlwaysWhole, "publish", lambda whole: None)
 
 
 def stale_where_it_stays_gathered() -> AbstractContextManager[Any]:
@@ -159,16 +160,12 @@ def stale_where_it_stays_gathered() -> AbstractContextManager[Any]:
 
 def update_of_another_shard() -> AbstractContextManager[Any]:
     """The gradient's shard is the next rank's."""
-    own = ShardedBucket.shard_of
 
-    def other(bucket: ShardedBucket, flat: torch.Tensor) -> torch.Tensor:
-        mine, bucket.rank = bucket.rank, (bucket.rank + 1) % bucket.ranks
-        try:
-            return own(bucket, flat)
-        finally:
-            bucket.rank = mine
+    def other(layout: Layout, flat: torch.Tensor) -> torch.Tensor:
+        packing, rank = layout.packing, layout.communicator.rank(layout.axis)
+        return flat.narrow(0, (rank + 1) % packing.ranks * packing.shard, packing.shard)
 
-    return patch.object(ShardedBucket, "shard_of", other)
+    return patch.object(Layout, "shard_of", other)
 
 
 def replicas_not_summed() -> AbstractContextManager[Any]:

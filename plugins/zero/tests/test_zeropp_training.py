@@ -170,7 +170,8 @@ def traffic(settings: dict[str, Any], model: Callable[[], nn.Module]) -> dict[st
             name = f"{part}{call.purpose.value} {call.op} {call.axis}"
             found[name] = found.get(name, 0) + count.payload_bytes
     elements = sum(bucket.shard.numel() for bucket in engine.states._buckets)
-    second = [b._secondary for b in engine.states._buckets if b._secondary is not None]
+    wholes = [bucket.whole for bucket in engine.states._buckets]
+    second = [whole._secondary for whole in wholes if whole._secondary is not None]
     seconds = sum(shard.shard.numel() for shard in second)
     engine.job.close()
     return {"payload": found, "shards": elements, "second shards": seconds}

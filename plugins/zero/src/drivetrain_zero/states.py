@@ -24,7 +24,6 @@ from drivetrain_zero.compressed.layers import kept_errors
 from drivetrain_zero.gathering import released
 from drivetrain_zero.gathering.agreement import agreement_of
 from drivetrain_zero.gathering.gatherer import Gatherer
-from drivetrain_zero.gathering.guards import refuse_communicating, refuse_released_state_dict
 from drivetrain_zero.gathering.handle import ShardedParameter
 from drivetrain_zero.gathering.order import CommonOrder
 from drivetrain_zero.gathering.unit import GatheredUnit, Reason, UnitState, find_units
@@ -33,7 +32,6 @@ from drivetrain_zero.init.shards import refuse_other_layout
 from drivetrain_zero.policy import ZeroPolicy
 from drivetrain_zero.scripts.copies import guard_copies
 from drivetrain_zero.shards.bucket import ShardedBucket
-from drivetrain_zero.shards.foreign_changes import ForeignChanges
 from drivetrain_zero.shards.frozen import bucketed, plan_frozen
 from drivetrain_zero.shards.gradients import GradientMemory, ReduceScatterBucket
 from drivetrain_zero.shards.passing_memory import most_gathered
@@ -85,7 +83,7 @@ class ZeroStates(ModelStates):
         self._memory = GradientMemory(job.communicator)
         planned = [(unit, plan) for unit in units for plan in self._plan(unit, steps)]
         for _, plan in planned:
-            refuse_communicating(plan.spec.rule)
+            released.refuse_communicating(plan.spec.rule)
         self._buckets = []
         for unit, plan in planned:
             bucket = ShardedBucket(
@@ -104,7 +102,7 @@ class ZeroStates(ModelStates):
             bucket.adopt(home)
         self._leave_whole({p for bucket in self._buckets for p in bucket.parameters})
         for bucket in self._buckets:
-            bucket.begin_checks()
+            bucket.shown.begin_checks()
         self._sums = [self._sum_of(bucket) for bucket in self._trained_in_backward_order(units)]
         self._memory.make()
         self._errors = kept_errors(job.communicator, [bucket.parameters for bucket in self._sums])
@@ -118,11 +116,9 @@ class ZeroStates(ModelStates):
         self._watch = ParameterWatch(
             self._module, job.parameters, self._optimizer, self._reducer.slots
         )
-        if policy.sanity_checks:
-            for bucket in self._buckets:
-                names = [segment.name for segment in bucket.plan.spec.segments]
-                bucket.watch = ForeignChanges(names, bucket.parameters)
-            self._note_parameters()
+        for bucket in self._buckets:
+            bucket.shown.reads_values = policy.sanity_checks
+            bucket.shown.note_values()
         self._open_window()
 
     def _units(self) -> list[GatheredUnit]:
@@ -223,11 +219,11 @@ class ZeroStates(ModelStates):
                 b for u in units if Reason.PERSISTENT not in u.reasons for b in u.buckets
             ):
                 if bucket.sharded and bucket.axis == "data":
-                    bucket.keep_secondary(policy.secondary_axis)
+                    bucket.whole.keep_secondary(policy.secondary_axis)
         communicator.barrier("data", Tag(Purpose.CONTROL, site="first shards"))
         self._gathering.begin()
         for part in self._module.modules():
-            refuse_released_state_dict(part)
+            released.refuse_released_state_dict(part)
 
     def _attach_handles(self, unit: GatheredUnit) -> None:
         for bucket in unit.buckets:
@@ -320,8 +316,7 @@ class ZeroStates(ModelStates):
         if self._policy.sanity_checks:
             self._refuse_foreign_changes()
         self._take_over_changes()
-        for watch in self._watches():
-            watch.forget()
+        self._forget_parameters()
         scale = scale * self._policy.predivide
         updated: list[ShardedBucket] = []
         for bucket in self._in_update_order():
@@ -340,8 +335,7 @@ class ZeroStates(ModelStates):
 
     def _publish(self) -> None:
         """Let every rank compute with all shards, which somebody has changed."""
-        for watch in self._watches():
-            watch.forget()
+        self._forget_parameters()
         self._finish_publish([bucket.parameters for bucket in reversed(self._sums)])
 
     def _finish_publish(self, updated: Sequence[ShardedBucket]) -> None:
@@ -349,7 +343,7 @@ class ZeroStates(ModelStates):
         for parameters in updated:
             _begin_publish(parameters)
         for bucket in self._sums:
-            bucket.parameters.finish_publish()
+            bucket.parameters.whole.finish_publish()
         if self._gathering is not None:
             self._gathering.updated()
         self._note_parameters()
@@ -399,21 +393,22 @@ class ZeroStates(ModelStates):
 
     def fragments_written(self) -> None:
         for bucket in self._buckets:
-            bucket.forget_secondary()
+            bucket.whole.shard_changes()
         self._publish()
 
     def _refuse_foreign_changes(self) -> None:
-        for watch in self._watches():
-            watch.check()
+        for bucket in self._buckets:
+            bucket.shown.check_values()
         # Ranks that share memory see each other's updates at once.
         self._job.communicator.barrier("data", Tag(Purpose.CONTROL, site="sanity checks"))
 
-    def _watches(self) -> list[ForeignChanges]:
-        return [bucket.watch for bucket in self._buckets if bucket.watch is not None]
+    def _forget_parameters(self) -> None:
+        for bucket in self._buckets:
+            bucket.shown.forget_values()
 
     def _note_parameters(self) -> None:
-        for watch in self._watches():
-            watch.note()
+        for bucket in self._buckets:
+            bucket.shown.note_values()
 
     def steps(self) -> Mapping[str, int]:
         return {
@@ -483,7 +478,7 @@ class ZeroStates(ModelStates):
         self._reducer.close()
         self._owner.release()
         for bucket in self._buckets:
-            bucket.hand_over()
+            bucket.shown.end_checks()
         if self._gathering is not None:
             self._gathering.close()
 
@@ -491,4 +486,4 @@ class ZeroStates(ModelStates):
 def _begin_publish(parameters: ShardedBucket) -> None:
     """Begin to show an updated shard to every rank."""
     parameters.home.publish()
-    parameters.publish()
+    parameters.whole.publish()

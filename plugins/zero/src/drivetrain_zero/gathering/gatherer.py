@@ -65,7 +65,7 @@ class Gatherer:
         self._policy = policy
         self._asynchronous = asynchronous
         self._passed = passed
-        self._fetches = any(bucket.fetches for unit in units for bucket in unit.buckets)
+        self._fetches = any(bucket.whole.fetches for unit in units for bucket in unit.buckets)
         total = 0
         for unit in sorted(units, key=lambda unit: unit.numel):
             total += unit.numel

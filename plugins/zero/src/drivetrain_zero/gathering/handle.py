@@ -11,7 +11,7 @@ from torch import nn
 
 from drivetrain.contracts import Communicator, Purpose, Tag
 from drivetrain.errors import TrainingError
-from drivetrain.states.changed_parameters import digests
+from drivetrain_zero.shards.shown import fingerprint
 
 if TYPE_CHECKING:
     from drivetrain.contracts import Axis
@@ -89,7 +89,7 @@ class WholeOnDemand(ABC):
         self._fetch(writable=write_rank is not None)
         self._depth += 1
         if self._depth == 1:
-            self._before = self._state()
+            self._before = fingerprint(self.parameter)
 
     def release(self, write_rank: int | None) -> None:
         """Keep the shard; with ``write_rank``, of that rank's values. Collective.
@@ -97,7 +97,7 @@ class WholeOnDemand(ABC):
         Raises:
             TrainingError: it was changed where the change would be lost.
         """
-        changed = self._depth == 1 and self._state() != self._before
+        changed = self._depth == 1 and fingerprint(self.parameter) != self._before
         try:
             if write_rank is not None:
                 self._write(write_rank, changed)
@@ -162,11 +162,6 @@ class WholeOnDemand(ABC):
         assert isinstance(shape, torch.Size)
         return shape
 
-    def _state(self) -> tuple[object, ...]:
-        """Changes when the parameter does: where it is, and what is in it."""
-        values = self.parameter.detach()
-        return values.data_ptr(), values.shape, *digests([values])[0].tolist()
-
 
 class ShardedParameter(WholeOnDemand):
     """The handle of one parameter in a bucket of a gathered unit.
@@ -214,13 +209,11 @@ class ShardedParameter(WholeOnDemand):
         return self._job.parameters.replicated(self._job.parameters.info(self.parameter))
 
     def _fetch(self, *, writable: bool) -> None:
-        self._bucket.refuse_changes()
+        self._bucket.shown.refuse_changes()
         self.unit.pin()
 
     def _let_go(self) -> None:
-        if self._bucket.watch is not None:
-            self._bucket.watch.note()  # changes were looked for above, with better advice
-        self._bucket.trust_shown()
+        self._bucket.shown.trust()  # changes were looked for above, with better advice
         if self._slot is not None and (slot := self._slot()) is not None:
             slot.note()
         self.unit.unpin()

@@ -69,7 +69,7 @@ def install(
         if unit.number:
             show = partial(_show, owners(unit), use)
             for bucket in unit.buckets:
-                bucket.shown = show
+                bucket.shown.told = show
             show(unit.is_whole)
 
 
@@ -77,9 +77,9 @@ def remove(units: Sequence[GatheredUnit]) -> None:
     """Undo :func:`install`."""
     for unit in units:
         for bucket in unit.buckets:
-            if bucket.shown is not None:
-                bucket.shown(True)
-                bucket.shown = None
+            if bucket.shown.told is not None:
+                bucket.shown.told(True)
+                bucket.shown.told = None
 
 
 def returns_own(unit: GatheredUnit, outputs: object) -> bool:

@@ -84,7 +84,7 @@ class GatheredUnit:
     @property
     def numel(self) -> int:
         """Elements of the whole unit."""
-        return sum(bucket.whole.numel() for bucket in self.buckets)
+        return sum(bucket.packing.numel for bucket in self.buckets)
 
     @property
     def is_whole(self) -> bool:
@@ -100,7 +100,7 @@ class GatheredUnit:
         """Begin to bring this rank's shards to the device, if they are kept elsewhere."""
         if self.state is UnitState.SHARDED:
             for bucket in self.buckets:
-                bucket.fetch_ahead()
+                bucket.whole.fetch_ahead()
             self.state = UnitState.FETCHING
 
     def start(self, *, asynchronous: bool) -> None:
@@ -108,7 +108,7 @@ class GatheredUnit:
         again = self.state is UnitState.LEFT
         with beneath_transforms():
             for bucket in self.buckets:
-                bucket.start_gather(asynchronous=asynchronous, again=again)
+                bucket.whole.start(asynchronous=asynchronous, again=again)
         self.state = UnitState.WHOLE if again else UnitState.COMING
 
     def gather(self) -> None:
@@ -117,7 +117,7 @@ class GatheredUnit:
             self.start(asynchronous=False)
         with beneath_transforms():
             for bucket in self.buckets:
-                bucket.finish_gather()
+                bucket.whole.finish()
         if not self.is_whole:
             self.state = UnitState.WHOLE
 
@@ -148,8 +148,8 @@ class GatheredUnit:
     def watch(self, watched: bool) -> None:
         """Notice, or not, when parameters are taken while they are whole; see ``outside_use``."""
         for bucket in self.buckets:
-            if bucket.shown is not None:
-                bucket.shown(not watched)
+            if bucket.shown.told is not None:
+                bucket.shown.told(not watched)
 
     def release(self) -> None:
         """Keep only the shards, unless there is a reason to stay whole."""
@@ -171,13 +171,13 @@ class GatheredUnit:
 
     def _gather_private(self) -> None:
         for bucket in self.buckets:
-            bucket.gather_private()
+            bucket.whole.gather_private()
         if not self.is_whole:
             self.state = UnitState.WHOLE
 
     def _drop(self) -> None:
         for bucket in self.buckets:
-            bucket.release()
+            bucket.whole.release()
         self.state = UnitState.SHARDED
 
 

@@ -14,9 +14,10 @@ from torch.nn.parameter import is_lazy
 from drivetrain.contracts import Communicator, Purpose, Tag, is_float8
 from drivetrain.errors import ConfigError
 from drivetrain.tensor_parts import is_wrapper
-from drivetrain_zero.gathering.guards import refuse_released_state_dict
 from drivetrain_zero.gathering.handle import WholeOnDemand
+from drivetrain_zero.gathering.released import refuse_released_state_dict
 from drivetrain_zero.scripts.copies import guard_copies
+from drivetrain_zero.shards.shown import absent_like
 
 if TYPE_CHECKING:
     from drivetrain.contracts import Axis
@@ -189,12 +190,6 @@ class InitParameter(WholeOnDemand):
     def _show_absent(self) -> None:
         parameter = self.parameter
         parameter.data = absent_like(parameter.data)
-
-
-def absent_like(whole: torch.Tensor) -> torch.Tensor:
-    """What a released parameter shows: its shape, one number, and no memory."""
-    number = float("nan") if whole.is_floating_point() else 0
-    return torch.full((), number, dtype=whole.dtype, device=whole.device).expand(whole.shape)
 
 
 def refuse_other_layout(job: Job, parameters: Iterable[nn.Parameter]) -> None:

@@ -117,20 +117,16 @@ class ReduceScatterBucket(GradientBucket):
         spec, packing = self.parameters.spec, self.parameters.packing
         names = [segment.name for segment in self.parameters.plan.spec.segments]
         self.slots = [
-            Slot(name, parameter, index, self, place=self.parameters.place_of(index))
+            Slot(name, parameter, index, self, place=self.parameters.whole.place_of(index))
             for index, (name, parameter) in enumerate(
                 zip(names, self.parameters.parameters, strict=True)
             )
         ]
         axis, wire = self.parameters.axis, self.parameters.plan.wire_dtype
         if self.keep:
-            kept = (
-                torch.empty(packing.numel, dtype=spec.gradient_dtype, device=spec.device)
-                if spec.device.type == "meta"
-                else self.communicator.buffer(packing.numel, spec.gradient_dtype, axis)
-            )
+            kept = self.parameters.layout.buffer(packing.numel, spec.gradient_dtype)
             self._use(kept)
-            self.shard = self.parameters.shard_of(kept)
+            self.shard = self.parameters.layout.shard_of(kept)
         else:
             self.memory.announce(packing.numel, wire, axis, spec.device)
             self.shard = torch.zeros(packing.shard, dtype=spec.gradient_dtype, device=spec.device)
@@ -173,7 +169,7 @@ class ReduceScatterBucket(GradientBucket):
             gradient.mul_(1.0 / self.predivide)
         wire = gradient.to(self.parameters.plan.wire_dtype)  # itself where that is its dtype
         direct = not self.keep and not self._has_sum and wire.dtype == self.shard.dtype
-        result = self.shard if direct else self.parameters.shard_of(wire)
+        result = self.shard if direct else self.parameters.layout.shard_of(wire)
         tag = Tag(Purpose.GRADIENT, self.key, "zero")
         handle = self.communicator.reduce_scatter(
             result, wire, self.parameters.axis, tag, asynchronous=self.asynchronous
@@ -216,7 +212,7 @@ class ReduceScatterBucket(GradientBucket):
     def add_late(self) -> None:
         spec, packing = self.parameters.spec, self.parameters.packing
         extra = torch.zeros(packing.numel, dtype=spec.gradient_dtype, device=spec.device)
-        for slot, view in zip(self.slots, self.parameters.views_of(extra), strict=True):
+        for slot, view in zip(self.slots, self.parameters.layout.views_of(extra), strict=True):
             if slot.filled and not self.sent:
                 view.copy_(self._views[slot.index])
             if slot.late is not None:
@@ -224,7 +220,7 @@ class ReduceScatterBucket(GradientBucket):
         if self.predivide != 1.0:
             extra.mul_(1.0 / self.predivide)
         wire = extra.to(self.parameters.plan.wire_dtype)
-        result = self.parameters.shard_of(wire)
+        result = self.parameters.layout.shard_of(wire)
         tag = Tag(Purpose.GRADIENT, self.key, "zero, late")
         self.communicator.reduce_scatter(result, wire, self.parameters.axis, tag)
         if self._has_replicas:
@@ -270,4 +266,4 @@ class ReduceScatterBucket(GradientBucket):
         self._views = []
 
     def _use(self, whole: torch.Tensor) -> None:
-        self._whole, self._views = whole, self.parameters.views_of(whole)
+        self._whole, self._views = whole, self.parameters.layout.views_of(whole)

@@ -30,7 +30,7 @@ def most_gathered(
         return sum(map(_nbytes, units))
     root, *others = units
     coming = [unit for unit in reversed(others) if Reason.PERSISTENT not in unit.reasons]
-    fetches = any(bucket.fetches for unit in coming for bucket in unit.buckets)
+    fetches = any(bucket.whole.fetches for unit in coming for bucket in unit.buckets)
     most = max(
         (_from(coming[place:], policy, asynchronous, fetches) for place in range(len(coming))),
         default=0,

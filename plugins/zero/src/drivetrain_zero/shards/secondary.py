@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from drivetrain.contracts import Axis, BucketSpec, Communicator
+    from drivetrain.contracts import Axis, Handle, Tag
+    from drivetrain_zero.shards.layout import Layout
 
 
 class SecondaryShard:
@@ -17,27 +18,28 @@ class SecondaryShard:
     others, those of backward among them, stay inside a group of ``k`` ranks.
 
     Args:
-        communicator: gives the memory.
+        layout: of the whole parameters, whose elements are a multiple of ``k``.
         axis: the ``k`` ranks, neighbours, between which whole parameters are sharded again.
-        numel: elements of the whole, a multiple of ``k``.
-        spec: dtype and device.
+
+    Attributes:
+        is_filled: it holds what was gathered since the last update.
     """
 
-    def __init__(
-        self, communicator: Communicator, axis: Axis, numel: int, spec: BucketSpec
-    ) -> None:
-        self.axis = axis
-        self.valid = False
-        self._rank = communicator.rank(axis)
-        length, dtype = numel // communicator.size(axis), spec.parameter_dtype
-        self.shard = (
-            torch.empty(length, dtype=dtype, device=spec.device)
-            if spec.device.type == "meta"
-            else communicator.buffer(length, dtype, axis)
-        )
+    def __init__(self, layout: Layout, axis: Axis) -> None:
+        self._communicator = layout.communicator
+        self._axis = axis
+        self.is_filled = False
+        length = layout.packing.numel // self._communicator.size(axis)
+        self.shard = layout.buffer(length, axis=axis)
 
-    def keep(self, whole: torch.Tensor) -> None:
+    def fill(self, whole: torch.Tensor) -> None:
         """Take this rank's slice of parameters that have just been gathered."""
         length = self.shard.numel()
-        self.shard.copy_(whole.narrow(0, self._rank * length, length))
-        self.valid = True
+        self.shard.copy_(whole.narrow(0, self._communicator.rank(self._axis) * length, length))
+        self.is_filled = True
+
+    def gather(self, whole: torch.Tensor, tag: Tag, *, asynchronous: bool) -> Handle:
+        """Gather the slices of ``k`` ranks into ``whole``. Collective over these."""
+        return self._communicator.all_gather(
+            whole, self.shard, self._axis, tag, asynchronous=asynchronous
+        )
