@@ -25,6 +25,7 @@ from drivetrain.checkpoint.save import versions
 from drivetrain.checkpoint.state import (
     PLUGIN,
     buffer_fragment,
+    client_fragments,
     persistent_buffers,
     plugin_fragments,
 )
@@ -240,6 +241,9 @@ class _Attempt:
         self.own_state = index.parse(data, place)
         saved = self.stored.manifest["state"].get("steps", {})
         self.steps = {str(name): int(step) for name, step in saved.items()}
+        for info in map(self.engine.job.parameters.info, self.engine.module.parameters()):
+            if info.client_names[0] in self.steps:
+                self.steps[info.name] = self.steps[info.client_names[0]]
         self._look_at_engine()
 
     def _keep_apart(self) -> None:
@@ -257,7 +261,8 @@ class _Attempt:
     def _look_at_engine(self) -> None:
         """Find what there is to restore, and whether it lies as it did in the engine saved."""
         job = self.engine.job
-        self.fragments = [f for f in self.engine.states.fragments() if f.kind != "gradient"]
+        kept = [f for f in self.engine.states.fragments() if f.kind != "gradient"]
+        self.fragments = client_fragments(kept, job.parameters, self.engine.module)
         self.plugin_fragments = (
             [] if self.options.module_only else plugin_fragments(job.hub, self.engine)
         )
@@ -285,7 +290,7 @@ class _Attempt:
     def _plan(self) -> None:
         stored, table = self.stored, self.engine.job.parameters
         frozen = (p for p in self.engine.module.parameters() if not p.requires_grad)
-        self.frozen = {table.info(parameter).name for parameter in frozen}
+        self.frozen = {name for p in frozen for name in table.info(p).client_names}
         self.work: list[tuple[Fragment, StoredTensor]] = []
         self.fresh: list[Fragment] = []
         missing = list[str]()
@@ -436,7 +441,7 @@ class _Attempt:
         table = self.engine.job.parameters
         by_name = {name: group["hyper"] for group in saved for name in group["parameters"]}
         for number, group in enumerate(self.engine.optimizer.param_groups):
-            names = [table.info(parameter).name for parameter in group["params"]]
+            names = [n for p in group["params"] for n in table.info(p).client_names]
             found = [by_name[name] for name in names if name in by_name]
             for key in found[0] if found else ():
                 if all(hyper.get(key) == found[0][key] for hyper in found):

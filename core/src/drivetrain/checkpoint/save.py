@@ -31,6 +31,7 @@ from drivetrain.checkpoint.guarantee import fragments_digest, layout_of, promise
 from drivetrain.checkpoint.random_state import random_state
 from drivetrain.checkpoint.state import (
     buffer_fragment,
+    client_fragments,
     persistent_buffers,
     plugin_fragments,
     plugin_state,
@@ -186,7 +187,8 @@ class _Contents:
         """Everything but buffers; no communication."""
         engine = self.engine
         engine.states.flush()
-        fragments = [f for f in engine.states.fragments() if f.kind != "gradient"]
+        kept = [f for f in engine.states.fragments() if f.kind != "gradient"]
+        fragments = client_fragments(kept, engine.job.parameters, engine.module)
         self._fragments([*fragments, *plugin_fragments(engine.job.hub, engine)])
         writer = plugin_state(engine.job.hub, engine)
         self._plugin_tensors(writer)
@@ -263,7 +265,8 @@ class _Contents:
             name
             for parameter in engine.module.parameters()
             if self.exclude_frozen and not parameter.requires_grad
-            for name in tensor_parts(parameter, engine.job.parameters.info(parameter).name)
+            for own in engine.job.parameters.info(parameter).client_names
+            for name in tensor_parts(parameter, own)
         }
         self.excluded = sorted(frozen)
         reset: dict[str, None] = {}
@@ -328,7 +331,10 @@ class _Contents:
 
     def _state(self, writer: StateWriter) -> dict[str, Any]:
         engine, scheduler = self.engine, self.engine.lr_scheduler
-        unfinished, steps = engine.progress.in_window, engine.states.steps()
+        unfinished, known = engine.progress.in_window, engine.states.steps()
+        infos = map(engine.job.parameters.info, engine.module.parameters())
+        names = ((info.name, name) for info in infos for name in info.client_names)
+        steps = {name: known[own] for own, name in names if own in known}
         if unfinished:
             self.weaker.append(
                 f"the gradients of {unfinished} micro-batches of an unfinished step are not saved"
@@ -340,7 +346,7 @@ class _Contents:
             "loss_scaler": engine.loss_scaler.state_dict(),
             "scheduler": packed(scheduler.state_dict(), "scheduler state") if scheduler else None,
             "groups": list(self._groups()),
-            "steps": dict(steps) if len(set(steps.values())) > 1 else {},
+            "steps": steps if len(set(steps.values())) > 1 else {},
             "plugins": writer.data[False],
             "plugin_tensors": sorted(writer.tensors[False]),
         }
@@ -349,7 +355,8 @@ class _Contents:
         """Hyper-parameters, with the names of the parameters that they belong to."""
         engine = self.engine
         for number, group in enumerate(engine.optimizer.param_groups if engine.optimizer else ()):
-            names = [engine.job.parameters.info(parameter).name for parameter in group["params"]]
+            infos = map(engine.job.parameters.info, group["params"])
+            names = [name for info in infos for name in info.client_names]
             values = {key: value for key, value in group.items() if key != "params"}
             for key in [key for key, value in values.items() if not is_plain(value)]:
                 kind = type(values.pop(key)).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from drivetrain.contracts.state.extra import StateWriter
-from drivetrain.contracts.state.fragment import Fragment
+from drivetrain.contracts.state.fragment import Box, Fragment
 from drivetrain.errors import CheckpointError
 from drivetrain.tensor_parts import copy_into, tensor_parts
 
@@ -62,6 +63,61 @@ def plugin_fragments(hub: Hub, engine: Any) -> list[Fragment]:
                 f"plugin's and a slash: {' or '.join(sorted(owners))}"
             )
     return found
+
+
+def client_fragments(
+    fragments: Iterable[Fragment], table: ParameterTable, module: nn.Module
+) -> list[Fragment]:
+    """Fragments of the client's tensors, where parameters are joined of several.
+
+    Args:
+        fragments: of a module's parameters and their states.
+        table: facts about the parameters.
+        module: has them.
+    """
+    infos = [table.info(parameter) for parameter in module.parameters()]
+    joined = {i.name: i.placement.joined for i in infos if i.placement and i.placement.joined}
+    found: list[Fragment] = []
+    for fragment in fragments:
+        start = 0
+        for name, length in joined.get(fragment.name, ()):
+            found.append(_part_of(fragment, name, start, length))
+            start += length
+        if fragment.name not in joined:
+            found.append(fragment)
+    return found
+
+
+def _part_of(joined: Fragment, name: str, start: int, length: int) -> Fragment:
+    """What a fragment has of rows [start, start + length) as a tensor of its own."""
+    if not joined.global_shape:  # a count
+        return replace(joined, name=name)
+    boxes, spans, offset = [], list[tuple[int, int]](), 0
+    for box in joined.boxes:
+        first, rows = box.global_offset[0], box.size[0]
+        low, high = max(first, start), min(first + rows, start + length)
+        if low < high:
+            place = (low - start, *box.global_offset[1:])
+            boxes.append(Box(place, (high - low, *box.size[1:]), offset))
+            spans.append((box.local_offset + (low - first) * box.numel // rows, boxes[-1].numel))
+            offset += boxes[-1].numel
+
+    def read() -> torch.Tensor:
+        flat = joined.read()
+        return torch.cat([flat[:0], *(flat[at : at + numel] for at, numel in spans)])
+
+    def write(values: torch.Tensor) -> None:
+        flat = joined.read().clone()
+        done = 0
+        for at, numel in spans:
+            flat[at : at + numel] = values[done : done + numel]
+            done += numel
+        joined.write(flat)
+
+    shape = (length, *joined.global_shape[1:])
+    return replace(
+        joined, name=name, global_shape=shape, boxes=tuple(boxes), read=read, write=write
+    )
 
 
 def persistent_buffers(

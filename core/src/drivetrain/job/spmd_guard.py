@@ -128,6 +128,13 @@ def _note(
         )
     if placed is not None:  # whose ranks have other boxes of one tensor
         facts["whole shape"] = list(placed.global_shape)
+        facts["joined of"] = [list(part) for part in placed.joined]
+        rows = sum(length for _, length in placed.joined)
+        if placed.joined and rows != placed.global_shape[0]:
+            raise ConfigError(
+                f"parameter {info.name} of shape {facts['whole shape']} is said to be joined of "
+                f"{facts['joined of']}, which have {rows} rows together"
+            )
         by_axis.setdefault(_short(placed.axis), {})[label] = dict(facts)
         facts["boxes"] = [[list(box.global_offset), list(box.size)] for box in placed.boxes]
     facts |= _facts(tensor, info.name)

@@ -12,7 +12,11 @@ from drivetrain.checkpoint.format.index import StoredTensor
 from drivetrain.checkpoint.format.reading import check_coverage, read_whole, restore
 from drivetrain.checkpoint.format.safetensors_file import find_weights, open_weights
 from drivetrain.checkpoint.format.storage import Storage
-from drivetrain.checkpoint.state import buffer_fragment, persistent_buffers
+from drivetrain.checkpoint.state import (
+    buffer_fragment,
+    client_fragments,
+    persistent_buffers,
+)
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.conversion import Imported, Source, write_checkpoint
 
@@ -90,7 +94,8 @@ def _fill(engine: Engine, storage: Storage, rename: Callable[[str], str], *, str
             missing.append(wanted)
         return weights.get(wanted)
 
-    fragments = [f for f in engine.states.fragments() if f.kind in ("parameter", "master")]
+    kept = [f for f in engine.states.fragments() if f.kind in ("parameter", "master")]
+    fragments = client_fragments(kept, engine.job.parameters, engine.module)
     work = [(f, found) for f in fragments if (found := source(f.name)) is not None]
     filled = []
     for name, (buffer, info) in persistent_buffers(engine.job.parameters, engine.module).items():

@@ -26,11 +26,15 @@ class Placement:
         boxes: rectangles of it, in order of their local offsets. Fused and padded tensor-parallel
             shards are not "dimension and index", so any set of rectangles is allowed.
         axis: over which the other ranks hold the other rectangles.
+        joined: names and lengths of client's tensors which, one after another along dimension 0,
+            make up the tensor that the boxes are of, such as those of queries, keys and values.
+            Checkpoints have these; everything else sees one parameter.
     """
 
     global_shape: tuple[int, ...]
     boxes: tuple[Box, ...]
     axis: str | tuple[str, ...]
+    joined: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass
@@ -71,6 +75,12 @@ class ParameterInfo:
     distinct: tuple[str, ...] = ()
     sparse: bool = False
     extra: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def client_names(self) -> tuple[str, ...]:
+        """Names in checkpoints: of the tensors that the parameter is joined of, or its own."""
+        joined = () if self.placement is None else self.placement.joined
+        return tuple(name for name, _ in joined) or (self.name,)
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
