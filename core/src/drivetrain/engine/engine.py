@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
@@ -125,11 +126,16 @@ class Engine(EngineSettings, nn.Module):
     # -- the loop -----------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module on one micro-batch, in the configured precision."""
+        """Run the module on one micro-batch, in the configured precision.
+
+        While it trains, dropout and all else that draws from the device's default generator draws
+        from the job's random stream "dropout", which differs between data-parallel ranks.
+        """
         with self.job.span("forward"):
             args, kwargs = self.job.hub.prepare_inputs(self, args, kwargs)
             self._window.settle()
-            with self.precision.autocast(self.job.device):
+            draws = self.job.random.fork("dropout") if self.training else nullcontext()
+            with self.precision.autocast(self.job.device), draws:
                 outputs = self.module(*args, **kwargs)
         if self.training and torch.is_grad_enabled():
             self._reporter.count_tokens(args, kwargs)

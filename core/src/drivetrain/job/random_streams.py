@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.errors import ConfigError
+from drivetrain.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from drivetrain.communication.mesh import Mesh
@@ -20,8 +20,11 @@ _STREAMS: Mapping[str, tuple[str, ...]] = {
     "model": ("pp", "tp"),
     "dropout": ("pp", "dp", "sp"),
 }
-"""Core's streams and the axes along which their ranks differ; "dropout" is that of activations
-which tensor-parallel ranks hold in common."""
+"""Core's streams and the axes along which their ranks differ.
+
+"dropout" is that of activations which tensor-parallel ranks hold in common. Each forward of an
+engine that trains draws from it.
+"""
 
 
 class RandomStreams:
@@ -43,6 +46,7 @@ class RandomStreams:
         self._device = torch.device("cpu") if device.type == "meta" else device
         self._axes: dict[str, tuple[str, ...]] = dict(_STREAMS)
         self._generators: dict[str, torch.Generator] = {}
+        self._forked: list[str] = []
 
     def declare(self, name: str, axes: tuple[str, ...]) -> None:
         """Make a stream that differs along ``axes`` and agrees along all others.
@@ -73,15 +77,37 @@ class RandomStreams:
         """Draw from a stream wherever torch draws from the device's default generator.
 
         The stream goes on from where it was, and the default generator is as before afterwards.
+        Inside a fork of the same stream nothing changes. On a host a fork takes 10 to 25
+        microseconds, most of them for copies of the 5 kB of state of a Mersenne Twister; the state
+        of a CUDA generator has 16 bytes.
+
+        ``torch.utils.checkpoint`` repeats what was drawn in a fork, as it saves and restores the
+        default generator. One around a whole fork would draw on instead, and is refused.
+
+        Raises:
+            TrainingError: numbers were drawn in a fork that began in a backward pass.
         """
+        if name in self._forked[-1:]:
+            yield
+            return
         generator = self.generator(name)
-        before = _default_state(self._device)
-        _set_default_state(self._device, generator.get_state())
+        begin, before = generator.get_state(), _default_state(self._device)
+        repeats = torch._C._current_graph_task_id() != -1
+        _set_default_state(self._device, begin)
+        self._forked.append(name)
         try:
             yield
         finally:
-            generator.set_state(_default_state(self._device))
+            self._forked.pop()
+            end = _default_state(self._device)
             _set_default_state(self._device, before)
+            if repeats and not torch.equal(begin, end):
+                raise TrainingError(
+                    f"the random stream {name!r} was drawn from inside a backward pass, where a "
+                    "forward is repeated but its dropout cannot be: call torch.utils.checkpoint "
+                    "inside the module, not around the engine"
+                )
+            generator.set_state(end)
 
     def start_afresh(self) -> None:
         """Begin all streams again, each from its seed."""

@@ -22,7 +22,7 @@ class VocabularySize(Scalar[PositiveInt | None]):
 
 
 class Seed(Scalar[NonNegativeInt]):
-    """Seed of all random streams of the job (default 1234)."""
+    """Seed of all random streams of the job: order of samples, dropout (default 1234)."""
 
     root: NonNegativeInt = 1234
 
