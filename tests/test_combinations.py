@@ -6,7 +6,7 @@ import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, product
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,11 +25,25 @@ WORLD = 2
 STEPS = 6
 MICRO_BATCH = 2
 
-ELSEWHERE = ("sequence_parallel_size", "curriculum_learning", "progressive_layer_drop")
+ELSEWHERE = ("curriculum_learning", "progressive_layer_drop")
 """Features that change what is computed; their own packages hold them to a reference."""
 
 MODES = {"bf16": 2e-2, "fp16": 2e-3, "torch_autocast": 2e-2}
 """Mode of reduced precision -> bound of a loss's relative difference: about two roundings."""
+
+
+class Parts(Plugin):
+    """Has each rank of a sequence compute with a part of its own: here, with other sequences.
+
+    To all but the model these are as good as parts of one.
+    """
+
+    name = "parts"
+    serves_axes: ClassVar[frozenset[str]] = frozenset({"sp"})
+
+
+def registry() -> Registry:
+    return Registry.installed().with_plugins(Parts)
 
 
 def features() -> dict[str, Sequence[Any]]:
@@ -82,6 +96,7 @@ def config_of(row: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+        "plugins": {"parts": True},
     }
     for path, value in row.items():
         section = config
@@ -108,7 +123,7 @@ def micro_batches(steps: int, accumulation: int) -> list[list[list[torch.Tensor]
 def train(config: dict[str, Any]) -> list[float]:
     module = tied_gpt()
     engine, *_ = drivetrain.initialize(
-        model=module, model_parameters=module.parameters(), config=config
+        model=module, model_parameters=module.parameters(), config=config, registry=registry()
     )
     accumulation = engine.gradient_accumulation_steps()
     managed = config.get("managed_gradient_accumulation", True)
@@ -140,7 +155,8 @@ def reference(config: dict[str, Any]) -> list[float]:
     masters = tied_gpt()
     worker = copy.deepcopy(masters).to(dtype)
     optimizer = torch.optim.SGD(masters.parameters(), lr=0.1, momentum=0.9)
-    factor = WORLD if config["gradient_allreduce_op"] == "sum" else 1
+    shards = WORLD // config["sequence_parallel_size"]
+    factor = shards if config["gradient_allreduce_op"] == "sum" else 1
     losses = []
     for step in micro_batches(STEPS, accumulation):
         optimizer.zero_grad()
@@ -193,7 +209,7 @@ def test_a_combination_trains_to_the_reference_or_is_refused_by_name(row: dict[s
     )
     if clash:
         with pytest.raises(ConfigError) as caught:
-            Plan.build(config, world_size=WORLD)
+            Plan.build(config, world_size=WORLD, registry=registry())
         named = active if len(active) > 1 else ["gradient_predivide_factor"]
         assert any(name in str(caught.value) for name in named)
         # What is left after the refused part has been taken out must train.

@@ -16,7 +16,11 @@ TAG = Tag(Purpose.CONTROL, site="test")
 
 def plan(world: int | None = None, **config: Any) -> Plan:
     return Plan.build(
-        config, world_size=world, batch_required=False, registry=Registry(core_entries())
+        config,
+        world_size=world,
+        batch_required=False,
+        registry=Registry(core_entries()),
+        serves_axes={"sp"},
     )
 
 

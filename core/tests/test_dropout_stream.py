@@ -59,7 +59,6 @@ class ToyTensor(Plugin):
 
     name = "toy_tensor"
     sections: ClassVar[Sections] = {"toy_tensor": ToyTensorSection}
-    serves_axes: ClassVar[frozenset[str]] = frozenset({"tp", "sp"})
 
     @hookimpl
     def mesh_axes(self) -> Sequence[AxisRequest]:

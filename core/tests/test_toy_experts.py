@@ -98,6 +98,7 @@ class ToyExperts(Plugin):
 
     name = "toy_experts"
     sections: ClassVar[Sections] = {"toy_experts": ToyExpertsSection}
+    serves_axes: ClassVar[frozenset[str]] = frozenset({"sp"})  # by tests, which cut sequences
 
     @hookimpl
     def mesh_axes(self) -> Sequence[AxisRequest]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from unittest.mock import patch
 
 import deepspeed
 import pytest
@@ -15,6 +16,7 @@ from deepspeed.runtime.utils import ensure_directory_exists, move_to_device, see
 from deepspeed.utils import groups, log_dist, log_dist_once, logger, required_torch_version
 
 from drivetrain.errors import ConfigError, PluginError
+from drivetrain.sections.mesh import Mesh
 from drivetrain.testing import run_distributed
 
 
@@ -31,11 +33,12 @@ def on_two_ranks():
     part = torch.empty(1)
     comm.reduce_scatter_fn(part, torch.tensor([1.0, 2.0]))
     module = torch.nn.Linear(2, 2)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
-        config={"train_micro_batch_size_per_gpu": 1, "sequence_parallel_size": 2},
-    )
+    with patch.object(Mesh, "serves_axes", frozenset({"sp"})):  # as a plugin for sequences would
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+            config={"train_micro_batch_size_per_gpu": 1, "sequence_parallel_size": 2},
+        )
     shared = torch.tensor([rank + 1.0])
     comm.all_reduce(shared, group=groups.get_sequence_parallel_group())
     single = torch.tensor([rank + 1.0])

@@ -134,7 +134,7 @@ def test_a_section_that_is_off_need_not_be_complete() -> None:
 def plan(**keys: Any) -> Plan:
     config = {"train_batch_size": 2, "curriculum_learning": LINEAR, **keys}
     registry = Registry.installed().with_plugins(Curriculum)
-    return Plan.build(config, world_size=2, registry=registry)
+    return Plan.build(config, world_size=2, registry=registry, serves_axes={"sp"})
 
 
 def test_sequences_that_are_spread_over_ranks_cannot_be_cut() -> None:

@@ -54,7 +54,8 @@ def initialize(
         training_data: dataset for the returned loader.
         lr_scheduler: a schedule, or a callable that makes one from the optimizer.
         distributed_port: port of the rendezvous, where ``MASTER_PORT`` is not set.
-        mpu: object with the getters of a model-parallel unit, whose process groups are used.
+        mpu: object with the getters of a model-parallel unit, whose process groups are used; the
+            model itself shares out sequences, where the config has ``sequence_parallel_size``.
         dist_init_required: accepted; the process group is started exactly if there is none.
         collate_fn: makes a micro-batch of a list of samples.
         config: dict, path to JSON or YAML, or base64-url JSON.
@@ -85,7 +86,13 @@ def initialize(
             f"sequence_parallel_size={mesh_param[1]}",
         ]
     ranks = Ranks.current()
-    plan = Plan.build(source, overlays=overlays, world_size=ranks.world_size, registry=registry)
+    plan = Plan.build(
+        source,
+        overlays=overlays,
+        world_size=ranks.world_size,
+        registry=registry,
+        serves_axes=() if mpu is None else ("sp",),
+    )
     job = Job.open(plan, ranks, mpu=mpu)
     try:
         engine = job.engine(

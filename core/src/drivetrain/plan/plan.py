@@ -61,6 +61,7 @@ class Plan:
         autos: config paths that said ``"auto"``.
         section_notes: sections that are accepted although nothing installed serves them.
         batch_required: whether a plan without batch size is refused.
+        serves_axes: mesh axes along which the caller's own code has ranks share work.
         axis_requests: what the plugins asked of the mesh.
         layout: axes of the mesh.
         batch: the batch triple; ``None`` when it is neither required nor given.
@@ -75,6 +76,7 @@ class Plan:
     autos: tuple[str, ...]
     batch_required: bool
     section_notes: tuple[str, ...] = ()
+    serves_axes: frozenset[str] = frozenset()
     axis_requests: tuple[AxisRequest, ...] = ()
     layout: MeshLayout = field(init=False)
     batch: Batch | None = field(init=False, default=None)
@@ -88,6 +90,7 @@ class Plan:
         world_size: int | None = None,
         registry: Registry | None = None,
         batch_required: bool = True,
+        serves_axes: Iterable[str] = (),
     ) -> Plan:
         """Turn a config into a plan.
 
@@ -97,6 +100,8 @@ class Plan:
             world_size: number of ranks; else ``WORLD_SIZE`` of the environment, else 1.
             registry: where plugins come from; else everything installed.
             batch_required: whether a batch size must be given; serving needs none.
+            serves_axes: mesh axes along which your own code has ranks share work, as plugins say it
+                in ``Plugin.serves_axes``.
 
         Raises:
             ConfigError: with every problem that was found.
@@ -115,6 +120,7 @@ class Plan:
             autos=composition.autos,
             batch_required=batch_required,
             section_notes=composition.notes,
+            serves_axes=frozenset(serves_axes),
         )
         plan._check()
         return plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from drivetrain.contracts.plugin.plugin import Plugin, Sections, hookimpl
+from drivetrain.contracts.plugin.plugin import Plugin, Problem, Sections, hookimpl
 from drivetrain.contracts.plugin.section import PositiveInt, Scalar
 from drivetrain.contracts.world.axis import Atom, AxisRequest
 
@@ -32,7 +32,11 @@ class AcceleratorName(Scalar[str]):
 
 
 class Mesh(Plugin):
-    """Declares the atoms ``dp`` and ``sp`` where the config sizes them."""
+    """Declares the atoms ``dp`` and ``sp`` where the config sizes them.
+
+    Core itself gives the ranks of one sequence nothing to share: a plan that has several needs a
+    plugin that does, or a caller.
+    """
 
     name = "mesh"
     sections: ClassVar[Sections] = {
@@ -51,6 +55,22 @@ class Mesh(Plugin):
             Atom(atom, size, source=path)
             for (atom, path), size in sizes.items()
             if size is not None
+        ]
+
+    @hookimpl
+    def configure(self, plan: Plan) -> Sequence[Problem]:
+        size = self.section(SequenceParallelSize).root or 1
+        if size == 1 or "sp" in plan.serves_axes.union(*(p.serves_axes for p in plan.plugins)):
+            return []
+        who = plan.registry.missing("plugins", "sequence_parallel")
+        return [
+            Problem(
+                "sequence_parallel_size",
+                f"{size} ranks would share each sequence (axis 'sp'), but no plugin of this config "
+                "computes with parts of sequences, so all would do the same work: add the section "
+                f"of one that does{f' (sequence_parallel, {who})' if who else ''}, or leave this "
+                "key out",
+            )
         ]
 
     def features(self) -> Mapping[str, object]:

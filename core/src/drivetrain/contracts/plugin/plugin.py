@@ -72,6 +72,9 @@ class Plugin:
             it is then instantiated once, with those of its sections that the config contains.
         after: names of plugins whose hooks must run before this one's inside one phase. Core's own
             defaults always run last.
+        serves_axes: mesh axes along which this plugin, while it is active, has ranks share work,
+            though keys of core size them: ``sp``. An axis that a plugin asks for in ``mesh_axes``
+            is its own.
         hookspec_version: may be set to the ``HOOKSPEC_VERSION`` that the plugin was built for; a
             core of another version then refuses it by name.
     """
@@ -79,6 +82,7 @@ class Plugin:
     name: ClassVar[str]
     sections: ClassVar[Sections] = {}
     after: ClassVar[tuple[str, ...]] = ()
+    serves_axes: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, sections: Mapping[str, BaseModel]) -> None:
         self._sections = dict(sections)
