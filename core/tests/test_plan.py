@@ -143,32 +143,6 @@ def test_a_world_size_that_is_no_positive_number_is_refused(
     ]
 
 
-class Sequences(Plugin):
-    name = "sequences"
-    sections: ClassVar[Sections] = {"sequences": Experts}
-    serves_axes: ClassVar[frozenset[str]] = frozenset({"sp"})
-
-
-def test_parts_of_sequences_that_no_plugin_computes_with_are_refused() -> None:
-    config = {"train_batch_size": 2, "sequence_parallel_size": 2}
-    for sections in ({}, {"sequences": {"enabled": False}}):
-        with pytest.raises(ConfigError) as caught:
-            Plan.build(
-                {**config, **sections},
-                world_size=2,
-                registry=Registry(core_entries()).with_plugins(Sequences),
-            )
-        (problem,) = caught.value.problems
-        assert problem.startswith("sequence_parallel_size: 2 ranks would share each sequence")
-        assert "served by drivetrain-sequence" in problem
-    for served in ({"sequences": {}}, {"sequence_parallel_size": 1}):
-        Plan.build(
-            {**config, **served},
-            world_size=2,
-            registry=Registry(core_entries()).with_plugins(Sequences),
-        )
-
-
 def test_plugins_shape_the_mesh_and_the_rest_is_data_parallel() -> None:
     config = {"train_batch_size": 24, "tensor": {"size": 2}, "experts": {"size": 4}}
     plan = built({**config, "sequence_parallel_size": 2}, 24, serves_axes={"sp"})

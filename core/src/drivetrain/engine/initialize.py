@@ -79,12 +79,7 @@ def initialize(
     source = _one_config(args, config, config_params)
     if distributed_port is not None:
         os.environ.setdefault("MASTER_PORT", str(distributed_port))
-    overlays = [*overlays, *(getattr(args, "overlays", None) or ())]
-    if mesh_param is not None:
-        overlays += [
-            f"data_parallel_size={mesh_param[0]}",
-            f"sequence_parallel_size={mesh_param[1]}",
-        ]
+    overlays = [*overlays, *(getattr(args, "overlays", None) or ()), *_sizes(mesh_param)]
     ranks = Ranks.current()
     plan = Plan.build(
         source,
@@ -109,6 +104,12 @@ def initialize(
         raise
     engine.on_destroy(job.close)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _sizes(mesh_param: tuple[int, int] | None) -> list[str]:
+    if mesh_param is None:
+        return []
+    return [f"data_parallel_size={mesh_param[0]}", f"sequence_parallel_size={mesh_param[1]}"]
 
 
 def _one_config(
