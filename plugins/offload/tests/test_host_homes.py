@@ -17,7 +17,7 @@ from drivetrain_offload.homes.speculative import Speculative
 from drivetrain_offload.homes.split import SplitHome, cuts, part_of
 from drivetrain_offload.homes.zenflow import ByImportance
 from drivetrain_offload.host.side import HostSide
-from drivetrain_offload.placement import state_bytes
+from drivetrain_offload.specs import refuse_communicating, state_bytes
 from drivetrain_offload.zenflow_section import ZenFlow
 from offload_harness import (
     PRECISIONS,
@@ -33,7 +33,7 @@ from offload_harness import (
     values,
 )
 
-from drivetrain.contracts import Segment
+from drivetrain.contracts import Segment, WrappedRule
 from drivetrain.errors import ConfigError
 from drivetrain.optimization.torch_rule import TorchRule
 from drivetrain.states.device_home import DeviceHome, FlatStates
@@ -246,6 +246,18 @@ def tensors_of(part: object) -> Iterator[torch.Tensor]:
             yield from tensors_of(inner)
     elif type(part).__module__.startswith(("drivetrain_offload.homes", FlatStates.__module__)):
         yield from tensors_of(vars(part))
+
+
+class Communicating(FusedSGD):
+    def wants_reduced(self, step: int) -> bool:
+        return step > 3
+
+
+def test_a_rule_that_communicates_is_refused_also_inside_another_and_no_other_one() -> None:
+    refuse_communicating([spec_of(WrappedRule(FusedAdam()))])
+    for rule in (Communicating(lr=1.0), WrappedRule(Communicating(lr=1.0))):
+        with pytest.raises(ConfigError, match="communicates gradients by itself"):
+            refuse_communicating([spec_of(rule)])
 
 
 def test_too_little_memory_is_an_error_before_any_is_taken(monkeypatch) -> None:

@@ -22,6 +22,12 @@ from drivetrain_offload.host.copies import Lanes
 from drivetrain_offload.host.memory import is_host, is_planned, refuse_too_little
 from drivetrain_offload.host.side import HostSide
 from drivetrain_offload.memory import MemoryRow, note_memory
+from drivetrain_offload.specs import (
+    PATH,
+    keeps_of_bucket,
+    refuse_communicating,
+    state_bytes,
+)
 
 if TYPE_CHECKING:
     from drivetrain.job.job import Job
@@ -31,8 +37,6 @@ if TYPE_CHECKING:
     Factory = Callable[[Sequence[BucketSpec]], list[StateHome]]
 
 logger = logging.getLogger("drivetrain.offload")
-
-_PATH = "zero_optimization.offload_optimizer"
 
 
 def homes_of(
@@ -119,7 +123,7 @@ def host_homes(
         refuse_too_little(
             states + buffers,
             job.ranks.ranks_on_host,
-            what=f"{_PATH}: device cpu needs {states:,} bytes of masters and optimizer states"
+            what=f"{PATH}: device cpu needs {states:,} bytes of masters and optimizer states"
             + (f" and {buffers:,} of buffers" if buffers else ""),
         )
     if is_planned(job) and zenflow is not None:
@@ -172,24 +176,24 @@ def way_of(
     """
     delayed = sum(map(Delayed.extra_bytes, specs))
     if zenflow is not None:
-        _refuse_communicating(specs)
+        refuse_communicating(specs)
         _refuse_without_masters(specs, "zero_optimization.zenflow")
         _refuse_whole_tensors(specs)
         extra = sum(map(ByImportance.extra_bytes, specs))
         timing = partial(ByImportance, section=zenflow)
         return Way(timing, extra_bytes=extra, shown_bytes=extra - delayed)
     if section.delayed_update:
-        _refuse_communicating(specs)
-        _refuse_without_masters(specs, f"{_PATH}.delayed_update")
+        refuse_communicating(specs)
+        _refuse_without_masters(specs, f"{PATH}.delayed_update")
         return Way(Delayed, extra_bytes=delayed)
     if section.super_offload:
-        _refuse_communicating(specs)
+        refuse_communicating(specs)
         ahead = [spec for spec in specs if spec.has_masters]
         extra = sum(Speculative.extra_bytes(spec, state_bytes(spec)) for spec in ahead)
         lanes = [spec for spec in specs if spec.has_masters or not is_host(job)]
         return Way(_speculative, lanes, extra)
     on_device = [] if is_host(job) else specs
-    _refuse_communicating(on_device)
+    refuse_communicating(on_device)
     return Way(_at_once, on_device)
 
 
@@ -200,29 +204,6 @@ def _at_once(bucket: HostBucket) -> Timing:
 def _speculative(bucket: HostBucket) -> Timing:
     """Guess ahead of masters only: parameters may be changed by clients until the update."""
     return Speculative(bucket) if bucket.spec.has_masters else _at_once(bucket)
-
-
-def state_bytes(spec: BucketSpec) -> int:
-    """Bytes of a bucket's masters, where it has any, and optimizer states."""
-    assert spec.rule is not None, f"bucket {spec.key} is not trained"
-    masters = spec.numel * spec.master_dtype.itemsize if spec.has_masters else 0
-    return masters + sum(
-        (spec.numel if state.numel is None else state.numel)
-        * (state.dtype or spec.state_dtype).itemsize
-        for state in spec.rule.states(spec)
-    )
-
-
-def _refuse_communicating(specs: Sequence[BucketSpec]) -> None:
-    """Rules that communicate do so from the device's memory, on the rank's own thread."""
-    for spec in specs:
-        assert spec.rule is not None, f"bucket {spec.key} is not trained"
-        if spec.rule.communicates:
-            raise ConfigError(
-                f"{_PATH}: the optimizer {type(spec.rule).__name__} communicates gradients by "
-                "itself, so its states cannot leave the device; use device none, or another "
-                "optimizer.type"
-            )
 
 
 def _refuse_without_masters(specs: Sequence[BucketSpec], path: str) -> None:
@@ -237,8 +218,7 @@ def _refuse_without_masters(specs: Sequence[BucketSpec], path: str) -> None:
 def _refuse_whole_tensors(specs: Sequence[BucketSpec]) -> None:
     for spec in specs:
         assert spec.rule is not None, f"bucket {spec.key} is not trained"
-        of_bucket = any(state.numel is not None for state in spec.rule.states(spec))
-        if spec.rule.grain != "element" or of_bucket:
+        if spec.rule.grain != "element" or keeps_of_bucket(spec):
             raise ConfigError(
                 f"zero_optimization.zenflow: the optimizer {type(spec.rule).__name__} does not "
                 "work element by element, so columns cannot be updated by themselves; use AdamW, "

@@ -10,15 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.contracts import BucketSpec, BucketView, Fragment, Segment, StateHome, UpdateRule
+from drivetrain.contracts import BucketSpec, Fragment, Segment, StateHome
 from drivetrain.errors import ConfigError
-from drivetrain.states.device_home import DeviceHome, bucket_fragment, segment_fragment
+from drivetrain.states.device_home import (
+    MASTER,
+    DeviceHome,
+    FlatStates,
+    bucket_fragment,
+    segment_fragment,
+)
 from drivetrain_offload.files.pipeline import Place, StateFile, TilePipeline
 from drivetrain_offload.files.swap_folder import SwapFolder, new_file
 from drivetrain_offload.files.tiles import Tile, TileLayout, buffers_for
 from drivetrain_offload.host.memory import HOST, PinnedMemory, is_host, is_planned
 from drivetrain_offload.host.side import as_they_are
 from drivetrain_offload.memory import MemoryRow, note_memory
+from drivetrain_offload.specs import (
+    PATH,
+    keeps_of_bucket,
+    kinds_of,
+    refuse_communicating,
+    states_of,
+)
 
 if TYPE_CHECKING:
     from drivetrain.contracts import Hyper
@@ -26,9 +39,6 @@ if TYPE_CHECKING:
     from drivetrain_offload.section import Aio, OffloadOptimizer
 
 logger = logging.getLogger("drivetrain.offload")
-
-_PATH = "zero_optimization.offload_optimizer"
-MASTER = "master"
 
 
 class Staging:
@@ -98,10 +108,9 @@ class NvmeHome(StateHome):
     def adopt(self, parameters: torch.Tensor, originals: torch.Tensor) -> None:
         self._parameters = parameters
         initial = {}
-        for state in _rule(self.spec).states(self.spec):
+        for state, dtype in states_of(self.spec):
             initial[state.name] = state.initial
             if state.numel is not None:
-                dtype = state.dtype or self.spec.state_dtype
                 device = parameters.device if parameters.is_meta else HOST
                 own = torch.full((state.numel,), state.initial, dtype=dtype, device=device)
                 self._own[state.name] = own
@@ -158,24 +167,17 @@ class NvmeHome(StateHome):
     ) -> None:
         there = tile.of(self._parameters)
         here = self.staging.parameters(there, filled=not self.spec.has_masters)
-        view = BucketView(
-            key=tile.key,
-            weights=kinds.pop(MASTER, here),
-            gradient=self.staging.gradient(tile.of(gradient)),
-            states={**kinds, **self._own},
-            segments=tile.segments,
-            step=self.step,
-            out=here if self.spec.has_masters else None,
-            reduction=self.spec.reduction,
-        )
-        _rule(self.spec).apply(view, hyper, scale)
+        part = replace(self.spec, key=tile.key, numel=tile.numel, segments=tile.segments)
+        states = FlatStates(part, HOST)
+        states.tensors = {**kinds, **self._own}
+        states.update(here, self.staging.gradient(tile.of(gradient)), hyper, scale, self.step)
         if here is not there:
             there.copy_(here)
 
     # -- fragments ------------------------------------------------------------------------------
 
     def fragments(self) -> Sequence[Fragment]:
-        fresh = {state.name: state.initial for state in _rule(self.spec).states(self.spec)}
+        fresh = {state.name: state.initial for state, _ in states_of(self.spec)}
         found = [
             self._fragment(segment, kind, dtype, fresh.get(kind, 0.0))
             for segment in self.spec.segments
@@ -235,8 +237,7 @@ def nvme_homes(
     assert section.nvme_path is not None, "the section has been validated"
     stateful = [spec for spec in specs if kinds_of(spec)]
     if not is_host(job):
-        for spec in stateful:
-            refuse_communicating(spec)
+        refuse_communicating(stateful)
     layouts = [TileLayout.of(spec, kinds_of(spec), tile_limit(spec, section)) for spec in stateful]
     folder = None if is_planned(job) else SwapFolder.of(job, section.nvme_path)
     if folder is not None:
@@ -297,19 +298,9 @@ def _shared(
     return _of_jobs[job]
 
 
-def kinds_of(spec: BucketSpec) -> dict[str, torch.dtype]:
-    """What is kept of every element."""
-    kinds = {MASTER: spec.master_dtype} if spec.has_masters else {}
-    for state in _rule(spec).states(spec):
-        if state.numel is None:
-            kinds[state.name] = state.dtype or spec.state_dtype
-    return kinds
-
-
 def tile_limit(spec: BucketSpec, section: OffloadOptimizer) -> int | None:
     """Elements of a tile; a rule that keeps something per bucket has to see all of it."""
-    whole = any(state.numel is not None for state in _rule(spec).states(spec))
-    return None if whole else section.buffer_size
+    return None if keeps_of_bucket(spec) else section.buffer_size
 
 
 def _refuse_full_disk(
@@ -320,29 +311,10 @@ def _refuse_full_disk(
         elements = sum(spec.numel for spec in specs)
         kinds = ", ".join(dict.fromkeys(kind for layout in layouts for kind in layout.kinds))
         raise ConfigError(
-            f"{_PATH}.nvme_path: {kinds} of {elements:,} parameters need {needed:,} bytes for "
+            f"{PATH}.nvme_path: {kinds} of {elements:,} parameters need {needed:,} bytes for "
             f"this rank, but {root} has {free:,} left; free space, choose another folder, shard "
             "over more ranks, or offload less with offload_optimizer.ratio"
         )
-
-
-def refuse_communicating(spec: BucketSpec) -> None:
-    """Refuse a rule that communicates gradients, from a device with memory of its own.
-
-    Raises:
-        ConfigError: it is one.
-    """
-    kind = type(_rule(spec))
-    if kind.wants_reduced is not UpdateRule.wants_reduced:
-        raise ConfigError(
-            f"{_PATH}: the optimizer {kind.__name__} communicates gradients by itself, so its "
-            "states cannot leave the device; use device none, or another optimizer.type"
-        )
-
-
-def _rule(spec: BucketSpec) -> UpdateRule:
-    assert spec.rule is not None, f"bucket {spec.key} is not trained"
-    return spec.rule
 
 
 def _is_near(tensor: torch.Tensor) -> bool:

@@ -20,6 +20,7 @@ from drivetrain_offload.homes.delayed import Delayed
 from drivetrain_offload.homes.importance import important
 from drivetrain_offload.homes.timing import Timing
 from drivetrain_offload.host.copies import Mark
+from drivetrain_offload.specs import bytes_per_element
 
 if TYPE_CHECKING:
     from drivetrain.contracts import BucketSpec, Fragment, Hyper
@@ -58,11 +59,8 @@ class ByImportance(Timing):
 
         Without tensors of one dimension, which are small.
         """
-        assert spec.rule is not None, f"bucket {spec.key} is not trained"
-        states = [state.dtype or spec.state_dtype for state in spec.rule.states(spec)]
-        dtypes = [torch.int64, spec.master_dtype, spec.parameter_dtype, *states]
-        count = round(section.topk_ratio * spec.numel)
-        return count * sum(dtype.itemsize for dtype in dtypes)
+        each = torch.int64.itemsize + bytes_per_element(spec) + spec.parameter_dtype.itemsize
+        return round(section.topk_ratio * spec.numel) * each
 
     def adopt(self) -> None:
         numel, device = self.bucket.spec.numel, self.bucket.side.memory.device
