@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections import Counter
 
+import deepspeed
 import pytest
+import torch
 from deepspeed._config.keys import DEFAULTS, paths
 from deepspeed._config.status import key_status
 from deepspeed._config.translate import WITHOUT_EFFECT, translate
@@ -175,6 +177,28 @@ def test_paths_are_those_of_values():
     assert listed["zero_optimization.offload_param.device"] == "none"
     assert "zero_optimization" not in listed
     assert "optimizer.params" in listed
+
+
+def test_a_model_is_constructed_in_shards_by_a_config_that_only_deepspeed_reads(tmp_path):
+    given = {
+        "train_batch_size": "auto",
+        "steps_per_print": float("inf"),
+        "typo": 1,
+        "zero_optimization": {"stage": 3, "offload_param": None},
+    }
+    (tmp_path / "config.json").write_text('{"mine": 1, "zero_optimization": {"stage": 3}}')
+    module = torch.nn.Linear(2, 2)
+    for arguments in (
+        {"config_dict_or_path": given},
+        {"config": str(tmp_path / "config.json")},
+        {"module": module, "config_dict_or_path": given, "dtype": torch.float32},
+    ):
+        with deepspeed.zero.Init(**arguments):
+            assert torch.nn.Linear(2, 2).weight.dtype == torch.float32
+    with deepspeed.zero.Init(None, None, True, None, False, given, enabled=False):
+        torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"zero_optimization\.stge: unknown key"):
+        deepspeed.zero.Init(config={"zero_optimization": {"stage": 3, "stge": 1}})
 
 
 def test_the_object_of_a_config_has_its_values(monkeypatch):

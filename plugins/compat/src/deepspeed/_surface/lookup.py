@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-from deepspeed._surface.names import INSTEAD, NEEDS, OWN, SAME, SHOWS
+from deepspeed._surface.names import INSTEAD, NEEDS, OWN, READS_CONFIG, SAME, SHOWS
 
 if TYPE_CHECKING:
     from drivetrain.plan.registry import Registry
@@ -32,7 +32,7 @@ def load(dotted: str) -> Any:
     """
     for candidate in _candidates(dotted):
         if (entry := _registry().find(GROUP, candidate)) is not None:
-            return entry.load()
+            return _reading(candidate, entry.load())
         if (target := _own().get(candidate)) is not None:
             module, _, attribute = target.partition(":")
             return getattr(import_module(module), attribute)
@@ -104,6 +104,14 @@ def served() -> list[str]:
 def everything() -> list[str]:
     """Every dotted name that is known: served, missing a package, or replaced; sorted."""
     return sorted({*served(), *SAME, *_needs(), *INSTEAD})
+
+
+def _reading(dotted: str, value: Any) -> Any:
+    if dotted not in READS_CONFIG:
+        return value
+    from deepspeed._config.translated import translated
+
+    return translated(value)
 
 
 def _same_in(prefix: str) -> Iterator[str]:

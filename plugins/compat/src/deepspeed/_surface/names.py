@@ -136,6 +136,9 @@ SAME: Mapping[str, str] = {
 }
 """Name -> the name under which it is declared."""
 
+READS_CONFIG = frozenset({"zero.Init", "zero.MiCS_Init"})
+"""Names of other packages' classes whose constructors read a config of DeepSpeed."""
+
 NEEDS: Mapping[str, Mapping[str, str]] = {
     "drivetrain-activation-checkpointing": {
         "checkpointing": "get_cuda_rng_tracker model_parallel_cuda_manual_seed "
