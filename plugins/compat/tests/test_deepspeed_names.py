@@ -13,7 +13,6 @@ import pytest
 from deepspeed._surface import beside, lookup, modules
 from deepspeed._surface.names import INSTEAD, SAME
 
-from drivetrain.plan.known import PLANNED
 from drivetrain.plan.registry import Registry
 
 NAMES = [(name, *lookup.status(name)) for name in lookup.everything()]
@@ -37,7 +36,7 @@ def test_every_other_name_says_what_to_do():
             continue
         with pytest.raises(AttributeError) as caught:
             read(name)
-        expected = f"needs {text}, which is not released yet" if status == "needs" else text
+        expected = f"needs {text}, which is not " if status == "needs" else text
         assert expected in str(caught.value), name
         assert status in ("needs", "not yet")
 
@@ -45,8 +44,11 @@ def test_every_other_name_says_what_to_do():
 def test_the_table_of_packages_agrees_with_what_they_declare():
     entries = Registry.installed().entries("deepspeed")
     declared = {e.name: e.distribution for e in entries}
-    listed = {name: package for name, package in lookup._needs().items() if package not in PLANNED}
-    assert declared == listed
+    listed = lookup._needs()
+    assert {name: listed.get(name) for name in declared} == declared
+    # Packages on which this one does not depend are not always here.
+    here = set(declared.values())
+    assert {name for name, package in listed.items() if package in here} == set(declared)
 
 
 def test_no_name_is_declared_twice():

@@ -202,6 +202,10 @@ def test_small_helpers(tmp_path, caplog):
     ensure_directory_exists(str(tmp_path / "a" / "b" / "file"))
     assert (tmp_path / "a" / "b").is_dir()
     assert required_torch_version(min_version=2.0)
+    assert deepspeed.elasticity.elasticity_enabled({"elasticity": {"enabled": True}})
+    assert not deepspeed.elasticity.elasticity_enabled({})
+    partition = deepspeed.runtime.zero.partition_parameters
+    assert partition.zero_wrapper_for_fp_tensor_constructor(torch.arange) is torch.arange
     assert not required_torch_version(max_version="1.13")
     with caplog.at_level(logging.INFO, logger="deepspeed"):
         see_memory_usage("quiet")

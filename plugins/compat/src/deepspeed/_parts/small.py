@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +41,11 @@ def noop_context(*_: Any, **__: Any) -> AbstractContextManager[None]:
 def instrument_w_nvtx(function: F) -> F:
     """Return the function; ranges of a profiler are named by the engine's spans here."""
     return function
+
+
+def elasticity_enabled(ds_config: Mapping[str, Any]) -> bool:
+    """Whether a config, given as a dict, switches elastic batch sizes on."""
+    return bool((ds_config.get("elasticity") or {}).get("enabled", False))
 
 
 def required_torch_version(

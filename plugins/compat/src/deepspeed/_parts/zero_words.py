@@ -1,8 +1,10 @@
-"""Enumerations with which scripts speak of ZeRO."""
+"""Enumerations with which scripts speak of ZeRO, and what frameworks patch of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum, IntEnum, StrEnum
+from typing import Any
 
 
 class OffloadDeviceEnum(StrEnum):
@@ -47,3 +49,13 @@ class ZeroStageEnum(IntEnum):
     gradients = 2
     weights = 3
     max_stage = 3
+
+
+def zero_wrapper_for_fp_tensor_constructor(
+    function: Callable[..., Any], *_: Any, **__: Any
+) -> Callable[..., Any]:
+    """Return the function: ``zero.Init`` leaves torch's constructors as they are.
+
+    Transformers puts a function of its own in this place while it builds a model.
+    """
+    return function

@@ -38,6 +38,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "reduce_scatter_tensor scatter send",
         "torch.distributed.device_mesh": "initialize_mesh_device=init_device_mesh",
     },
+    "elasticity": {"deepspeed._parts.small": "elasticity_enabled"},
     "env_report": {"deepspeed._commands.report": "main cli_main=main"},
     "launcher.runner": {
         "deepspeed._commands.launch": "main DEEPSPEED_ENVIRONMENT_NAME EXPORT_ENVS",
@@ -57,6 +58,9 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "WarmupLR",
         "deepspeed._parts.schedules": "LR_RANGE_TEST LR_SCHEDULE ONE_CYCLE VALID_LR_SCHEDULES "
         "WARMUP_COSINE_LR WARMUP_DECAY_LR WARMUP_LR",
+    },
+    "runtime.zero.partition_parameters": {
+        "deepspeed._parts.zero_words": "zero_wrapper_for_fp_tensor_constructor",
     },
     "runtime.utils": {
         "deepspeed._parts.tensors": "move_to_device",
@@ -161,9 +165,7 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "runtime.data_pipeline.data_routing.helper": "convert_to_random_ltd "
         "save_without_random_ltd",
     },
-    "drivetrain-elasticity": {
-        "elasticity": "compute_elastic_config elasticity_enabled ensure_immutable_elastic_config",
-    },
+    "drivetrain-elasticity": {"elasticity": "compute_elastic_config"},
     "drivetrain-flops-profiler": {"profiling.flops_profiler": "FlopsProfiler get_model_profile"},
     "drivetrain-hybrid-engine": {
         "runtime.hybrid_engine": "DeepSpeedHybridEngine",
@@ -222,6 +224,7 @@ INSTEAD: Mapping[str, str] = {
     "DeepSpeedTransformerLayer": "a layer of your own over torch's attention",
     "checkpoint.DeepSpeedCheckpoint": "drivetrain checkpoint inspect FOLDER",
     "compat.get_accelerator": "deepspeed.accelerator.get_accelerator",
+    "elasticity.ensure_immutable_elastic_config": "nothing: ranks compare their configs",
     "io.FastFileWriter": "the config's checkpoint.background, which saves while training goes on",
     "module_inject.revert_transformer_layer": "nothing: modules are not replaced",
     "monitor.monitor.MonitorMaster": "engine.monitor, with the monitors of the config",
