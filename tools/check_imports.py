@@ -30,7 +30,7 @@ LIGHT = tuple(
 """Modules that must import without torch; a test imports each of them."""
 
 ROOMS = (
-    *("engine", "states", "checkpoint", "optimization", "precision"),
+    *("engine", "modules", "states", "checkpoint", "optimization", "precision"),
     *("job", "sections", "communication", "plan", "contracts"),
 )
 """The rooms of core, from the top down: each may import those after it."""

@@ -264,10 +264,10 @@ def check_meta() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.empty(3, device="meta"))
 
-    with pytest.raises(TrainingError, match=r"layer \(Bare\) has parameters or buffers on the"):
+    with pytest.raises(ConfigError, match=r"layer.weight is on the meta device, and layer \(Bare"):
         Init(module=nn.ModuleDict({"layer": Bare()}))
     bare = Bare()
-    Init(module=bare, initialize=lambda part: nn.init.constant_(part.weight, 7.0))
+    Init(module=bare, initialize=lambda name, tensor, generator: tensor.fill_(7.0))
     with whole(bare):
         assert bare.weight.tolist() == [7.0] * 3
 

@@ -19,6 +19,8 @@ from zero_harness import IN_FORWARD, Run, Stage, batches, config
 import drivetrain
 from drivetrain.contracts import Purpose
 from drivetrain.engine.engine import Engine
+from drivetrain.job.accelerator_choice import HostAccelerator
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
 from drivetrain.testing.data import tokens
 from drivetrain.testing.models import TinyGPT
@@ -104,6 +106,15 @@ def unit_sizes() -> list[int]:
 # -- a thousand ranks ------------------------------------------------------------------------------
 
 
+class Void(HostAccelerator):
+    """Makes tensors without memory, since nothing will run."""
+
+    name = "void"
+
+    def device(self, local_rank: int) -> torch.device:
+        return torch.device("meta")
+
+
 def one_of_many(stage: int, mode: str, world: int) -> tuple[int, int]:
     """Model states of one fake rank with a model of 0.2 billion parameters, and that number."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -111,8 +122,10 @@ def one_of_many(stage: int, mode: str, world: int) -> tuple[int, int]:
     dist.init_process_group("fake", store=FakeStore(), rank=world - 7, world_size=world)
     with torch.device("meta"):
         module = TinyGPT(vocabulary=32000, width=1024, layers=12, heads=16, positions=1024)
-    settings = config(stage, **MODES[mode][0])
-    engine, *_ = drivetrain.initialize(model=module, config=settings)
+    settings = {**config(stage, **MODES[mode][0]), "accelerator": "void"}
+    registry = Registry.installed()
+    registry.add("accelerators", "void", Void)
+    engine, *_ = drivetrain.initialize(model=module, config=settings, registry=registry)
     psi = sum(p.numel() for p in engine.module.parameters())
     states = model_states(engine)
     engine.destroy()

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,8 @@ from drivetrain.errors import ConfigError
 from drivetrain.job.ownership import refuse_kept_elsewhere
 from drivetrain.job.progress import Progress
 from drivetrain.job.spmd_guard import check_same_model
+from drivetrain.modules.materialize import WeightSource, has_meta, materialize
+from drivetrain.modules.places import move
 from drivetrain.optimization.facade import check_groups
 from drivetrain.optimization.factory import optimizer_plan, rule_from_optimizer
 from drivetrain.optimization.schedule_choice import adopt_schedule, make_schedule
@@ -46,12 +49,15 @@ def build_engine(
     scheduler: Any | None = None,
     training_data: Any | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    weights: WeightSource | None = None,
     engine_type: type[Engine] = Engine,
 ) -> Engine:
     """Put a module to work in a job. Collective: every rank builds the same engine.
 
-    The order matters. Rewrites come before facts about parameters, facts before states, and states
-    before compilation, so that hooks which gather or reduce stay outside compiled graphs.
+    The order matters. The module is partitioned where the client left it, so that only this rank's
+    part gets memory and travels to the device. What happens then is told by facts about parameters,
+    so these come first. States come before compilation, so that hooks which gather or reduce stay
+    outside compiled graphs.
 
     Args:
         job: device, mesh, communication.
@@ -62,6 +68,8 @@ def build_engine(
         scheduler: the client's schedule, or a callable of an optimizer; ``None``: the config's.
         training_data: dataset of ``engine.training_dataloader``.
         collate_fn: makes a micro-batch of a list of samples.
+        weights: values of what is on the meta device; see
+            :func:`~drivetrain.modules.materialize.materialize`.
         engine_type: class of the engine; a subclass may add to its surface.
 
     Returns:
@@ -70,19 +78,16 @@ def build_engine(
     Raises:
         ConfigError: the optimizer does not fit the module, names and parameters are wrong, or
             another engine keeps parameters that this one would change.
+        CheckpointError: ``weights`` do not fit the module, or are damaged.
     """
     plan, hub = job.plan, job.hub
     precision = Precision.of(plan)
-    module = module.to(job.device) if not _is_meta(module) else module
-
     job.parameters.register(module, reduction="data")
     training = optimizer is not None or plan.section(OptimizerSection).type is not None
     transforms = hub.transform_module(job, module, training)
-    module = _apply(transforms, module, Phase.ADAPT, Phase.PARTITION, Phase.RECOMPUTE)
-    job.parameters.register(module, reduction="data")  # what transforms have added
-    precision.describe(module, job.parameters)
-    hub.describe_parameters(job, module)
-
+    module = _apply(transforms, module, Phase.ADAPT, Phase.PARTITION)
+    _describe(job, module, precision)
+    module = _apply(transforms, _on_device(job, module, weights), Phase.RECOMPUTE)
     work = _optimizer_plan(job, module, optimizer, parameters)
     _check_model(job, module, work)
     precision.cast_buffers(module)
@@ -119,6 +124,28 @@ def _check_model(job: Job, module: nn.Module, work: OptimizerPlan | None) -> Non
     refuse_kept_elsewhere(job, module, groups)
 
 
+def _describe(job: Job, module: nn.Module, precision: Precision) -> None:
+    job.parameters.register(module, reduction="data")  # what transforms have added
+    precision.describe(module, job.parameters)
+    job.hub.describe_parameters(job, module)
+
+
+def _on_device(job: Job, module: nn.Module, weights: WeightSource | None) -> nn.Module:
+    """Give this rank's part of the module memory, values, and a place on the device."""
+    if job.device.type == "meta":  # a rehearsal: nothing will run
+        return move(module, job.device, job.parameters)
+    if has_meta(module):
+        check_same_model(job, module, ())  # before ranks meet to make it
+        keep = partial(job.hub.keep_parameters, job)
+        materialize(module, weights, job=job, made=keep)
+    elif weights is not None:
+        raise ConfigError(
+            "weights are for what is on the meta device, and all of the module has memory already: "
+            "construct it under torch.device('meta')"
+        )
+    return move(module, job.device, job.parameters)
+
+
 def _apply(transforms: Sequence[Transform], module: nn.Module, *phases: Phase) -> nn.Module:
     for phase in phases:
         for transform in transforms:
@@ -143,6 +170,8 @@ def _optimizer_plan(
     else:
         return None
     work = replace(work, rule=job.hub.wrap_update_rule(job, work.rule))
+    for group in work.groups:  # transforms and the way to the device may have replaced some
+        group["params"] = [job.parameters.latest(parameter) for parameter in group["params"]]
     check_groups(work.groups, {p: job.parameters.info(p).name for p in module.parameters()})
     return work
 
@@ -173,10 +202,6 @@ def _schedule(job: Job, optimizer: EngineOptimizer | None, client: Any | None) -
         return adopt_schedule(client, optimizer)
     assert section.type is not None
     return make_schedule(section.type, section.params, optimizer, job.plan.registry)
-
-
-def _is_meta(module: nn.Module) -> bool:
-    return any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
 
 
 def require_module(model: object) -> nn.Module:

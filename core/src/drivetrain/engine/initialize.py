@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from drivetrain.engine.loader import DataLoader
+    from drivetrain.modules.materialize import WeightSource
     from drivetrain.optimization.facade import EngineOptimizer
     from drivetrain.plan.registry import Registry
 
@@ -38,6 +39,7 @@ def initialize(
     mesh_param: tuple[int, int] | None = None,
     config_params: ConfigSource | None = None,
     *,
+    weights: WeightSource | None = None,
     overlays: Iterable[str] = (),
     registry: Registry | None = None,
     engine_type: type[Engine] = Engine,
@@ -61,6 +63,10 @@ def initialize(
         config: dict, path to JSON or YAML, or base64-url JSON.
         mesh_param: (data-parallel size, sequence-parallel size).
         config_params: older name of ``config``.
+        weights: where parameters and buffers on the meta device get values from: a checkpoint,
+            safetensors files, a mapping, or a callable ``(name, tensor, generator)``. By default
+            their modules' ``reset_parameters()``; see
+            :func:`~drivetrain.modules.materialize.materialize`.
         overlays: ``path=value`` assignments on top of the config.
         registry: where plugins come from; everything installed by default.
         engine_type: subclass of ``Engine`` to build.
@@ -72,6 +78,7 @@ def initialize(
         ConfigError: with every problem of the config at once.
         PluginError: a plugin that the config names cannot be used.
         CommunicationError: the ranks did not come together.
+        CheckpointError: ``weights`` do not fit the model, or are damaged.
     """
     if model is None:
         raise ConfigError("initialize needs a model")
@@ -97,6 +104,7 @@ def initialize(
             scheduler=lr_scheduler,
             training_data=training_data,
             collate_fn=collate_fn,
+            weights=weights,
             engine_type=engine_type,
         )
     except BaseException as error:

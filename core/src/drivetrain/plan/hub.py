@@ -164,6 +164,7 @@ class Hub:
     transform_module = _collected(hookspecs.transform_module)
     watch_gradients = _collected(hookspecs.watch_gradients)
     describe_parameters = _asked(hookspecs.describe_parameters)
+    keep_parameters = _asked(hookspecs.keep_parameters)
     build_model_states = _asked(hookspecs.build_model_states)
     build_runner = _asked(hookspecs.build_runner)
     build_loader = _asked(hookspecs.build_loader)

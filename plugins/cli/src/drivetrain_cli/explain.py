@@ -26,8 +26,8 @@ PHASES = {
     "plan": ("mesh_axes", "configure", "plan_batch"),
     "job": ("select_accelerator", "wrap_communicator"),
     "engine": (
-        *("transform_module", "describe_parameters", "wrap_update_rule", "build_model_states"),
-        *("place_state", "watch_gradients", "build_runner", "build_loader"),
+        *("transform_module", "describe_parameters", "keep_parameters", "wrap_update_rule"),
+        *("build_model_states", "place_state", "watch_gradients", "build_runner", "build_loader"),
     ),
     "forward": ("prepare_inputs",),
     "backward": ("backward",),

@@ -96,6 +96,13 @@ class Zero(Plugin):
         return layers_of(job, config)
 
     @hookimpl
+    def keep_parameters(self, job: Job, module: nn.Module) -> None:
+        if self.config.stage == 3:
+            from drivetrain_zero.init.shards import keep_in_shards
+
+            keep_in_shards(job, module)
+
+    @hookimpl
     def build_model_states(
         self, job: Job, module: nn.Module, optimizer: OptimizerPlan | None
     ) -> ModelStates:

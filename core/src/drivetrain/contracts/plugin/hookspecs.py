@@ -119,8 +119,9 @@ def transform_module(job: Job, module: torch.nn.Module, training: bool) -> Seque
 
     Collect; transforms run by phase, in dependency order inside one. Once per engine, on every
     rank. ``training`` is false for an engine without an optimizer, which only serves: it has no
-    backward to prepare for. A transform that replaces a parameter calls
-    ``job.parameters.replace(old, new)``.
+    backward to prepare for. Adapt and partition find the module where the client left it: on the
+    host, the meta device or the job's, to which only what is left of it moves then. A transform
+    that replaces a parameter calls ``job.parameters.replace(old, new)``.
     """
     raise NotImplementedError
 
@@ -129,10 +130,20 @@ def transform_module(job: Job, module: torch.nn.Module, training: bool) -> Seque
 def describe_parameters(job: Job, module: torch.nn.Module) -> None:
     """Fill in ``job.parameters.info(p)``: placement, reduction, distinct, dtypes.
 
-    Collect. Once per engine, after all transforms that come before states, on every rank; no
-    communication.
+    Collect. Once per engine, after the module was partitioned, on every rank; no communication.
+    Tensors may have no memory yet.
     Facts about buffers are ``job.parameters.buffer(module, name)``: name, placement, reduction and
     distinct. What was built in place of the client's modules gets the client's names.
+    """
+
+
+@hookspec
+def keep_parameters(job: Job, module: torch.nn.Module) -> None:
+    """Keep own parameters of ``module``, a part of the model, otherwise than whole on the device.
+
+    Collect. Once for each part that was on the meta device, as soon as it has values, before the
+    next part gets any; on every rank, in the order of ``named_modules``. May communicate if all
+    ranks have the same parts. So no rank ever holds a model that is larger than its memory.
     """
 
 

@@ -115,6 +115,7 @@ class ParameterTable:
         self._rest = rest
         # Tensors compare elementwise, so the keys must be held by identity.
         self._infos: MutableMapping[nn.Parameter, ParameterInfo] = WeakTensorKeyDictionary()
+        self._successors: MutableMapping[nn.Parameter, nn.Parameter] = WeakTensorKeyDictionary()
         self._names: MutableMapping[nn.Parameter, str] = WeakTensorKeyDictionary()
         self._buffers: WeakKeyDictionary[nn.Module, dict[str, ParameterInfo]] = WeakKeyDictionary()
 
@@ -189,8 +190,16 @@ class ParameterTable:
         """Hand ``old``'s name and facts to ``new``, which takes its place in the module."""
         info = self._infos.pop(old)
         info.shape = tuple(new.shape)
-        info.compute_dtype = new.dtype
+        if new.dtype != old.dtype:
+            info.compute_dtype = new.dtype
         self._infos[new] = info
+        self._successors[old] = new
+
+    def latest(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What has taken the place of ``parameter``, or itself; optimizers may hold old ones."""
+        while parameter in self._successors:
+            parameter = self._successors[parameter]
+        return parameter
 
     def __contains__(self, parameter: nn.Parameter) -> bool:
         return parameter in self._infos

@@ -17,12 +17,14 @@ from torch import nn
 
 from drivetrain.communication.process_group import Ranks
 from drivetrain.communication.torch_communicator import TorchCommunicator
+from drivetrain.contracts import ParameterTable
 from drivetrain.engine.engine import Engine
 from drivetrain.errors import ConfigError
 from drivetrain.job.accelerator_choice import choose_accelerator
 from drivetrain.job.job import Job, init_distributed
+from drivetrain.modules.drawing import Drawing, Initialiser
+from drivetrain.modules.materialize import draw
 from drivetrain.plan.plan import Plan
-from drivetrain_zero.init.materialize import materialize
 from drivetrain_zero.init.shards import InitShards
 from drivetrain_zero.init.touch import InitTouch
 from drivetrain_zero.section import ZeroSection
@@ -61,8 +63,9 @@ class Init:
         mpu: object whose data-parallel group is taken.
         tensor_overrides: ``{"dtype": ..., "device": ...}``, like ``dtype`` and ``remote_device``.
         job: the caller's job, whose data-parallel ranks are taken.
-        initialize: gives a module that was made from the meta device its values; by default its
-            ``reset_parameters``.
+        initialize: called as ``initialize(name, tensor, generator)`` to fill a whole tensor that
+            was made from the meta device; by default the ``reset_parameters()`` of the submodule
+            that has it. Their random numbers begin at the seed of the script for each submodule.
         mem_efficient_linear: accepted, has no effect, like ``pin_memory``, ``param_swapper``,
             ``zero_param_parallel_group`` and the two about quantised weights: the engine's config
             decides.
@@ -70,7 +73,7 @@ class Init:
 
     Raises:
         ConfigError: arguments contradict each other, or the config cannot be run.
-        TrainingError: a module on the meta device cannot be initialised.
+        ConfigError: a tensor on the meta device is given no values.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class Init:
         tensor_overrides: Mapping[str, Any] | None = None,
         *,
         job: Job | None = None,
-        initialize: Callable[[nn.Module], object] | None = None,
+        initialize: Initialiser | None = None,
     ) -> None:
         _log_without_effect(
             mem_efficient_linear=not mem_efficient_linear,
@@ -117,7 +120,8 @@ class Init:
         if module is not None and self._enabled:
             with self:
                 shards = _active[-1].shards
-                materialize(module, shards, initialize)
+                drawing, table = Drawing(torch.initial_seed(), initialize), ParameterTable()
+                draw(module, drawing, table=table, device=shards.device, made=shards.cut)
                 shards.cut(module)
 
     def __enter__(self) -> Init:

@@ -72,11 +72,12 @@ class InitShards:
         """Shard every parameter of ``module`` that is not sharded yet. Collective."""
         for name, parameter in module.named_parameters():
             if _can_be_cut(parameter):
-                self._cut_one(parameter, f"{type(module).__name__}.{name}")
+                self.cut_one(parameter, f"{type(module).__name__}.{name}")
         for part in module.modules():
             refuse_released_state_dict(part)
 
-    def _cut_one(self, parameter: nn.Parameter, name: str) -> None:
+    def cut_one(self, parameter: nn.Parameter, name: str) -> None:
+        """Shard a parameter, which messages call ``name``. Collective."""
         stored = is_float8(parameter.dtype) and not parameter.requires_grad
         wanted = self.dtype if parameter.is_floating_point() and not stored else None
         parameter.data = parameter.data.to(self.device, wanted)
@@ -190,6 +191,23 @@ class InitParameter(WholeOnDemand):
     def _show_absent(self) -> None:
         parameter = self.parameter
         parameter.data = absent_like(parameter.data)
+
+
+def keep_in_shards(job: Job, part: nn.Module) -> None:
+    """Cut own parameters of ``part`` over the ranks with copies, until model states take them.
+
+    Their shards are in host memory: when states are built, the device has what these keep, and
+    what they need to take over some parameters. Collective.
+    """
+    host = torch.device("cpu")
+    for _, parameter in part.named_parameters(recurse=False):
+        if _can_be_cut(parameter):
+            info = job.parameters.info(parameter)
+            ranks = (job.communicator, info.reduction)
+            InitShards(*ranks, job.device, host, None, job.plan, "the engine").cut_one(
+                parameter, info.name
+            )
+    refuse_released_state_dict(part)
 
 
 def refuse_other_layout(job: Job, parameters: Iterable[nn.Parameter]) -> None:
