@@ -62,8 +62,9 @@ def test_a_late_update_waits_for_its_gradient_and_so_do_those_who_overwrite_that
     assert [sorted(copy.awaited) for copy in down.copies] == [["synchronize", "wait"]] * 2
 
 
-def test_a_late_update_waits_until_what_it_overwrites_has_gone_up() -> None:
-    _, up = steps("bf16", 3, delayed_update=True)
+@pytest.mark.parametrize("mode", ["delayed_update", "super_offload"])
+def test_an_update_waits_until_what_it_overwrites_has_gone_up(mode: str) -> None:
+    _, up = steps("bf16", 3, **{mode: True})
     assert "synchronize" in up.copies[0].awaited
     assert "synchronize" in up.copies[1].awaited
 
