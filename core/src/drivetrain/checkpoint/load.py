@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ from drivetrain.checkpoint.state import (
 )
 from drivetrain.contracts.state.extra import StateReader, tupled
 from drivetrain.errors import CheckpointError
+from drivetrain.job.ownership import is_lent, lent_modules
 from drivetrain.tensor_parts import copy_into
 
 if TYPE_CHECKING:
@@ -260,22 +262,24 @@ class _Attempt:
 
     def _look_at_engine(self) -> None:
         """Find what there is to restore, and whether it lies as it did in the engine saved."""
-        job = self.engine.job
-        kept = [f for f in self.engine.states.fragments() if f.kind != "gradient"]
-        self.fragments = client_fragments(kept, job.parameters, self.engine.module)
+        job, module, states = self.engine.job, self.engine.module, self.engine.states
+        client = partial(client_fragments, table=job.parameters, module=module)
+        kept = [f for f in states.fragments() if f.kind != "gradient"]
+        self.lent = {fragment.name for fragment in client(filter(is_lent, kept))}
+        self.fragments = client(f for f in kept if not is_lent(f))
         self.plugin_fragments = (
             [] if self.options.module_only else plugin_fragments(job.hub, self.engine)
         )
-        layout = layout_of(self.engine)
-        self.same = all(self.stored.manifest[key] == value for key, value in layout.items()) and (
-            self.own_state.get("fragments") == fragments_digest(self.fragments)
-        )
+        digest, layout = fragments_digest(client(kept)), layout_of(self.engine)
+        alike = all(self.stored.manifest[key] == value for key, value in layout.items())
+        self.same = alike and self.own_state.get("fragments") == digest
 
     def _find_unexpected(self) -> list[str]:
         """Stored parameters that no rank has. Collective."""
         table = self.engine.job.parameters
         known = {table.info(parameter).name for parameter in self.engine.module.parameters()}
         known |= {fragment.name for fragment in self.fragments}  # also what is inside of wrappers
+        known |= self.lent
         stored = sorted(name for kind, name in self.stored.keys if kind == "parameter")
         anywhere = any_rank(self.engine.job, [name in known for name in stored])
         return [name for name, found in zip(stored, anywhere, strict=True) if not found]
@@ -283,6 +287,8 @@ class _Attempt:
     def _guarantee(self, same: bool) -> Guarantee:
         manifest, guarantee = self.stored.manifest, Guarantee(same)
         guarantee.weaken(*manifest["guarantee"].get("weaker", ()))
+        if self.lent:
+            guarantee.weaken(f"{len(self.lent)} parameters are lent by another engine and stay")
         changed = changed_versions(manifest["versions"], versions(self.engine))
         guarantee.weaken(*(changed if same else manifest["guarantee"].get("weaker_reshaped", ())))
         return guarantee
@@ -350,7 +356,8 @@ class _Attempt:
     def _plan_buffers(self, missing: list[str]) -> None:
         self.buffers: list[tuple[torch.Tensor, StoredTensor]] = []
         table, module = self.engine.job.parameters, self.engine.module
-        for name, (buffer, info) in persistent_buffers(table, module).items():
+        borrowed = lent_modules(module, self.engine.states)
+        for name, (buffer, info) in persistent_buffers(table, module, borrowed).items():
             own = self.own.get(f"buffer/{name}") if self.guarantee.same_layout else None
             source = own or self.stored.find("buffer", name)
             if source is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -121,15 +121,20 @@ def _part_of(joined: Fragment, name: str, start: int, length: int) -> Fragment:
 
 
 def persistent_buffers(
-    table: ParameterTable, module: nn.Module
+    table: ParameterTable, module: nn.Module, without: Collection[nn.Module] = ()
 ) -> dict[str, tuple[torch.Tensor, ParameterInfo]]:
-    """Name -> buffer and facts of all that belong to the ``state_dict``, in plain tensors."""
-    own = (
-        (prefix, name, module._non_persistent_buffers_set)
-        for prefix, module in module.named_modules(remove_duplicate=False)
-        for name in module._buffers
-    )
-    passing = {".".join(filter(None, (prefix, n))) for prefix, n, passing in own if n in passing}
+    """Name -> buffer and facts of all that belong to the ``state_dict``, in plain tensors.
+
+    Args:
+        table: has the facts.
+        module: whose ``state_dict`` it is.
+        without: parts of the module whose buffers are left out.
+    """
+    passing = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules(remove_duplicate=False)
+        for name in (part._buffers if part in without else part._non_persistent_buffers_set)
+    }
     found: dict[str, tuple[torch.Tensor, ParameterInfo]] = {}
     for path, buffer, info in table.buffers(module):
         if path not in passing:

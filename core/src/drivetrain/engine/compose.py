@@ -17,7 +17,7 @@ from drivetrain.contracts.loop.transform import Phase, Transform
 from drivetrain.engine.engine import Engine
 from drivetrain.engine.loader import build_loader
 from drivetrain.errors import ConfigError
-from drivetrain.job.ownership import refuse_kept_elsewhere
+from drivetrain.job.ownership import lent_modules, refuse_kept_elsewhere
 from drivetrain.job.progress import Progress
 from drivetrain.job.spmd_guard import check_same_model
 from drivetrain.modules.materialize import WeightSource, has_meta, materialize
@@ -64,7 +64,7 @@ def build_engine(
         module: the client's module; changed in place.
         optimizer: the client's; ``None`` takes the config's, if it names one.
         parameters: what the config's optimizer trains: parameters, (name, parameter) pairs or
-            group dicts; all of the module's by default.
+            group dicts; all of the module's by default. ``()`` for an engine without optimizer.
         scheduler: the client's schedule, or a callable of an optimizer; ``None``: the config's.
         training_data: dataset of ``engine.training_dataloader``.
         collate_fn: makes a micro-batch of a list of samples.
@@ -90,7 +90,7 @@ def build_engine(
     module = _apply(transforms, _on_device(job, module, weights), Phase.RECOMPUTE)
     work = _optimizer_plan(job, module, optimizer, parameters)
     _check_model(job, module, work)
-    precision.cast_buffers(module)
+    precision.cast_buffers(module, lent_modules(module, None))
     states = hub.build_model_states(job, module, work)
     assert states is not None, "core's default states answer last"
     with ExitStack() as undone:  # what fails from here on leaves the module to a better try
@@ -164,7 +164,7 @@ def _optimizer_plan(
         if not isinstance(optimizer, Optimizer) and callable(optimizer):
             optimizer = optimizer(list(parameters or module.parameters()))
         work = rule_from_optimizer(optimizer)
-    elif section.type is not None:
+    elif section.type is not None and parameters not in ((), []):
         trained = list(parameters) if parameters is not None else list(module.parameters())
         work = optimizer_plan(section.type, section.params, trained, job.plan.registry, job)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -127,8 +128,10 @@ class Precision:
                     for parameter in part.parameters(recurse=False):
                         table.info(parameter).reduce_dtype = self.lower
 
-    def cast_buffers(self, module: nn.Module) -> None:
+    def cast_buffers(self, module: nn.Module, lent: Collection[nn.Module] = ()) -> None:
         """Give floating buffers the configured dtype, or else that of the parameters.
+
+        Those of modules that another engine lends stay as they are.
 
         Running statistics stay in float32 unless the config says otherwise: in bfloat16 they would
         stop a few percent away from what they are to become.
@@ -138,7 +141,7 @@ class Precision:
             return
         exact = {id(part) for part in self._statistics(module)}
         cast: dict[int, torch.Tensor] = {}  # modules may share a buffer
-        for part in module.modules():
+        for part in (part for part in module.modules() if part not in lent):
             for name, buffer in part.named_buffers(recurse=False):
                 if not buffer.is_floating_point() or is_stored(buffer):
                     continue

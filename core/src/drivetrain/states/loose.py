@@ -11,6 +11,7 @@ from torch import nn
 
 from drivetrain.contracts.state.fragment import Fragment
 from drivetrain.contracts.world.collective import Purpose, Tag
+from drivetrain.job.ownership import lent, lent_fragments, lent_modules, refuse_orphans
 from drivetrain.states.buckets import is_first_copy
 from drivetrain.states.device_home import tensor_fragment
 from drivetrain.states.whole import handed_over
@@ -18,6 +19,7 @@ from drivetrain.tensor_parts import copy_into, is_stored, tensor_parts
 
 if TYPE_CHECKING:
     from drivetrain.contracts.state.bucket import OptimizerPlan
+    from drivetrain.contracts.state.model_states import ModelStates
     from drivetrain.contracts.world.axis import Axis
     from drivetrain.job.job import Job
 
@@ -43,11 +45,14 @@ def trained_parameters(optimizer: OptimizerPlan | None) -> set[nn.Parameter]:
 def synchronise_loose(job: Job, module: nn.Module, bucketed: Collection[nn.Parameter]) -> None:
     """Cast what is in no bucket to its compute dtype and make all ranks start from rank 0's.
 
+    What another engine lends is left alone.
+
     Raises:
         ConfigError: the memory of a parameter or buffer cannot be reached.
     """
+    left_alone = {*bucketed, *lent(module.parameters(), None)}
     for parameter in module.parameters():
-        if parameter in bucketed:
+        if parameter in left_alone:
             continue
         info = job.parameters.info(parameter)
         with handed_over([parameter]):
@@ -56,18 +61,26 @@ def synchronise_loose(job: Job, module: nn.Module, bucketed: Collection[nn.Param
             parameter.data = values.to(info.compute_dtype)
         axes = info.reduction, job.parameters.replicated(info)
         broadcast_first(job, parameter.detach(), info.name, *axes)
+    theirs = {id(b) for part in lent_modules(module, None) for b in part.buffers(recurse=False)}
     for _, buffer, info in job.parameters.buffers(module):
-        axes = info.reduction, job.parameters.replicated(info)
-        broadcast_first(job, buffer, info.name, *axes)
+        if id(buffer) not in theirs:
+            axes = info.reduction, job.parameters.replicated(info)
+            broadcast_first(job, buffer, info.name, *axes)
 
 
 def loose_fragments(
-    job: Job, module: nn.Module, bucketed: Collection[nn.Parameter]
+    job: Job, module: nn.Module, bucketed: Collection[nn.Parameter], states: ModelStates
 ) -> list[Fragment]:
-    """The fragments of the parameters of ``module`` that are in no bucket."""
-    found = []
+    """The fragments of the parameters of ``module`` that are in no bucket of ``states``.
+
+    Raises:
+        TrainingError: one is in shards that no engine keeps any more.
+    """
+    refuse_orphans(module)
+    found = lent_fragments(module, states)
+    known = {*bucketed, *lent(module.parameters(), states)}
     for parameter in module.parameters():
-        if parameter not in bucketed:
+        if parameter not in known:
             info = job.parameters.info(parameter)
             axes = info.reduction, job.parameters.replicated(info)
             owner = is_first_copy(job.communicator, *axes)

@@ -316,7 +316,7 @@ class ReplicatedStates(ModelStates):
                     found.append(segment_fragment(segment, kind, flat, "device"))
             found += step_fragments(bucket.home, bucket.open_window)
             found += bucket.home.fragments()
-        return found + loose_fragments(self._job, self._module, bucketed)
+        return found + loose_fragments(self._job, self._module, bucketed, self)
 
     def learned(self) -> Sequence[str]:
         return self._reducer.late_buckets()

@@ -24,6 +24,7 @@ from drivetrain.contracts.state.fragment import Box
 from drivetrain.contracts.world.collective import Purpose, Tag
 from drivetrain.errors import TrainingError
 from drivetrain.job.job import open_jobs
+from drivetrain.job.ownership import owner_of
 from drivetrain.states.changed_parameters import digests
 from drivetrain.tensor_parts import tensor_parts
 
@@ -156,7 +157,9 @@ def _copies(parameters: Iterable[nn.Parameter], *, placed: bool) -> dict[nn.Para
     """
     found, jobs = {}, open_jobs()[::-1]
     for parameter in parameters:
-        job = next((job for job in jobs if parameter in job.parameters), None)
+        owner = owner_of(parameter)
+        first = [job for job in jobs if owner is not None and owner.job is job]
+        job = next((job for job in [*first, *jobs] if parameter in job.parameters), None)
         if job is None:
             continue
         info = job.parameters.info(parameter)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,21 +12,26 @@ from torch import nn
 from drivetrain.checkpoint.redistribute import kept_on_host, redistribute
 from drivetrain.contracts import Fragment, ModelStates, Purpose, Tag
 from drivetrain.errors import TrainingError
-from drivetrain.job.ownership import Owner
+from drivetrain.job.ownership import Owner, lent
 from drivetrain.states.buckets import BucketSizes, plan_buckets
 from drivetrain.states.changed_parameters import ParameterWatch, refuse_unlike_copies
 from drivetrain.states.device_home import step_fragments
 from drivetrain.states.gradient_norm import sum_of_squares
 from drivetrain.states.gradients import GradientReducer, Slot, of_reducer
 from drivetrain.states.loose import loose_fragments, synchronise_loose, trained_parameters
-from drivetrain.states.whole import handed_over
 from drivetrain_zero.compressed.layers import kept_errors
 from drivetrain_zero.gathering import released
 from drivetrain_zero.gathering.agreement import agreement_of
 from drivetrain_zero.gathering.gatherer import Gatherer
-from drivetrain_zero.gathering.handle import ShardedParameter
+from drivetrain_zero.gathering.handle import ShardedParameter, leave_whole
 from drivetrain_zero.gathering.order import CommonOrder
-from drivetrain_zero.gathering.unit import GatheredUnit, Reason, UnitState, find_units
+from drivetrain_zero.gathering.unit import (
+    GatheredUnit,
+    Reason,
+    UnitState,
+    find_units,
+    without_empty,
+)
 from drivetrain_zero.gathering.unit_hooks import UnitHooks
 from drivetrain_zero.init.shards import refuse_other_layout
 from drivetrain_zero.policy import ZeroPolicy
@@ -100,7 +105,7 @@ class ZeroStates(ModelStates):
         assert homes is not None, "core's default homes answer last"
         for bucket, home in zip(self._buckets, homes, strict=True):
             bucket.adopt(home)
-        self._leave_whole({p for bucket in self._buckets for p in bucket.parameters})
+        leave_whole(self._module, {p for bucket in self._buckets for p in bucket.parameters})
         for bucket in self._buckets:
             bucket.shown.begin_checks()
         self._sums = [self._sum_of(bucket) for bucket in self._trained_in_backward_order(units)]
@@ -128,9 +133,11 @@ class ZeroStates(ModelStates):
             else [GatheredUnit(0, "", self._module, list(self._module.parameters()))]
         )
         trained = trained_parameters(self._optimizer)
+        borrowed = lent(self._module.parameters(), self)
         for unit in units:
-            unit.parameters = bucketed(unit.parameters, trained, frozen=self._policy.frozen)
-        return units
+            own = [parameter for parameter in unit.parameters if parameter not in borrowed]
+            unit.parameters = bucketed(own, trained, frozen=self._policy.frozen)
+        return without_empty(units) if borrowed else units
 
     def _plan(self, unit: GatheredUnit, steps: Mapping[str, int]) -> list[PlannedBucket]:
         job, policy = self._job, self._policy
@@ -152,18 +159,6 @@ class ZeroStates(ModelStates):
             rest = [p for p in unit.parameters if p not in trained]
             planned += plan_frozen(rest, job.parameters, prefix)
         return planned
-
-    def _leave_whole(self, kept: Set[nn.Parameter]) -> None:
-        """Give parameters that are sharded no longer, since they are frozen now, their values."""
-        left = [
-            p
-            for p in self._module.parameters()
-            if p not in kept and isinstance(getattr(p, "drivetrain_handle", None), ShardedParameter)
-        ]
-        with handed_over(left):
-            values = [p.detach().clone() for p in left]
-        for parameter, value in zip(left, values, strict=True):
-            parameter.data = value
 
     def _trained_in_backward_order(self, units: Sequence[GatheredUnit]) -> list[ShardedBucket]:
         """Trained buckets, those first whose gradients are about the first to be ready."""
@@ -455,7 +450,7 @@ class ZeroStates(ModelStates):
             if total is not None:
                 found += step_fragments(bucket.home, self._open_window)
             found += bucket.home.fragments()
-        return found + self._errors + loose_fragments(self._job, self._module, bucketed)
+        return found + self._errors + loose_fragments(self._job, self._module, bucketed, self)
 
     def memory_rows(self) -> list[tuple[str, str, int, int]]:
         """Memory on the device beside parameters and states: (kind, place, bytes, locked)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Set
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 from drivetrain.contracts import Communicator, Purpose, Tag
 from drivetrain.errors import TrainingError
+from drivetrain.job.ownership import owner_of
+from drivetrain.states.whole import handed_over
 from drivetrain_zero.shards.shown import fingerprint
 
 if TYPE_CHECKING:
@@ -220,3 +223,23 @@ class ShardedParameter(WholeOnDemand):
 
     def _take_over(self) -> None:
         self._bucket.take_over(self._index)
+
+
+def leave_whole(module: nn.Module, kept: Set[nn.Parameter]) -> None:
+    """Give parameters that are sharded no longer, since they are frozen now, their values.
+
+    Args:
+        module: whose parameters; those that another engine lends are left alone.
+        kept: those that are sharded still.
+    """
+    left = [
+        parameter
+        for parameter in module.parameters()
+        if parameter not in kept
+        and owner_of(parameter) is None
+        and isinstance(getattr(parameter, "drivetrain_handle", None), ShardedParameter)
+    ]
+    with handed_over(left):
+        values = [parameter.detach().clone() for parameter in left]
+    for parameter, value in zip(left, values, strict=True):
+        parameter.data = value

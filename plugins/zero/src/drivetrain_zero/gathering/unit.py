@@ -207,3 +207,11 @@ def find_units(module: nn.Module) -> list[GatheredUnit]:
         inside, *others = users[parameter]
         own[module if others else inside].append(parameter)
     return [GatheredUnit(i, paths[part], part, own[part]) for i, part in enumerate(paths)]
+
+
+def without_empty(units: Sequence[GatheredUnit]) -> list[GatheredUnit]:
+    """Leave out units that gather nothing, but for the root, and number the others anew."""
+    left = [unit for unit in units if unit.parameters or not unit.number]
+    for number, unit in enumerate(left):
+        unit.number = number
+    return left

@@ -110,6 +110,11 @@ class UnitHooks:
             if not unit.is_whole:  # a part of the root is used outside of the model's forward
                 self._visit(unit)
 
+        def used_root(_module: nn.Module, _args: Any, outputs: Any) -> None:
+            alone = self._forward is None and not in_backward()
+            if alone and torch.is_grad_enabled():  # another backward may end before that of this
+                call_before_backward(outputs, partial(self._begin_backward, unit, None, None))
+
         keep, module = self._hooks.append, unit.module
         keep(module.register_forward_pre_hook(Hook(before), prepend=True, with_kwargs=True))
         keep(module.register_forward_hook(Hook(after), always_call=True))
@@ -117,6 +122,7 @@ class UnitHooks:
             for part, _ in outside_use.owners(unit):
                 if part is not module:
                     keep(part.register_forward_pre_hook(Hook(need_root)))
+                    keep(part.register_forward_hook(Hook(used_root)))
 
     def _walk(self) -> Walk | None:
         """Return the walk under way, if the model computes."""

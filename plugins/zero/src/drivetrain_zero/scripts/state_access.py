@@ -18,6 +18,7 @@ from torch import nn
 from drivetrain.contracts import Op, Purpose, Tag
 from drivetrain.errors import TrainingError
 from drivetrain.job.job import open_jobs
+from drivetrain.job.ownership import owner_of
 
 if TYPE_CHECKING:
     from drivetrain.contracts import Axis, Fragment, ParameterInfo
@@ -228,9 +229,12 @@ class _Part:
 
 
 def engine_of(parameter: nn.Parameter) -> Engine | None:
-    """The newest engine of an open job that has ``parameter`` in its module."""
+    """The engine that keeps ``parameter``, else the newest open one that has it in its module."""
+    owner = owner_of(parameter)
     for job in reversed(open_jobs()):
-        if parameter in job.parameters:
+        if owner is not None and owner.job is job:
+            return job.engines[owner.number]
+        if owner is None and parameter in job.parameters:
             for engine in reversed(job.engines):
                 if any(own is parameter for own in engine.module.parameters()):
                     return engine
