@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import drivetrain_zero
@@ -179,7 +179,7 @@ def share_a_trunk(stage: Stage, other: Stage, *, joint: bool) -> None:
             second.rebuild()
 
 
-def save_a_reader() -> None:
+def save_a_reader(folder: str) -> None:
     actor, critic = networks()
     owner = engine_of(actor, 3)
     train(owner, 0)
@@ -192,13 +192,11 @@ def save_a_reader() -> None:
     owner.zero_grad()
     with closing(second, owner):
         expected = {name: value.clone() for name, value in second.module_state_dict().items()}
-        folder = [tempfile.mkdtemp() if owner.job.rank == 0 else None]
-        torch.distributed.broadcast_object_list(folder)
-        second.save_checkpoint(folder[0])
+        second.save_checkpoint(folder)
         train(second, 2)
         train(owner, 2)
         trunk = {n: v.clone() for n, v in owner.module_state_dict().items() if "trunk" in n}
-        second.load_checkpoint(folder[0])
+        second.load_checkpoint(folder)
         found = second.module_state_dict()
         for name, value in expected.items():
             wanted = trunk[name] if "trunk" in name else value
@@ -206,7 +204,7 @@ def save_a_reader() -> None:
         alone = Critic(layers(1))
         third, *_ = drivetrain.initialize(model=alone, config=SERVING)
         with closing(third):
-            third.load_checkpoint(folder[0], load_module_only=True)
+            third.load_checkpoint(folder, load_module_only=True)
             for name, value in third.module_state_dict().items():
                 torch.testing.assert_close(value, expected[name])
 
@@ -300,8 +298,8 @@ def _share(stage: Stage, other: Stage, joint: bool) -> None:
     share_a_trunk(stage, other, joint=joint)
 
 
-def test_a_checkpoint_has_what_is_lent_and_a_load_leaves_it_alone() -> None:
-    run_distributed(save_a_reader, 2)
+def test_a_checkpoint_has_what_is_lent_and_a_load_leaves_it_alone(tmp_path: Path) -> None:
+    run_distributed(save_a_reader, 2, str(tmp_path))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
