@@ -327,6 +327,20 @@ def test_with_every_step_a_warm_up_training_is_that_without_zenflow() -> None:
 # -- what cannot be ------------------------------------------------------------------------------
 
 
+def test_states_that_are_written_are_not_overwritten_by_what_the_device_had() -> None:
+    rule = RULES["adam"]()
+    with opened() as job:
+        (home,) = place(job, [spec_of(rule)], ZenFlow(topk_ratio=0.3, update_interval=2))
+        adopt(home)
+        for number in range(2):
+            step(home, values(home.spec, number, torch.bfloat16), rule.defaults)
+        for fragment in home.fragments():
+            if fragment.kind == "exp_avg":
+                fragment.write(torch.full_like(fragment.read(), 7.0))
+        moments = [flat for (_, kind), flat in states(home).items() if kind == "exp_avg"]
+        assert all(bool((flat == 7.0).all()) for flat in moments)
+
+
 def test_it_needs_offload_to_the_host() -> None:
     given = {"train_batch_size": 8, "zero_optimization": {"zenflow": {}}}
     with pytest.raises(
