@@ -386,9 +386,10 @@ class Engine(EngineSettings, nn.Module):
 
     def rebuild(self) -> None:
         """Adapt the states after ``requires_grad`` of parameters was changed, on every rank."""
+        rebuild = self.states.rebuild  # refused here while they are away, before all else
         check_same_model(self.job, self.module, self._groups())
         refuse_kept_elsewhere(self.job, self.module, self._groups(), self.states)
-        self.states.rebuild()
+        rebuild()
 
     def module_state_dict(self, **kwargs: Any) -> dict[str, Any]:
         """``state_dict`` of the module, parameters whole."""
