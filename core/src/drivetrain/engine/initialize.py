@@ -80,8 +80,6 @@ def initialize(
         CommunicationError: the ranks did not come together.
         CheckpointError: ``weights`` do not fit the model, or are damaged.
     """
-    if model is None:
-        raise ConfigError("initialize needs a model")
     module = require_module(model)
     source = _one_config(args, config, config_params)
     if distributed_port is not None:
