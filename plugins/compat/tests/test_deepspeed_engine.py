@@ -228,6 +228,18 @@ def test_lion_follows_its_formula(build):
         torch.testing.assert_close(value, expected)
 
 
+def test_what_no_group_holds_reaches_the_rule(build):
+    module, reference = model(), model()
+    adam = deepspeed.ops.adam.FusedAdam(
+        module.parameters(), lr=0.01, bias_correction=False, eps=0.0
+    )
+    engine, *_ = build(module=module, optimizer=adam)
+    reference(torch.ones(4, 4)).square().mean().backward()
+    for value, start in zip(update(engine), reference.parameters(), strict=True):
+        step = (1 - 0.9) / (1 - 0.999) ** 0.5  # moments that begin at zero, as they are
+        torch.testing.assert_close(value, start.detach() - 0.01 * step * start.grad.sign())
+
+
 def test_what_an_optimizer_cannot_do_is_refused():
     parameters = list(model().parameters())
     with pytest.raises(ConfigError, match="amsgrad is not supported"):
