@@ -102,7 +102,7 @@ def test_parameters_in_bfloat16_follow_their_masters():
     rule = rules.fused_adamw({"lr": 0.05}, None)
     home, parameters = make_home(rule, torch.bfloat16)
     run(home, rule)
-    masters = home._masters
+    masters = home.states.tensors["master"]
     assert masters.dtype == torch.float32
     assert torch.equal(parameters, masters.bfloat16())
 
@@ -111,7 +111,7 @@ def test_states_may_be_kept_in_bfloat16():
     rule = rules.fused_adamw({"lr": 0.05, "state_dtype": "bf16"}, None)
     home, parameters = make_home(rule)
     run(home, rule)
-    assert {state.dtype for state in home._states.values()} == {torch.bfloat16}
+    assert {state.dtype for state in home.states.tensors.values()} == {torch.bfloat16}
     expected = torch_run(torch.optim.AdamW, lr=0.05, weight_decay=0.0)
     torch.testing.assert_close(parameters, expected, rtol=0, atol=0.02)
 

@@ -95,7 +95,7 @@ def test_low_precision_parameters_are_rounded_masters():
     rule = Muon()
     home, flat, flatten = place(rule, numbers(0, torch.float32), parameter_dtype=torch.bfloat16)
     home.update(flatten(numbers(1, torch.float32)), rule.defaults, 1.0)
-    assert torch.equal(flat, home._masters.bfloat16())
+    assert torch.equal(flat, home.states.tensors["master"].bfloat16())
 
 
 class Model(nn.Module):
