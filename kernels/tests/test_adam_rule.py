@@ -53,7 +53,8 @@ def train(rule, parameter, gradient, master=FP32, steps=5, **changes):
     for _ in range(steps):
         values = torch.randn(COUNT, generator=generator).to(gradient)
         home.update(values, {**rule.defaults, **changes}, 0.5)
-    return [parameters, *home.states.tensors.values()]
+    states = dict(home.states.tensors)
+    return [parameters, states.pop("master", parameters), *states.values()]
 
 
 def reference(kind, gradient, steps=5, **options):
