@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from drivetrain.contracts.plugin.plugin import Plugin, Sections, hookimpl
-from drivetrain.job.ownership import refuse_orphans
 from drivetrain.sections.data_parallel import DataParallel
 
 if TYPE_CHECKING:
@@ -66,6 +65,8 @@ class Defaults(Plugin):
     def prepare_inputs(
         self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        from drivetrain.job.ownership import refuse_orphans
+
         refuse_orphans(engine.module)
         return engine.precision.cast_inputs(args, kwargs) if engine.precision.inputs else None
 
