@@ -38,12 +38,13 @@ def test_a_script_runs_on_several_ranks_with_what_deepspeed_passes(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--num_nodes", "2", "x.py"], "several hosts are not served"),
+        (["--num_nodes", "2", "x.py"], "several hosts need a hostfile"),
+        (["--no_ssh", "--num_nodes", "2", "x.py"], "--no_ssh needs --node_rank"),
+        (["--hostfile", "two", "--elastic_training", "x.py"], "needs --master_addr"),
         (["--include", "worker-9:0", "x.py"], "names other hosts than this one"),
         (["--include", "localhost:0", "--exclude", "localhost:1", "x.py"], "given together"),
         (["--include", "localhost:a", "x.py"], "devices are given as localhost:0,2"),
         (["--no_python", "x.py"], "SCRIPT must be Python"),
-        (["--hostfile", "two", "x.py"], "names 2 hosts"),
         (["--hostfile", "bad", "x.py"], "expected a line `host slots=N`"),
         (["--hostfile", "none", "x.py"], "hostfile none: No such file"),
         (["nothing.py"], "script 'nothing.py' does not exist"),
@@ -57,6 +58,54 @@ def test_what_is_not_served_is_refused(arguments, words, tmp_path, monkeypatch):
     done = CliRunner().invoke(launch.main, arguments)
     assert done.exit_code == 1
     assert words in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["--hostfile", "two", "--num_gpus", "1", "--master_port", "1234", "x.py", "--lr", "1"],
+            [
+                *("launch", "--hostfile", "two", "--master-port", "1234", "--num-gpus", "1"),
+                *("-m", "deepspeed._commands.rank", "script", "1", "x.py", "--lr", "1"),
+            ],
+        ),
+        (
+            [
+                *("--hostfile", "two", "--include", "a:0@b", "--launcher", "openmpi"),
+                *("--launcher_args", "-v", "--bind_cores_to_rank", "--no_local_rank"),
+                *("--elastic_training", "--master_addr", "a", "--max_elastic_nodes", "4", "x.py"),
+            ],
+            [
+                *("launch", "--hostfile", "two", "--master-port", "29500", "--include", "a:0@b"),
+                *("--master-addr", "a", "--launcher", "openmpi", "--launcher-args", "-v"),
+                *("--elastic", "1:4", "--max-restarts", "100", "--bind-cores"),
+                *("-m", "deepspeed._commands.rank", "script", "0", "x.py"),
+            ],
+        ),
+        (
+            [
+                *("--no_ssh", "--node_rank", "1", "--num_nodes", "2", "--master_addr", "10.0.0.1"),
+                *("--num_gpus", "8", "--module", "job"),
+            ],
+            [
+                *("run", "--nproc", "8", "--nnodes", "2", "--node-rank", "1"),
+                *("--master-addr", "10.0.0.1", "--master-port", "29500"),
+                *("-m", "deepspeed._commands.rank", "module", "1", "job"),
+            ],
+        ),
+    ],
+)
+def test_several_hosts_are_passed_on(arguments, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.py").touch()
+    (tmp_path / "two").write_text("a slots=2\nb slots=2\n")
+    passed = []
+    monkeypatch.setattr(launch.drivetrain, "main", lambda command, **_: passed.append(command))
+    done = CliRunner().invoke(launch.main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert passed == [expected]
 
 
 def test_devices_are_chosen_by_filters_and_a_hostfile(tmp_path, monkeypatch):
