@@ -135,13 +135,14 @@ def test_an_import_between_plugins_breaks_a_contract(tmp_path: Path) -> None:
     assert "core imports no plugin and no kernel KEPT" in done.stdout
 
 
-def test_the_guide_to_core_names_files_that_exist() -> None:
+def test_the_guide_names_files_that_exist() -> None:
     text = (workspace.ROOT / "docs" / "architecture.md").read_text("utf-8")
     guide = text.partition("### Where is ...?")[2].partition("\n## ")[0]
     named = re.findall(r"`([\w/]+\.py)`", guide)
-    source = workspace.ROOT / "core" / "src" / "drivetrain"
-    assert len(named) >= 10
-    assert [name for name in named if not (source / name).is_file()] == []
+    folders = [d.folder / "src" for d in DISTRIBUTIONS]
+    folders.append(workspace.ROOT / "core" / "src" / "drivetrain")
+    assert len(named) >= 20
+    assert [n for n in named if not any((folder / n).is_file() for folder in folders)] == []
 
 
 def test_light_modules_import_no_torch() -> None:

@@ -65,16 +65,16 @@ class Writer(Protocol):
 
 
 class Monitor(Plugin):
-    """Base of plugins that show the progress of training; rank 0 writes, unless one says more.
+    """Base of plugins that show the progress of training; rank 0 writes (:meth:`writes_on`).
 
     Reports are kept for a while before their values are read, so that a monitor does not make every
     step wait for the device. What is left is written when the job closes or the process ends. A
-    writer that fails is closed and said once: training goes on without it.
+    writer that fails is closed with one warning, and training goes on without it.
 
     Attributes:
-        most_steps: reports are kept for so many steps,
-        most_seconds: or for so long, whichever ends first.
-        detailed: whether everything that a report knows is shown, or what DeepSpeed shows.
+        most_steps: largest number of reports that are kept before they are written.
+        most_seconds: longest time for which they are kept.
+        detailed: whether all values of a report are shown, or only those that DeepSpeed shows.
     """
 
     most_steps: ClassVar[int] = 100

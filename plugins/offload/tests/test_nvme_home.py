@@ -14,7 +14,7 @@ import torch
 from drivetrain_kernels.rules import FusedAdam, FusedLamb, FusedLion, FusedSGD
 from drivetrain_offload.file_io import ALIGNMENT
 from drivetrain_offload.files import home as nvme_home
-from drivetrain_offload.files.tiles import TileLayout
+from drivetrain_offload.files.tile_layout import TileLayout
 from nvme_harness import TILE, files_in, in_files, large_spec
 from offload_harness import (
     PRECISIONS,

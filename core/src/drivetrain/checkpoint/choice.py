@@ -4,7 +4,7 @@ The one that ``latest`` names. Another one only if that is damaged, and then one
 from: a run that went back and took another way has left checkpoints of higher steps, which are no
 part of it. So every manifest names the saves before it in its run. Where no manifest tells, or all
 of those are damaged, the one that was saved last is taken, but for those that went another way.
-Whatever is not plainly the latest is said at the level of errors.
+Any other choice than the latest is logged as an error.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rectangles of fragments on their way between ranks, in rounds of bounded size.
+"""Rectangles of fragments on their way between ranks, in messages of bounded size.
 
-Ranks ask each other for rectangles. Both sides cut these and fill the rounds by the same rule, so
-that nothing but numbers travels in a round. Every collective here is issued by all ranks.
+Ranks ask each other for rectangles. Both sides cut these and fill the messages by the same rule, so
+that a message holds nothing but numbers. Every collective here is issued by all ranks.
 """
 
 from __future__ import annotations

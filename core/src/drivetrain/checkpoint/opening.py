@@ -1,4 +1,4 @@
-"""Which checkpoint a command means."""
+"""Open the checkpoint that a caller names by a path or URL, and perhaps a tag."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Each rank first looks for what it wants among what it has itself. Where any rank lacks something,
 all tell each other which boxes they have, and each rank plans by itself from whom to take what it
-lacks. Then one window of wanted fragments after another is filled; see
+lacks. Then wanted fragments are filled, a group of bounded size at a time; see
 :mod:`drivetrain.checkpoint.exchange` for what travels.
 """
 

@@ -1,4 +1,8 @@
-"""State beside tensors of parameters: who registers it, and that nobody forgets to."""
+"""What a checkpoint holds of an engine: the client's tensors, buffers, and states of plugins.
+
+A parameter that is joined of several of the client's tensors is cut into these here, for saving and
+for loading. A plugin that keeps a state and does not register it is refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knowing where a backward pass starts, when it begins and ends, whoever calls ``backward``.
+"""Notice when a backward pass begins and ends, also where a script calls ``loss.backward()``.
 
 The hooks sit on the tensors that the module returned. The first of them to fire marks the
 beginning and queues a callback that autograd runs when the whole pass is over. (Queued from a
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 class BackwardPass:
     """Tells whether the backward pass in which it was made still runs.
 
-    A pass that ends calls ``end``. One that dies of an exception calls nothing, but autograd lets
-    go of all that it was to call, which shows here: so nothing that a pass has begun is left open
-    because only success would have closed it.
+    A pass that ends calls ``end``. One that an exception breaks off calls nothing, but autograd
+    drops the callbacks of that pass, and :attr:`runs` becomes false. So what was begun with a
+    pass can be ended in both cases.
 
     Args:
         end: called when the pass is over.

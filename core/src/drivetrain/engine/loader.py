@@ -330,7 +330,7 @@ def _seed(*place: str | int) -> int:
 
 
 class RepeatingLoader:
-    """An endless iterator over a loader, which it starts anew whenever it ends.
+    """An endless iterator over a loader, which it starts again whenever it ends.
 
     Args:
         loader: anything that can be iterated again and again.

@@ -23,7 +23,7 @@ class MicroBatchRunner:
     """The plain loop: forward, backward, step for every micro-batch.
 
     A micro-batch is what the module takes: a mapping becomes keywords, a sequence becomes
-    positional arguments, anything else the only argument. The module answers its loss, or a tuple
+    positional arguments, anything else the only argument. The module returns its loss, or a tuple
     that begins with it, or an object or mapping with ``loss``. The latter may have a
     ``loss_weight``, too: the number of tokens or samples that the loss is a mean of, where that
     differs; see ``engine.backward``.

@@ -1,4 +1,7 @@
-"""What happens at an accumulation boundary: check, divide, clip, update."""
+"""What happens at an accumulation boundary: check, divide, clip, update.
+
+The divisor is a number, or where losses have weights the sum of these over ranks and micro-batches.
+"""
 
 from __future__ import annotations
 

@@ -39,12 +39,12 @@ class Owner:
     """The model states of one engine, as others in the process see them.
 
     Args:
-        job: of the engine, which is going to be the last one there.
+        job: the engine's, to whose engines it is about to be added.
         module: the engine's.
         states: the engine's, which call :meth:`take` and :meth:`release`.
 
     Attributes:
-        number: of the engine in its job.
+        number: the engine's place among those of its job, from 0.
     """
 
     def __init__(self, job: Job, module: nn.Module, states: ModelStates) -> None:

@@ -1,4 +1,4 @@
-"""All ranks must run the same plan on the same model: found out before they train."""
+"""Check before training that all ranks run the same plan on the same model."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ class Placed:
     """A parameter or buffer of a module.
 
     Args:
-        tensor: itself.
-        kind: which of both it is.
+        tensor: the parameter or buffer.
+        kind: which of the two it is.
         saved: whether it belongs to the module's ``state_dict``.
         places: submodules that have it, with its name there; several for one that is tied.
         paths: its names in the whole module, one for each place.

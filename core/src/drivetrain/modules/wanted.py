@@ -1,4 +1,4 @@
-"""What one tensor on the meta device is to become: which part of what, and filled from where."""
+"""How one tensor on the meta device gets values: which part of what it is, and from where."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Wanted:
     """A tensor on the meta device.
 
     Args:
-        entry: itself, and its places in the module.
-        names: the client's, then its paths in the module, of which a tied one has several.
+        entry: the tensor, and its places in the module.
+        names: the client's name, then its paths in the module; a tied tensor has several.
         placement: which part of the client's tensor it is; ``None`` for all of it.
         sources: under which of these names values are read; none if they are drawn.
     """

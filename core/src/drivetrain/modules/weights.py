@@ -83,7 +83,8 @@ class FileWeights(Weights):
         place: what messages call them.
         storage: with the files.
         tensors: by name.
-        exact: the same with more digits, where there are any: masters of parameters.
+        exact: masters by name, read in place of a parameter that is saved in another dtype than
+            the one wanted.
     """
 
     def __init__(

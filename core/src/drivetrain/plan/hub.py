@@ -1,6 +1,6 @@
 """The composed plugins of one plan: one typed method per hook.
 
-The hub owns the pluggy manager; nobody else touches it. Implementations are asked in an order that
+The hub owns the pluggy manager; no other module uses it. Implementations are asked in an order that
 ``Plugin.after`` decides, plugins by name where it does not, and core's own defaults last.
 """
 

@@ -1,4 +1,4 @@
-"""Which parameter goes into which bucket, and where."""
+"""Which parameter goes into which bucket and where, and which of its copies counts."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _dtypes(info: ParameterInfo, gradient: torch.dtype | None) -> dict[str, torc
 
 
 def is_first_copy(communicator: Communicator, *axes: Axis) -> bool:
-    """Whether this rank's copy counts, of the equal ones that ranks along ``axes`` have."""
+    """True if this rank's copy is the first of those along ``axes``: it counts, and is saved."""
     return all(communicator.rank(axis) == 0 for axis in axes)
 
 

@@ -3,7 +3,7 @@
 [Note: changed parameters] Each parameter of a bucket is a view of the bucket's memory, its *place*.
 A script may change its values there (in place, which counts up the tensor's version, or through
 ``.data``, which nothing notes), or let it show other memory (``parameter.data = ...``). Without
-masters the values of now are those that count. With masters, an update would undo the change.
+masters the update goes on from the changed values. With masters, it would undo the change.
 
 Every rank has to make the same change. Which buckets were changed on any rank travels with the
 agreement on late gradients, and the copies of these are compared before they are updated.

@@ -6,9 +6,9 @@
 
 - each accumulation is moved from ``.grad`` into its bucket at once, and ``.grad`` is cleared;
 - a bucket is reduced when all of its parameters have been seen, in one fixed order on all ranks;
-- an accumulation that arrives after its bucket was sent is kept aside, and reduced in a second
-  round at the end of the window. It is never lost. From then on that bucket waits for the end of
-  the window, so the second round is paid once;
+- an accumulation that arrives after its bucket was sent is *late*: it is kept aside, and reduced in
+  a second reduction at the end of the window. It is never lost. From then on that bucket waits for
+  the end of the window, so the second reduction is paid once;
 - whatever was not seen by the end of the window counts as zero.
 
 Where every backward is reduced, each one is a *round*: what is late in one takes part in the next.
@@ -48,11 +48,11 @@ class Slot:
         seen: a gradient arrived since reduction became possible.
         used: a gradient arrived in this window.
         arrived: a gradient arrived in this micro-batch.
-        deferred: hooks are ignored until somebody reports the gradient ready.
+        deferred: hooks are ignored until :meth:`GradientReducer.gradients_ready`.
         late: what arrived after the bucket was sent.
         place: what the parameter shows, in its bucket's memory; ``None`` where that comes and goes.
         dtype: of the parameter.
-        version: counts changes of the parameter in place; those that states know of.
+        version: torch's count of changes in place when states last knew the parameter's values.
     """
 
     name: str
@@ -116,7 +116,7 @@ class GradientBucket(ABC):
         reduction: axes that gradients are summed over.
         replicated: further axes along which ranks have equal parameters.
         slots: its parameters.
-        reduced: false while the update rule communicates by itself.
+        reduced: false where the update rule communicates gradients by itself.
         wait_for_end: whether it is sent at the end of the window only.
         missing: parameters that have not been seen.
         passed: backward is beyond it on all ranks.
@@ -189,8 +189,8 @@ class GradientReducer:
 
     Attributes:
         reduce_now: whether gradients that arrive now may be reduced.
+        last: whether gradients that arrive now are the last of their parameters in this window.
         weighted: whether the window's losses have weights; ranks agree on it in :meth:`finish`.
-        last: whether they are the last of their parameters in this window.
         in_turn: buckets are reduced when :meth:`passed` says so, not when their gradients are
             there: between other collectives that ranks have to issue in one order.
     """
@@ -246,7 +246,7 @@ class GradientReducer:
     def take_set(self, *, unscaled: bool) -> None:
         """Take what a script has assigned to ``.grad`` as this rank's gradients of a micro-batch.
 
-        They join the second round, since other ranks may have sent their buckets already.
+        They join the second reduction, since other ranks may have sent their buckets already.
 
         Args:
             unscaled: nothing tells that these gradients are of a scaled loss, as all others are.
@@ -342,7 +342,7 @@ class GradientReducer:
     # -- at the boundary ----------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Reduce what is left, wait for all, then reduce late gradients in a second round.
+        """Reduce what is left, wait for all, then reduce late gradients in a second reduction.
 
         Raises:
             TrainingError: losses have weights on some ranks and none on others, or a gradient was

@@ -1,4 +1,4 @@
-"""Values that all ranks start from, and the parameters that no bucket holds."""
+"""Broadcast initial values; handle *loose* parameters, those that lie in no bucket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters whole, wherever and in however many parts ranks keep them.
+"""Show parameters whole, wherever ranks keep them and in however many parts.
 
 [Note: levels of whole] A parameter is kept in parts on two levels. Model states may keep shards of
 what this rank's module has, and show the whole of that through a handle. That in turn may be a part
@@ -49,7 +49,7 @@ def shows_client_tensor(parameter: nn.Parameter) -> bool:
 
 @dataclass(frozen=True)
 class _Copies:
-    """Whose changes of a parameter reach whom.
+    """Which ranks have copies of a parameter, and so get what one of them changes.
 
     Args:
         job: knows the parameter.
@@ -61,7 +61,7 @@ class _Copies:
 
 
 class CopyWrites:
-    """What some parameters were before a script changed them.
+    """Finds what a script changes in parameters, and gives the changes to all copies.
 
     Args:
         copies: the parameters, with who has copies of each.

@@ -130,7 +130,7 @@ def memory_text(rows: Sequence[MemoryRow]) -> str:
 
 
 class LogsMemory(Plugin):
-    """A plugin of this package, where ``memory_breakdown`` logs tables."""
+    """Base of this package's plugins: logs tables of memory where ``memory_breakdown`` is set."""
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, engine: Engine) -> Generator[None, bool | None, bool | None]:

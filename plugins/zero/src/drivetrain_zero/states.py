@@ -21,10 +21,10 @@ from drivetrain.states.gradients import GradientReducer, Slot, of_reducer
 from drivetrain.states.loose import loose_fragments, synchronise_loose, trained_parameters
 from drivetrain_zero.compressed.layers import kept_errors
 from drivetrain_zero.gathering import released
-from drivetrain_zero.gathering.agreement import agreement_of
 from drivetrain_zero.gathering.gatherer import Gatherer
 from drivetrain_zero.gathering.handle import ShardedParameter, leave_whole
 from drivetrain_zero.gathering.order import CommonOrder
+from drivetrain_zero.gathering.out_of_order import agreement_of
 from drivetrain_zero.gathering.unit import (
     GatheredUnit,
     Reason,
@@ -329,7 +329,7 @@ class ZeroStates(ModelStates):
         return self._sums if self._gathering is not None else self._sums[::-1]
 
     def _publish(self) -> None:
-        """Let every rank compute with all shards, which somebody has changed."""
+        """Let every rank compute with all shards, after a load or a script has changed them."""
         self._forget_parameters()
         self._finish_publish([bucket.parameters for bucket in reversed(self._sums)])
 

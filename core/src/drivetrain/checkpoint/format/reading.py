@@ -2,8 +2,8 @@
 
 Overlaps between the boxes of a fragment and stored ones are cut into pieces of at most
 :data:`CHUNK` bytes. Pieces that lie together in a file are read at once, by a few threads; each
-checks its blocks and copies its elements into place. What is in memory at a time is one window of
-fragments, and a chunk per thread.
+checks its blocks and copies its elements into place. What is in memory at a time is one group
+of fragments, and a chunk per thread.
 """
 
 from __future__ import annotations

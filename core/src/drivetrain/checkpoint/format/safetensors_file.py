@@ -1,4 +1,4 @@
-"""Safetensors files of others: their header, read with suspicion, as tensors to load from."""
+"""Safetensors files that other programs wrote: check their header, find the tensors in them."""
 
 from __future__ import annotations
 

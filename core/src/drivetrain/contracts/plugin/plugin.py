@@ -2,8 +2,8 @@
 
 A plugin class is found through the ``drivetrain.plugins`` entry points, whose names are the config
 paths that it owns. Its module must be light: it may import pydantic and
-``drivetrain.contracts.plugin.plugin``, but
-torch only inside functions, so that ``drivetrain config check`` stays fast and works anywhere.
+``drivetrain.contracts.plugin.plugin``, but torch only inside functions, so that ``drivetrain config
+check`` stays fast and works anywhere.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class Plugin:
             it is then instantiated once, with those of its sections that the config contains.
         after: names of plugins whose hooks must run before this one's inside one phase. Core's own
             defaults always run last.
-        serves_axes: mesh axes along which this plugin, while it is active, has ranks share work,
-            though keys of core size them: ``sp``. An axis that a plugin asks for in ``mesh_axes``
-            is its own.
+        serves_axes: mesh axes whose size a key of core decides (``sp``) and along which this
+            plugin divides work among ranks while it is active. Axes that it asks for in
+            ``mesh_axes`` are not listed here.
         hookspec_version: may be set to the ``HOOKSPEC_VERSION`` that the plugin was built for; a
             core of another version then refuses it by name.
     """

@@ -89,7 +89,7 @@ class ParameterInfo:
 
 
 class ParameterHandle(Protocol):
-    """Attached to a parameter by whoever shards it, as attribute ``drivetrain_handle``.
+    """What states that shard a parameter attach to it, as attribute ``drivetrain_handle``.
 
     *Whole* is what this rank's module has of the parameter. Where that is a part of the client's
     tensor, core puts the parts together, as their :class:`Placement` says.
@@ -108,7 +108,7 @@ class ParameterTable:
     Buffers have one, too; their key is the module that they belong to and their name in it.
 
     Args:
-        rest: returns the names of the axes that some others leave over of all ranks.
+        rest: takes axes; returns the names of those that make up the world together with them.
     """
 
     def __init__(self, rest: Callable[[Iterable[Axis]], tuple[str, ...]] = lambda _: ()) -> None:

@@ -29,7 +29,7 @@ _WRITING = 4
 
 
 class FileMemory(ActivationMemory):
-    """A file. On a host device activations are written from where they lie.
+    """Keeps activations in a file. Where the device is a CPU they are written from where they lie.
 
     Args:
         accelerator: makes streams and locks pages.
@@ -84,7 +84,7 @@ class Slots:
             return self._end - size
 
     def give(self, offset: int, nbytes: int) -> None:
-        """Nobody needs what is there any more."""
+        """Let another activation use the place."""
         size = size_class(nbytes)
         with self._lock:
             self.in_use -= size

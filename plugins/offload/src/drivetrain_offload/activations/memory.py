@@ -172,7 +172,7 @@ class Activation(ABC):
 
 
 class HostMemory(ActivationMemory):
-    """Host memory beside a device with memory of its own.
+    """Keeps activations in host memory, for a device with memory of its own.
 
     Args:
         accelerator: makes streams and locks pages.

@@ -4,13 +4,14 @@ Autograd hands every tensor that it saves in the model's forward to hooks (``tor
 saved_tensors_hooks``). Large ones are copied away on a side stream while forward goes on, whole
 storages at a time: views of one storage are stored once, and share it again in backward.
 
-[Note: spans] A forward is cut into *spans*: each repeated block of the model is one, and what lies
-between two of them. When backward first asks for something of a span, all of the span is fetched,
-and the spans of the next blocks that backward will come to begin to be. What the last blocks and
-everything behind them have saved stays, since backward wants it at once.
+[Note: spans] A forward is cut into *spans* (not those of the ledger): each repeated block of the
+model is one, and so is what lies between two blocks. When backward first asks for a tensor of a
+span, the whole span is fetched, and fetching begins for the spans of the blocks that backward comes
+to next. What the last blocks and everything behind them have saved stays, since backward wants it
+at once.
 
-Where somebody else has hooks, they decide: of a checkpointed block, which is recomputed, only the
-inputs are seen here. What is recomputed in backward is left alone.
+Where other hooks for saved tensors are active, these decide: of a checkpointed block, which is
+recomputed, only the inputs are seen here. What is recomputed in backward is left alone.
 """
 
 from __future__ import annotations
@@ -328,7 +329,7 @@ def _changed(tensor: torch.Tensor) -> TrainingError:
 
 
 def _may_hook() -> bool:
-    """Whether what is saved now is ours: nobody else's, and not that of a backward."""
+    """Whether what is saved now is ours: not that of other hooks, and not of a backward."""
     autograd: Any = torch._C._autograd  # torch does not type these functions
     enabled: bool = autograd._saved_tensors_hooks_is_enabled()
     others = autograd._top_saved_tensors_default_hooks(False)

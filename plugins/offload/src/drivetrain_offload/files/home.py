@@ -19,9 +19,9 @@ from drivetrain.states.device_home import (
     bucket_fragment,
     segment_fragment,
 )
-from drivetrain_offload.files.pipeline import Place, StateFile, TilePipeline
 from drivetrain_offload.files.swap_folder import SwapFolder, new_file
-from drivetrain_offload.files.tiles import Tile, TileLayout, buffers_for
+from drivetrain_offload.files.tile_layout import Tile, TileLayout, buffers_for
+from drivetrain_offload.files.tile_pipeline import Place, StateFile, TilePipeline
 from drivetrain_offload.host.memory import HOST, PinnedMemory, is_host, is_planned
 from drivetrain_offload.host.side import as_they_are
 from drivetrain_offload.memory import MemoryRow, note_memory
@@ -87,7 +87,7 @@ class NvmeHome(StateHome):
         spec: the bucket.
         store: its file.
         pipeline: shared by the homes of a job.
-        staging: likewise.
+        staging: shared by the homes of a job, too.
     """
 
     name = "nvme"

@@ -85,7 +85,7 @@ class SwapFolder:
         return folders[root]
 
     def create(self, name: str, aio: Aio) -> AsyncFile:
-        """A new file, which is removed when nobody uses it any more.
+        """A new file, which is removed once the object returned for it is gone.
 
         Args:
             name: for those who look into the folder.

@@ -24,10 +24,10 @@ class Update:
 
     Args:
         gradient: where the model states keep it; stays until it is published.
-        hyper: as they were when it was asked.
-        scale: likewise.
+        hyper: hyper-parameters as they were when it was asked.
+        scale: the scale of the gradient at that time.
         step: its number, from 1.
-        asked: where the rank's stream was then.
+        asked: how far the rank's stream was at that time.
     """
 
     gradient: torch.Tensor

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class Delayed(Timing):
     """The worker keeps the masters a step ahead of the parameters.
 
+    :class:`HostHome` waits for an update (:meth:`HostBucket.finish`) before it asks for the next.
+
     The masters hold all updates once :meth:`flush` returns; what the parameters lack is therefore
     in every checkpoint, and the first step after a resume shows it.
 

@@ -25,7 +25,7 @@ class HostHome(StateHome):
     Args:
         spec: the bucket.
         side: what all host homes of the job share.
-        timing: makes what decides when the bucket is updated, by whom, and when that is shown.
+        timing: makes the :class:`Timing` of the bucket.
     """
 
     name = "host"

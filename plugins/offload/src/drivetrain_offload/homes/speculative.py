@@ -1,4 +1,4 @@
-"""Updates that begin before it is known how, and are taken back where that turns out otherwise.
+"""Updates that begin on a guess of clipping and overflow, and are taken back if it was wrong.
 
 Lian et al., "SuperOffload: unleashing the power of large-scale LLM training on superchips", 2025,
 section 4: the host updates a bucket as soon as its gradient is there, while the global norm, and so

@@ -33,8 +33,8 @@ _SLOW, _SELECTED = range(2)
 class ByImportance(Timing):
     """The device updates important elements in every step, the worker all others every few steps.
 
-    The host's copies of what the device updates are out of date, until columns are selected anew
-    or someone looks: then the device's values are written back.
+    The host's copies of what the device updates are out of date, until columns are selected again
+    or fragments are read: then the device's values are written back.
 
     Args:
         bucket: one with masters, and a rule that works element by element.

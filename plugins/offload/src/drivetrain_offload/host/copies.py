@@ -90,8 +90,8 @@ class Lane:
     Args:
         gradient: bytes for a gradient, from the device.
         parameters: bytes for parameters, to the device (and from it, where they have no masters).
-        owner: who has filled it and wants what is in it.
-        filled: when that is there.
+        owner: has filled it and wants what is in it.
+        filled: when what is in it has arrived.
         drained: when the last upload from it has ended.
     """
 
@@ -103,7 +103,7 @@ class Lane:
 
     @property
     def free(self) -> bool:
-        """Whether nobody wants what is in it."""
+        """True if no owner wants what is in it."""
         return self.owner is None or self.owner() is None
 
 
@@ -145,8 +145,8 @@ class Lanes:
     def claim(self, owner: object, fill: Callable[[Lane], Mark], *, steal: bool) -> Lane | None:
         """Fill a lane for ``owner``; with ``steal`` another's that waits, if none is free.
 
-        Only the thread that updates steals, so that what it takes is never in use. Whoever has
-        lost a lane finds out with :meth:`holds`, and fills one anew.
+        Only the thread that updates steals, so that what it takes is never in use. An owner that
+        has lost a lane finds out with :meth:`holds`, and fills another.
         """
         with self._lock:
             free = [lane for lane in self._lanes if lane.free]

@@ -1,4 +1,4 @@
-"""Which host memory is page-locked, for tables; torch tells of its own devices' only."""
+"""Know which host memory is page-locked; torch tells it of its own devices only."""
 
 from __future__ import annotations
 

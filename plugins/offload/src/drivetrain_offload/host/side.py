@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class HostSide:
-    """One per job.
+    """Thread, streams and pinned memory of the host homes of one job; one object per job.
 
     Args:
-        job: device and end of everything.
+        job: has the device; what is here ends when it closes.
         section: how much to pin, and how many cores to use.
     """
 

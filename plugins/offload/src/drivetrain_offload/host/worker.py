@@ -47,13 +47,13 @@ class Ticket:
         return self._done.is_set()
 
     def carry_out(self) -> None:
-        """Run; an error is kept for whoever waits."""
+        """Run; an error is raised by :meth:`wait`."""
         if self._error is None:
             self._attempt(self.run)
         self._done.set()
 
     def make_ready(self) -> None:
-        """Prepare; an error is kept for whoever waits."""
+        """Prepare; an error is raised by :meth:`wait`."""
         if self.prepare is not None:
             prepare, self.prepare = self.prepare, None
             self._attempt(prepare)

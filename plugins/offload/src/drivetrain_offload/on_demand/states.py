@@ -3,7 +3,7 @@
 A job that generates, evaluates or trains another model for a while needs the accelerator's memory
 for that. Every state is reachable as a fragment, and reading a fragment that lies on the device
 gives a view of the memory that really keeps it. So the storages under these views are copied to
-host memory and emptied in place, and filled again later: whoever made the states (plain data
+host memory and emptied in place, and filled again later. The model states (of plain data
 parallelism, ZeRO of any stage, another plugin) need not know.
 """
 

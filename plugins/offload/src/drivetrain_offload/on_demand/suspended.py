@@ -1,4 +1,4 @@
-"""What stands for the states of an engine while some of their memory is away."""
+"""What stands for the states of an engine while some of their memory is away: it refuses a step."""
 
 from __future__ import annotations
 
@@ -180,8 +180,8 @@ def suspended(engine: Engine) -> SuspendedStates | None:
 class _ParameterGuard:
     """Refuses every use of parameters whose memory is away, by whatever way.
 
-    Kernels would follow a null pointer. Until the memory is back, parameters show one number that
-    is not one, and modules, ``state_dict`` and ``whole`` refuse.
+    Kernels would follow a null pointer. Until the memory is back, parameters read as NaN (integers
+    as 0), and modules, ``state_dict`` and ``whole`` refuse.
     """
 
     def __init__(self, states: SuspendedStates) -> None:

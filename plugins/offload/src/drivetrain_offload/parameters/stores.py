@@ -52,7 +52,7 @@ class ParameterStore(ABC):
 
 
 class HostStore(ParameterStore):
-    """Host memory beside a device with memory of its own.
+    """Keeps parameters in host memory, for a device with memory of its own.
 
     Args:
         values: host memory [numel], page-locked if it can be.
@@ -90,7 +90,7 @@ class HostStore(ParameterStore):
 
 
 class FileStore(ParameterStore):
-    """A file.
+    """Keeps parameters in a file.
 
     Args:
         file: of ``numel`` elements; this store owns it. None in a job that is only planned.

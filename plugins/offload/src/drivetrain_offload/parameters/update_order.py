@@ -1,4 +1,7 @@
-"""Which buckets' parameters are near their states, by the order in which updates come."""
+"""Bring parameters near their states, in the order in which buckets are updated.
+
+*Near* is memory from which the home of the states can update them: host memory, or the device.
+"""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ class QuantizedGather(CommunicatorWrapper):
     """Quantises all-gathers of weights.
 
     Every rank decodes the same messages, its own included, so all ranks compute with equal
-    numbers; whose shard is a slice of what is gathered loses its exact values. What would not
-    become smaller travels as it is.
+    numbers. A shard that is a slice of the gathered tensor loses its exact values. What would not
+    become smaller travels as it is. :class:`BlockCodec` packs and unpacks the messages.
 
     Args:
         inner: carries the messages.

@@ -1,4 +1,4 @@
-"""The common order: which unit all ranks gather next, and whether they agree on it.
+"""The common order: which unit all ranks gather next; ranks learn and compare it together.
 
 Gathering is collective, so all ranks have to gather the same units in the same order, whatever
 their data makes them skip. [Note: one order] So there is one order for a walk forward, and its
@@ -21,7 +21,7 @@ from drivetrain.contracts import Communicator, Op, Purpose, Tag
 from drivetrain.errors import TrainingError
 
 if TYPE_CHECKING:
-    from drivetrain_zero.gathering.agreement import Agreement
+    from drivetrain_zero.gathering.out_of_order import Agreement
 
 Direction = Literal["forward", "backward"]
 

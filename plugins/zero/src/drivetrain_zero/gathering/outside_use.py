@@ -1,8 +1,8 @@
 """Parameters of a unit that are used outside of its module: ``F.linear(x, self.block.weight)``.
 
-Units that are not whole have their modules' parameters watched. Whoever takes one out of a module
-during the model's forward gets it whole; it stays so until backward is over, because nobody can
-tell how long it is used. What a unit's forward returns of its own parameters is kept likewise.
+While a unit is not whole, its modules' parameters are watched. Code that takes one out of a module
+during the model's forward gets it whole; it stays whole until backward is over, because no hook
+tells how long it is used. Parameters that a unit's forward returns stay whole for as long.
 """
 
 from __future__ import annotations

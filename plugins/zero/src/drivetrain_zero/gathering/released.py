@@ -1,4 +1,4 @@
-"""Keeping sharded parameters from being used by mistake, and saying what was."""
+"""Refuse what cannot work on sharded parameters, and name one that was read as NaN."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class GatheredUnit:
                 self.gather()
 
     def pin(self) -> None:
-        """Make the parameters whole for somebody who may write, until :meth:`unpin`. Collective."""
+        """Make the parameters whole for writing, too, until :meth:`unpin`. Collective."""
         self._pins.append(self.is_whole)
         self.reasons.add(Reason.PINNED)
         self._gather_private()

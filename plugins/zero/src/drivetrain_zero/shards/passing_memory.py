@@ -1,4 +1,4 @@
-"""Memory of ZeRO that is neither parameter nor state, but what these need on their way."""
+"""Forecast how much memory whole parameters take while they are gathered."""
 
 from __future__ import annotations
 

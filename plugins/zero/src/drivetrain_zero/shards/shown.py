@@ -1,4 +1,4 @@
-"""What the parameters of one bucket show, and whether somebody else has changed it."""
+"""Set what the parameters of one bucket show, and find out if a script has changed it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class ShownParameters:
                 )
 
     def begin_checks(self) -> None:
-        """Check from now on: whoever had the parameters before has none of them any more."""
+        """Check from now on: what kept the parameters before has let go of them."""
         self._checks = True
         self.show(*self._shown)  # something else may have been shown since
 
@@ -83,7 +83,7 @@ class ShownParameters:
         self._versions = self._values = None
 
     def trust(self) -> None:
-        """Take what the parameters show now for right, whoever has written it."""
+        """Take what the parameters show now for right, even if a script has written it."""
         self._versions = None
         self.note_values()
 

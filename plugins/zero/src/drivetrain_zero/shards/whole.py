@@ -342,7 +342,7 @@ class FetchedWhole(GatheredWhole):
 class JoinedWhole(GatheredWhole):
     """Ranks share memory: the row of all shards is the whole, and gathering shows it.
 
-    Nothing is copied for reading. Whoever may write gets a copy.
+    Nothing is copied for reading. A script that may write gets a copy.
 
     Args:
         layout: of the parameters.

@@ -1,10 +1,11 @@
-"""Agreeing on a gather that the known order does not have, before anything is sent.
+"""Agree on a gather that the common order does not have, before anything is sent.
 
-A rank that leaves the order of units may be the only one. Gathers of different units must never
-meet: at best they break the process, at worst they mix up weights. So such a rank first writes
-down which unit it wants, and goes on when all have written the same. A rank that keeps the order
-writes nothing; but if it waits in a gather for long, it writes down in which. Whoever finds that
-another rank waits for another unit at the same place raises, and names both.
+The order itself is agreed on in :mod:`drivetrain_zero.gathering.order`. A rank that leaves it may
+be the only one. Gathers of different units must never meet: at best they break the process, at
+worst they mix up weights. So such a rank first writes into the store which unit it wants, and goes
+on when all ranks have written the same. A rank that keeps the order writes nothing; but if it waits
+in a gather for long, it writes in which. A rank that finds another one waiting for another unit at
+the same place raises an error that names both.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _POLL = 0.02
 
 
 class Agreement:
-    """One rank's part.
+    """Lets this rank agree with the others on a unit that the common order does not have.
 
     Args:
         store: shared by the ranks.

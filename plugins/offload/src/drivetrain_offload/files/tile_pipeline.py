@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from drivetrain_offload.file_io import AsyncFile, FileIOError, Request, aligned_empty
-from drivetrain_offload.files.tiles import Tile, TileLayout
+from drivetrain_offload.files.tile_layout import Tile, TileLayout
 
 
 class StateFile:
