@@ -322,7 +322,7 @@ class _Attempt:
         self._refuse_unexpected()
 
     def _starts_fresh(self, fragment: Fragment) -> bool:
-        """True for an optimizer state whose parameter gets other values; masters are made anew."""
+        """True for an optimizer state whose parameter gets other values; masters are made again."""
         if fragment.kind in ("parameter", "master"):
             return False
         stored = (self.stored.find(kind, fragment.name) for kind in ("parameter", "master"))

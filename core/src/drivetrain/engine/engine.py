@@ -336,8 +336,8 @@ class Engine(EngineSettings, nn.Module):
     def get_global_grad_norm(self) -> float | None:
         """Norm of the latest step's gradient before clipping.
 
-        ``None`` before the first step and after an overflow. Without clipping nobody else needs
-        the norm, so it is computed from the first call on, and that first call answers ``None``.
+        ``None`` before the first step and after an overflow. Without clipping nothing else needs
+        the norm, so it is computed from the first call on, and that first call returns ``None``.
         """
         self._norm_wanted = True
         return None if self._norm is None else float(self._norm)

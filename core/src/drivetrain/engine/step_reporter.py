@@ -80,10 +80,12 @@ class StepReporter:
         weight: float | torch.Tensor | None,
         steps: int,
     ) -> tuple[torch.Tensor | None, float | torch.Tensor]:
-        """What the loss of the boundary just passed is a fraction of; the gradient's is the same.
+        """Return the loss of the boundary just passed as a fraction.
 
-        The mean over ranks needs a collective, so it is taken only for steps that somebody looks
-        at; others have this rank's. Where only the last of several stages has one, all get it.
+        It is the mean that the gradient is of, also where ``gradient_allreduce_op: sum`` adds up
+        the gradients of data shards. The mean over ranks needs a collective, so it is taken only
+        for steps that are printed or that a plugin looks at; others have this rank's. Where only
+        the last of several stages has one, all get it.
 
         Args:
             engine: whose boundary it is; its step is counted.

@@ -189,7 +189,7 @@ def refuse_kept_elsewhere(
 
 
 def refuse_orphans(module: nn.Module) -> None:
-    """Check that whoever keeps the parameters of ``module`` in shards still gathers them.
+    """Check that the engines which keep parameters of ``module`` in shards still gather them.
 
     Costs next to nothing as long as no engine takes or gives back parameters.
 

@@ -251,7 +251,7 @@ class Registry:
         return entry.load()
 
     def missing(self, group: Group, name: str) -> str | None:
-        """Why a name that has an owner cannot be used; ``None`` where nobody is known to own it.
+        """Why a name that has an owner cannot be used; ``None`` where none is known.
 
         The owner is switched off, or a first-party distribution that is not installed.
         """

@@ -85,7 +85,7 @@ class FlatStates:
         spec.rule.apply(view, hyper, scale)
 
     def refresh(self, parameters: torch.Tensor) -> None:
-        """Make masters anew from the parameters."""
+        """Make the masters from the parameters again."""
         if self.spec.has_masters:
             self.tensors[MASTER].copy_(parameters)
 

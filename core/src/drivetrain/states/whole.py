@@ -76,7 +76,7 @@ class CopyWrites:
             self._groups[who][parameter] = _state(parameter)
 
     def changed(self) -> list[nn.Parameter]:
-        """Those that this rank has changed."""
+        """Return the parameters that this rank has changed."""
         pairs = (pair for before in self._groups.values() for pair in before.items())
         return [parameter for parameter, old in pairs if _change(old, _state(parameter))]
 
@@ -104,7 +104,7 @@ class CopyWrites:
     def _agree(
         self, who: _Copies, before: Mapping[nn.Parameter, _State]
     ) -> dict[nn.Parameter, list[int]]:
-        """Those that the writing rank has changed, and where along each axis that was."""
+        """Return what the writing rank has changed: parameter -> its place along each axis."""
         communicator, axes = who.job.communicator, who.axes
         found = torch.zeros(len(before), *map(communicator.size, axes), dtype=torch.int32)
         place = tuple(map(communicator.rank, axes))
@@ -242,7 +242,7 @@ def whole_parts(
 
 @contextmanager
 def handed_over(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Take what this rank has of ``parameters`` inside the block; whoever sharded it forgets it.
+    """Take what this rank has of ``parameters`` inside the block; what sharded it forgets it.
 
     For model states that are about to keep the parameters in their own way. Collective, as
     :func:`whole` is.

@@ -51,7 +51,7 @@ def note_memory(job: Job, rows: Callable[[], Iterable[MemoryRow]]) -> None:
 
     Args:
         job: whose; the note ends with it.
-        rows: answers what there is at the moment.
+        rows: returns what there is at the moment.
     """
     if job not in _noted:
         _noted[job] = []

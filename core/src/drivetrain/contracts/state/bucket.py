@@ -169,8 +169,8 @@ class UpdateRule(ABC):
     def apply(self, bucket: BucketView, hyper: Hyper, scale: float | torch.Tensor) -> None:
         """:meth:`update` for homes; a scale of 0 makes zeros also of what is infinite or NaN.
 
-        Clipping gives that scale to gradients that are not finite where nobody waits for the device
-        to tell: the update must not write NaN into weights and states.
+        Clipping gives that scale to gradients that are not finite, where the host does not wait for
+        the device to tell: the update must not write NaN into weights and states.
         """
         gradient = bucket.gradient
         if not isinstance(scale, (int, float)) and scale.device.type != "cpu":
@@ -180,13 +180,13 @@ class UpdateRule(ABC):
         self.update(bucket, hyper, scale)
 
     def rule_for(self, parameter: nn.Parameter, info: ParameterInfo) -> UpdateRule:
-        """The rule for one parameter; most rules answer themselves (Muon hands some to Adam)."""
+        """Return the rule for one parameter: this one, by default (Muon hands some to Adam)."""
         return self
 
     def wants_reduced(self, step: int) -> bool:
         """Whether the update of ``step`` (from 1) takes reduced gradients.
 
-        Rules that communicate compressed answer ``False`` and do it in :meth:`update`; the states
+        Rules that communicate compressed return ``False`` and do it in :meth:`update`; the states
         then skip the reduction and clip by the local norm.
         """
         return True

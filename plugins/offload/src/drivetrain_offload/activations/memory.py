@@ -66,7 +66,7 @@ class HostPool:
         return buffer
 
     def give(self, buffer: torch.Tensor, mark: Mark) -> None:
-        """Take back what :meth:`take` has answered; its last copy ends at ``mark``."""
+        """Take back what :meth:`take` has returned; its last copy ends at ``mark``."""
         with self._lock:
             self.in_use -= buffer.numel()
             self._free[buffer.numel()].append((buffer, mark))

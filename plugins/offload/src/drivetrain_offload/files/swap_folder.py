@@ -183,7 +183,7 @@ def _locked(ours: OwnFolder) -> Iterator[None]:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock a file if nobody has; ``False`` also where the file system has no locks."""
+    """Lock a file if no process has; ``False`` also where the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -134,7 +134,7 @@ class RoundedMasters:
         """One of the buffers; None when the masters were written since."""
 
     def latest(self) -> torch.Tensor:
-        """Those of now; nothing may be under way."""
+        """Return the masters of now, rounded; nothing may be under way."""
         if self.known is None:
             self._bucket.uploaded.synchronize()
             self.known = self._buffers[0].copy_(self._bucket.states.tensors[MASTER])

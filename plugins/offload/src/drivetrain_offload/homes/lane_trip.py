@@ -44,7 +44,7 @@ class LaneTrip:
         self._lane = side.lanes.claim(self, fill, steal=False)
 
     def has(self, gradient: torch.Tensor) -> bool:
-        """Whether what was brought down last is this gradient as it is now."""
+        """True if the gradient brought down last is this one, and it has not changed since."""
         return self._brought == version_of(gradient)
 
     def complete(self, work: Update) -> None:

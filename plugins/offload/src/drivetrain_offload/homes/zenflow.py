@@ -122,7 +122,7 @@ class ByImportance(Timing):
     # -- what the device updates ----------------------------------------------------------------
 
     def _select(self, gradient: torch.Tensor, step: int, *, begins: bool) -> ImportantPart:
-        """Have the important elements on the device; select them anew where that is due."""
+        """Have the important elements on the device; select them again where that is due."""
         selected = int(self._counts[_SELECTED])
         if not selected or (begins and step - selected >= self._section.steps_selected):
             self._write_back()

@@ -169,7 +169,7 @@ class Lanes:
                 lane.filled = fill(lane)
 
     def holds(self, lane: Lane | None, owner: object) -> bool:
-        """Whether what ``owner`` has filled ``lane`` with is still there."""
+        """True if ``lane`` still holds what ``owner`` has filled it with."""
         with self._lock:
             return lane is not None and lane.owner is not None and lane.owner() is owner
 

@@ -63,7 +63,7 @@ def offload_states(
     all the time, but not loaded. Does not communicate.
 
     On an engine that computes on the CPU there is nothing to gain, and this does nothing. What
-    lives in host memory or in files already is left there. Memory that somebody else shares (an
+    lives in host memory or in files already is left there. Memory that others share (an
     array of the client, another process) cannot be freed, and stays; a warning counts it.
 
     Args:

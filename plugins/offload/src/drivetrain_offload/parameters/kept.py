@@ -320,7 +320,7 @@ def keep(
 def _that_travel(
     job: Job, homes: Sequence[StateHome], on_host: Sequence[bool]
 ) -> Iterator[StateHome]:
-    """Those whose parameters are not kept where they are updated."""
+    """Yield the homes whose parameters are not kept where they are updated."""
     for home, stays in zip(homes, on_host, strict=True):
         is_trained = home.spec.released and home.spec.rule is not None
         if is_trained and not (stays and (is_host(job) or _near(home) == HOST)):

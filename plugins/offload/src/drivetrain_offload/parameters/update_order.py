@@ -101,7 +101,7 @@ class UpdateOrder:
         self._now, self._next = WeakKeyDictionary(), 0
 
     def _make_room(self, visitor: Visitor) -> None:
-        """Have memory for one that nobody has read ahead."""
+        """Have memory for one that was not read ahead."""
         if visitor in self._writing:
             visitor.leave()
         while not self._fits(visitor) and (self._writing or self._ahead):
@@ -124,7 +124,7 @@ class UpdateOrder:
             self._ahead[following] = 0
 
     def _coming(self) -> Iterator[Visitor]:
-        """Those that are to be read, in the order in which they are updated."""
+        """Yield the buckets that are to be read, in the order in which they are updated."""
         for at in islice(self._last, self._next, None):
             visitor = at()
             if not (visitor is None or visitor in self._now or visitor in self._ahead):

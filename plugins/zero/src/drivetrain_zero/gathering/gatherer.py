@@ -126,7 +126,7 @@ class Gatherer:
             self.rest(unit)
 
     def _reach(self, unit: GatheredUnit, walk: Walk) -> None:
-        """Do what all ranks do where a walk comes to ``unit``, whoever uses it."""
+        """Do what all ranks do where a walk comes to ``unit``, whichever of them use it."""
         if walk.has_reached(unit.number):
             unit.release()  # as it is on ranks that have only joined it
         if behind := walk.behind():

@@ -210,7 +210,7 @@ def find_units(module: nn.Module) -> list[GatheredUnit]:
 
 
 def without_empty(units: Sequence[GatheredUnit]) -> list[GatheredUnit]:
-    """Leave out units that gather nothing, but for the root, and number the others anew."""
+    """Leave out units that gather nothing, but for the root; number the others again."""
     left = [unit for unit in units if unit.parameters or not unit.number]
     for number, unit in enumerate(left):
         unit.number = number

@@ -1,7 +1,7 @@
 """Leaf modules: accepted, because everything in a unit is gathered together anyway.
 
 DeepSpeed needs to be told of modules whose parts run in another order, or not at all, on some ranks
-(mixtures of experts). Here such parts are in one unit. The marks are kept and answered.
+(mixtures of experts). Here such parts are in one unit. The marks are kept, and can be read.
 """
 
 from __future__ import annotations

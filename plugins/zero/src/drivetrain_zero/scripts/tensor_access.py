@@ -8,7 +8,7 @@ setting is.
 Gradients are what plain torch has in ``.grad`` after the window's last backward: the mean over the
 global batch, without loss scale, before clipping. They can be read and written between that
 backward and ``step()``; everything else at any time. Parameters that no engine trains have no
-states: getters answer ``None``, setters raise.
+states: getters return ``None``, setters raise.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def is_frozen(key: str) -> bool:
 def bucketed(
     parameters: Iterable[nn.Parameter], trained: Set[nn.Parameter], *, frozen: bool
 ) -> list[nn.Parameter]:
-    """Those of ``parameters`` that lie in buckets; the others stay whole on every rank.
+    """Return those of ``parameters`` that lie in buckets; the others stay whole on every rank.
 
     Args:
         parameters: of the module.

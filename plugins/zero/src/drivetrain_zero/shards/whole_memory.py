@@ -59,7 +59,7 @@ class WholeMemory:
             self._is_there = False
 
     def leave_to_clients(self) -> bool:
-        """Take other memory if a client may hold an array of this; answers whether that is so."""
+        """Take other memory if a client may hold an array of this; return whether that is so."""
         # Torch forbids to resize a storage that ``numpy()`` was called on; others do not tell.
         is_fixed = not self.tensor.untyped_storage().resizable()
         is_held = self.is_lent if self._is_placed else is_fixed
