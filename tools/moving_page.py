@@ -60,7 +60,8 @@ warns and names it.
   so.
 - **Parameters of stage 3** have no `ds_id`, `ds_status` and their like;
   `deepspeed.zero.GatheredParameters` makes them whole.
-- **`deepspeed SCRIPT`** starts the ranks of one host.
+- **`deepspeed SCRIPT`** starts the ranks of this host, or of the hosts in `--hostfile` through
+  `drivetrain launch`. Without `--launcher` it uses ssh, not pdsh.
 
 """
 
