@@ -16,6 +16,7 @@ from torch.optim import Optimizer, lr_scheduler
 import drivetrain
 from drivetrain.checkpoint.format.packed import packed, unpacked
 from drivetrain.engine.engine import Engine
+from drivetrain.engine.loader import endless_batches
 from drivetrain.errors import CheckpointError
 
 SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
@@ -42,9 +43,10 @@ def engine_with(schedule: Callable[[Optimizer], Any]) -> Engine:
 
 def rates(engine: Engine, steps: range) -> list[float]:
     found = []
+    batches = endless_batches(engine.training_dataloader)
     for step in steps:
         plateau = isinstance(engine.lr_scheduler, lr_scheduler.ReduceLROnPlateau)
-        inputs, targets = next(engine._own_batches())
+        inputs, targets = next(batches)
         engine.backward(engine(inputs, targets))
         engine.step({"metrics": float(step % 3)} if plateau else None)
         found.append(engine.get_lr()[0])

@@ -395,8 +395,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "plugins.silnt: no plugin of that name is installed; did you me",
     ),
     (
-        {"plugins": {"wandb": True}},
-        "plugins.wandb: served by drivetrain-wandb, which is not released yet",
+        {"plugins": {"autotuning": True}},
+        "plugins.autotuning: served by drivetrain-autotuning, which is not released yet",
     ),
     (
         {"plugins": {"silent": 1}},

@@ -141,7 +141,7 @@ def describe_parameters(job: Job, module: torch.nn.Module) -> None:
 def keep_parameters(job: Job, module: torch.nn.Module) -> None:
     """Keep own parameters of ``module``, a part of the model, otherwise than whole on the device.
 
-    Collect. Once for each part that was on the meta device, as soon as it has values, before the
+    Collect. Once per part that was on the meta device, as soon as it has values, before the
     next part gets any; on every rank, in the order of ``named_modules``. May communicate if all
     ranks have the same parts. So no rank ever holds a model that is larger than its memory.
     """
