@@ -13,10 +13,12 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import click
+from packaging.utils import canonicalize_name
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -59,6 +61,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
     check = parser.parse_args().check
+    if missing := not_installed():
+        print(f"pages tell of what is installed, and here is not: {', '.join(missing)}; make setup")
+        return 1
     stale = [path for path, text in pages().items() if _read(path) != text]
     for path in stale:
         name = path.relative_to(workspace.ROOT)
@@ -67,6 +72,19 @@ def main() -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(pages()[path], "utf-8")
     return 1 if check and stale else 0
+
+
+def not_installed() -> list[str]:
+    """Distributions of the workspace whose entry points this environment lacks."""
+    installed = {
+        canonicalize_name(found.name): {(point.group, point.name) for point in found.entry_points}
+        for found in distributions()
+    }
+    declared = {
+        name: {(group, point) for group, points in d.entry_points.items() for point in points}
+        for name, d in workspace.load().items()
+    }
+    return [n for n, points in declared.items() if not points <= installed.get(n, set())]
 
 
 def pages() -> dict[Path, str]:
