@@ -76,7 +76,7 @@ def main() -> int:
 
 def not_installed() -> list[str]:
     """Distributions of the workspace whose entry points this environment lacks."""
-    installed = {
+    installed: dict[str, set[tuple[str, str]]] = {
         canonicalize_name(found.name): {(point.group, point.name) for point in found.entry_points}
         for found in distributions()
     }

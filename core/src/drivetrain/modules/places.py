@@ -79,7 +79,8 @@ def move(module: nn.Module, device: torch.device, table: ParameterTable) -> nn.M
     ``Module.to`` makes new parameters where devices are too unlike, one for each place.
     """
     before = placed(module)
-    module = module.to(device)
+    with table.let_go([cast(nn.Parameter, e.tensor) for e in before if e.kind == "parameter"]):
+        module = module.to(device)
     for entry in before:
         part, key = entry.places[0]
         new = getattr(part, key)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -194,6 +195,17 @@ class ParameterTable:
             info.compute_dtype = new.dtype
         self._infos[new] = info
         self._successors[old] = new
+
+    @contextmanager
+    def let_go(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Keep no reference to ``parameters`` meanwhile; torch swaps none that has a weak one."""
+        tables: tuple[MutableMapping[nn.Parameter, Any], ...] = (self._infos, self._names)
+        kept = [(table, p, table.pop(p)) for table in tables for p in parameters if p in table]
+        try:
+            yield
+        finally:
+            for table, parameter, value in kept:
+                table[parameter] = value
 
     def latest(self, parameter: nn.Parameter) -> nn.Parameter:
         """What has taken the place of ``parameter``, or itself; optimizers may hold old ones."""
