@@ -104,3 +104,40 @@ def test_saved_streams_go_on_where_they_were():
     other.load_state_dict(state)
     for name, numbers in zip(("dropout", "tensor", "data"), expected, strict=True):
         assert torch.equal(draw(other, name), numbers), name
+
+
+def test_streams_repeat_what_they_drew_and_go_on():
+    side = streams()
+    side.declare("own", ("tp",))
+    side.generator("data")
+    positions = side.positions()
+    first = draw(side, "data"), draw(side, "own")  # which is used for the first time
+    second = draw(side, "data")
+    with side.repeat(positions):
+        again = draw(side, "data"), draw(side, "own")
+    assert torch.equal(again[0], first[0])
+    assert torch.equal(again[1], first[1])
+    other = streams()
+    other.declare("own", ("tp",))
+    assert torch.equal(
+        torch.cat([draw(other, "data") for _ in range(2)]), torch.cat([first[0], second])
+    )
+    draw(other, "own")
+    assert torch.equal(draw(side, "data"), draw(other, "data"))
+    assert torch.equal(draw(side, "own"), draw(other, "own"))
+
+
+def test_a_fork_inside_of_what_is_repeated_draws_alike():
+    side = streams()
+    with side.fork("dropout"):
+        positions, begin = side.positions(), torch.get_rng_state()
+        with side.fork("dropout"), side.fork("model"):
+            first = torch.rand(4)
+        with side.fork("dropout"):
+            second = torch.rand(4)
+    torch.set_rng_state(begin)  # as torch.utils.checkpoint does in backward
+    with side.repeat(positions):
+        with side.fork("dropout"), side.fork("model"):
+            assert torch.equal(torch.rand(4), first)
+        with side.fork("dropout"):
+            assert torch.equal(torch.rand(4), second)

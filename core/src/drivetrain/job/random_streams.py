@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,19 @@ _STREAMS: Mapping[str, tuple[str, ...]] = {
 "dropout" is that of activations which tensor-parallel ranks hold in common. Each forward of an
 engine that trains draws from it.
 """
+
+
+@dataclass(frozen=True)
+class StreamPositions:
+    """Where streams were at one moment.
+
+    Args:
+        states: by name, of those that were in use.
+        forked: names of the forks inside of which that was.
+    """
+
+    states: Mapping[str, torch.Tensor]
+    forked: tuple[str, ...]
 
 
 class RandomStreams:
@@ -47,6 +61,7 @@ class RandomStreams:
         self._axes: dict[str, tuple[str, ...]] = dict(_STREAMS)
         self._generators: dict[str, torch.Generator] = {}
         self._forked: list[str] = []
+        self._repeating = False
 
     def declare(self, name: str, axes: tuple[str, ...]) -> None:
         """Make a stream that differs along ``axes`` and agrees along all others.
@@ -92,7 +107,7 @@ class RandomStreams:
             return
         generator = self.generator(name)
         begin, before = generator.get_state(), _default_state(self._device)
-        repeats = torch._C._current_graph_task_id() != -1
+        repeats = not self._repeating and torch._C._current_graph_task_id() != -1
         _set_default_state(self._device, begin)
         self._forked.append(name)
         try:
@@ -108,6 +123,34 @@ class RandomStreams:
                     "inside the module, not around the engine"
                 )
             generator.set_state(end)
+
+    def positions(self) -> StreamPositions:
+        """Where every stream is now, for :meth:`repeat`."""
+        states = {name: stream.get_state() for name, stream in self._generators.items()}
+        return StreamPositions(states, tuple(self._forked))
+
+    @contextmanager
+    def repeat(self, positions: StreamPositions) -> Iterator[None]:
+        """Draw again what was drawn after ``positions``, and go on from where streams are now.
+
+        For recomputation in backward. The device's default generator is the caller's to set back;
+        ``torch.utils.checkpoint`` does so. What a fork had put in its place then is there again, so
+        a fork of that stream inside leaves it alone.
+        """
+        now, forked, repeating = self.positions(), self._forked, self._repeating
+        self._forked, self._repeating = list(positions.forked), True
+        for name, generator in self._generators.items():
+            if name in positions.states:
+                generator.set_state(positions.states[name])
+            else:  # first used behind the positions
+                generator.manual_seed(self._seed(name))
+        try:
+            yield
+        finally:
+            self._forked, self._repeating = forked, repeating
+            for name, generator in self._generators.items():
+                if name in now.states:
+                    generator.set_state(now.states[name])
 
     def start_afresh(self) -> None:
         """Begin all streams again, each from its seed."""

@@ -23,9 +23,6 @@ LOOSE = frozenset({"activation_checkpointing", "aio", "checkpoint", "optimizer",
 """Sections in which DeepSpeed never looks at keys that it does not know."""
 
 WITHOUT_EFFECT: Mapping[str, str] = {
-    "activation_checkpointing.number_checkpoints": "memory is not cut by layers",
-    "activation_checkpointing.profile": "drivetrain explain and reports time all the same",
-    "activation_checkpointing.synchronize_checkpoint_boundary": "nothing runs beside recomputation",
     "check_overflow": "gradients are checked where fp16 or bf16 asks for it",
     "disable_python_gc": "the collector of Python is left alone",
     "zero_optimization.cpu_offload_use_pin_memory": "offload_optimizer.pin_memory says it",
@@ -137,16 +134,6 @@ def _parallelism(done: Translation) -> None:
     keys = ("autotp_size", "tp_size")
     if isinstance(tensor, dict) and all(tensor.get(key, 1) in (0, 1) for key in keys):
         _drop(done, "tensor_parallel", "it asks for one rank")
-    memory = config.get("activation_checkpointing")
-    if "tensor_parallel" in config or not isinstance(memory, dict):
-        return
-    if memory.pop("partition_activations", False):
-        done.notes.append(
-            "activation_checkpointing.partition_activations: no effect, since no tensor-parallel "
-            "ranks share activations"
-        )
-    if not memory:
-        del config["activation_checkpointing"]
 
 
 def _drop(done: Translation, key: str, reason: str) -> None:

@@ -21,10 +21,6 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "accelerator": {"deepspeed._parts.accelerator": "get_accelerator DeepSpeedAccelerator"},
     "checkpoint.ds_to_universal": {"deepspeed._commands.universal": "main"},
     "checkpoint.utils": {"deepspeed._parts.tensors": "clone_tensors_for_torch_save"},
-    "checkpointing": {
-        "deepspeed._parts.checkpointing": "checkpoint configure is_configured "
-        "non_reentrant_checkpoint partition_activations_in_checkpoint reset set_num_layers",
-    },
     "comm": {
         "deepspeed._parts.comm": "init_distributed get_rank get_world_size get_local_rank "
         "get_world_group get_global_rank get_all_ranks_from_group inference_all_reduce "
@@ -145,8 +141,9 @@ READS_CONFIG = frozenset({"zero.Init", "zero.MiCS_Init"})
 
 NEEDS: Mapping[str, Mapping[str, str]] = {
     "drivetrain-activation-checkpointing": {
-        "checkpointing": "get_cuda_rng_tracker model_parallel_cuda_manual_seed "
-        "model_parallel_reconfigure_tp_seed",
+        "checkpointing": "checkpoint configure get_cuda_rng_tracker is_configured "
+        "model_parallel_cuda_manual_seed model_parallel_reconfigure_tp_seed "
+        "non_reentrant_checkpoint partition_activations_in_checkpoint reset set_num_layers",
     },
     "drivetrain-autotuning": {"autotuning": "Autotuner"},
     "drivetrain-checkpoint-tools": {
