@@ -21,7 +21,6 @@ STEPS = 3
 ALL = {"recompute": "all"}
 SECTIONS: list[dict[str, Any]] = [
     ALL,
-    {"recompute": "all", "use_reentrant": True},
     {"recompute": 2},
     {"recompute": "as_needed", "memory_limit": 60_000},
 ]

@@ -159,7 +159,6 @@ def curves() -> list[tuple[list[Any], int]]:
             partition_activations=True,
             contiguous_memory_optimization=True,
             number_checkpoints=2,
-            use_reentrant=True,
         ),
         curve(recompute="as_needed", memory_limit=600, partition_activations=True),
     ]

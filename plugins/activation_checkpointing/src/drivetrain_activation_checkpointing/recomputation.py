@@ -221,7 +221,7 @@ class _Region:
                 raise TrainingError(
                     f"a function that is recomputed re-entrantly returns a {type(leaf).__name__}, "
                     "whose tensors would get no gradient: return tensors in tuples, lists or "
-                    "dicts, or recompute it without re-entrance (use_reentrant: false)"
+                    "dicts, or call non_reentrant_checkpoint"
                 )
 
 

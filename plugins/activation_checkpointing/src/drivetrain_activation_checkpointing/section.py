@@ -24,9 +24,6 @@ class ActivationCheckpointingSection(Section):
         description="Bytes on a rank that repeated blocks may keep for backward in one forward; "
         "for as_needed.",
     )
-    use_reentrant: Bool = Field(
-        default=False, description="Recompute repeated blocks by a backward inside of backward."
-    )
     partition_activations: Bool = Field(
         default=False, description="Each tensor-parallel rank keeps a part of the saved inputs."
     )

@@ -59,7 +59,7 @@ def recompute_units(
     if _checkpoints_itself(module):
         raise ConfigError(_BOTH)
     recomputer = Recomputer(job, settings_of(section))
-    blocks = [RecomputedUnit(unit, recomputer, section.use_reentrant) for unit in found]
+    blocks = [RecomputedUnit(unit, recomputer) for unit in found]
     if isinstance(section.recompute, int):
         for number, block in enumerate(blocks):
             block.recomputes = number % section.recompute == 0
@@ -77,17 +77,15 @@ class RecomputedUnit:
     Args:
         unit: the block.
         recomputer: of the job.
-        reentrant: by a backward inside of backward.
     """
 
-    def __init__(self, unit: Unit, recomputer: Recomputer, reentrant: bool) -> None:
+    def __init__(self, unit: Unit, recomputer: Recomputer) -> None:
         self.recomputes = True
         self.measurement: tuple[Measurement, int] | None = None
         """What the next forward is measured by, and the number of this block in it."""
         self._name = unit.name
         self._module = unit.module
         self._recomputer = recomputer
-        self._reentrant = reentrant
         before = unit.module.__dict__.get("forward")
         if isinstance(before, RecomputedUnit):  # of a job that is still open
             before.restore()
@@ -105,13 +103,14 @@ class RecomputedUnit:
         if _inside_recomputation():
             raise TrainingError(f"{self._name}: {_BOTH}")
         self._refuse_cache(args, kwargs)
-        function, reentrant = self._inner, self._reentrant
+        function = self._inner
         if self.measurement is not None:
             measurement, number = self.measurement
-            # A re-entrant forward saves nothing that could be counted.
-            function, reentrant = measurement.around(number, self._module, function), False
+            function = measurement.around(number, self._module, function)
+        # Re-entrantly, what a block leaves elsewhere than in its result (the logits of a router,
+        # which a hook collects for an extra loss) would silently have no gradient.
         return self._recomputer.run(
-            function, args, kwargs, reentrant=reentrant, key=self._name, owner=self._module
+            function, args, kwargs, reentrant=False, key=self._name, owner=self._module
         )
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any]]:
