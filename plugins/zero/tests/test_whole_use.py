@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from drivetrain_zero.scripts import export
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import drivetrain
@@ -198,9 +200,29 @@ def test_an_array_of_a_gathered_parameter_may_be_kept() -> None:
 
 def check_state_dict() -> None:
     engine = engine_of(models.tiny_gpt())
-    with pytest.raises(TrainingError, match=r"parameter blocks.0.attention_norm.weight is sharded"):
-        engine.module.blocks.state_dict(prefix="blocks.")
     expected = models.tiny_gpt().state_dict()
+    elsewhere = engine.module.state_dict()
+    assert {k: (v.shape, v.dtype) for k, v in elsewhere.items()} == {
+        k: (v.shape, v.dtype) for k, v in expected.items()
+    }
+    name = "blocks.0.attention_norm.weight"
+    value, found = elsewhere[name], torch.zeros_like(expected[name])
+    uses = (
+        lambda: value + 1,
+        value.clone,
+        value.untyped_storage,
+        value.numpy,
+        value.tolist,
+        lambda: found.copy_(value),
+        lambda: copy.deepcopy({name: value}),
+        lambda: torch.save({name: value}, io.BytesIO()),
+        lambda: save_file({name: value}, "/dev/null"),
+    )
+    for use in uses:
+        with pytest.raises(TrainingError, match=rf"parameter {name} is sharded"):
+            use()
+    assert not found.any()
+    assert name in repr(value)
     state = engine.module_state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
@@ -208,7 +230,7 @@ def check_state_dict() -> None:
         assert torch.equal(engine.module.state_dict()["head.weight"], expected["head.weight"])
 
 
-def test_state_dict_of_released_parameters_is_an_error() -> None:
+def test_state_dict_of_released_parameters_has_their_shapes_and_refuses_values() -> None:
     run_distributed(check_state_dict, 2)
 
 

@@ -218,7 +218,7 @@ class ZeroStates(ModelStates):
         communicator.barrier("data", Tag(Purpose.CONTROL, site="first shards"))
         self._gathering.begin()
         for part in self._module.modules():
-            released.refuse_released_state_dict(part)
+            released.mark_released_in_state_dict(part)
 
     def _attach_handles(self, unit: GatheredUnit) -> None:
         for bucket in unit.buckets:

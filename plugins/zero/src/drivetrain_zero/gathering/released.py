@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from drivetrain.errors import ConfigError, TrainingError
 
@@ -75,22 +76,69 @@ def refuse_scripted(module: nn.Module) -> None:
             )
 
 
-def refuse_released_state_dict(module: nn.Module) -> None:
-    """Make ``state_dict()`` of ``module`` an error while its own parameters are released."""
+class ElsewhereTensor(torch.Tensor):
+    """What ``state_dict()`` has of a sharded parameter: its shape, dtype and device, no values.
+
+    Frameworks look at names and shapes before they decide what to load, and save what they have
+    collected by other means. Whatever needs values is refused: computing, copying, pickling.
+
+    Args:
+        parameter: sharded.
+        name: what messages call it.
+    """
+
+    def __new__(cls, parameter: nn.Parameter, name: str) -> ElsewhereTensor:
+        made: ElsewhereTensor = torch.Tensor._make_wrapper_subclass(
+            cls, parameter.shape, dtype=parameter.dtype, device=parameter.device
+        )
+        made.parameter_name = name
+        return made
+
+    parameter_name: str
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        function: Any,
+        types: Sequence[type],
+        arguments: Sequence[Any] = (),
+        named: Mapping[str, Any] | None = None,
+    ) -> NoReturn:
+        given = tree_leaves((arguments, named))
+        raise next(each for each in given if isinstance(each, cls))._refusal()
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise self._refusal()
+
+    # what torch answers without a dispatch
+    __deepcopy__ = __reduce_ex__ = numpy = tolist = _refuse
+    data_ptr = storage = untyped_storage = _refuse
+
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
+        return f"<{self.parameter_name}, sharded, {tuple(self.shape)} of {self.dtype}>"
+
+    def _refusal(self) -> TrainingError:
+        return TrainingError(
+            f"state_dict() of a module whose parameter {self.parameter_name} is sharded: the "
+            "values are not here. Call engine.module_state_dict(), or do it inside "
+            "drivetrain.whole(module)"
+        )
+
+
+def mark_released_in_state_dict(module: nn.Module) -> None:
+    """Let ``state_dict()`` of ``module`` tell which of its own parameters are released."""
     if module._parameters and module not in _guarded:
         _guarded.add(module)
-        module.register_state_dict_pre_hook(_check_gathered)  # type: ignore[no-untyped-call]
+        module.register_state_dict_post_hook(_mark_released)  # type: ignore[no-untyped-call]
 
 
-def _check_gathered(module: nn.Module, prefix: str, _keep_vars: bool) -> None:
+def _mark_released(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: object
+) -> None:
     for name, parameter in module._parameters.items():
         handle = getattr(parameter, "drivetrain_handle", None)
-        if handle is not None and not getattr(handle, "gathered", True):
-            raise TrainingError(
-                f"state_dict() of a module whose parameter {prefix}{name} is sharded: the values "
-                "are not here. Call engine.module_state_dict(), or do it inside "
-                "drivetrain.whole(module)"
-            )
+        if parameter is not None and not getattr(handle, "gathered", True):
+            state_dict[prefix + name] = ElsewhereTensor(parameter, prefix + name)
 
 
 def refuse_communicating(rule: UpdateRule | None) -> None:

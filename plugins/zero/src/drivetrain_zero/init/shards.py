@@ -15,7 +15,7 @@ from drivetrain.contracts import Communicator, Purpose, Tag, is_float8
 from drivetrain.errors import ConfigError
 from drivetrain.tensor_parts import is_wrapper
 from drivetrain_zero.gathering.handle import WholeOnDemand
-from drivetrain_zero.gathering.released import refuse_released_state_dict
+from drivetrain_zero.gathering.released import mark_released_in_state_dict
 from drivetrain_zero.scripts.copies import guard_copies
 from drivetrain_zero.shards.shown import absent_like
 
@@ -74,7 +74,7 @@ class InitShards:
             if _can_be_cut(parameter):
                 self.cut_one(parameter, f"{type(module).__name__}.{name}")
         for part in module.modules():
-            refuse_released_state_dict(part)
+            mark_released_in_state_dict(part)
 
     def cut_one(self, parameter: nn.Parameter, name: str) -> None:
         """Shard a parameter, which messages call ``name``. Collective."""
@@ -207,7 +207,7 @@ def keep_in_shards(job: Job, part: nn.Module) -> None:
             InitShards(*ranks, job.device, host, None, job.plan, "the engine").cut_one(
                 parameter, info.name
             )
-    refuse_released_state_dict(part)
+    mark_released_in_state_dict(part)
 
 
 def refuse_other_layout(job: Job, parameters: Iterable[nn.Parameter]) -> None:
