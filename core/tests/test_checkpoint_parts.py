@@ -148,6 +148,21 @@ def test_without_its_schedule_a_checkpoint_leaves_schedule_and_rates_alone(tmp_p
     engine.destroy()
 
 
+def test_hyper_parameters_that_no_schedule_of_the_engine_sets_are_the_optimizers(
+    tmp_path: Path,
+) -> None:
+    engine = make(MOMENTUM)
+    assert engine.optimizer is not None
+    group = engine.optimizer.param_groups[0]
+    group["lr"] = 0.25
+    train(engine, range(1))
+    engine.save_checkpoint(tmp_path)
+    group["lr"] = 0.5
+    engine.load_checkpoint(tmp_path, load_lr_scheduler_states=False)
+    assert engine.optimizer.param_groups[0]["lr"] == 0.25
+    engine.destroy()
+
+
 def test_states_that_a_checkpoint_lacks_start_fresh_if_it_has_the_parameter(
     tmp_path: Path,
 ) -> None:

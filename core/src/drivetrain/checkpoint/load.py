@@ -79,7 +79,8 @@ def load(
         load_optimizer_states: restore masters and optimizer states; otherwise masters are made
             from the loaded parameters, and states and counts of updates start fresh.
         load_lr_scheduler_states: restore the schedule and the groups' hyper-parameters; otherwise
-            they stay as the engine has them.
+            both stay as the engine has them. Where it has no schedule, hyper-parameters belong to
+            the optimizer and are restored in any case.
         load_module_only: restore parameters and buffers. Optimizer states start fresh, as they
             belong to other values; schedule, hyper-parameters, loss scale, counters, the loader's
             position, random streams and the state of plugins stay as the engine has them.
@@ -435,8 +436,11 @@ class _Attempt:
         engine = self.engine
         engine.progress.load_state_dict(state["progress"])
         engine.loss_scaler.load_state_dict(state["loss_scaler"])
-        if self.options.schedule and engine.optimizer is not None:
+        if engine.optimizer is None:
+            return
+        if self.options.schedule or engine.lr_scheduler is None:
             self._load_groups(state["groups"])
+        if self.options.schedule:
             if engine.lr_scheduler is not None and state["scheduler"] is not None:
                 engine.lr_scheduler.load_state_dict(unpacked(state["scheduler"]))
             elif engine.lr_scheduler is not None:
