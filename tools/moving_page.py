@@ -55,11 +55,13 @@ warns and names it.
   `deepspeed.utils.safe_get_full_grad` reads them.
 - **Checkpoints** of DeepSpeed load through `engine.load_checkpoint`; at stage 0 with several
   parameter groups only without optimizer states. New ones are Drivetrain's, so `client_state` is
-  plain data. They load on any number of ranks, and `ds_to_universal` has nothing to do for them.
+  what `torch.load` reads with `weights_only=True`. They load on any number of ranks, and
+  `ds_to_universal` has nothing to do for them.
 - **`save_16bit_model`** writes what `torch.save` writes, or safetensors if the file's name ends
   so.
-- **Parameters of stage 3** have no `ds_id`, `ds_status` and their like;
-  `deepspeed.zero.GatheredParameters` makes them whole.
+- **Parameters of stage 3** have `ds_id`, `ds_status`, `ds_shape` and `ds_numel`, and nothing else
+  of the kind. They show their whole shape at all times; `deepspeed.zero.GatheredParameters` makes
+  them whole. In `module.state_dict()` they have shapes, but values are refused.
 - **`deepspeed SCRIPT`** starts the ranks of this host, or of the hosts in `--hostfile` through
   `drivetrain launch`. Without `--launcher` it uses ssh, not pdsh.
 

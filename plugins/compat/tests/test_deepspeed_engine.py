@@ -11,7 +11,7 @@ import pytest
 import torch
 from deepspeed._training.settings import SETTINGS, SHARED
 
-from drivetrain.errors import ConfigError, TrainingError
+from drivetrain.errors import CheckpointError, ConfigError, TrainingError
 from drivetrain.job.job import Job
 from drivetrain.monitor import Monitor
 from drivetrain.plan.plan import Plan
@@ -144,6 +144,16 @@ def test_the_optimizer_tells_of_loss_scale_and_overflow(build):
     assert engine.skipped_steps == 1
 
 
+def test_hooks_may_be_taken_away_and_put_back_around_generation(build):
+    module = model()
+    engine, optimizer, *_ = build(module=module, optimizer=sgd(module))
+    hooks = optimizer.parameter_offload
+    assert [*hooks.module.named_parameters(), *hooks.module.ds_external_parameters()] == []
+    assert hooks.forward_hooks == hooks.backward_hooks == []
+    hooks._register_deepspeed_module(hooks.module)
+    update(engine)
+
+
 def test_numbers_of_a_script_go_to_the_monitors(build):
     class Notes(Monitor):
         name = "notes"
@@ -267,6 +277,16 @@ def test_saving_and_loading_take_and_return_what_deepspeed_does(build, tmp_path)
         assert torch.equal(value, expected)
     with pytest.raises(ConfigError, match="custom_load_fn is not supported"):
         engine.load_checkpoint(tmp_path, custom_load_fn=print)
+
+
+def test_a_client_state_may_hold_tensors_but_no_objects(build, tmp_path):
+    module = model()
+    engine, *_ = build(module=module, optimizer=sgd(module))
+    given = {"best": torch.tensor(0.5), "callbacks": {3: (1, 2)}, "epoch": 3}
+    engine.save_checkpoint(tmp_path, "tensors", client_state=given)
+    assert engine.load_checkpoint(tmp_path)[1] == given
+    with pytest.raises(CheckpointError, match=r"client_state.args \(Namespace\)"):
+        engine.save_checkpoint(tmp_path, "objects", client_state={"args": Namespace(lr=1)})
 
 
 def test_weights_are_written_for_torch_load_and_as_safetensors(build, tmp_path):

@@ -26,7 +26,17 @@ with deepspeed.zero.Init(config_dict_or_path=config):
     net = Net()
 engine = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=config)[0]
 assert engine.zero_optimization_partition_weights()
-assert ZeroParamStatus.NOT_AVAILABLE
+
+
+def whole(parameter):
+    """A copy of a parameter's values, whether it is sharded or not, as scripts for LoRA save it."""
+    if hasattr(parameter, "ds_id"):
+        assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE
+        assert (parameter.ds_shape, parameter.ds_numel) == ((3, 8), 24)
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.data.detach().cpu().clone()
+    return parameter.detach().cpu().clone()
+
 
 losses = []
 with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +57,9 @@ with tempfile.TemporaryDirectory() as folder:
     assert client["number"] == 2
     assert engine.global_steps == 2
     with deepspeed.zero.GatheredParameters(net.last.weight, modifier_rank=0):
-        assert net.last.weight.shape == (3, 8)
+        assert net.last.weight.ds_status == ZeroParamStatus.AVAILABLE
+    assert torch.equal(whole(net.last.weight), safe_get_full_fp32_param(net.last.weight))
+    assert torch.equal(whole(plain := torch.nn.Parameter(torch.ones(2))), plain)
     for inputs, labels in batches(engine.global_rank, 4)[2:]:
         loss = cross_entropy(engine(inputs), labels)
         engine.backward(loss)

@@ -110,7 +110,9 @@ def _reading(dotted: str, value: Any) -> Any:
     if dotted not in READS_CONFIG:
         return value
     from deepspeed._config.translated import translated
+    from deepspeed._parts.parameters import show_attributes
 
+    show_attributes()
     return translated(value)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +17,7 @@ import torch
 
 from deepspeed._surface import lookup
 from drivetrain import checkpoint
-from drivetrain.contracts import Purpose, Tag
+from drivetrain.contracts import Purpose, Tag, is_plain
 from drivetrain.errors import CheckpointError, PluginError
 
 if TYPE_CHECKING:
@@ -26,6 +29,9 @@ Folder = str | os.PathLike[str]
 
 _CONVERTED = ".from_deepspeed"
 """Folder beside a checkpoint of DeepSpeed in which it lies in our format while it is loaded."""
+
+_TORCH_FILE = "file of torch, in base64"
+"""The one key of a client's state that is not plain data."""
 
 
 def save(
@@ -41,7 +47,7 @@ def save(
         engine,
         save_dir,
         None if tag is None else str(tag),
-        client_state,
+        _portable(client_state),
         save_latest=save_latest,
         exclude_frozen_parameters=exclude_frozen_parameters,
     )
@@ -57,7 +63,33 @@ def load(
         path, client_state = checkpoint.load(engine, folder, inner, **options)
     if folder != os.fspath(load_dir):
         path = os.path.join(load_dir, inner or "")  # noqa: PTH118 - as the caller spells it
-    return path, client_state
+    return path, _as_saved(client_state)
+
+
+def _portable(client_state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A client's state for a checkpoint, which has room for plain data only.
+
+    Anything else that torch reads without running code, such as tensors and keys that are numbers,
+    goes in as a file of torch. What not even that takes is left for the checkpoint to refuse.
+    """
+    if client_state is None or is_plain(client_state):
+        return client_state
+    file = io.BytesIO()
+    try:
+        torch.save(client_state, file)
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    except (pickle.PickleError, AttributeError, RuntimeError, TypeError, ValueError):
+        return client_state
+    return {_TORCH_FILE: base64.b64encode(file.getvalue()).decode()}
+
+
+def _as_saved(client_state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A client's state as it was before :func:`_portable`."""
+    if client_state is None or client_state.keys() != {_TORCH_FILE}:
+        return client_state
+    content = base64.b64decode(client_state[_TORCH_FILE])
+    loaded: dict[str, Any] = torch.load(io.BytesIO(content), "cpu", weights_only=True)
+    return loaded
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from deepspeed._config.translate import translate
 from deepspeed._parts.optimizers import Described
+from deepspeed._parts.parameters import show_attributes
 from deepspeed._training.engine import DeepSpeedEngine
 from deepspeed._training.optimizer import DeepSpeedOptimizer
 from drivetrain.communication.process_group import Ranks
@@ -83,6 +84,7 @@ def initialize(
         overlays=getattr(args, "overlays", None) or (),
         engine_type=DeepSpeedEngine,
     )
+    show_attributes()
     ours = cast("DeepSpeedEngine", engine)
     ours.config = given
     if isinstance(ours.optimizer, DeepSpeedOptimizer):

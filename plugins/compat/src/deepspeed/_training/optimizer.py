@@ -5,12 +5,38 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from drivetrain.optimization.facade import EngineOptimizer
 
 if TYPE_CHECKING:
     import torch
 
     from deepspeed._training.engine import DeepSpeedEngine
+
+
+class ParameterOffload:
+    """Hooks that gather parameters, of which there are none to take away or to put back.
+
+    Those of the engine may stay while parameters are gathered: they gather nothing twice.
+
+    Attributes:
+        module: has no parameters.
+        forward_hooks: empty.
+        backward_hooks: empty.
+    """
+
+    class _NoModule(nn.Module):
+        def ds_external_parameters(self) -> tuple[tuple[str, nn.Parameter], ...]:
+            return ()
+
+    def __init__(self) -> None:
+        self.module = self._NoModule()
+        self.forward_hooks: list[Any] = []
+        self.backward_hooks: list[Any] = []
+
+    def _register_deepspeed_module(self, module: nn.Module) -> None:
+        """Put nothing back."""
 
 
 class DeepSpeedOptimizer(EngineOptimizer):
@@ -50,6 +76,11 @@ class DeepSpeedOptimizer(EngineOptimizer):
     def optimizer(self) -> DeepSpeedOptimizer:
         """This object: there is no other one inside."""
         return self
+
+    @property
+    def parameter_offload(self) -> ParameterOffload:
+        """Whose hooks frameworks take away while they generate from gathered parameters."""
+        return ParameterOffload()
 
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
         """See ``engine.backward``."""
