@@ -117,6 +117,17 @@ def test_an_engine_has_what_frameworks_read(build):
     assert not hasattr(engine, "nothing")
 
 
+def test_the_norm_of_the_first_step_is_there_unless_the_config_leaves_it_out(build):
+    for wanted in (True, False):
+        module = model()
+        config = {**CONFIG, "compute_grad_norm": wanted}
+        engine, *_ = build(config, module, optimizer=sgd(module))
+        update(engine)
+        norm = engine.get_global_grad_norm()
+        assert (norm is not None) == wanted
+    assert engine.global_steps == 1
+
+
 def test_every_setting_is_a_method(build):
     engine, *_ = build()
     assert [name for name in SHARED if not hasattr(engine, name)] == []

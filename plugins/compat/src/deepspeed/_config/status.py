@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, RootModel
 
 from deepspeed._config.keys import OPEN
-from deepspeed._config.translate import LOOSE, OFFLOADS, WITHOUT_EFFECT
+from deepspeed._config.translate import LOOSE, OFFLOADS, WITHOUT_EFFECT, WORKS_HERE
 from drivetrain.contracts.plugin.section import NO_EFFECT, Section
 from drivetrain.plan.known import PLANNED, SECTIONS
 from drivetrain.plan.registry import Registry
@@ -32,6 +32,8 @@ def key_status(path: str, registry: Registry | None = None) -> tuple[Status, str
     registry = registry or Registry.installed()
     if path in WITHOUT_EFFECT:
         return "without effect", WITHOUT_EFFECT[path]
+    if path in WORKS_HERE:
+        return "works", WORKS_HERE[path]
     last = path.rpartition(".")[2]
     if path == f"zero_optimization.{last}" and last in OFFLOADS:
         return "works", f"is `{OFFLOADS[last]}`"

@@ -31,6 +31,11 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 }
 """Keys that DeepSpeed reads and that decide nothing here -> why."""
 
+WORKS_HERE: Mapping[str, str] = {
+    "compute_grad_norm": "`false` leaves the norm out until it is asked for",
+}
+"""Keys that core accepts without effect and that this package acts upon -> a remark."""
+
 OFFLOADS = {
     "cpu_offload": "offload_optimizer",
     "cpu_offload_param": "offload_param",

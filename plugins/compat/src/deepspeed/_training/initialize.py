@@ -85,6 +85,8 @@ def initialize(
         engine_type=DeepSpeedEngine,
     )
     show_attributes()
+    if given.get("compute_grad_norm", True):
+        engine.get_global_grad_norm()  # asked for once, it is there after the first step, too
     ours = cast("DeepSpeedEngine", engine)
     ours.config = given
     if isinstance(ours.optimizer, DeepSpeedOptimizer):
