@@ -22,6 +22,8 @@ from tools import check_imports, run_suite, workspace
 
 WORKSPACE = workspace.load()
 DISTRIBUTIONS = list(WORKSPACE.values())
+SHARED = {"checkpoints", "frameworks", "integration"}
+"""Environments with tests that belong to no distribution."""
 each_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda d: d.name)
 
 
@@ -79,15 +81,15 @@ def test_what_is_planned_does_not_exist_and_everything_else_that_is_named_does()
 def test_every_distribution_has_a_test_environment_of_its_own() -> None:
     names = [distribution.environment for distribution in DISTRIBUTIONS]
     assert len(set(names)) == len(names)
-    assert not {"lint", "checkpoints", "integration", "docs"} & set(names)
+    assert not {"lint", "docs", *SHARED} & set(names)
     assert not [name for name in names if name.startswith(workspace.LONG)]
     config = configparser.ConfigParser(interpolation=None)
     config.read(workspace.ROOT / "tox.ini", "utf-8")
     sections = {s.removeprefix("testenv:") for s in config.sections() if s.startswith("testenv:")}
     ordinary = {section.removeprefix(f"{{,{workspace.LONG}}}") for section in sections}
-    assert ordinary - set(names) == {"lint", "checkpoints", "integration", "docs"}
+    assert ordinary - set(names) == {"lint", "docs", *SHARED}
     # settings of tests hold in the long environment as well
-    assert sections & {*names, "checkpoints", "integration"} == set()
+    assert sections & {*names, *SHARED} == set()
 
 
 def test_every_environment_with_tests_has_a_budget_of_minutes() -> None:
@@ -160,12 +162,17 @@ for name in {modules!r}:
     assert done.returncode == 0, done.stderr
 
 
+def pins(path: str) -> dict[str, Requirement]:
+    """The pins in a file of constraints, by name."""
+    lines = (workspace.ROOT / path).read_text("utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in found)
+    return {canonicalize_name(pin.name): pin for pin in found}
+
+
 def test_constraints_pin_everything_that_a_distribution_declares() -> None:
-    lines = (workspace.ROOT / "constraints.txt").read_text("utf-8").splitlines()
-    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pins)
     declared = workspace.external_requirements(WORKSPACE, WORKSPACE)
-    pinned = {canonicalize_name(pin.name): pin for pin in pins}
+    pinned = pins("constraints.txt")
     assert not {canonicalize_name(r.name) for r in declared} - set(pinned)
     too_old = [
         f"{requirement} but constraints.txt has {pin}"
@@ -174,6 +181,16 @@ def test_constraints_pin_everything_that_a_distribution_declares() -> None:
         if not requirement.specifier.contains(str(pin.specifier).removeprefix("=="))
     ]
     assert not too_old
+
+
+def test_frameworks_have_pins_of_their_own_for_what_only_they_need() -> None:
+    shared, own = pins("constraints.txt"), pins("tests/frameworks/constraints.txt")
+    assert not shared.keys() & own.keys()
+    project = tomllib.loads((workspace.ROOT / "pyproject.toml").read_text("utf-8"))
+    declared = [Requirement(text) for text in project["dependency-groups"]["frameworks"]]
+    for requirement in declared:
+        pin = (own | shared)[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(str(pin.specifier).removeprefix("==")), requirement
 
 
 @each_distribution

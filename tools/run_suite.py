@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import budgets, workspace
 
-ALONE = ("core", "checkpoints", "integration")
+ALONE = ("core", "checkpoints", "frameworks", "integration")
 """Environments whose tests start several processes each and take minutes."""
 
 
@@ -71,7 +71,7 @@ def environments() -> tuple[list[str], list[str]]:
     """Environments of the suite: those that may run two at a time, and those that run alone."""
     names = [d.environment for d in workspace.load().values()]
     cheap = ["lint", *(name for name in names if name not in ALONE)]
-    return cheap, [name for name in ALONE if name in (*names, "checkpoints", "integration")]
+    return cheap, list(ALONE)
 
 
 def _tox(*arguments: str) -> int:

@@ -81,7 +81,7 @@ def budgets(root: Path = ROOT) -> dict[str, float]:
     """Environment -> minutes that its ordinary tests may take.
 
     A distribution declares its own; the ``pyproject.toml`` of the workspace declares those of the
-    environments that hold all distributions.
+    environments that belong to none.
     """
     content = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
     shared: dict[str, float] = content["tool"]["drivetrain"]["minutes"]
