@@ -77,6 +77,8 @@ def by_name(name: str, tensor: torch.Tensor, generator: torch.Generator) -> None
     """An initialiser that knows of fan-in only what a whole tensor tells."""
     if tensor.is_floating_point():
         tensor.normal_(generator=generator).div_(max(tensor.shape))
+    else:
+        tensor.zero_()
 
 
 # -- drawn values ----------------------------------------------------------------------------------
@@ -158,9 +160,47 @@ class Forgetful(Bare):
         pass
 
 
+class Masked(Bare):
+    """Has a constant beside its weights, which is no number and so cannot be NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.ones(3, dtype=torch.bool), persistent=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+
+
+class Remasked(Masked):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.arange(3))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.mask = torch.zeros(3, dtype=torch.bool)
+        self.positions.fill_(0)
+
+
+def test_a_mask_may_be_given_false_alone() -> None:
+    with torch.device("meta"):
+        module = Remasked()
+    with open_job() as job:
+        drivetrain.materialize(module, job=job)
+    assert not module.mask.any()
+    assert module.positions.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("kind", "weights", "hint"),
     [
+        (Masked, None, r"Masked.reset_parameters\(\) gave layer.mask \(torch.bool\) no values"),
+        (Masked, {"layer.scale": torch.ones(3)}, r"gave layer.mask \(torch.bool\) no values"),
+        (
+            Masked,
+            lambda name, tensor, generator: tensor.fill_(1) if tensor.is_floating_point() else None,
+            r"the initialiser gave layer.mask \(torch.bool\) no values",
+        ),
         (Bare, None, r"layer\.scale is on the meta device, and layer \(Bare\) has no reset_param"),
         (Forgetful, None, r"Forgetful.reset_parameters\(\) gave layer.scale no values"),
         (Bare, lambda name, tensor, generator: None, "the initialiser gave layer.scale no values"),

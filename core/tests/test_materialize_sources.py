@@ -149,6 +149,7 @@ def test_everything_that_does_not_fit_is_listed_on_every_rank(tmp_path: Path) ->
     del tensors["second.bias"], tensors["norm.running_mean"]
     tensors["first.weight"] = torch.zeros(9, 4)
     tensors["norm.weight"] = torch.zeros(7)
+    tensors["norm.bias"] = torch.zeros(8, dtype=torch.complex64)
     tensors["extra"] = torch.zeros(1)
     write(tmp_path / "model.safetensors", tensors)
     for weights in (tensors, str(tmp_path)):
@@ -158,6 +159,7 @@ def test_everything_that_does_not_fit_is_listed_on_every_rank(tmp_path: Path) ->
             assert "first.weight" in text
             assert "[8, 4]" in text
             assert "[9, 4]" in text
+            assert "in the model, but complex (torch.complex64)" in text
             assert "norm.weight" in text
 
 

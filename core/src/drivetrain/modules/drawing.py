@@ -70,14 +70,16 @@ class Drawing:
             wholes = self._reset(part, blanks)
             who = f"{type(part).__name__}.reset_parameters()"
             for blank in blanks:
-                yield blank, _checked(blank, wholes.pop(blank.key), who)
+                yield blank, _checked(blank, wholes.pop(blank.key, None), who)
             return
         for blank in blanks:
             generator = torch.Generator().manual_seed(self._seed(blank.name))
             with torch.no_grad(), torch.device("cpu"):
                 whole = _empty(blank.shape, blank.dtype)
+                version = whole._version
                 self.initialiser(blank.name, whole, generator)
-            yield blank, _checked(blank, whole, "the initialiser")
+            given = whole if _is_written(whole, version) else None
+            yield blank, _checked(blank, given, "the initialiser")
 
     def _reset(self, part: nn.Module, blanks: Sequence[Blank]) -> dict[str, torch.Tensor]:
         stream = blanks[0].name.rpartition(".")[0]
@@ -90,7 +92,11 @@ class Drawing:
 
 
 def _reset(part: nn.Module, blanks: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Run ``reset_parameters`` on stand-ins of all tensors of ``part``, in host memory."""
+    """Run ``reset_parameters`` on stand-ins of all tensors of ``part``, in host memory.
+
+    Returns:
+        What it has written of ``blanks``, as far as that can be told.
+    """
     own: list[dict[str, Any]] = [part._parameters, part._buffers]
     kept = [dict(tensors) for tensors in own]
     for tensors in own:
@@ -99,10 +105,16 @@ def _reset(part: nn.Module, blanks: Mapping[str, torch.Tensor]) -> dict[str, tor
                 values = blanks[key] if key in blanks else _stand_in(tensor)
                 is_parameter = tensors is part._parameters
                 tensors[key] = nn.Parameter(values, requires_grad=False) if is_parameter else values
+    before = {key: (getattr(part, key), getattr(part, key)._version) for key in blanks}
     try:
         reset: Any = part.reset_parameters
         reset()
-        return {key: getattr(part, key).detach() for key in blanks}
+        after = {key: getattr(part, key) for key in blanks}
+        return {
+            key: tensor.detach()
+            for key, tensor in after.items()
+            if tensor is not before[key][0] or _is_written(*before[key])
+        }
     finally:
         for tensors, before in zip(own, kept, strict=True):
             tensors.clear()
@@ -121,7 +133,18 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return whole.fill_(float("nan")) if _shows_nan(whole) else whole.zero_()
 
 
-def _checked(blank: Blank, values: torch.Tensor, who: str) -> torch.Tensor:
+def _is_written(tensor: torch.Tensor, version: int) -> bool:
+    """Whether an empty tensor has values, unless NaN will tell; a mask of ``False`` would not."""
+    written = _shows_nan(tensor) or tensor._version != version
+    return written or not tensor.numel() or bool(tensor.to(torch.float32).any())
+
+
+def _checked(blank: Blank, values: torch.Tensor | None, who: str) -> torch.Tensor:
+    if values is None:
+        raise ConfigError(
+            f"{who} gave {blank.name} ({blank.dtype}) no values: write to it there, or construct "
+            "it on a real device"
+        )
     if values.shape != blank.shape:
         raise ConfigError(
             f"{who} gave {blank.name} shape {list(values.shape)}; the client's tensor has shape "

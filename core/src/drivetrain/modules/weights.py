@@ -8,8 +8,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
+import torch
+
 from drivetrain.checkpoint.format.index import LATEST, MANIFEST, Stored, StoredTensor
-from drivetrain.checkpoint.format.reading import check_coverage, restore
+from drivetrain.checkpoint.format.reading import check_coverage, refuse_complex, restore
 from drivetrain.checkpoint.format.safetensors_file import (
     find_weights,
     open_weights,
@@ -40,7 +42,7 @@ class Weights(ABC):
         """Make sure that the tensor ``name`` can fill ``fragment``; reads no values.
 
         Raises:
-            CheckpointError: shapes differ, or a part is missing.
+            CheckpointError: shapes differ, a part is missing, or imaginary parts would be lost.
         """
 
     @abstractmethod
@@ -70,6 +72,9 @@ class MappedWeights(Weights):
                 f"{name} has shape {list(fragment.global_shape)} in the model, but {found} in "
                 f"{self.place}"
             )
+        dtype = getattr(self._values[name], "dtype", None)
+        if isinstance(dtype, torch.dtype):
+            refuse_complex(name, fragment, dtype, self.place)
 
     def fill(self, work: Sequence[tuple[str, Fragment]]) -> None:
         for name, fragment in work:

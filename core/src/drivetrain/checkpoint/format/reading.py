@@ -61,9 +61,10 @@ def check_coverage(fragment: Fragment, source: StoredTensor, place: str) -> None
     """Make sure that a fragment can be filled, without reading anything.
 
     Raises:
-        CheckpointError: the shapes differ, or a part is not stored.
+        CheckpointError: the shapes differ, a part is not stored, or imaginary parts would be lost.
     """
     what = f"{fragment.name} ({fragment.kind})"
+    refuse_complex(what, fragment, source.dtype, f"checkpoint {place}")
     if source.shape != fragment.global_shape:
         raise CheckpointError(
             f"{what} has shape {list(fragment.global_shape)} in the model, but "
@@ -81,6 +82,18 @@ def check_coverage(fragment: Fragment, source: StoredTensor, place: str) -> None
             raise CheckpointError(
                 f"checkpoint {place} holds twice a part of {what}, and another part not at all"
             )
+
+
+def refuse_complex(what: str, fragment: Fragment, dtype: torch.dtype, place: str) -> None:
+    """Check that values of ``dtype`` can be converted to those of a fragment.
+
+    Raises:
+        CheckpointError: they are complex, and the fragment's are real.
+    """
+    if dtype.is_complex and not fragment.dtype.is_complex:
+        raise CheckpointError(
+            f"{what} is {fragment.dtype} in the model, but complex ({dtype}) in {place}"
+        )
 
 
 def restore(storage: Storage, work: Iterable[tuple[Fragment, StoredTensor]]) -> None:
