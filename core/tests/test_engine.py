@@ -140,6 +140,18 @@ def test_zero_grad_and_skip_step_drop_what_was_accumulated() -> None:
         assert not engine.was_step_applied()
 
 
+def test_a_skipped_step_has_no_gradient_norm() -> None:
+    with engine_of(gradient_clipping=1.0) as engine:
+        engine.backward(engine(batch()).sum())
+        engine.step()
+        assert engine.get_global_grad_norm()
+        engine.backward(engine(batch(1)).sum())
+        engine.skip_step()
+        assert engine.get_global_grad_norm() is None
+        assert engine.last_report is not None
+        assert engine.last_report.gradient_norm is None
+
+
 def test_changing_the_global_batch_changes_accumulation() -> None:
     with engine_of() as engine:
         engine.set_train_batch_size(8)

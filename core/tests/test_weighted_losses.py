@@ -273,7 +273,7 @@ def test_a_window_that_has_grown_is_the_weighted_mean_of_what_is_in_it() -> None
     engine.destroy()
 
 
-@pytest.mark.parametrize("drop", ["zero_grad", "drop_window", "skip_step"])
+@pytest.mark.parametrize("drop", ["zero_grad", "drop_window", "skip_step", "rebuild"])
 def test_what_was_dropped_has_no_weight(drop: str) -> None:
     engine = make({"gradient_accumulation_steps": 2})
     backward(engine, 0, 5.0)

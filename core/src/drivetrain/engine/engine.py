@@ -180,9 +180,7 @@ class Engine(EngineSettings, nn.Module):
                 weight, or only some losses of the window have weights.
         """
         if weight is not None and not scale_wrt_gas:
-            raise TrainingError(
-                "a loss that is divided already (scale_wrt_gas=False) has no weight"
-            )
+            raise TrainingError("a loss that is divided (scale_wrt_gas=False) has no weight")
         scaled = self._begin_loss(loss, weight, divided=not scale_wrt_gas)
         steps = self._accumulation.counted_steps
         self._run_backward([scaled], [None], retain_graph, last)
@@ -275,7 +273,8 @@ class Engine(EngineSettings, nn.Module):
         self._window.settle()
         self.states.finish_reduction()
         self.states.discard_gradients()
-        self._applied = False
+        self.record_gradient_norm(None)
+        self._applied = self._has_scaled = False
         self._end_window(tuple(float(g["lr"]) for g in self.optimizer.param_groups), None)
 
     def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
@@ -336,7 +335,7 @@ class Engine(EngineSettings, nn.Module):
     def get_global_grad_norm(self) -> float | None:
         """Norm of the latest step's gradient before clipping.
 
-        ``None`` before the first step and after an overflow. Without clipping nothing else needs
+        ``None`` before the first step and after a skipped one. Without clipping nothing else needs
         the norm, so it is computed from the first call on, and that first call returns ``None``.
         """
         self._norm_wanted = True
@@ -385,11 +384,12 @@ class Engine(EngineSettings, nn.Module):
             unit.module.forward = forward
 
     def rebuild(self) -> None:
-        """Adapt the states after ``requires_grad`` of parameters was changed, on every rank."""
+        """Adapt states to changed ``requires_grad``, on every rank; the window begins again."""
         rebuild = self.states.rebuild  # refused here while they are away, before all else
         check_same_model(self.job, self.module, self._groups())
         refuse_kept_elsewhere(self.job, self.module, self._groups(), self.states)
         rebuild()
+        self.drop_window()
 
     def module_state_dict(self, **kwargs: Any) -> dict[str, Any]:
         """``state_dict`` of the module, parameters whole."""
