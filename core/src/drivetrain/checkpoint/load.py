@@ -79,8 +79,7 @@ def load(
         load_optimizer_states: restore masters and optimizer states; otherwise masters are made
             from the loaded parameters, and states and counts of updates start fresh.
         load_lr_scheduler_states: restore the schedule and the groups' hyper-parameters; otherwise
-            both stay as the engine has them. Where it has no schedule, hyper-parameters belong to
-            the optimizer and are restored in any case.
+            both stay as the engine has them. Without a schedule in the engine, it has no effect.
         load_module_only: restore parameters and buffers. Optimizer states start fresh, as they
             belong to other values; schedule, hyper-parameters, loss scale, counters, the loader's
             position, random streams and the state of plugins stay as the engine has them.
@@ -436,14 +435,12 @@ class _Attempt:
         engine = self.engine
         engine.progress.load_state_dict(state["progress"])
         engine.loss_scaler.load_state_dict(state["loss_scaler"])
-        if engine.optimizer is None:
-            return
-        if self.options.schedule or engine.lr_scheduler is None:
+        schedule = engine.lr_scheduler
+        if engine.optimizer is not None and (self.options.schedule or schedule is None):
             self._load_groups(state["groups"])
-        if self.options.schedule:
-            if engine.lr_scheduler is not None and state["scheduler"] is not None:
-                engine.lr_scheduler.load_state_dict(unpacked(state["scheduler"]))
-            elif engine.lr_scheduler is not None:
+            if schedule is not None and state["scheduler"] is not None:
+                schedule.load_state_dict(unpacked(state["scheduler"]))
+            elif schedule is not None:
                 self.guarantee.weaken("the checkpoint has no schedule, so the engine's stays")
 
     def _load_groups(self, saved: list[Mapping[str, Any]]) -> None:

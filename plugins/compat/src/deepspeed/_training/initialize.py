@@ -84,14 +84,19 @@ def initialize(
         overlays=getattr(args, "overlays", None) or (),
         engine_type=DeepSpeedEngine,
     )
-    show_attributes()
-    if given.get("compute_grad_norm", True):
-        engine.get_global_grad_norm()  # asked for once, it is there after the first step, too
     ours = cast("DeepSpeedEngine", engine)
-    ours.config = given
-    if isinstance(ours.optimizer, DeepSpeedOptimizer):
-        ours.optimizer.belong_to(ours)
+    _complete(ours, given)
     return ours, cast("DeepSpeedOptimizer | None", ours.optimizer), loader, schedule
+
+
+def _complete(engine: DeepSpeedEngine, config: Mapping[str, Any]) -> None:
+    """Give an engine what only DeepSpeed's has."""
+    engine.config = config
+    if isinstance(engine.optimizer, DeepSpeedOptimizer):
+        engine.optimizer.belong_to(engine)
+    if config.get("compute_grad_norm", True):
+        engine.get_global_grad_norm()  # asked for once, it is there after the first step, too
+    show_attributes()
 
 
 def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
