@@ -462,3 +462,25 @@ def test_a_rank_without_a_backward_adds_nothing() -> None:
     moved = [p.detach().sum().item() for p in model.parameters()]
     for said in run_distributed(differs, 2, {}, "one with"):
         assert [float(number) for number in said.strip("[]").split(",")] == pytest.approx(moved)
+
+
+def drops_alone(drop: str) -> str:
+    engine = make()
+    said = ""
+    try:
+        if engine.job.rank == 0:
+            backward(engine, 0)
+        getattr(engine, drop)()
+        backward(engine, 1)
+        engine.step()
+    except TrainingError as error:
+        said = str(error)
+    finally:
+        engine.destroy()
+    return said
+
+
+def test_ranks_of_which_one_has_a_backward_to_drop_are_told() -> None:
+    for said in run_distributed(drops_alone, 2, "zero_grad"):
+        assert "that others did not run" in said
+    assert run_distributed(drops_alone, 2, "skip_step") == ["", ""]

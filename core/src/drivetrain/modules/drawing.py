@@ -140,17 +140,14 @@ def _is_written(tensor: torch.Tensor, version: int) -> bool:
 
 
 def _checked(blank: Blank, values: torch.Tensor | None, who: str) -> torch.Tensor:
-    if values is None:
-        raise ConfigError(
-            f"{who} gave {blank.name} ({blank.dtype}) no values: write to it there, or construct "
-            "it on a real device"
-        )
-    if values.shape != blank.shape:
+    if values is not None and values.shape != blank.shape:
         raise ConfigError(
             f"{who} gave {blank.name} shape {list(values.shape)}; the client's tensor has shape "
             f"{list(blank.shape)}"
         )
-    if _shows_nan(values) and values.numel() and bool(torch.isnan(values).all()):
+    if values is None or (
+        _shows_nan(values) and values.numel() and bool(torch.isnan(values).all())
+    ):
         raise ConfigError(f"{who} gave {blank.name} no values, or NaN alone")
     return values
 

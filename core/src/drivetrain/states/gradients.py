@@ -341,12 +341,15 @@ class GradientReducer:
 
     # -- at the boundary ----------------------------------------------------------------------
 
-    def finish(self) -> None:
+    def finish(self, *, dropping: bool = False) -> None:
         """Reduce what is left, wait for all, then reduce late gradients in a second reduction.
 
+        Args:
+            dropping: nobody wants the result.
+
         Raises:
-            TrainingError: losses have weights on some ranks and none on others, or a gradient was
-                deferred and not reported.
+            TrainingError: losses have weights on some ranks and none on others, only some ranks
+                drop their gradients, or a gradient was deferred and not reported.
         """
         for slot in self.slots.values():
             if slot.deferred and slot.parameter.grad is not None:
@@ -357,7 +360,7 @@ class GradientReducer:
         if not self._between_rounds:
             for bucket in self.buckets[self._next :]:
                 self._send(bucket)
-        late = self._agree_on_late()
+        late = self._agree_on_late(dropping)
         for bucket in self.buckets:
             bucket.collect()
         for bucket in late:
@@ -375,11 +378,12 @@ class GradientReducer:
             self.finish()
         return bool(used)
 
-    def _agree_on_late(self) -> list[GradientBucket]:
+    def _agree_on_late(self, dropping: bool) -> list[GradientBucket]:
         """Buckets in which any rank has late accumulations; one small host collective per axis.
 
         Hooks run on the host, so the flags are known there and no device has to be waited for.
-        It also tells in which buckets any rank has changed parameters, and if losses have weights.
+        It also tells in which buckets any rank has changed parameters, if losses have weights, and
+        if ranks have come to different ends of a window.
         """
         flags = {bucket.key: bucket.has_late for bucket in self.buckets}
         for bucket in self.buckets:
@@ -393,17 +397,23 @@ class GradientReducer:
                 by_axis.setdefault(axis, []).append(bucket)
         if self._communicator.size("data") > 1:
             by_axis.setdefault("data", [])  # rules that communicate by themselves ask nothing else
+        ends = [dropping, not dropping]
         weights = [self.weighted is True, self.weighted is False]
         for axis, members in by_axis.items():
-            own = [*(flags[b.key] for b in members), *(b.changed for b in members), *weights]
+            own = [*(flags[b.key] for b in members), *(b.changed for b in members), *weights, *ends]
             told = torch.tensor(own, dtype=torch.int8)
             tag = Tag(Purpose.CONTROL, site="late gradients")
             self._communicator.all_reduce(told, axis, tag, op=Op.MAX)
-            *both, with_weight, without = told.bool().tolist()
-            weights = [with_weight, without]
+            *both, with_weight, without, drops, keeps = told.bool().tolist()
+            weights, ends = [with_weight, without], [drops, keeps]
             pairs = zip(both[: len(members)], both[len(members) :], strict=True)
             for bucket, (is_late, is_changed) in zip(members, pairs, strict=True):
                 flags[bucket.key], bucket.changed = is_late, is_changed
+        if all(ends):
+            raise TrainingError(
+                "some ranks drop a backward (zero_grad(), rebuild()) that others did not run: "
+                "where ranks differ, call engine.skip_step() on all"
+            )
         if all(weights):
             raise TrainingError(
                 "in this window losses have weights on some ranks and none on others: call "
@@ -420,7 +430,7 @@ class GradientReducer:
         for slot in self.slots.values():
             slot.parameter.grad, slot.arrived = None, False
         if self._between_rounds or any(bucket.sent for bucket in self.buckets):
-            self.finish()
+            self.finish(dropping=True)
 
     def restart(self) -> None:
         """Begin a new window."""
