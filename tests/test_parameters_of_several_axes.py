@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,17 @@ def initialize_with(change: str) -> None:
                 assert info.placement is not None
                 shape = (7 + job.mesh.coordinate("tp"), 4)
                 info.placement = type(info.placement)(shape, info.placement.boxes, "tp")
-            else:
+            elif change == "overlap":
                 info.distinct = ("world",)
+            else:
+                assert info.placement is not None
+                (box,) = info.placement.boxes
+                wrong = {
+                    "outside": [replace(box, global_offset=(5, 0))],
+                    "behind the end": [replace(box, local_offset=4)],
+                    "same place": [replace(box, size=(1, 4)), replace(box, size=(2, 4))],
+                }
+                info.placement = replace(info.placement, boxes=tuple(wrong[change]))
 
     drivetrain.initialize(
         model=Model(),
@@ -261,6 +271,7 @@ def test_ranks_with_other_parameters_must_say_so() -> None:
         ("no placement", "blocks.0.up.weight.shape is [3, 4] on rank 0, [2, 4] on rank 1"),
         ("other whole", "blocks.0.up.weight.whole shape is [7, 4] on rank 0, [8, 4] on rank 1"),
         ("overlap", "parameter blocks.0.up.weight: mesh axes ('data', 'world', 'tp') overlap"),
+        *((c, "cannot be what its placement") for c in ("outside", "behind the end", "same place")),
     ],
 )
 def test_placements_that_cannot_be_are_refused(change: str, text: str) -> None:

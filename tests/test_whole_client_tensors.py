@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import drivetrain_zero
@@ -146,6 +147,21 @@ def other_change_on_one_rank(stage: int) -> str:
     return str(raised.value)
 
 
+def with_a_gap() -> str:
+    engine = make(0, 2)
+    last = engine.module.blocks[0].up.weight
+    info = engine.job.parameters.info(last)
+    assert info.placement is not None
+    if engine.job.rank == 1:
+        info.placement = replace(info.placement, boxes=())
+    before = {p: p.data_ptr() for p in engine.module.parameters()}
+    with pytest.raises(TrainingError) as raised, drivetrain.whole(engine.module):
+        pass
+    assert before == {p: p.data_ptr() for p in engine.module.parameters()}
+    engine.destroy()
+    return str(raised.value)
+
+
 def save_experts(folder: str) -> str:
     engine = make(0, 2)
     engine.job.parameters.info(engine.module.head.bias).distinct = ("tp",)
@@ -194,6 +210,12 @@ def test_single_states_are_those_of_the_client(stage: int) -> None:
 def test_copies_that_are_changed_apart_are_refused(stage: int) -> None:
     for text in run_distributed(other_change_on_one_rank, 2, stage):
         assert "parameter head.weight was changed to different values on different ranks" in text
+
+
+def test_a_tensor_of_which_no_rank_has_a_part_is_refused_by_name() -> None:
+    for said in run_distributed(with_a_gap, 2):
+        assert "blocks.0.up.weight cannot be used whole: only" in said
+        assert "of its 20 elements" in said
 
 
 def test_a_file_of_one_rank_is_not_written_where_others_have_more(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.distributed_c10d import Store
 
-    from drivetrain.contracts.state.parameters import ParameterInfo
+    from drivetrain.contracts.state.parameters import ParameterInfo, Placement
     from drivetrain.contracts.world.axis import Axis
     from drivetrain.job.job import Job
 
@@ -127,6 +127,7 @@ def _note(
             "to what is built in place of the client's modules (job.parameters.name)"
         )
     if placed is not None:  # whose ranks have other boxes of one tensor
+        _refuse_boxes(label, placed, tensor.numel())
         facts["whole shape"] = list(placed.global_shape)
         facts["joined of"] = [list(part) for part in placed.joined]
         rows = sum(length for _, length in placed.joined)
@@ -140,6 +141,24 @@ def _note(
     facts |= _facts(tensor, info.name)
     for axis in (info.reduction, replicated):
         by_axis.setdefault(_short(axis), {})[label] = facts
+
+
+def _refuse_boxes(label: str, placed: Placement, numel: int) -> None:
+    """Check that each box lies in the whole tensor, and by itself in the ``numel`` elements here.
+
+    Raises:
+        ConfigError: a checkpoint would have other values than the parameter.
+    """
+    end = 0
+    for box in placed.boxes:
+        corners = zip(box.global_offset, box.size, placed.global_shape, strict=True)
+        inside = all(0 <= at <= at + extent <= whole for at, extent, whole in corners)
+        if not (inside and end <= box.local_offset <= box.local_offset + box.numel <= numel):
+            raise ConfigError(
+                f"{label} has {numel} elements here and cannot be what its placement says: {box} "
+                f"of {list(placed.global_shape)} lies outside, or not behind the box before it"
+            )
+        end = box.local_offset + box.numel
 
 
 def _short(axis: Axis) -> Axis:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from drivetrain.contracts.state.fragment import Box
-from drivetrain.contracts.world.collective import Purpose, Tag
+from drivetrain.contracts.world.collective import Purpose, Tag, axis_name
 from drivetrain.errors import TrainingError
 from drivetrain.job.job import open_jobs
 from drivetrain.job.ownership import owner_of
@@ -31,7 +32,7 @@ from drivetrain.tensor_parts import tensor_parts
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
-    from drivetrain.contracts.state.parameters import Placement
+    from drivetrain.contracts.state.parameters import ParameterInfo, Placement
     from drivetrain.contracts.world.axis import Axis
     from drivetrain.job.job import Job
 
@@ -273,7 +274,10 @@ def whole_state_dict(module: nn.Module, **options: Any) -> dict[str, Any]:
 
 def _show_client_tensors(placed: Mapping[nn.Parameter, _Copies]) -> None:
     """Let parameters show all of the tensors of which this rank has boxes. Collective."""
-    for parameter, boxes in _boxes_of_all(placed).items():
+    every = _boxes_of_all(placed)
+    for parameter, boxes in every.items():
+        _refuse_gaps(placed[parameter].job.parameters.info(parameter), boxes)
+    for parameter, boxes in every.items():
         job = placed[parameter].job
         info, mine = job.parameters.info(parameter), parameter.data
         assert info.placement is not None
@@ -290,6 +294,16 @@ def _show_client_tensors(placed: Mapping[nn.Parameter, _Copies]) -> None:
                 box.of(tensor).copy_(box.of_storage(flat))
         _local[parameter] = mine
         parameter.data = tensor
+
+
+def _refuse_gaps(info: ParameterInfo, boxes: Iterable[Iterable[Box]]) -> None:
+    assert info.placement is not None
+    found = sum(box.numel for theirs in boxes for box in theirs)
+    if found < (wanted := prod(info.placement.global_shape)):
+        raise TrainingError(
+            f"parameter {info.name} cannot be used whole: only {found} of its {wanted} elements "
+            f"are in boxes of ranks along {axis_name(info.placement.axis)}"
+        )
 
 
 def _boxes_of_all(placed: Mapping[nn.Parameter, _Copies]) -> dict[nn.Parameter, list[list[Box]]]:
