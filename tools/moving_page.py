@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 
 from deepspeed._config.keys import DEFAULTS, paths
@@ -15,6 +15,7 @@ from torch import nn
 
 from drivetrain.plan import known
 from drivetrain.plan.registry import Registry
+from tools import workspace
 
 INTRODUCTION = """\
 # Moving from DeepSpeed
@@ -67,6 +68,42 @@ warns and names it.
 
 """
 
+FRAMEWORKS = """\
+## Frameworks
+
+What `tests/frameworks/` trains on two ranks, and compares with the same run on torch's
+DistributedDataParallel: losses, gradient norms, weights.
+
+| framework | version | what is tried |
+|---|---|---|"""
+
+TRIED: Mapping[str, tuple[str, ...]] = {
+    "transformers": (
+        "Transformers' Trainer",
+        "stages 0 to 3",
+        "states and parameters on the host or in files",
+        "bf16, fp16",
+        "accumulation, clipping, `auto` values",
+        "optimizers and schedules of the config and of the Trainer",
+        "evaluation, `generate`, `from_pretrained` into shards",
+        "gradient checkpointing, `torch_compile`",
+        "resuming on another number of ranks, `save_model`",
+    ),
+    "accelerate": (
+        "Accelerate",
+        "`prepare`, `accumulate`, `backward`, `clip_grad_norm_` at stages 1 and 3",
+        "`save_state`, `load_state`, `save_model`",
+    ),
+    "peft": ("PEFT", "LoRA at stage 3, adapters saved whole"),
+    "pytorch-lightning": (
+        "Lightning's `DeepSpeedStrategy`",
+        "stages 1 to 3, offloading to the host, resuming",
+        "it insists on CUDA, so the tests leave out that one check",
+    ),
+    "trl": ("TRL", "`SFTTrainer`, `DPOTrainer` and `GRPOTrainer` at stages 2 and 3"),
+}
+"""Distribution -> its name, and what of it is tried."""
+
 KEYS = """\
 ## Config keys
 
@@ -97,8 +134,29 @@ lacks.
 
 def moving_page() -> str:
     """The whole page."""
-    parts = [INTRODUCTION + KEYS, *_keys(), "", NAMES, *_names(), "", ENGINE, *_engine(), ""]
+    parts = [
+        INTRODUCTION + FRAMEWORKS,
+        *_frameworks(),
+        "",
+        KEYS,
+        *_keys(),
+        "",
+        NAMES,
+        *_names(),
+        "",
+        ENGINE,
+        *_engine(),
+        "",
+    ]
     return "\n".join(parts)
+
+
+def _frameworks() -> Iterator[str]:
+    files = ("constraints.txt", "tests/frameworks/constraints.txt")
+    lines = [line for f in files for line in (workspace.ROOT / f).read_text("utf-8").splitlines()]
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    for distribution, (name, *tried) in TRIED.items():
+        yield f"| {name} | {pins[distribution]} | {'; '.join(tried)} |"
 
 
 def _keys() -> Iterator[str]:
