@@ -17,20 +17,16 @@ Python, for peers that live in an environment of their own.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import math
 import os
 import platform
-import random
-import socket
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from side_by_side import Facts, row, running, take_turns
 
 WORKER = Path(__file__).with_name("train_step_worker.py")
 
@@ -51,77 +47,12 @@ class Shape:
     nvme_path: str = ""
 
 
-class System:
-    """The ranks of one system, which take a step when they are told."""
-
-    def __init__(self, name: str, shape: Shape, ranks: int) -> None:
-        self.name, _, interpreter = name.partition("@")
-        port = _free_port()
-        self._ranks = [
-            subprocess.Popen(
-                [interpreter or sys.executable, str(WORKER), self.name, json.dumps(asdict(shape))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=_environment(rank, ranks, port),
-            )
-            for rank in range(ranks)
-        ]
-
-    def ready(self) -> dict[str, object]:
-        """Wait until every rank has built its model; rank 0's facts about itself."""
-        answers = [self._answer(rank) for rank in self._ranks]
-        return answers[0]
-
-    def step(self) -> float:
-        """Seconds of one step, from the word go to the last rank's answer."""
-        begin = time.perf_counter()
-        for rank in self._ranks:
-            assert rank.stdin is not None
-            rank.stdin.write("step\n")
-            rank.stdin.flush()
-        for rank in self._ranks:
-            self._answer(rank)
-        return time.perf_counter() - begin
-
-    def close(self) -> dict[str, object]:
-        """End the ranks; what rank 0 says in the end (loss, peak memory)."""
-        for rank in self._ranks:
-            assert rank.stdin is not None
-            rank.stdin.write("end\n")
-            rank.stdin.flush()
-        answers = [self._answer(rank) for rank in self._ranks]
-        for rank in self._ranks:
-            rank.wait(30)
-        return answers[0]
-
-    def kill(self) -> None:
-        """End the ranks at once."""
-        for rank in self._ranks:
-            rank.kill()
-
-    def _answer(self, rank: subprocess.Popen[str]) -> dict[str, object]:
-        assert rank.stdout is not None
-        for line in rank.stdout:
-            if line.startswith("{"):
-                answer: dict[str, object] = json.loads(line)
-                return answer
-        raise SystemExit(f"a rank of {self.name} ended with exit code {rank.wait()}")
-
-
 def main() -> None:
     options = _arguments()
     shape = Shape(**{key: getattr(options, key) for key in Shape.__dataclass_fields__})
-    with _systems(options.systems, shape, options.ranks) as systems:
+    with running(options.systems, WORKER, asdict(shape), options.ranks) as systems:
         facts = {name: system.ready() for name, system in systems.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in systems}
-        for index in range(options.warmup + options.pairs):
-            order = list(systems)
-            random.Random(index).shuffle(order)  # noqa: S311 - nobody always runs in another's wake
-            for name in order:
-                elapsed = systems[name].step()
-                if index >= options.warmup:
-                    seconds[name].append(elapsed)
+        seconds = take_turns(systems, options.warmup, options.pairs)
         last = {name: system.close() for name, system in systems.items()}
     print(json.dumps(_result(options, shape, facts, seconds, last), indent=1))
 
@@ -129,23 +60,19 @@ def main() -> None:
 def _result(
     options: argparse.Namespace,
     shape: Shape,
-    facts: dict[str, dict[str, object]],
+    facts: dict[str, Facts],
     seconds: dict[str, list[float]],
-    last: dict[str, dict[str, object]],
-) -> dict[str, object]:
+    last: dict[str, Facts],
+) -> Facts:
     baseline = next(iter(seconds))
     tokens = shape.micro_batch * shape.sequence * shape.accumulation * options.ranks
     rows = {}
     for name, times in seconds.items():
-        ratios = [own / base for own, base in zip(times, seconds[baseline], strict=True)]
-        median = statistics.median(times)
         rows[name] = {
             **facts[name],
             **last[name],
-            "seconds_median": round(median, 5),
-            "tokens_per_second": round(tokens / median, 1),
-            f"time_ratio_to_{baseline}": round(statistics.median(ratios), 4),
-            "ratio_interval_95": [round(bound, 4) for bound in median_interval(ratios)],
+            "tokens_per_second": round(tokens / statistics.median(times), 1),
+            **row(times, seconds[baseline], baseline),
         }
     return {
         "command": "python benchmarks/train_step.py " + " ".join(sys.argv[1:]),
@@ -156,46 +83,6 @@ def _result(
         "shape": asdict(shape),
         "systems": rows,
     }
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the median from order statistics (normal approximation of the binomial)."""
-    ordered = sorted(values)
-    reach = 1.96 * math.sqrt(len(ordered)) / 2
-    low = max(0, math.floor(len(ordered) / 2 - reach))
-    high = min(len(ordered) - 1, math.ceil(len(ordered) / 2 + reach))
-    return ordered[low], ordered[high]
-
-
-@contextlib.contextmanager
-def _systems(names: Sequence[str], shape: Shape, ranks: int) -> Iterator[dict[str, System]]:
-    systems: dict[str, System] = {}
-    try:
-        for name in names:
-            systems[name] = System(name, shape, ranks)
-        yield systems
-    finally:
-        for system in systems.values():
-            system.kill()
-
-
-def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    return {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    }
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _arguments() -> argparse.Namespace:
