@@ -93,6 +93,7 @@ TRIED: Mapping[str, tuple[str, ...]] = {
         "Accelerate",
         "`prepare`, `accumulate`, `backward`, `clip_grad_norm_` at stages 1 and 3",
         "`save_state`, `load_state`, `save_model`",
+        "several models in one script, `accelerate launch` at stages 2 and 3",
     ),
     "peft": ("PEFT", "LoRA at stage 3, adapters saved whole"),
     "pytorch-lightning": (

@@ -88,3 +88,58 @@ def test_the_same_loop_trains_alike_and_goes_on_from_its_saved_state(stage, tmp_
     for name, weight in reference["weights"].items():
         np.testing.assert_allclose(found["weights"][name], weight, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(saved[name], weight, rtol=1e-5, atol=1e-7)
+
+
+def two_models(plugins):
+    """Losses of a model that learns from another one, each under a plugin of its own.
+
+    Args:
+        plugins: arguments of both plugins; plain DDP without.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, set_seed
+
+    tiny.start_anew()
+    made = {name: DeepSpeedPlugin(**given) for name, given in (plugins or {}).items()} or None
+    accelerator = Accelerator(
+        cpu=made is None,
+        deepspeed_plugins=made,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
+    )
+    set_seed(0)
+    student, teacher = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    data = torch.utils.data.TensorDataset(torch.randn(32, 4))
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
+    if made is not None:
+        accelerator.state.select_deepspeed_plugin("teacher")
+    teacher = accelerator.prepare(teacher).eval()
+    losses = []
+    for (inputs,) in loader:
+        with torch.no_grad():
+            wanted = teacher(inputs)
+        loss = ((student(inputs) - wanted) ** 2).mean()
+        if made is None:
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            student.backward(loss)
+            student.step()
+        losses.append(accelerator.gather(loss.detach()).mean().item())
+    return losses
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [2, 3])
+def test_several_models_in_one_script(stage):
+    student = {"zero_stage": stage, "gradient_accumulation_steps": 1, "gradient_clipping": 100.0}
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": 3},
+    }
+    plugins = {"student": student, "teacher": {"hf_ds_config": config}}
+    reference = run_distributed(two_models, 2, None)[0]
+    assert run_distributed(two_models, 2, plugins)[0] == pytest.approx(reference, rel=1e-5)
