@@ -491,7 +491,7 @@ def test_no_rank_ever_holds_more_than_shards_and_a_unit() -> None:
     for constructing, adopting, left in run_distributed(check_peak, 4):
         # 64 MiB in all, in blocks of one; a rank keeps 16.
         # Some of it may lie in memory that the rank had let go of before.
-        assert 8 * megabyte < constructing < 20 * megabyte
+        assert 8 * megabyte < constructing < 24 * megabyte
         # 16 of gradient shards come, those of zero.Init go; the engine's 16 lie in memory that
         # ranks share, if they do.
         own = 0 if SHARE_MEMORY else 16 * megabyte
