@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import json
 import os
 import resource
+import subprocess
+import sys
 import threading
 import time
 from importlib.util import find_spec
@@ -487,13 +490,22 @@ def check_peak() -> tuple[int, int, int]:
 
 
 def test_no_rank_ever_holds_more_than_shards_and_a_unit() -> None:
+    # Ranks that have run other tests hold memory that they use again, so these are new.
+    path = [str(Path(__file__).parent), *sys.path]
+    script = f"""
+import json, sys; sys.path[:] = {path!r}
+from test_zero_init import check_peak, run_distributed
+print(json.dumps(run_distributed(check_peak, 4)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     megabyte = 1 << 20
-    for constructing, adopting, left in run_distributed(check_peak, 4):
+    for constructing, adopting, left in json.loads(done.stdout):
         # 64 MiB in all, in blocks of one; a rank keeps 16.
         # Some of it may lie in memory that the rank had let go of before.
-        assert 8 * megabyte < constructing < 24 * megabyte
+        assert 8 * megabyte < constructing < 22 * megabyte
         # 16 of gradient shards come, those of zero.Init go; the engine's 16 lie in memory that
         # ranks share, if they do.
         own = 0 if SHARE_MEMORY else 16 * megabyte
         assert adopting < own + 8 * megabyte
-        assert left < own + 6 * megabyte
+        assert left < own + 7 * megabyte
