@@ -75,19 +75,6 @@ def test_the_place_is_what_the_variables_say(variables: dict, expected: Place | 
     assert discover(variables) == expected
 
 
-def test_a_rank_s_variables_are_those_that_torchrun_sets() -> None:
-    place = discover({**OPENMPI, "AZ_BATCH_MASTER_NODE": "10.0.0.4:6105"})
-    assert place is not None
-    assert place.variables() == {
-        "RANK": "5",
-        "WORLD_SIZE": "8",
-        "LOCAL_RANK": "1",
-        "LOCAL_WORLD_SIZE": "4",
-        "MASTER_ADDR": "10.0.0.4",
-        "MASTER_PORT": "6105",
-    }
-
-
 def test_variables_that_make_no_sense_are_named() -> None:
     broken = {**OPENMPI, "OMPI_COMM_WORLD_SIZE": "eight"}
     with pytest.raises(DrivetrainError, match=r"variables of openmpi make no sense.*'eight'"):

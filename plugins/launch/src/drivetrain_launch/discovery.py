@@ -35,17 +35,6 @@ class Place:
     master_addr: str = ""
     master_port: int = _PORT
 
-    def variables(self) -> dict[str, str]:
-        """The environment as torchrun sets it, for a process that is one rank."""
-        found = {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.size),
-            "LOCAL_RANK": str(self.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.local_size),
-            "MASTER_PORT": str(self.master_port),
-        }
-        return {**found, "MASTER_ADDR": self.master_addr} if self.master_addr else found
-
 
 def discover(environment: Mapping[str, str]) -> Place | None:
     """The place of this process; ``None`` if nothing tells.

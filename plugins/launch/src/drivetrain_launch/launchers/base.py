@@ -27,7 +27,6 @@ class Settings:
         setup: shell command that comes first on every host, such as ``source venv/bin/activate``;
             empty for none.
         named: variables that the user has asked for one by one.
-        whole_hosts: whether all slots of the chosen hosts take part.
         image: container image, where hosts are pods.
     """
 
@@ -36,7 +35,6 @@ class Settings:
     python: str = sys.executable
     setup: str = ""
     named: tuple[str, ...] = ()
-    whole_hosts: bool = True
     image: str = ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +19,9 @@ class Mpi(Launcher):
         command = [*self.head(world), *self.settings.arguments, *self.node(_bare(world).text())]
         return [Start(self.name, command, environment=world.variables)]
 
+    @abstractmethod
     def head(self, world: World) -> list[str]:
         """The program, and how many processes it starts on which hosts."""
-        raise NotImplementedError
 
 
 class OpenMpi(Mpi):
