@@ -37,6 +37,7 @@ from drivetrain.checkpoint.state import (
     plugin_state,
 )
 from drivetrain.contracts.state.extra import StateWriter, is_plain, plain
+from drivetrain.contracts.world.communicator import is_first_copy
 from drivetrain.errors import CheckpointError, DrivetrainError
 from drivetrain.sections.checkpoints import CheckpointSection
 from drivetrain.tensor_parts import tensor_parts
@@ -222,7 +223,7 @@ class _Contents:
             digests = [checksums(as_buffer(raw_bytes(buffer))) for buffer, _ in buffers.values()]
             equal = same_everywhere(job, *digests, axes=axes)
             for (name, (buffer, info)), same in zip(buffers.items(), equal, strict=True):
-                if all(job.communicator.rank(axis) == 0 for axis in axes):
+                if is_first_copy(job.communicator, *axes):
                     self._buffer(name, buffer, info)
                 if not same:
                     self._box(f"buffer/{name}", buffer)

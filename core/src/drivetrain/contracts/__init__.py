@@ -34,6 +34,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "world.axis": "ATOMS Atom Axis AxisRequest NamedAxis SplitAxis SubAxis",
         "world.collective": "Collective Kind Op Purpose Tag axis_name is_float8",
         "world.communicator": "Communicator CommunicatorLayer CommunicatorPhase "
-        "CommunicatorWrapper DONE Handle",
+        "CommunicatorWrapper DONE Handle is_first_copy",
     },
 )

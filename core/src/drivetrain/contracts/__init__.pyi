@@ -81,3 +81,4 @@ from drivetrain.contracts.world.communicator import CommunicatorLayer as Communi
 from drivetrain.contracts.world.communicator import CommunicatorPhase as CommunicatorPhase
 from drivetrain.contracts.world.communicator import CommunicatorWrapper as CommunicatorWrapper
 from drivetrain.contracts.world.communicator import Handle as Handle
+from drivetrain.contracts.world.communicator import is_first_copy as is_first_copy

@@ -13,6 +13,7 @@ from torch import nn
 
 from drivetrain.contracts.state.bucket import BucketSpec, Segment, WrappedRule
 from drivetrain.contracts.world.collective import axis_name, is_float8
+from drivetrain.contracts.world.communicator import is_first_copy
 from drivetrain.errors import ConfigError
 from drivetrain.tensor_parts import is_wrapper
 
@@ -149,11 +150,6 @@ def _dtypes(info: ParameterInfo, gradient: torch.dtype | None) -> dict[str, torc
         "state_dtype": info.state_dtype or info.master_dtype or own,
         "wire_dtype": info.reduce_dtype or gradient or own,
     }
-
-
-def is_first_copy(communicator: Communicator, *axes: Axis) -> bool:
-    """True if this rank's copy is the first of those along ``axes``: it counts, and is saved."""
-    return all(communicator.rank(axis) == 0 for axis in axes)
 
 
 def _refuse_untrainable(parameter: nn.Parameter, info: ParameterInfo) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 
 from drivetrain.contracts.state.fragment import Fragment
 from drivetrain.contracts.world.collective import Purpose, Tag
+from drivetrain.contracts.world.communicator import is_first_copy
 from drivetrain.job.ownership import lent, lent_fragments, lent_modules, refuse_orphans
-from drivetrain.states.buckets import is_first_copy
 from drivetrain.states.device_home import tensor_fragment
 from drivetrain.states.whole import handed_over
 from drivetrain.tensor_parts import copy_into, is_stored, tensor_parts

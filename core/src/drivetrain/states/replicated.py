@@ -14,6 +14,7 @@ from drivetrain.contracts.state.fragment import Fragment
 from drivetrain.contracts.state.home import StateHome, write_master
 from drivetrain.contracts.state.model_states import ModelStates
 from drivetrain.contracts.world.collective import Purpose, Tag
+from drivetrain.contracts.world.communicator import is_first_copy
 from drivetrain.job.ownership import Owner
 from drivetrain.precision.precision import Precision
 from drivetrain.sections.data_parallel import DataParallel
@@ -22,7 +23,6 @@ from drivetrain.states.all_reduce import AllReduceBucket
 from drivetrain.states.buckets import (
     BucketSizes,
     PlannedBucket,
-    is_first_copy,
     plan_buckets,
 )
 from drivetrain.states.changed_parameters import ParameterWatch, refuse_unlike_copies

@@ -18,8 +18,7 @@ from drivetrain.contracts.plugin.plugin import Plugin, hookimpl
 from drivetrain.contracts.state.bucket import BucketSpec
 from drivetrain.contracts.state.home import StateHome
 from drivetrain.contracts.world.collective import Purpose, Tag
-from drivetrain.contracts.world.communicator import Communicator
-from drivetrain.states.buckets import is_first_copy
+from drivetrain.contracts.world.communicator import Communicator, is_first_copy
 from drivetrain.states.device_home import DeviceHome
 
 if TYPE_CHECKING:

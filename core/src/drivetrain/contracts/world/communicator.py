@@ -295,3 +295,8 @@ class CommunicatorLayer:
 
     phase: CommunicatorPhase
     wrap: Callable[[Communicator], Communicator]
+
+
+def is_first_copy(communicator: Communicator, *axes: Axis) -> bool:
+    """True if this rank's copy is the first of those along ``axes``: it counts, and is saved."""
+    return all(communicator.rank(axis) == 0 for axis in axes)

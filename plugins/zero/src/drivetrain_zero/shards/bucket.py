@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.contracts import BucketSpec, Fragment, StateHome, write_master
-from drivetrain.states.buckets import is_first_copy
+from drivetrain.contracts import BucketSpec, Fragment, StateHome, is_first_copy, write_master
 from drivetrain.states.device_home import segment_fragment
 from drivetrain.states.loose import broadcast_first
 from drivetrain.states.whole import handed_over
