@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from drivetrain.monitor import Event, write_events
 from drivetrain.plan.registry import Registry
 from drivetrain.testing import PluginConformance, data, run_distributed
 from drivetrain.testing.models import mlp
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What wandb makes at its import it removes at exit, which ranks do not come to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("wandb")))
+        yield
 
 
 class TestWeightsAndBiases(PluginConformance):
