@@ -143,6 +143,8 @@ def test_a_time_out_shows_where_ranks_are():
     error = caught.value.errors[1]
     assert error.error == "did not end within 5 s"
     assert "in hang" in error.stack
+    first_line = str(caught.value).splitlines()[0]
+    assert "rank 1 was in hang (test_run_distributed.py:" in first_line
 
 
 def hang_without_the_interpreter() -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import select
 import signal
 import socket
@@ -39,12 +40,14 @@ class RankError:
         error: type and message of its exception, or how its process ended.
         stack: where it was.
         at: when, on the host's monotonic clock.
+        where: what it was running when it was ended, from the inside out.
     """
 
     rank: int
     error: str
     stack: str
     at: float
+    where: str = ""
 
 
 class RanksFailedError(DrivetrainError):
@@ -58,7 +61,9 @@ class RanksFailedError(DrivetrainError):
         ordered = sorted(errors, key=lambda error: error.at)
         self.errors = {error.rank: error for error in ordered}
         first = ordered[0]
-        parts = [f"rank {first.rank} of {world_size} failed first: {first.error}"]
+        # Reports of a suite often show one line of an error, so it says where ranks that hang are.
+        running = "".join(f"; rank {e.rank} was in {e.where}" for e in ordered if e.where)
+        parts = [f"rank {first.rank} of {world_size} failed first: {first.error}{running}"]
         parts += [f"--- rank {e.rank}: {e.error}\n{e.stack.rstrip()}" for e in ordered]
         super().__init__("\n".join(parts))
 
@@ -171,13 +176,19 @@ def _collect(pool: _Pool, ranks: Sequence[_Rank], deadline: float, timeout: floa
     reason = "was still running after another rank had failed"
     if not errors:
         reason = f"did not end within {timeout:g} s"
-    errors += [
-        RankError(number, reason, pool.stacks(ranks[number]), time.monotonic())
-        for number in waiting.values()
-    ]
+    for number in waiting.values():
+        stack = pool.stacks(ranks[number])
+        errors.append(RankError(number, reason, stack, time.monotonic(), _innermost(stack)))
     if errors:
         raise RanksFailedError(errors, len(ranks))
     return [results[number] for number in range(len(ranks))]
+
+
+def _innermost(stack: str, calls: int = 4) -> str:
+    """The innermost calls of a process's first thread, in a text of ``faulthandler``."""
+    # It shows the thread that began the process last.
+    frames = re.findall(r'File "(?:.*/)?(.*?)", line (\d+) in (\S+)', stack.split("\n\n")[-1])
+    return " < ".join(f"{name} ({file}:{line})" for file, line, name in frames[:calls])
 
 
 def _outcome(pool: _Pool, rank: _Rank) -> Outcome:
