@@ -1,0 +1,1 @@
+from drivetrain_pipeline.section import PipelineSection as PipelineSection
