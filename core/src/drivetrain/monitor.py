@@ -144,6 +144,9 @@ def events_of(report: StepReport, *, with_times: bool, detailed: bool = False) -
     for span, name in _TIMES.items() if with_times else ():
         if span in report.times:
             values[f"Train/Samples/elapsed_time_ms_{name}"] = 1e3 * report.times[span]
+    for name, value in report.values.items():  # single numbers; lists are for other views
+        if isinstance(value, float):
+            values[f"Train/Samples/{name}"] = value
     if detailed:
         values |= {f"Train/Samples/{name}": value for name, value in _details(report)}
     return [Event(name, value, report.samples) for name, value in values.items()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 from drivetrain.errors import TrainingError
 
 if TYPE_CHECKING:
+    from drivetrain.job.extra_losses import ExtraLosses, Factor, Note
     from drivetrain.precision.loss_scale import LossScaler
 
 
@@ -112,11 +114,19 @@ class BackwardWindow:
 class ScaledLosses:
     """Knows whether the backward pass that runs is one of a loss that was scaled here.
 
-    Passes of losses that need neither loss scale nor weight are not noted.
+    Passes of losses that need neither loss scale nor weight, nor have extra terms, are not noted.
+
+    Args:
+        terms: of the job's losses; told in each pass what they are multiplied by.
+        note: takes the terms of such passes, for the loss that is reported.
+        scaler: of the first pass, which a schedule may run without the engine.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, terms: ExtraLosses, note: Note, scaler: LossScaler) -> None:
         self._pass: BackwardPass | None = None
+        self._terms = terms
+        self._note = note
+        self.goes_on(scaler, None)
 
     def scale(
         self, scaler: LossScaler, loss: torch.Tensor, weight: float | torch.Tensor | None
@@ -125,16 +135,26 @@ class ScaledLosses:
         scaled = scaler.scale(loss)
         if weight is not None:
             scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32)) * weight
-        if scaler.active or weight is not None:
-            scaled.register_hook(self._begins)  # type: ignore[no-untyped-call]
+        if scaler.active or weight is not None or self._terms.used:
+            begins = partial(self._begins, scaler, weight)
+            scaled.register_hook(begins)  # type: ignore[no-untyped-call]
         return scaled
+
+    def goes_on(self, scaler: LossScaler, weight: Factor | None) -> None:
+        """A pass comes whose loss another rank has scaled, and given ``weight``."""
+        self._terms.begin(lambda: scaler.scale_value, weight, self._note)
+
+    def is_plain(self) -> None:
+        """A pass of a loss that was not scaled here has begun; its loss is not reported."""
+        self._terms.begin(lambda: 1.0, None)
 
     @property
     def runs(self) -> bool:
         """Whether such a pass runs, or one inside of it."""
         return self._pass is not None and self._pass.runs
 
-    def _begins(self, _gradient: torch.Tensor) -> None:
+    def _begins(self, scaler: LossScaler, weight: Factor | None, _gradient: torch.Tensor) -> None:
+        self.goes_on(scaler, weight)
         self._pass = BackwardPass(lambda: None)
 
 

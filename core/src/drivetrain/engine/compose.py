@@ -81,6 +81,7 @@ def build_engine(
         CheckpointError: ``weights`` do not fit the module, or are damaged.
     """
     plan, hub = job.plan, job.hub
+    _refuse_unserved(job, module)
     precision = Precision.of(plan)
     job.parameters.register(module, reduction="data")
     training = optimizer is not None or plan.section(OptimizerSection).type is not None
@@ -88,6 +89,7 @@ def build_engine(
     module = _apply(transforms, module, Phase.ADAPT, Phase.PARTITION)
     _describe(job, module, precision)
     module = _apply(transforms, _on_device(job, module, weights), Phase.RECOMPUTE)
+    job.values.agree(None if job.failures is None else job.communicator, job.device)
     work = _optimizer_plan(job, module, optimizer, parameters)
     _check_model(job, module, work)
     precision.cast_buffers(module, lent_modules(module, None))
@@ -115,6 +117,32 @@ def build_engine(
             engine.training_dataloader = loader
         undone.pop_all()
     return engine
+
+
+def plugins_of_objects(module: nn.Module) -> dict[str, str]:
+    """Config paths that classes in ``module`` name (``drivetrain_plugin``) -> name of a class."""
+    found: dict[str, str] = {}
+    for kind in dict.fromkeys(type(part) for part in module.modules()):
+        path = getattr(kind, "drivetrain_plugin", None)
+        if isinstance(path, str):
+            found.setdefault(path, kind.__name__)
+    return found
+
+
+def _refuse_unserved(job: Job, module: nn.Module) -> None:
+    """Check that plugins which objects in ``module`` need take part in the plan.
+
+    Raises:
+        ConfigError: one does not; says what to write into the config.
+    """
+    for path, kind in plugins_of_objects(module).items():
+        entry = job.plan.registry.find("plugins", path)
+        if entry is None or not any(type(p) is entry.load() for p in job.plan.plugins):
+            raise ConfigError(
+                f"the model has a {kind}, which needs the plugin {path!r}, and the plan does not "
+                f'have it or switches it off: write "{path}": {{}} into the config (a job that is '
+                "opened without a model cannot know)"
+            )
 
 
 def _check_model(job: Job, module: nn.Module, work: OptimizerPlan | None) -> None:

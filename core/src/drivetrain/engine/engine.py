@@ -75,8 +75,7 @@ class Engine(EngineSettings, nn.Module):
         progress: Progress,
     ) -> None:
         super().__init__()
-        self.module = module
-        self.job = job
+        self.module, self.job = module, job
         self.states = states
         self.precision = precision
         self.loss_scaler = loss_scaler
@@ -92,11 +91,9 @@ class Engine(EngineSettings, nn.Module):
         self._losses = LossWatch(job.device)
         self._window = BackwardWindow(self._unannounced_begins, states.end_backward)
         self._reducing = True
-        self._has_scaled = False
-        self._scaled = ScaledLosses()
+        self._scaled = ScaledLosses(job.losses, self._losses.add_term, loss_scaler)
         self._norm: torch.Tensor | None = None
-        self._norm_wanted = False
-        self._applied = False
+        self._norm_wanted = self._has_scaled = self._applied = False
         self._batches: Iterator[Any] | None = None
         self._on_destroy: list[Callable[[], object]] = []
         self._reporter = StepReporter(job.plan)
@@ -192,6 +189,7 @@ class Engine(EngineSettings, nn.Module):
         gradients: Any,
         *,
         retain_graph: bool = False,
+        weight: float | torch.Tensor | None = None,
         last: bool | None = None,
     ) -> None:
         """Accumulate gradients from outputs whose own gradients are known, without a loss.
@@ -204,12 +202,14 @@ class Engine(EngineSettings, nn.Module):
             gradients: nested alike; a tensor of the same shape for every output with a graph,
                 ``None`` for everything else.
             retain_graph: as for ``torch.Tensor.backward``.
+            weight: that :meth:`backward` had; only extra losses of this rank's layers need it.
             last: see :meth:`backward`.
 
         Raises:
             TrainingError: outputs and gradients do not fit, or no output has a graph.
         """
         self._require_optimizer("run backward")
+        self._scaled.goes_on(self.loss_scaler, checked_weight(weight))
         self._run_backward(*starting_points(outputs, gradients), retain_graph, last)
 
     def gradients_ready(self, parameters: Iterable[nn.Parameter], last: bool | None = None) -> None:
@@ -291,7 +291,8 @@ class Engine(EngineSettings, nn.Module):
             self._batches = self._batches or endless_batches(self.training_dataloader)
             data_iter = self._batches
         self.train()
-        return mean_over_ranks(self.job, self.runner.run(data_iter, train=True))
+        total = self._losses.with_terms(self.runner.run(data_iter, train=True))
+        return mean_over_ranks(self.job, total)
 
     def eval_batch(self, data_iter: Iterator[Any]) -> torch.Tensor:
         """Mean loss of one micro-batch per data shard, without gradients."""
@@ -371,8 +372,6 @@ class Engine(EngineSettings, nn.Module):
     def device(self) -> torch.device:
         """The device that the module computes on."""
         return self.job.device
-
-    # -- the rest of the public surface -------------------------------------------------------
 
     def compile(self, backend: str = "inductor", **kwargs: Any) -> None:
         """Compile every repeated block of the module in place, or the module if it has none."""
@@ -457,6 +456,7 @@ class Engine(EngineSettings, nn.Module):
                     "loss.backward() without loss scaling: with fp16 call engine.backward(loss), "
                     "or engine.scale(loss).backward()"
                 )
+            self._scaled.is_plain()
             self._declare(weighted=False)
 
     def _begin_loss(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.communication.process_group import Ranks
-from drivetrain.engine.compose import ClientOptimizer, require_module
+from drivetrain.engine.compose import ClientOptimizer, plugins_of_objects, require_module
 from drivetrain.engine.engine import Engine
 from drivetrain.errors import ConfigError
 from drivetrain.job.job import Job
@@ -84,14 +84,14 @@ def initialize(
     source = _one_config(args, config, config_params)
     if distributed_port is not None:
         os.environ.setdefault("MASTER_PORT", str(distributed_port))
-    overlays = [*overlays, *(getattr(args, "overlays", None) or ()), *_sizes(mesh_param)]
     ranks = Ranks.current()
     plan = Plan.build(
         source,
-        overlays=overlays,
+        overlays=[*overlays, *(getattr(args, "overlays", None) or ()), *_sizes(mesh_param)],
         world_size=ranks.world_size,
         registry=registry,
         serves_axes=() if mpu is None else ("sp",),
+        objects=plugins_of_objects(module),
     )
     job = Job.open(plan, ranks, mpu=mpu)
     try:

@@ -98,17 +98,22 @@ class StepReporter:
         """
         job = engine.job
         staged = job.mesh.size("pp") > 1
-        if not staged and not self.prints(engine.global_steps) and not job.hub.has("step_end"):
+        if not staged and not self._is_looked_at(engine):
             return total, steps if weight is None else weight
         found = torch.zeros(3, dtype=accumulator(job.device), device=job.device)
         if total is not None:
-            found[0], found[2] = total, weight is None
+            found[0], found[2] = total, 1.0
         if weight is not None:
             found[1] = weight
         tag = Tag(Purpose.CONTROL, site="loss of a step")
         job.communicator.all_reduce(found, loss_axes(job), tag)
-        total, weights, without = found.unbind()
-        return total, torch.where(without > 0, float(steps * job.mesh.size("data")), weights)
+        total, weights, given = found.unbind()
+        # A stage that has extra terms only has no weights, whatever the last one has.
+        unweighted = (given > 0) * float(steps * job.mesh.size("data"))
+        return total, torch.where(weights > 0, weights, unweighted)
+
+    def _is_looked_at(self, engine: Engine) -> bool:
+        return self.prints(engine.global_steps) or engine.job.hub.has("step_end")
 
     def report(
         self,
@@ -122,6 +127,8 @@ class StepReporter:
     ) -> StepReport:
         """Report the boundary that ``engine`` has just passed, with its :meth:`mean_loss`."""
         job, now = engine.job, time.perf_counter()
+        axis = loss_axes(job) if self._is_looked_at(engine) else None
+        collected = job.values.take(job.communicator, axis, job.device)
         report = StepReport(
             step=engine.global_steps,
             applied=engine.was_step_applied(),
@@ -139,6 +146,7 @@ class StepReporter:
             loss_sum=loss[0],
             loss_count=loss[1],
             norm=norm,
+            collected=collected,
         )
         self._ended_at = now
         if job.rank == 0 and self.prints(engine.global_steps):

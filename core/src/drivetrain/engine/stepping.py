@@ -86,6 +86,12 @@ def _tell_stages_of_weights(engine: Engine) -> None:
         tag = Tag(Purpose.CONTROL, site="weights of losses")
         job.communicator.all_reduce(weighted, "pp", tag, op=Op.MAX)
         states.weighted = bool(weighted)
+    if states.weighted and job.losses.lacks_weight:
+        raise TrainingError(
+            "losses of this window have weights, but extra losses of this rank's layers had none: "
+            "tell engine.backward_from the weight of the micro-batch, or pass no weights"
+        )
+    job.losses.lacks_weight = False
 
 
 def checked_weight(weight: float | torch.Tensor | None) -> float | torch.Tensor | None:

@@ -25,6 +25,7 @@ from drivetrain.contracts.state.parameters import ParameterTable
 from drivetrain.contracts.world.communicator import Communicator, CommunicatorPhase
 from drivetrain.errors import CommunicationError, ConfigError
 from drivetrain.job.accelerator_choice import active, choose_accelerator
+from drivetrain.job.extra_losses import ExtraLosses, ReportValues
 from drivetrain.job.progress import Progress
 from drivetrain.job.random_streams import RandomStreams
 from drivetrain.job.spans import Ledger, Span
@@ -61,6 +62,8 @@ class Job:
         progress: counters of the job.
         ledger: seconds by span.
         parameters: facts about parameters.
+        losses: where layers add terms to the loss.
+        values: where layers add numbers to the report of a step.
         engines: built so far, in order; the first one's counters are the job's progress.
         failures: where ranks tell each other of the first error; ``None`` where they cannot talk.
     """
@@ -78,6 +81,8 @@ class Job:
         self.progress = Progress()
         self.ledger = Ledger()
         self.parameters = ParameterTable(plan.layout.rest)
+        self.losses = ExtraLosses()
+        self.values = ReportValues()
         self.engines: list[Engine] = []
         self.failures: FailureBoard | None = None
         self._resources = ExitStack()

@@ -91,6 +91,7 @@ class Plan:
         registry: Registry | None = None,
         batch_required: bool = True,
         serves_axes: Iterable[str] = (),
+        objects: Mapping[str, str] | None = None,
     ) -> Plan:
         """Turn a config into a plan.
 
@@ -102,6 +103,8 @@ class Plan:
             batch_required: whether a batch size must be given; serving needs none.
             serves_axes: mesh axes along which your own code has ranks share work, as plugins say it
                 in ``Plugin.serves_axes``.
+            objects: config paths of plugins that the model's classes name -> name of such a class;
+                each takes part as if the config had an empty section at that path.
 
         Raises:
             ConfigError: with every problem that was found.
@@ -109,7 +112,8 @@ class Plan:
         """
         merged = overlay(load_config(config), overlays)
         world, source = _world_size(world_size)
-        composition = compose(merged, registry if registry is not None else Registry.installed())
+        known = registry if registry is not None else Registry.installed()
+        composition = compose(merged, known, objects or {})
         plan = cls(
             config=merged,
             registry=composition.registry,

@@ -25,6 +25,8 @@ class LossWatch:
         self._immediate = device.type == "cpu"
         self._sum: torch.Tensor | None = None
         self._weight: float | torch.Tensor | None = None
+        self._terms: torch.Tensor | None = None
+        self._taken_terms: torch.Tensor | None = None
         self._unchecked: torch.Tensor | None = None
         self._unchecked_norm: torch.Tensor | None = None
         self._unchecked_divisor: torch.Tensor | None = None
@@ -109,10 +111,23 @@ class LossWatch:
         return self._weight
 
     def take(self) -> tuple[torch.Tensor | None, float | torch.Tensor | None]:
-        """Return the sum of losses and that of their weights since the last call; begin again."""
-        taken = self._sum, self._weight
-        self._sum, self._weight, self._why = None, None, ""
-        return taken
+        """Return the sum of losses with their terms, and that of weights, since the last call."""
+        total, terms, weight = self._sum, self._terms, self._weight
+        self._taken_terms = terms
+        self._sum, self._weight, self._why, self._terms = None, None, "", None
+        if terms is not None:
+            total = terms if total is None else total + terms
+        return total, weight
+
+    def add_term(self, value: torch.Tensor) -> None:
+        """Add an extra term of a loss, times the weight of that loss."""
+        value = value.to(torch.promote_types(value.dtype, torch.float32))
+        self._terms = value if self._terms is None else self._terms + value
+
+    def with_terms(self, total: torch.Tensor) -> torch.Tensor:
+        """Add the terms last taken to the sum of losses, [2], that a runner has returned."""
+        terms, self._taken_terms = self._taken_terms, None
+        return total if terms is None else total + torch.stack([terms, torch.zeros_like(terms)])
 
 
 def weighted_loss(loss: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:

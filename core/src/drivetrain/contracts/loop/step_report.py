@@ -44,6 +44,9 @@ class StepReport:
     loss_sum: torch.Tensor | None = field(repr=False, default=None)
     loss_count: float | torch.Tensor = 0
     norm: torch.Tensor | None = field(repr=False, default=None)
+    collected: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(
+        repr=False, default_factory=dict
+    )
 
     @cached_property
     def loss(self) -> float | None:
@@ -57,6 +60,20 @@ class StepReport:
     def gradient_norm(self) -> float | None:
         """Global L2 norm before clipping; ``None`` when it was not computed."""
         return None if self.norm is None else float(self.norm)
+
+    @cached_property
+    def values(self) -> Mapping[str, float | list[float]]:
+        """Values that layers have added (``job.values``): means over micro-batches and ``data``.
+
+        Where neither the step is printed nor a plugin looks at steps, those of this rank. A name
+        to which nothing was added in this step is left out.
+        """
+        found: dict[str, float | list[float]] = {}
+        for name, (total, times) in self.collected.items():
+            if float(times):
+                mean = (total / times).tolist()
+                found[name] = mean if len(mean) > 1 else mean[0]
+        return found
 
     @property
     def samples_per_second(self) -> float:

@@ -64,8 +64,15 @@ class Composition:
     notes: tuple[str, ...] = ()
 
 
-def compose(config: Mapping[str, Any], registry: Registry) -> Composition:
+def compose(
+    config: Mapping[str, Any], registry: Registry, objects: Mapping[str, str] | None = None
+) -> Composition:
     """Find, load and create the plugins that ``config`` names, each with its validated sections.
+
+    Args:
+        config: the merged config.
+        registry: where plugins come from.
+        objects: further paths, which classes of the model name -> name of such a class.
 
     Raises:
         ConfigError: every unknown key, missing distribution, and wrong value, all at once.
@@ -80,6 +87,9 @@ def compose(config: Mapping[str, Any], registry: Registry) -> Composition:
         builder.claim(path, f"config section {path!r}")
     for name in activated:
         builder.claim(name, f"{PLUGINS_KEY}.{name}", where=f"{PLUGINS_KEY}.{name}")
+    for path, kind in (objects or {}).items():
+        if path not in builder.sections:
+            builder.claim(path, f"the model has a {kind}", where=f"{kind} in the model")
     members = builder.build()
     if builder.problems:
         raise ConfigError(builder.problems)
