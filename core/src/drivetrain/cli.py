@@ -9,8 +9,8 @@ import click
 
 from drivetrain.errors import ConfigError, DrivetrainError, PluginError
 from drivetrain.paths import at_home
-from drivetrain.plan.known import COMMANDS
-from drivetrain.plan.registry import Entry, Registry
+from drivetrain.plan.known import OWNERS, PLANNED
+from drivetrain.plan.registry import Entry, Group, Registry
 from drivetrain.version import __version__
 from drivetrain.wording import did_you_mean
 
@@ -28,16 +28,24 @@ packages may be broken or import torch; that page must be quick and whole."""
 
 
 class Commands(click.Group):
-    """The commands of all installed distributions; each is imported when it is needed."""
+    """The commands of all installed distributions; each is imported when it is needed.
+
+    Attributes:
+        kind: the entry point group in which they are.
+        called: how messages call one.
+    """
+
+    kind: Group = "commands"
+    called = "command"
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return Registry.installed().names("commands")
+        return Registry.installed().names(self.kind)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         registry = Registry.installed()
-        if registry.find("commands", cmd_name) is None:
+        if registry.find(self.kind, cmd_name) is None:
             return None
-        command: click.Command = registry.load("commands", cmd_name)
+        command: click.Command = registry.load(self.kind, cmd_name)
         return command
 
     def resolve_command(
@@ -46,20 +54,38 @@ class Commands(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            name = args[0]
-            hint = did_you_mean(name, [*self.list_commands(ctx), *COMMANDS])
-            reason = Registry.installed().missing("commands", name)
+            name, known = args[0], OWNERS.get(self.kind, {})
+            hint = did_you_mean(name, [*self.list_commands(ctx), *known])
+            reason = Registry.installed().missing(self.kind, name)
             problem = (
-                f"command {name!r} is {reason}" if reason else f"no command is named {name!r}{hint}"
+                f"{self.called} {name!r} is {reason}"
+                if reason
+                else f"no {self.called} is named {name!r}{hint}"
             )
             raise click.UsageError(problem, ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        entries = {entry.name: entry for entry in Registry.installed().entries("commands")}
-        rows = {name: f"Not installed: pip install {owner}." for name, owner in COMMANDS.items()}
-        rows.update({name: _summary(entry) for name, entry in entries.items()})
-        with formatter.section("Commands"):
+        entries = {entry.name: entry for entry in Registry.installed().entries(self.kind)}
+        rows = {
+            name: f"Not installed: pip install {owner}."
+            for name, owner in OWNERS.get(self.kind, {}).items()
+            if owner not in PLANNED
+        }
+        rows.update({name: self._summary(entry) for name, entry in entries.items()})
+        with formatter.section(f"{self.called.capitalize()}s"):
             formatter.write_dl(sorted(rows.items()))
+
+    def _summary(self, entry: Entry) -> str:
+        if entry.distribution == _QUICK:
+            with suppress(PluginError):
+                command: click.Command = entry.load()
+                return command.get_short_help_str(limit=80)
+        path = "drivetrain" if self.kind == "commands" else f"drivetrain {self.kind}"
+        return f"From {entry.distribution}; see {path} {entry.name} --help."
+
+
+class _Main(Commands):
+    """Shows errors of ours as their message."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -68,14 +94,6 @@ class Commands(click.Group):
             if ctx.params["traceback"]:
                 raise
             raise Failure(error) from error
-
-
-def _summary(entry: Entry) -> str:
-    if entry.distribution == _QUICK:
-        with suppress(PluginError):
-            command: click.Command = entry.load()
-            return command.get_short_help_str(limit=80)
-    return f"From {entry.distribution}; see drivetrain {entry.name} --help."
 
 
 class Failure(click.ClickException):
@@ -95,7 +113,7 @@ class Failure(click.ClickException):
         click.echo(self.message, err=True)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="drivetrain")
 @click.option("--traceback", is_flag=True, help="Show where in the code an error comes from.")
 def main(traceback: bool) -> None:

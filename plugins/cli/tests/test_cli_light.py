@@ -17,7 +17,7 @@ COMMANDS = [
 
 
 def test_help_says_what_every_command_does() -> None:
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0
     for name in COMMANDS:
@@ -31,6 +31,19 @@ def test_every_command_has_help(command: str) -> None:
     result = CliRunner().invoke(main, [command, "--help"])
     assert result.exit_code == 0
     assert "Usage: " in result.output
+
+
+def test_a_benchmark_whose_package_is_not_there_says_which_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DRIVETRAIN_DISABLE_PLUGINS", "drivetrain-offload")
+    page = CliRunner().invoke(main, ["bench", "--help"]).output
+    assert "io  Not installed: pip install drivetrain-offload." in page
+    refused = CliRunner().invoke(main, ["bench", "io", "."])
+    assert refused.exit_code == 2
+    assert "benchmark 'io' is served by drivetrain-offload, which is " in refused.output
+    unknown = CliRunner().invoke(main, ["bench", "disks"])
+    assert "no benchmark is named 'disks'" in unknown.output
 
 
 @pytest.mark.parametrize("command", ["--help", "plugins", "config schema", "run --help"])

@@ -24,9 +24,6 @@ ENGINE: Mapping[str, str] = _TABLE["engine"]
 SECTIONS = OWNERS["plugins"]
 """Config path -> first-party distribution that serves it."""
 
-COMMANDS = OWNERS["commands"]
-"""Command -> first-party distribution that has it."""
-
 TORCH_OPTIMIZERS = (
     *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "LBFGS", "Muon"),
     *("NAdam", "RAdam", "RMSprop", "Rprop", "SGD", "SparseAdam"),

@@ -1,1 +1,1 @@
-"""``drivetrain io-bench``: what disks do under which settings."""
+"""``drivetrain bench io``: what disks do under which settings."""

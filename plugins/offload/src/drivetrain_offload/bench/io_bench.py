@@ -1,4 +1,4 @@
-"""``drivetrain io-bench``: what a disk can do, and the ``aio`` section that makes it do so."""
+"""``drivetrain bench io``: what a disk can do, and the ``aio`` section that makes it do so."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "io_uring", "libaio", "threads")
 
 
-@click.command("io-bench")
+@click.command("io")
 @click.argument("path", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--size", default=1024, show_default=True, help="MiB of the file.", type=click.IntRange(min=16)

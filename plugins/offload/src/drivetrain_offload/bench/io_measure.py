@@ -1,4 +1,4 @@
-"""How fast a file system reads and writes under given settings; ``drivetrain io-bench``."""
+"""How fast a file system reads and writes under given settings; ``drivetrain bench io``."""
 
 from __future__ import annotations
 
