@@ -79,6 +79,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 def test_public_names_are_listed_before_they_are_imported() -> None:
     public = {"initialize", "init_distributed", "add_config_arguments", "Plan", "Job", "Engine"}
     public |= {"Plugin", "hookimpl", "whole", "units", "materialize", "errors", "__version__"}
+    public |= {"attention"}
     assert set(drivetrain.__all__) == public
     assert public <= set(dir(drivetrain))
 

@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "engine.engine": "Engine",
         "engine.initialize": "initialize",
         "job.job": "Job init_distributed",
+        "modules.attention": "attention",
         "modules.materialize": "materialize",
         "plan.config.arguments": "add_config_arguments",
         "plan.plan": "Plan",

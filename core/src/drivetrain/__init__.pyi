@@ -5,6 +5,7 @@ from drivetrain.engine.engine import Engine as Engine
 from drivetrain.engine.initialize import initialize as initialize
 from drivetrain.job.job import Job as Job
 from drivetrain.job.job import init_distributed as init_distributed
+from drivetrain.modules.attention import attention as attention
 from drivetrain.modules.materialize import materialize as materialize
 from drivetrain.plan.config.arguments import add_config_arguments as add_config_arguments
 from drivetrain.plan.plan import Plan as Plan

@@ -13,6 +13,7 @@ from drivetrain.lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "loop.attention": "Attention AttentionFacts AttentionLayer AttentionPhase MaskRule",
         "loop.batch": "ACCUMULATION Batch GLOBAL LARGEST MICRO solve_batch",
         "loop.loading": "LoaderRequest",
         "loop.runner": "Runner",

@@ -1,3 +1,8 @@
+from drivetrain.contracts.loop.attention import Attention as Attention
+from drivetrain.contracts.loop.attention import AttentionFacts as AttentionFacts
+from drivetrain.contracts.loop.attention import AttentionLayer as AttentionLayer
+from drivetrain.contracts.loop.attention import AttentionPhase as AttentionPhase
+from drivetrain.contracts.loop.attention import MaskRule as MaskRule
 from drivetrain.contracts.loop.batch import ACCUMULATION as ACCUMULATION
 from drivetrain.contracts.loop.batch import GLOBAL as GLOBAL
 from drivetrain.contracts.loop.batch import LARGEST as LARGEST

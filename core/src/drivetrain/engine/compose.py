@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from drivetrain.contracts.loop.transform import Phase, Transform
 from drivetrain.engine.engine import Engine
-from drivetrain.engine.loader import build_loader
 from drivetrain.errors import ConfigError
 from drivetrain.job.ownership import lent_modules, refuse_kept_elsewhere
 from drivetrain.job.progress import Progress
 from drivetrain.job.spmd_guard import check_same_model
+from drivetrain.modules.attention import connect_attention
 from drivetrain.modules.materialize import WeightSource, has_meta, materialize
 from drivetrain.modules.places import move
 from drivetrain.optimization.facade import check_groups
@@ -97,6 +97,7 @@ def build_engine(
     assert states is not None, "core's default states answer last"
     with ExitStack() as undone:  # what fails from here on leaves the module to a better try
         undone.callback(states.detach)
+        undone.callback(disconnect := connect_attention(job, module))
         module = _apply(transforms, module, Phase.COMPILE, Phase.SURROUND)
         engine = engine_type(
             job,
@@ -113,9 +114,9 @@ def build_engine(
         assert runner is not None, "core's default runner answers last"
         engine.runner = runner
         if training_data is not None:
-            loader = build_loader(job, training_data, engine.batch, collate_fn=collate_fn)
-            engine.training_dataloader = loader
+            engine.training_dataloader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
         undone.pop_all()
+    engine.on_destroy(disconnect)
     return engine
 
 

@@ -162,6 +162,7 @@ class Hub:
     wrap_communicator = _collected(hookspecs.wrap_communicator)
     place_state = _asked(hookspecs.place_state)
     transform_module = _collected(hookspecs.transform_module)
+    wrap_attention = _collected(hookspecs.wrap_attention)
     watch_gradients = _collected(hookspecs.watch_gradients)
     describe_parameters = _asked(hookspecs.describe_parameters)
     keep_parameters = _asked(hookspecs.keep_parameters)

@@ -27,7 +27,14 @@ PHASES = {
     "job": ("select_accelerator", "wrap_communicator"),
     "engine": (
         *("transform_module", "describe_parameters", "keep_parameters", "wrap_update_rule"),
-        *("build_model_states", "place_state", "watch_gradients", "build_runner", "build_loader"),
+        *(
+            "build_model_states",
+            "place_state",
+            "watch_gradients",
+            "wrap_attention",
+            "build_runner",
+            "build_loader",
+        ),
     ),
     "forward": ("prepare_inputs",),
     "backward": ("backward",),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from drivetrain.checkpoint.format.commit import PendingSave
+    from drivetrain.contracts.loop.attention import AttentionLayer
     from drivetrain.contracts.loop.batch import Batch
     from drivetrain.contracts.loop.loading import LoaderRequest
     from drivetrain.contracts.loop.runner import Runner
@@ -122,6 +123,18 @@ def transform_module(job: Job, module: torch.nn.Module, training: bool) -> Seque
     backward to prepare for. Adapt and partition find the module where the client left it: on the
     host, the meta device or the job's, to which only what is left of it moves then. A transform
     that replaces a parameter calls ``job.parameters.replace(old, new)``.
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def wrap_attention(job: Job) -> Sequence[AttentionLayer]:
+    """Put layers around the function that computes attention.
+
+    Collect; layers are folded inside out by phase. Once per engine, on every rank, after the module
+    was partitioned; may create process groups through ``job.mesh``, the same ones on every rank.
+    The function is what ``drivetrain.attention`` calls, and the attention of every model of
+    Transformers in the module, until the engine is destroyed. Without any layer nothing is changed.
     """
     raise NotImplementedError
 
