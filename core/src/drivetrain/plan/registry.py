@@ -31,6 +31,7 @@ Group = Literal[
     "storages",
     "commands",
     "bench",
+    "explain",
     "reports",
     "methods",
     "deepspeed",
@@ -54,8 +55,9 @@ class Entry:
     Args:
         group: what kind of thing.
         name: the config path; the accelerator's, optimizer's, schedule's, command's or benchmark's
-            name; the title of a table in ``drivetrain report``; how an engine calls a method; or
-            the name under which scripts for DeepSpeed import it, without ``deepspeed.``.
+            name; the title of a table in ``drivetrain report`` or ``explain``; how an engine calls
+            a method; or the name under which scripts for DeepSpeed import it, without
+            ``deepspeed.``.
         distribution: who offers it; for objects added in this process, their module.
         version: the distribution's version, or ``"in-process"``.
         value: ``"module:attribute"``, or ``"module"``.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -20,7 +22,10 @@ from drivetrain_cli.tables import show
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from drivetrain.plan.plan import Explanation
+    from drivetrain.plan.plan import Explanation, Plan
+
+Sections = Mapping[str, Sequence[tuple[str, object]]]
+"""Heading -> rows (label, value) of what plugins explain of a plan."""
 
 PHASES = {
     "plan": ("mesh_axes", "configure", "plan_batch"),
@@ -61,21 +66,66 @@ WHEN = {
 @OVERLAY_OPTION
 @WORLD_SIZE_OPTION
 @click.option("--html", type=UserPath(path_type=Path), help="Write a page with a picture here.")
+@click.option("--json", "as_data", is_flag=True, help="Print all of it as JSON.")
 def explain(
-    file: str, overlays: tuple[str, ...], world_size: int | None, html: Path | None
+    file: str, overlays: tuple[str, ...], world_size: int | None, html: Path | None, as_data: bool
 ) -> None:
-    """Show what the config FILE activates: plugins and why, settings, mesh, hooks in order."""
+    """Show what the config FILE activates: plugins and why, settings, mesh, hooks in order.
+
+    Active plugins add tables of their own, such as the timeline of a pipeline.
+    """
     from drivetrain.plan.plan import Plan
 
-    explanation = Plan.build(file, overlays=overlays, world_size=world_size).explain()
+    if html is not None and as_data:
+        raise click.UsageError("--html and --json are two forms of one thing; give one of them")
+    plan = Plan.build(file, overlays=overlays, world_size=world_size)
+    explanation, sections = plan.explain(), sections_of(plan)
+    if as_data:
+        click.echo(_data(explanation, sections))
+        return
     if html is None:
-        show(*_tables(explanation))
+        show(*_tables(explanation), *_section_tables(sections))
         return
     try:
-        html.write_text(page(explanation, file), "utf-8")
+        html.write_text(page(explanation, file, sections), "utf-8")
     except OSError as error:
         raise DrivetrainError(f"{html} cannot be written: {error.strerror}") from error
     click.echo(f"wrote {html}")
+
+
+def sections_of(plan: Plan) -> Sections:
+    """Ask the distributions of the plan's active plugins for what they explain of it.
+
+    An entry of ``drivetrain.explain`` is a function of the plan that returns rows (label, value).
+    Of a value, tables and JSON show ``str(value)``; a page shows the picture that its method
+    ``_repr_svg_`` returns, if it has one.
+    """
+    active = {member.entry.distribution for member in plan.members if member.active}
+    entries = plan.registry.entries("explain")
+    found = ((e.name, tuple(e.load()(plan))) for e in entries if e.distribution in active)
+    return {heading: rows for heading, rows in found if rows}
+
+
+def _data(explanation: Explanation, sections: Sections) -> str:
+    data = {
+        **asdict(explanation),
+        "sections": {
+            heading: [{"label": label, "value": str(value)} for label, value in rows]
+            for heading, rows in sections.items()
+        },
+    }
+    return json.dumps(data, indent=2, default=str)
+
+
+def _section_tables(sections: Sections) -> Iterator[Table]:
+    from rich.markup import escape as plain
+    from rich.table import Table
+
+    for heading, rows in sections.items():
+        table = Table(title=heading, title_justify="left", show_header=False)
+        for label, value in rows:
+            table.add_row(plain(label), plain(str(value)))
+        yield table
 
 
 def _tables(explanation: Explanation) -> Iterator[Table]:
@@ -115,8 +165,14 @@ def _hooks(explanation: Explanation) -> Iterator[tuple[str, str, list[str]]]:
                 yield moment, name, list(explanation.hooks[name])
 
 
-def page(explanation: Explanation, title: str) -> str:
-    """A self-contained HTML page: the way of a job with its hooks, plugins, values and mesh."""
+def page(explanation: Explanation, title: str, sections: Sections) -> str:
+    """A self-contained HTML page: the way of a job with its hooks, plugins, values and mesh.
+
+    Args:
+        explanation: of the plan.
+        title: what it is about, such as the config's file.
+        sections: what plugins add; see :func:`sections_of`.
+    """
     numbers = {label: at for at, label in enumerate(explanation.plugins)}
     template = resources.files("drivetrain_cli").joinpath("explain.html").read_text("utf-8")
     return Template(template).substitute(
@@ -132,8 +188,18 @@ def page(explanation: Explanation, title: str) -> str:
             for name, (value, source) in rows.items()
         ),
         mesh=_rows((escape(name), str(size)) for name, size in explanation.mesh.items()),
+        sections="".join(
+            f"<h2>{escape(heading)}</h2><table>"
+            f"{_rows((escape(label), _drawn(value)) for label, value in rows)}</table>"
+            for heading, rows in sections.items()
+        ),
         notes="".join(f"<li>{escape(note)}</li>" for note in explanation.notes) or "<li>none</li>",
     )
+
+
+def _drawn(value: object) -> str:
+    draw = getattr(value, "_repr_svg_", None)  # as notebooks ask for pictures
+    return f"<pre>{escape(str(value))}</pre>" if draw is None else str(draw())
 
 
 def _moment(moment: str, explanation: Explanation, numbers: dict[str, int]) -> str:

@@ -62,7 +62,7 @@ def installed(registry: Registry) -> list[Row]:
         for entry in registry.entries(kind):
             key = (kind, entry.distribution, entry.value if kind == "plugins" else "")
             if key not in rows:
-                rows[key] = Row(kind[:-1], [], entry.distribution, entry.version, [])
+                rows[key] = Row(kind.removesuffix("s"), [], entry.distribution, entry.version, [])
                 if kind == "plugins":
                     _look_inside(entry, rows[key])
             rows[key].names.append(entry.name)

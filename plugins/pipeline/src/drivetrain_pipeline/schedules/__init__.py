@@ -5,7 +5,7 @@
               │  └────> messages (operations)        sends and receives between instructions
               ├───────> simulation ──> Timeline ──>  drawing: text, SVG, Chrome trace
               │            ▲              ▲
-           choosing ── Costs (times)   Recorder      measured in a run
+           choosing ── Costs <────── Recorder        measured in a run (comparison)
 ```
 """
 
@@ -19,8 +19,9 @@ from drivetrain_pipeline.schedules.choosing import (
     choose,
     costs_of,
 )
+from drivetrain_pipeline.schedules.comparison import beside_prediction, measured_costs
 from drivetrain_pipeline.schedules.costs import Costs
-from drivetrain_pipeline.schedules.drawing import as_chrome_trace, as_svg, as_text
+from drivetrain_pipeline.schedules.drawing import Drawing, as_chrome_trace, as_svg, as_text
 from drivetrain_pipeline.schedules.instruction import (
     Exchange,
     Instruction,
@@ -39,6 +40,7 @@ __all__ = [
     "NAMES",
     "Choice",
     "Costs",
+    "Drawing",
     "Exchange",
     "Instruction",
     "Kind",
@@ -53,11 +55,13 @@ __all__ = [
     "as_chrome_trace",
     "as_svg",
     "as_text",
+    "beside_prediction",
     "candidates",
     "check",
     "choose",
     "costs_of",
     "forward_only",
+    "measured_costs",
     "schedule",
     "simulate",
     "warnings_of",

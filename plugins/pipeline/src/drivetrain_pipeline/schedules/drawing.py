@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from drivetrain_pipeline.schedules.timeline import Span, Timeline
@@ -89,6 +90,27 @@ def _box(span: Span, timeline: Timeline, y: int, chunks: int) -> str:
         f'<rect x="{x:.2f}" y="{y}" width="{width:.2f}" height="{_ROW}" fill="{COLOURS[one.kind]}" '
         f'fill-opacity="{shade:.2f}" stroke="#555555" stroke-width="0.6"/>{text}</g>'
     )
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A timeline to look at: text where it is printed, a picture in notebooks and on pages.
+
+    Args:
+        timeline: to draw.
+        title: of the picture.
+        width: columns of the text.
+    """
+
+    timeline: Timeline
+    title: str
+    width: int = 100
+
+    def __str__(self) -> str:
+        return "\n".join(as_text(self.timeline, self.width))
+
+    def _repr_svg_(self) -> str:
+        return as_svg(self.timeline, self.title)
 
 
 def as_chrome_trace(timelines: Mapping[str, Timeline], unit: float = 1.0) -> str:
