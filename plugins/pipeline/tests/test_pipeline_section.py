@@ -30,7 +30,7 @@ def test_stages_are_ranks_and_data_shards_what_they_leave_over() -> None:
         ({"stages": 2, "schedule": "dualpipe"}, "1f1b"),
         ({"stages": 2, "partition": "profile"}, "there are parameters, uniform"),
         ({"stages": 2, "partition": "measured"}, "needs `measured`"),
-        ({"stages": 2, "memory_limit": 100}, "only looked at where schedule is auto"),
+        ({"stages": 2, "memory_limit": 100}, "only looked at where schedule is fastest"),
         ({"stages": 2, "place": {"model.norm": "middle"}}, "middle"),
     ],
 )

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from drivetrain.contracts import Atom, AxisRequest, Plugin, Sections, hookimpl
+from drivetrain.contracts import (
+    Atom,
+    AxisRequest,
+    Phase,
+    Plugin,
+    Problem,
+    Sections,
+    Transform,
+    hookimpl,
+)
 from drivetrain_pipeline.section import PATH, PipelineSection
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from drivetrain.contracts import Runner
+    from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
+    from drivetrain.plan.plan import Plan
 
 
 class Pipeline(Plugin):
@@ -19,6 +36,34 @@ class Pipeline(Plugin):
     def mesh_axes(self) -> Sequence[AxisRequest]:
         return [Atom("pp", self.section(PipelineSection).stages, f"{PATH}.stages")]
 
+    @hookimpl
+    def configure(self, plan: Plan) -> Sequence[Problem]:
+        from drivetrain_pipeline.planning import problems
+
+        return problems(self.section(PipelineSection), plan)
+
+    @hookimpl
+    def transform_module(self, job: Job, module: nn.Module) -> Sequence[Transform]:
+        from drivetrain_pipeline.building import partition
+
+        section = self.section(PipelineSection)
+        return [Transform(Phase.PARTITION, lambda model: partition(job, model, section))]
+
+    @hookimpl
+    def describe_parameters(self, job: Job, module: nn.Module) -> None:
+        from drivetrain_pipeline.building import describe
+
+        describe(job, module)
+
+    @hookimpl
+    def build_runner(self, job: Job, engine: Engine) -> Runner | None:
+        from drivetrain_pipeline.building import runner
+
+        return runner(job, engine, self.section(PipelineSection))
+
     def features(self) -> Mapping[str, object]:
         section = self.section(PipelineSection)
         return {f"{PATH}.stages": section.stages, f"{PATH}.schedule": section.schedule}
+
+    def feature_values(self) -> Mapping[str, Sequence[object]]:
+        return {f"{PATH}.schedule": ("1f1b", "zb_h1")}

@@ -18,9 +18,10 @@ class PipelineSection(Section):
     stages: PositiveInt = Field(
         default=1, description="Ranks along the axis `pp`, each of which has a part of the layers."
     )
-    schedule: Literal["1f1b", "gpipe", "interleaved", "zb_h1", "zb_v", "auto"] = Field(
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zb_h1", "zb_v", "fastest"] = Field(
         default="1f1b",
-        description="Order of forwards and backwards; `auto` takes what a simulation finds best.",
+        description="Order of forwards and backwards; `fastest` takes what a simulation finds, by "
+        "`measured` times or else with equal layers.",
     )
     chunks: PositiveInt | None = Field(
         default=None,
@@ -28,7 +29,7 @@ class PipelineSection(Section):
         "default the least that the schedule needs.",
     )
     memory_limit: PositiveInt | None = Field(
-        default=None, description="Bytes of held activations on a rank, for `auto`."
+        default=None, description="Bytes of held activations on a rank, for `fastest`."
     )
     partition: str = Field(
         default="parameters",
@@ -36,7 +37,8 @@ class PipelineSection(Section):
         "`uniform` (layers), `type:REGEX` (layers whose class matches), or `measured` (time).",
     )
     measured: PathText | None = Field(
-        default=None, description="File of `drivetrain_pipeline.measure`, for `measured`, `auto`."
+        default=None,
+        description="File of `drivetrain_pipeline.measure`, for `measured`, `fastest`.",
     )
     place: Mapping[str, Literal["first", "last"]] = Field(
         default_factory=dict,
@@ -81,6 +83,6 @@ class PipelineSection(Section):
                 f"partition {self.partition!r} is not known; there are parameters, uniform, "
                 "type:REGEX and measured"
             )
-        if self.memory_limit is not None and self.schedule != "auto":
-            raise ValueError("memory_limit is only looked at where schedule is auto")
+        if self.memory_limit is not None and self.schedule != "fastest":
+            raise ValueError("memory_limit is only looked at where schedule is fastest")
         return self

@@ -1,0 +1,1 @@
+"""Running a schedule: micro-batches through the chunks of a rank, messages between ranks."""

@@ -1,0 +1,35 @@
+"""What a runner needs of a model that was split."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+ATTRIBUTE = "drivetrain_chunks"
+"""Attribute of the engine's module that has its :class:`ChunkedModel`."""
+
+
+class ChunkedModel(Protocol):
+    """Runs one chunk of a model at a time, in the engine's forward.
+
+    Attributes:
+        needs_inputs: whether every chunk takes the inputs of the micro-batch; else the first alone
+            does, and the last takes the labels.
+    """
+
+    needs_inputs: bool
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks of the whole model."""
+
+    def begin(self, chunk: int, received: Any, labels: Any = None) -> None:
+        """Say what the next forward of the module is of.
+
+        Args:
+            chunk: number of the chunk, along the model; one of this rank's.
+            received: what the chunk before has returned; ``None`` for the first.
+            labels: of the micro-batch, for the last chunk of a model that has them apart.
+        """
+
+    def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Take a micro-batch apart: arguments and keywords of the module, and labels."""

@@ -1,0 +1,111 @@
+"""Nested values between stages: their tensors, and a description of the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from drivetrain.errors import TrainingError
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All of a nested value but the numbers in its tensors.
+
+    Args:
+        tree: the nesting, with a number in the place of each tensor; JSON.
+        tensors: (dtype, shape, whether it needs a gradient) of each.
+    """
+
+    tree: str
+    tensors: tuple[tuple[torch.dtype, tuple[int, ...], bool], ...]
+
+    @classmethod
+    def of_list(cls, tensors: tuple[tuple[torch.dtype, tuple[int, ...], bool], ...]) -> Layout:
+        """The layout of a list of these tensors."""
+        return cls(json.dumps({"l": list(range(len(tensors)))}), tensors)
+
+    def to_bytes(self) -> bytes:
+        """Write it down."""
+        tensors = [[str(d).removeprefix("torch."), s, g] for d, s, g in self.tensors]
+        return json.dumps([self.tree, tensors]).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Layout:
+        """Read what :meth:`to_bytes` has written."""
+        tree, tensors = json.loads(data)
+        return cls(tree, tuple((getattr(torch, d), tuple(s), g) for d, s, g in tensors))
+
+    def empty(self, device: torch.device) -> list[torch.Tensor]:
+        """Memory for the tensors."""
+        return [torch.empty(s, dtype=d, device=device) for d, s, _ in self.tensors]
+
+    def build(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Nest ``tensors`` as the value was."""
+        return _build(json.loads(self.tree), tensors)
+
+
+def take_apart(value: Any) -> tuple[Layout, list[torch.Tensor]]:
+    """Return the layout of ``value`` and its tensors, each once.
+
+    Args:
+        value: tensors in tuples, lists and dicts with text as keys, and plain values beside them.
+
+    Raises:
+        TrainingError: something else is in it.
+    """
+    tensors: list[torch.Tensor] = []
+    tree = json.dumps(_tree(value, tensors, "output"))
+    metas = tuple((t.dtype, tuple(t.shape), t.requires_grad) for t in tensors)
+    return Layout(tree, metas), tensors
+
+
+def _tree(value: Any, tensors: list[torch.Tensor], where: str) -> Any:
+    if isinstance(value, torch.Tensor):
+        for index, tensor in enumerate(tensors):
+            if tensor is value:
+                return index
+        tensors.append(value)
+        return len(tensors) - 1
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"d": {k: _tree(v, tensors, f"{where}[{k!r}]") for k, v in value.items()}}
+    if isinstance(value, (tuple, list)):
+        kind = "t" if isinstance(value, tuple) else "l"
+        return {kind: [_tree(v, tensors, f"{where}[{i}]") for i, v in enumerate(value)]}
+    if isinstance(value, _PLAIN):
+        return {"p": value}
+    raise TrainingError(
+        f"pipeline: {where} is a {type(value).__name__}, which cannot travel between stages: pass "
+        "tensors, in tuples, lists or dicts with text as keys"
+    )
+
+
+def _build(tree: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    if isinstance(tree, int):
+        return tensors[tree]
+    ((kind, inner),) = tree.items()
+    if kind == "d":
+        return {key: _build(value, tensors) for key, value in inner.items()}
+    if kind == "p":
+        return inner
+    built = [_build(value, tensors) for value in inner]
+    return tuple(built) if kind == "t" else built
+
+
+def signature(batch: Any) -> int:
+    """Return a positive number of 62 bits for the nesting, shapes and dtypes of a micro-batch."""
+    leaves, spec = pytree.tree_flatten(batch)
+    kinds = [
+        f"{leaf.dtype}{tuple(leaf.shape)}" if isinstance(leaf, torch.Tensor) else repr(type(leaf))
+        for leaf in leaves
+    ]
+    digest = hashlib.blake2b(f"{spec}{kinds}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2 | 1

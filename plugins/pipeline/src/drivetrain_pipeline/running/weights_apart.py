@@ -1,0 +1,160 @@
+"""Gradients of weights, computed later than those of inputs.
+
+Schedules without bubbles (Qi et al. 2023, "Zero Bubble Pipeline Parallelism") need the gradient of
+a chunk's inputs first, since the stage before waits for it, and that of weights whenever there is
+time. In training, linear layers keep what the gradient of their weight is made of instead of making
+it in backward: the layer's input, and the gradient of its output. All other parameters (norms,
+biases, embeddings) get theirs in backward, as they cost little.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from drivetrain.engine.engine import Engine
+    from drivetrain_pipeline.schedules import Instruction
+
+_Entry = tuple[nn.Parameter, torch.Tensor, torch.Tensor]
+"""A weight [out, in], the input of its layer [..., in], the gradient of its output [..., out]."""
+
+
+class WeightsApart:
+    """Keeps inputs and gradients of linear layers until their weights' gradients are computed.
+
+    Args:
+        engine: of this stage; its module's linear layers are changed.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._linear = _separate(engine.module)
+        self._active = False
+        self._stored: list[_Entry] = []
+        self._kept: dict[tuple[int, int], list[_Entry]] = {}
+        self._left: Counter[int] = Counter()
+        for part in self._linear:
+            vars(part)["forward"] = _Forward(self, part)
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The weights whose gradients come apart."""
+        return [cast("nn.Parameter", part.weight) for part in self._linear]
+
+    def begin(self, stream: Sequence[Instruction]) -> None:
+        """Begin a window with these instructions."""
+        self._kept.clear()
+        self._left = Counter(i.chunk for i in stream if i.kind == "W")
+        if self._left:
+            self._engine.states.defer(self.weights)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Inside of the block, layers prepare for weights' gradients that come apart."""
+        self._active = bool(self._left)
+        try:
+            yield
+        finally:
+            self._active = False
+
+    def begin_backward(self, instruction: Instruction) -> None:
+        """What layers keep from now on belongs to this instruction."""
+        self._stored = []
+        self._kept[instruction.micro_batch, instruction.chunk] = self._stored
+
+    def keep(self, weight: nn.Parameter, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Keep what a weight's gradient is made of."""
+        self._stored.append((weight, x, gradient))
+
+    def compute(self, instruction: Instruction) -> None:
+        """Compute the weights' gradients of one micro-batch and chunk, and hand them over."""
+        entries = self._kept.pop((instruction.micro_batch, instruction.chunk))
+        self._left[instruction.chunk] -= 1
+        last = not self._left[instruction.chunk]
+        by_weight: defaultdict[nn.Parameter, list[_Entry]] = defaultdict(list)
+        for entry in entries:
+            by_weight[entry[0]].append(entry)
+        for weight, of_weight in by_weight.items():
+            for _, x, gradient in of_weight:
+                rows = gradient.reshape(-1, gradient.shape[-1])
+                found = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+                weight.grad = found if weight.grad is None else weight.grad + found
+            self._engine.gradients_ready([weight], last=last)
+            if not last:
+                self._engine.states.defer([weight])
+
+
+def _separate(module: nn.Module) -> list[nn.Linear]:
+    """Plain linear layers with a trained weight that nothing else uses."""
+    uses = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
+    return [
+        part
+        for part in module.modules()
+        if type(part) is nn.Linear
+        and "forward" not in vars(part)
+        and part._parameters.get("weight") is not None
+        and part.weight.requires_grad
+        and uses[id(part.weight)] == 1
+    ]
+
+
+class _Forward:
+    """Stands in the place of a linear layer's ``forward``."""
+
+    def __init__(self, apart: WeightsApart, part: nn.Linear) -> None:
+        self._apart = apart
+        self._part = part
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        part = self._part
+        if not self._apart._active or not torch.is_grad_enabled():
+            return nn.Linear.forward(part, input)
+        x, weight, bias = _cast(input, part.weight, part.bias)
+        apply: Any = _WithoutWeight.apply  # torch does not type it
+        output: torch.Tensor = apply(x, part.weight, weight, bias, self._apart)
+        return output
+
+
+def _cast(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Do what autocast does to a linear layer; ``None`` for a weight that stays as it is."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, None, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight.detach().to(dtype), None if bias is None else bias.to(dtype)
+
+
+class _WithoutWeight(torch.autograd.Function):
+    """A linear layer whose backward leaves the gradient of its weight for later."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: nn.Parameter,
+        cast: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        apart: WeightsApart,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.cast, ctx.apart = weight, cast, apart
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x, weight if cast is None else cast, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        ctx.apart.keep(ctx.weight, x, gradient)
+        weight = ctx.weight if ctx.cast is None else ctx.cast
+        of_input = gradient @ weight if ctx.needs_input_grad[0] else None
+        of_bias = (
+            gradient.reshape(-1, gradient.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+        )
+        return of_input, None, None, of_bias, None

@@ -1,0 +1,1 @@
+"""Splitting a model of repeated units between stages, without rewriting it."""

@@ -1,0 +1,158 @@
+"""In which order a model's parts are called: read from its forward, before anything runs.
+
+The *spine* are the modules that contain units: the model itself, and what lies between it and its
+blocks. Their own forward runs on every stage. All other parts with parameters are *sides*
+(embeddings, norms, heads), and belong to one place between units.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any, Literal
+
+from torch import nn
+
+from drivetrain.errors import ConfigError
+from drivetrain.states.units import units
+
+_DEEPEST = 4
+"""How far methods that forward calls are followed."""
+
+
+@dataclass(eq=False)
+class Part:
+    """A unit, or a side: an outermost part with parameters that contains no unit.
+
+    Args:
+        name: path in the model.
+        module: the part.
+        unit: number of the unit, or ``None`` for a side.
+        positions: for a side: how many units run before it; several where it lies in several
+            places.
+    """
+
+    name: str
+    module: nn.Module
+    unit: int | None = None
+    positions: set[int] = field(default_factory=set)
+
+
+@dataclass
+class Order:
+    """The parts of a model, in order of their first call.
+
+    Args:
+        units: the repeated blocks.
+        sides: everything else that has parameters.
+        spine: modules that contain units, by path.
+    """
+
+    units: list[Part] = field(default_factory=list)
+    sides: list[Part] = field(default_factory=list)
+    spine: dict[str, nn.Module] = field(default_factory=dict)
+
+
+def order_of(model: nn.Module, place: Mapping[str, Literal["first", "last"]]) -> Order:
+    """Return the units and sides of ``model`` in the order in which its forward calls them.
+
+    Args:
+        model: to be split.
+        place: sides that are known to run before the first, or after the last unit.
+
+    Raises:
+        ConfigError: the model has no repeated units, a unit lies in two places, or ``place`` names
+            no side.
+    """
+    repeated = {id(unit.module) for unit in units(model) if unit.module is not model}
+    if not repeated:
+        raise ConfigError(
+            f"pipeline.stages: {type(model).__name__} cannot be split, since it has no repeated "
+            "units (children of one class in a ModuleList, Sequential or ModuleDict): describe its "
+            "layers with drivetrain_pipeline.PipelineModule"
+        )
+    found = Order()
+    known: dict[int, Part] = {}
+    for name, module in _walk(model, "", repeated, found.spine):
+        if id(module) in repeated:
+            if id(module) in known:
+                raise ConfigError(
+                    f"pipeline.stages: unit {name} is the same module as {known[id(module)].name}; "
+                    "a unit that runs twice cannot be on one stage"
+                )
+            part = known[id(module)] = Part(name, module, unit=len(found.units))
+            found.units.append(part)
+        else:
+            if id(module) not in known:
+                known[id(module)] = Part(name, module)
+                found.sides.append(known[id(module)])
+            known[id(module)].positions.add(len(found.units))
+    _apply(place, found)
+    return found
+
+
+def _apply(place: Mapping[str, Literal["first", "last"]], order: Order) -> None:
+    sides = {side.name: side for side in order.sides}
+    for name, where in place.items():
+        if name not in sides:
+            raise ConfigError(
+                f"pipeline.place.{name}: the model has no such part with parameters outside of its "
+                f"units; it has {', '.join(sides) or 'none'}"
+            )
+        sides[name].positions = {0 if where == "first" else len(order.units)}
+
+
+def _walk(
+    module: nn.Module, name: str, repeated: set[int], spine: dict[str, nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield units and sides in order of their calls."""
+    if id(module) in repeated:
+        yield name, module
+    elif any(id(part) in repeated for part in module.modules()):
+        spine[name] = module
+        for key in _ordered_children(module):
+            child = module._modules[key]
+            if child is not None:
+                yield from _walk(child, f"{name}.{key}" if name else key, repeated, spine)
+    elif next(module.parameters(), None) is not None:
+        yield name, module
+
+
+def _ordered_children(module: nn.Module) -> list[str]:
+    """Names of children in the order in which forward names them first.
+
+    A child that forward does not name stays behind the one that it is registered after.
+    """
+    registered = list(module._modules)
+    forward = getattr(type(module), "forward", None)
+    named = list(dict.fromkeys(n for n in _attributes(type(module), forward) if n in registered))
+    ordered = list(named)
+    for index, name in enumerate(registered):
+        if name not in named:
+            before = registered[index - 1] if index else None
+            ordered.insert(0 if before is None else ordered.index(before) + 1, name)
+    return ordered
+
+
+def _attributes(kind: type, function: Any, depth: int = 0) -> Iterator[str]:
+    """Names of attributes in the code of a method, and in that of methods that it calls."""
+    code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+    if code is None or depth > _DEEPEST:
+        return
+    for name in _names(code):
+        method = inspect.getattr_static(kind, name, None)
+        if inspect.isfunction(method) and name != "forward":
+            yield from _attributes(kind, method, depth + 1)
+        else:
+            yield name
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    for instruction in dis.get_instructions(code):
+        if isinstance(instruction.argval, CodeType):
+            yield from _names(instruction.argval)
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield str(instruction.argval)
