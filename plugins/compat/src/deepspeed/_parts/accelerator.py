@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -72,7 +73,9 @@ class DeepSpeedAccelerator:
         return self._name if self._is_host else f"{self._name}:{self.current_device()}"
 
     def device_count(self) -> int:
-        """Number of devices that this process sees."""
+        """Number of devices that this process sees; of a host's CPU, that of the ranks on it."""
+        if self._is_host and (ranks := os.environ.get("LOCAL_SIZE", "")).isdecimal():
+            return int(ranks)
         return self._accelerator.device_count()
 
     def is_available(self) -> bool:
@@ -251,3 +254,8 @@ class DeepSpeedAccelerator:
 def get_accelerator() -> DeepSpeedAccelerator:
     """The accelerator that Drivetrain chooses here; see ``DRIVETRAIN_ACCELERATOR``."""
     return DeepSpeedAccelerator(choose_accelerator())
+
+
+def is_current_accelerator_supported() -> bool:
+    """True: no other accelerator is chosen than one that a package serves."""
+    return True

@@ -52,6 +52,15 @@ class OpBuilder:
         return import_module(self.absolute_name())
 
 
+def compatible_ops() -> dict[str, bool]:
+    """Name of each of DeepSpeed's kernels -> whether something takes its place here."""
+    return {builder.NAME: builder().is_compatible() for builder in _all(OpBuilder)}
+
+
+def _all(base: type[OpBuilder]) -> list[type[OpBuilder]]:
+    return [kind for direct in base.__subclasses__() for kind in (direct, *_all(direct))]
+
+
 class AsyncIOBuilder(OpBuilder):
     """Reading and writing files past the page cache."""
 
@@ -98,3 +107,9 @@ class QuantizerBuilder(OpBuilder):
     """Quantised communication of ZeRO++."""
 
     NAME, module, needs = "quantizer", "zero", ("zero_optimization",)
+
+
+class UtilsBuilder(OpBuilder):
+    """Several tensors in one, one after another, and back."""
+
+    NAME, module = "utils", "ops.utils"

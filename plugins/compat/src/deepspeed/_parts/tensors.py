@@ -1,8 +1,8 @@
-"""Moving and copying tensors inside of containers."""
+"""Moving and copying tensors inside of containers, and joining several into one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,17 @@ def clone_tensors_for_torch_save(item: Any, device: torch.device | str | None = 
         return tensor.detach().clone().to(tensor.device if device is None else device)
 
     return _map(item, copy)
+
+
+def flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Copy the elements of tensors of one dtype into one flat tensor, one after another."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def unflatten(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Cut a flat tensor into views of the shapes of ``tensors``; see :func:`flatten`."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return tuple(part.view_as(like) for part, like in zip(parts, tensors, strict=True))
 
 
 def _map(item: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

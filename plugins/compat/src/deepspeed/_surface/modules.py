@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 PACKAGE = "deepspeed"
 
+_DUNDER = ("__compatible_ops__", "__installed_ops__")
+"""Names of DeepSpeed's own that look like Python's."""
+
 
 class ShownModule(ModuleType):
     """A module whose names are looked up when they are first used."""
@@ -29,7 +32,7 @@ def attribute(module: str, name: str) -> Any:
     Raises:
         AttributeError: nothing serves the name; the text says what to do.
     """
-    if name.startswith("__"):  # asked for by Python itself, very often
+    if name.startswith("__") and name not in _DUNDER:  # asked for by Python itself, very often
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     from deepspeed._surface import lookup
 

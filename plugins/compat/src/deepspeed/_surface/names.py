@@ -16,9 +16,14 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "deepspeed._training.optimizer": "DeepSpeedOptimizer",
         "deepspeed._config.view": "DeepSpeedConfig",
         "drivetrain.engine.loader": "DeepSpeedDataLoader=DataLoader",
+        "deepspeed._transformer.config": "DeepSpeedTransformerConfig",
+        "deepspeed._transformer.layer": "DeepSpeedTransformerLayer",
         "drivetrain.errors": "DeepSpeedConfigError=ConfigError",
     },
-    "accelerator": {"deepspeed._parts.accelerator": "get_accelerator DeepSpeedAccelerator"},
+    "accelerator": {
+        "deepspeed._parts.accelerator": "get_accelerator DeepSpeedAccelerator "
+        "is_current_accelerator_supported",
+    },
     "checkpoint.ds_to_universal": {"deepspeed._commands.universal": "main"},
     "checkpoint.utils": {"deepspeed._parts.tensors": "clone_tensors_for_torch_save"},
     "comm": {
@@ -36,8 +41,16 @@ OWN: Mapping[str, Mapping[str, str]] = {
     },
     "elasticity": {"deepspeed._parts.small": "elasticity_enabled"},
     "env_report": {"deepspeed._commands.report": "main cli_main=main"},
+    "git_version_info": {
+        "deepspeed._parts.version_info": "accelerator_name git_branch git_hash installed_ops "
+        "torch_info version",
+    },
     "launcher.runner": {
         "deepspeed._commands.launch": "main DEEPSPEED_ENVIRONMENT_NAME EXPORT_ENVS",
+    },
+    "ops": {
+        "deepspeed._parts.version_info": "__compatible_ops__=installed_ops "
+        "__installed_ops__=installed_ops",
     },
     "ops.adagrad": {"deepspeed._parts.optimizers": "DeepSpeedCPUAdagrad"},
     "ops.adam": {"deepspeed._parts.optimizers": "DeepSpeedCPUAdam FusedAdam"},
@@ -45,16 +58,40 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "ops.lion": {"deepspeed._parts.optimizers": "DeepSpeedCPULion FusedLion"},
     "ops.op_builder": {
         "deepspeed._parts.op_builder": "OpBuilder AsyncIOBuilder CPUAdagradBuilder CPUAdamBuilder "
-        "CPULionBuilder FusedAdamBuilder FusedLambBuilder FusedLionBuilder QuantizerBuilder",
+        "CPULionBuilder FusedAdamBuilder FusedLambBuilder FusedLionBuilder QuantizerBuilder UtilsBuilder",
     },
+    "ops.utils": {"deepspeed._parts.tensors": "flatten unflatten"},
+    "runtime.base_optimizer": {"deepspeed._training.kinds": "ZeROOptimizer"},
+    "runtime.bf16_optimizer": {"deepspeed._training.kinds": "BF16_Optimizer"},
+    "runtime.config": {
+        "deepspeed._config.sections": "ADAGRAD_OPTIMIZER ADAMW_OPTIMIZER ADAM_OPTIMIZER "
+        "LAMB_OPTIMIZER LION_OPTIMIZER ONEBIT_ADAM_OPTIMIZER get_gradient_clipping",
+    },
+    "runtime.constants": {"deepspeed._config.sections": "GRADIENT_CLIPPING_DEFAULT"},
     "runtime.dataloader": {"drivetrain.engine.loader": "RepeatingLoader"},
+    "runtime.fp16.fused_optimizer": {"deepspeed._training.kinds": "FP16_Optimizer"},
+    "runtime.fp16.unfused_optimizer": {
+        "deepspeed._training.kinds": "FP16_UnfusedOptimizer=FP16_Optimizer",
+    },
     "runtime.fp16.onebit.adam": {"deepspeed._parts.optimizers": "OnebitAdam"},
     "runtime.lr_schedules": {
         "drivetrain.optimization.schedules": "LRRangeTest OneCycle WarmupCosineLR WarmupDecayLR "
         "WarmupLR",
         "deepspeed._parts.schedules": "LR_RANGE_TEST LR_SCHEDULE ONE_CYCLE VALID_LR_SCHEDULES "
-        "WARMUP_COSINE_LR WARMUP_DECAY_LR WARMUP_LR",
+        "WARMUP_COSINE_LR WARMUP_DECAY_LR WARMUP_LR LR_RANGE_TEST_MIN_LR LR_RANGE_TEST_STEP_RATE "
+        "LR_RANGE_TEST_STEP_SIZE LR_RANGE_TEST_STAIRCASE CYCLE_MIN_LR CYCLE_MAX_LR "
+        "CYCLE_FIRST_STEP_SIZE CYCLE_FIRST_STAIR_COUNT CYCLE_SECOND_STEP_SIZE "
+        "CYCLE_SECOND_STAIR_COUNT CYCLE_MIN_MOM CYCLE_MAX_MOM DECAY_STEP_SIZE DECAY_LR_RATE "
+        "DECAY_MOM_RATE WARMUP_MIN_LR WARMUP_MAX_LR WARMUP_NUM_STEPS WARMUP_TYPE WARMUP_LOG_RATE "
+        "WARMUP_LINEAR_RATE TOTAL_NUM_STEPS WARMUP_MIN_RATIO COS_MIN_RATIO",
     },
+    "runtime.precision_config": {
+        "deepspeed._config.sections": "DeepSpeedBF16Config DeepSpeedFP16Config get_bfloat16_config",
+    },
+    "runtime.zero.config": {"deepspeed._config.sections": "DeepSpeedZeroConfig"},
+    "runtime.zero.utils": {"drivetrain.errors": "ZeRORuntimeException=DrivetrainError"},
+    "runtime.zero.stage3": {"deepspeed._training.kinds": "DeepSpeedZeroOptimizer_Stage3"},
+    "runtime.zero.stage_1_and_2": {"deepspeed._training.kinds": "DeepSpeedZeroOptimizer"},
     "runtime.zero.partition_parameters": {
         "deepspeed._parts.zero_words": "zero_wrapper_for_fp_tensor_constructor",
     },
@@ -126,6 +163,8 @@ SAME: Mapping[str, str] = {
     "init_distributed": "comm.init_distributed",
     "log_dist": "utils.log_dist",
     "logger": "utils.logger",
+    "ops.transformer.DeepSpeedTransformerConfig": "DeepSpeedTransformerConfig",
+    "ops.transformer.DeepSpeedTransformerLayer": "DeepSpeedTransformerLayer",
     "ops.aio.AsyncIOBuilder": "ops.op_builder.AsyncIOBuilder",
     "runtime.base_optimizer.DeepSpeedOptimizer": "DeepSpeedOptimizer",
     "runtime.config.DeepSpeedConfig": "DeepSpeedConfig",
@@ -217,8 +256,7 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
 """Package -> module -> names that it serves, or is to serve."""
 
 INSTEAD: Mapping[str, str] = {
-    "DeepSpeedTransformerConfig": "a layer of your own over torch's attention",
-    "DeepSpeedTransformerLayer": "a layer of your own over torch's attention",
+    "runtime.zero.offload_states.get_state_devices": "drivetrain_offload.state_devices(engine)",
     "checkpoint.DeepSpeedCheckpoint": "drivetrain checkpoint inspect FOLDER",
     "compat.get_accelerator": "deepspeed.accelerator.get_accelerator",
     "elasticity.ensure_immutable_elastic_config": "nothing: ranks compare their configs",
@@ -228,8 +266,6 @@ INSTEAD: Mapping[str, str] = {
     "ops.aio.aio_handle": "drivetrain_offload.AsyncFile",
     "ops.adam.ZenFlowCPUAdam": "the config's zero_optimization.zenflow",
     "ops.adam.ZenFlowSelectiveAdamW": "the config's zero_optimization.zenflow",
-    "runtime.bf16_optimizer.BF16_Optimizer": "engine.optimizer",
-    "runtime.fp16.fused_optimizer.FP16_Optimizer": "engine.optimizer",
     "runtime.fp16.loss_scaler.DynamicLossScaler": "engine.loss_scaler",
     "runtime.fp16.loss_scaler.LossScaler": "engine.loss_scaler",
     "runtime.fp16.onebit.lamb.OnebitLamb": "optimizer.type OneBitAdam",
@@ -237,9 +273,6 @@ INSTEAD: Mapping[str, str] = {
     "runtime.lr_schedules.add_tuning_arguments": "arguments of the script's own; schedules are "
     "set in the config",
     "runtime.utils.clip_grad_norm_": "the config's gradient_clipping",
-    "runtime.zero.offload_states.get_state_devices": "drivetrain_offload.state_devices(engine)",
-    "runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": "engine.optimizer",
-    "runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": "engine.optimizer",
     "utils.timer.SynchronizedWallClockTimer": "engine.job.span(name), and engine.last_report.times",
     "utils.timer.ThroughputTimer": "engine.last_report.samples_per_second",
     "zero.DeepSpeedZeRoOffload": "an engine without optimizer at stage 3",

@@ -1,0 +1,1 @@
+"""``DeepSpeedTransformerLayer``: the encoder layer of BERT that DeepSpeed began with."""
