@@ -126,7 +126,7 @@ def test_every_schedule_reaches_its_ends_exactly():
     for low, high in ((0.1, 0.7), (1e-9, 3e-4), (0.3, 0.9), (0.7, 0.1)):
         cycle = OneCycle(adamw(), low, high, cycle_first_step_size=3, cycle_min_mom=0.3)
         assert [cycle.rates(n)[0] for n in (-1, 2, 5, 6)] == [low, high, low, low]
-        assert [cycle.momentum(n) for n in (-1, 2, 5)] == [0.9, 0.3, 0.9]
+        assert [cycle.momenta(n) for n in (-1, 2, 5)] == [[0.9], [0.3], [0.9]]
         for kind, steps in itertools.product(("log", "linear"), (2, 3, 7, 49, 1000)):
             warm = WarmupLR(adamw(), low, high, steps, kind)
             assert [warm.rates(n)[0] for n in (-1, 0, steps, steps + 1)] == [low, low, high, high]
@@ -161,6 +161,28 @@ def test_one_cycle_moves_the_momentum_against_the_rate():
     growth = [0.9 * (1 + 0.01 * (n - 8) / 2) for n in range(9, 12)]
     assert [first for first, _ in seen] == approx(ramp + growth)
     assert {second for _, second in seen} == {0.99}
+
+
+def test_one_cycle_takes_momenta_for_each_group_and_may_have_no_way_down():
+    groups = [{"params": [torch.zeros(1)]} for _ in range(2)]
+    optimizer = torch.optim.Adam(groups, lr=1.0)
+    steps = {"cycle_first_step_size": 2, "cycle_second_step_size": 0}
+    momenta = {"cycle_min_mom": [0.2, 0.4], "cycle_max_mom": [0.6, 0.8]}
+    cycle = OneCycle(optimizer, [0.1, 0.2], [1.0, 2.0], **steps, **momenta)
+    assert cycle.get_mom() == [(0.6, 0.99), (0.8, 0.99)]
+    cycle.step(1)
+    assert [group["betas"][0] for group in optimizer.param_groups] == [0.2, 0.4]
+    assert cycle.get_lr() == [1.0, 2.0]
+    cycle.step()
+    assert cycle.get_lr() == [0.1, 0.2]
+    with pytest.raises(ValueError, match="cycle_min_mom has 3 values for 2 groups"):
+        OneCycle(optimizer, 0.1, 1.0, cycle_min_mom=[0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("steps", [None, -5])
+def test_a_warm_up_needs_a_number_of_steps(steps):
+    with pytest.raises(ValueError, match=f"warmup_num_steps must be at least 0, got {steps}"):
+        WarmupLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), warmup_num_steps=steps)
 
 
 def test_one_cycle_leaves_momentum_alone_where_it_is_told_to_or_there_is_none():

@@ -117,12 +117,12 @@ class LRRangeTest(Schedule):
 
     def _prepare(self) -> None:
         _whole(lr_range_test_step_size=self.lr_range_test_step_size)
-        self._min = self._per_group("lr_range_test_min_lr", self.lr_range_test_min_lr)
+        self.min_lrs = self._per_group("lr_range_test_min_lr", self.lr_range_test_min_lr)
 
     def rates(self, iteration: int) -> list[float]:
         done, size = iteration + 1, self.lr_range_test_step_size
         interval = done // size if self.lr_range_test_staircase else done / size
-        return [low * (1 + self.lr_range_test_step_rate * interval) for low in self._min]
+        return [low * (1 + self.lr_range_test_step_rate * interval) for low in self.min_lrs]
 
 
 @dataclass(eq=False)
@@ -136,13 +136,13 @@ class OneCycle(Schedule):
         cycle_max_lr: rate at its peak.
         decay_lr_rate: after the cycle, divide by ``1 + rate * (updates / decay_step_size)``.
         cycle_first_step_size: updates of the ramp up.
-        cycle_second_step_size: updates of the ramp down; as many as up by default.
+        cycle_second_step_size: updates of the ramp down; as many as up by default, 0 for none.
         cycle_first_stair_count: stairs of the ramp up; 0 for a smooth one.
         cycle_second_stair_count: stairs of the ramp down; as many as up by default.
         decay_step_size: unit of the decay, in updates; 0 keeps the end of the cycle for ever.
         cycle_momentum: move the momentum, too.
-        cycle_min_mom: momentum at the peak of the rate.
-        cycle_max_mom: momentum at both ends of the cycle.
+        cycle_min_mom: momentum at the peak of the rate, one for all groups or one for each.
+        cycle_max_mom: momentum at both ends of the cycle, likewise.
         decay_mom_rate: growth of the momentum after the cycle, as ``decay_lr_rate``.
     """
 
@@ -155,43 +155,51 @@ class OneCycle(Schedule):
     cycle_second_stair_count: int | None = None
     decay_step_size: int = 0
     cycle_momentum: bool = True
-    cycle_min_mom: float = 0.8
-    cycle_max_mom: float = 0.9
+    cycle_min_mom: PerGroup = 0.8
+    cycle_max_mom: PerGroup = 0.9
     decay_mom_rate: float = 0.0
 
     def _prepare(self) -> None:
         self._up, down = self.cycle_first_step_size, self.cycle_second_step_size
         self._down = self._up if down is None else down
-        _whole(cycle_first_step_size=self._up, cycle_second_step_size=self._down)
+        _whole(cycle_first_step_size=self._up, cycle_second_step_size=self._down or 1)
         stairs = self.cycle_second_stair_count
         self._down_stairs = self.cycle_first_stair_count if stairs is None else stairs
-        self._min = self._per_group("cycle_min_lr", self.cycle_min_lr)
-        self._max = self._per_group("cycle_max_lr", self.cycle_max_lr)
+        self.min_lrs = self._per_group("cycle_min_lr", self.cycle_min_lr)
+        self.max_lrs = self._per_group("cycle_max_lr", self.cycle_max_lr)
+        self.min_moms = self._per_group("cycle_min_mom", self.cycle_min_mom)
+        self.max_moms = self._per_group("cycle_max_mom", self.cycle_max_mom)
 
     def rates(self, iteration: int) -> list[float]:
         height = self._height(iteration)
         decay = 1 + self.decay_lr_rate * self._decay_intervals(iteration)
-        pairs = zip(self._min, self._max, strict=True)
+        pairs = zip(self.min_lrs, self.max_lrs, strict=True)
         return [between(low, high, height) / decay for low, high in pairs]
 
-    def momentum(self, iteration: int) -> float:
-        """Momentum at ``iteration`` (from -1)."""
+    def momenta(self, iteration: int) -> list[float]:
+        """Momentum of each group at ``iteration`` (from -1)."""
         growth = 1 + self.decay_mom_rate * self._decay_intervals(iteration)
         height = self._height(iteration)
-        return between(self.cycle_max_mom, self.cycle_min_mom, height) * growth
+        pairs = zip(self.min_moms, self.max_moms, strict=True)
+        return [between(high, low, height) * growth for low, high in pairs]
+
+    def get_mom(self) -> list[tuple[float, float]]:
+        """Betas of the present iteration, as the groups get them."""
+        return [(momentum, _BETA2) for momentum in self.momenta(self.last_batch_iteration)]
 
     def _apply(self) -> None:
         super()._apply()
-        for group in self._groups:
+        for group, betas in zip(self._groups, self.get_mom(), strict=True):
             if self.cycle_momentum and "betas" in group:
-                group["betas"] = (self.momentum(self.last_batch_iteration), _BETA2)
+                group["betas"] = betas
 
     def _height(self, iteration: int) -> float:
         """Where on the ramps, from 0 (both ends) to 1 (the peak)."""
         done = iteration + 1
         if done <= self._up:
             return _on_stairs(done, self._up, self.cycle_first_stair_count)
-        return 1 - _on_stairs(min(done - self._up, self._down), self._down, self._down_stairs)
+        left = max(self._up + self._down - done, 0)
+        return 1 - _on_stairs(self._down - left, self._down, self._down_stairs) if left else 0.0
 
     def _decay_intervals(self, iteration: int) -> float:
         after = max(iteration + 1 - self._up - self._down, 0)
@@ -216,13 +224,13 @@ class WarmupLR(Schedule):
 
     def _prepare(self) -> None:
         highest = self._base if self.warmup_max_lr is None else self.warmup_max_lr
-        self._min = self._per_group("warmup_min_lr", self.warmup_min_lr)
-        self._max = self._per_group("warmup_max_lr", highest)
-        _check_warmup(self.warmup_type)
+        self.min_lrs = self._per_group("warmup_min_lr", self.warmup_min_lr)
+        self.max_lrs = self._per_group("warmup_max_lr", highest)
+        _check_warmup(self.warmup_num_steps, self.warmup_type)
 
     def rates(self, iteration: int) -> list[float]:
         share = self._share(max(iteration, 0))
-        pairs = zip(self._min, self._max, strict=True)
+        pairs = zip(self.min_lrs, self.max_lrs, strict=True)
         return [between(low, high, share) for low, high in pairs]
 
     def _share(self, iteration: int) -> float:
@@ -269,12 +277,16 @@ class WarmupCosineLR(Schedule):
     warmup_type: Warmup = "log"
 
     def _prepare(self) -> None:
-        _check_warmup(self.warmup_type)
+        _check_warmup(self.warmup_num_steps, self.warmup_type)
         _check_total(self.total_num_steps, self.warmup_num_steps)
 
     def rates(self, iteration: int) -> list[float]:
         ratio = self._ratio(max(iteration, 0))
         return [base * ratio for base in self._base]
+
+    def get_lr_ratio(self) -> float:
+        """By what each group's own rate is multiplied at the present iteration."""
+        return self._ratio(max(self.last_batch_iteration, 0))
 
     def _ratio(self, iteration: int) -> float:
         warmup, first, last = (
@@ -322,7 +334,9 @@ def _whole(**values: float) -> None:
             raise ValueError(f"{name} must be a whole number, got {value}")
 
 
-def _check_warmup(kind: str) -> None:
+def _check_warmup(steps: object, kind: str) -> None:
+    if not isinstance(steps, (int, float)) or steps < 0:
+        raise ValueError(f"warmup_num_steps must be at least 0, got {steps!r}")
     if kind not in ("log", "linear"):
         raise ValueError(f"warmup_type must be 'log' or 'linear', got {kind!r}")
 

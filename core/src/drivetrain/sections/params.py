@@ -61,13 +61,13 @@ class OneCycleParams(Params):
     cycle_max_lr: PerGroup
     decay_lr_rate: NonNegativeFloat = 0.0
     cycle_first_step_size: PositiveInt = 2000
-    cycle_second_step_size: PositiveInt | None = None
+    cycle_second_step_size: NonNegativeInt | None = None
     cycle_first_stair_count: NonNegativeInt = 0
     cycle_second_stair_count: NonNegativeInt | None = None
     decay_step_size: NonNegativeInt = 0
     cycle_momentum: Bool = True
-    cycle_min_mom: NonNegativeFloat = 0.8
-    cycle_max_mom: NonNegativeFloat = 0.9
+    cycle_min_mom: PerGroup = 0.8
+    cycle_max_mom: PerGroup = 0.9
     decay_mom_rate: Float = 0.0
 
 
