@@ -63,6 +63,10 @@ warns and names it.
 - **Parameters of stage 3** have `ds_id`, `ds_status`, `ds_shape` and `ds_numel`, and nothing else
   of the kind. They show their whole shape at all times; `deepspeed.zero.GatheredParameters` makes
   them whole. In `module.state_dict()` they have shapes, but values are refused.
+- **`DeepSpeedTransformerLayer`** computes GELU by the error function, as BERT does. What makes its
+  sums faster or its seed and batch size fixed in DeepSpeed is accepted without effect.
+- **A Trainer of Transformers trains once**, with DeepSpeed and here: its second `train()` uses an
+  engine that Accelerate has destroyed. Another Trainer in the same process trains as well.
 - **`deepspeed SCRIPT`** starts the ranks of this host, or of the hosts in `--hostfile` through
   `drivetrain launch`. Without `--launcher` it uses ssh, not pdsh.
 
@@ -86,6 +90,7 @@ TRIED: Mapping[str, tuple[str, ...]] = {
         "accumulation, clipping, `auto` values",
         "optimizers and schedules of the config and of the Trainer",
         "evaluation, `generate`, `from_pretrained` into shards",
+        "`run_clm.py` of its examples, unmodified",
         "gradient checkpointing, `torch_compile`",
         "resuming on another number of ranks, `save_model`",
     ),

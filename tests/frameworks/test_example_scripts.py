@@ -75,7 +75,8 @@ def by_deepspeed(ranks):
 
 
 def by_torchrun(ranks):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc_per_node", ranks]
 
 
 def run(command, script, output, arguments):

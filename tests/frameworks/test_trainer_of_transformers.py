@@ -72,6 +72,21 @@ def test_at_stage_3_with_its_own_optimizer_and_on_one_rank_after_a_resume(tmp_pa
     assert_same(resumed[0], reference)
 
 
+def twice(folder, config):
+    """Train by two Trainers in one process, each with a model of its own.
+
+    One Trainer cannot train twice: it lets Accelerate free the engine, and asks it again.
+    """
+    return [tiny.train(folder, config, {}) for _ in range(2)]
+
+
+def test_training_twice_in_one_process_at_stage_3(tmp_path):
+    config = stage(3, stage3_param_persistence_threshold=0)
+    reference = on_ddp(tmp_path)
+    for found in run_distributed(twice, 2, tmp_path, config)[0]:
+        assert_same(found, reference)
+
+
 def saved(folder):
     """Weights in a folder that the Trainer wrote, as Transformers reads them."""
     return run_distributed(weights_in, 1, folder)[0]

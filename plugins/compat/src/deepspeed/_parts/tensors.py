@@ -45,7 +45,7 @@ def flatten(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def unflatten(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Cut a flat tensor into views of the shapes of ``tensors``; see :func:`flatten`."""
-    parts = flat.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return tuple(part.view_as(like) for part, like in zip(parts, tensors, strict=True))
 
 

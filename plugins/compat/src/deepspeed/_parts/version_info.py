@@ -26,7 +26,7 @@ def _shortened(full: str | None) -> str:
 def _nccl() -> str:
     if not torch.distributed.is_nccl_available() or torch.version.cuda is None:
         return "0.0"
-    return ".".join(str(number) for number in torch.cuda.nccl.version()[:2])
+    return ".".join(str(number) for number in torch.cuda.nccl.version()[:2])  # type: ignore[no-untyped-call]
 
 
 torch_info: dict[str, Any] = {

@@ -58,7 +58,8 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "ops.lion": {"deepspeed._parts.optimizers": "DeepSpeedCPULion FusedLion"},
     "ops.op_builder": {
         "deepspeed._parts.op_builder": "OpBuilder AsyncIOBuilder CPUAdagradBuilder CPUAdamBuilder "
-        "CPULionBuilder FusedAdamBuilder FusedLambBuilder FusedLionBuilder QuantizerBuilder UtilsBuilder",
+        "CPULionBuilder FusedAdamBuilder FusedLambBuilder FusedLionBuilder QuantizerBuilder "
+        "UtilsBuilder",
     },
     "ops.utils": {"deepspeed._parts.tensors": "flatten unflatten"},
     "runtime.base_optimizer": {"deepspeed._training.kinds": "ZeROOptimizer"},

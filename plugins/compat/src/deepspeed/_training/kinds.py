@@ -17,8 +17,8 @@ Dtype = Literal["bf16", "fp16", "fp32"]
 class _Kind(type):
     """Tells by the config of an optimizer's engine whether it is an instance."""
 
-    stages: tuple[int, ...]
-    dtypes: tuple[Dtype, ...]
+    stages: ClassVar[tuple[int, ...]]
+    dtypes: ClassVar[tuple[Dtype, ...]]
 
     def __instancecheck__(cls, instance: Any) -> bool:
         if not isinstance(instance, DeepSpeedOptimizer):
@@ -34,37 +34,37 @@ class _Kind(type):
 
 
 def _dtype(engine: DeepSpeedEngine) -> Dtype:
-    return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"  # type: ignore[attr-defined]
+    return "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
 
 
 class ZeROOptimizer(metaclass=_Kind):
     """Sharded at any stage."""
 
-    stages: ClassVar = (1, 2, 3)
-    dtypes: ClassVar = ("bf16", "fp16", "fp32")
+    stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    dtypes: ClassVar[tuple[Dtype, ...]] = ("bf16", "fp16", "fp32")
 
 
 class DeepSpeedZeroOptimizer(ZeROOptimizer):
     """Sharded at stage 1 or 2."""
 
-    stages: ClassVar = (1, 2)
+    stages: ClassVar[tuple[int, ...]] = (1, 2)
 
 
 class DeepSpeedZeroOptimizer_Stage3(ZeROOptimizer):  # noqa: N801 - DeepSpeed's name
     """Sharded at stage 3."""
 
-    stages: ClassVar = (3,)
+    stages: ClassVar[tuple[int, ...]] = (3,)
 
 
 class BF16_Optimizer(ZeROOptimizer):  # noqa: N801 - DeepSpeed's name
     """Masters of bfloat16 parameters that are not sharded."""
 
-    stages: ClassVar = (0,)
-    dtypes: ClassVar = ("bf16",)
+    stages: ClassVar[tuple[int, ...]] = (0,)
+    dtypes: ClassVar[tuple[Dtype, ...]] = ("bf16",)
 
 
 class FP16_Optimizer(ZeROOptimizer):  # noqa: N801 - DeepSpeed's name
     """Masters of float16 parameters that are not sharded."""
 
-    stages: ClassVar = (0,)
-    dtypes: ClassVar = ("fp16",)
+    stages: ClassVar[tuple[int, ...]] = (0,)
+    dtypes: ClassVar[tuple[Dtype, ...]] = ("fp16",)

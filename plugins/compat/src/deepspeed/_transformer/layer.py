@@ -49,6 +49,19 @@ class DeepSpeedTransformerLayer(nn.Module):
         ConfigError: a size is missing or does not fit, or tensors are not those of a layer.
     """
 
+    attn_qkvw: nn.Parameter
+    attn_qkvb: nn.Parameter
+    attn_ow: nn.Parameter
+    attn_ob: nn.Parameter
+    attn_nw: nn.Parameter
+    attn_nb: nn.Parameter
+    inter_w: nn.Parameter
+    inter_b: nn.Parameter
+    output_w: nn.Parameter
+    output_b: nn.Parameter
+    norm_w: nn.Parameter
+    norm_b: nn.Parameter
+
     def __init__(
         self,
         config: DeepSpeedTransformerConfig,
@@ -60,6 +73,7 @@ class DeepSpeedTransformerLayer(nn.Module):
         self.config = config
         hidden = config.hidden_size
         inner = config.intermediate_size if config.intermediate_size > 0 else 4 * hidden
+        shapes: dict[str, tuple[int, ...]]
         shapes = {"attn_qkv": (3 * hidden, hidden), "attn_o": (hidden, hidden)}
         shapes |= {"attn_n": (hidden,), "inter_": (inner, hidden)}
         shapes |= {"output_": (hidden, inner), "norm_": (hidden,)}

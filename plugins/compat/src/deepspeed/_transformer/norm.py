@@ -24,7 +24,7 @@ def invertible_layer_norm(
         bias: (H).
         epsilon: added to variances.
     """
-    result: torch.Tensor = _Invertible.apply(states, weight, bias, epsilon)
+    result: torch.Tensor = _Invertible.apply(states, weight, bias, epsilon)  # type: ignore[no-untyped-call]
     return result
 
 
