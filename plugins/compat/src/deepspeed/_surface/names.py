@@ -191,9 +191,6 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "utils.zero_to_fp32": "convert_zero_checkpoint_to_fp32_state_dict "
         "get_fp32_state_dict_from_zero_checkpoint load_state_dict_from_zero_checkpoint",
     },
-    "drivetrain-comms-logger": {
-        "comm": "configure get_comm_operation_count has_comm_data log_summary reset_log",
-    },
     "drivetrain-compression": {
         "compression.compress": "init_compression redundancy_clean student_initialization",
         "linear": "Init LoRAConfig OptimizedLinear QuantizationConfig init_lora",
@@ -203,7 +200,6 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "save_without_random_ltd",
     },
     "drivetrain-elasticity": {"elasticity": "compute_elastic_config"},
-    "drivetrain-flops-profiler": {"profiling.flops_profiler": "FlopsProfiler get_model_profile"},
     "drivetrain-hybrid-engine": {
         "runtime.hybrid_engine": "DeepSpeedHybridEngine",
         "runtime.rollout": "RolloutBatch RolloutConfig RolloutEngine RolloutRequest "
@@ -225,6 +221,10 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
     "drivetrain-pipeline": {
         "pipe": "DualPipeVModule LayerSpec PipelineModule TiedLayerSpec",
         "runtime.pipe.engine": "PipelineEngine",
+    },
+    "drivetrain-profiler": {
+        "comm": "configure get_comm_operation_count has_comm_data log_summary reset_log",
+        "profiling.flops_profiler": "FlopsProfiler get_model_profile",
     },
     "drivetrain-sequence": {
         "runtime.sequence_parallel.ulysses_sp": "SequenceTiledCompute TiledFusedLogitsLoss "

@@ -1,0 +1,10 @@
+from drivetrain_profiler.formulas import register_formula as register_formula
+from drivetrain_profiler.log import configure as configure
+from drivetrain_profiler.log import get_comm_operation_count as get_comm_operation_count
+from drivetrain_profiler.log import has_comm_data as has_comm_data
+from drivetrain_profiler.log import log_summary as log_summary
+from drivetrain_profiler.log import reset_log as reset_log
+from drivetrain_profiler.profiler import FlopsProfiler as FlopsProfiler
+from drivetrain_profiler.profiler import get_model_profile as get_model_profile
+from drivetrain_profiler.sections import CommsLoggerSection as CommsLoggerSection
+from drivetrain_profiler.sections import FlopsProfilerSection as FlopsProfilerSection
