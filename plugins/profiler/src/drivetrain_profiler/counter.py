@@ -66,7 +66,7 @@ class _Call:
         self._function(self._name)
 
 
-class OperationCounter(TorchDispatchMode):
+class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what runs while it is entered; hooks of its modules must be in place meanwhile.
 
     Attributes:
@@ -76,7 +76,7 @@ class OperationCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.costs: dict[tuple[str, Pass], Cost] = {}
         self.unknown: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()

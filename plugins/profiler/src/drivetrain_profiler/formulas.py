@@ -1,9 +1,9 @@
 """How many floating-point operations an operator of torch's dispatcher does, by its shapes.
 
-Products of matrices, convolutions and attention count multiplications with additions, two operations
-and one MAC each, by the formulas of torch's own counter where it has one. What works element by
-element counts one per element of the result, a reduction one per element of its input, a
-normalisation five per element. Moves, casts, views, look-ups and random numbers count nothing.
+Products of matrices, convolutions and attention count multiplications with additions, two
+operations and one MAC each, by the formulas of torch's own counter where it has one. What works
+element by element counts one per element of the result, a reduction one per element of its input,
+a normalisation five per element. Moves, casts, views, look-ups and random numbers count nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import flop_counter
 
-aten: Any = torch.ops.aten
+_torchs: Any = flop_counter  # torch does not type it
 
 Formula = Callable[..., int]
 """Takes an operator's arguments, and ``out_val``, its result; returns operations."""
@@ -39,12 +39,12 @@ _PER_ELEMENT_OF_A_NORM = 5
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Scores and values; a causal mask saves nothing here, as in torch's counter."""
-    return int(flop_counter.sdpa_flop_count(query.shape, key.shape, value.shape))
+    return int(_torchs.sdpa_flop_count(query.shape, key.shape, value.shape))
 
 
 def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     shapes = (gradient.shape, query.shape, key.shape, value.shape)
-    return int(flop_counter.sdpa_backward_flop_count(*shapes))
+    return int(_torchs.sdpa_backward_flop_count(*shapes))
 
 
 def _grouped(a: Any, b: Any, *_: Any, **__: Any) -> int:

@@ -57,13 +57,13 @@ class FlopsProfiler:
         self._counting = count
         self._hooks = watched(self.model, self.counter if count else None, self.timer)
         if count:
-            self.counter.__enter__()
+            self.counter.__enter__()  # type: ignore[no-untyped-call]
 
     def stop_profile(self) -> None:
         """Stop; figures stay. May be called repeatedly."""
         if self._hooks is not None:
             if self._counting:
-                self.counter.__exit__(None, None, None)
+                self.counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._hooks.remove()
             self._hooks = None
 
@@ -202,7 +202,7 @@ def _call(
     if input_shape is not None:
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         args = [torch.ones(tuple(input_shape), dtype=like.dtype, device=like.device)]
-    called = model if mode == "forward" else model.generate
+    called: Any = model if mode == "forward" else model.generate
     return lambda: called(*args, **kwargs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from drivetrain_profiler.measured import ModuleFigures
@@ -98,9 +98,12 @@ def _largest(rows: list[ModuleFigures], depth: int, top: int) -> list[str]:
         for place, value in enumerate((row.parameters, row.forward.macs, row.seconds)):
             sums[place] += value
     lines = [f"  depth {depth}:"]
-    for place, (label, show) in enumerate(
-        (("params", scaled), ("MACs", scaled), ("time", duration))
-    ):
+    measures: list[tuple[str, Callable[[float], str]]] = [
+        ("params", scaled),
+        ("MACs", scaled),
+        ("time", duration),
+    ]
+    for place, (label, show) in enumerate(measures):
         ordered = sorted(kinds.items(), key=lambda item: -item[1][place])[:top]
         named = ", ".join(f"{kind} {show(values[place])}" for kind, values in ordered)
         lines.append(f"    {label:8}{named}")

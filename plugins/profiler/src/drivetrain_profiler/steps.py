@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,7 +36,8 @@ class StepProfile:
     """
 
     def __init__(self, engine: Engine, section: FlopsProfilerSection) -> None:
-        self._engine: Engine = weakref.proxy(engine)  # whose profile lives as long as it does
+        proxy: Any = weakref.proxy(engine)  # whose profile lives as long as it does
+        self._engine: Engine = proxy
         self._section = section
         self._counted, self._timed = max(0, section.profile_step - 1), section.profile_step
         self._counter = OperationCounter()
