@@ -102,6 +102,13 @@ class FailureBoard:
         failure = Failure(self._rank, f"failed: {text}")
         aside.within(_FAREWELL_SECONDS, lambda: self._write(failure))
 
+    def announce(self, what: str) -> None:
+        """Write that the job has failed by ``what``, unless there is a failure already.
+
+        No rank is at fault alone, so every rank that waits for others raises it, this one too.
+        """
+        self._write(Failure(None, what))
+
     def first(self, wait: float = 0.0) -> Failure | None:
         """The job's failure, if there is one within ``wait`` seconds."""
         deadline = time.monotonic() + wait

@@ -30,11 +30,13 @@ class Counting(TorchCommunicator):
         return super().run(collective)
 
 
-def start(slot=SLOT, timeout=60.0, library=native_library):
+def start(slot=SLOT, timeout=60.0, library=native_library, broken_off=None):
     dist.init_process_group("gloo")
     mesh = Mesh(MeshLayout.build(dist.get_world_size(), ()), dist.get_rank())
     inner = Counting(mesh, torch.device("cpu"))
-    return SharedMemoryCommunicator(inner, library, mesh.ranks, timeout, slot_bytes=slot)
+    return SharedMemoryCommunicator(
+        inner, library, mesh.ranks, timeout, slot_bytes=slot, broken_off=broken_off
+    )
 
 
 def values(rank, dtype, numel):

@@ -59,6 +59,26 @@ def test_ranks_that_disagree_are_told():
     run_distributed(disagreement, 2)
 
 
+def stops_waiting():
+    """Rank 0 asks twice while it waits for rank 1, which does not come."""
+    asked = []
+    c = start(broken_off=lambda: asked.append(None) or len(asked) == 2)
+    c.barrier("data", TAG)
+    store = dist.distributed_c10d._get_default_store()
+    if c.rank("data") == 0:
+        with pytest.raises(CommunicationError, match="did not come before the job was broken off"):
+            c.all_reduce(torch.ones(3), "data", TAG)
+        store.set("raised", "")
+    else:
+        store.wait(["raised"])
+    c.close()
+    return len(asked)
+
+
+def test_a_rank_that_waits_for_long_asks_if_it_should():
+    assert run_distributed(stops_waiting, 2) == [2, 0]
+
+
 def closes_amid():
     """Rank 0 waits for rank 1 on its thread, with more behind, and closes."""
     c = start()

@@ -49,7 +49,14 @@ REDUCED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 """Dtypes that are reduced in shared memory; any dtype is moved."""
 _BYTES = 3
 _OPS = {Op.SUM: 0, Op.MAX: 1, Op.MIN: 2}
-_FAULTS = {1: "died", 2: "left the job", 3: "is in another collective", 4: "did not come in time"}
+_FAULTS = {
+    1: "died",
+    2: "left the job",
+    3: "is in another collective",
+    4: "did not come in time",
+    5: "did not come before the job was broken off",
+}
+_Question = ctypes.CFUNCTYPE(c_int)
 
 
 class Request(Structure):
@@ -109,6 +116,7 @@ class SharedGroup:
         axis: the axis.
         timeout: seconds after which a rank that does not come counts as lost.
         slot_bytes: size of a staging slot, the same on all ranks.
+        broken_off: asked by a rank that has waited for long whether it should stop waiting.
 
     Raises:
         UnavailableError: on every rank, if any of them cannot share memory with all others.
@@ -121,6 +129,7 @@ class SharedGroup:
         axis: Axis,
         timeout: float,
         slot_bytes: int = SLOT_BYTES,
+        broken_off: Callable[[], bool] | None = None,
     ) -> None:
         self.size, self.rank = inner.size(axis), inner.rank(axis)
         self._inner, self._axis = inner, axis
@@ -145,6 +154,10 @@ class SharedGroup:
         self._group = library.dt_group_create(
             self.rank, self.size, addresses, slot_bytes, processes, self.size > cores, timeout
         )
+        if broken_off is not None:
+            self._question = _Question(broken_off)  # kept, since the group calls it
+            library.dt_group_ask.argtypes, library.dt_group_ask.restype = [pointer, _Question], None
+            library.dt_group_ask(self._group, self._question)
         self._registered: dict[int, _Registered] = {}
         self._segments = (POINTER(pointer) * 0)()
         self._made = 0

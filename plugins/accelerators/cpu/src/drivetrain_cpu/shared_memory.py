@@ -109,6 +109,7 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         explain: makes the exception of a collective that broke, from what it was and how it broke.
         timeout: seconds after which a rank that does not come counts as lost.
         slot_bytes: size of a staging slot, the same on all ranks.
+        broken_off: asked by a rank that has waited for long whether the job has failed.
     """
 
     def __init__(
@@ -119,9 +120,10 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         timeout: float = TIMEOUT,
         explain: Explain = broken,
         slot_bytes: int = SLOT_BYTES,
+        broken_off: Callable[[], bool] | None = None,
     ) -> None:
         super().__init__(inner)
-        self._slot_bytes = slot_bytes
+        self._slot_bytes, self._broken_off = slot_bytes, broken_off
         self._library, self._ranks, self._timeout = library, ranks, timeout
         self._explain = explain
         self._opened: dict[tuple[int, ...], _Line | None] = {}
@@ -202,7 +204,9 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
             # The other ranks have to hear of it, or they would wait for this one.
             library = str(error)
         try:
-            group = SharedGroup(library, self.inner, axis, self._timeout, self._slot_bytes)
+            group = SharedGroup(
+                library, self.inner, axis, self._timeout, self._slot_bytes, self._broken_off
+            )
         except UnavailableError as reason:
             if self.rank(axis) == 0:
                 logger.warning("axis %r does not communicate through memory: %s", axis, reason)
@@ -215,9 +219,21 @@ def share_memory(job: Job) -> Sequence[CommunicatorLayer]:
     if job.device.type != "cpu" or job.world_size == 1:
         return ()
 
+    def broken_off() -> bool:
+        try:
+            if job.failures is not None:
+                job.failures.check("waiting in shared memory")
+        except CommunicationError:
+            return True
+        return False
+
     def wrap(communicator: Communicator) -> Communicator:
         routed = SharedMemoryCommunicator(
-            communicator, native_library, job.mesh.ranks, explain=job.explain
+            communicator,
+            native_library,
+            job.mesh.ranks,
+            explain=job.explain,
+            broken_off=broken_off,
         )
         job.on_close(routed.close)
         return routed

@@ -445,6 +445,8 @@ DRIVETRAIN_API Group* dt_group_create(int rank, int size, void* const* segments,
 
 DRIVETRAIN_API void dt_group_leave(Group* group) { group->leave(); }
 
+DRIVETRAIN_API void dt_group_ask(Group* group, Question question) { group->ask(question); }
+
 DRIVETRAIN_API void dt_group_destroy(Group* group) { delete group; }
 
 // 0, or the fault with the position of the rank at fault in *peer.

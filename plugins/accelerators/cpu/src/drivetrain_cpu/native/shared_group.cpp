@@ -17,6 +17,7 @@ constexpr long kNapNanoseconds = 100'000'000;
 constexpr int kSpins = 1000;
 // In a crowd the peer may need this core.
 constexpr int kSpinsWhenCrowded = 20;
+constexpr double kLongSeconds = 2;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -100,14 +101,20 @@ bool Group::wait_for(int peer, Outcome& outcome) {
     relax();
   }
   const double began = now();
+  double next_question = kLongSeconds;
   for (;;) {
     other.sleepers.fetch_add(1);
     const uint32_t seen = other.arrived.load();
     if (!reached(seen, steps_)) nap(other.arrived, seen);
     other.sleepers.fetch_sub(1);
     if (reached(other.arrived.load(std::memory_order_acquire), steps_)) return true;
-    outcome = look_around(now() - began);
+    const double waited = now() - began;
+    outcome = look_around(waited);
     if (outcome.fault == kTimedOut) outcome.peer = peer;
+    if (outcome.fault == kNone && question_ != nullptr && waited > next_question) {
+      next_question = waited + kLongSeconds;
+      if (question_() != 0) outcome = {kBrokenOff, peer};
+    }
     if (outcome.fault != kNone) return false;
   }
 }

@@ -3,7 +3,8 @@
 // Every rank owns one segment, mapped by all: a control block and two staging slots. A rank
 // announces a step by raising its own counter; others wait for that counter, first spinning, then
 // sleeping in a futex. Nothing is locked, so a rank that dies leaves nothing locked; those that
-// sleep look every tenth of a second whether the others are still alive.
+// sleep look every tenth of a second whether the others are still alive, and those that have waited
+// for long ask whether there is still something to wait for.
 #pragma once
 
 #include <atomic>
@@ -38,7 +39,10 @@ static_assert(sizeof(Control) <= kControlBytes, "the control block has outgrown 
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "shared counters must not take locks");
 
 // Shared with shared_group.py.
-enum Fault : int { kNone = 0, kDied = 1, kLeft = 2, kDisagrees = 3, kTimedOut = 4 };
+enum Fault : int { kNone = 0, kDied = 1, kLeft = 2, kDisagrees = 3, kTimedOut = 4, kBrokenOff = 5 };
+
+// Whether a wait is to be broken off; called by the thread that waits.
+using Question = int (*)();
 
 struct Outcome {
   int fault = kNone;
@@ -74,6 +78,8 @@ class Group {
   Outcome meet();
   // Tells the others that this rank will not come again.
   void leave();
+  // Has a wait ask `question` when it has lasted two seconds, and every two seconds from then on.
+  void ask(Question question) { question_ = question; }
 
  private:
   bool wait_for(int peer, Outcome& outcome);
@@ -85,6 +91,7 @@ class Group {
   int64_t slot_bytes_;
   double timeout_;
   int spins_;
+  Question question_ = nullptr;
   uint32_t steps_ = 0, turns_ = 0, collectives_ = 0;
 };
 

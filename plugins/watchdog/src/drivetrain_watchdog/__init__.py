@@ -1,0 +1,1 @@
+"""Ranks that compare what they communicate, so that a hang names the rank that is missing."""
