@@ -6,7 +6,7 @@ import copy
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, product
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from drivetrain.plan.plan import Plan
 from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
 from drivetrain.testing.models import tied_gpt
+from drivetrain.testing.parts import SharedSequences
 
 WORLD = 2
 STEPS = 6
@@ -32,18 +33,12 @@ MODES = {"bf16": 2e-2, "fp16": 2e-3, "torch_autocast": 2e-2}
 """Mode of reduced precision -> bound of a loss's relative difference: about two roundings."""
 
 
-class Parts(Plugin):
-    """Has each rank of a sequence compute with a part of its own: here, with other sequences.
+def registry() -> Registry:
+    """Ranks of one sequence compute with other sequences here.
 
     To all but the model these are as good as parts of one.
     """
-
-    name = "parts"
-    serves_axes: ClassVar[frozenset[str]] = frozenset({"sp"})
-
-
-def registry() -> Registry:
-    return Registry.installed().with_plugins(Parts)
+    return Registry.installed().with_plugins(SharedSequences)
 
 
 def features() -> dict[str, Sequence[Any]]:
@@ -96,7 +91,6 @@ def config_of(row: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
-        "plugins": {"parts": True},
     }
     for path, value in row.items():
         section = config

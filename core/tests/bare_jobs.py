@@ -10,6 +10,7 @@ from drivetrain.contracts import Purpose, Tag
 from drivetrain.job.job import Job
 from drivetrain.plan.plan import Plan
 from drivetrain.plan.registry import Registry, core_entries
+from drivetrain.testing.parts import SharedSequences
 
 TAG = Tag(Purpose.CONTROL, site="test")
 
@@ -19,8 +20,7 @@ def plan(world: int | None = None, **config: Any) -> Plan:
         config,
         world_size=world,
         batch_required=False,
-        registry=Registry(core_entries()),
-        serves_axes={"sp"},
+        registry=Registry(core_entries()).with_plugins(SharedSequences),
     )
 
 

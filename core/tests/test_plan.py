@@ -36,6 +36,7 @@ from drivetrain.sections.mesh import AcceleratorName
 from drivetrain.sections.observability import LogLevel, StepsPerPrint, Timers
 from drivetrain.sections.optimization import GradientClipping, OptimizerSection
 from drivetrain.sections.precision import BF16, FP16, DataTypes, TorchAutocast
+from drivetrain.testing.parts import SharedSequences
 
 
 class Tensor(Section):
@@ -99,7 +100,9 @@ class ElasticPlugin(Plugin):
         return Batch(self.section(Elastic).root * shards, self.section(Elastic).root, 1, shards)
 
 
-REGISTRY = Registry(core_entries()).with_plugins(TensorPlugin, ExpertsPlugin, ElasticPlugin)
+REGISTRY = Registry(core_entries()).with_plugins(
+    TensorPlugin, ExpertsPlugin, ElasticPlugin, SharedSequences
+)
 
 
 @pytest.fixture(autouse=True)
@@ -145,7 +148,7 @@ def test_a_world_size_that_is_no_positive_number_is_refused(
 
 def test_plugins_shape_the_mesh_and_the_rest_is_data_parallel() -> None:
     config = {"train_batch_size": 24, "tensor": {"size": 2}, "experts": {"size": 4}}
-    plan = built({**config, "sequence_parallel_size": 2}, 24, serves_axes={"sp"})
+    plan = built({**config, "sequence_parallel_size": 2}, 24)
     sizes = {axis: plan.layout.size(axis) for axis in ("dp", "sp", "tp", "ep", "edp", "data")}
     assert sizes == {"dp": 6, "sp": 2, "tp": 2, "ep": 4, "edp": 3, "data": 12}
     assert plan.batch == Batch(24, 4, 1, 6)

@@ -28,6 +28,7 @@ from drivetrain.engine.engine import Engine
 from drivetrain.job.job import Job
 from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
+from drivetrain.testing.parts import SharedSequences
 
 STEPS, EXPERTS, WIDTH, TOKENS = 10, 4, 6, 16
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
@@ -98,7 +99,6 @@ class ToyExperts(Plugin):
 
     name = "toy_experts"
     sections: ClassVar[Sections] = {"toy_experts": ToyExpertsSection}
-    serves_axes: ClassVar[frozenset[str]] = frozenset({"sp"})  # by tests, which cut sequences
 
     @hookimpl
     def mesh_axes(self) -> Sequence[AxisRequest]:
@@ -159,7 +159,7 @@ def make(ep: int, sp: int, tp: int) -> Engine:
             "data_parallel": {"bucket_bytes": 128, "first_bucket_bytes": 64},
             "toy_experts": {"ep": ep, "tp": tp},
         },
-        registry=Registry.installed().with_plugins(ToyExperts),
+        registry=Registry.installed().with_plugins(ToyExperts, SharedSequences),
     )
     return engine
 

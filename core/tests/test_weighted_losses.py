@@ -29,6 +29,7 @@ from drivetrain.errors import TrainingError
 from drivetrain.job.job import Job
 from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
+from drivetrain.testing.parts import SharedSequences
 
 SAMPLES, LENGTH, WIDTH, STEPS = 2, 6, 3, 4
 RATE = 0.05
@@ -68,7 +69,6 @@ class ToySequence(Plugin):
 
     name = "toy_sequence"
     sections: ClassVar[Sections] = {"toy_sequence": ToySequenceSection}
-    serves_axes: ClassVar[frozenset[str]] = frozenset({"sp"})
     reports: ClassVar[list[StepReport]] = []
 
     @hookimpl
@@ -104,7 +104,7 @@ class OwnSum(UpdateRule):
 
 
 def registry() -> Registry:
-    answer = Registry.installed().with_plugins(ToySequence)
+    answer = Registry.installed().with_plugins(ToySequence, SharedSequences)
     answer.add("optimizers", "OwnSum", lambda params, job: OwnSum(job))
     return answer
 

@@ -16,8 +16,9 @@ from deepspeed.runtime.utils import ensure_directory_exists, move_to_device, see
 from deepspeed.utils import groups, log_dist, log_dist_once, logger, required_torch_version
 
 from drivetrain.errors import PluginError
-from drivetrain.sections.mesh import Mesh
+from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
+from drivetrain.testing.parts import SharedSequences
 
 
 def on_two_ranks():
@@ -33,7 +34,8 @@ def on_two_ranks():
     part = torch.empty(1)
     comm.reduce_scatter_fn(part, torch.tensor([1.0, 2.0]))
     module = torch.nn.Linear(2, 2)
-    with patch.object(Mesh, "serves_axes", frozenset({"sp"})):  # as a plugin for sequences would
+    registry = Registry.installed().with_plugins(SharedSequences)
+    with patch.object(Registry, "installed", lambda: registry):
         engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=torch.optim.SGD(module.parameters(), lr=0.1),

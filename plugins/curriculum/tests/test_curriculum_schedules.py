@@ -12,6 +12,7 @@ from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.plan.plan import Plan
 from drivetrain.plan.registry import Registry
 from drivetrain.testing import PluginConformance
+from drivetrain.testing.parts import SharedSequences
 
 LINEAR = {
     "enabled": True,
@@ -133,8 +134,8 @@ def test_a_section_that_is_off_need_not_be_complete() -> None:
 
 def plan(**keys: Any) -> Plan:
     config = {"train_batch_size": 2, "curriculum_learning": LINEAR, **keys}
-    registry = Registry.installed().with_plugins(Curriculum)
-    return Plan.build(config, world_size=2, registry=registry, serves_axes={"sp"})
+    registry = Registry.installed().with_plugins(Curriculum, SharedSequences)
+    return Plan.build(config, world_size=2, registry=registry)
 
 
 def test_sequences_that_are_spread_over_ranks_cannot_be_cut() -> None:

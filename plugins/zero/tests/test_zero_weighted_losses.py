@@ -15,6 +15,7 @@ from drivetrain.engine.engine import Engine
 from drivetrain.errors import TrainingError
 from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
+from drivetrain.testing.parts import SharedSequences
 
 LENGTH, WIDTH, STEPS, RATE = 6, 3, 3, 0.05
 
@@ -46,7 +47,6 @@ class ToySequence(Plugin):
 
     name = "toy_sequence"
     sections: ClassVar[Sections] = {"toy_sequence": ToySequenceSection}
-    serves_axes: ClassVar[frozenset[str]] = frozenset({"sp"})
 
     @hookimpl
     def prepare_inputs(
@@ -78,7 +78,7 @@ def make(stage: int, micros: int, sp: int) -> Engine:
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
             "toy_sequence": {},
         },
-        registry=Registry.installed().with_plugins(ToySequence),
+        registry=Registry.installed().with_plugins(ToySequence, SharedSequences),
     )
     return engine
 

@@ -13,7 +13,7 @@ _PATHS = {
     "sections.observability:Observability": "steps_per_print wall_clock_breakdown memory_breakdown "
     "dump_state log_level timers",
     "sections.data:Data": "dataloader_drop_last vocabulary_size seed",
-    "sections.mesh:Mesh": "data_parallel_size sequence_parallel_size accelerator",
+    "sections.mesh:Mesh": "data_parallel_size accelerator",
     "engine.defaults:Defaults": "data_parallel",
     "sections.checkpoints:Checkpoints": "checkpoint",
     "sections.legacy:Legacy": "amp nebula datastates_ckpt disable_allgather graph_harvesting "

@@ -101,8 +101,8 @@ class Plan:
             world_size: number of ranks; else ``WORLD_SIZE`` of the environment, else 1.
             registry: where plugins come from; else everything installed.
             batch_required: whether a batch size must be given; serving needs none.
-            serves_axes: mesh axes along which your own code has ranks share work, as plugins say it
-                in ``Plugin.serves_axes``.
+            serves_axes: mesh axes along which your own code has ranks share work, so that plugins
+                which would do so leave it to you.
             objects: config paths of plugins that the model's classes name -> name of such a class;
                 each takes part as if the config had an empty section at that path.
 

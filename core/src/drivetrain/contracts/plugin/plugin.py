@@ -72,9 +72,6 @@ class Plugin:
             it is then instantiated once, with those of its sections that the config contains.
         after: names of plugins whose hooks must run before this one's inside one phase. Core's own
             defaults always run last.
-        serves_axes: mesh axes whose size a key of core decides (``sp``) and along which this
-            plugin divides work among ranks while it is active. Axes that it asks for in
-            ``mesh_axes`` are not listed here.
         hookspec_version: may be set to the ``HOOKSPEC_VERSION`` that the plugin was built for; a
             core of another version then refuses it by name.
     """
@@ -82,7 +79,6 @@ class Plugin:
     name: ClassVar[str]
     sections: ClassVar[Sections] = {}
     after: ClassVar[tuple[str, ...]] = ()
-    serves_axes: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, sections: Mapping[str, BaseModel]) -> None:
         self._sections = dict(sections)

@@ -133,8 +133,8 @@ def _switch_off(done: Translation) -> None:
 def _parallelism(done: Translation) -> None:
     """Drop what asks for an axis of one rank."""
     config = done.config
-    if config.get("sequence_parallel_size", 1) == 1:
-        _drop(done, "seq_parallel_communication_data_type", "there is one sequence rank")
+    reason = "activations travel in the dtype that they have, gradients as all others"
+    _drop(done, "seq_parallel_communication_data_type", reason)
     tensor = config.get("tensor_parallel")
     keys = ("autotp_size", "tp_size")
     if isinstance(tensor, dict) and all(tensor.get(key, 1) in (0, 1) for key in keys):

@@ -1,0 +1,239 @@
+"""Batches of whole sequences, cut into the parts of ranks, in every forward of the engine."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from drivetrain.errors import TrainingError
+from drivetrain_sequence.layout import Cut, Layout, segments_of
+from drivetrain_sequence.losses import IGNORED, shifted
+
+TOKENS = ("input_ids", "inputs_embeds")
+"""Arguments that say what the sequence is."""
+
+_ONLY_WHOLE = {
+    "past_key_values": "a cache of keys and values",
+    "output_attentions": "attention weights",
+    "encoder_hidden_states": "states of an encoder",
+}
+
+
+Labels = Literal["next", "same"]
+"""Labels of the token after each, as causal models have them, or of the token itself."""
+
+
+@dataclass
+class Prepared:
+    """A batch as a rank's model takes it.
+
+    Args:
+        keywords: arguments of the model's forward.
+        labels: [b, s], those of this rank's tokens, shifted if ``causal``; ``None`` without.
+        counted: how many labels of this rank count.
+    """
+
+    keywords: dict[str, Any]
+    labels: torch.Tensor | None = None
+    counted: int | torch.Tensor = 0
+
+
+class Cutter:
+    """Cuts the arguments of a model of Transformers.
+
+    Every rank of a sequence is given the same whole batch. Rows are padded to the next length that
+    can be cut; padding is a key for nobody and has no label.
+
+    Args:
+        model: whose forward takes ``input_ids`` (or ``inputs_embeds``) and ``position_ids``.
+        cut: how tokens are shared out.
+        rank: this rank, of those of a sequence.
+        labels: what labels are: those of the next token, of the token itself, or (``None``) of
+            something that is no token.
+    """
+
+    tokens: tuple[str, ...] = TOKENS
+
+    def __init__(self, model: nn.Module, cut: Cut, rank: int, labels: Labels | None) -> None:
+        self._signature = inspect.signature(model.forward)
+        self._model = model
+        self.cut = cut
+        self._rank = rank
+        self._kind = labels
+        self._causal = labels == "next"
+
+    def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments by name, without those that are ``None``."""
+        bound = self._signature.bind(*args, **kwargs).arguments
+        for name, parameter in self._signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                bound |= bound.pop(name, {})
+        return {name: value for name, value in bound.items() if value is not None}
+
+    def __call__(self, arguments: Mapping[str, Any]) -> Prepared:
+        """Cut one batch.
+
+        Raises:
+            TrainingError: an argument that cannot be cut, with its name.
+        """
+        given = dict(arguments)
+        if self.cut.ranks > 1:
+            _refuse(given)
+        name = next((name for name in TOKENS if name in given), None)
+        if name is None:
+            raise TrainingError(
+                f"a batch without {' or '.join(TOKENS)} cannot be cut along its sequences; it has "
+                f"{', '.join(given) or 'nothing'}"
+            )
+        batch, length = given[name].shape[:2]
+        missing = -length % self.cut.multiple
+        labels = self._labels(given, (batch, length))
+        if self.cut.ranks == 1:
+            return Prepared(given) if labels is None else self._with_labels(given, labels)
+        layout, positions = _layout(given, batch, length, missing, given[name].device)
+        places = self.cut.of_rank(length + missing, self._rank).to(given[name].device)
+        keywords: dict[str, Any] = {}
+        for key, value in given.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 1:
+                if value.shape[1] != length or value.shape[0] not in (1, batch):
+                    raise _uncut(key, value, batch, length)
+                value = _padded(value, missing, 0)[:, places]
+            keywords[key] = value
+        keywords["position_ids"] = positions[:, places]
+        if layout is not None or self.cut.ring > 1:
+            known = layout or Layout()
+            device = places.device
+            keywords["attention_mask"] = known.attached(batch, length + missing, device)
+        if "use_cache" in self._signature.parameters:
+            keywords["use_cache"] = False
+        if labels is None:
+            return Prepared(keywords)
+        own = _padded(labels, missing, IGNORED)[:, places]
+        return self._with_labels(keywords, own)
+
+    def _with_labels(self, keywords: dict[str, Any], own: torch.Tensor) -> Prepared:
+        counted = (own != IGNORED).sum()
+        if self._causal:
+            return Prepared({**keywords, "labels": own, "shift_labels": own}, own, counted)
+        # The mean of no losses is not finite; the mean of one is taken times 0.
+        first = torch.zeros_like(own, dtype=torch.bool)
+        first[0, 0] = True
+        usable = torch.where(first & (counted == 0), 0, own)
+        return Prepared({**keywords, "labels": usable}, own, counted)
+
+    def _labels(self, given: dict[str, Any], shape: tuple[int, int]) -> torch.Tensor | None:
+        labels: torch.Tensor | None = given.pop("labels", None)
+        ready: torch.Tensor | None = given.pop("shift_labels", None)
+        found = labels if ready is None else ready
+        if found is not None and self._kind is None:
+            raise TrainingError(
+                f"the loss of {type(self._model).__name__} is none of single tokens, so it cannot "
+                "be computed over parts of sequences: leave out labels and compute it of outputs"
+            )
+        if found is not None and found.shape != shape:
+            raise TrainingError(
+                f"labels of shape {tuple(found.shape)} are not one for each of {shape[1]} tokens "
+                f"of {shape[0]} rows: only losses of tokens are computed over parts of sequences"
+            )
+        if ready is not None and not self._causal:
+            raise TrainingError(f"{type(self._model).__name__} takes labels, not shift_labels")
+        return shifted(labels) if ready is None and labels is not None and self._causal else found
+
+
+class OwnCutter(Cutter):
+    """Cuts the arguments of a model that is not of Transformers: the same part of all of them.
+
+    The first argument is the sequence; the model's forward takes ``position_ids``, which it uses if
+    it numbers tokens, and returns the mean over the tokens that it is given.
+    """
+
+    def __init__(self, model: nn.Module, cut: Cut, rank: int) -> None:
+        super().__init__(model, cut, rank, None)
+        self.tokens = (next(iter(self._signature.parameters)),)
+
+    def __call__(self, arguments: Mapping[str, Any]) -> Prepared:
+        given = dict(arguments)
+        tokens = given.get(self.tokens[0])
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+            raise TrainingError(f"{self.tokens[0]} is no tensor [rows, tokens, ...] to cut")
+        batch, length = tokens.shape[:2]
+        if length % self.cut.multiple:
+            raise TrainingError(
+                f"{length} tokens cannot be cut into {self.cut.multiple} equal parts "
+                "(sequence_parallel_size): pad the sequences, and give each loss the number of its "
+                "tokens as weight"
+            )
+        places = self.cut.of_rank(length, self._rank).to(tokens.device)
+        positions = torch.arange(length, device=tokens.device)[None]
+        given.setdefault("position_ids", positions)
+        for key, value in given.items():
+            if isinstance(value, torch.Tensor) and value.dim() > 1:
+                if value.shape[1] != length or value.shape[0] not in (1, batch):
+                    raise _uncut(key, value, batch, length)
+                given[key] = value[:, places]
+        return Prepared(given)
+
+
+def _refuse(given: dict[str, Any]) -> None:
+    for name, what in _ONLY_WHOLE.items():
+        if given.get(name) is not None and given.get(name) is not False:
+            raise TrainingError(
+                f"{name}: {what} cannot be cut along the sequence, which several ranks share "
+                "(sequence_parallel_size): leave it out"
+            )
+    if isinstance(kept := given.get("logits_to_keep", 0), torch.Tensor) or kept:
+        raise TrainingError("logits_to_keep picks tokens of whole sequences: leave it out")
+
+
+def _layout(
+    given: dict[str, Any], batch: int, length: int, missing: int, device: torch.device
+) -> tuple[Layout | None, torch.Tensor]:
+    """The layout of a padded batch, ``None`` where all is plain, and positions [1 or b, S]."""
+    real: torch.Tensor | None = given.pop("attention_mask", None)
+    positions: torch.Tensor | None = given.pop("position_ids", None)
+    if real is not None and real.shape != (batch, length):
+        raise TrainingError(
+            f"an attention_mask of shape {tuple(real.shape)} cannot be cut: give one for "
+            f"{length} tokens of {batch} rows, or position_ids that begin again at each packed "
+            "sequence"
+        )
+    if positions is not None and positions.shape not in ((batch, length), (1, length)):
+        raise TrainingError(
+            f"position_ids of shape {tuple(positions.shape)} are not one for each of {length} "
+            f"tokens of {batch} rows"
+        )
+    segments = None
+    if positions is None:
+        positions = torch.arange(length, device=device)[None]
+    elif real is None:  # else positions are what the client says, but rows are not packed
+        segments = segments_of(positions.expand(batch, -1))
+    padded = _padded(positions, missing, 0)
+    added = real is None
+    if real is not None:
+        real = _padded(real.bool(), missing, False)
+    elif missing:
+        real = torch.arange(length + missing, device=device).expand(batch, -1) < length
+    if segments is not None:
+        segments = _padded(segments, missing, -1)
+        return Layout(real, padded.expand(batch, -1), segments, added), padded
+    return (None if real is None else Layout(real, added=added)), padded
+
+
+def _padded(x: torch.Tensor, missing: int, value: float) -> torch.Tensor:
+    if not missing:
+        return x
+    filling = x.new_full((x.shape[0], missing, *x.shape[2:]), value)
+    return torch.cat([x, filling], 1)
+
+
+def _uncut(name: str, value: torch.Tensor, batch: int, length: int) -> TrainingError:
+    return TrainingError(
+        f"{name} of shape {tuple(value.shape)} cannot be cut along the sequence: {batch} rows of "
+        f"{length} tokens are shared out over ranks (sequence_parallel_size), and nothing tells "
+        "which part of it belongs to which"
+    )

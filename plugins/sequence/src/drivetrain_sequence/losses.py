@@ -1,0 +1,179 @@
+"""Losses of parts of sequences, as means over all tokens of them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from drivetrain.errors import TrainingError
+
+IGNORED = -100
+"""The label of tokens that no loss counts, as in torch."""
+
+
+class Sum(Protocol):
+    """The ranks that share sequences; core's ``Functional`` is one."""
+
+    size: int
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks; gradients are summed over ranks."""
+
+
+def mean_over_sequence(
+    total: torch.Tensor, count: torch.Tensor | float, line: Sum | None
+) -> torch.Tensor:
+    """The mean over all tokens of all parts, the same on every rank.
+
+    Its gradient is as many times that of this rank's part as there are ranks, since an engine
+    averages gradients over all ranks, those of one sequence included.
+
+    Args:
+        total: sum of the losses of this rank's tokens, a 0-d tensor.
+        count: how many these are; a number if it is that of all ranks together.
+        line: the ranks of a sequence; ``None`` for one.
+    """
+    if line is not None and line.size > 1:
+        total = line.all_reduce(total)
+        if isinstance(count, torch.Tensor):
+            count = line.all_reduce(count.detach().to(total.dtype))
+    return total / count
+
+
+def shifted(labels: torch.Tensor) -> torch.Tensor:
+    """Have each token's label be the one of the token after it; the last has none.
+
+    Args:
+        labels: [b, S], of whole sequences.
+    """
+    return nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+
+
+def token_losses(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = IGNORED
+) -> torch.Tensor:
+    """Cross-entropy of each token, at least in float32, 0 for those that do not count.
+
+    Args:
+        logits: [..., vocabulary].
+        labels: [...], whole numbers.
+        ignore_index: the label of tokens that do not count.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=ignore_index, reduction="none"
+    )
+    return losses.view(labels.shape)
+
+
+class CausalLoss:
+    """A model's ``loss_function`` over the ranks of a sequence, for labels that are shifted.
+
+    Args:
+        line: the ranks of a sequence; ``None`` for one.
+        model: whose function it replaces; that still serves calls outside of the engine.
+
+    Attributes:
+        called: whether it was called since this was last set to false.
+        in_tiles: where a head has computed losses in place of logits.
+    """
+
+    def __init__(self, line: Sum | None, model: Any) -> None:
+        self._line = line
+        self._model = model
+        self._original = model.loss_function
+        self.called = False
+        self.in_tiles: TiledHead | None = None
+        model.loss_function = self
+
+    def undo(self) -> None:
+        """Give the model its own function back."""
+        self._model.loss_function = self._original
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
+        ignore_index: int = IGNORED,
+        shift_labels: torch.Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        if shift_labels is None:
+            given = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
+            return self._original(logits, labels, vocab_size=vocab_size, **given, **others)
+        self.called = True
+        if self.in_tiles is not None and self.in_tiles.labels is not None:
+            losses = self.in_tiles.checked(logits, self._model)
+        else:
+            losses = token_losses(logits, shift_labels, ignore_index)
+        count = (shift_labels != ignore_index).sum()
+        if num_items_in_batch is not None:
+            return mean_over_sequence(losses.sum(), float(num_items_in_batch), self._line)
+        return mean_over_sequence(losses.sum(), count, self._line)
+
+
+class TiledHead:
+    """A head that computes the losses of a tile of tokens at a time, instead of all logits.
+
+    Logits of a tile are computed again in backward, inside of the head's forward, so that
+    parameters which are gathered for it are there; the head's gradient arrives once.
+
+    Args:
+        head: the module from hidden states [b, s, width] to logits; its ``forward`` is replaced.
+        tile: tokens of all rows together whose logits are in memory at a time.
+
+    Attributes:
+        labels: [b, s], of the forward under way; without them the head computes logits.
+        made: the losses that it has computed for them.
+    """
+
+    def __init__(self, head: nn.Module, tile: int) -> None:
+        self._head: Any = head
+        self._forward = head.forward
+        self._tile = tile
+        self.made: torch.Tensor | None = None
+        self.labels: torch.Tensor | None = None
+        self._head.forward = self
+
+    def __call__(self, hidden: torch.Tensor) -> Any:
+        labels = self.labels
+        if labels is None or hidden.shape[:-1] != labels.shape:
+            return self._forward(hidden)
+        flat, targets = hidden.flatten(0, 1), labels.flatten()
+        losses = [
+            checkpoint(self._losses, part, target, use_reentrant=False)
+            for part, target in zip(
+                torch.split(flat, self._tile), torch.split(targets, self._tile), strict=True
+            )
+        ]
+        self.made = torch.cat(losses).view(labels.shape)
+        return self.made
+
+    def checked(self, logits: torch.Tensor, model: nn.Module) -> torch.Tensor:
+        """The losses that stand for ``logits``.
+
+        Raises:
+            TrainingError: the model has made something else of what the head has returned.
+        """
+        if logits is not self.made:
+            raise TrainingError(
+                f"{type(model).__name__} changes its logits between head and loss, so these cannot "
+                "be computed in tiles: leave out sequence_parallel.loss_tile"
+            )
+        return logits
+
+    def undo(self) -> None:
+        """Give the head its forward back."""
+        del self._head.forward
+
+    def forget(self) -> None:
+        """Let go of the latest forward's labels and losses."""
+        self.labels = self.made = None
+
+    def _losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return token_losses(self._forward(hidden), labels)

@@ -1,0 +1,208 @@
+"""What the engine's module is given in place of whole batches, and what becomes of its loss."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from drivetrain.communication.functional import Functional, functional
+from drivetrain.contracts import Purpose, Tag
+from drivetrain.errors import ConfigError, TrainingError
+from drivetrain_sequence.inputs import Cutter, Labels, OwnCutter, Prepared
+from drivetrain_sequence.losses import CausalLoss, TiledHead, mean_over_sequence
+from drivetrain_sequence.probe import probe
+
+if TYPE_CHECKING:
+    from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
+    from drivetrain_sequence.layout import Cut
+    from drivetrain_sequence.section import SequenceParallelSection
+    from drivetrain_sequence.ulysses import Turn
+
+_SAME = {"ForMaskedLM": "same", "ForTokenClassification": "same"}
+"""Kinds of losses of Transformers that are means over the labels of the tokens themselves."""
+
+
+class SharedModel:
+    """An engine's module whose sequences several ranks share, or whose loss comes in tiles.
+
+    Args:
+        job: mesh and communication.
+        module: the finished module.
+        section: settings.
+        cut: how sequences are shared out.
+        turn: tells attention when it sees parts.
+
+    Raises:
+        ConfigError: it is not known how to cut the module's batches.
+    """
+
+    def __init__(
+        self, job: Job, module: nn.Module, section: SequenceParallelSection, cut: Cut, turn: Turn
+    ) -> None:
+        self._module = module
+        self._probes = section.probe and cut.ranks > 1
+        self._turn = turn
+        tag = Tag(Purpose.ACTIVATION, key="loss", site="sequence parallelism")
+        self._line: Functional = functional(job.communicator, "sp", tag)
+        self._pending: Prepared | None = None
+        self._now: Prepared | None = None
+        self._seen = cut.ranks == 1
+        self._loss: CausalLoss | None = None
+        self._head: TiledHead | None = None
+        self._cutter = self._cutter_of(job, section, cut)
+        hooks = [
+            module.register_forward_pre_hook(self._begin, with_kwargs=True),
+            module.register_forward_hook(self._end, always_call=True),
+        ]
+        self._hooks = hooks
+
+    def prepare(
+        self, engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Cut the arguments of one forward."""
+        if self._cutter is None:  # the script has
+            self._pending = Prepared({})
+            return args, dict(kwargs)
+        arguments = self._cutter.named(args, kwargs)
+        first, self._seen = not self._seen, True
+        if first:
+            self._check_alike(arguments)
+        prepared = self._cutter(arguments)
+        if first and self._probes:
+            probe(self._module, self._cutter, arguments, self._line, self._turn)
+        self._pending = prepared
+        return (), prepared.keywords
+
+    def undo(self) -> None:
+        """Leave the module as it was found."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._head is not None:
+            self._head.undo()
+        if self._loss is not None:
+            self._loss.undo()
+
+    def _cutter_of(self, job: Job, section: SequenceParallelSection, cut: Cut) -> Cutter | None:
+        module, rank = self._module, job.mesh.coordinate("sp")
+        modeling: Any = sys.modules.get("transformers.modeling_utils")
+        if modeling is not None and isinstance(module, modeling.PreTrainedModel):
+            labels = self._take_loss(section)
+            if cut.ranks > 1 and getattr(module.config, "is_encoder_decoder", False):
+                raise ConfigError(
+                    f"{type(module).__name__} has an encoder and a decoder with sequences of their "
+                    "own, which ranks cannot share yet: leave out sequence_parallel_size"
+                )
+            return None if section.inputs == "whole" else Cutter(module, cut, rank, labels)
+        if section.loss_tile is not None:
+            raise ConfigError(
+                "sequence_parallel.loss_tile: only losses of models of Transformers are computed "
+                "in tiles by themselves; in another model call drivetrain_sequence.tiled_loss"
+            )
+        if section.inputs == "whole" or cut.ranks == 1:
+            return None
+        if "position_ids" not in inspect.signature(module.forward).parameters:
+            raise ConfigError(
+                f"the forward of {type(module).__name__} takes no position_ids, which tell a rank "
+                "where the tokens are that it is given of a sequence (sequence_parallel_size): add "
+                "them, to be used where tokens are numbered; or set sequence_parallel.inputs: "
+                "whole, and hand in parts"
+            )
+        return OwnCutter(module, cut, rank)
+
+    def _take_loss(self, section: SequenceParallelSection) -> Labels | None:
+        """Compute the loss of a causal model here; say what labels are."""
+        model: Any = self._module
+        losses: Any = sys.modules["transformers.loss.loss_utils"]
+        original = model.loss_function
+        if original is losses.ForCausalLMLoss:
+            self._loss = CausalLoss(self._line, model)
+            if section.loss_tile is not None:
+                self._head = TiledHead(model.get_output_embeddings(), section.loss_tile)
+                self._loss.in_tiles = self._head
+            return "next"
+        if section.loss_tile is not None:
+            raise ConfigError(
+                f"sequence_parallel.loss_tile: the loss of {type(model).__name__} is not that of "
+                "the next token, the only one that is computed in tiles"
+            )
+        kind = getattr(model, "loss_type", None)
+        return "same" if kind in _SAME else None
+
+    def _check_alike(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse ranks that were given different batches. Collective."""
+        assert self._cutter is not None
+        tokens = next((arguments[n] for n in self._cutter.tokens if n in arguments), None)
+        facts = torch.zeros(1, 4, dtype=torch.float64)
+        if isinstance(tokens, torch.Tensor) and tokens.dim() > 1:
+            own = tokens.detach().to("cpu", torch.float64).flatten()
+            weights = torch.linspace(1, 2, own.numel(), dtype=torch.float64)
+            facts = torch.stack([*map(torch.tensor, tokens.shape[:2]), own.sum(), own @ weights])
+            facts = facts.double()[None]
+        facts = facts.to(self._line_device())
+        everyone = self._line.all_gather(facts)
+        if not bool((everyone == everyone[:1]).all()):
+            raise TrainingError(
+                "the ranks of one sequence (sequence_parallel_size) were given different batches, "
+                "and each needs the whole one: share data out by job.mesh.coordinate('dp'), as "
+                "loaders of the engine do"
+            )
+
+    def _line_device(self) -> torch.device:
+        return next((p.device for p in self._module.parameters()), torch.device("cpu"))
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if self._pending is None:
+            return
+        self._now, self._pending = self._pending, None
+        self._turn.in_forward = self._line.size > 1
+        if self._loss is not None:
+            self._loss.called = False
+        if self._head is not None:
+            self._head.labels = self._now.labels
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
+        now, self._now = self._now, None
+        if now is None:
+            return output
+        self._turn.in_forward = False
+        if self._head is not None:
+            output = _without(output, self._head.made)
+            self._head.forget()
+        if now.labels is None or output is None:  # None: the forward has raised
+            return output
+        if self._loss is None:
+            return self._averaged(output, now)
+        if not self._loss.called:
+            raise TrainingError(
+                f"{type(module).__name__} computes its loss without its loss_function, so it is "
+                "not over the whole sequence: leave out labels and compute it of outputs"
+            )
+        return output
+
+    def _averaged(self, output: Any, now: Prepared) -> Any:
+        """The output with the loss over all ranks in place of the mean over this rank's labels."""
+        loss = output[0] if isinstance(output, tuple) else output["loss"]
+        counted = torch.as_tensor(now.counted)
+        loss = mean_over_sequence(loss * counted, counted, self._line)
+        if isinstance(output, tuple):
+            return (loss, *output[1:])
+        output["loss"] = loss
+        return output
+
+
+def _without(output: Any, losses: torch.Tensor | None) -> Any:
+    """The output without the losses of tokens that stand where logits would."""
+    if losses is None or output is None:
+        return output
+    if isinstance(output, tuple):
+        return tuple(item for item in output if item is not losses)
+    for name, item in list(output.items()):
+        if item is losses:
+            output[name] = None
+    return output

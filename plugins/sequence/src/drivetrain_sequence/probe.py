@@ -1,0 +1,108 @@
+"""Whether a model computes the same in parts as in one piece, found out with a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from drivetrain.errors import ConfigError
+from drivetrain_sequence.inputs import Cutter
+
+if TYPE_CHECKING:
+    from drivetrain.communication.functional import Functional
+    from drivetrain_sequence.ulysses import Turn
+
+TOKENS_PER_RANK = 8
+
+_BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-3}
+_LOW_PRECISION = 0.1
+"""Part of the largest result that rounding may change: several roundings, in any order of sums."""
+
+
+def probe(
+    model: nn.Module, cutter: Cutter, arguments: Mapping[str, Any], line: Functional, turn: Turn
+) -> None:
+    """Compare the model's results for a few tokens of a batch. Collective over ``line``.
+
+    Whatever in a model looks at other tokens without the attention that plugins can reach, or
+    numbers them in a way of its own, shows here: ranks have less of the sequence than it expects.
+
+    Args:
+        model: the engine's module.
+        cutter: of its batches.
+        arguments: the first batch, whole.
+        line: the ranks of a sequence.
+        turn: tells attention whether it sees parts.
+
+    Raises:
+        ConfigError: results differ.
+    """
+    few = _few(arguments, cutter.tokens, cutter.cut.multiple)
+    if few is None:
+        return
+    length = next(few[name] for name in cutter.tokens if name in few).shape[1]
+    in_parts = cutter(few).keywords
+    training, in_forward = model.training, turn.in_forward
+    model.eval()
+    try:
+        with torch.no_grad():
+            turn.in_forward = False
+            cache = {"use_cache": False} if "use_cache" in in_parts else {}
+            whole = _result(model(**{**few, **cache}), length)
+            turn.in_forward = True
+            part = _result(model(**in_parts), length // line.size)
+    finally:
+        model.train(training)
+        turn.in_forward = in_forward
+    if whole is None or part is None:
+        return
+    joined = line.all_gather(part, dim=1)
+    order = torch.cat([cutter.cut.of_rank(length, rank) for rank in range(line.size)])
+    found = torch.empty_like(joined)
+    found[:, order.to(joined.device)] = joined
+    difference = (found - whole).abs().max() / whole.abs().max().clamp(min=1e-30)
+    bound = _BOUNDS.get(whole.dtype, _LOW_PRECISION)
+    # All ranks decide alike, on the largest difference that any of them sees.
+    worst = float(line.all_gather(difference.reshape(1)).max())
+    if not worst <= bound:
+        raise ConfigError(
+            f"{type(model).__name__} computes something else when ranks share its sequences: "
+            f"results of {length} tokens differ by {worst:.1g} of the largest one. Something in it "
+            "looks at other tokens, or numbers them, without attention that plugins can reach "
+            "(Transformers' attention interface, drivetrain.attention) and position_ids, so it "
+            "cannot be trained with sequence_parallel_size; sequence_parallel.probe: false trains "
+            "it all the same"
+        )
+
+
+def _few(
+    arguments: Mapping[str, Any], tokens_of: Sequence[str], multiple: int
+) -> dict[str, Any] | None:
+    """One row of a few tokens, without labels; ``None`` if the batch has too few to cut."""
+    tokens = next(arguments[name] for name in tokens_of if name in arguments)
+    shape = tokens.shape[:2]
+    length = min(TOKENS_PER_RANK * multiple, shape[1] // multiple * multiple)
+    if not length:
+        return None
+    found = {}
+    for name, value in arguments.items():
+        if name in ("labels", "shift_labels", "num_items_in_batch"):
+            continue
+        cut = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == shape[1]
+        found[name] = value[:1, :length] if cut else value
+    return found
+
+
+def _result(output: Any, length: int) -> torch.Tensor | None:
+    """The first tensor of an output that has something for each token."""
+    leaves = pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            continue
+        if leaf.dim() > 1 and leaf.shape[1] == length:
+            return leaf
+    return None

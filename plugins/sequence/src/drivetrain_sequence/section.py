@@ -1,0 +1,41 @@
+"""The config section ``sequence_parallel``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from drivetrain.contracts import Bool, PositiveInt, Scalar, Section
+
+PATH, SIZE = "sequence_parallel", "sequence_parallel_size"
+
+
+class SequenceParallelSize(Scalar[PositiveInt | None]):
+    """Ranks that share one sequence; 1 if unset."""
+
+    root: PositiveInt | None = None
+
+
+class SequenceParallelSection(Section):
+    """How sequences are shared out over ranks, and what of the model is computed in tiles."""
+
+    inputs: Literal["auto", "cut", "whole"] = Field(
+        default="auto",
+        description="Who gives each rank its part of a batch: cut, the engine, in every forward; "
+        "whole, the script hands in parts; auto cuts where it can know what to do.",
+    )
+    probe: Bool = Field(
+        default=True,
+        description="Compare a few tokens of the first batch, in parts, with the same model in one "
+        "piece, and refuse a model whose results differ.",
+    )
+    loss_tile: PositiveInt | None = Field(
+        default=None,
+        description="Tokens whose logits are in memory at a time; logits are computed again in "
+        "backward, and the model returns none when it is given labels.",
+    )
+    mlp_tile: PositiveInt | None = Field(
+        default=None,
+        description="Tokens that go through an MLP at a time; computed again in backward.",
+    )

@@ -1,0 +1,131 @@
+"""The layer of attention that exchanges heads over the ranks of a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from drivetrain.communication.functional import Functional, functional
+from drivetrain.contracts import Attention, AttentionFacts, MaskRule, Purpose, Tag
+from drivetrain.errors import TrainingError
+from drivetrain_sequence.heads import HeadShare, from_heads, to_heads
+from drivetrain_sequence.layout import Cut, layout_of, whole_rule
+from drivetrain_sequence.plain import flags_of
+
+if TYPE_CHECKING:
+    from drivetrain.job.job import Job
+
+_TAG = Tag(Purpose.ACTIVATION, key="attention", site="sequence parallelism")
+
+
+@dataclass
+class Turn:
+    """Whether tokens are in parts now: inside of the engine's forward, and in backward.
+
+    Outside of it, such as in ``generate`` of the model itself, every rank has whole sequences.
+    """
+
+    in_forward: bool = False
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether attention sees parts of sequences."""
+        return self.in_forward or torch._C._current_graph_task_id() != -1
+
+
+def heads_line(job: Job, cut: Cut) -> Functional:
+    """The ranks that exchange heads with this one."""
+    first = job.mesh.coordinate("sp") // cut.heads * cut.heads
+    axis = job.mesh.subgroup("sp", range(first, first + cut.heads))
+    return functional(job.communicator, axis, _TAG)
+
+
+def exchange_heads(inner: Attention, line: Functional, turn: Turn) -> Attention:
+    """Put the exchange around ``inner``, which then sees all tokens of some heads.
+
+    Args:
+        inner: the function so far.
+        line: the ranks that exchange heads.
+        turn: whether there is something to exchange.
+    """
+
+    def attend(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        facts: AttentionFacts,
+    ) -> torch.Tensor:
+        if not turn.in_parts:
+            return inner(module, query, key, value, facts)
+        heads = query.shape[1]
+        own = HeadShare.of(heads, key.shape[1], line.size).queries[line.rank]
+        whole = whole_facts(facts, line, own, query)
+        query, key, value = to_heads(line, query, key, value)
+        return from_heads(line, inner(module, query, key, value, whole), heads)
+
+    return attend
+
+
+def whole_facts(
+    facts: AttentionFacts, line: Functional, heads: range, query: torch.Tensor
+) -> AttentionFacts:
+    """The facts for all tokens and the heads of this rank.
+
+    Args:
+        facts: for this rank's tokens and all heads.
+        line: the ranks that exchange heads.
+        heads: of this rank.
+        query: [b, h, s, d], this rank's tokens.
+
+    Raises:
+        TrainingError: for what is known of this rank's tokens alone.
+    """
+    if facts.bias is not None:
+        raise TrainingError(
+            "attention adds a bias to its scores that is made for this rank's tokens, so it knows "
+            "nothing of the tokens of other ranks: this model cannot be trained with "
+            "sequence_parallel_size"
+        )
+    length = query.shape[2] * line.size
+    mask = facts.mask
+    if isinstance(mask, MaskRule):
+        layout = layout_of(mask)
+        plain = flags_of(mask, layout)
+        whole = whole_rule(mask, layout, length, query.device)
+        facts = replace(facts, mask=None, causal=plain == "causal") if plain else facts
+        mask = None if plain else whole
+    elif mask is not None:
+        mask = _whole_mask(mask, heads, query.shape[1], length)
+    sinks = None if facts.sinks is None else facts.sinks[heads.start : heads.stop]
+    return replace(
+        facts,
+        mask=mask,
+        sinks=sinks,
+        positions=_joined(facts.positions, line, query),
+        segments=_joined(facts.segments, line, query),
+    )
+
+
+def _whole_mask(mask: torch.Tensor, heads: range, all_heads: int, length: int) -> torch.Tensor:
+    if mask.shape[-1] != length or mask.shape[-2] not in (1, length):
+        raise TrainingError(
+            f"an attention mask of shape {tuple(mask.shape)} is not one of all {length} tokens: a "
+            "rank of a sequence needs the mask of the whole sequence, [..., 1 or all, all]"
+        )
+    return (
+        mask[:, heads.start : heads.stop]
+        if mask.dim() == 4 and mask.shape[1] == all_heads
+        else mask
+    )
+
+
+def _joined(own: torch.Tensor | None, line: Functional, query: torch.Tensor) -> torch.Tensor | None:
+    """What every rank has of its tokens [b, s], of all tokens [b, S]."""
+    if own is None:
+        return None
+    own = own.expand(query.shape[0], -1)
+    return line.all_gather(own.detach(), dim=1)

@@ -1,0 +1,125 @@
+"""Models of Transformers train over parts of sequences as they do over whole ones."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from drivetrain_sequence import HeadShare
+from sequence_models import LENGTH, batch, engine_of, plain, tiny, train
+
+from drivetrain.errors import ConfigError, TrainingError
+from drivetrain.testing import run_distributed
+
+CASES = [
+    ("llama", "plain", LENGTH),
+    ("llama", "padded", LENGTH - 1),
+    ("llama", "packed", LENGTH),
+    ("qwen", "plain", LENGTH - 3),
+    ("mistral", "packed", LENGTH),
+    ("gpt2", "padded", LENGTH),
+    ("bert", "masked", LENGTH - 1),
+]
+
+
+def parts(sp: int, cases: list[tuple[str, str, int]], section: dict[str, Any]) -> list[Any]:
+    found = []
+    for name, kind, length in cases:
+        engine = engine_of(tiny(name), sequence_parallel_size=sp, sequence_parallel=section)
+        losses = train(engine, kind, length=length)
+        weights = [p.detach().clone() for p in engine.module.parameters()]
+        found.append((losses, weights))
+        engine.destroy()
+    return found
+
+
+def check(found: list[Any], cases: list[tuple[str, str, int]]) -> None:
+    for (losses, weights), (name, kind, length) in zip(found, cases, strict=True):
+        model = tiny(name)
+        # Transformers computes losses in float32.
+        assert losses == pytest.approx(plain(model, kind, length), rel=1e-6), (name, kind)
+        for ours, theirs in zip(weights, model.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("sp", "cases"),
+    [
+        (2, CASES),
+        pytest.param(3, CASES, marks=pytest.mark.long),
+        pytest.param(4, CASES, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_losses_and_weights_are_those_of_one_process(
+    sp: int, cases: list[tuple[str, str, int]]
+) -> None:
+    for found in run_distributed(parts, sp, sp, cases, {}):
+        check(found, cases)
+
+
+def test_losses_and_mlps_in_tiles_change_nothing() -> None:
+    tiles = {"loss_tile": 5, "mlp_tile": 4}
+    cases = [CASES[1], CASES[5]]
+    check(parts(1, cases, tiles), cases)
+    for found in run_distributed(parts, 2, 2, cases[:1], tiles):
+        check(found, cases[:1])
+
+
+class Convolved(torch.nn.Module):
+    """Looks at the token before without attention."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+def refused_or_not() -> list[str]:
+    """What is said of batches and models that cannot be shared out."""
+    found = []
+    rank = int(os.environ["RANK"])
+    packed, plain_ = batch(0, "packed"), batch(0, "plain")
+    four = {"attention_mask": torch.ones(2, 1, LENGTH, LENGTH)}
+    wrong: list[tuple[Any, dict[str, Any]]] = [
+        (tiny("llama"), {**plain_, **four}),
+        (tiny("llama"), {**packed, "position_ids": packed["position_ids"][:, :5]}),
+        (tiny("llama"), {**plain_, "labels": plain_["labels"][:, 0]}),
+        (tiny("llama"), {**plain_, "logits_to_keep": 1}),
+        (tiny("llama"), batch(rank, "plain")),
+        (tiny("llama"), {"labels": plain_["labels"]}),
+    ]
+    model = tiny("llama")
+    model.model.norm = torch.nn.Sequential(model.model.norm, Convolved())
+    wrong.append((model, plain_))
+    for model, inputs in wrong:
+        engine = engine_of(model, sequence_parallel_size=2)
+        try:
+            engine(**inputs)
+            found.append("")
+        except (ConfigError, TrainingError) as error:
+            found.append(str(error))
+        engine.destroy()
+    return found
+
+
+def test_what_cannot_be_shared_out_is_refused_by_name_on_every_rank() -> None:
+    expected = [
+        "an attention_mask of shape (2, 1, 24, 24) cannot be cut",
+        "position_ids of shape (2, 5) are not one for each of 24 tokens of 2 rows",
+        "labels of shape (2,) are not one for each of 24 tokens",
+        "logits_to_keep picks tokens of whole sequences",
+        "the ranks of one sequence (sequence_parallel_size) were given different batches",
+        "a batch without input_ids or inputs_embeds cannot be cut",
+        "LlamaForCausalLM computes something else when ranks share its sequences",
+    ]
+    for found in run_distributed(refused_or_not, 2):
+        for said, begin in zip(found, expected, strict=True):
+            assert begin in said
+
+
+def test_heads_that_cannot_be_shared_out_are_refused() -> None:
+    with pytest.raises(ConfigError, match="8 ranks cannot share out 4 heads"):
+        HeadShare.of(4, 2, 8)
+    with pytest.raises(ConfigError, match="6 heads of queries do not share 4 of keys evenly"):
+        HeadShare.of(6, 4, 2)

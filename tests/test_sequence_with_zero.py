@@ -1,0 +1,54 @@
+"""Models of Transformers over parts of sequences, at every stage of ZeRO, beside recomputation."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from drivetrain.testing import run_distributed
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "plugins" / "sequence" / "tests"))
+
+from sequence_models import LENGTH, engine_of, plain, tiny, train
+
+Case = tuple[str, str, int, dict[str, Any]]
+
+RECOMPUTE = {"activation_checkpointing": {"recompute": "all"}}
+TILES = {"sequence_parallel": {"loss_tile": 6, "mlp_tile": 4}}
+
+# Every pair of stage, model, and what else is on.
+CASES: list[Case] = [
+    ("llama", "padded", 1, RECOMPUTE),
+    ("gpt2", "plain", 2, TILES),
+    ("llama", "packed", 3, RECOMPUTE | TILES),
+    ("bert", "masked", 3, {}),
+    ("gpt2", "padded", 3, TILES),
+    ("qwen", "plain", 0, RECOMPUTE | TILES),
+]
+
+
+def trained(cases: list[Case]) -> list[Any]:
+    found = []
+    for name, kind, stage, others in cases:
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        config: dict[str, Any] = {"zero_optimization": zero, "sequence_parallel_size": 2, **others}
+        engine = engine_of(tiny(name), **config)
+        losses = train(engine, kind)
+        weights = {n: p.clone() for n, p in engine.module_state_dict().items() if p.dim()}
+        found.append((losses, weights))
+        engine.destroy()
+    return found
+
+
+def test_every_stage_of_zero_trains_to_the_weights_of_one_process() -> None:
+    for found in run_distributed(trained, 2, CASES):
+        for (losses, weights), (name, kind, *_) in zip(found, CASES, strict=True):
+            model = tiny(name)
+            assert losses == pytest.approx(plain(model, kind, LENGTH), rel=1e-6), (name, kind)
+            for key, value in model.state_dict().items():
+                if key in weights:
+                    torch.testing.assert_close(weights[key], value, rtol=1e-6, atol=1e-7)
