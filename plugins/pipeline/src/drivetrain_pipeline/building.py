@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drivetrain_pipeline import ties
 from drivetrain_pipeline.planning import schedule_of
 from drivetrain_pipeline.running.chunked import ATTRIBUTE
 from drivetrain_pipeline.running.runner import PipelineRunner
+from drivetrain_pipeline.running.trace import Trace
 from drivetrain_pipeline.running.weights_apart import WeightsApart
 from drivetrain_pipeline.schedules import warnings_of
 from drivetrain_pipeline.splitting.partition import split_model
@@ -57,4 +59,5 @@ def runner(job: Job, engine: Engine, section: PipelineSection) -> Runner | None:
         apart=WeightsApart(engine) if trains and first.splits_backward else None,
         tied=ties.tied(engine.module, model.holders),
         dynamic=section.dynamic_shape,
+        trace=Trace(job, Path(section.timeline)) if section.timeline is not None else None,
     )

@@ -53,7 +53,9 @@ class PipelineSection(Section):
         description="Shapes between stages depend on values, so each message tells them.",
     )
     timeline: PathText | None = Field(
-        default=None, description="File for a Chrome trace of the latest step, as it was measured."
+        default=None,
+        description="File in which rank 0 writes a Chrome trace of the latest step, predicted "
+        "and measured; each pass then waits for the device.",
     )
     seed_layers: Bool | None = Field(
         default=None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from drivetrain.contracts import Purpose, Tag
+from drivetrain.contracts import DONE, Purpose, Tag
 from drivetrain.errors import TrainingError
 from drivetrain_pipeline.running.values import Layout, take_apart
 
@@ -111,6 +111,12 @@ class Mail:
             if needs_gradient and torch.is_grad_enabled():
                 leaves.append(tensor.requires_grad_())
         return layout.build(tensors), leaves
+
+    def wait_for(self, message: Message) -> None:
+        """Wait for a message of an earlier exchange, and leave it for :meth:`receive`."""
+        handle, layout, tensors = self._coming[message]
+        handle.wait()
+        self._coming[message] = DONE, layout, tensors
 
     def finish(self) -> None:
         """Wait until everything has left."""

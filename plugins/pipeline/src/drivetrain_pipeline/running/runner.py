@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
     from drivetrain.engine.engine import Engine
     from drivetrain_pipeline.running.chunked import ChunkedModel
+    from drivetrain_pipeline.running.trace import Trace
     from drivetrain_pipeline.running.weights_apart import WeightsApart
-    from drivetrain_pipeline.schedules import Message, Recorder
+    from drivetrain_pipeline.schedules import Message
 
 Schedules = Callable[[int], Schedule]
 """Number of micro-batches -> the schedule of a step with so many."""
@@ -55,7 +56,7 @@ class PipelineRunner:
         apart: keeps what weights' gradients are made of, where schedules have them apart.
         tied: this rank's parameters that other stages have, too.
         dynamic: shapes depend on values.
-        recorder: told when instructions begin and end.
+        trace: records when instructions begin and end.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class PipelineRunner:
         apart: WeightsApart | None = None,
         tied: list[nn.Parameter] | None = None,
         dynamic: bool = False,
-        recorder: Recorder | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self._engine = engine
         self._model = model
@@ -75,7 +76,7 @@ class PipelineRunner:
         self._apart = apart
         self._tied = tied or []
         self._dynamic = dynamic
-        self._recorder = recorder
+        self._trace = trace
         self._stage = engine.job.mesh.coordinate(AXIS)
         self._mail = Mail(engine.job, always=dynamic)
         self._last = model.chunks - 1
@@ -121,6 +122,8 @@ class PipelineRunner:
         self._made: dict[Message, Any] = {}
         self._local: dict[tuple[str, int, int], Any] = {}
         self._left = sum(i.kind in "BI" for i in schedule.streams[self._stage])
+        if self._trace is not None:
+            self._trace.clear()
         try:
             self._begin_window()
             for operation in schedule.operations(self._stage):
@@ -134,6 +137,8 @@ class PipelineRunner:
             raise
         if train:
             self._end_window(count)
+        if train and self._trace is not None:
+            self._trace.finish(schedule)
         return self._total, self._outputs
 
     def _begin_window(self) -> None:
@@ -191,8 +196,12 @@ class PipelineRunner:
     # -- instructions -------------------------------------------------------------------------
 
     def _execute(self, instruction: Instruction) -> None:
-        if self._recorder is not None:
-            self._recorder.begin(instruction)
+        if self._trace is not None:
+            # What a stage waits for is no part of what it does.
+            message = self._schedule.received_by(instruction)
+            if message is not None:
+                self._mail.wait_for(message)
+            self._trace.begin(instruction)
         match instruction.kind:
             case "F":
                 self._forward(instruction)
@@ -201,8 +210,8 @@ class PipelineRunner:
                 self._apart.compute(instruction)
             case _:
                 self._backward(instruction)
-        if self._recorder is not None:
-            self._recorder.end(instruction)
+        if self._trace is not None:
+            self._trace.end(instruction)
 
     def _forward(self, instruction: Instruction) -> None:
         micro, chunk = instruction.micro_batch, instruction.chunk

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from drivetrain_pipeline.schedules.instruction import Instruction
 
@@ -11,13 +12,15 @@ class Recorder:
     """The times of one stage's instructions in one step.
 
     Times are seconds of the machine's wall clock, so those of stages on several machines fit
-    together as well as their clocks do. Where the device runs behind the host, the runner either
-    waits for it around each instruction, or adds times that the device has measured.
+    together as well as their clocks do.
+
+    Args:
+        wait: called before a time is taken; waits until the device has done what it was given.
+            Without it, a device that runs behind the host is not seen.
     """
 
-    def __init__(self) -> None:
-        # Differences come from a clock that is never set; its origin comes from the wall.
-        self._offset = time.time() - time.perf_counter()
+    def __init__(self, wait: Callable[[], None] | None = None) -> None:
+        self._wait = wait
         self._spans: list[tuple[str, float, float]] = []
         self._open: tuple[Instruction, float] | None = None
 
@@ -51,4 +54,6 @@ class Recorder:
         self._open = None
 
     def _now(self) -> float:
-        return self._offset + time.perf_counter()
+        if self._wait is not None:
+            self._wait()
+        return time.time()
