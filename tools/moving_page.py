@@ -68,7 +68,12 @@ warns and names it.
 - **A Trainer of Transformers trains once**, with DeepSpeed and here: its second `train()` uses an
   engine that Accelerate has destroyed. Another Trainer in the same process trains as well.
 - **`deepspeed SCRIPT`** starts the ranks of this host, or of the hosts in `--hostfile` through
-  `drivetrain launch`. Without `--launcher` it uses ssh, not pdsh.
+  `drivetrain launch`. Without `--launcher` it uses ssh, not pdsh. `ds_report`, `ds_elastic`,
+  `ds_ssh`, `ds_io` and `ds_nvme_tune` show what Drivetrain's commands show; there is no `ds_bench`.
+- **`deepspeed.monitor.monitor.MonitorMaster`** opens the monitors that its config switches on, as
+  one: there are no classes of single ones.
+- **`aio_handle`** raises an error where a transfer fails, and copies what is on a device through
+  host memory.
 
 """
 

@@ -15,6 +15,8 @@ from drivetrain.plan.config.loading import load_config
 from drivetrain.plan.plan import Plan
 
 if TYPE_CHECKING:
+    from deepspeed._parts.monitor import DeepSpeedMonitorConfig
+
     ConfigSource = Mapping[str, Any] | str | os.PathLike[str]
 
 ATTRIBUTES: Mapping[str, str] = {
@@ -97,6 +99,13 @@ class DeepSpeedConfig:
     def gradient_accumulation_steps(self) -> int | None:
         """Micro-batches between two updates."""
         return self._plan.batch.accumulation_steps if self._plan.batch else None
+
+    @property
+    def monitor_config(self) -> DeepSpeedMonitorConfig:
+        """The sections of monitors."""
+        from deepspeed._parts.monitor import get_monitor_config
+
+        return get_monitor_config(self._param_dict)
 
     @property
     def zero_enabled(self) -> bool:

@@ -48,6 +48,10 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "launcher.runner": {
         "deepspeed._commands.launch": "main DEEPSPEED_ENVIRONMENT_NAME EXPORT_ENVS",
     },
+    "monitor.config": {
+        "deepspeed._parts.monitor": "DeepSpeedMonitorConfig get_monitor_config",
+    },
+    "monitor.monitor": {"deepspeed._parts.monitor": "MonitorMaster"},
     "ops": {
         "deepspeed._parts.version_info": "__compatible_ops__=installed_ops "
         "__installed_ops__=installed_ops",
@@ -106,6 +110,9 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "deepspeed._parts.logs": "log_dist log_dist_once logger set_log_level_from_string",
         "deepspeed._parts.on_device": "OnDevice",
         "deepspeed._parts.small": "instrument_w_nvtx required_torch_version",
+    },
+    "utils.timer": {
+        "deepspeed._parts.timers": "NoopTimer SynchronizedWallClockTimer ThroughputTimer",
     },
     "utils.groups": {
         "deepspeed._parts.groups": "get_data_parallel_group get_data_parallel_rank "
@@ -218,6 +225,7 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "utils.groups": "get_expert_data_parallel_group get_expert_parallel_group "
         "get_expert_parallel_rank get_expert_parallel_world_size",
     },
+    "drivetrain-offload": {"ops.aio": "aio_handle"},
     "drivetrain-pipeline": {
         "pipe": "DualPipeVModule LayerSpec PipelineModule TiedLayerSpec",
         "runtime.pipe.engine": "PipelineEngine",
@@ -263,8 +271,6 @@ INSTEAD: Mapping[str, str] = {
     "elasticity.ensure_immutable_elastic_config": "nothing: ranks compare their configs",
     "io.FastFileWriter": "the config's checkpoint.background, which saves while training goes on",
     "module_inject.revert_transformer_layer": "nothing: modules are not replaced",
-    "monitor.monitor.MonitorMaster": "engine.monitor, with the monitors of the config",
-    "ops.aio.aio_handle": "drivetrain_offload.AsyncFile",
     "ops.adam.ZenFlowCPUAdam": "the config's zero_optimization.zenflow",
     "ops.adam.ZenFlowSelectiveAdamW": "the config's zero_optimization.zenflow",
     "runtime.fp16.loss_scaler.DynamicLossScaler": "engine.loss_scaler",
@@ -274,8 +280,6 @@ INSTEAD: Mapping[str, str] = {
     "runtime.lr_schedules.add_tuning_arguments": "arguments of the script's own; schedules are "
     "set in the config",
     "runtime.utils.clip_grad_norm_": "the config's gradient_clipping",
-    "utils.timer.SynchronizedWallClockTimer": "engine.job.span(name), and engine.last_report.times",
-    "utils.timer.ThroughputTimer": "engine.last_report.samples_per_second",
     "zero.DeepSpeedZeRoOffload": "an engine without optimizer at stage 3",
 }
 """Name that nothing serves -> what to use."""
