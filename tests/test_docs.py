@@ -165,7 +165,7 @@ def plan_for_some_world(config: dict[str, Any]) -> Plan:
         try:
             return Plan.build(config, world_size=world_size)
         except ConfigError as error:
-            if "ranks cannot be divided" not in str(error):
+            if not re.search("ranks cannot be divided|does not nest", str(error)):
                 raise
     return Plan.build(config, world_size=8)
 

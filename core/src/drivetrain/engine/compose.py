@@ -25,6 +25,7 @@ from drivetrain.modules.places import move
 from drivetrain.optimization.facade import check_groups
 from drivetrain.optimization.factory import optimizer_plan, rule_from_optimizer
 from drivetrain.optimization.schedule_choice import adopt_schedule, make_schedule
+from drivetrain.plan.plan import ModelObjects
 from drivetrain.precision.precision import Precision, loss_scaler
 from drivetrain.sections.optimization import OptimizerSection, SchedulerSection
 
@@ -120,13 +121,16 @@ def build_engine(
     return engine
 
 
-def plugins_of_objects(module: nn.Module) -> dict[str, str]:
-    """Config paths that classes in ``module`` name (``drivetrain_plugin``) -> name of a class."""
-    found: dict[str, str] = {}
-    for kind in dict.fromkeys(type(part) for part in module.modules()):
-        path = getattr(kind, "drivetrain_plugin", None)
+def plugins_of_objects(module: nn.Module) -> dict[str, ModelObjects]:
+    """Config paths of plugins that classes in ``module`` name -> what these are."""
+    found: dict[str, ModelObjects] = {}
+    for part in module.modules():
+        path = getattr(type(part), "drivetrain_plugin", None)
         if isinstance(path, str):
-            found.setdefault(path, kind.__name__)
+            known = found.setdefault(path, ModelObjects(type(part).__name__))
+            wish = getattr(part, "drivetrain_wish", None)
+            if wish is not None and wish not in known.wishes:
+                found[path] = replace(known, wishes=(*known.wishes, wish))
     return found
 
 
@@ -136,13 +140,13 @@ def _refuse_unserved(job: Job, module: nn.Module) -> None:
     Raises:
         ConfigError: one does not; says what to write into the config.
     """
-    for path, kind in plugins_of_objects(module).items():
+    for path, found in plugins_of_objects(module).items():
         entry = job.plan.registry.find("plugins", path)
         if entry is None or not any(type(p) is entry.load() for p in job.plan.plugins):
             raise ConfigError(
-                f"the model has a {kind}, which needs the plugin {path!r}, and the plan does not "
-                f'have it or switches it off: write "{path}": {{}} into the config (a job that is '
-                "opened without a model cannot know)"
+                f"the model has a {found.kind}, which needs the plugin {path!r}, and the plan does "
+                f'not have it or switches it off: write "{path}": {{}} into the config (a job '
+                "that is opened without a model cannot know)"
             )
 
 

@@ -47,6 +47,20 @@ class Explanation:
     notes: Sequence[str]
 
 
+@dataclass(frozen=True)
+class ModelObjects:
+    """Parts of a model whose classes name a plugin (``drivetrain_plugin``).
+
+    Args:
+        kind: name of the first one's class.
+        wishes: what they ask of the plan (their ``drivetrain_wish``), each once, in order; plain
+            data of which the plugin knows the meaning, such as how many ranks share out experts.
+    """
+
+    kind: str
+    wishes: tuple[Any, ...] = ()
+
+
 @dataclass
 class Plan:
     """A checked config with its plugins; made by :meth:`build`.
@@ -63,6 +77,7 @@ class Plan:
         batch_required: whether a plan without batch size is refused.
         serves_axes: mesh axes along which the caller's own code has ranks share work.
         axis_requests: what the plugins asked of the mesh.
+        objects: parts of the model that have switched plugins on, by config path.
         layout: axes of the mesh.
         batch: the batch triple; ``None`` when it is neither required nor given.
     """
@@ -78,6 +93,7 @@ class Plan:
     section_notes: tuple[str, ...] = ()
     serves_axes: frozenset[str] = frozenset()
     axis_requests: tuple[AxisRequest, ...] = ()
+    objects: Mapping[str, ModelObjects] = field(default_factory=dict)
     layout: MeshLayout = field(init=False)
     batch: Batch | None = field(init=False, default=None)
 
@@ -91,7 +107,7 @@ class Plan:
         registry: Registry | None = None,
         batch_required: bool = True,
         serves_axes: Iterable[str] = (),
-        objects: Mapping[str, str] | None = None,
+        objects: Mapping[str, ModelObjects] | None = None,
     ) -> Plan:
         """Turn a config into a plan.
 
@@ -103,8 +119,8 @@ class Plan:
             batch_required: whether a batch size must be given; serving needs none.
             serves_axes: mesh axes along which your own code has ranks share work, so that plugins
                 which would do so leave it to you.
-            objects: config paths of plugins that the model's classes name -> name of such a class;
-                each takes part as if the config had an empty section at that path.
+            objects: config paths of plugins that classes in the model name -> what they are; each
+                takes part as if the config had an empty section at that path.
 
         Raises:
             ConfigError: with every problem that was found.
@@ -113,7 +129,8 @@ class Plan:
         merged = overlay(load_config(config), overlays)
         world, source = _world_size(world_size)
         known = registry if registry is not None else Registry.installed()
-        composition = compose(merged, known, objects or {})
+        kinds = {path: found.kind for path, found in (objects or {}).items()}
+        composition = compose(merged, known, kinds)
         plan = cls(
             config=merged,
             registry=composition.registry,
@@ -125,6 +142,7 @@ class Plan:
             batch_required=batch_required,
             section_notes=composition.notes,
             serves_axes=frozenset(serves_axes),
+            objects=dict(objects or {}),
         )
         plan._check()
         return plan

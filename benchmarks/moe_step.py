@@ -1,0 +1,58 @@
+"""Time one training step of mixtures of experts side by side, and print the ratios as JSON.
+
+    python benchmarks/moe_step.py transformers-ddp drivetrain-mixtral:2
+    python benchmarks/moe_step.py deepspeed-layer:2@/path/to/other/python drivetrain-layer:2 --k 2
+
+``system:N`` shares out experts over N ranks; ``@interpreter`` runs a system under another Python,
+for DeepSpeed's own, which has an environment of its own. Systems take steps in turn, as in
+``train_step.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from side_by_side import row, running, take_turns
+
+WORKER = Path(__file__).with_name("moe_step_worker.py")
+SHAPE = {
+    "layers": 2,
+    "width": 256,
+    "inner": 512,
+    "experts": 8,
+    "k": 2,
+    "batch": 2,
+    "sequence": 256,
+    "vocabulary": 512,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("systems", nargs="+")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--warmup", type=int, default=5)
+    for name, value in SHAPE.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    options = parser.parse_args()
+    shape = {name: getattr(options, name) for name in SHAPE}
+    with running(options.systems, WORKER, shape, options.ranks) as systems:
+        facts = {name: system.ready() for name, system in systems.items()}
+        seconds = take_turns(systems, options.warmup, options.pairs)
+        last = {name: system.close() for name, system in systems.items()}
+    baseline = options.systems[0]
+    rows = {
+        name: {**facts[name], **last[name], **row(times, seconds[baseline], baseline)}
+        for name, times in seconds.items()
+    }
+    print(
+        json.dumps({"shape": shape, "date": time.strftime("%Y-%m-%d"), "systems": rows}, indent=1)
+    )
+
+
+if __name__ == "__main__":
+    main()

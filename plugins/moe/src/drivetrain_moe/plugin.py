@@ -1,0 +1,154 @@
+"""The plugin that shares out experts over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from drivetrain.contracts import (
+    AxisRequest,
+    Phase,
+    Plugin,
+    Problem,
+    Sections,
+    Transform,
+    hookimpl,
+)
+from drivetrain_moe.axes import ExpertAxes, expert_axes, requests
+from drivetrain_moe.section import (
+    EXPERT_PARALLEL,
+    MOE,
+    DataBeforeExperts,
+    ExpertParallelSection,
+    MoESection,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
+    from drivetrain.plan.plan import Plan
+    from drivetrain_moe.automatic import SharedExperts
+    from drivetrain_moe.layer import MoE
+
+_DATA_FIRST = "use_data_before_expert_parallelism"
+
+
+class MixtureOfExperts(Plugin):
+    """Owns ``moe``, ``expert_parallel`` and ``use_data_before_expert_parallelism``."""
+
+    name = MOE
+    sections: ClassVar[Sections] = {
+        MOE: MoESection,
+        EXPERT_PARALLEL: ExpertParallelSection,
+        _DATA_FIRST: DataBeforeExperts,
+    }
+
+    def enabled(self) -> bool:
+        given = any(isinstance(s, MoESection) for s in self._sections.values())
+        return given or self.section(ExpertParallelSection).enabled
+
+    @hookimpl
+    def configure(self, plan: Plan) -> Sequence[Problem]:
+        if self.section(DataBeforeExperts).root:
+            reason = "ranks that share out experts are neighbours here, as all-to-alls need the "
+            return [Problem(_DATA_FIRST, f"must be false: {reason}fastest links")]
+        return []
+
+    @hookimpl
+    def mesh_axes(self, plan: Plan) -> Sequence[AxisRequest]:
+        return requests(self.axes(plan).values(), self._sizes(plan))
+
+    @hookimpl
+    def transform_module(self, job: Job, module: torch.nn.Module) -> Sequence[Transform]:
+        def share_out(model: torch.nn.Module) -> torch.nn.Module:
+            from drivetrain_moe import automatic
+
+            axes, section = self.axes(job.plan), self.section(MoESection)
+            for name, layer in _layers(model):
+                size = section.ep_size or layer.ep_size
+                layer.join(job, name or type(layer).__name__, axes[size], reports=section.report)
+                job.on_close(layer.leave)
+            experts = self.section(ExpertParallelSection)
+            if experts.enabled:
+                automatic.share_out(job, model, experts, axes[experts.autoep_size])
+            return model
+
+        return [Transform(Phase.PARTITION, share_out)]
+
+    @hookimpl
+    def describe_parameters(self, job: Job, module: torch.nn.Module) -> None:
+        from drivetrain_moe.experts import describe_rows
+
+        axes, section = self.axes(job.plan), self.section(MoESection)
+        for _, layer in _layers(module):
+            own = axes[section.ep_size or layer.ep_size]
+            if own.experts:
+                layer.experts.describe(job, own)
+        shared = axes[self.section(ExpertParallelSection).autoep_size]
+        for experts in _shared(module) if shared.experts else ():
+            describe_rows(experts.module, job, shared)
+
+    @hookimpl(wrapper=True)
+    def optimizer_step(self, engine: Engine) -> Generator[None, bool | None, bool | None]:
+        """Move the biases of routers after an update."""
+        applied = yield
+        from drivetrain_moe.load import move_biases
+
+        found = [
+            (layer.bias, layer.load, layer.bias_update_rate)
+            for _, layer in _layers(engine.module)
+            if layer.bias_update_rate and layer.load is not None and layer.bias is not None
+        ]
+        found += [
+            (experts.bias, experts.load, experts.rate)
+            for experts in _shared(engine.module)
+            if experts.bias is not None and experts.load is not None
+        ]
+        if applied:
+            move_biases(engine.job, found)
+        return applied
+
+    def features(self) -> Mapping[str, object]:
+        experts = self.section(ExpertParallelSection)
+        return {f"{EXPERT_PARALLEL}.autoep_size": experts.autoep_size if experts.enabled else 1}
+
+    def feature_values(self) -> Mapping[str, Sequence[object]]:
+        return {f"{EXPERT_PARALLEL}.autoep_size": (1, 2)}
+
+    def _sizes(self, plan: Plan) -> dict[int, str]:
+        """Numbers of ranks over which experts are shared out -> where each comes from."""
+        found: dict[int, str] = {}
+        section, experts = self.section(MoESection), self.section(ExpertParallelSection)
+        objects = plan.objects.get(MOE)
+        for size in objects.wishes if objects and section.ep_size is None else ():
+            found[int(size)] = f"ep_size of a {objects.kind} in the model" if objects else ""
+        if section.ep_size is not None:
+            found[section.ep_size] = f"{MOE}.ep_size"
+        if experts.enabled:
+            found[experts.autoep_size] = f"{EXPERT_PARALLEL}.autoep_size"
+        return found
+
+    def axes(self, plan: Plan) -> dict[int, ExpertAxes]:
+        """Number of ranks that share out experts -> axes."""
+        return expert_axes(self._sizes(plan))
+
+
+def axes_of(plan: Plan) -> dict[int, ExpertAxes]:
+    """Number of ranks that share out experts -> axes, of a plan."""
+    found = [plugin for plugin in plan.plugins if isinstance(plugin, MixtureOfExperts)]
+    return found[0].axes(plan) if found else expert_axes(())
+
+
+def _layers(module: torch.nn.Module) -> list[tuple[str, MoE]]:
+    from drivetrain_moe.layer import MoE as Layer
+
+    return [(name, part) for name, part in module.named_modules() if isinstance(part, Layer)]
+
+
+def _shared(module: torch.nn.Module) -> list[SharedExperts]:
+    from drivetrain_moe.automatic import SharedExperts as Shared
+
+    forwards = (part.__dict__.get("forward") for part in module.modules())
+    return [forward for forward in forwards if isinstance(forward, Shared)]

@@ -1,0 +1,233 @@
+"""Experts of models of Transformers, found by structure and shared out: forward and training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from drivetrain_moe import find_experts
+from torch import nn
+
+import drivetrain
+from drivetrain.errors import ConfigError
+from drivetrain.testing import run_distributed
+
+transformers = pytest.importorskip("transformers")
+
+RATE, STEPS, VOCABULARY = 0.5, 2, 64
+
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FOUR = {"num_local_experts": 4}
+NAMED = {"num_experts": 4, "moe_intermediate_size": 12}
+DEEPSEEK = {
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 12,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_group": 2,
+    "topk_group": 1,
+}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralForCausalLM", FOUR),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", DEEPSEEK),
+    "gpt_oss": ("GptOssForCausalLM", {**FOUR, "head_dim": 8, "sliding_window": 16}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        {**NAMED, "shared_expert_intermediate_size": 8, "decoder_sparse_step": 1},
+    ),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**NAMED, "head_dim": 8}),
+    "olmoe": ("OlmoeForCausalLM", {"num_experts": 4}),
+    "granitemoe": ("GraniteMoeForCausalLM", FOUR),
+    "phimoe": ("PhimoeForCausalLM", FOUR),
+    "dbrx": (
+        "DbrxForCausalLM",
+        {
+            "d_model": 16,
+            "n_heads": 2,
+            "n_layers": 2,
+            "max_seq_len": 64,
+            "vocab_size": VOCABULARY,
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+            "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        },
+    ),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", {**DEEPSEEK, "topk_method": "greedy"}),
+    "glm4_moe": ("Glm4MoeForCausalLM", {**DEEPSEEK, "head_dim": 8}),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeForCausalLM",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 12},
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeForCausalLM",
+        {**NAMED, "layer_types": ["full_attention", "conv"], "num_dense_layers": 0},
+    ),
+    "minimax": (
+        "MiniMaxForCausalLM",
+        {**FOUR, "head_dim": 8, "layer_types": ["full_attention", "full_attention"]},
+    ),
+}
+ORDINARY = ("mixtral", "deepseek_v3", "gpt_oss")
+
+
+def build(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A small model with random parameters, among them those that are zeros by default."""
+    name, changes = MODELS[family]
+    kind = getattr(transformers, name)
+    own = changes if family == "dbrx" else {**SMALL, **changes}
+    config = kind.config_class(**own)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    model = kind(config).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data = (noise / parameter.shape[-1] ** 0.5).to(dtype)
+    return model
+
+
+def batch(step: int, shard: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(10 * step + shard)
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=generator)
+    return {"input_ids": ids, "labels": ids}
+
+
+def reference(family: str, shards: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    model, losses = build(family), []
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for step in range(STEPS):
+        loss = torch.stack([model(**batch(step, s)).loss.double() for s in range(shards)]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {n: p.detach() for n, p in model.named_parameters()}
+
+
+def train(families: list[str], ep: int, extra: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for family in families:
+        engine, *_ = drivetrain.initialize(
+            model=build(family),
+            config={
+                "train_micro_batch_size_per_gpu": 2,
+                "gradient_clipping": 0.0,
+                "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+                "expert_parallel": {"enabled": True, "autoep_size": ep},
+                **extra,
+            },
+        )
+        engine.train()
+        shard, losses = engine.job.mesh.coordinate("dp"), []
+        for step in range(STEPS):
+            loss = engine(**batch(step, shard)).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        small = [p.shape[0] for n, p in engine.module.named_parameters() if ".experts.down" in n]
+        with drivetrain.whole(engine.module):
+            state = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+        found[family] = losses, state, small
+        engine.destroy()
+    return found
+
+
+def claim(families: list[str], world: int, ep: int) -> None:
+    ranks = run_distributed(train, world, families, ep, {})
+    for family in families:
+        losses, state = reference(family, world)
+        for losses_here, whole, small in (found[family] for found in ranks):
+            assert len(losses_here) == STEPS
+            assert set(whole) == set(state)
+            assert all(count == 4 // ep for count in small)
+            for name, value in whole.items():
+                torch.testing.assert_close(
+                    value, state[name], rtol=1e-4, atol=1e-6, msg=f"{family} {name}"
+                )
+        mean = sum(found[family][0][0] for found in ranks) / world
+        assert mean == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_models_train_as_they_do_alone() -> None:
+    claim(list(ORDINARY), 2, 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 4), (4, 2)])
+def test_all_models_train_as_they_do_alone(world: int, ep: int) -> None:
+    claim(list(MODELS), world, ep)
+
+
+def test_experts_are_found_in_every_model() -> None:
+    for family in ORDINARY:
+        found = find_experts(build(family))
+        assert found
+        assert {experts.count for experts in found} == {4}
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+def refused(model: nn.Module, **section: Any) -> str:
+    config = {"train_batch_size": 2, "expert_parallel": {"enabled": True, **section}}
+    plan = drivetrain.Plan.build(config)
+    with drivetrain.Job.open(plan) as job, pytest.raises(ConfigError) as caught:
+        job.engine(model)
+    return str(caught.value)
+
+
+def test_a_model_without_experts_says_what_was_looked_for() -> None:
+    assert "no module that looks like the experts of a layer" in refused(nn.Linear(2, 2))
+
+
+def test_a_pattern_that_names_something_else_says_what_it_is() -> None:
+    text = refused(build("mixtral"), expert_pattern=r".*layers\.0\.mlp\.gate")
+    assert "has no attribute of a number of experts" in text or "has a forward of" in text
+
+
+def three_experts() -> None:
+    model = build("mixtral")
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "expert_parallel": {"enabled": True, "autoep_size": 3},
+    }
+    with pytest.raises(ConfigError, match=r"4 experts of .* cannot be shared out over 3 ranks"):
+        drivetrain.initialize(model=model, config=config)
+
+
+def test_experts_that_do_not_divide_are_refused() -> None:
+    run_distributed(three_experts, 3)
+
+
+def test_sections_are_checked() -> None:
+    for section, message in (
+        ({"load_balance_coeff": 0.1}, "load_balance_coeff must be null"),
+        ({"autoep_sise": 2}, "did you mean"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            drivetrain.Plan.build({"expert_parallel": {"enabled": True, **section}})
+    with pytest.raises(ConfigError, match="ep 3 does not nest in"):
+        drivetrain.Plan.build(
+            {"train_batch_size": 4, "expert_parallel": {"enabled": True, "autoep_size": 3}},
+            world_size=4,
+        )
