@@ -136,3 +136,44 @@ def test_every_pair_of_heads_and_masks_gives_dense_attention(sp: int) -> None:
     cases = [(*heads, name) for heads in HEADS for name in FACTS]
     for found in run_distributed(gradients, sp, sp, cases, {}):
         check(found, cases)
+
+
+RING: list[Case] = [case for case in PAIRWISE if case[2] not in ("sinks", "mask")]
+
+
+@pytest.mark.parametrize(
+    ("sp", "ring"), [(2, 2), (3, 3), (4, 2), pytest.param(4, 4, marks=pytest.mark.long)]
+)
+def test_rings_alone_and_around_heads_give_dense_attention(sp: int, ring: int) -> None:
+    for found in run_distributed(gradients, sp, sp, RING, {"ring_size": ring}):
+        check(found, RING)
+
+
+def sent(ring: int) -> list[float]:
+    """Elements that leave this rank in attention, forward and backward."""
+    model = Attend(8, 4, FACTS["causal"])
+    engine = engine_of(model, 4, {"ring_size": ring})
+    found = []
+    for part in ("forward", "backward"):
+        before = engine.job.byte_log.total(purpose=Purpose.ACTIVATION).sent_bytes
+        if part == "forward":
+            loss = engine(x_of(8))
+        else:
+            engine.backward(loss)
+        after = engine.job.byte_log.total(purpose=Purpose.ACTIVATION).sent_bytes
+        found.append((after - before) / 8)
+    engine.destroy()
+    return found
+
+
+def test_what_leaves_a_rank_is_what_the_formulas_say() -> None:
+    tokens, h, h_kv, ranks = ROWS * LENGTH, 8 * WIDTH, 4 * WIDTH, 4
+    exchanged = (2 * h + 2 * h_kv) * (tokens / ranks) * (ranks - 1) / ranks
+    passed = 2 * tokens * h_kv * (ranks - 1) / ranks
+    # In backward, keys go round again, and their gradients once more, home.
+    home = 2 * tokens * h_kv
+    same_batch = 4 * 3
+    for forward, backward in run_distributed(sent, 4, 1):
+        assert (forward - same_batch, backward) == (exchanged, exchanged)
+    for forward, backward in run_distributed(sent, 4, 4):
+        assert (forward - same_batch, backward) == (passed, passed + home)

@@ -60,6 +60,22 @@ def test_losses_and_weights_are_those_of_one_process(
         check(found, cases)
 
 
+@pytest.mark.parametrize(
+    ("sp", "ring", "cases"),
+    [
+        (2, 2, [*CASES[:3], *CASES[4:]]),
+        pytest.param(4, 2, CASES, marks=pytest.mark.long),
+        pytest.param(3, 3, CASES, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_rings_train_to_the_weights_of_one_process(
+    sp: int, ring: int, cases: list[tuple[str, str, int]]
+) -> None:
+    for found in run_distributed(parts, sp, sp, cases, {"ring_size": ring}):
+        check(found, cases)
+
+
 def test_losses_and_mlps_in_tiles_change_nothing() -> None:
     tiles = {"loss_tile": 5, "mlp_tile": 4}
     cases = [CASES[1], CASES[5]]
@@ -118,8 +134,10 @@ def test_what_cannot_be_shared_out_is_refused_by_name_on_every_rank() -> None:
             assert begin in said
 
 
-def test_heads_that_cannot_be_shared_out_are_refused() -> None:
-    with pytest.raises(ConfigError, match="8 ranks cannot share out 4 heads"):
+def test_more_ranks_than_heads_need_a_ring() -> None:
+    with pytest.raises(
+        ConfigError, match=r"8 ranks cannot share out 4 heads: .*ring_size of at least 2"
+    ):
         HeadShare.of(4, 2, 8)
     with pytest.raises(ConfigError, match="6 heads of queries do not share 4 of keys evenly"):
         HeadShare.of(6, 4, 2)

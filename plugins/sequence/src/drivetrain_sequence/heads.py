@@ -56,8 +56,9 @@ class HeadShare:
             raise ConfigError(f"{heads} heads of queries do not share {key_heads} of keys evenly")
         if heads < ranks:
             raise ConfigError(
-                f"{ranks} ranks cannot share out {heads} heads: a sequence_parallel_size of at "
-                f"most {heads} can be used"
+                f"{ranks} ranks cannot share out {heads} heads: let ranks pass keys on to each "
+                "other, with a sequence_parallel.ring_size of at least "
+                f"{-(-ranks // heads)} that divides sequence_parallel_size"
             )
         ends = [heads * rank // ranks for rank in range(ranks + 1)]
         queries = tuple(range(a, b) for a, b in pairwise(ends))

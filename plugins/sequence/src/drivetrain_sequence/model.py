@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from drivetrain.job.job import Job
     from drivetrain_sequence.layout import Cut
     from drivetrain_sequence.section import SequenceParallelSection
-    from drivetrain_sequence.ulysses import Turn
+    from drivetrain_sequence.turn import Turn
 
 _SAME = {"ForMaskedLM": "same", "ForTokenClassification": "same"}
 """Kinds of losses of Transformers that are means over the labels of the tokens themselves."""

@@ -10,6 +10,7 @@ from drivetrain.contracts import (
     AttentionLayer,
     AxisRequest,
     Plugin,
+    Problem,
     Sections,
     Transform,
     hookimpl,
@@ -41,6 +42,14 @@ class SequenceParallel(Plugin):
     def mesh_axes(self) -> Sequence[AxisRequest]:
         size = self.section(SequenceParallelSize).root
         return [] if size is None else [Atom("sp", size, source=SIZE)]
+
+    @hookimpl
+    def configure(self) -> Sequence[Problem]:
+        size, ring = self._size(), self.section(SequenceParallelSection).ring_size
+        if size % ring == 0:
+            return []
+        what = f"{ring} ranks cannot be a part of {size} ({SIZE}): give a divisor of it"
+        return [Problem(f"{PATH}.ring_size", what)]
 
     @hookimpl
     def wrap_attention(self, job: Job) -> Sequence[AttentionLayer]:

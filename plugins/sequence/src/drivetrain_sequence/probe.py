@@ -14,7 +14,7 @@ from drivetrain_sequence.inputs import Cutter
 
 if TYPE_CHECKING:
     from drivetrain.communication.functional import Functional
-    from drivetrain_sequence.ulysses import Turn
+    from drivetrain_sequence.turn import Turn
 
 TOKENS_PER_RANK = 8
 

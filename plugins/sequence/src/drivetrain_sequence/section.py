@@ -20,6 +20,11 @@ class SequenceParallelSize(Scalar[PositiveInt | None]):
 class SequenceParallelSection(Section):
     """How sequences are shared out over ranks, and what of the model is computed in tiles."""
 
+    ring_size: PositiveInt = Field(
+        default=1,
+        description="Ranks that pass keys and values on to each other, a divisor of "
+        "sequence_parallel_size; the others exchange heads, of which there have to be as many.",
+    )
     inputs: Literal["auto", "cut", "whole"] = Field(
         default="auto",
         description="Who gives each rank its part of a batch: cut, the engine, in every forward; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,26 +14,12 @@ from drivetrain.errors import TrainingError
 from drivetrain_sequence.heads import HeadShare, from_heads, to_heads
 from drivetrain_sequence.layout import Cut, layout_of, whole_rule
 from drivetrain_sequence.plain import flags_of
+from drivetrain_sequence.turn import Turn
 
 if TYPE_CHECKING:
     from drivetrain.job.job import Job
 
 _TAG = Tag(Purpose.ACTIVATION, key="attention", site="sequence parallelism")
-
-
-@dataclass
-class Turn:
-    """Whether tokens are in parts now: inside of the engine's forward, and in backward.
-
-    Outside of it, such as in ``generate`` of the model itself, every rank has whole sequences.
-    """
-
-    in_forward: bool = False
-
-    @property
-    def in_parts(self) -> bool:
-        """Whether attention sees parts of sequences."""
-        return self.in_forward or torch._C._current_graph_task_id() != -1
 
 
 def heads_line(job: Job, cut: Cut) -> Functional:
@@ -43,13 +29,23 @@ def heads_line(job: Job, cut: Cut) -> Functional:
     return functional(job.communicator, axis, _TAG)
 
 
-def exchange_heads(inner: Attention, line: Functional, turn: Turn) -> Attention:
+def ring_line(job: Job, cut: Cut) -> Functional:
+    """The ranks that pass keys on to this one and on from it."""
+    first = job.mesh.coordinate("sp") % cut.heads
+    axis = job.mesh.subgroup("sp", range(first, cut.ranks, cut.heads))
+    return functional(job.communicator, axis, _TAG)
+
+
+def exchange_heads(
+    inner: Attention, line: Functional, turn: Turn, *, in_ring: bool = False
+) -> Attention:
     """Put the exchange around ``inner``, which then sees all tokens of some heads.
 
     Args:
         inner: the function so far.
         line: the ranks that exchange heads.
         turn: whether there is something to exchange.
+        in_ring: whether ``inner`` passes keys on, and knows what a mask means for that.
     """
 
     def attend(
@@ -63,11 +59,22 @@ def exchange_heads(inner: Attention, line: Functional, turn: Turn) -> Attention:
             return inner(module, query, key, value, facts)
         heads = query.shape[1]
         own = HeadShare.of(heads, key.shape[1], line.size).queries[line.rank]
-        whole = whole_facts(facts, line, own, query)
+        whole = (ring_facts if in_ring else whole_facts)(facts, line, own, query)
         query, key, value = to_heads(line, query, key, value)
         return from_heads(line, inner(module, query, key, value, whole), heads)
 
     return attend
+
+
+def ring_facts(
+    facts: AttentionFacts, line: Functional, heads: range, query: torch.Tensor
+) -> AttentionFacts:
+    """The facts for the tokens of a position of a ring and the heads of this rank."""
+    return replace(
+        facts,
+        positions=_joined(facts.positions, line, query),
+        segments=_joined(facts.segments, line, query),
+    )
 
 
 def whole_facts(

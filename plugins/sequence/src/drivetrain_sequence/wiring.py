@@ -12,8 +12,10 @@ from drivetrain.errors import ConfigError
 from drivetrain.states.units import units
 from drivetrain_sequence.layout import Cut
 from drivetrain_sequence.model import SharedModel
+from drivetrain_sequence.ring import Ring, pass_keys_on
 from drivetrain_sequence.tiles import TiledModule, mlps
-from drivetrain_sequence.ulysses import Turn, exchange_heads, heads_line
+from drivetrain_sequence.turn import Turn
+from drivetrain_sequence.ulysses import exchange_heads, heads_line, ring_line
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
@@ -28,7 +30,7 @@ def cut_of(job: Job, section: SequenceParallelSection) -> Cut:
     """How the ranks of a sequence share it out; not at all where the script does."""
     if "sp" in job.plan.serves_axes:
         return Cut(1)
-    return Cut(job.mesh.size("sp"))
+    return Cut(job.mesh.size("sp") // section.ring_size, section.ring_size)
 
 
 def attention_layers(job: Job, section: SequenceParallelSection) -> list[AttentionLayer]:
@@ -37,12 +39,17 @@ def attention_layers(job: Job, section: SequenceParallelSection) -> list[Attenti
     if cut.ranks == 1:
         return []
     turn = _turns.setdefault(job, Turn())
-    line = heads_line(job, cut)
+    line = heads_line(job, cut) if cut.heads > 1 else None
+    ring = Ring(ring_line(job, cut), cut) if cut.ring > 1 else None
 
-    def exchanging(inner: Attention) -> Attention:
-        return exchange_heads(inner, line, turn)
+    def shared(inner: Attention) -> Attention:
+        if ring is not None:
+            inner = pass_keys_on(inner, ring, turn)
+        if line is not None:
+            inner = exchange_heads(inner, line, turn, in_ring=ring is not None)
+        return inner
 
-    return [AttentionLayer(AttentionPhase.SEQUENCE, exchanging)] if cut.heads > 1 else []
+    return [AttentionLayer(AttentionPhase.SEQUENCE, shared)]
 
 
 def transforms(job: Job, section: SequenceParallelSection) -> list[Transform]:
