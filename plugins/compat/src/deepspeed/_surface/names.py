@@ -245,7 +245,7 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
     "drivetrain-sparse-attention": {
         "ops.sparse_attention": "BertSparseSelfAttention SparseSelfAttention SparsityConfig",
     },
-    "drivetrain-tensor": {"": "tp_model_init set_autotp_mode"},
+    "drivetrain-tensor": {"": "tp_model_init"},
     "drivetrain-zero": {
         "utils": "get_z3_leaf_modules safe_get_full_fp32_param safe_get_full_grad "
         "safe_get_full_optimizer_state safe_get_local_fp32_param safe_get_local_grad "
@@ -280,6 +280,7 @@ INSTEAD: Mapping[str, str] = {
     "runtime.lr_schedules.add_tuning_arguments": "arguments of the script's own; schedules are "
     "set in the config",
     "runtime.utils.clip_grad_norm_": "the config's gradient_clipping",
+    "set_autotp_mode": "the config's tensor_parallel.autotp_size, for training and inference",
     "zero.DeepSpeedZeRoOffload": "an engine without optimizer at stage 3",
 }
 """Name that nothing serves -> what to use."""

@@ -1,0 +1,80 @@
+"""Cross-entropy of logits of which each rank has some of the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from drivetrain.communication.functional import Functional
+from drivetrain.contracts import Op, Purpose, Tag
+
+_TAG = Tag(Purpose.ACTIVATION, site="tensor parallel cross-entropy")
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    start: int,
+    tp: Functional,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """Cross-entropy of each target, the same on all ranks. Collective.
+
+    Three all-reduces of one number for each target take the place of a gather of all logits
+    (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3).
+
+    Args:
+        logits: [..., v] of tokens ``start`` to ``start + v``, computed in any dtype.
+        target: [...] tokens of the whole vocabulary.
+        start: this rank's first token.
+        tp: the ranks.
+        ignore_index: targets without a loss, nor a gradient.
+
+    Returns:
+        [...] in float32, or float64 where logits are.
+    """
+    loss: torch.Tensor = _CrossEntropy.apply(logits, target, start, tp, ignore_index)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        start: int,
+        tp: Functional,
+        ignore_index: int,
+    ) -> torch.Tensor:
+        x = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        largest = x.amax(-1) if x.shape[-1] else x.new_full(x.shape[:-1], float("-inf"))
+        tp.communicator.all_reduce(largest, tp.axis, _TAG, op=Op.MAX)
+        x = x - largest.unsqueeze(-1)
+        index, elsewhere = _own(target, start, x.shape[-1])
+        found = x.gather(-1, index.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0)
+        sums = torch.stack([x.exp().sum(-1), found])
+        tp.communicator.all_reduce(sums, tp.axis, _TAG)
+        total, of_target = sums.unbind()
+        ignored = target == ignore_index
+        ctx.save_for_backward(x, total, target)
+        ctx.start, ctx.dtype, ctx.ignore_index = start, logits.dtype, ignore_index
+        return (total.log() - of_target).masked_fill(ignored, 0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        x, total, target = ctx.saved_tensors
+        index, elsewhere = _own(target, ctx.start, x.shape[-1])
+        result = x.exp() / total.unsqueeze(-1)
+        own = (~elsewhere).to(result.dtype).unsqueeze(-1)
+        result.scatter_add_(-1, index.unsqueeze(-1), -own)
+        gradient = gradient.masked_fill(target == ctx.ignore_index, 0)
+        return (result * gradient.unsqueeze(-1)).to(ctx.dtype), None, None, None, None
+
+
+def _own(target: torch.Tensor, start: int, extent: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Index of targets among this rank's tokens, and which are not among them."""
+    elsewhere = (target < start) | (target >= start + extent)
+    return (target - start).masked_fill(elsewhere, 0), elsewhere

@@ -1,0 +1,233 @@
+"""Layers of which each rank has a part. They take over the class of the client's layer.
+
+The module objects, their names and their attributes stay, so hooks and references to them go on
+to work. f and g are those of Megatron-LM (https://arxiv.org/abs/1909.08053, section 3): f is the
+identity whose gradient is summed, g a sum whose gradient passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from drivetrain.communication.functional import Functional
+from drivetrain_tensor.overlap import MATRIX, Overlapped
+
+if TYPE_CHECKING:
+    from drivetrain.job.random_streams import RandomStreams
+    from drivetrain_tensor.products import Kind
+
+STREAM = "tensor parallel dropout"
+"""What is drawn inside of a region, where ranks have other activations."""
+
+
+class Shared:
+    """Something that copies of a module have in common."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        return self
+
+
+class Lane(Shared):
+    """One region while it computes: what its layers share.
+
+    Args:
+        tp: collectives over the ranks.
+        random: the job's streams; ``None`` if all ranks draw alike in it.
+        overlap: whether gradients of weights are computed while those of inputs are summed.
+    """
+
+    def __init__(
+        self, tp: Functional, random: RandomStreams | None, *, overlap: bool = False
+    ) -> None:
+        self.tp, self.random, self.overlap = tp, random, overlap
+        self._stack: ExitStack | None = None
+        self._entered: tuple[torch.Tensor, torch.Tensor, Overlapped | None] | None = None
+
+    def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, Overlapped | None]:
+        """f: once for each tensor that several layers read."""
+        if self._stack is not None and self.random is not None:
+            self._stack.enter_context(self.random.fork(STREAM))
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return x, None
+        if self._entered is None or self._entered[0] is not x:
+            overlapped = Overlapped(self.tp) if self.overlap else None
+            y = self.tp.copy(x) if overlapped is None else overlapped.enter(x)
+            self._entered = (x, y, overlapped)
+        return self._entered[1], self._entered[2]
+
+    def leave(self) -> None:
+        """Draw what is common to all ranks again, and forget what has come in."""
+        self._entered = None
+        if self._stack is not None:
+            self._stack.close()
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Surround the forward of the module that has the region inside."""
+        outer, self._stack = self._stack, ExitStack()
+        try:
+            with self._stack:
+                yield
+        finally:
+            self._stack, self._entered = outer, None
+
+
+class Columns(Shared):
+    """What a layer whose outputs are cut needs.
+
+    Args:
+        lane: its region.
+        kind: how its weight lies.
+        own: how many outputs are this rank's alone; the others are gathered.
+        longest: most outputs that a rank gives to those that are gathered.
+        order: which of (its own, gathered) are used; ``None`` for its own.
+        replicated: whether what follows is computed alike on all ranks.
+    """
+
+    def __init__(
+        self,
+        lane: Lane,
+        kind: Kind,
+        own: int,
+        longest: int,
+        order: torch.Tensor | None,
+        *,
+        replicated: bool = False,
+    ) -> None:
+        self.lane, self.kind, self.own = lane, kind, own
+        self.longest, self.order, self.replicated = longest, order, replicated
+        everything = list(range(longest * lane.tp.size))
+        self._in_order = order is not None and own == 0 and order.tolist() == everything
+
+    def assemble(self, y: torch.Tensor) -> torch.Tensor:
+        """Outputs that this rank goes on with."""
+        if self.order is None:
+            return y
+        own, part = y[..., : self.own], y[..., self.own :]
+        part = nn.functional.pad(part, (0, self.longest - part.shape[-1]))
+        gather = self.lane.tp.gather if self.replicated else self.lane.tp.all_gather
+        every = gather(part, dim=-1)
+        if self._in_order:
+            return every
+        if self.order.device != y.device:
+            self.order = self.order.to(y.device)
+        return torch.cat([own, every], -1).index_select(-1, self.order)
+
+
+class ColumnLayer(nn.Module):
+    """Mixed in: a layer that computes some of its outputs."""
+
+    tensor_columns: Columns
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        columns = self.tensor_columns
+        x, overlapped = columns.lane.enter(x)
+        if overlapped is not None:
+            return columns.assemble(overlapped.product(x, self.weight, self.bias, columns.kind))
+        return columns.assemble(product(x, self.weight, self.bias, columns.kind))
+
+
+class Rows(Shared):
+    """What a layer whose inputs are cut needs.
+
+    Args:
+        lane: its region.
+        kind: how its weight lies.
+        picked: which inputs are this rank's, where all of them come in; ``None`` where only these
+            do.
+    """
+
+    def __init__(self, lane: Lane, kind: Kind, picked: torch.Tensor | None) -> None:
+        self.lane, self.kind, self.picked = lane, kind, picked
+
+
+class RowLayer(nn.Module):
+    """Mixed in: a layer that computes a term of each of its outputs, and their sum."""
+
+    tensor_rows: Rows
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows = self.tensor_rows
+        if rows.picked is not None:
+            if rows.picked.device != x.device:
+                rows.picked = rows.picked.to(x.device)
+            x = x.index_select(-1, rows.picked)
+        rows.lane.leave()
+        y = rows.lane.tp.reduce(product(x, self.weight, None, rows.kind))
+        return y if self.bias is None else y + self.bias
+
+
+class SeededModule(nn.Module):
+    """Mixed in: a module around regions, whose dropout differs between ranks in these alone."""
+
+    tensor_lanes: tuple[Lane, ...]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for lane in self.tensor_lanes if self.training else ():
+                stack.enter_context(lane.around())
+            return super().forward(*args, **kwargs)
+
+
+class Table(Shared):
+    """What an embedding of which each rank has some rows needs.
+
+    Args:
+        tp: collectives over the ranks.
+        start: first row of this rank.
+        stop: row after its last one.
+    """
+
+    def __init__(self, tp: Functional, start: int, stop: int) -> None:
+        self.tp, self.start, self.stop = tp, start, stop
+
+
+class TableLayer(nn.Module):
+    """Mixed in: an embedding that looks up its own rows; the others' come in a sum."""
+
+    tensor_table: Table
+
+    def forward(self, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        table = self.tensor_table
+        elsewhere = (ids < table.start) | (ids >= table.stop)
+        own = (ids - table.start).masked_fill(elsewhere, 0)
+        y: torch.Tensor = super().forward(own, *args, **kwargs)
+        return table.tp.reduce(y.masked_fill(elsewhere.unsqueeze(-1), 0))
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, kind: Kind
+) -> torch.Tensor:
+    """``x`` times a matrix that may lie transposed, or as a stack of its columns."""
+    if kind == "linear":
+        return nn.functional.linear(x, weight, bias)
+    parts = [x @ part for part in (weight.unbind() if weight.dim() > MATRIX else (weight,))]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return y if bias is None else y + bias
+
+
+@cache
+def _joined(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    names = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    return type(kind.__name__, (mixin, kind), names)
+
+
+def take_over(module: nn.Module, mixin: type[nn.Module]) -> None:
+    """Let ``module`` be a ``mixin`` as well as what it is."""
+    if not isinstance(module, mixin):
+        made: Any = _joined
+        module.__class__ = made(mixin, type(module))
