@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,29 @@ def test_the_latest_step_is_written_as_predicted_and_as_measured(tmp_path: Path)
             first, then = measured[f"F{micro}.0"], measured[f"F{micro}.1"]
             assert first["tid"] != then["tid"]
             assert first["ts"] + first["dur"] <= then["ts"]
+
+
+def refused(folders: list[str]) -> str:
+    torch.manual_seed(0)
+    section = {"stages": 2, "schedule": "fastest", "measured": "times.json"}
+    config = {"train_micro_batch_size_per_gpu": 2, "pipeline": section}
+    try:
+        with contextlib.chdir(folders[int(os.environ["RANK"])]):
+            drivetrain.initialize(model=MODELS["llama"](), config=config)
+    except DrivetrainError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_other_measured_times_are_told(tmp_path: Path) -> None:
+    folders = [tmp_path / str(rank) for rank in range(2)]
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        facts = {"forward": 1 + rank, "backward": 2, "activations": 1}
+        times = {f"model.layers.{number}": facts for number in range(4)}
+        (folder / "times.json").write_text(json.dumps(times))
+    found = run_distributed(refused, 2, [str(folder) for folder in folders], timeout=200)
+    assert all("times.json is another file on rank 1 than on rank 0" in text for text in found)
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:

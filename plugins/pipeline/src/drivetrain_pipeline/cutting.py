@@ -77,8 +77,15 @@ def _times(layers: Sequence[LayerFacts], method: str, section: PipelineSection) 
         return [1.0] * len(layers)
     if name.startswith("type:"):
         return _matching(layers, method[len("type:") :])
-    measured = read_measured(section, layers)
-    return [costs.forward + costs.full_backward for costs in measured]
+    known = read_measured(section)
+    for layer in layers:
+        if layer.name not in known:
+            raise ConfigError(
+                f"{PATH}.measured: {section.measured} has no times of {layer.name}, so it is of "
+                "another model; measure again"
+            )
+    found = [known[layer.name] for layer in layers]
+    return [costs.forward + costs.full_backward for costs in found]
 
 
 def _matching(layers: Sequence[LayerFacts], pattern: str) -> list[float]:
@@ -97,11 +104,14 @@ def _matching(layers: Sequence[LayerFacts], pattern: str) -> list[float]:
     return found
 
 
-def read_measured(section: PipelineSection, layers: Sequence[LayerFacts]) -> list[LayerCosts]:
+def read_measured(section: PipelineSection) -> dict[str, LayerCosts]:
     """Read the file that :func:`drivetrain_pipeline.measure` has written.
 
+    Returns:
+        Costs of each layer by its name, in the order of the model.
+
     Raises:
-        ConfigError: it cannot be read, or lacks a layer.
+        ConfigError: it cannot be read, or has no layers.
     """
     assert section.measured is not None, "the section was checked"
     path = Path(section.measured)
@@ -109,22 +119,18 @@ def read_measured(section: PipelineSection, layers: Sequence[LayerFacts]) -> lis
         known = {name: Measured(**facts) for name, facts in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{PATH}.measured: {path} cannot be read: {error}") from error
-    lacking = [layer.name for layer in layers if layer.name not in known]
-    if lacking:
-        raise ConfigError(
-            f"{PATH}.measured: {path} has no times of {lacking[0]}, so it is of another model; "
-            "measure again"
-        )
+    if not known:
+        raise ConfigError(f"{PATH}.measured: {path} has no layers; measure again")
     # The two halves of a backward are about equal: one matrix product each.
-    return [
-        LayerCosts(
-            forward=known[x.name].forward,
-            inputs=known[x.name].backward / 2,
-            weights=known[x.name].backward / 2,
-            activations=known[x.name].activations,
+    return {
+        name: LayerCosts(
+            forward=layer.forward,
+            inputs=layer.backward / 2,
+            weights=layer.backward / 2,
+            activations=layer.activations,
         )
-        for x in layers
-    ]
+        for name, layer in known.items()
+    }
 
 
 def write_measured(path: Path, measured: Mapping[str, Measured]) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from drivetrain_pipeline.planning import FASTEST, micro_batches_of, schedule_of, settled
 from drivetrain_pipeline.schedules import (
     NAMES,
     Costs,
     Drawing,
-    LayerCosts,
     Schedule,
-    choose,
     schedule,
     simulate,
     warnings_of,
@@ -34,15 +33,16 @@ def rows(plan: Plan) -> Iterator[tuple[str, object]]:
     Times are in units of a forward of one stage. The gradients of inputs and of weights take one
     each, and messages take none.
     """
-    section = plan.section(PipelineSection)
+    given = plan.section(PipelineSection)
+    micro_batches = micro_batches_of(plan)
+    section = settled(given, micro_batches)
     if section.stages == 1:
         yield "stages", "1, so nothing is passed on and nothing waits"
         return
-    micro_batches = 1 if plan.batch is None else plan.batch.accumulation_steps
-    made = _schedule(section, micro_batches)
+    made = schedule_of(section, micro_batches)
     timeline = simulate(made, _even(made))
-    given = section.schedule in NAMES
-    chosen = "" if given else " (chosen; with measured times it may be another)"
+    by = "measured times" if given.measured is not None else "times of equal layers"
+    chosen = f" (fastest by {by})" if given.schedule == FASTEST else ""
     yield "schedule", f"{made.name}{chosen}, {micro_batches} micro-batches"
     for stage in range(made.stages):
         yield f"stage {stage} holds", _parts(made, stage)
@@ -66,13 +66,6 @@ def rows(plan: Plan) -> Iterator[tuple[str, object]]:
             yield f"with {name}", f"bubble {bubble:.1%}, at most {most:g} micro-batches held"
     for warning in warnings_of(made):
         yield "warning", warning
-
-
-def _schedule(section: PipelineSection, micro_batches: int) -> Schedule:
-    if section.schedule in NAMES:
-        return schedule(section.schedule, section.stages, micro_batches, section.chunks)
-    parts = section.stages * (section.chunks or 2)
-    return choose([LayerCosts(1, 1, 1, 1)] * parts, section.stages, micro_batches).schedule
 
 
 def _of_stage(made: Schedule) -> int:

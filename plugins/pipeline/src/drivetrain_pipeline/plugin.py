@@ -44,9 +44,11 @@ class Pipeline(Plugin):
 
     @hookimpl
     def transform_module(self, job: Job, module: nn.Module) -> Sequence[Transform]:
+        from drivetrain_pipeline.agreement import check_same_file
         from drivetrain_pipeline.building import partition
 
-        section = self.section(PipelineSection)
+        section = self._settled(job)
+        check_same_file(job, section)
         return [Transform(Phase.PARTITION, lambda model: partition(job, model, section))]
 
     @hookimpl
@@ -59,7 +61,12 @@ class Pipeline(Plugin):
     def build_runner(self, job: Job, engine: Engine) -> Runner | None:
         from drivetrain_pipeline.building import runner
 
-        return runner(job, engine, self.section(PipelineSection))
+        return runner(job, engine, self._settled(job))
+
+    def _settled(self, job: Job) -> PipelineSection:
+        from drivetrain_pipeline.planning import micro_batches_of, settled
+
+        return settled(self.section(PipelineSection), micro_batches_of(job.plan))
 
     def features(self) -> Mapping[str, object]:
         section = self.section(PipelineSection)

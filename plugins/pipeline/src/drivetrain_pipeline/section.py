@@ -87,4 +87,8 @@ class PipelineSection(Section):
             )
         if self.memory_limit is not None and self.schedule != "fastest":
             raise ValueError("memory_limit is only looked at where schedule is fastest")
+        if self.memory_limit is not None and self.measured is None:
+            raise ValueError(
+                "memory_limit needs `measured`: only that file tells how much memory layers keep"
+            )
         return self

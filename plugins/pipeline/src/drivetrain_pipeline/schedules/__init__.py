@@ -15,6 +15,7 @@ from drivetrain_pipeline.schedules.advice import warnings_of
 from drivetrain_pipeline.schedules.choosing import (
     Choice,
     LayerCosts,
+    best_of,
     candidates,
     choose,
     costs_of,
@@ -56,6 +57,7 @@ __all__ = [
     "as_svg",
     "as_text",
     "beside_prediction",
+    "best_of",
     "candidates",
     "check",
     "choose",

@@ -99,11 +99,24 @@ def choose(
         raise ScheduleError(
             f"{len(layers)} layers cannot be cut for {stages} stages by any of {', '.join(names)}"
         )
+    return best_of(tried, limit)
+
+
+def best_of(tried: Sequence[Choice], limit: float | None = None) -> Choice:
+    """Return the best of schedules that were simulated; see :func:`choose`.
+
+    Args:
+        tried: at least one.
+        limit: memory of one stage; None for no limit.
+
+    Raises:
+        ScheduleError: none keeps the limit; it says which one comes nearest.
+    """
     fit = [found for found in tried if limit is None or max(found.peaks) <= limit]
     if not fit:
         least = min(tried, key=lambda found: max(found.peaks))
         raise ScheduleError(
-            f"no schedule of {stages} stages keeps within {limit:g} of memory; "
+            f"no schedule of {least.schedule.stages} stages keeps within {limit:g} of memory; "
             f"{least.schedule.name} needs the least, {max(least.peaks):g}; use more stages, "
             "smaller micro-batches or recomputation"
         )
