@@ -32,7 +32,7 @@ library = gpu_library("drivetrain_gpu_sanitized", toolchain=CXX, flags=flags,
 kernels, calls = Kernels(library, no_stream), 0
 if sys.argv[2:] == ["overrun"]:
     BINDINGS["cast_copy"](kernels)(torch.zeros(100), torch.zeros(90), None, 1.0, None)
-for op in ops():
+for op in ops("training"):
     function = BINDINGS[op.name](kernels)
     for example in op.examples(torch.device("cpu")):
         function(*example.arguments)

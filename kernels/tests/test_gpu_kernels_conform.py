@@ -42,7 +42,7 @@ def emulated():
 
 
 class TestGpuKernels(KernelConformance):
-    ops = ops()
+    ops = ops("training")
     provider = "emulated"
 
 
@@ -56,7 +56,7 @@ def tensors(value):
     return [t for each in value for t in tensors(each)] if isinstance(value, (list, tuple)) else []
 
 
-EXACT = [op for op in ops() if op.name not in NOT_BIT_EQUAL_TO_TORCH]
+EXACT = [op for op in ops("training") if op.name not in NOT_BIT_EQUAL_TO_TORCH]
 
 
 @pytest.mark.parametrize("op", EXACT, ids=lambda op: op.name)

@@ -89,6 +89,7 @@ class Op:
         examples: calls that every implementation must get right, on the given device.
         refusals: calls that must be refused.
         tolerance: how near an implementation must come.
+        group: what it serves, ``"training"`` or ``"serving"``; a device may have kernels for one.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Op:
     refusals: Callable[[torch.device], Iterator[Refusal]]
     fake: Callable[..., Any] | None = None
     tolerance: Tolerance = field(default_factory=Tolerance)
+    group: str = "training"
 
     @property
     def qualified_name(self) -> str:
@@ -135,6 +137,15 @@ class Op:
         from drivetrain_kernels.registry import registry
 
         return registry.implementation(self.name, device_type).provider
+
+    def function(self, device_type: str) -> Callable[..., Any]:
+        """The implementation itself on ``device_type``, without dispatch and without checks.
+
+        For loops in which a call's own cost counts, and that have checked their arguments once.
+        """
+        from drivetrain_kernels.registry import registry
+
+        return registry.function(self.name, device_type)
 
     @property
     def call(self) -> torch._ops.OpOverload[..., Any]:

@@ -125,6 +125,10 @@ class Registry:
         """What one op uses on one device type; see :meth:`implementations`."""
         return self._resolved(self._ops[op], (self._active(), device_type))[1]
 
+    def function(self, op: str, device_type: str) -> Callable[..., Any]:
+        """What :meth:`implementation` tells of, to be called directly."""
+        return self._resolved(self._ops[op], (self._active(), device_type))[0]
+
     def providers(self, device_type: str) -> list[Provider]:
         """The native providers of ``device_type``, imported at the first call."""
         with self._lock:
@@ -243,9 +247,9 @@ registry = Registry()
 """The registry of this process."""
 
 
-def ops() -> Sequence[Op]:
-    """All declared ops, by name."""
-    return registry.ops()
+def ops(group: str | None = None) -> Sequence[Op]:
+    """All declared ops, or those of one group, by name."""
+    return tuple(op for op in registry.ops() if group in (None, op.group))
 
 
 def implementations(device_types: Iterable[str] | None = None) -> list[Implementation]:

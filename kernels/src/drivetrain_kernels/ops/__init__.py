@@ -3,22 +3,32 @@
 from drivetrain_kernels.ops.adagrad import adagrad
 from drivetrain_kernels.ops.adam import adam
 from drivetrain_kernels.ops.copy import cast_copy, flatten, unflatten
+from drivetrain_kernels.ops.decoder import add_rms_norm, gated_activation, rotary_to_cache
 from drivetrain_kernels.ops.lamb import lamb
+from drivetrain_kernels.ops.linear import pack_panels, packed_linear, quantized_linear
 from drivetrain_kernels.ops.momentum import lion, sgd
 from drivetrain_kernels.ops.norm import norm_squared
+from drivetrain_kernels.ops.paged_attention import paged_attention
 from drivetrain_kernels.ops.quantize import dequantize, dequantize_reduce_quantize, quantize
 
 __all__ = [
     "adagrad",
     "adam",
+    "add_rms_norm",
     "cast_copy",
     "dequantize",
     "dequantize_reduce_quantize",
     "flatten",
+    "gated_activation",
     "lamb",
     "lion",
     "norm_squared",
+    "pack_panels",
+    "packed_linear",
+    "paged_attention",
     "quantize",
+    "quantized_linear",
+    "rotary_to_cache",
     "sgd",
     "unflatten",
 ]

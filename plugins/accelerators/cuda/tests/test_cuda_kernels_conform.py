@@ -13,6 +13,6 @@ if (absent := CudaAccelerator().probe()) is not None:
 
 
 class TestCudaKernels(KernelConformance):
-    ops = ops()
+    ops = ops("training")
     device = "cuda"
     provider = "drivetrain-cuda"

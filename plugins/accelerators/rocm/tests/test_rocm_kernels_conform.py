@@ -13,6 +13,6 @@ if (absent := RocmAccelerator().probe()) is not None:
 
 
 class TestRocmKernels(KernelConformance):
-    ops = ops()
+    ops = ops("training")
     device = "cuda"
     provider = "drivetrain-rocm"

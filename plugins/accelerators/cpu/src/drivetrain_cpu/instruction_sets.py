@@ -20,7 +20,7 @@ class InstructionSet:
     """One way to compile the kernels.
 
     Args:
-        name: ``avx512``, ``avx2``, ``neon`` or ``generic``.
+        name: ``avx512bf16``, ``avx512``, ``avx2``, ``neon`` or ``generic``.
         machines: values of ``platform.machine()`` it exists on; empty for all.
         features: flags that ``/proc/cpuinfo`` must list.
         flags: compiler flags.
@@ -33,20 +33,15 @@ class InstructionSet:
 
 
 _X86 = ("x86_64", "AMD64")
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"})
+_AVX512_FLAGS = (
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"),
+    "-mprefer-vector-width=512",
+)
 INSTRUCTION_SETS = (
-    InstructionSet(
-        "avx512",
-        _X86,
-        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "f16c"}),
-        (
-            "-mavx512f",
-            "-mavx512bw",
-            "-mavx512dq",
-            "-mavx512vl",
-            "-mf16c",
-            "-mprefer-vector-width=512",
-        ),
-    ),
+    # Products of bfloat16 pairs, which only matrix products use.
+    InstructionSet("avx512bf16", _X86, _AVX512 | {"avx512_bf16"}, (*_AVX512_FLAGS, "-mavx512bf16")),
+    InstructionSet("avx512", _X86, _AVX512, _AVX512_FLAGS),
     InstructionSet("avx2", _X86, frozenset({"avx2", "f16c"}), ("-mavx2", "-mf16c")),
     # Every 64-bit ARM processor has NEON, and compilers use it without being told.
     InstructionSet("neon", ("aarch64", "arm64"), frozenset(), ()),

@@ -13,7 +13,7 @@ from drivetrain_kernels import Op, Provider, ops
 from drivetrain_kernels.native import NativeLibrary
 
 from drivetrain_cpu.instruction_sets import InstructionSet, compilable, selected
-from drivetrain_cpu.kernels import copies, quantization, updates
+from drivetrain_cpu.kernels import copies, quantization, serving, updates
 from drivetrain_cpu.kernels.call import Bind, all_native
 from drivetrain_cpu.openmp import share_openmp
 
@@ -23,10 +23,13 @@ SOURCES = (
     "reductions",
     "copies",
     "quantization",
+    "attention",
+    "decoder",
+    "linear",
     "shared_group",
     "collectives",
 )
-HEADERS = ("dtypes", "rounding", "shared_group", "tiles", "vectors")
+HEADERS = ("dtypes", "panels", "rounding", "shared_group", "tiles", "vectors")
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -39,7 +42,12 @@ FLAGS = (
     "-fno-trapping-math",
 )
 
-_BINDINGS: dict[str, Bind] = {**copies.BINDINGS, **quantization.BINDINGS, **updates.BINDINGS}
+_BINDINGS: dict[str, Bind] = {
+    **copies.BINDINGS,
+    **quantization.BINDINGS,
+    **serving.BINDINGS,
+    **updates.BINDINGS,
+}
 
 
 def register(provider: Provider) -> None:

@@ -1,0 +1,271 @@
+// Attention over a paged cache (arXiv 2309.06180), with the softmax of arXiv 2205.14135: a block of
+// keys at a time, in the order of positions, so a query's result has the same bits in every batch.
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+
+#include "panels.h"
+
+namespace drivetrain {
+namespace {
+
+constexpr int64_t kMostRows = 48;  // queries times heads of a tile
+constexpr int64_t kMostDim = 256;
+constexpr int64_t kWorthAThread = 1 << 18;  // products for which waking one more thread pays
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+
+// Layout shared with serving.py.
+struct Attention {
+  const void *query, *keys, *values;
+  const int32_t *tables, *starts, *lengths;
+  const float* sinks;
+  void* out;
+  int64_t query_stride, sequences, table_stride, heads, kv_heads, size, dim, value_dim, window;
+  float scale, softcap;
+  int32_t dtype, threads;
+};
+
+struct Tile {
+  int64_t sequence, kv_head, first, tokens;
+};
+
+struct alignas(64) Scratch {
+  float query[kMostRows * kMostDim], sums[kMostRows * kMostDim], scores[kMostRows * kPanel];
+  float keys[kMostDim * kPanel], values[kMostDim * kPanel];
+  float highest[kMostRows], weight[kMostRows];
+};
+
+#if defined(__AVX512F__)
+// 16 rows of 16 words, `stride` floats apart, as columns that are kPanel apart.
+void transpose16(const Floats* rows, float* to) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
+  }
+  const auto pd = [](__m512 x) { return _mm512_castps_pd(x); };
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(a[i]), pd(a[i + 2])));
+    b[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(a[i]), pd(a[i + 2])));
+    b[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(a[i + 1]), pd(a[i + 3])));
+    b[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(a[i + 1]), pd(a[i + 3])));
+  }
+  // b[4 * g + c] holds column c of each 128-bit lane, of rows 4 * g to 4 * g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);
+    const __m512 odd01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+    const __m512 odd23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+    _mm512_store_ps(to + c * kPanel, _mm512_shuffle_f32x4(even01, even23, 0x88));
+    _mm512_store_ps(to + (4 + c) * kPanel, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
+    _mm512_store_ps(to + (8 + c) * kPanel, _mm512_shuffle_f32x4(even01, even23, 0xdd));
+    _mm512_store_ps(to + (12 + c) * kPanel, _mm512_shuffle_f32x4(odd01, odd23, 0xdd));
+  }
+}
+#endif
+
+// `count` keys [count, dim] as a panel [dim, 32]; columns past `count` are 0.
+template <typename T>
+void keys_as_panel(const T* keys, int64_t count, int64_t dim, float* panel) {
+  int64_t done = 0;
+#if defined(__AVX512F__)
+  for (int64_t j = 0; j < kPanel; j += 16) {
+    for (int64_t k = 0; k + 16 <= dim; k += 16) {
+      Floats rows[16] = {};
+      for (int64_t i = 0; i < 16 && j + i < count; ++i) rows[i] = widened(keys + (j + i) * dim + k);
+      transpose16(rows, panel + k * kPanel + j);
+    }
+  }
+  done = dim / 16 * 16;
+#endif
+  for (int64_t k = done; k < dim; ++k) {
+    for (int64_t j = 0; j < kPanel; ++j) {
+      panel[k * kPanel + j] = j < count ? number(keys[j * dim + k]) : 0.0f;
+    }
+  }
+}
+
+// `count` values [count, dim] as panels [dim / 32, count, 32].
+template <typename T>
+void values_as_panels(const T* values, int64_t count, int64_t dim, float* panels) {
+  for (int64_t column = 0; column < dim; column += kPanel) {
+    for (int64_t j = 0; j < count; ++j) {
+      float* to = panels + (column / kPanel * count + j) * kPanel;
+      const T* from = values + j * dim + column;
+      if (column + kPanel <= dim) {
+        for (int v = 0; v < kLanes; ++v) store(to + v * kWidth, widened(from + v * kWidth));
+      } else {
+        for (int64_t i = 0; i < kPanel; ++i) to[i] = column + i < dim ? number(from[i]) : 0.0f;
+      }
+    }
+  }
+}
+
+// Scores of one row become weights; returns the factor of what was summed before.
+float soften(float* scores, int64_t count, float softcap, float* highest, float* weight) {
+  if (softcap > 0) {
+    for (int64_t j = 0; j < count; ++j) {
+      if (scores[j] != kHidden) scores[j] = softcap * std::tanh(scores[j] / softcap);
+    }
+  }
+  for (int64_t j = count; j < kPanel; ++j) scores[j] = kHidden;
+  Floats most = load(scores);
+  for (int v = 1; v < kLanes; ++v) {
+    const Floats other = load(scores + v * kWidth);
+    most = other > most ? other : most;
+  }
+  float top = *highest;
+  for (int i = 0; i < kWidth; ++i) top = std::max(top, most[i]);
+  Floats total = {};
+  for (int v = 0; v < kLanes; ++v) {
+    const Floats score = load(scores + v * kWidth);
+    const Floats power = top == kHidden ? Floats{} : exponential(score - top);
+    store(scores + v * kWidth, power);
+    total = total + power;
+  }
+  float sum = 0;
+  for (int i = 0; i < kWidth; ++i) sum += total[i];
+  const float factor = top == *highest ? 1.0f : (*highest == kHidden ? 0.0f : std::exp(*highest - top));
+  *highest = top;
+  *weight = *weight * factor + sum;
+  return factor;
+}
+
+template <typename T>
+class TileOfQueries {
+ public:
+  TileOfQueries(const Attention& a, const Tile& tile, Scratch& s)
+      : a_(a), tile_(tile), s_(s), group_(a.heads / a.kv_heads), rows_(tile.tokens * group_) {
+    const int64_t new_tokens = a.starts[tile.sequence + 1] - a.starts[tile.sequence];
+    position_ = a.lengths[tile.sequence] - new_tokens + tile.first;
+    wide_ = (a.value_dim + kPanel - 1) / kPanel * kPanel;
+  }
+
+  void run() {
+    begin();
+    const int64_t end = position_ + tile_.tokens;
+    int64_t from = a_.window > 0 ? std::max<int64_t>(0, position_ - a_.window + 1) : 0;
+    // Steps begin at multiples of their length, whatever the window, and stay inside of a block.
+    const int64_t step = std::min<int64_t>(kPanel, a_.size);
+    for (from = from / step * step; from < end; from += step) {
+      visit(from, std::min(step, std::min(end - from, a_.size - from % a_.size)));
+    }
+    finish();
+  }
+
+ private:
+  int64_t row_of(int64_t row) const { return a_.starts[tile_.sequence] + tile_.first + row / group_; }
+  int64_t head_of(int64_t row) const { return tile_.kv_head * group_ + row % group_; }
+
+  void begin() {
+    for (int64_t row = 0; row < rows_; ++row) {
+      const T* from = static_cast<const T*>(a_.query) + row_of(row) * a_.query_stride +
+                      head_of(row) * a_.dim;
+      for (int64_t k = 0; k < a_.dim; ++k) s_.query[row * a_.dim + k] = number(from[k]) * a_.scale;
+      std::fill_n(s_.sums + row * wide_, wide_, 0.0f);
+      s_.highest[row] = a_.sinks == nullptr ? kHidden : a_.sinks[head_of(row)];
+      s_.weight[row] = a_.sinks == nullptr ? 0.0f : 1.0f;
+    }
+  }
+
+  void visit(int64_t from, int64_t count) {
+    const int64_t block = a_.tables[tile_.sequence * a_.table_stride + from / a_.size];
+    const int64_t at = (block * a_.kv_heads + tile_.kv_head) * a_.size + from % a_.size;
+    keys_as_panel(static_cast<const T*>(a_.keys) + at * a_.dim, count, a_.dim, s_.keys);
+    values_as_panels(static_cast<const T*>(a_.values) + at * a_.value_dim, count, a_.value_dim,
+                     s_.values);
+    times_panel(s_.query, a_.dim, rows_, a_.dim, s_.keys, [&](int64_t row, const Floats* sums) {
+      float* scores = s_.scores + row * kPanel;
+      for (int v = 0; v < kLanes; ++v) store(scores + v * kWidth, sums[v]);
+    });
+    for (int64_t row = 0; row < rows_; ++row) weigh(row, from, count);
+    for (int64_t column = 0; column < wide_; column += kPanel) {
+      times_panel(s_.scores, kPanel, rows_, count, s_.values + column * count,
+                  [&](int64_t row, const Floats* sums) {
+                    float* to = s_.sums + row * wide_ + column;
+                    for (int v = 0; v < kLanes; ++v) {
+                      store(to + v * kWidth, load(to + v * kWidth) + sums[v]);
+                    }
+                  });
+    }
+  }
+
+  void weigh(int64_t row, int64_t from, int64_t count) {
+    float* scores = s_.scores + row * kPanel;
+    const int64_t own = position_ + row / group_;
+    const int64_t last = std::min(count, own + 1 - from);
+    for (int64_t j = std::max<int64_t>(0, last); j < count; ++j) scores[j] = kHidden;
+    if (a_.window > 0) {
+      const int64_t hidden = std::min(count, own - a_.window + 1 - from);
+      for (int64_t j = 0; j < hidden; ++j) scores[j] = kHidden;
+    }
+    const float factor = soften(scores, count, a_.softcap, s_.highest + row, s_.weight + row);
+    if (factor != 1.0f) {
+      float* sums = s_.sums + row * wide_;
+      for (int64_t i = 0; i < wide_; i += kWidth) store(sums + i, load(sums + i) * factor);
+    }
+  }
+
+  void finish() {
+    for (int64_t row = 0; row < rows_; ++row) {
+      T* to = static_cast<T*>(a_.out) + (row_of(row) * a_.heads + head_of(row)) * a_.value_dim;
+      const float inverse = 1.0f / s_.weight[row];
+      for (int64_t k = 0; k < a_.value_dim; ++k) assign(to + k, s_.sums[row * wide_ + k] * inverse);
+    }
+  }
+
+  const Attention& a_;
+  const Tile tile_;
+  Scratch& s_;
+  const int64_t group_, rows_;
+  int64_t position_, wide_;
+};
+
+}  // namespace
+
+// Attention of the newest tokens of all sequences; 0, or 1 without memory.
+DRIVETRAIN_API int dt_paged_attention(const Attention* a) {
+  const int64_t group = a->heads / a->kv_heads;
+  const int64_t most = std::max<int64_t>(1, kMostRows / group);
+  int64_t tiles = 0, work = 0;
+  for (int64_t s = 0; s < a->sequences; ++s) {
+    const int64_t count = a->starts[s + 1] - a->starts[s];
+    tiles += (count + most - 1) / most * a->kv_heads;
+    work += count * a->lengths[s] * a->heads * (a->dim + a->value_dim);
+  }
+  const int threads =
+      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(a->threads, work / kWorthAThread)));
+  Tile* list = static_cast<Tile*>(std::malloc(sizeof(Tile) * std::max<int64_t>(1, tiles)));
+  if (list == nullptr) return 1;
+  int64_t made = 0;
+  for (int64_t s = 0; s < a->sequences; ++s) {
+    const int64_t count = a->starts[s + 1] - a->starts[s];
+    // The last tiles are the longest, so they come first.
+    for (int64_t first = (count - 1) / most * most; count > 0 && first >= 0; first -= most) {
+      for (int64_t head = 0; head < a->kv_heads; ++head) {
+        list[made++] = Tile{s, head, first, std::min(most, count - first)};
+      }
+    }
+  }
+  bool failed = false;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Scratch* scratch = static_cast<Scratch*>(std::aligned_alloc(64, sizeof(Scratch)));
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < made; ++t) {
+      if (scratch == nullptr) {
+#pragma omp atomic write
+        failed = true;
+        continue;
+      }
+      with_type(a->dtype, [&](auto element) {
+        TileOfQueries<decltype(element)>(*a, list[t], *scratch).run();
+      });
+    }
+    std::free(scratch);
+  }
+  std::free(list);
+  return failed ? 1 : 0;
+}
+
+}  // namespace drivetrain
