@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "loop.attention": "Attention AttentionFacts AttentionLayer AttentionPhase MaskRule",
         "loop.batch": "ACCUMULATION Batch GLOBAL LARGEST MICRO solve_batch",
+        "loop.inference": "Generates InferenceRequest",
         "loop.loading": "LoaderRequest",
         "loop.runner": "Runner",
         "loop.step_report": "StepReport",
@@ -31,6 +32,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "state.home": "ParameterHome Place StateHome version_of write_master",
         "state.model_states": "GradientWatch ModelStates",
         "state.parameters": "ParameterHandle ParameterInfo ParameterTable Placement",
+        "state.weight_format": "Packed WeightFormat",
         "world.accelerator": "Accelerator",
         "world.axis": "ATOMS Atom Axis AxisRequest NamedAxis SplitAxis SubAxis",
         "world.collective": "Collective Kind Op Purpose Tag axis_name is_float8",

@@ -9,6 +9,8 @@ from drivetrain.contracts.loop.batch import LARGEST as LARGEST
 from drivetrain.contracts.loop.batch import MICRO as MICRO
 from drivetrain.contracts.loop.batch import Batch as Batch
 from drivetrain.contracts.loop.batch import solve_batch as solve_batch
+from drivetrain.contracts.loop.inference import Generates as Generates
+from drivetrain.contracts.loop.inference import InferenceRequest as InferenceRequest
 from drivetrain.contracts.loop.loading import LoaderRequest as LoaderRequest
 from drivetrain.contracts.loop.runner import Runner as Runner
 from drivetrain.contracts.loop.step_report import StepReport as StepReport
@@ -65,6 +67,8 @@ from drivetrain.contracts.state.parameters import ParameterHandle as ParameterHa
 from drivetrain.contracts.state.parameters import ParameterInfo as ParameterInfo
 from drivetrain.contracts.state.parameters import ParameterTable as ParameterTable
 from drivetrain.contracts.state.parameters import Placement as Placement
+from drivetrain.contracts.state.weight_format import Packed as Packed
+from drivetrain.contracts.state.weight_format import WeightFormat as WeightFormat
 from drivetrain.contracts.world.accelerator import Accelerator as Accelerator
 from drivetrain.contracts.world.axis import ATOMS as ATOMS
 from drivetrain.contracts.world.axis import Atom as Atom

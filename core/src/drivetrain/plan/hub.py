@@ -168,6 +168,7 @@ class Hub:
     keep_parameters = _asked(hookspecs.keep_parameters)
     build_model_states = _asked(hookspecs.build_model_states)
     build_runner = _asked(hookspecs.build_runner)
+    build_inference = _asked(hookspecs.build_inference)
     build_loader = _asked(hookspecs.build_loader)
     prepare_inputs = _folded(hookspecs.prepare_inputs)
     wrap_update_rule = _folded(hookspecs.wrap_update_rule)

@@ -35,6 +35,7 @@ Group = Literal[
     "reports",
     "methods",
     "deepspeed",
+    "weight_formats",
 ]
 """An entry point group of ours, without the prefix ``drivetrain.``."""
 

@@ -40,6 +40,7 @@ PHASES = {
             "build_runner",
             "build_loader",
         ),
+        "build_inference",
     ),
     "forward": ("prepare_inputs",),
     "backward": ("backward",),

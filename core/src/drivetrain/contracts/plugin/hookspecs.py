@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from drivetrain.checkpoint.format.commit import PendingSave
     from drivetrain.contracts.loop.attention import AttentionLayer
     from drivetrain.contracts.loop.batch import Batch
+    from drivetrain.contracts.loop.inference import Generates, InferenceRequest
     from drivetrain.contracts.loop.loading import LoaderRequest
     from drivetrain.contracts.loop.runner import Runner
     from drivetrain.contracts.loop.step_report import StepReport
@@ -200,6 +201,17 @@ def build_runner(job: Job, engine: Engine) -> Runner | None:
     """Provide the micro-batch loop behind ``engine.train_batch`` and ``engine.eval_batch``.
 
     First result. Once per engine, on every rank. Counters, step and checkpoints stay the engine's.
+    """
+
+
+@hookspec(firstresult=True)
+def build_inference(
+    job: Job, module: torch.nn.Module, request: InferenceRequest
+) -> Generates | None:
+    """Build an engine that generates with a module whose parameters have values.
+
+    First result. Once per engine that generates, on every rank; may communicate. The module is that
+    of an engine without optimizer, or of one that trains: it is read, and never changed.
     """
 
 
