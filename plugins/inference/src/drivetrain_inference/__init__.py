@@ -1,0 +1,24 @@
+"""Engines that generate: paged cache, continuous batching, streaming.
+
+Names are imported when they are first used, so that a config can be checked without torch.
+"""
+
+from __future__ import annotations
+
+from drivetrain.lazy import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "blocks": "BlockManager OutOfBlocksError",
+        "engine": "InferenceEngine QueueFullError",
+        "formats": "Int4 Int8",
+        "loading": "load_model load_tokenizer serve",
+        "ragged": "RaggedEngine SchedulingError SchedulingResult",
+        "requests": "Completion Progress SamplingParams TokenLogprobs",
+        "sampler": "Sampler",
+        "scheduler": "Scheduler",
+        "section": "InferenceSection",
+        "streaming": "AsyncEngine EngineStoppedError",
+    },
+)

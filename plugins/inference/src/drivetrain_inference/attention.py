@@ -1,0 +1,163 @@
+"""The way from Transformers' attention interface into the paged cache: all that depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+import torch
+from drivetrain_kernels import paged_attention
+from torch import nn
+
+from drivetrain.errors import ConfigError
+from drivetrain_inference.cache import LayerSpec, PagedCache, RaggedBatch
+
+_numbers = count()
+_HARMLESS = ("dropout", "is_causal", "position_ids", "cache_position", "output_attentions")
+"""Keywords that say nothing that the cache does not know; others must be known or empty."""
+
+
+class PagedAttention:
+    """An attention function under a name of its own, which a model is switched to while it runs.
+
+    The model's modules call it as they call any other; layers are told apart by the module that
+    calls, in the order of the first run.
+
+    Args:
+        module: a model of Transformers, or one that looks its attention up as they do.
+
+    Raises:
+        ConfigError: the module does not choose its attention by name.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        config = getattr(module, "config", None)
+        if not hasattr(config, "_attn_implementation"):
+            raise ConfigError(
+                f"{type(module).__name__} has no Transformers config, so its attention cannot be "
+                "led into a paged cache; serve a causal language model of Transformers"
+            )
+        from transformers import AttentionInterface
+
+        self.name = f"drivetrain_paged_{next(_numbers)}"
+        self.layers: list[LayerSpec] = []
+        self._module, self._order = module, dict[nn.Module, int]()
+        self._compute: Callable[..., torch.Tensor] = self._record
+        AttentionInterface.register(self.name, self)
+
+    def close(self) -> None:
+        """Take the name out of Transformers' table."""
+        from transformers import AttentionInterface
+
+        AttentionInterface._global_mapping.pop(self.name, None)
+
+    def record(self, run: Callable[[], object]) -> list[LayerSpec]:
+        """What the model's attention modules keep, seen while ``run`` runs a few tokens."""
+        self._order.clear()
+        self.layers.clear()
+        self._run(self._record, run)
+        if not self.layers:
+            raise ConfigError(
+                f"no module of {type(self._module).__name__} calls Transformers' attention "
+                "interface, so there is nothing to keep in a cache"
+            )
+        return list(self.layers)
+
+    def over(self, cache: PagedCache, batch: RaggedBatch, run: Callable[[], Any]) -> Any:
+        """Run the model with ``cache``, into which the keys and values of ``batch`` go."""
+
+        def compute(
+            module: nn.Module, query: torch.Tensor, *parts: torch.Tensor, **facts: Any
+        ) -> torch.Tensor:
+            return self._attend(cache, batch, self._order[module], query, *parts, **facts)
+
+        return self._run(compute, run)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **rest: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The attention function: [1, heads, tokens, dim] in, [1, tokens, heads, dim] out."""
+        kind = type(module).__name__
+        unknown = [name for name, given in rest.items() if name not in _HARMLESS and _says(given)]
+        if attention_mask is not None or rest.get("is_causal") is False:
+            raise ConfigError(f"{kind} has a mask that is not causal; a paged cache has none")
+        if unknown and (bias := [name for name in unknown if "bias" in name]):
+            raise ConfigError(f"{kind} adds {bias[0]} to its scores, which paged attention cannot")
+        output = self._compute(
+            module,
+            query,
+            key,
+            value,
+            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            window=sliding_window or 0,
+            softcap=softcap or 0.0,
+            sinks=s_aux,
+        )
+        return output, None
+
+    def _run(self, compute: Callable[..., torch.Tensor], run: Callable[[], Any]) -> Any:
+        configs = {id(c): c for m in self._module.modules() if (c := getattr(m, "config", None))}
+        before = [(config, config._attn_implementation) for config in _switched(configs.values())]
+        self._compute = compute
+        try:
+            for config, _ in before:
+                config._attn_implementation_internal = self.name
+            return run()
+        finally:
+            self._compute = self._record
+            for config, name in before:
+                config._attn_implementation_internal = name
+
+    def _record(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        **facts: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        if module in self._order:
+            raise ConfigError(f"{type(module).__name__} attends twice in one forward")
+        self._order[module] = len(self.layers)
+        sinks = facts.pop("sinks") is not None
+        self.layers.append(
+            LayerSpec(key.shape[1], key.shape[3], value.shape[3], sinks=sinks, **facts)
+        )
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+
+    @staticmethod
+    def _attend(
+        cache: PagedCache, batch: RaggedBatch, layer: int, query: torch.Tensor, key: torch.Tensor,
+        value: torch.Tensor, **facts: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        keys, values = cache.keys[layer], cache.values[layer]
+        block, place = (batch.slots // cache.size).long(), (batch.slots % cache.size).long()
+        keys[block, :, place] = key[0].transpose(0, 1).to(keys.dtype)
+        values[block, :, place] = value[0].transpose(0, 1).to(values.dtype)
+        sinks = facts.pop("sinks")
+        output = paged_attention(
+            query[0].transpose(0, 1).contiguous().to(keys.dtype),
+            keys,
+            values,
+            batch.tables,
+            batch.starts,
+            batch.lengths,
+            sinks=None if sinks is None else sinks.detach().float(),
+            **facts,
+        )
+        return output[None].to(query.dtype)
+
+
+def _says(value: object) -> bool:
+    return value is not None and value is not False
+
+
+def _switched(configs: Any) -> list[Any]:
+    return [config for config in configs if hasattr(config, "_attn_implementation")]

@@ -1,0 +1,1 @@
+"""Decoders whose structure is known, computed without their modules' code."""

@@ -1,0 +1,54 @@
+"""Matrices in the form in which they are multiplied fastest here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from drivetrain_kernels import pack_panels
+from drivetrain_kernels.ops.linear import PACKED_LINEAR
+from drivetrain_kernels.registry import REFERENCE
+from torch import nn
+
+from drivetrain.contracts import WeightFormat
+
+Projection = Callable[[torch.Tensor], torch.Tensor]
+"""[rows, in] -> [rows, out]."""
+
+
+def joined(linears: Sequence[nn.Linear], form: WeightFormat | None) -> Projection:
+    """One projection that computes several layers of the same input, one after another.
+
+    Args:
+        linears: the layers.
+        form: how to pack the weight; ``None`` keeps its numbers.
+    """
+    weight = torch.cat([each.weight.detach() for each in linears])
+    biases = [getattr(each, "bias", None) for each in linears]
+    bias = None
+    if any(each is not None for each in biases):
+        zeros = (weight.new_zeros(each.out_features) for each in linears)
+        rows = [z if own is None else own.detach() for z, own in zip(zeros, biases, strict=True)]
+        bias = torch.cat(rows)
+    if form is not None:
+        return _in_format(form, weight, bias)
+    device = weight.device.type
+    if PACKED_LINEAR.provider(device) != REFERENCE and weight.dtype != torch.float64:
+        return _packed(weight, bias)
+    return lambda x: nn.functional.linear(x, weight, bias)
+
+
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
+    multiply = PACKED_LINEAR.function(weight.device.type)
+    panels, outputs = pack_panels(weight), len(weight)
+    return lambda x: multiply(x, panels, bias, outputs)
+
+
+def _in_format(form: WeightFormat, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
+    packed, outputs = form.pack(weight), len(weight)
+
+    def multiply(x: torch.Tensor) -> torch.Tensor:
+        product = form.multiply(x, packed, outputs)
+        return product if bias is None else product + bias
+
+    return multiply

@@ -1,0 +1,189 @@
+"""Facts of a module that an engine needs, and engines from folders and files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from drivetrain.contracts import InferenceRequest
+from drivetrain.errors import ConfigError
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from drivetrain.contracts import WeightFormat
+    from drivetrain_inference.engine import InferenceEngine
+
+DEFAULT_CONTEXT = 2048
+
+
+def serve(
+    model: nn.Module | str | os.PathLike[str],
+    config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: Any | None = None,
+    dtype: torch.dtype | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    stop_tokens: Iterable[int] = (),
+) -> InferenceEngine:
+    """An engine that generates, with a job of its own; closing the engine closes the job.
+
+    Args:
+        model: a causal language model; a folder that ``save_pretrained`` has written; or a GGUF
+            file (which needs the package ``gguf``). Code in such a folder is never run.
+        config: the job's; only its section ``inference`` is needed, and that has defaults.
+        tokenizer: for text; that of the folder or file by default.
+        dtype: of the weights; those of a folder or file keep theirs by default.
+        weights: where the parameters of ``model`` get values from instead: a checkpoint of any
+            layout, or safetensors files; ``model`` is then on the meta device, or a folder of which
+            only the config is read.
+        stop_tokens: tokens that end a text, beside the model's.
+
+    Raises:
+        ConfigError: the model cannot be served, or the config is wrong.
+        CheckpointError: weights do not fit, or are damaged.
+    """
+    if not isinstance(model, nn.Module):
+        folder = Path(model)
+        tokenizer = tokenizer or load_tokenizer(folder)
+        model = load_model(folder, dtype, empty=weights is not None)
+    elif dtype is not None:
+        model = model.to(dtype)
+    settings = {"inference": {}, **config} if isinstance(config, Mapping) else config
+    plan = Plan.build(settings or {"inference": {}}, batch_required=False)
+    job = Job.open(plan)
+    try:
+        engine = job.engine(model, parameters=(), weights=weights)
+        request = InferenceRequest(tokenizer, tuple(stop_tokens))
+        built: Any = job.hub.build_inference(job, engine.module, request)
+        if built is None:
+            raise ConfigError("the config has no section inference, so nothing generates")
+    except BaseException as error:
+        job.fail(error)
+        raise
+    built.on_close(job.close)
+    found: InferenceEngine = built
+    return found
+
+
+def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) -> nn.Module:
+    """A causal language model of Transformers from a folder or a GGUF file.
+
+    Args:
+        path: the folder or file.
+        dtype: of the weights; theirs by default.
+        empty: read the config alone, and leave parameters on the meta device.
+
+    Raises:
+        ConfigError: there is none that can be read; says why.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where = _source(path)
+    try:
+        if empty:
+            known = AutoConfig.from_pretrained(**where, local_files_only=True)
+            with _EmptyOnMeta():
+                factory: Any = AutoModelForCausalLM
+                module: nn.Module = factory.from_config(known, dtype=dtype)
+            return _without_memory(module.eval())
+        kind = dtype or ("auto" if path.is_dir() else torch.float32)
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=kind, local_files_only=True, use_safetensors=path.is_dir() or None
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be loaded as a language model: {error}") from error
+    return model.eval()
+
+
+def load_tokenizer(path: Path) -> Any | None:
+    """The tokenizer beside the weights; ``None`` if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(**_source(path), local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def context_of(module: nn.Module, wanted: int | None, limit: int) -> int:
+    """Most tokens of a sequence."""
+    config = _text_config(module)
+    known = getattr(config, "max_position_embeddings", None) or wanted or DEFAULT_CONTEXT
+    return min(each for each in (known, wanted, limit) if each)
+
+
+def stop_tokens_of(module: nn.Module) -> set[int]:
+    """Tokens that end a text, as the module's configs say."""
+    found = set[int]()
+    for config in (getattr(module, "generation_config", None), _text_config(module)):
+        named = getattr(config, "eos_token_id", None)
+        several = named if isinstance(named, (list, tuple)) else [named]
+        found |= {int(each) for each in several if each is not None}
+    return found
+
+
+def vocabulary_of(module: nn.Module) -> int | None:
+    """Tokens that the module has embeddings for, if it says so."""
+    embedding = getattr(module, "get_input_embeddings", lambda: None)()
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+
+
+def weight_format(job: Job, name: str) -> WeightFormat | None:
+    """The weight format of that name; ``None`` for the empty one.
+
+    Raises:
+        ConfigError: no installed package has it.
+    """
+    if not name:
+        return None
+    entry = job.plan.registry.find("weight_formats", name)
+    if entry is None:
+        known = ", ".join(sorted(job.plan.registry.names("weight_formats")))
+        raise ConfigError(f"inference.weight_format: {name!r} is not known; there are {known}")
+    form: WeightFormat = entry.load()()
+    return form
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Makes what nothing has filled yet without memory; buffers that are computed are computed."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return function(*args, **kwargs)
+
+
+def _without_memory(module: nn.Module) -> nn.Module:
+    """The module with all parameters on the meta device; shared ones stay shared."""
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if parameter not in moved:
+                moved[parameter] = nn.Parameter(parameter.data.to("meta"))
+            setattr(part, name, moved[parameter])
+    return module
+
+
+def _source(path: Path) -> dict[str, Any]:
+    if path.suffix == ".gguf" and path.is_file():
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        return {"pretrained_model_name_or_path": str(path)}
+    raise ConfigError(f"{path} is neither a folder nor a GGUF file")
+
+
+def _text_config(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    text = getattr(config, "get_text_config", None)
+    return config if text is None else text()

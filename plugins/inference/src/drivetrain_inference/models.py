@@ -1,0 +1,126 @@
+"""Choosing how a module is computed, and holding the choice to the module itself."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal, Protocol
+
+import torch
+from torch import nn
+
+from drivetrain.contracts import WeightFormat
+from drivetrain.errors import ConfigError
+from drivetrain_inference.blocks import BlockTable
+from drivetrain_inference.cache import LayerSpec, PagedCache, RaggedBatch
+from drivetrain_inference.fast.model import FastModel
+from drivetrain_inference.fast.structure import UnlikeError, recognise
+from drivetrain_inference.plain_model import PlainModel
+
+logger = logging.getLogger("drivetrain.inference")
+
+FastPath = Literal["auto", "always", "never"]
+_PROBE = 13
+"""Tokens of the text that ways are compared on."""
+_TOLERANCES = {torch.float32: 2e-4, torch.float64: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+"""Largest difference of logits, as a share of their spread."""
+
+
+class Model(Protocol):
+    """Computes logits over a paged cache."""
+
+    layers: list[LayerSpec]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, cache: PagedCache, batch: RaggedBatch) -> torch.Tensor:
+        """Logits [sequences, vocabulary] of the last token of each; float32."""
+
+
+def choose(
+    module: nn.Module, fast_path: FastPath, *, context: int, form: WeightFormat | None
+) -> tuple[Model, PlainModel]:
+    """The way to compute ``module``, and the plain way, which is checked in any case.
+
+    Raises:
+        ConfigError: the module gives other logits over a paged cache than by itself; or the fast
+            path is wanted (by ``always``, or for a weight format) and cannot be had.
+    """
+    plain = PlainModel(module)
+    try:
+        tokens = _probe(module)
+        reference = plain.reference(tokens)
+        _check_plain(plain, tokens, reference)
+        if fast_path == "never" and form is None:
+            return plain, plain
+        fast = _fast(module, plain.layers, context, form, tokens, reference)
+        return fast, plain
+    except UnlikeError as error:
+        if fast_path == "always" or form is not None:
+            plain.close()
+            what = "weight_format" if form is not None else "fast_path: always"
+            raise ConfigError(
+                f"inference.{what} needs the fast path, and {type(module).__name__} cannot take "
+                f"it: {error}"
+            ) from error
+        logger.info("%s runs its own modules' code: %s", type(module).__name__, error)
+        return plain, plain
+    except BaseException:
+        plain.close()
+        raise
+
+
+def _check_plain(plain: PlainModel, tokens: list[int], reference: torch.Tensor) -> None:
+    off = difference(plain, tokens, reference)
+    if not off <= _TOLERANCES.get(plain.dtype, 2e-4):
+        raise ConfigError(
+            f"{type(plain.module).__name__} gives other logits over a paged cache than by itself "
+            f"(off by {off:.2g} of their spread): it keeps something between tokens beside keys "
+            "and values, or sees more than the past; it cannot be served so"
+        )
+
+
+def _fast(
+    module: nn.Module,
+    layers: list[LayerSpec],
+    context: int,
+    form: WeightFormat | None,
+    tokens: list[int],
+    reference: torch.Tensor,
+) -> FastModel:
+    structure = recognise(module)
+    exact = FastModel(structure, layers, context=context)
+    off = difference(exact, tokens, reference)
+    if not off <= _TOLERANCES.get(exact.dtype, 2e-4):
+        raise UnlikeError(f"its logits differ by {off:.2g} of their spread")
+    # A format changes numbers on purpose, so the structure is what was checked.
+    return exact if form is None else FastModel(structure, layers, context=context, form=form)
+
+
+def difference(model: Model, tokens: list[int], reference: torch.Tensor) -> float:
+    """Largest difference of ``model``'s logits, as a share of the spread of ``reference``.
+
+    The text comes in two pieces and token by token, beside another one, over blocks of 4 tokens.
+    """
+    cache = PagedCache(model.layers, 12, 4, dtype=model.dtype, device=model.device)
+    text, other = BlockTable(list(range(5, 10))), BlockTable([11, 0, 10])
+    spread = float((reference.amax(1) - reference.amin(1)).max())
+    worst, begin = 0.0, 0
+    for end in (5, 9, 10, 11, len(tokens)):
+        pieces = [(text, tokens[begin:end])]
+        if end in (5, 10):
+            pieces.insert(0, (other, tokens[3 : 6 + end // 10]))
+        logits = model(cache, RaggedBatch.of(pieces, 4, model.device))
+        off = (logits[-1] - reference[end - 1]).abs().max() / spread
+        if not torch.isfinite(off):
+            return float("inf")
+        worst = max(worst, float(off))
+        for table, new in pieces:
+            table.length += len(new)
+        begin = end
+    return worst
+
+
+def _probe(module: nn.Module) -> list[int]:
+    embedding = getattr(module, "get_input_embeddings", lambda: None)()
+    vocabulary = len(embedding.weight) if isinstance(embedding, nn.Embedding) else 64
+    return [(7 + 5 * i * i) % max(2, vocabulary - 1) for i in range(_PROBE)]

@@ -1,0 +1,34 @@
+"""The plugin that builds engines that generate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from drivetrain.contracts import Plugin, Sections, hookimpl
+from drivetrain_inference.section import PATH, InferenceSection
+
+if TYPE_CHECKING:
+    import torch
+
+    from drivetrain.contracts import Generates, InferenceRequest
+    from drivetrain.job.job import Job
+
+
+class Inference(Plugin):
+    """Owns ``inference``."""
+
+    name = PATH
+    sections: ClassVar[Sections] = {PATH: InferenceSection}
+
+    @hookimpl
+    def build_inference(
+        self, job: Job, module: torch.nn.Module, request: InferenceRequest
+    ) -> Generates:
+        from drivetrain_inference.engine import InferenceEngine
+        from drivetrain_inference.loading import weight_format
+
+        section = self.section(InferenceSection)
+        form = weight_format(job, section.weight_format)
+        engine = InferenceEngine(module, section, request, form=form)
+        job.on_close(engine.close)
+        return engine

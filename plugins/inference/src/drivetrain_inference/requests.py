@@ -1,0 +1,179 @@
+"""What a client asks for, what it gets, and a sequence on its way between the two."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Literal
+
+from drivetrain.errors import ConfigError
+from drivetrain_inference.blocks import BlockTable
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen; names and defaults are those of Transformers' ``generate``.
+
+    Args:
+        max_new_tokens: most tokens of a result.
+        min_new_tokens: before so many, no stop token is chosen.
+        temperature: 0 chooses the most likely token.
+        top_k: choose among the k most likely; 0 for all.
+        top_p: choose among the most likely tokens whose probabilities add up to this.
+        min_p: leave out tokens less likely than this share of the most likely one.
+        repetition_penalty: divides (or multiplies) logits of tokens that are there already
+            (arXiv 1909.05858).
+        stop: text, or texts, that end a result, which does not contain them; need a tokenizer.
+        stop_tokens: tokens that end it, beside the model's.
+        ignore_eos: do not stop at the model's own tokens.
+        seed: of this request's random numbers; ``None``: taken from its number.
+        n: results for one prompt.
+        logprobs: log-probabilities of so many most likely tokens, beside the chosen one's; ``None``
+            for none at all. Those of the model, before temperature and the rest.
+    """
+
+    max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: str | tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, good, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", self.min_new_tokens >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or a positive number"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "positive"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "None or in [0, 2**63)"),
+            ("n", 1 <= self.n <= 1024, "in [1, 1024]"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 1024, "in [0, 1024]"),
+            ("stop", all(self.stop), "texts that are not empty"),
+        ):
+            if not good:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn."""
+        return self.temperature == 0 or self.top_k == 1
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one place.
+
+    Args:
+        chosen: of the token that was chosen.
+        top: (token, log-probability) of the most likely ones, the first is the most likely.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One result.
+
+    Args:
+        tokens: what was generated, with the token that ended it.
+        text: the same as text without what ended it; empty without a tokenizer.
+        finish_reason: ``stop``, ``length``, ``cancelled`` or ``deadline``.
+        logprobs: one entry for each token, if asked for.
+        cached_tokens: tokens of the prompt that were in the cache already.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one step has added to one result.
+
+    Args:
+        request: number of the request.
+        index: which of its ``n`` results.
+        token: the new token, or ``None`` if the result ended without one.
+        text: new text; what might begin a stop text is held back.
+        completion: the whole result, once it has ended.
+        logprobs: of the token, if asked for.
+    """
+
+    request: int
+    index: int
+    token: int | None
+    text: str
+    completion: Completion | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One result that is being made.
+
+    Args:
+        request: number of the request.
+        index: which of its results.
+        prompt: tokens.
+        params: how to sample.
+        deadline: on the clock of ``time.monotonic``, or ``None``.
+    """
+
+    request: int
+    index: int
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    deadline: float | None = None
+    table: BlockTable = field(default_factory=BlockTable)
+    output: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    siblings: list[Sequence] = field(default_factory=list)
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and output."""
+        return [*self.prompt, *self.output]
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not in the cache yet; 1 while it decodes."""
+        return len(self.prompt) + len(self.output) - self.table.length
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that have to be in the cache at the end."""
+        return len(self.prompt) + self.params.max_new_tokens - 1
+
+    def overdue(self) -> bool:
+        """Whether its deadline is over."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    def slice(self, count: int) -> Items[int]:
+        """The next ``count`` pending tokens."""
+        start = self.table.length
+        if start >= len(self.prompt):
+            return self.output[start - len(self.prompt) : start - len(self.prompt) + count]
+        return self.tokens[start : start + count]

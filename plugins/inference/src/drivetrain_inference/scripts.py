@@ -1,0 +1,214 @@
+"""What scripts for DeepSpeed call: ``init_inference``, and engines of its second kind by folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from drivetrain.errors import ConfigError
+from drivetrain_inference.engine import InferenceEngine as Engine
+from drivetrain_inference.loading import serve
+from drivetrain_inference.requests import SamplingParams
+
+_DTYPES = {
+    "fp32": torch.float32, "float32": torch.float32, "float": torch.float32,
+    "fp16": torch.float16, "float16": torch.float16, "half": torch.float16,
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "bfloat": torch.bfloat16,
+    "int8": torch.int8,
+}  # fmt: skip
+_DEFAULTS: Mapping[str, Any] = {
+    "dtype": "fp16",
+    "tensor_parallel": {},
+    "replace_with_kernel_inject": False,
+    "max_out_tokens": 1024,
+    "min_out_tokens": 1,
+    "checkpoint": None,
+    "enable_cuda_graph": False,
+    "keep_module_on_host": False,
+    "replace_method": "auto",
+    "return_tuple": True,
+    "triangular_masking": True,
+    "zero": {},
+}
+_ALIASES = {
+    "kernel_inject": "replace_with_kernel_inject",
+    "tp": "tensor_parallel",
+    "max_tokens": "max_out_tokens",
+    "min_tokens": "min_out_tokens",
+    "tm": "triangular_masking",
+}
+_GENERATION = {
+    "max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p",
+    "repetition_penalty",
+}  # fmt: skip
+
+
+class InferenceEngine(nn.Module):
+    """A module whose ``generate`` is the engine's; ``forward`` is its own.
+
+    Attributes:
+        module: the client's module.
+        engine: what generates.
+    """
+
+    def __init__(self, module: nn.Module, engine: Engine) -> None:
+        super().__init__()
+        self.module, self.engine = module, engine
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module."""
+        return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        do_sample: bool = False,
+        max_length: int | None = None,
+        num_return_sequences: int = 1,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Continue rows of tokens, as Transformers' ``generate`` does.
+
+        Args:
+            input_ids: [rows, tokens].
+            attention_mask: 0 where a row is padded, on either side.
+            do_sample: draw tokens; else the most likely one is taken.
+            max_length: most tokens with the prompt, where there is no ``max_new_tokens``.
+            num_return_sequences: results of each row.
+            eos_token_id: tokens that end a row, beside the model's.
+            pad_token_id: fills rows up; 0 by default.
+            **options: of :class:`SamplingParams` under Transformers' names.
+
+        Returns:
+            [rows * num_return_sequences, tokens], prompts first.
+
+        Raises:
+            ConfigError: an option is not known, or cannot be served.
+        """
+        unknown = {name for name, value in options.items() if value is not None} - _GENERATION
+        if unknown:
+            raise ConfigError(f"generate does not know {', '.join(sorted(unknown))}")
+        width = input_ids.shape[1]
+        given = {name: value for name, value in options.items() if value is not None}
+        given.setdefault("max_new_tokens", (max_length or width + 20) - width)
+        given["temperature"] = given.get("temperature", 1.0) if do_sample else 0.0
+        stops = [] if eos_token_id is None else torch.tensor(eos_token_id).reshape(-1).tolist()
+        params = SamplingParams(n=num_return_sequences, stop_tokens=tuple(stops), **given)
+        kept = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        prompts = [row[mask.bool()].tolist() for row, mask in zip(input_ids, kept, strict=True)]
+        results = self.engine.generate(prompts, params)
+        new = [(row, result.tokens) for row, each in enumerate(results) for result in each]
+        longest = max(len(tokens) for _, tokens in new)
+        found = input_ids.new_full((len(new), width + longest), pad_token_id or 0)
+        for place, (row, tokens) in enumerate(new):
+            found[place, :width] = input_ids[row]
+            found[place, width : width + len(tokens)] = found.new_tensor(tokens)
+        return found
+
+    def destroy(self) -> None:
+        """Give the cache back."""
+        self.engine.close()
+
+
+def default_inference_config() -> dict[str, Any]:
+    """What ``init_inference`` takes, with defaults."""
+    return deepcopy(dict(_DEFAULTS))
+
+
+def init_inference(
+    model: nn.Module, config: Mapping[str, Any] | str | None = None, **options: Any
+) -> InferenceEngine:
+    """An engine for a module; arguments are those of ``deepspeed.init_inference``.
+
+    ``replace_with_kernel_inject`` asks for the fast path wherever there is one; without it the
+    module's own code runs. ``dtype`` int8 quantises the blocks' matrices. ``checkpoint`` is a
+    checkpoint of any layout, for a module on the meta device.
+
+    Raises:
+        ConfigError: a key is not known or is given twice with different values, or a value asks for
+            what is not there.
+    """
+    settings = _merged(config, options)
+    if (settings["tensor_parallel"] or {}).get("tp_size", 1) > 1:
+        raise ConfigError(
+            "init_inference: tensor_parallel.tp_size is more than 1, which needs a "
+            "package that serves tensor_parallel"
+        )
+    if settings["enable_cuda_graph"]:
+        raise ConfigError("init_inference: enable_cuda_graph is not served; leave it out")
+    dtype = settings["dtype"]
+    dtype = dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(str(dtype).split(".")[-1])
+    if dtype not in _DTYPES.values():
+        raise ConfigError(
+            f"init_inference: dtype {settings['dtype']!r} is none of {', '.join(_DTYPES)}"
+        )
+    section: dict[str, Any] = {"max_context": settings["max_out_tokens"]}
+    section["fast_path"] = "auto" if settings["replace_with_kernel_inject"] else "never"
+    if dtype is torch.int8:
+        section |= {"weight_format": "int8", "fast_path": "always"}
+        dtype = None
+    engine = serve(model, {"inference": section}, dtype=dtype, weights=settings["checkpoint"])
+    return InferenceEngine(engine.module, engine)
+
+
+def build_hf_engine(path: str | os.PathLike[str], engine_config: Any = None, **_: object) -> Engine:
+    """An engine with ``put``, ``query``, ``can_schedule`` and ``flush`` for a folder.
+
+    Args:
+        path: a folder that ``save_pretrained`` has written; nothing is downloaded.
+        engine_config: a dict, or an object with ``model_dump``: ``state_manager`` with
+            ``max_tracked_sequences``, ``max_ragged_batch_size``, ``max_ragged_sequence_count``,
+            ``max_context`` and ``memory_config``.
+
+    Raises:
+        ConfigError: the folder holds no model, or a setting is not served.
+    """
+    dump = getattr(engine_config, "model_dump", None)
+    settings = dict(engine_config or {}) if dump is None else dump()
+    manager = dict(settings.get("state_manager") or settings.get("manager") or {})
+    if manager.get("offload"):
+        raise ConfigError("state_manager.offload is not served; leave it out")
+    section: dict[str, Any] = {
+        "max_tracked_sequences": manager.get("max_tracked_sequences", 2048),
+        "max_batch_tokens": manager.get("max_ragged_batch_size", 768),
+        "max_sequences": manager.get("max_ragged_sequence_count", 512),
+        "max_context": manager.get("max_context", 8192),
+    }
+    memory = manager.get("memory_config") or {}
+    if memory.get("mode") == "allocate":
+        section["cache_blocks"] = memory["size"]
+    return serve(Path(path), {"inference": section})
+
+
+def _merged(config: Mapping[str, Any] | str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(config, str):
+        config = json.loads(Path(config).read_text("utf-8"))
+    if config is not None and not isinstance(config, Mapping):
+        raise ConfigError(f"config must be a dict or a path, got {type(config).__name__}")
+    found: dict[str, Any] = {}
+    for name, value in [*(config or {}).items(), *options.items()]:
+        key = _ALIASES.get(name, name)
+        if key == "mp_size":
+            key, value = "tensor_parallel", {"tp_size": value}
+        if key not in _DEFAULTS:
+            raise ConfigError(
+                f"init_inference does not know {name!r}; it knows {', '.join(_DEFAULTS)}"
+            )
+        if key in found and found[key] != value:
+            raise ConfigError(
+                f"init_inference: {name} is given twice: {found[key]!r} and {value!r}"
+            )
+        found[key] = value
+    return {**_DEFAULTS, **found}

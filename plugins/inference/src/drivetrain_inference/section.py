@@ -1,0 +1,58 @@
+"""The config section ``inference``."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from drivetrain.contracts import Bool, NonNegativeInt, PositiveInt, Section
+
+PATH = "inference"
+
+
+class InferenceSection(Section):
+    """How an engine that generates shares memory and time out."""
+
+    block_size: PositiveInt = Field(default=32, description="Tokens of a block of the cache.")
+    cache_bytes: PositiveInt = Field(
+        default=2**30,
+        description="Memory for keys and values; less where the context needs less.",
+    )
+    cache_blocks: NonNegativeInt = Field(
+        default=0, description="Number of blocks instead; 0 for what `cache_bytes` has room for."
+    )
+    max_context: NonNegativeInt = Field(
+        default=0, description="Most tokens of a sequence; 0 for what the model's config says."
+    )
+    max_batch_tokens: PositiveInt = Field(
+        default=512, description="Most tokens of a forward: decodes, and pieces of prompts."
+    )
+    max_sequences: PositiveInt = Field(default=64, description="Most sequences of a forward.")
+    max_tracked_sequences: PositiveInt = Field(
+        default=2048, description="Most sequences of `put` that have blocks."
+    )
+    max_waiting: PositiveInt = Field(
+        default=4096, description="Most sequences that wait; requests beyond are refused."
+    )
+    prefix_caching: Bool = Field(
+        default=True, description="Share blocks of sequences that begin alike."
+    )
+    fast_path: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="Whether decoders of a known structure run without their modules' code.",
+    )
+    weight_format: str = Field(
+        default="", description="Format of the blocks' matrices, such as int8; empty: as they are."
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.max_sequences > self.max_batch_tokens:
+            raise ValueError(
+                f"max_sequences {self.max_sequences} is more than max_batch_tokens "
+                f"{self.max_batch_tokens}, so not all could have a token in a forward"
+            )
+        if self.weight_format and self.fast_path == "never":
+            raise ValueError("weight_format needs the fast path, and fast_path is never")
+        return self
