@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpt_with_experts import gpt_with_experts
 from torch import nn
 
 import drivetrain
@@ -19,7 +20,6 @@ from drivetrain.errors import ConfigError
 from drivetrain.plan.plan import Plan
 from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
-from drivetrain.testing.models import tied_gpt
 from drivetrain.testing.parts import SharedSequences
 
 WORLD = 2
@@ -115,7 +115,7 @@ def micro_batches(steps: int, accumulation: int) -> list[list[list[torch.Tensor]
 
 
 def train(config: dict[str, Any]) -> list[float]:
-    module = tied_gpt()
+    module = gpt_with_experts()
     engine, *_ = drivetrain.initialize(
         model=module, model_parameters=module.parameters(), config=config, registry=registry()
     )
@@ -146,7 +146,7 @@ def reference(config: dict[str, Any]) -> list[float]:
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = next((low[m] for m in low if config.get(m, {}).get("enabled")), torch.float32)
     autocast = config.get("torch_autocast", {}).get("enabled", False)
-    masters = tied_gpt()
+    masters = gpt_with_experts()
     worker = copy.deepcopy(masters).to(dtype)
     optimizer = torch.optim.SGD(masters.parameters(), lr=0.1, momentum=0.9)
     shards = WORLD // config["sequence_parallel_size"]

@@ -22,6 +22,8 @@ def grouped_linear(
     Returns:
         [n, f].
     """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     weight = weight.to(x.dtype)
     if x.device.type == "cpu":  # where torch's own is a loop, too, and its backward is slower
         apply: Any = _Loop.apply  # torch does not type it

@@ -112,10 +112,13 @@ class MixtureOfExperts(Plugin):
 
     def features(self) -> Mapping[str, object]:
         experts = self.section(ExpertParallelSection)
-        return {f"{EXPERT_PARALLEL}.autoep_size": experts.autoep_size if experts.enabled else 1}
+        return {
+            f"{MOE}.ep_size": self.section(MoESection).ep_size,
+            f"{EXPERT_PARALLEL}.autoep_size": experts.autoep_size if experts.enabled else 1,
+        }
 
     def feature_values(self) -> Mapping[str, Sequence[object]]:
-        return {f"{EXPERT_PARALLEL}.autoep_size": (1, 2)}
+        return {f"{MOE}.ep_size": (1, 2)}
 
     def _sizes(self, plan: Plan) -> dict[int, str]:
         """Numbers of ranks over which experts are shared out -> where each comes from."""
