@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "batches": "ElasticBatch compute_elastic_config solve valid_sizes",
+        "resuming": "resume",
         "section": "ElasticitySection",
     },
 )

@@ -2,4 +2,5 @@ from drivetrain_elasticity.batches import ElasticBatch as ElasticBatch
 from drivetrain_elasticity.batches import compute_elastic_config as compute_elastic_config
 from drivetrain_elasticity.batches import solve as solve
 from drivetrain_elasticity.batches import valid_sizes as valid_sizes
+from drivetrain_elasticity.resuming import resume as resume
 from drivetrain_elasticity.section import ElasticitySection as ElasticitySection

@@ -1,4 +1,4 @@
-"""The config sections ``elasticity`` and ``preemption``."""
+"""The config sections ``elasticity``, ``preemption`` and ``survival``."""
 
 from __future__ import annotations
 
@@ -73,3 +73,25 @@ class PreemptionSection(Section):
         if self.enabled and not self.save_dir:
             raise ValueError("save_dir is needed: the folder that checkpoints are saved in")
         return self
+
+
+class SpikeSection(Section):
+    """Go back to the latest copy after a loss that stands out, and leave its data out."""
+
+    factor: float = Field(
+        gt=1, allow_inf_nan=False, description="A loss of more than this times the median."
+    )
+    window: int = Field(default=50, ge=4, description="Steps that the median is over.")
+    at_most: PositiveInt = Field(
+        default=3, description="Times in a row before the job ends with an error."
+    )
+
+
+class SurvivalSection(Section):
+    """Keep copies of the job's state in memory, in a process that outlives the workers."""
+
+    enabled: Bool = Field(default=True, description="Make copies.")
+    every: PositiveInt = Field(default=10, description="Steps between two copies.")
+    spike: SpikeSection | None = Field(
+        default=None, description="When to go back to a copy by itself; by default never."
+    )
