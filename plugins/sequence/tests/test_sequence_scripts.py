@@ -1,0 +1,94 @@
+"""What scripts call: attention over a process group, losses of all ranks, functions in tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from drivetrain_sequence.scripts import (
+    DistributedAttention,
+    TiledFusedLogitsLoss,
+    TiledMLP,
+    sequence_tiled_compute,
+    vocab_sequence_parallel_cross_entropy,
+)
+from torch import nn
+
+from drivetrain.errors import ConfigError
+from drivetrain.testing import run_distributed
+
+LENGTH, ROWS, HEADS, WIDTH = 8, 2, 6, 4
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch_first: bool) -> torch.Tensor:
+    order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
+    q, k, v = (x.permute(order) for x in (q, k, v))
+    y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return y.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3))
+
+
+def in_parts(batch_first: bool) -> list[torch.Tensor]:
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    first = (ROWS, LENGTH) if batch_first else (LENGTH, ROWS)
+    whole = [randn(*first, heads, WIDTH, seed=i) for i, heads in enumerate((HEADS, 3, 3))]
+    own = [x.detach().chunk(size, int(batch_first))[rank].requires_grad_() for x in whole]
+    layer = DistributedAttention(lambda q, k, v: dense(q, k, v, batch_first), dist.group.WORLD)
+    found = layer(*own, batch_dim_idx=0 if batch_first else 1)
+    expected = dense(*whole, batch_first=batch_first)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    part = lambda x: x.chunk(size, int(batch_first))[rank]  # noqa: E731
+    torch.testing.assert_close(found, part(expected))
+    for mine, theirs in zip(own, whole, strict=True):
+        torch.testing.assert_close(mine.grad, part(theirs.grad))
+    logits, target = randn(LENGTH, ROWS, 9), torch.arange(LENGTH * ROWS).view(LENGTH, ROWS) % 9
+    reference = nn.functional.cross_entropy(
+        logits.flatten(0, 1), target.flatten(), reduction="none"
+    ).view(LENGTH, ROWS)
+    mine_ = logits.detach().chunk(size)[rank].requires_grad_()
+    losses = vocab_sequence_parallel_cross_entropy(mine_, target.chunk(size)[rank], None)
+    torch.testing.assert_close(losses, reference)
+    (gradient,) = torch.autograd.grad(losses.sum(), mine_)
+    (other,) = torch.autograd.grad(reference.sum(), logits)
+    torch.testing.assert_close(gradient, other.chunk(size)[rank])
+    dist.destroy_process_group()
+    return []
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_over_a_group_and_losses_of_all_ranks_are_dense(batch_first: bool) -> None:
+    run_distributed(in_parts, 2, batch_first)
+
+
+def test_functions_in_tiles_have_values_and_gradients_of_the_whole() -> None:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)).double()
+    head = nn.Linear(4, 9).double()
+    x, y = randn(2, 7, 4), torch.arange(14).view(2, 7) % 9
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, :3] = False
+
+    def loss(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(module(x).flatten(0, 1), y.flatten())
+
+    def gradients(value: torch.Tensor) -> list[torch.Tensor]:
+        inputs = [x, *mlp.parameters(), *head.parameters()]
+        return [value.detach(), *torch.autograd.grad(value, inputs)]
+
+    plain = gradients(loss(head, mlp(x)[mask][None], y[mask][None]))
+    tiled = TiledMLP.apply(lambda m, part: m(part), mlp, x, 3)
+    found = gradients(TiledFusedLogitsLoss.apply(loss, head, tiled, y, mask, 4))
+    torch.testing.assert_close(found, plain)
+    called: dict[str, Any] = {"kwargs_to_pass": {"m": mlp}, "grad_requiring_tensor_key": "part"}
+    again = sequence_tiled_compute(lambda part, m: m(part), 7, 3, {"part": x}, **called)
+    torch.testing.assert_close(again, mlp(x))
+    with pytest.raises(ConfigError, match="expected 6 tokens"):
+        sequence_tiled_compute(lambda part, m: m(part), 6, 3, {"part": x}, **called)
