@@ -215,8 +215,7 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
     "drivetrain-inference": {
         "": "InferenceEngine default_inference_config init_inference",
         "inference": "InferenceEngine",
-        "inference.config": "DeepSpeedInferenceConfig",
-        "module_inject": "replace_transformer_layer",
+        "inference.v2": "InferenceEngineV2 SchedulingError SchedulingResult build_hf_engine",
     },
     "drivetrain-moe": {
         "moe.layer": "MoE",
@@ -268,6 +267,8 @@ INSTEAD: Mapping[str, str] = {
     "compat.get_accelerator": "deepspeed.accelerator.get_accelerator",
     "elasticity.ensure_immutable_elastic_config": "nothing: ranks compare their configs",
     "io.FastFileWriter": "the config's checkpoint.background, which saves while training goes on",
+    "inference.config.DeepSpeedInferenceConfig": "a dict for init_inference",
+    "module_inject.replace_transformer_layer": "init_inference",
     "module_inject.revert_transformer_layer": "nothing: modules are not replaced",
     "ops.adam.ZenFlowCPUAdam": "the config's zero_optimization.zenflow",
     "ops.adam.ZenFlowSelectiveAdamW": "the config's zero_optimization.zenflow",
