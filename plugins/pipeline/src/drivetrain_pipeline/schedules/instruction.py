@@ -68,11 +68,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Messages that a stage issues together, between two of its instructions.
+    """What a stage exchanges with another one at once, between two of its instructions.
 
     Args:
-        sends: what leaves this stage, in the order of all messages.
-        receives: what arrives, in the same order.
+        sends: what leaves this stage, one message at most.
+        receives: what arrives, one message at most.
     """
 
     sends: tuple[Message, ...]
