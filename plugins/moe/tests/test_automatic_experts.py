@@ -188,6 +188,16 @@ def test_experts_are_found_in_every_model() -> None:
         assert {experts.count for experts in found} == {4}
 
 
+def test_a_model_with_all_its_experts_is_as_it_was_after_the_job() -> None:
+    model = build("mixtral")
+    config = {"train_batch_size": 2, "expert_parallel": {"enabled": True}}
+    for _ in range(2):
+        engine = drivetrain.initialize(model=model, config=config)[0]
+        assert engine(**batch(0, 0)).loss > 0
+        engine.destroy()
+    assert not any("forward" in vars(part) for part in model.modules())
+
+
 # -- bad input -------------------------------------------------------------------------------------
 
 

@@ -135,6 +135,7 @@ class SharedExperts:
         before = found.module.__dict__.get("forward")
         if isinstance(before, SharedExperts):
             raise ConfigError(f"the experts of {found.name} are shared out by another engine")
+        self._own = before
         self._inner: Callable[..., torch.Tensor] = found.module.forward
         self.__signature__ = inspect.signature(self._inner)
 
@@ -171,8 +172,12 @@ class SharedExperts:
             )
 
     def leave(self) -> None:
-        """Stop counting for a job that has closed."""
+        """Stop counting for a job that has closed; a module with all experts is as it was."""
         self.load = None
+        if self.axis is None and self.module.__dict__.get("forward") is self:
+            del self.module.forward
+            if self._own is not None:
+                self.module.forward = self._own
 
     def _through(
         self,
