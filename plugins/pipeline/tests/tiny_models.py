@@ -11,7 +11,7 @@ from torch import nn
 VOCABULARY, WIDTH, LENGTH, ROWS = 50, 16, 6, 2
 """Size of the vocabulary, model width, tokens of a sequence, sequences of a micro-batch."""
 
-_DECODER = {
+DECODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "intermediate_size": 24,
@@ -38,7 +38,7 @@ def make(config_name: str, class_name: str, **changes: Any) -> nn.Module:
 
 
 def llama() -> nn.Module:
-    return make("LlamaConfig", "LlamaForCausalLM", **_DECODER)
+    return make("LlamaConfig", "LlamaForCausalLM", **DECODER)
 
 
 def gpt2() -> nn.Module:
@@ -57,7 +57,7 @@ def bert() -> nn.Module:
     return make(
         "BertConfig",
         "BertForMaskedLM",
-        **{k: v for k, v in _DECODER.items() if k != "num_key_value_heads"},
+        **{k: v for k, v in DECODER.items() if k != "num_key_value_heads"},
     )
 
 
@@ -79,7 +79,7 @@ def mixtral() -> nn.Module:
     return make(
         "MixtralConfig",
         "MixtralForCausalLM",
-        **_DECODER,
+        **DECODER,
         num_local_experts=4,
         num_experts_per_tok=2,
     )
@@ -100,7 +100,7 @@ def opt() -> nn.Module:
 
 
 def gemma() -> nn.Module:
-    return make("Gemma2Config", "Gemma2ForCausalLM", **_DECODER, head_dim=8)
+    return make("Gemma2Config", "Gemma2ForCausalLM", **DECODER, head_dim=8)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

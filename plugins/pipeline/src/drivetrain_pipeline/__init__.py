@@ -7,4 +7,13 @@ from __future__ import annotations
 
 from drivetrain.lazy import lazy_names
 
-__getattr__, __dir__, __all__ = lazy_names(__name__, {"section": "PipelineSection"})
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "layers": "LayerSpec TiedLayerSpec",
+        "measuring": "measure",
+        "module": "PipelineModule",
+        "scripts": "Evaluation PipelineEngine evaluate",
+        "section": "PipelineSection",
+    },
+)

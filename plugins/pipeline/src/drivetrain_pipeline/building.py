@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drivetrain_pipeline import ties
+from drivetrain_pipeline.module import PipelineModule
 from drivetrain_pipeline.planning import schedule_of
 from drivetrain_pipeline.running.chunked import ATTRIBUTE
 from drivetrain_pipeline.running.runner import PipelineRunner
@@ -28,10 +29,17 @@ logger = logging.getLogger("drivetrain.pipeline")
 
 
 def partition(job: Job, model: nn.Module, section: PipelineSection) -> nn.Module:
-    """Keep this rank's part of a model; all of it, where there is one stage."""
-    if section.stages == 1:
+    """Keep this rank's part of a model; all of it, where there is one stage.
+
+    Raises:
+        ConfigError: the model cannot be split, and why.
+    """
+    placement = schedule_of(section, section.stages).placement
+    if isinstance(model, PipelineModule):
+        model.build(placement, job.mesh.coordinate("pp"), section)
+        vars(model)[ATTRIBUTE] = model
         return model
-    return split_model(job, model, section, schedule_of(section, section.stages).placement)
+    return model if section.stages == 1 else split_model(job, model, section, placement)
 
 
 def describe(job: Job, module: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from drivetrain_pipeline.planning import FASTEST, micro_batches_of, schedule_of, settled
+from drivetrain_pipeline.planning import FASTEST, micro_batches_of, schedule_of, section_of, settled
 from drivetrain_pipeline.schedules import (
     NAMES,
     Costs,
@@ -15,7 +15,6 @@ from drivetrain_pipeline.schedules import (
     simulate,
     warnings_of,
 )
-from drivetrain_pipeline.section import PipelineSection
 
 if TYPE_CHECKING:
     from drivetrain.plan.plan import Plan
@@ -33,7 +32,7 @@ def rows(plan: Plan) -> Iterator[tuple[str, object]]:
     Times are in units of a forward of one stage. The gradients of inputs and of weights take one
     each, and messages take none.
     """
-    given = plan.section(PipelineSection)
+    given = section_of(plan)
     micro_batches = micro_batches_of(plan)
     section = settled(given, micro_batches)
     if section.stages == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from drivetrain.contracts import Problem
 from drivetrain.errors import ConfigError
@@ -15,11 +15,32 @@ from drivetrain_pipeline.schedules import (
     candidates,
     schedule,
 )
-from drivetrain_pipeline.section import PATH
+from drivetrain_pipeline.section import PATH, PipelineSection
 
 if TYPE_CHECKING:
     from drivetrain.plan.plan import Plan
-    from drivetrain_pipeline.section import PipelineSection
+
+
+def section_of(plan: Plan) -> PipelineSection:
+    """The section of a plan, with what a :class:`PipelineModule` of the model asks for.
+
+    Raises:
+        ConfigError: the config says something else.
+    """
+    section = plan.section(PipelineSection)
+    objects = plan.objects.get(PATH)
+    wishes: dict[str, Any] = {}
+    for wish in () if objects is None else objects.wishes:
+        wishes.update(cast("dict[str, Any]", wish))
+    for key, value in wishes.items():
+        given = getattr(section, key)
+        if key in section.model_fields_set and given != value:
+            raise ConfigError(
+                f"{PATH}.{key} is {given} in the config, and {value} in the PipelineModule of the "
+                "model: leave it out of one of them"
+            )
+    return section.model_copy(update=wishes)
+
 
 FASTEST = "fastest"
 
@@ -77,13 +98,7 @@ def _layers(section: PipelineSection) -> Sequence[LayerCosts]:
 
 def micro_batches_of(plan: Plan) -> int:
     """Micro-batches of a step; as many as stages where the plan leaves it open."""
-    from drivetrain_pipeline.section import PipelineSection
-
-    return (
-        plan.section(PipelineSection).stages
-        if plan.batch is None
-        else plan.batch.accumulation_steps
-    )
+    return section_of(plan).stages if plan.batch is None else plan.batch.accumulation_steps
 
 
 def problems(section: PipelineSection, plan: Plan) -> Sequence[Problem]:

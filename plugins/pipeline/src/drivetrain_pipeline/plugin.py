@@ -33,14 +33,16 @@ class Pipeline(Plugin):
     sections: ClassVar[Sections] = {PATH: PipelineSection}
 
     @hookimpl
-    def mesh_axes(self) -> Sequence[AxisRequest]:
-        return [Atom("pp", self.section(PipelineSection).stages, f"{PATH}.stages")]
+    def mesh_axes(self, plan: Plan) -> Sequence[AxisRequest]:
+        from drivetrain_pipeline.planning import section_of
+
+        return [Atom("pp", section_of(plan).stages, f"{PATH}.stages")]
 
     @hookimpl
     def configure(self, plan: Plan) -> Sequence[Problem]:
-        from drivetrain_pipeline.planning import problems
+        from drivetrain_pipeline.planning import problems, section_of
 
-        return problems(self.section(PipelineSection), plan)
+        return problems(section_of(plan), plan)
 
     @hookimpl
     def transform_module(self, job: Job, module: nn.Module) -> Sequence[Transform]:
@@ -64,9 +66,9 @@ class Pipeline(Plugin):
         return runner(job, engine, self._settled(job))
 
     def _settled(self, job: Job) -> PipelineSection:
-        from drivetrain_pipeline.planning import micro_batches_of, settled
+        from drivetrain_pipeline.planning import micro_batches_of, section_of, settled
 
-        return settled(self.section(PipelineSection), micro_batches_of(job.plan))
+        return settled(section_of(job.plan), micro_batches_of(job.plan))
 
     def features(self) -> Mapping[str, object]:
         section = self.section(PipelineSection)

@@ -42,7 +42,7 @@ from drivetrain_zero.shards.gradients import GradientMemory, ReduceScatterBucket
 from drivetrain_zero.shards.passing_memory import most_gathered
 
 if TYPE_CHECKING:
-    from drivetrain.contracts import OptimizerPlan
+    from drivetrain.contracts import Axis, OptimizerPlan
     from drivetrain.job.job import Job
     from drivetrain.states.buckets import PlannedBucket
 
@@ -95,7 +95,7 @@ class ZeroStates(ModelStates):
                 job,
                 plan,
                 *policy.axes(plan.spec.reduction),
-                sharded=policy.by_unit,
+                sharded=policy.by_unit and self._is_used_together(plan.spec.reduction),
                 kept=policy.gather.until_update,
                 rounds=policy.rounds is not None and policy.rounds(plan.spec.key),
             )
@@ -138,6 +138,16 @@ class ZeroStates(ModelStates):
             own = [parameter for parameter in unit.parameters if parameter not in borrowed]
             unit.parameters = bucketed(own, trained, frozen=self._policy.frozen)
         return without_empty(units) if borrowed else units
+
+    def _is_used_together(self, reduction: Axis) -> bool:
+        """Tell whether all ranks that share a parameter use it at one time.
+
+        Stages of a pipeline do not: each is at another micro-batch, so neither could gather an
+        embedding that is also the head of another stage.
+        """
+        mesh = self._job.mesh
+        stages = {mesh.layout.coordinate(rank, "pp") for rank in mesh.ranks(reduction)}
+        return len(stages) == 1
 
     def _plan(self, unit: GatheredUnit, steps: Mapping[str, int]) -> list[PlannedBucket]:
         job, policy = self._job, self._policy

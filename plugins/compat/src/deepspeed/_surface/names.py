@@ -226,7 +226,7 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
     },
     "drivetrain-offload": {"ops.aio": "aio_handle"},
     "drivetrain-pipeline": {
-        "pipe": "DualPipeVModule LayerSpec PipelineModule TiedLayerSpec",
+        "pipe": "LayerSpec PipelineModule TiedLayerSpec",
         "runtime.pipe.engine": "PipelineEngine",
     },
     "drivetrain-profiler": {
@@ -272,6 +272,7 @@ INSTEAD: Mapping[str, str] = {
     "module_inject.revert_transformer_layer": "nothing: modules are not replaced",
     "ops.adam.ZenFlowCPUAdam": "the config's zero_optimization.zenflow",
     "ops.adam.ZenFlowSelectiveAdamW": "the config's zero_optimization.zenflow",
+    "pipe.DualPipeVModule": "pipe.PipelineModule with the config's pipeline.schedule zb_v",
     "runtime.fp16.loss_scaler.DynamicLossScaler": "engine.loss_scaler",
     "runtime.fp16.loss_scaler.LossScaler": "engine.loss_scaler",
     "runtime.fp16.onebit.lamb.OnebitLamb": "optimizer.type OneBitAdam",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ATTRIBUTE = "drivetrain_chunks"
 """Attribute of the engine's module that has its :class:`ChunkedModel`."""
@@ -30,6 +33,9 @@ class ChunkedModel(Protocol):
             received: what the chunk before has returned; ``None`` for the first.
             labels: of the micro-batch, for the last chunk of a model that has them apart.
         """
+
+    def layers_by_name(self) -> dict[str, nn.Module | None]:
+        """All layers of the model, in order; ``None`` for those of other stages."""
 
     def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Take a micro-batch apart: arguments and keywords of the module, and labels."""

@@ -57,6 +57,9 @@ class PipelineRunner:
         tied: this rank's parameters that other stages have, too.
         dynamic: shapes depend on values.
         trace: records when instructions begin and end.
+
+    Attributes:
+        batch_fn: changes each micro-batch that is read, if there is one.
     """
 
     def __init__(
@@ -80,6 +83,12 @@ class PipelineRunner:
         self._stage = engine.job.mesh.coordinate(AXIS)
         self._mail = Mail(engine.job, always=dynamic)
         self._last = model.chunks - 1
+        self.batch_fn: Callable[[Any], Any] | None = None
+
+    @property
+    def placement(self) -> tuple[int, ...]:
+        """The stage of each chunk."""
+        return self._schedules(self._engine.gradient_accumulation_steps()).placement
 
     def run(self, batches: Iterator[Any], train: bool) -> torch.Tensor:
         """See :class:`~drivetrain.contracts.Runner`."""
@@ -113,7 +122,7 @@ class PipelineRunner:
         own = schedule.chunks_of(self._stage)
         wants = self._model.needs_inputs or bool({0, self._last} & set(own))
         self._batches, self._signatures = read_batches(
-            engine.job, batches if wants else None, count
+            engine.job, self._changed(batches) if wants else None, count
         )
         self._total = torch.zeros(2, dtype=torch.float32, device=engine.device)
         self._outputs: list[Any] = []
@@ -140,6 +149,9 @@ class PipelineRunner:
         if train and self._trace is not None:
             self._trace.finish(schedule)
         return self._total, self._outputs
+
+    def _changed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        return batches if self.batch_fn is None else map(self.batch_fn, batches)
 
     def _begin_window(self) -> None:
         if not self._train:

@@ -11,6 +11,7 @@ import dis
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from types import CodeType
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from torch import nn
 
 from drivetrain.errors import ConfigError
 from drivetrain.states.units import units
+
+_LOADS = ("LOAD_ATTR", "LOAD_METHOD")
 
 _DEEPEST = 4
 """How far methods that forward calls are followed."""
@@ -122,13 +125,19 @@ def _walk(
 
 
 def _ordered_children(module: nn.Module) -> list[str]:
-    """Names of children in the order in which forward names them first.
+    """Names of children in the order in which forward calls them first.
 
-    A child that forward does not name stays behind the one that it is registered after.
+    One that forward only looks into (``self.norm.weight``) comes where it does so. A child that
+    forward does not name stays behind the one that it is registered after.
     """
     registered = list(module._modules)
-    forward = getattr(type(module), "forward", None)
-    named = list(dict.fromkeys(n for n in _attributes(type(module), forward) if n in registered))
+    uses = list(_uses(type(module), getattr(type(module), "forward", None)))
+    called = {name for name, is_called in uses if is_called}
+    named = list(
+        dict.fromkeys(
+            n for n, is_called in uses if n in registered and (is_called or n not in called)
+        )
+    )
     ordered = list(named)
     for index, name in enumerate(registered):
         if name not in named:
@@ -137,22 +146,24 @@ def _ordered_children(module: nn.Module) -> list[str]:
     return ordered
 
 
-def _attributes(kind: type, function: Any, depth: int = 0) -> Iterator[str]:
-    """Names of attributes in the code of a method, and in that of methods that it calls."""
+def _uses(kind: type, function: Any, depth: int = 0) -> Iterator[tuple[str, bool]]:
+    """Attributes in the code of a method and of methods that it calls; whether each is called."""
     code = getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
     if code is None or depth > _DEEPEST:
         return
-    for name in _names(code):
+    for name, is_called in _attributes(code):
         method = inspect.getattr_static(kind, name, None)
         if inspect.isfunction(method) and name != "forward":
-            yield from _attributes(kind, method, depth + 1)
+            yield from _uses(kind, method, depth + 1)
         else:
-            yield name
+            yield name, is_called
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
+def _attributes(code: CodeType) -> Iterator[tuple[str, bool]]:
+    """Names of attributes in order; one that another attribute is taken of is not called."""
+    instructions = list(dis.get_instructions(code))
+    for instruction, following in zip_longest(instructions, instructions[1:]):
         if isinstance(instruction.argval, CodeType):
-            yield from _names(instruction.argval)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            yield str(instruction.argval)
+            yield from _attributes(instruction.argval)
+        elif instruction.opname in _LOADS:
+            yield str(instruction.argval), following is None or following.opname not in _LOADS

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from drivetrain.precision.precision import Precision
 from drivetrain_pipeline.cutting import LayerFacts, cut
 from drivetrain_pipeline.running.chunked import ATTRIBUTE
 from drivetrain_pipeline.splitting.order import Order, order_of
@@ -39,7 +40,9 @@ def split_model(
     stage = job.mesh.coordinate("pp")
     own = [chunk for chunk, holder in enumerate(placement) if holder == stage]
     _switch_cache_off(model)
-    split = SplitModel(model, order, bounds, own, placement)
+    precision = Precision.of(job.plan)
+    dtypes = precision.parameter, precision.buffer or precision.parameter
+    split = SplitModel(model, order, bounds, own, placement, job.device, dtypes)
     vars(model)[ATTRIBUTE] = split
     job.on_close(split.restore)
     return model

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from drivetrain.errors import TrainingError
 from drivetrain_pipeline.splitting import gates
 from drivetrain_pipeline.splitting.order import Order, Part
-from drivetrain_pipeline.splitting.stand_in import StandIn, drop_tensors
+from drivetrain_pipeline.splitting.stand_in import StandIn, drop_tensors, dropped_tensors
 from drivetrain_pipeline.splitting.tracking import Tracking
 
 Values = dict[str, torch.Tensor]
@@ -68,6 +68,8 @@ class SplitModel:
         bounds: first unit of each chunk, and the number of units.
         own: numbers of this rank's chunks.
         placement: stage of each chunk.
+        device: where the model computes.
+        dtypes: of floating parameters and buffers in the job; ``None``: their own.
 
     Attributes:
         holders: stages that have each parameter of this rank.
@@ -84,6 +86,8 @@ class SplitModel:
         bounds: Sequence[int],
         own: Sequence[int],
         placement: Sequence[int],
+        device: torch.device,
+        dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
     ) -> None:
         self._model = model
         self._order = order
@@ -98,7 +102,7 @@ class SplitModel:
         for part in (*order.units, *order.sides):
             stand_in = StandIn(part.name, part.module, type(part.module).forward)
             if not any(self._has(chunk, part) for chunk in own):
-                drop_tensors(part.module)
+                drop_tensors(part.module, device, *dtypes)
             elif len({placement[c] for c in range(self.chunks) if self._has(c, part)}) == 1:
                 self.own_parts.append(part.module)
             gates.install(part.module, partial(self._enter, part, stand_in))
@@ -131,6 +135,13 @@ class SplitModel:
         if isinstance(batch, Mapping):
             return (), dict(batch), None
         return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}, None
+
+    def layers_by_name(self) -> dict[str, nn.Module | None]:
+        """All units, in order; ``None`` for those of other stages."""
+        return {
+            part.name: part.module if any(self._has(c, part) for c in self._own) else None
+            for part in self._order.units
+        }
 
     def restore(self) -> None:
         """Take gates and forward away again."""
@@ -174,6 +185,9 @@ class SplitModel:
                     spine = self._order.spine.values()
                     tracking.note_made([[*part.parameters(recurse=False)] for part in spine])
                     tracking.note_made(call.received)
+                    for part in (*self._order.units, *self._order.sides):
+                        tracking.note_made([*part.module.parameters()])
+                        tracking.note_unknown(dropped_tensors(part.module))
                 try:
                     output = self._forward(*args, **kwargs)
                 except _Reached as reached:

@@ -24,15 +24,40 @@ Make = Callable[[torch.Tensor], torch.Tensor]
 """Makes a tensor without values of the shape and dtype of another."""
 
 
-def drop_tensors(module: nn.Module) -> None:
-    """Take all parameters and buffers of ``module`` away; their shapes and dtypes stay readable."""
+_DROPPED = "_pipeline_dropped"
+"""Attribute of a module: names of tensors that were taken away."""
+
+
+def drop_tensors(
+    module: nn.Module,
+    device: torch.device,
+    parameters: torch.dtype | None,
+    buffers: torch.dtype | None,
+) -> None:
+    """Take all parameters and buffers of ``module`` away; zeros that take no memory stay.
+
+    Args:
+        module: changed in place.
+        device: where the model computes.
+        parameters: dtype that floating parameters would have in the job; ``None``: their own.
+        buffers: likewise.
+    """
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name in [name for name, tensor in tensors.items() if tensor is not None]:
+        for tensors, dtype in ((part._parameters, parameters), (part._buffers, buffers)):
+            names = [name for name, tensor in tensors.items() if tensor is not None]
+            for name in names:
                 tensor = tensors.pop(name)
                 assert tensor is not None
-                vars(part)[name] = _on_meta(tensor)
+                zeros = _zeros(tensor, device)
+                other = dtype if dtype is not None and zeros.is_floating_point() else zeros.dtype
+                vars(part)[name] = _zeros(zeros.to(other), device)
+            vars(part).setdefault(_DROPPED, []).extend(names)
         part._non_persistent_buffers_set.clear()
+
+
+def dropped_tensors(module: nn.Module) -> list[torch.Tensor]:
+    """The zeros in the place of tensors that were taken away."""
+    return [vars(part)[name] for part in module.modules() for name in vars(part).get(_DROPPED, ())]
 
 
 class StandIn:
@@ -117,7 +142,7 @@ def _with_tensors(module: nn.Module, make: Make) -> Iterator[None]:
     """Let ``make`` make all tensors of ``module`` that are used inside of the block."""
     kept = []
     for part in module.modules():
-        dropped = {n: t for n, t in vars(part).items() if isinstance(t, torch.Tensor) and t.is_meta}
+        dropped = {name: vars(part)[name] for name in vars(part).get(_DROPPED, ())}
         kept.append((part, part._parameters, part._buffers, dropped))
         part._parameters = {n: _parameter(p, make) for n, p in part._parameters.items()}
         part._buffers = {n: None if b is None else make(b) for n, b in part._buffers.items()}

@@ -1,0 +1,94 @@
+"""A model that is split between stages trains like one process at every stage of ZeRO."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pipeline_models import Curve, TiedModel, data, train_alone
+
+import drivetrain
+from drivetrain.states.whole import whole
+from drivetrain.testing import run_distributed
+
+STEPS, MICRO_BATCHES, RATE, CLIPPING = 3, 4, 0.1, 0.05
+MESSAGES = {"cpu": {"shared_memory": False}}
+"""Ranks have to gather together, and in one order."""
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+def train(changes: dict[str, Any]) -> tuple[Curve, dict[str, torch.Tensor], float]:
+    changes = dict(changes)
+    zero = {"stage": changes.pop("stage"), "stage3_param_persistence_threshold": 0}
+    engine, *_ = drivetrain.initialize(
+        model=TiedModel(),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": MICRO_BATCHES,
+            "gradient_clipping": changes.pop("clipping", 0.0),
+            "optimizer": {"type": "SGD", "params": {"lr": RATE, "momentum": 0.9}},
+            "pipeline": {"stages": 2, **changes.pop("pipeline", {})},
+            "zero_optimization": {**zero, **changes.pop("zero", {})},
+            **changes,
+        },
+    )
+    engine.get_global_grad_norm()
+    curve, mesh = [], engine.job.mesh
+    for step in data(STEPS, MICRO_BATCHES, mesh.size("dp")):
+        loss = engine.train_batch(iter([micro[mesh.coordinate("dp")] for micro in step]))
+        norm = engine.get_global_grad_norm()
+        curve.append((loss.item(), float("nan") if norm is None else norm))
+    with whole(engine.module):
+        found = {
+            engine.job.parameters.info(p).name: p.detach().float().clone()
+            for p in engine.module.parameters()
+        }
+    step_data = data(1, 1, mesh.size("dp"))[0][0]
+    evaluated = engine.eval_batch(iter([step_data[mesh.coordinate("dp")]])).item()
+    engine.destroy()
+    engine.job.close()
+    return curve, found, evaluated
+
+
+CASES = [
+    pytest.param(2, {"stage": 0}, id="stage 0"),
+    pytest.param(4, {"stage": 1, "clipping": CLIPPING}, id="stage 1, clipped"),
+    pytest.param(4, {"stage": 2, **MESSAGES}, id="stage 2, by messages"),
+    pytest.param(
+        4,
+        {"stage": 2, "zero": OFFLOAD, "pipeline": {"schedule": "zb_h1"}},
+        id="stage 2, offloaded, weights apart",
+    ),
+    pytest.param(2, {"stage": 3}, id="stage 3, alone in its stage"),
+    pytest.param(4, {"stage": 3, **MESSAGES}, id="stage 3, by messages"),
+    pytest.param(
+        4, {"stage": 3, "pipeline": {"schedule": "zb_v"}, **MESSAGES}, id="stage 3, V shape"
+    ),
+    pytest.param(
+        4,
+        {"stage": 3, "zero": OFFLOAD, "pipeline": {"schedule": "interleaved"}},
+        id="stage 3, offloaded, interleaved",
+    ),
+    pytest.param(
+        4, {"stage": 2, "fp16": {"enabled": True, "loss_scale": 128.0}}, id="stage 2, fp16"
+    ),
+    pytest.param(4, {"stage": 1, "bf16": {"enabled": True}}, id="stage 1, bf16"),
+]
+
+
+@pytest.mark.parametrize(("world", "changes"), CASES)
+def test_a_split_model_trains_like_one_process(world: int, changes: dict[str, Any]) -> None:
+    rtol = 3e-2 if "bf16" in changes else 3e-3 if "fp16" in changes else 1e-5
+    expected, trained = train_alone(
+        STEPS, MICRO_BATCHES, world // 2, RATE, changes.get("clipping", 0.0)
+    )
+    names: set[str] = set()
+    for curve, parameters, _ in run_distributed(train, world, changes, timeout=100):
+        for point, want in zip(curve, expected, strict=True):
+            assert point == pytest.approx(want, rel=rtol)
+        for name, values in parameters.items():
+            torch.testing.assert_close(values, trained[name], rtol=rtol, atol=rtol)
+        names |= set(parameters)
+    assert names == set(trained)
