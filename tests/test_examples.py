@@ -97,6 +97,17 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
+# -- long sequences ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["gpt", "llama"])
+def test_two_ranks_that_share_sequences_have_the_curve_of_one(run, model) -> None:
+    small = ["--model", model, "--context", 64, "--steps", 4]
+    alone = run("long_sequence.py", *small, ranks=1)
+    assert "step 4: loss" in alone
+    assert run("long_sequence.py", *small, "--share", 2) == alone
+
+
 # -- the quickstart ----------------------------------------------------------------------------
 
 

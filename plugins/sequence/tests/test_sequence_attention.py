@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -135,6 +136,17 @@ def test_heads_in_place_of_parts_give_dense_attention(sp: int) -> None:
 def test_every_pair_of_heads_and_masks_gives_dense_attention(sp: int) -> None:
     cases = [(*heads, name) for heads in HEADS for name in FACTS]
     for found in run_distributed(gradients, sp, sp, cases, {}):
+        check(found, cases)
+
+
+def without_dense_masks(sp: int, cases: list[Case]) -> list[list[torch.Tensor]]:
+    with patch("drivetrain_sequence.ulysses.LARGEST_MASK", 0):
+        return gradients(sp, cases, {})
+
+
+def test_masks_too_large_for_a_tensor_are_asked_for_by_blocks() -> None:
+    cases: list[Case] = [(6, 3, "packed"), (8, 4, "window"), (4, 2, "sinks")]
+    for found in run_distributed(without_dense_masks, 2, 2, cases):
         check(found, cases)
 
 

@@ -37,7 +37,10 @@ class Ring:
     cut: Cut
 
     def places(self, length: int, back: int) -> list[torch.Tensor]:
-        """Runs of places of the tokens ``back`` ranks before this one, of S = ``length`` tokens."""
+        """Runs of places of the tokens ``back`` ranks before this one, of S = ``length`` tokens.
+
+        A ring of one has all tokens in order.
+        """
         position = (self.line.rank - back) % self.line.size
         return list(self.cut.of_ring(length, position).chunk(2 if self.cut.ring > 1 else 1))
 
@@ -71,7 +74,8 @@ def pass_keys_on(inner: Attention, ring: Ring, turn: Turn) -> Attention:
     return attend_in_ring
 
 
-def _check(facts: AttentionFacts, query: torch.Tensor, key: torch.Tensor) -> None:
+def not_by_blocks(facts: AttentionFacts, query: torch.Tensor, key: torch.Tensor) -> list[str]:
+    """What attention has that is not computed block by block."""
     lacks = {
         "dropout of attention weights": facts.dropout > 0,
         "a bias of scores": facts.bias is not None,
@@ -80,8 +84,11 @@ def _check(facts: AttentionFacts, query: torch.Tensor, key: torch.Tensor) -> Non
         "a mask that is a tensor": isinstance(facts.mask, torch.Tensor),
         "keys of another sequence": query.shape[2] != key.shape[2],
     }
-    found = [what for what, given in lacks.items() if given]
-    if found:
+    return [what for what, given in lacks.items() if given]
+
+
+def _check(facts: AttentionFacts, query: torch.Tensor, key: torch.Tensor) -> None:
+    if found := not_by_blocks(facts, query, key):
         raise TrainingError(
             f"attention has {' and '.join(found)}, which ranks that pass keys on "
             "(sequence_parallel.ring_size) do not compute: use ring_size 1"

@@ -14,10 +14,14 @@ from drivetrain.errors import TrainingError
 from drivetrain_sequence.heads import HeadShare, from_heads, to_heads
 from drivetrain_sequence.layout import Cut, layout_of, whole_rule
 from drivetrain_sequence.plain import flags_of
+from drivetrain_sequence.ring import not_by_blocks
 from drivetrain_sequence.turn import Turn
 
 if TYPE_CHECKING:
     from drivetrain.job.job import Job
+
+LARGEST_MASK = 2**26
+"""Bytes of the largest mask of all tokens by all tokens that is made as one tensor."""
 
 _TAG = Tag(Purpose.ACTIVATION, key="attention", site="sequence parallelism")
 
@@ -37,12 +41,13 @@ def ring_line(job: Job, cut: Cut) -> Functional:
 
 
 def exchange_heads(
-    inner: Attention, line: Functional, turn: Turn, *, in_ring: bool = False
+    inner: Attention, by_blocks: Attention, line: Functional, turn: Turn, *, in_ring: bool
 ) -> Attention:
     """Put the exchange around ``inner``, which then sees all tokens of some heads.
 
     Args:
         inner: the function so far.
+        by_blocks: computes what has a mask that would be too large as a tensor.
         line: the ranks that exchange heads.
         turn: whether there is something to exchange.
         in_ring: whether ``inner`` passes keys on, and knows what a mask means for that.
@@ -59,11 +64,25 @@ def exchange_heads(
             return inner(module, query, key, value, facts)
         heads = query.shape[1]
         own = HeadShare.of(heads, key.shape[1], line.size).queries[line.rank]
-        whole = (ring_facts if in_ring else whole_facts)(facts, line, own, query)
+        blocks = in_ring or _is_large(facts, line, query, key)
+        compute = by_blocks if blocks else inner
+        whole = (ring_facts if blocks else whole_facts)(facts, line, own, query)
         query, key, value = to_heads(line, query, key, value)
-        return from_heads(line, inner(module, query, key, value, whole), heads)
+        return from_heads(line, compute(module, query, key, value, whole), heads)
 
     return attend
+
+
+def _is_large(
+    facts: AttentionFacts, line: Functional, query: torch.Tensor, key: torch.Tensor
+) -> bool:
+    """Whether the mask of the whole sequence is better asked for block by block."""
+    mask, length = facts.mask, query.shape[2] * line.size
+    plain = isinstance(mask, MaskRule) and flags_of(mask, layout_of(mask)) is not None
+    if facts.segments is None and facts.window is None and (mask is None or plain):
+        return False
+    large = query.shape[0] * length * length > LARGEST_MASK
+    return large and not not_by_blocks(facts, query, key)
 
 
 def ring_facts(

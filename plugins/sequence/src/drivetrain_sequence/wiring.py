@@ -40,14 +40,13 @@ def attention_layers(job: Job, section: SequenceParallelSection) -> list[Attenti
         return []
     turn = _turns.setdefault(job, Turn())
     line = heads_line(job, cut) if cut.heads > 1 else None
-    ring = Ring(ring_line(job, cut), cut) if cut.ring > 1 else None
+    ring = Ring(ring_line(job, cut), cut)
 
     def shared(inner: Attention) -> Attention:
-        if ring is not None:
-            inner = pass_keys_on(inner, ring, turn)
-        if line is not None:
-            inner = exchange_heads(inner, line, turn, in_ring=ring is not None)
-        return inner
+        by_blocks = pass_keys_on(inner, ring, turn)
+        if line is None:
+            return by_blocks
+        return exchange_heads(inner, by_blocks, line, turn, in_ring=cut.ring > 1)
 
     return [AttentionLayer(AttentionPhase.SEQUENCE, shared)]
 
