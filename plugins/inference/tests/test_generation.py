@@ -152,11 +152,12 @@ def test_weights_that_training_has_changed_are_taken_over():
         ([1] * 250, {}, "more than the context of 256"),
         ("text", {}, "the engine has no tokenizer"),
         ([1], {"stop": "."}, "stop is text"),
+        ([1], {"n": 100}, "n is 100, and inference.max_waiting lets 50 wait"),
         ([1] * 60, {"max_new_tokens": 100}, "do not fit into the cache"),
     ],
 )
 def test_prompts_that_cannot_be_served_are_refused(prompt, options, message):
-    with serve(decoder(), with_options(cache_blocks=16)) as engine:
+    with serve(decoder(), with_options(cache_blocks=16, max_waiting=50)) as engine:
         params = SamplingParams(**{"max_new_tokens": 8, **options})
         with pytest.raises(ConfigError, match=message):
             engine.add(prompt, params)

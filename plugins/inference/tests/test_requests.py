@@ -155,7 +155,7 @@ def test_an_error_of_the_thread_reaches_every_task():
         def broken(*_):
             raise ValueError("a broken model")
 
-        served.engine.ragged.model = broken
+        served.engine.ragged.run = broken
         short = SamplingParams(max_new_tokens=4)
         waiting = [served.generate([1], short), served.generate([2], short)]
         for error in await asyncio.gather(*waiting, return_exceptions=True):

@@ -123,12 +123,12 @@ class InferenceEngine:
             QueueFullError: too many requests wait.
         """
         params = params or SamplingParams()
-        if len(self.scheduler.waiting) + params.n > self.section.max_waiting:
+        tokens = self._checked(prompt, params)
+        if not self._has_room(params):
             raise QueueFullError(
                 f"{len(self.scheduler.waiting)} sequences wait and {self.section.max_waiting} may; "
                 "try again later, or raise inference.max_waiting"
             )
-        tokens = self._checked(prompt, params)
         number = next(self._numbers)
         deadline = None if timeout is None else time.monotonic() + timeout
         sequences = [
@@ -277,6 +277,10 @@ class InferenceEngine:
             raise ConfigError("the prompt is empty")
         if params.stop and self.tokenizer is None:
             raise ConfigError("stop is text, and the engine has no tokenizer; use stop_tokens")
+        if params.n > self.section.max_waiting:
+            raise ConfigError(
+                f"n is {params.n}, and inference.max_waiting lets {self.section.max_waiting} wait"
+            )
         vocabulary = loading.vocabulary_of(self.module)
         if vocabulary and not 0 <= min(tokens) <= max(tokens) < vocabulary:
             raise ConfigError(f"the prompt has tokens that are not in [0, {vocabulary})")

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -31,7 +32,8 @@ class AsyncEngine:
         self.engine = engine
         self._orders: SimpleQueue[_Order | None] = SimpleQueue()
         self._streams: dict[int, Callable[[Progress | BaseException], None]] = {}
-        self._failure: BaseException | None = None
+        self._end: BaseException | None = None
+        self._ending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._thread.start()
 
@@ -55,11 +57,17 @@ class AsyncEngine:
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
         def begin() -> int:
+            self._refuse_if_ended()
             number = self.engine.add(prompt, params, timeout=timeout)
             self._streams[number] = show
             return number
 
-        number = await asyncio.shield(self._asked(begin))
+        asked = self._asked(begin)
+        try:
+            number = await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            asked.add_done_callback(self._abandon)
+            raise
         left = (params or SamplingParams()).n
         try:
             while left:
@@ -70,7 +78,7 @@ class AsyncEngine:
                 yield item
         finally:
             if left:
-                self._order(lambda: self._cancel(number))
+                self._cancel_later(number)
 
     async def generate(
         self,
@@ -88,7 +96,7 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """End what runs, and the thread."""
-        self._orders.put(None)
+        self._orders.put(None)  # after the end nobody reads it
         await asyncio.to_thread(self._thread.join)
         self.engine.close()
 
@@ -107,9 +115,22 @@ class AsyncEngine:
         return asyncio.wrap_future(answer)
 
     def _order(self, order: _Order) -> None:
-        if not self._thread.is_alive():
-            raise EngineStoppedError(f"the engine has stopped: {self._failure or 'it was closed'}")
-        self._orders.put(order)
+        with self._ending:  # so that no order comes after the last look at them
+            self._refuse_if_ended()
+            self._orders.put(order)
+
+    def _refuse_if_ended(self) -> None:
+        if self._end is not None:
+            raise EngineStoppedError(f"the engine has stopped: {self._end}") from self._end
+
+    def _abandon(self, asked: asyncio.Future[int]) -> None:
+        """Cancel a request whose task has left before it began."""
+        if not asked.cancelled() and asked.exception() is None:
+            self._cancel_later(asked.result())
+
+    def _cancel_later(self, number: int) -> None:
+        with suppress(EngineStoppedError):  # all requests have ended with the engine
+            self._order(lambda: self._cancel(number))
 
     def _cancel(self, number: int) -> None:
         self._streams.pop(number, None)
@@ -122,7 +143,13 @@ class AsyncEngine:
                 for progress in self.engine.step():
                     self._show(progress)
         except BaseException as error:  # noqa: BLE001 - every task that waits gets it
-            self._failure = end = error
+            end = error
+        with self._ending:
+            self._end = end
+        while not self._orders.empty():
+            late = self._orders.get()
+            if late is not None:
+                late()  # each finds out that this is the end
         for show in self._streams.values():
             show(end)
         self._streams.clear()

@@ -52,10 +52,11 @@ def bind_paged_attention(library: ctypes.CDLL) -> Callable[..., torch.Tensor]:
                 query, keys, values, tables, starts, lengths, scale, window, softcap, sinks
             )
         out = query.new_empty(tokens, heads, value_dim)
+        dense = None if sinks is None else sinks.contiguous()  # kept until the kernel is done
         call = _Attention(
             query.data_ptr(), keys.data_ptr(), values.data_ptr(),
             tables.data_ptr(), starts.data_ptr(), lengths.data_ptr(),
-            None if sinks is None else sinks.contiguous().data_ptr(), out.data_ptr(),
+            None if dense is None else dense.data_ptr(), out.data_ptr(),
             query.stride(0), len(lengths), tables.shape[1], heads, kv_heads, size, dim, value_dim,
             window, scale, softcap, DTYPES[query.dtype], torch.get_num_threads(),
         )  # fmt: skip
