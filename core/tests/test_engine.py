@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -339,6 +340,26 @@ def test_a_clients_schedule_on_the_clients_optimizer_drives_the_engine() -> None
         engine.backward(engine(batch()).sum())
         engine.step()
     assert engine.get_lr() == [0.125]
+    engine.destroy()
+
+
+def test_a_clients_optimizer_may_have_groups_without_a_rate() -> None:
+    class Halving(torch.optim.Optimizer):
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data *= 0.5
+
+    module = nn.Linear(3, 1)
+    before = module.weight.detach().clone()
+    client = Halving(module.parameters(), {})
+    engine, *_ = drivetrain.initialize(
+        model=module, optimizer=client, config={"train_batch_size": 2}
+    )
+    engine.backward(engine(batch()).sum())
+    engine.step()
+    assert torch.equal(module.weight, before / 2)
+    assert math.isnan(engine.get_lr()[0])
+    assert math.isnan(engine.last_report.learning_rates[0])
     engine.destroy()
 
 

@@ -123,6 +123,15 @@ def test_sections_that_make_no_sense_are_refused(keys: dict[str, Any], message: 
     assert message in str(caught.value)
 
 
+def test_the_config_of_a_number_of_ranks_has_a_micro_batch() -> None:
+    keys = {"enabled": True, "max_train_batch_size": 16, "micro_batch_sizes": [2, 4]}
+    config = {"elasticity": {**keys, "min_gpus": 1, "max_gpus": 4, "version": 0.1}}
+    batch, sizes = compute_elastic_config(config, "0.19.8")
+    assert compute_elastic_config(config, return_microbatch=True) == (batch, sizes, None)
+    found = compute_elastic_config(config, target_deepspeed_version="0.19.8", world_size=2)
+    assert found == (batch, sizes, 4)
+
+
 def test_the_command_shows_what_fits(tmp_path: Path) -> None:
     path = tmp_path / "job.json"
     keys = {"micro_batch_sizes": [1, 2, 3], "max_train_batch_size": 12, "version": 0.1}

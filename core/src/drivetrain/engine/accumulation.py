@@ -211,7 +211,7 @@ class EngineSettings:
 
     def get_lr(self) -> list[float]:
         """Learning rate of every group."""
-        return [group["lr"] for group in self._groups()]
+        return [group.get("lr", float("nan")) for group in self._groups()]
 
     def get_mom(self) -> list[Any]:
         """Momentum (SGD-like) or betas (Adam-like) of every group."""

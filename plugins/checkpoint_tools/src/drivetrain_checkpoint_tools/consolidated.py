@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ _INDEX = "pytorch_model.bin.index.json"
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
-    checkpoint_dir: str,
+    checkpoint_dir: str | os.PathLike[str],
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
     lazy_mode: bool = False,
@@ -50,7 +51,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(
-    checkpoint_dir: str,
+    checkpoint_dir: str | os.PathLike[str],
     output_dir: str,
     max_shard_size: str = "5GB",
     safe_serialization: bool = False,
@@ -81,7 +82,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
 
 
 def load_state_dict_from_zero_checkpoint(
-    model: M, checkpoint_dir: str, tag: str | None = None
+    model: M, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
 ) -> M:
     """Load the weights of a checkpoint into a module that no engine holds.
 
@@ -111,16 +112,17 @@ def _check(exclude_frozen_parameters: bool) -> None:
 
 
 @contextmanager
-def _stored(checkpoint_dir: str, tag: str | None) -> Iterator[Stored]:
+def _stored(folder: str | os.PathLike[str], tag: str | None) -> Iterator[Stored]:
     """A checkpoint of either kind; DeepSpeed's is converted into a temporary folder first."""
+    checkpoint_dir = os.fspath(folder)
     source = checkpoint_dir if tag is None else str(Path(checkpoint_dir, tag))
     if "://" in checkpoint_dir or not looks_like_deepspeed(source):
         with opened(checkpoint_dir, tag) as stored:
             yield stored
         return
     with (
-        tempfile.TemporaryDirectory(prefix="drivetrain-import-") as folder,
-        opened(import_deepspeed(source, folder)) as stored,
+        tempfile.TemporaryDirectory(prefix="drivetrain-import-") as temporary,
+        opened(import_deepspeed(source, temporary)) as stored,
     ):
         yield stored
 

@@ -181,17 +181,22 @@ def _for_this_size(section: ElasticitySection, shards: int) -> ElasticBatch:
 
 
 def compute_elastic_config(
-    ds_config: Mapping[str, Any], world_size: int = 0
-) -> tuple[int, list[int], int | None]:
+    ds_config: Mapping[str, Any],
+    target_deepspeed_version: str = "",
+    world_size: int = 0,
+    return_microbatch: bool = False,
+) -> tuple[int, list[int]] | tuple[int, list[int], int | None]:
     """The batch of a config's section ``elasticity``.
 
     Args:
         ds_config: the whole config.
+        target_deepspeed_version: accepted, has no effect.
         world_size: number of ranks; 0 for none in particular.
+        return_microbatch: return the micro-batch without a ``world_size``, too.
 
     Returns:
-        Global batch, numbers of ranks (or data shards) that fit, and the micro-batch of
-        ``world_size``.
+        Global batch, and numbers of ranks (or data shards) that fit; with ``world_size`` or
+        ``return_microbatch`` also the micro-batch of so many ranks, ``None`` without any.
 
     Raises:
         ConfigError: there is no such section, it is wrong, or nothing fits.
@@ -211,7 +216,9 @@ def compute_elastic_config(
         ]
         raise ConfigError("; ".join(problems)) from error
     found = solve(section, world_size)
-    return found.train_batch_size, list(found.sizes), found.micro_batch_size
+    if world_size or return_microbatch:
+        return found.train_batch_size, list(found.sizes), found.micro_batch_size
+    return found.train_batch_size, list(found.sizes)
 
 
 def _near(sizes: Sequence[int], wanted: int) -> str:

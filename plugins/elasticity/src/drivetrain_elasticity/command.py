@@ -17,8 +17,8 @@ def elastic(config: Path, world_size: int) -> None:
     from drivetrain.plan.config.loading import load_config
     from drivetrain_elasticity.batches import compute_elastic_config
 
-    batch, sizes, micro = compute_elastic_config(load_config(config), world_size)
+    batch, sizes, *micro = compute_elastic_config(load_config(config), world_size=world_size)
     click.echo(f"global batch: {batch}")
     click.echo(f"numbers of ranks ({len(sizes)}): {', '.join(map(str, sizes))}")
-    if micro is not None:
-        click.echo(f"with {world_size} ranks: micro-batch {micro}")
+    if micro:
+        click.echo(f"with {world_size} ranks: micro-batch {micro[0]}")

@@ -66,6 +66,20 @@ def get_gradient_clipping(param_dict: dict[str, Any]) -> float:
     return value
 
 
+def dict_raise_error_on_duplicate_keys(ordered_pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of a JSON object; ``object_pairs_hook`` of :func:`json.load`.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    made = dict(ordered_pairs)
+    if len(made) != len(ordered_pairs):
+        keys = [key for key, _ in ordered_pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is in the config twice")
+    return made
+
+
 GRADIENT_CLIPPING_DEFAULT: float = default_at("gradient_clipping")
 
 ADAM_OPTIMIZER = "adam"

@@ -306,3 +306,21 @@ class OnebitAdam(Described):
             "weight_decay": weight_decay,
         }
         super().__init__(params, dict(self.params))
+
+
+class _NotMade(Described):
+    """An optimizer that frameworks register by its class, and that nothing here carries out."""
+
+    def __init__(self, params: Parameters, *_: Any, **__: Any) -> None:
+        raise ConfigError(
+            f"{type(self).__name__} does not exist in Drivetrain; use OnebitAdam, or "
+            "optimizer.type OneBitAdam"
+        )
+
+
+class OnebitLamb(_NotMade):
+    """1-bit LAMB (Li et al. 2021, arXiv 2104.06069); refused when it is made."""
+
+
+class ZeroOneAdam(_NotMade):
+    """0/1 Adam (Lu et al. 2022, arXiv 2202.06009); refused when it is made."""

@@ -40,6 +40,10 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "torch.distributed.device_mesh": "initialize_mesh_device=init_device_mesh",
     },
     "elasticity": {"deepspeed._parts.small": "elasticity_enabled"},
+    "elasticity.config": {
+        "drivetrain.errors": "ElasticityConfigError=ConfigError ElasticityError=ConfigError "
+        "ElasticityIncompatibleWorldSize=ConfigError",
+    },
     "env_report": {"deepspeed._commands.report": "main cli_main=main"},
     "git_version_info": {
         "deepspeed._parts.version_info": "accelerator_name git_branch git_hash installed_ops "
@@ -72,6 +76,9 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "deepspeed._config.sections": "ADAGRAD_OPTIMIZER ADAMW_OPTIMIZER ADAM_OPTIMIZER "
         "LAMB_OPTIMIZER LION_OPTIMIZER ONEBIT_ADAM_OPTIMIZER get_gradient_clipping",
     },
+    "runtime.config_utils": {
+        "deepspeed._config.sections": "dict_raise_error_on_duplicate_keys",
+    },
     "runtime.constants": {"deepspeed._config.sections": "GRADIENT_CLIPPING_DEFAULT"},
     "runtime.dataloader": {"drivetrain.engine.loader": "RepeatingLoader"},
     "runtime.fp16.fused_optimizer": {"deepspeed._training.kinds": "FP16_Optimizer"},
@@ -79,6 +86,8 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "deepspeed._training.kinds": "FP16_UnfusedOptimizer=FP16_Optimizer",
     },
     "runtime.fp16.onebit.adam": {"deepspeed._parts.optimizers": "OnebitAdam"},
+    "runtime.fp16.onebit.lamb": {"deepspeed._parts.optimizers": "OnebitLamb"},
+    "runtime.fp16.onebit.zoadam": {"deepspeed._parts.optimizers": "ZeroOneAdam"},
     "runtime.lr_schedules": {
         "drivetrain.optimization.schedules": "LRRangeTest OneCycle WarmupCosineLR WarmupDecayLR "
         "WarmupLR",
@@ -144,7 +153,10 @@ SHOWS: Mapping[str, tuple[str, ...]] = {
     "ops.lion.fused_lion": ("ops.lion",),
     "profiling.flops_profiler.profiler": ("profiling.flops_profiler",),
     "runtime.activation_checkpointing.checkpointing": ("checkpointing",),
-    "runtime.fp16.onebit": ("runtime.fp16.onebit.adam",),
+    "runtime.fp16.onebit": (
+        *("runtime.fp16.onebit.adam", "runtime.fp16.onebit.lamb"),
+        "runtime.fp16.onebit.zoadam",
+    ),
     "runtime.pipe": ("pipe",),
     "runtime.pipe.module": ("pipe",),
     "runtime.zero": ("zero",),
@@ -275,8 +287,6 @@ INSTEAD: Mapping[str, str] = {
     "pipe.DualPipeVModule": "pipe.PipelineModule with the config's pipeline.schedule zb_v",
     "runtime.fp16.loss_scaler.DynamicLossScaler": "engine.loss_scaler",
     "runtime.fp16.loss_scaler.LossScaler": "engine.loss_scaler",
-    "runtime.fp16.onebit.lamb.OnebitLamb": "optimizer.type OneBitAdam",
-    "runtime.fp16.onebit.zoadam.ZeroOneAdam": "optimizer.type OneBitAdam",
     "runtime.lr_schedules.add_tuning_arguments": "arguments of the script's own; schedules are "
     "set in the config",
     "runtime.sequence_parallel.ulysses_sp.SequenceTiledCompute": "sequence_tiled_compute beside it",
