@@ -105,7 +105,11 @@ TRIED: Mapping[str, tuple[str, ...]] = {
         "`save_state`, `load_state`, `save_model`",
         "several models in one script, `accelerate launch` at stages 2 and 3",
     ),
-    "peft": ("PEFT", "LoRA at stage 3, adapters saved whole"),
+    "peft": (
+        "PEFT",
+        "LoRA at stage 3, adapters saved whole",
+        "LoRA over 4-bit weights of bitsandbytes at stages 2 and 3",
+    ),
     "pytorch-lightning": (
         "Lightning's `DeepSpeedStrategy`",
         "stages 1 to 3, offloading to the host, resuming",
@@ -114,6 +118,12 @@ TRIED: Mapping[str, tuple[str, ...]] = {
     "trl": ("TRL", "`SFTTrainer`, `DPOTrainer` and `GRPOTrainer` at stages 2 and 3"),
 }
 """Distribution -> its name, and what of it is tried."""
+
+OTHERS = """
+
+MMEngine, Determined and Composer are not installed with the tests: `plugins/compat/tests` makes the
+calls that their sources make. Determined asks whether an engine is a `PipelineEngine`, so it needs
+drivetrain-pipeline."""
 
 KEYS = """\
 ## Config keys
@@ -148,6 +158,7 @@ def moving_page() -> str:
     parts = [
         INTRODUCTION + FRAMEWORKS,
         *_frameworks(),
+        OTHERS.strip("\n").join(("\n", "")),
         "",
         KEYS,
         *_keys(),

@@ -319,8 +319,9 @@ def test_leaf_modules_are_found_marked_and_unmarked() -> None:
     assert not zero.z3_leaf_parameter(model, model.head.weight)
     assert zero.unset_z3_leaf_modules(model, ["Block"]) == list(model.blocks)
     assert zero.get_z3_leaf_modules(model) == []
-    assert zero.set_z3_leaf_modules_by_name(model, ["norm"]) == [model.norm]
-    assert zero.set_z3_leaf_modules_by_suffix(model, [".up"]) == [b.up for b in model.blocks]
+    assert zero.set_z3_leaf_modules_by_name(model, ["norm", "x"]) == ([model.norm], ["x"])
+    found = zero.set_z3_leaf_modules_by_suffix(model, [".up", ".x"])
+    assert found == ([b.up for b in model.blocks], [".x"])
     zero.set_z3_leaf_module(model.norm, False)
     assert not zero.z3_leaf_module(model.norm)
 

@@ -13,6 +13,8 @@ from typing import Any
 from deepspeed._surface import beside, modules
 
 __version__ = "0.19.8+drivetrain.0.1.0"
+__version_major__, __version_minor__, __version_patch__ = 0, 19, 8
+__git_hash__ = __git_branch__ = "unknown"
 
 beside.check(__path__)
 modules.install()

@@ -28,6 +28,7 @@ ATTRIBUTES: Mapping[str, str] = {
     "fp16_auto_cast": "fp16.auto_cast",
     "fp16_enabled": "fp16.enabled",
     "grad_accum_dtype": "data_types.grad_accum_dtype",
+    "gradient_allreduce_op": "gradient_allreduce_op",
     "gradient_clipping": "gradient_clipping",
     "gradient_predivide_factor": "gradient_predivide_factor",
     "initial_dynamic_scale": "fp16.initial_scale_power",

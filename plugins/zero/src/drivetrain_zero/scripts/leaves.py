@@ -47,27 +47,37 @@ def unset_z3_leaf_modules(
 
 def set_z3_leaf_modules_by_name(
     model: nn.Module, module_names: Iterable[str], raise_if_not_found: bool = True
-) -> list[nn.Module]:
+) -> tuple[list[nn.Module], list[str]]:
     """Mark modules by their paths, as ``named_modules`` gives them.
+
+    Returns:
+        The marked modules, and the paths that lead to none.
 
     Raises:
         ConfigError: there is none.
     """
     names = list(module_names)
-    return _mark(model, f"path {names}", lambda path, _: path in names, True, raise_if_not_found)
+    marked = _mark(model, f"path {names}", lambda path, _: path in names, True, raise_if_not_found)
+    paths = {path for path, _ in model.named_modules()}
+    return marked, [name for name in names if name not in paths]
 
 
 def set_z3_leaf_modules_by_suffix(
     model: nn.Module, module_name_suffixes: Iterable[str], raise_if_not_found: bool = True
-) -> list[nn.Module]:
+) -> tuple[list[nn.Module], list[str]]:
     """Mark modules whose paths end with one of the suffixes.
+
+    Returns:
+        The marked modules, and the suffixes that no path ends with.
 
     Raises:
         ConfigError: there is none.
     """
     suffixes = tuple(module_name_suffixes)
     what = f"path that ends in {list(suffixes)}"
-    return _mark(model, what, lambda path, _: path.endswith(suffixes), True, raise_if_not_found)
+    marked = _mark(model, what, lambda path, _: path.endswith(suffixes), True, raise_if_not_found)
+    paths = [path for path, _ in model.named_modules()]
+    return marked, [end for end in suffixes if not any(path.endswith(end) for path in paths)]
 
 
 def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
