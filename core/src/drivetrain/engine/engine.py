@@ -256,7 +256,6 @@ class Engine(EngineSettings, nn.Module):
         if self.is_gradient_accumulation_boundary():
             optimizer.refuse_other_groups()
             self._losses.check(self.loss_scaler.dynamic, self.progress)
-            # A script's own optimizer may have groups without a rate.
             rates = tuple(float(group.get("lr", "nan")) for group in optimizer.param_groups)
             with self.job.span("step"):
                 self._applied = bool(self.job.hub.optimizer_step(self))
