@@ -67,6 +67,17 @@ warns and names it.
   sums faster or its seed and batch size fixed in DeepSpeed is accepted without effect.
 - **A Trainer of Transformers trains once**, with DeepSpeed and here: its second `train()` uses an
   engine that Accelerate has destroyed. Another Trainer in the same process trains as well.
+- **Errors** are `ConfigError`, `TrainingError` and `CheckpointError`, where DeepSpeed raises
+  `AssertionError`, `RuntimeError` or pydantic's `ValidationError`: also sections such as
+  `DeepSpeedFP16Config`, `TiledLinear` with wrong splits, tags that differ between ranks, and
+  leaf modules that are not found. With `ignore_unused_parameters: false` it comes in `step`.
+- **On one rank nothing is sharded**: parameters made under `zero.Init` have no `ds_id` there.
+- **`GatheredParameters` without `modifier_rank`** is for reading; a change inside it is refused.
+- **Schedules**: an unknown `warmup_type` is refused; before the first update `OneCycle` sets the
+  momentum of that update, `cycle_max_mom`. Attributes of its inside, such as `step_ratio`, are not
+  there.
+- **Not there**: `hjson` config files, `deepspeed.launcher.multinode_runner`, `SparseTensor`, hooks
+  and flat partitions of DeepSpeed's optimizers, and default leaf modules, since units are whole.
 - **`deepspeed SCRIPT`** starts the ranks of this host, or of the hosts in `--hostfile` through
   `drivetrain launch`. Without `--launcher` it uses ssh, not pdsh. `ds_report`, `ds_elastic`,
   `ds_ssh`, `ds_io` and `ds_nvme_tune` show what Drivetrain's commands show; there is no `ds_bench`.
