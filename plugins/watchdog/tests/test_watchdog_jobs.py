@@ -207,7 +207,11 @@ def test_every_rank_says_who_did_what(what: Planted, tmp_path: Any) -> None:
         run_distributed(planted, 2, what, str(tmp_path), timeout=60.0)
     errors = caught.value.errors
     # A rank that is dead, or has closed its job and left, raises nothing any more.
-    for rank in (0,) if what in (is_killed, ends_early, catches) else (0, 1):
+    ranks = [0] if what in (is_killed, ends_early, catches) else [0, 1]
+    # gloo ends the process of a rank that gets more bytes than it expects; the other says why.
+    ranks = [r for r in ranks if "signal SIGABRT" not in errors[r].error]
+    assert ranks
+    for rank in ranks:
         for words in PLANTED[what]:
             assert words in errors[rank].error
         assert "CommunicationError" in errors[rank].error

@@ -72,6 +72,7 @@ class WatchedCommunicator(CommunicatorWrapper):
         watch = self._watch
         watch.begin(wait)
         try:
+            watch.tell_ahead()
             handle = self.inner.run(collective)
         except CommunicationError as error:
             raise watch.explain(error, wait) from error

@@ -58,6 +58,9 @@ _STOPPED_LOOKS = 2
 _EXPLAIN_SECONDS = 4.0
 """How long a rank whose collective has broken looks for the reason."""
 
+_TOLD_AHEAD = 64
+"""Collectives of a new kind that a rank tells of before it issues them, and then one a second."""
+
 _COMPARED = 8
 """Ranks whose histories are asked for, to see which of them is the odd one."""
 
@@ -113,6 +116,7 @@ class Watch:
         self._waits: dict[int, tuple[Wait, float]] = {}
         self._thread_of_job = threading.get_ident()
         self._beat, self._alarms, self._turn = 0, 0, 0
+        self._texts_told, self._ahead, self._told_at = 0, float(_TOLD_AHEAD), time.monotonic()
         self._suspicions: dict[str, tuple[int, float]] = {}
         self._beats: dict[int, tuple[int, float]] = {}
         self._stopped: dict[int, int] = {}
@@ -138,6 +142,24 @@ class Watch:
         """This thread waits from now on."""
         self._waits[threading.get_ident()] = wait, time.monotonic()
 
+    def tell_ahead(self) -> None:
+        """Tell of a collective that this rank is about to issue, if none like it has been.
+
+        gloo ends the process of a rank that gets more bytes than it expects; then the others still
+        know what it was about to do. Where every collective has another shape, few are told.
+        """
+        if len(self.words.texts) == self._texts_told:
+            return
+        self._texts_told = len(self.words.texts)
+        now = time.monotonic()
+        self._ahead, self._told_at = min(self._ahead + now - self._told_at, _TOLD_AHEAD), now
+        if self._ahead < 1:
+            return
+        self._ahead -= 1
+        with suppress(*_STORE_IS_GONE), self._looking:
+            self._publish()
+            self._publish_histories()
+
     def end(self) -> None:
         """This thread waits no more."""
         self._waits.pop(threading.get_ident(), None)
@@ -160,17 +182,23 @@ class Watch:
             wait: what was waited for.
         """
         deadline = time.monotonic() + _EXPLAIN_SECONDS
+        difference = None
         with suppress(*_STORE_IS_GONE):
             while self.verdict is None and time.monotonic() < deadline:
                 with self._looking:
                     self._look_once(force=True)
                 failure = self._board.first()
-                if failure is not None or self._agrees(wait):
+                if failure is not None:
+                    difference = self._difference_with(failure.rank)
+                    break
+                if self._agrees(wait):
                     break
                 time.sleep(0.1)
         self._raised = True
         if self.verdict is not None:
             return CommunicationError(self.verdict)
+        if difference is not None:
+            return CommunicationError(f"{difference}; {error}")
         where = f" ({wait.where})" if wait.where else ""
         return CommunicationError(f"{error}; rank {self._rank} was at {self.where.line()}{where}")
 
@@ -361,16 +389,32 @@ class Watch:
                 len(there) < len(asked) and time.monotonic() - since < 2 * self._interval
             ):
                 continue
-            self._publish_histories()
-            found: dict[int, Any] = {}
-            for rank in sorted([self._rank, *there]):
-                stories = json.loads(self._store.get(f"history/{rank}"))
-                if name in stories:
-                    found[rank] = stories[name]
-            records = {rank: record for rank in found if (record := self._read(rank)) is not None}
-            records[self._rank] = self.record()
-            self._announce(divergence.describe(name, found, records))
+            self._announce(self._described(name, there))
             return
+
+    def _difference_with(self, rank: int | None) -> str | None:
+        """The first difference from what a rank that has died told before, if there is one."""
+        if rank is None or rank == self._rank:
+            return None
+        record = self._read(rank)
+        for name, (count, digest) in (record["lines"] if record is not None else {}).items():
+            entry = self._histories[name].at(count) if name in self._histories else None
+            told = self._store.check([f"history/{rank}"])
+            if entry is not None and entry.digest != digest and told:
+                return self._described(name, [rank])
+        return None
+
+    def _described(self, name: str, others: Sequence[int]) -> str:
+        """How ``others``, whose histories are there, and this rank differ on a group."""
+        self._publish_histories()
+        found: dict[int, Any] = {}
+        for rank in sorted([self._rank, *others]):
+            stories = json.loads(self._store.get(f"history/{rank}"))
+            if name in stories:
+                found[rank] = stories[name]
+        records = {rank: record for rank in found if (record := self._read(rank)) is not None}
+        records[self._rank] = self.record()
+        return divergence.describe(name, found, records)
 
     def _judge(self, wait: Wait, records: dict[int, Record | None]) -> None:
         own = {**self.record(), "stopped": False, "silent": 0.0}
