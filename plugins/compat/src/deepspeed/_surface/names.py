@@ -232,7 +232,8 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
     "drivetrain-moe": {
         "moe.layer": "MoE",
         "moe.utils": "configure_moe_param_groups has_moe_layers is_moe_param "
-        "split_params_into_different_moe_groups_for_optimizer",
+        "split_params_into_different_moe_groups_for_optimizer "
+        "split_params_into_shared_and_expert_params",
         "utils.groups": "get_expert_data_parallel_group get_expert_parallel_group "
         "get_expert_parallel_rank get_expert_parallel_world_size",
     },
