@@ -87,4 +87,4 @@ def test_unlike_models_train_like_one_process_on_two_stages() -> None:
     ],
 )
 def test_every_schedule_trains_like_one_process(world: int, section: dict[str, Any]) -> None:
-    check(["gpt2", "t5"], world, {"stages": 2, **section})
+    check(["t5"], world, {"stages": 2, **section})  # whose embedding has three uses
