@@ -32,14 +32,20 @@ SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_sta
 CLASSES = (
     *["ApertusForCausalLM", "ArceeForCausalLM", "BartForConditionalGeneration", "BertForMaskedLM"],
     *["BioGptForCausalLM", "BloomForCausalLM", "CamembertForMaskedLM", "CohereForCausalLM"],
-    *["DistilBertForMaskedLM", "ElectraForMaskedLM", "Exaone4ForCausalLM", "FalconForCausalLM"],
+    *[
+        "DistilBertForMaskedLM",
+        "ElectraForMaskedLM",
+        "Exaone4ForCausalLM",
+    ],
     *["GemmaForCausalLM", "GlmForCausalLM", "GPT2LMHeadModel", "GPTNeoForCausalLM"],
     *["GPTNeoXForCausalLM", "GPTJForCausalLM", "GraniteForCausalLM", "HeliumForCausalLM"],
     *["LlamaForCausalLM", "MBartForConditionalGeneration", "MistralForCausalLM"],
     *["NemotronForCausalLM", "OPTForCausalLM", "OlmoForCausalLM", "PhiForCausalLM"],
     *["Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "RobertaForMaskedLM"],
     *["SmolLM3ForCausalLM", "StableLmForCausalLM", "Starcoder2ForCausalLM"],
-    *["T5ForConditionalGeneration", "XGLMForCausalLM"],
+    *[
+        "T5ForConditionalGeneration",
+    ],
 )
 
 
