@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from drivetrain.checkpoint.redistribute import kept_on_host, redistribute
-from drivetrain.contracts import Axis, Fragment, ModelStates, Purpose, Tag, axis_name
+from drivetrain.contracts import Fragment, ModelStates, Purpose, Tag
 from drivetrain.errors import TrainingError
 from drivetrain.job.ownership import Owner, lent
 from drivetrain.states.buckets import BucketSizes, plan_buckets
@@ -23,7 +23,7 @@ from drivetrain_zero.compressed.layers import kept_errors
 from drivetrain_zero.gathering import released
 from drivetrain_zero.gathering.gatherer import Gatherer
 from drivetrain_zero.gathering.handle import ShardedParameter, leave_whole
-from drivetrain_zero.gathering.order import CommonOrder
+from drivetrain_zero.gathering.order import CommonOrder, wider_axes
 from drivetrain_zero.gathering.out_of_order import agreement_of
 from drivetrain_zero.gathering.unit import (
     GatheredUnit,
@@ -70,7 +70,6 @@ class ZeroStates(ModelStates):
         self._optimizer = optimizer
         self._policy = policy
         self._buckets: list[ShardedBucket] = []
-        self._wider_axes: list[Axis] = []
         self._sums: list[ReduceScatterBucket] = []
         self._gathering: UnitHooks | None = None
         self._owner = Owner(job, module, self)
@@ -215,6 +214,7 @@ class ZeroStates(ModelStates):
             None if alone else agreement_of(self._job),
             logs=policy.gather.log_order,
         )
+        order.wider_axes = wider_axes(self._job, {b.axis for b in self._buckets if b.sharded})
         gatherer = Gatherer(
             units, policy.gather, order, asynchronous=policy.overlap, passed=self._units_passed
         )
@@ -227,13 +227,6 @@ class ZeroStates(ModelStates):
                 if bucket.sharded and bucket.axis == "data":
                     bucket.whole.keep_secondary(policy.secondary_axis)
         communicator.barrier("data", Tag(Purpose.CONTROL, site="first shards"))
-        layout, data = self._job.mesh.layout, set(self._job.mesh.ranks("data"))
-        axes = {bucket.axis for bucket in self._buckets if bucket.sharded}
-        self._wider_axes = sorted(
-            (axis for axis in axes if not data.issuperset(layout.group(self._job.rank, axis))),
-            key=axis_name,
-        )
-        self._wait_for_wider_axes()
         self._gathering.begin()
         for part in self._module.modules():
             released.mark_released_in_state_dict(part)
@@ -358,17 +351,8 @@ class ZeroStates(ModelStates):
         for bucket in self._sums:
             bucket.parameters.whole.finish_publish()
         if self._gathering is not None:
-            self._wait_for_wider_axes()
             self._gathering.updated()
         self._note_parameters()
-
-    def _wait_for_wider_axes(self) -> None:
-        """Let no rank read a shard before its update is done, where more ranks have one than data.
-
-        Gathering itself meets over ``data`` alone.
-        """
-        for axis in self._wider_axes:
-            self._job.communicator.barrier(axis, Tag(Purpose.CONTROL, site="updates"))
 
     def discard_gradients(self) -> None:
         self._reducer.drop()

@@ -11,16 +11,17 @@ rank has left it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from drivetrain.contracts import Communicator, Op, Purpose, Tag
+from drivetrain.contracts import Axis, Communicator, Op, Purpose, Tag, axis_name
 from drivetrain.errors import TrainingError
 
 if TYPE_CHECKING:
+    from drivetrain.job.job import Job
     from drivetrain_zero.gathering.out_of_order import Agreement
 
 Direction = Literal["forward", "backward"]
@@ -126,6 +127,8 @@ class CommonOrder:
         logs: bool = False,
     ) -> None:
         self.alone = agreement is None
+        self.wider_axes: Sequence[Axis] = ()
+        """Axes of units whose shards more ranks have than those along ``data``."""
         numbers = list(range(len(names)))
         self._orders: dict[Direction, list[int]] = {"forward": numbers, "backward": numbers[::-1]}
         self._visited: dict[Direction, list[int]] = {}
@@ -186,6 +189,8 @@ class CommonOrder:
         Raises:
             TrainingError: ranks gathered units in different orders.
         """
+        for axis in self.wider_axes:
+            self._communicator.barrier(axis, Tag(Purpose.CONTROL, site="updates"))
         tag = Tag(Purpose.CONTROL, site="order of units")
         digest, self._digest = 0 if self.alone else self._digest, 0
         votes = torch.tensor([digest, -digest, self._is_left], dtype=torch.float32)
@@ -223,3 +228,10 @@ class CommonOrder:
 def learned(visited: Sequence[int], count: int) -> list[int]:
     """The order after a walk that left the known one: as visited, then the units that were not."""
     return [*visited, *(unit for unit in range(count) if unit not in set(visited))]
+
+
+def wider_axes(job: Job, axes: Iterable[Axis]) -> list[Axis]:
+    """Those of ``axes`` that have ranks beside this one's along ``data``."""
+    data, rank = set(job.mesh.ranks("data")), job.rank
+    wider = {axis for axis in axes if not data.issuperset(job.mesh.layout.group(rank, axis))}
+    return sorted(wider, key=axis_name)
