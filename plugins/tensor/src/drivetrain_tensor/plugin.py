@@ -10,6 +10,7 @@ from drivetrain.contracts import (
     AxisRequest,
     Phase,
     Plugin,
+    Problem,
     Sections,
     Transform,
     hookimpl,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from drivetrain.engine.engine import Engine
     from drivetrain.job.job import Job
+    from drivetrain.plan.plan import Plan
 
 
 class TensorParallel(Plugin):
@@ -37,6 +39,13 @@ class TensorParallel(Plugin):
     def mesh_axes(self) -> Sequence[AxisRequest]:
         ranks = self.section(TensorParallelSection).ranks
         return [Atom("tp", ranks, source=f"{PATH}.autotp_size")] if ranks > 1 else []
+
+    @hookimpl
+    def configure(self, plan: Plan) -> Sequence[Problem]:
+        if self.section(TensorParallelSection).ranks == 1 or plan.layout.size("pp") == 1:
+            return []
+        text = "layers are not cut inside of a pipeline's stages yet: leave out one of the sections"
+        return [Problem(f"{PATH}.autotp_size", text)]
 
     @hookimpl
     def transform_module(self, job: Job, module: torch.nn.Module) -> Sequence[Transform]:
