@@ -14,7 +14,6 @@ from gpt_with_experts import gpt_with_experts
 from torch import nn
 
 import drivetrain
-from drivetrain.communication.process_group import Ranks
 from drivetrain.contracts import Plugin
 from drivetrain.errors import ConfigError
 from drivetrain.plan.plan import Plan
@@ -22,7 +21,6 @@ from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
 from drivetrain.testing.parts import SharedSequences
 
-WORLD = 2
 STEPS = 6
 MICRO_BATCH = 2
 
@@ -105,10 +103,22 @@ def config_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def micro_batches(steps: int, accumulation: int) -> list[list[list[torch.Tensor]]]:
-    """Tokens by step, micro-batch and rank."""
+def world_of(config: Mapping[str, Any]) -> int:
+    """Two ranks, or two along ``tp`` and two along ``data`` where another feature shares data."""
+    shares_data = config["sequence_parallel_size"] > 1 or config["moe"]["ep_size"] > 1
+    return 4 if config["tensor_parallel"]["autotp_size"] > 1 and shares_data else 2
+
+
+def parts_of(config: Mapping[str, Any]) -> int:
+    """Ranks with data of their own; those of a tensor-parallel group have the same."""
+    parts: int = world_of(config) // config["tensor_parallel"]["autotp_size"]
+    return parts
+
+
+def micro_batches(steps: int, accumulation: int, parts: int) -> list[list[list[torch.Tensor]]]:
+    """Tokens by step, micro-batch and part of the data."""
     generator = torch.Generator().manual_seed(5)
-    shape = (steps, accumulation, WORLD, MICRO_BATCH, 9)
+    shape = (steps, accumulation, parts, MICRO_BATCH, 9)
     return [
         [list(micro) for micro in step] for step in torch.randint(64, shape, generator=generator)
     ]
@@ -122,10 +132,11 @@ def train(config: dict[str, Any]) -> list[float]:
     accumulation = engine.gradient_accumulation_steps()
     managed = config.get("managed_gradient_accumulation", True)
     losses = []
-    for step in micro_batches(STEPS, accumulation):
+    own = engine.job.mesh.coordinate("data")
+    for step in micro_batches(STEPS, accumulation, engine.job.mesh.size("data")):
         total = 0.0
         for micro in step:
-            tokens = micro[Ranks.current().rank]
+            tokens = micro[own]
             loss = engine(tokens[:, :-1], tokens[:, 1:])
             if managed:
                 engine.backward(loss)
@@ -149,10 +160,11 @@ def reference(config: dict[str, Any]) -> list[float]:
     masters = gpt_with_experts()
     worker = copy.deepcopy(masters).to(dtype)
     optimizer = torch.optim.SGD(masters.parameters(), lr=0.1, momentum=0.9)
-    shards = WORLD // config["sequence_parallel_size"]
+    parts = parts_of(config)
+    shards = parts // config["sequence_parallel_size"]
     factor = shards if config["gradient_allreduce_op"] == "sum" else 1
     losses = []
-    for step in micro_batches(STEPS, accumulation):
+    for step in micro_batches(STEPS, accumulation, parts):
         optimizer.zero_grad()
         total = 0.0
         for tokens in (tokens for micro in step for tokens in micro):
@@ -160,10 +172,10 @@ def reference(config: dict[str, Any]) -> list[float]:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = worker(tokens[:, :-1], tokens[:, 1:])
             (loss * 128.0).backward()
-            total += loss.item() / (accumulation * WORLD)
+            total += loss.item() / (accumulation * parts)
             for master, work in zip(masters.parameters(), worker.parameters(), strict=True):
                 assert work.grad is not None
-                share = work.grad.float() / 128.0 / (accumulation * WORLD) * factor
+                share = work.grad.float() / 128.0 / (accumulation * parts) * factor
                 master.grad = share if master.grad is None else master.grad + share
         if config["gradient_clipping"]:
             nn.utils.clip_grad_norm_(masters.parameters(), config["gradient_clipping"])
@@ -197,13 +209,14 @@ def test_the_rows_contain_every_pair_of_values() -> None:
 @pytest.mark.parametrize("row", [*ROWS, *MORE_ROWS], ids=label)
 def test_a_combination_trains_to_the_reference_or_is_refused_by_name(row: dict[str, Any]) -> None:
     config = config_of(row)
+    world = world_of(config)
     active = [mode for mode in MODES if config.get(mode, {}).get("enabled")]
     clash = len(active) > 1 or (
         config["prescale_gradients"] and config["gradient_predivide_factor"] != 1.0
     )
     if clash:
         with pytest.raises(ConfigError) as caught:
-            Plan.build(config, world_size=WORLD, registry=registry())
+            Plan.build(config, world_size=world, registry=registry())
         named = active if len(active) > 1 else ["gradient_predivide_factor"]
         assert any(name in str(caught.value) for name in named)
         # What is left after the refused part has been taken out must train.
@@ -212,6 +225,6 @@ def test_a_combination_trains_to_the_reference_or_is_refused_by_name(row: dict[s
         config["prescale_gradients"] = False
     bound = max((MODES[mode] for mode in active[:1]), default=2e-6)
     losses = [
-        sum(ranks) / WORLD for ranks in zip(*run_distributed(train, WORLD, config), strict=True)
+        sum(ranks) / world for ranks in zip(*run_distributed(train, world, config), strict=True)
     ]
     assert losses == pytest.approx(reference(config), rel=bound)

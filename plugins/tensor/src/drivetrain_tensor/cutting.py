@@ -157,6 +157,8 @@ def _changes(
     for consumer in region.consumers:
         reached = torch.zeros(len(changed), consumer.inputs, dtype=torch.bool)
         for x, was in zip(trace.inputs(consumer), before.inputs(consumer), strict=True):
+            if not x.numel() or x.shape[:-1].numel() % batch:  # experts get the tokens they draw
+                raise NotBatched(f"how many rows {consumer.path} gets depends on their values")
             values, first = by_sample(x, batch), by_sample(was, batch)[:1]
             values = values if alone else values[1 : len(changed) + 1]
             difference = (values - first).abs().amax(1)
