@@ -39,6 +39,8 @@ class MixtureOfExperts(Plugin):
     """Owns ``moe``, ``expert_parallel`` and ``use_data_before_expert_parallelism``."""
 
     name = MOE
+    after = ("tensor_parallel",)
+    """It finds layers by running the model, in which experts that are shared out would exchange."""
     sections: ClassVar[Sections] = {
         MOE: MoESection,
         EXPERT_PARALLEL: ExpertParallelSection,
