@@ -226,7 +226,8 @@ class ZeroStates(ModelStates):
             ):
                 if bucket.sharded and bucket.axis == "data":
                     bucket.whole.keep_secondary(policy.secondary_axis)
-        communicator.barrier("data", Tag(Purpose.CONTROL, site="first shards"))
+        for axis in ("data", *order.wider_axes):
+            communicator.barrier(axis, Tag(Purpose.CONTROL, site="first shards"))
         self._gathering.begin()
         for part in self._module.modules():
             released.mark_released_in_state_dict(part)
