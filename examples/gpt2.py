@@ -1,9 +1,12 @@
-"""A GPT-2 of Transformers, trained from a config alone: on one process, or split over stages.
+"""A GPT-2 of Transformers, trained from a config alone: on one process, or over several.
 
-    drivetrain run --nproc 4 examples/pipeline_gpt2.py
+    drivetrain run --nproc 4 examples/gpt2.py --config examples/gpt2_pipeline.json
+    drivetrain run --nproc 4 examples/gpt2.py --config examples/gpt2_tensor.json
+    drivetrain run --nproc 1 examples/gpt2.py --set pipeline.stages=1
 
-The config (``pipeline_gpt2.json``) splits the model over two stages and the data over two shards.
-``--set pipeline.stages=1`` trains the same on data shards alone; the losses are the same.
+The first splits the model over two stages and the data over two shards, with ZeRO's stage 2; the
+second shares out each layer over two ranks, with ZeRO's stage 3 over two data shards. The losses
+are those of one process.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def main() -> None:
     """Train for some steps and show the losses."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--config", default=str(Path(__file__).with_suffix(".json")))
+    parser.add_argument("--config", default=str(Path(__file__).with_name("gpt2_pipeline.json")))
     parser.add_argument("--set", dest="overlays", action="append", default=[])
     args = parser.parse_args()
     torch.manual_seed(0)
