@@ -51,7 +51,8 @@ class StepReport:
     @cached_property
     def loss(self) -> float | None:
         """The loss whose gradient this step used: the mean, by weights if there are any, over
-        micro-batches and the axis ``data``; ``None`` if no loss was given.
+        micro-batches and the axis ``data``; ``None`` if no loss was given. Where neither the step
+        is printed nor a plugin looks at steps, it is this rank's mean.
         """
         count = float(self.loss_count)
         return None if self.loss_sum is None or not count else float(self.loss_sum) / count
