@@ -90,9 +90,9 @@ def build_engine(
     module = _apply(transforms, module, Phase.ADAPT, Phase.PARTITION)
     _describe(job, module, precision)
     module = _apply(transforms, _on_device(job, module, weights), Phase.RECOMPUTE)
-    job.values.agree(None if job.failures is None else job.communicator, job.device)
     work = _optimizer_plan(job, module, optimizer, parameters)
     _check_model(job, module, work)
+    job.values.agree(None if job.failures is None else job.communicator, job.device)
     precision.cast_buffers(module, lent_modules(module, None))
     states = hub.build_model_states(job, module, work)
     assert states is not None, "core's default states answer last"
