@@ -42,7 +42,7 @@ def with_lantern(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=target,
-            env={**theirs, "PYTHONPATH": path, "COLUMNS": "300", **environment},
+            env={**theirs, "PYTHONPATH": path, "COLUMNS": "500", **environment},
             capture_output=True,
             text=True,
             timeout=300,
