@@ -88,7 +88,8 @@ def run(command, script, output, arguments):
         text=True,
         timeout=280,
         cwd=output.parent,
-        env={**os.environ, "HF_HOME": str(output.parent / "hf_home")},
+        # torchrun leaves a folder of its logs behind.
+        env={**os.environ, "HF_HOME": str(output.parent / "hf_home"), "TMPDIR": str(output.parent)},
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     state = json.loads((output / "trainer_state.json").read_text())
