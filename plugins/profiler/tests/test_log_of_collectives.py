@@ -113,4 +113,14 @@ def test_rates_are_those_of_nccl_tests() -> None:
     assert rates(Key("all_reduce", 10**9, "data"), 4, 2.0) == pytest.approx((4.0, 6.0))
     assert rates(Key("all_gather", 10**9, "data"), 4, 2.0) == pytest.approx((4.0, 3.0))
     assert rates(Key("broadcast", 10**9, "data"), 4, 2.0) == pytest.approx((4.0, 4.0))
-    assert Record(2, [1.0] * 8 + [0.0, 100.0]).mean() == 1.0
+
+
+def test_a_long_run_keeps_the_latest_times_and_counts_all() -> None:
+    record = Record(2)
+    for seconds in [1.0] * 8 + [0.0, 100.0]:
+        record.add(seconds)
+    assert record.mean() == 1.0  # without the shortest and the longest tenth
+    for _ in range(100_000):
+        record.add(2.0)
+    assert (record.count, record.total, record.mean()) == (100_010, 200_108.0, 2.0)
+    assert len(record.latest) == 1000

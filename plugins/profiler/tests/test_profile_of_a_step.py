@@ -81,6 +81,16 @@ def test_a_step_is_profiled_and_training_is_the_same(tmp_path: Path, profile_ste
     assert "samples/s" in text
 
 
+def test_a_file_that_cannot_be_written_ends_no_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    section = {"enabled": True, "output_file": str(tmp_path / "file" / "below")}
+    train({"flops_profiler": section})
+    assert "the profile cannot be written" in caplog.text
+    assert "profile of step 2" in capsys.readouterr().out
+
+
 def test_a_script_that_calls_backward_itself_is_told_so(tmp_path: Path) -> None:
     file = tmp_path / "profile.txt"
     run_distributed(profiled, 1, str(file), 1, True)

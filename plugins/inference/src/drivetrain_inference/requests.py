@@ -162,11 +162,6 @@ class Sequence:
         """Tokens that are not in the cache yet; 1 while it decodes."""
         return len(self.prompt) + len(self.output) - self.table.length
 
-    @property
-    def most_tokens(self) -> int:
-        """Tokens that have to be in the cache at the end."""
-        return len(self.prompt) + self.params.max_new_tokens - 1
-
     def overdue(self) -> bool:
         """Whether its deadline is over."""
         return self.deadline is not None and time.monotonic() >= self.deadline

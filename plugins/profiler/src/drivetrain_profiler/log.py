@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,9 @@ logger = logging.getLogger("drivetrain.comms")
 
 _EXCHANGE = Tag(Purpose.CONTROL, site="comparison of logs")
 
+_LATEST = 1000
+"""Times that are kept of collectives of one operation, size and axis."""
+
 _WHOLE_TURNS = {Kind.ALL_REDUCE: 2, Kind.BROADCAST: 0, Kind.SEND_RECEIVE: 0, Kind.BARRIER: 0}
 """How often a payload passes a link, in (n - 1) / n of it; 0 where all of it does, once."""
 
@@ -40,16 +44,26 @@ class Record:
 
     Args:
         ranks: along the axis.
-        seconds: what each took.
+        count: how many there were.
+        total: seconds of all of them.
+        latest: seconds of each of the latest, since a run may go on for weeks.
     """
 
     ranks: int
-    seconds: list[float] = field(default_factory=list)
+    count: int = 0
+    total: float = 0.0
+    latest: deque[float] = field(default_factory=lambda: deque(maxlen=_LATEST))
+
+    def add(self, seconds: float) -> None:
+        """Note one."""
+        self.count += 1
+        self.total += seconds
+        self.latest.append(seconds)
 
     def mean(self) -> float:
-        """Mean seconds, without the tenth that is shortest and the tenth that is longest."""
-        cut = len(self.seconds) // 10
-        kept = sorted(self.seconds)[cut : len(self.seconds) - cut]
+        """Mean seconds of the latest, without the tenths that are shortest and longest."""
+        cut = len(self.latest) // 10
+        kept = sorted(self.latest)[cut : len(self.latest) - cut]
         return sum(kept) / len(kept)
 
 
@@ -130,7 +144,7 @@ class LoggedCommunicator(CommunicatorWrapper):
         record = self.records.get(key)
         if record is None:
             record = self.records[key] = Record(self.inner.size(collective.axis))
-        record.seconds.append(seconds)
+        record.add(seconds)
         if self.verbose:
             speed = rates(key, record.ranks, seconds)
             logger.info("%s: %.3f ms, %.2f Gbit/s, bus %.2f Gbit/s", key, seconds * 1e3, *speed)
@@ -191,8 +205,8 @@ def log_summary(show_straggler: bool = False, return_dict: bool = False) -> dict
         mean = record.mean()
         speed, bus = rates(key, record.ranks, mean)
         summary.setdefault(key.operation, {})[str(key)] = {
-            "count": len(record.seconds),
-            "total_ms": 1e3 * sum(record.seconds),
+            "count": record.count,
+            "total_ms": 1e3 * record.total,
             "mean_ms": 1e3 * mean,
             "algbw": speed,
             "busbw": bus,
@@ -236,7 +250,7 @@ def get_comm_operation_count(name: str | None = None) -> int:
     if log is None:
         return 0
     records = log[1].records.items()
-    return sum(len(r.seconds) for key, r in records if name in (None, key.operation))
+    return sum(r.count for key, r in records if name in (None, key.operation))
 
 
 def configure(
@@ -298,7 +312,7 @@ def _ordered(log: LoggedCommunicator) -> Iterator[tuple[Key, Record]]:
 
 def _stragglers(job: Job, log: LoggedCommunicator) -> dict[str, list[float]]:
     """Milliseconds that each rank took beyond the fastest, by key. Collective over the world."""
-    own = {str(key): (len(r.seconds), sum(r.seconds)) for key, r in log.records.items()}
+    own = {str(key): (r.count, r.total) for key, r in log.records.items()}
     all_ranks = _gathered(job, log.inner, own)
     found = {}
     for name, (count, _) in own.items():

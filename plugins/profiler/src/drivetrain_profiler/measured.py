@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from drivetrain_profiler.counter import ModuleHooks, OperationCounter, in_backward
@@ -85,7 +84,6 @@ def figures(
     counter: OperationCounter,
     timer: ModuleTimer,
     ignored: Sequence[type[nn.Module]] = (),
-    numel: Callable[[nn.Parameter], int] = torch.Tensor.numel,
 ) -> ModuleFigures:
     """Put together what was counted and timed.
 
@@ -94,13 +92,12 @@ def figures(
         counter: has counted.
         timer: has taken times.
         ignored: classes of modules whose operations are left out, with all that is inside.
-        numel: tells the size of a parameter, which may be kept in parts.
     """
 
     def made(module: nn.Module, name: str, depth: int, seen: set[int]) -> ModuleFigures:
         kind = type(module).__name__
         found = ModuleFigures(name, kind, depth, seconds=timer.seconds.get(name, 0.0))
-        found.parameters = sum(numel(parameter) for parameter in module.parameters())
+        found.parameters = sum(p.numel() for p in module.parameters())
         if not isinstance(module, tuple(ignored)):
             found.forward = counter.total([name], "forward")
             found.backward = counter.total([name], "backward")

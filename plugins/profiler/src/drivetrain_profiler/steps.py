@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from drivetrain_profiler.report import Summary, duration, profile_text, scaled
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
     from drivetrain_profiler.sections import FlopsProfilerSection
+
+logger = logging.getLogger("drivetrain.profiler")
 
 _DIVIDED = ("pp", "tp", "sp")
 """Axes along which ranks share the work of one model."""
@@ -134,7 +137,11 @@ class StepProfile:
                 top=section.top_modules,
                 detailed=section.detailed,
             )
-            write(text, section.output_file)
+            try:
+                write(text, section.output_file)
+            except OSError as error:  # no reason to end training, as the text can go elsewhere
+                logger.warning("the profile cannot be written (%s), so it stands here", error)
+                write(text, None)
 
     def _facts(self, found: ModuleFigures) -> dict[str, str]:
         engine, job = self._engine, self._engine.job
