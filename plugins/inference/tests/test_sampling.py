@@ -110,3 +110,28 @@ def test_stop_tokens_do_not_come_too_early():
 def test_absurd_parameters_are_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=rf"{name} is .*it must be"):
         SamplingParams(**{name: value})
+
+
+def test_a_requests_own_function_sees_its_tokens_and_has_the_last_word():
+    seen = []
+
+    def only_even():
+        def edit(output, scores):
+            seen.append(list(output))
+            hidden = torch.full_like(scores, float("-inf"))
+            hidden[::2] = scores[::2]
+            return hidden
+
+        return edit
+
+    with serve(decoder(), {"inference": {"block_size": 4, "cache_blocks": 40}}) as engine:
+        params = engine.sampling(max_new_tokens=6, temperature=1.0, n=2, edit=only_even)
+        plain = engine.sampling(max_new_tokens=6, temperature=1.0, seed=3)
+        alone = engine.generate([[9, 8]], plain)[0][0].tokens
+        edited, beside = engine.generate([[9, 8]] * 2, [params, plain])
+        assert beside[0].tokens == alone
+        for result in edited:
+            assert all(token % 2 == 0 for token in result.tokens)
+            assert all(list(result.tokens[:length]) in seen for length in range(6))
+        with pytest.raises(ConfigError, match="no way to sample by heat"):
+            engine.sampling(heat=1)

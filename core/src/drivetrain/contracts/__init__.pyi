@@ -9,8 +9,12 @@ from drivetrain.contracts.loop.batch import LARGEST as LARGEST
 from drivetrain.contracts.loop.batch import MICRO as MICRO
 from drivetrain.contracts.loop.batch import Batch as Batch
 from drivetrain.contracts.loop.batch import solve_batch as solve_batch
+from drivetrain.contracts.loop.inference import Completion as Completion
 from drivetrain.contracts.loop.inference import Generates as Generates
 from drivetrain.contracts.loop.inference import InferenceRequest as InferenceRequest
+from drivetrain.contracts.loop.inference import Progress as Progress
+from drivetrain.contracts.loop.inference import Serves as Serves
+from drivetrain.contracts.loop.inference import TokenLogprobs as TokenLogprobs
 from drivetrain.contracts.loop.loading import LoaderRequest as LoaderRequest
 from drivetrain.contracts.loop.runner import Runner as Runner
 from drivetrain.contracts.loop.step_report import StepReport as StepReport

@@ -36,6 +36,7 @@ Group = Literal[
     "methods",
     "deepspeed",
     "weight_formats",
+    "engines",
 ]
 """An entry point group of ours, without the prefix ``drivetrain.``."""
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -146,10 +146,33 @@ class InferenceEngine:
         """End a request; one that is over already is no error."""
         return self._end_all(request, "cancelled")
 
+    @staticmethod
+    def sampling(**options: Any) -> SamplingParams:
+        """How to sample, for a server that does not import this package.
+
+        Raises:
+            ConfigError: a name is not known, or a value is wrong.
+        """
+        known = SamplingParams.__dataclass_fields__
+        if unknown := sorted(options.keys() - known.keys()):
+            raise ConfigError(f"there is no way to sample by {', '.join(unknown)}")
+        return SamplingParams(**options)
+
     @property
     def busy(self) -> bool:
         """Whether anything waits or runs."""
         return bool(self._results)
+
+    def status(self) -> dict[str, float]:
+        """Sequences that run and wait, and how full the cache is."""
+        blocks = self.scheduler.blocks
+        return {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "cache_tokens": blocks.blocks * blocks.size,
+            "cache_used": 1 - blocks.free / blocks.blocks,
+            "preemptions": self.scheduler.preemptions,
+        }
 
     # -- work ---------------------------------------------------------------------------------
 

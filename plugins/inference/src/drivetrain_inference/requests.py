@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING
 
+from drivetrain.contracts import Completion, Progress, TokenLogprobs
+from drivetrain.contracts.loop.inference import FinishReason
 from drivetrain.errors import ConfigError
 from drivetrain_inference.blocks import BlockTable
 
-FinishReason = Literal["stop", "length", "cancelled", "deadline"]
+if TYPE_CHECKING:
+    import torch
+
+Edit = Callable[[Items[int], "torch.Tensor"], "torch.Tensor"]
+"""Changes the scores [vocabulary] of the token that follows those of a result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,9 @@ class SamplingParams:
         n: results for one prompt.
         logprobs: log-probabilities of so many most likely tokens, beside the chosen one's; ``None``
             for none at all. Those of the model, before temperature and the rest.
+        edit: called for each result, it returns what is called before each of its tokens with the
+            tokens so far and the scores [vocabulary], and returns the scores to use instead. It
+            comes after penalties; what it sets to -inf is never chosen.
     """
 
     max_new_tokens: int = 128
@@ -49,6 +59,7 @@ class SamplingParams:
     seed: int | None = None
     n: int = 1
     logprobs: int | None = None
+    edit: Callable[[], Edit] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -75,59 +86,6 @@ class SamplingParams:
         return self.temperature == 0 or self.top_k == 1
 
 
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities at one place.
-
-    Args:
-        chosen: of the token that was chosen.
-        top: (token, log-probability) of the most likely ones, the first is the most likely.
-    """
-
-    chosen: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One result.
-
-    Args:
-        tokens: what was generated, with the token that ended it.
-        text: the same as text without what ended it; empty without a tokenizer.
-        finish_reason: ``stop``, ``length``, ``cancelled`` or ``deadline``.
-        logprobs: one entry for each token, if asked for.
-        cached_tokens: tokens of the prompt that were in the cache already.
-    """
-
-    tokens: tuple[int, ...]
-    text: str
-    finish_reason: FinishReason
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    cached_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What one step has added to one result.
-
-    Args:
-        request: number of the request.
-        index: which of its ``n`` results.
-        token: the new token, or ``None`` if the result ended without one.
-        text: new text; what might begin a stop text is held back.
-        completion: the whole result, once it has ended.
-        logprobs: of the token, if asked for.
-    """
-
-    request: int
-    index: int
-    token: int | None
-    text: str
-    completion: Completion | None = None
-    logprobs: TokenLogprobs | None = None
-
-
 @dataclass(eq=False)
 class Sequence:
     """One result that is being made.
@@ -151,6 +109,10 @@ class Sequence:
     siblings: list[Sequence] = field(default_factory=list)
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
+    edit: Edit | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.edit = None if self.params.edit is None else self.params.edit()
 
     @property
     def tokens(self) -> list[int]:
@@ -172,3 +134,13 @@ class Sequence:
         if start >= len(self.prompt):
             return self.output[start - len(self.prompt) : start - len(self.prompt) + count]
         return self.tokens[start : start + count]
+
+
+__all__ = [
+    "Completion",
+    "FinishReason",
+    "Progress",
+    "SamplingParams",
+    "Sequence",
+    "TokenLogprobs",
+]

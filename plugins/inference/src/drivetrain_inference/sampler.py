@@ -1,7 +1,7 @@
 """From logits to tokens, for every request by its own rules and with its own random numbers.
 
 The order is that of Transformers' ``generate``: repetition penalty, stop tokens that may not come
-yet, temperature, top-k, top-p, min-p, one draw.
+yet, what the request's own function changes, temperature, top-k, top-p, min-p, one draw.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Sampler:
     def _edits(self, sequence: Sequence) -> bool:
         params = sequence.params
         early = len(sequence.output) < params.min_new_tokens
-        return params.repetition_penalty != 1 or early
+        return params.repetition_penalty != 1 or early or sequence.edit is not None
 
     def _choose(self, scores: torch.Tensor, sequence: Sequence) -> int:
         params = sequence.params
@@ -75,6 +75,8 @@ class Sampler:
         if len(sequence.output) < params.min_new_tokens:
             stops = {*params.stop_tokens, *(() if params.ignore_eos else self._stop_tokens)}
             scores[sorted(stops)] = float("-inf")
+        if sequence.edit is not None:
+            scores = sequence.edit(sequence.output, scores)
         return scores
 
 
