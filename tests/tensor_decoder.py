@@ -48,12 +48,12 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Tokens to the mean of their cross-entropies; the head is the embedding."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.tokens = nn.Embedding(VOCABULARY, WIDTH)
         nn.init.normal_(self.tokens.weight, std=0.3)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.tokens.weight
 

@@ -30,6 +30,8 @@ class Pipeline(Plugin):
     """Owns ``pipeline``."""
 
     name = PATH
+    after = ("tensor_parallel", "moe")
+    """They decide by the whole model what each of their ranks has of a layer; see ``partition``."""
     sections: ClassVar[Sections] = {PATH: PipelineSection}
 
     @hookimpl

@@ -115,9 +115,9 @@ class Columns(Shared):
         every = gather(part, dim=-1)
         if self._in_order:
             return every
-        if self.order.device != y.device:
+        if self.order.device != y.device and not y.is_meta:  # where shapes alone are asked for
             self.order = self.order.to(y.device)
-        return torch.cat([own, every], -1).index_select(-1, self.order)
+        return torch.cat([own, every], -1).index_select(-1, self.order.to(y.device))
 
 
 class ColumnLayer(nn.Module):
@@ -159,9 +159,9 @@ class RowLayer(nn.Module):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows = self.tensor_rows
         if rows.picked is not None:
-            if rows.picked.device != x.device:
+            if rows.picked.device != x.device and not x.is_meta:
                 rows.picked = rows.picked.to(x.device)
-            x = x.index_select(-1, rows.picked)
+            x = x.index_select(-1, rows.picked.to(x.device))
         rows.lane.leave()
         y = rows.lane.tp.reduce(product(x, self.weight, None, rows.kind))
         return y if self.bias is None else y + self.bias

@@ -10,7 +10,6 @@ from drivetrain.contracts import (
     AxisRequest,
     Phase,
     Plugin,
-    Problem,
     Sections,
     Transform,
     hookimpl,
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from drivetrain.engine.engine import Engine
     from drivetrain.job.job import Job
-    from drivetrain.plan.plan import Plan
 
 
 class TensorParallel(Plugin):
@@ -41,13 +39,6 @@ class TensorParallel(Plugin):
         return [Atom("tp", ranks, source=f"{PATH}.autotp_size")] if ranks > 1 else []
 
     @hookimpl
-    def configure(self, plan: Plan) -> Sequence[Problem]:
-        if self.section(TensorParallelSection).ranks == 1 or plan.layout.size("pp") == 1:
-            return []
-        text = "layers are not cut inside of a pipeline's stages yet: leave out one of the sections"
-        return [Problem(f"{PATH}.autotp_size", text)]
-
-    @hookimpl
     def transform_module(self, job: Job, module: torch.nn.Module) -> Sequence[Transform]:
         from drivetrain_tensor.megatron import is_parallel
         from drivetrain_tensor.work import Work
@@ -55,10 +46,9 @@ class TensorParallel(Plugin):
         work = Work(job, self.section(TensorParallelSection), module)
         if job.mesh.size("tp") == 1 or is_parallel(module):
             return []
-        return [
-            Transform(Phase.PARTITION, work.cut),
-            Transform(Phase.RECOMPUTE, work.compare),
-        ]
+        # Stages come after the cut; from then on no rank can run the whole model.
+        compared = Phase.RECOMPUTE if job.mesh.size("pp") == 1 else Phase.PARTITION
+        return [Transform(Phase.PARTITION, work.cut), Transform(compared, work.compare)]
 
     @hookimpl
     def describe_parameters(self, job: Job, module: torch.nn.Module) -> None:

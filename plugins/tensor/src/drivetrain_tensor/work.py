@@ -20,6 +20,7 @@ from drivetrain_tensor.rules import Rules
 from drivetrain_tensor.scripts import claim
 from drivetrain_tensor.section import TensorParallelSection
 from drivetrain_tensor.sharding import AXIS, Sharding
+from drivetrain_tensor.visiting import visiting
 
 if TYPE_CHECKING:
     from drivetrain.job.job import Job
@@ -105,14 +106,16 @@ class Work:
             product.module.register_forward_hook(_keeper(product, found))
             for product in self._analysis.columns_and_rows()[1]
         ]
-        device = next(module.parameters()).device
+        # Where stages keep parts of the model, it is compared before these are told apart.
+        early = self._job.mesh.size("pp") > 1
+        device = self._job.device if early else next(module.parameters()).device
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         rows = min((v.tables[0].inputs for v in self._analysis.vocabularies), default=0)
         rows = self._rows = self._rows or rows  # of the whole tables
         sample = (probe.args, probe.kwargs)
         args, kwargs = tree_map(lambda leaf: _moved(_spread(leaf, rows), device, dtype), sample)
         try:
-            with evaluating(module):
+            with evaluating(module), visiting(module, device):
                 output = module(*args, **kwargs)
         finally:
             for hook in hooks:

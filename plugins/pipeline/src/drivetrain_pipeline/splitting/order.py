@@ -131,7 +131,7 @@ def _ordered_children(module: nn.Module) -> list[str]:
     forward does not name stays behind the one that it is registered after.
     """
     registered = list(module._modules)
-    uses = list(_uses(type(module), getattr(type(module), "forward", None)))
+    uses = list(_uses(type(module), _forward_of(type(module))))
     called = {name for name, is_called in uses if is_called}
     named = list(
         dict.fromkeys(
@@ -144,6 +144,16 @@ def _ordered_children(module: nn.Module) -> list[str]:
             before = registered[index - 1] if index else None
             ordered.insert(0 if before is None else ordered.index(before) + 1, name)
     return ordered
+
+
+def _forward_of(kind: type) -> Any:
+    """The forward of a class that calls children: one that calls that of its bases is passed."""
+    forwards = [vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)]
+    for forward in forwards:
+        code = getattr(inspect.unwrap(forward), "__code__", None)
+        if code is None or "super" not in code.co_names or "forward" not in code.co_names:
+            return forward
+    return forwards[-1] if forwards else None
 
 
 def _uses(kind: type, function: Any, depth: int = 0) -> Iterator[tuple[str, bool]]:

@@ -1,0 +1,166 @@
+"""Stages whose layers are shared out train like one process, and keep their parts alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tensor_decoder import Decoder
+from three_axes import BLOCKS, Curve, alone, close, make, parameters, train
+from torch import nn
+
+import drivetrain
+from drivetrain.testing import run_distributed
+
+STEPS, CLIPPING = 3, 0.05
+MESSAGES = {"shared_memory": False}
+"""Ranks have to gather together, and in one order."""
+
+Found = tuple[Curve, dict[str, torch.Tensor], int]
+
+
+def run(layout: tuple[int, int, int], changes: dict[str, Any]) -> Found:
+    engine = make(*layout, **changes)
+    kept = sum(p.numel() for p in engine.module.parameters())
+    curve = train(engine, 0, STEPS)
+    found = parameters(engine)
+    close(engine)
+    return curve, found, kept
+
+
+CASES = [
+    pytest.param((2, 2, 1), {}, id="stage 0"),
+    pytest.param(
+        (2, 2, 1),
+        {"stage": 3, "pipeline": {"schedule": "interleaved"}, "gradient_clipping": CLIPPING},
+        id="stage 3, interleaved, clipped",
+    ),
+    pytest.param(
+        (2, 2, 2), {"stage": 2, "gradient_clipping": CLIPPING, "cpu": MESSAGES}, id="eight ranks"
+    ),
+]
+MORE = [
+    pytest.param((4, 2, 1), {"stage": 1}, id="four stages"),
+    pytest.param((2, 2, 1), {"stage": 2, "pipeline": {"schedule": "zb_h1"}}, id="zb_h1"),
+    pytest.param(
+        (2, 2, 2), {"stage": 3, "pipeline": {"schedule": "zb_v"}, "cpu": MESSAGES}, id="V shape"
+    ),
+    pytest.param(
+        (2, 2, 2), {"stage": 3, "zero": {"offload_optimizer": {"device": "cpu"}}}, id="offloaded"
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [*CASES, *(pytest.param(*row.values, id=row.id, marks=pytest.mark.long) for row in MORE)],
+)
+def test_shared_layers_in_stages_train_like_one_process(
+    layout: tuple[int, int, int], changes: dict[str, Any]
+) -> None:
+    pp, tp, dp = layout
+    expected, trained = alone(0, STEPS, changes.get("gradient_clipping", 0.0))
+    every = sum(p.numel() for p in Decoder(BLOCKS).parameters())
+    names: set[str] = set()
+    for curve, found, kept in run_distributed(run, pp * tp * dp, layout, changes, timeout=200):
+        for point, want in zip(curve, expected, strict=True):
+            assert point == pytest.approx(want, rel=1e-8)
+        for name, values in found.items():
+            torch.testing.assert_close(values, trained[name], rtol=1e-8, atol=1e-10)
+        names |= set(found)
+        assert changes.get("stage", 0) == 3 or kept < 1.5 * every / (pp * tp)
+    assert names == set(trained)
+
+
+def llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(num_key_value_heads=1, **SMALL))
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM
+
+    return BertForMaskedLM(
+        BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **SMALL)
+    )
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    config = T5Config(vocab_size=50, dropout_rate=0.0, decoder_start_token_id=0, **sizes)
+    return T5ForConditionalGeneration(config)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "attn_implementation": "eager",
+}
+MODELS = {model.__name__: model for model in (llama, bert, t5)}
+
+
+def model_of(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODELS[name]().double()
+
+
+def batches(step: int) -> list[dict[str, torch.Tensor]]:
+    """Four micro-batches, with padding at the end of a sequence."""
+    generator = torch.Generator().manual_seed(step)
+    found = []
+    for _ in range(4):
+        tokens = torch.randint(3, 50, (2, 6), generator=generator)
+        mask = torch.ones_like(tokens)
+        mask[1, 4:] = 0
+        found.append({"input_ids": tokens, "attention_mask": mask, "labels": tokens})
+    return found
+
+
+def run_transformers() -> dict[str, Curve]:
+    found = {}
+    for name in MODELS:
+        engine, *_ = drivetrain.initialize(
+            model=model_of(name),
+            config={
+                "train_micro_batch_size_per_gpu": 2,
+                "gradient_accumulation_steps": 4,
+                "gradient_clipping": 0.0,
+                "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+                "pipeline": {"stages": 2},
+                "tensor_parallel": {"autotp_size": 2},
+            },
+        )
+        engine.get_global_grad_norm()
+        found[name] = [
+            (engine.train_batch(iter(batches(step))).item(), engine.get_global_grad_norm())
+            for step in range(STEPS)
+        ]
+        close(engine)
+    return found
+
+
+def test_models_of_transformers_train_as_they_are() -> None:
+    expected = {}
+    for name in MODELS:
+        model, curve = model_of(name), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss = torch.stack([model(**batch).loss for batch in batches(step)]).mean()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+            optimizer.step()
+            curve.append((loss.item(), norm.item()))
+        expected[name] = curve
+    for found in run_distributed(run_transformers, 4, timeout=200):
+        for name, curve in expected.items():
+            for point, want in zip(found[name], curve, strict=True):
+                assert point == pytest.approx(want, rel=1e-8), name

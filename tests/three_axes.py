@@ -1,0 +1,84 @@
+"""One script for any layout of stages, layers that are shared out, and shards of data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensor_decoder import RATE, ROWS, Decoder, data
+from torch import nn
+
+import drivetrain
+from drivetrain.engine.engine import Engine
+from drivetrain.states.whole import whole
+
+BLOCKS, ACCUMULATION, SHARDS = 4, 4, 2
+"""Micro-batches of a step are ACCUMULATION x SHARDS in every layout."""
+
+Curve = list[tuple[float, float]]
+"""Loss, and norm of the gradient before clipping, by step."""
+
+
+def make(pp: int, tp: int, dp: int, stage: int = 0, **changes: Any) -> Engine:
+    """An engine of :class:`Decoder`; ``zero`` and ``pipeline`` are further keys of the sections.
+
+    With fewer shards of data, each takes more micro-batches of a step.
+    """
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **changes.pop("zero", {})}
+    dtype = changes.pop("dtype", torch.float64)
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_accumulation_steps": ACCUMULATION * SHARDS // dp,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "SGD", "params": {"lr": RATE, "momentum": 0.9}},
+        "pipeline": {"stages": pp, **changes.pop("pipeline", {})},
+        "tensor_parallel": {"autotp_size": tp},
+        "zero_optimization": zero,
+        **changes,
+    }
+    engine, *_ = drivetrain.initialize(model=Decoder(BLOCKS).to(dtype), config=config)
+    assert engine.job.mesh.size("dp") == dp
+    engine.get_global_grad_norm()
+    return engine
+
+
+def train(engine: Engine, begin: int, end: int) -> Curve:
+    """Train from step ``begin`` up to ``end``."""
+    curve = []
+    dp, own = engine.job.mesh.size("dp"), engine.job.mesh.coordinate("dp")
+    total = ACCUMULATION * SHARDS
+    for step in range(begin, end):
+        batches = [data(step * total + number) for number in range(own, total, dp)]
+        loss = engine.train_batch(iter(batches))
+        norm = engine.get_global_grad_norm()
+        curve.append((loss.item(), float("nan") if norm is None else norm))
+    return curve
+
+
+def parameters(engine: Engine) -> dict[str, torch.Tensor]:
+    """This rank's parameters as the client knows them."""
+    with whole(engine.module):
+        return {
+            engine.job.parameters.info(p).name: p.detach().double().clone()
+            for p in engine.module.parameters()
+        }
+
+
+def close(engine: Engine) -> None:
+    engine.destroy()
+    engine.job.close()
+
+
+def alone(begin: int, end: int, clipping: float = 0.0) -> tuple[Curve, dict[str, torch.Tensor]]:
+    """The same with plain torch in one process: curve from ``begin`` on, and the parameters."""
+    model, curve = Decoder(BLOCKS).double(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
+    total = ACCUMULATION * SHARDS
+    for step in range(end):
+        optimizer.zero_grad()
+        loss = torch.stack([model(*data(step * total + n)) for n in range(total)]).mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clipping or float("inf"))
+        optimizer.step()
+        curve.append((loss.item(), norm.item()))
+    return curve[begin:], {name: p.detach() for name, p in model.named_parameters()}
