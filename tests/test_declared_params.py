@@ -17,6 +17,8 @@ import pytest
 import torch
 from drivetrain_kernels import rules
 from drivetrain_onebit.adam import OneBitAdam
+from drivetrain_onebit.lamb import OneBitLamb
+from drivetrain_onebit.zero_one import ZeroOneAdam
 from drivetrain_optimizers import Lamb, Lion, Muon
 
 from drivetrain.contracts import Params
@@ -55,7 +57,7 @@ RULES: dict[str, Callable[..., Any]] = {
         )
     },
     "FusedAdamW": rules.FusedAdam,
-    "OneBitAdam": OneBitAdam,
+    **{kind.__name__: kind for kind in (OneBitAdam, OneBitLamb, ZeroOneAdam)},
 }
 SCHEDULES: dict[str, Callable[..., Any]] = {
     **{entry.name: getattr(schedules, entry.name) for entry in REGISTRY.entries("schedulers")},
@@ -89,9 +91,9 @@ def model_of(kind: Kind, name: str) -> type[Params]:
 
 
 def make_optimizer(name: str, params: dict[str, Any]) -> None:
-    if name == "OneBitAdam":
+    if name in ("OneBitAdam", "OneBitLamb", "ZeroOneAdam"):
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in params.items()}
-        OneBitAdam(None, **given)
+        RULES[name](None, **given)
     else:
         make_rule(name, params, REGISTRY, None)
 

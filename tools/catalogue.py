@@ -29,6 +29,8 @@ CLASSES = {
     "FusedLion": "drivetrain_kernels.rules.FusedLion",
     "FusedSGD": "drivetrain_kernels.rules.FusedSGD",
     "OneBitAdam": "drivetrain_onebit.adam.OneBitAdam",
+    "OneBitLamb": "drivetrain_onebit.lamb.OneBitLamb",
+    "ZeroOneAdam": "drivetrain_onebit.zero_one.ZeroOneAdam",
 }
 """Names served by a factory -> the class that says what the parameters mean."""
 

@@ -51,7 +51,7 @@ warns and names it.
   `from deepspeed.pipe import PipelineModule`.
 - **Optimizers of `deepspeed.ops`** describe an update that the engine carries out. `FusedAdam`,
   `DeepSpeedCPUAdam` and `DeepSpeedCPUAdagrad` step without an engine as well, as torch's classes
-  do; `FusedLion`, `FusedLamb` and `OnebitAdam` do not.
+  do; `FusedLion`, `FusedLamb`, `OnebitAdam`, `OnebitLamb` and `ZeroOneAdam` do not.
 - **Gradients are not in `parameter.grad`** between backward and step;
   `deepspeed.utils.safe_get_full_grad` reads them.
 - **Checkpoints** of DeepSpeed load through `engine.load_checkpoint`; at stage 0 with several

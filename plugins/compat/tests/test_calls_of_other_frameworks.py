@@ -87,8 +87,9 @@ def test_mmengine_registers_optimizers_by_their_classes():
     assert all(issubclass(kind, torch.optim.Optimizer) for kind in known)
     assert Version(deepspeed.__version__) >= Version("0.13.2")
     for kind in (OnebitLamb, ZeroOneAdam):
-        with pytest.raises(ConfigError, match=f"{kind.__name__} does not exist in Drivetrain"):
-            kind(net().parameters(), lr=0.1)
+        assert kind(net().parameters(), lr=0.1).params["lr"] == 0.1
+        with pytest.raises(ConfigError, match=f"{kind.__name__} has no amsgrad"):
+            kind(net().parameters(), amsgrad=True)
 
 
 def test_determined_reads_configs(tmp_path):

@@ -69,10 +69,17 @@ class FlatStates:
             scale: a number, or a 0-d tensor in the same memory.
             step: number of this update, from 1.
         """
-        spec = self.spec
-        assert spec.rule is not None, f"bucket {spec.key} is not trained"
-        states = dict(self.tensors)
-        view = BucketView(
+        assert self.spec.rule is not None, f"bucket {self.spec.key} is not trained"
+        self.spec.rule.apply(self._view(parameters, gradient, step), hyper, scale)
+
+    def settle(self, parameters: torch.Tensor, hyper: Hyper, step: int) -> None:
+        """See :meth:`StateHome.settle`; arguments as for :meth:`update`."""
+        assert self.spec.rule is not None, f"bucket {self.spec.key} is not trained"
+        self.spec.rule.settle(self._view(parameters, parameters[:0], step), hyper)
+
+    def _view(self, parameters: torch.Tensor, gradient: torch.Tensor, step: int) -> BucketView:
+        spec, states = self.spec, dict(self.tensors)
+        return BucketView(
             key=spec.key,
             weights=states.pop(MASTER, parameters),
             gradient=gradient,
@@ -82,7 +89,6 @@ class FlatStates:
             out=parameters if spec.has_masters else None,
             reduction=spec.reduction,
         )
-        spec.rule.apply(view, hyper, scale)
 
     def refresh(self, parameters: torch.Tensor) -> None:
         """Make the masters from the parameters again."""
@@ -128,6 +134,9 @@ class DeviceHome(StateHome):
     def update(self, gradient: torch.Tensor, hyper: Hyper, scale: float | torch.Tensor) -> None:
         self.step += 1
         self.states.update(self._parameters, gradient, hyper, scale, self.step)
+
+    def settle(self, hyper: Hyper) -> None:
+        self.states.settle(self._parameters, hyper, self.step)
 
     def refresh(self) -> None:
         self.states.refresh(self._parameters)

@@ -245,7 +245,7 @@ class ReplicatedStates(ModelStates):
         for slot in self._watch.changed():
             slot.take_over()
         for bucket in self._buckets:
-            if bucket.gradients.changed:
+            if bucket.gradients.changed and bucket.gradients.reduced:  # else copies may differ
                 refuse_unlike_copies(self._job.communicator, bucket.gradients)
         scale = scale * self._policy.predivide
         for bucket in self._buckets:
@@ -302,6 +302,8 @@ class ReplicatedStates(ModelStates):
 
     def flush(self) -> None:
         for bucket in self._buckets:
+            assert self._optimizer is not None
+            bucket.home.settle(self._optimizer.groups[bucket.planned.spec.group])
             bucket.home.flush()
 
     def fragments(self) -> Sequence[Fragment]:

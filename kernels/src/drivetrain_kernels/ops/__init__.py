@@ -10,6 +10,7 @@ from drivetrain_kernels.ops.momentum import lion, sgd
 from drivetrain_kernels.ops.norm import norm_squared
 from drivetrain_kernels.ops.paged_attention import paged_attention
 from drivetrain_kernels.ops.quantize import dequantize, dequantize_reduce_quantize, quantize
+from drivetrain_kernels.ops.signs import mean_signs, pack_signs
 
 __all__ = [
     "adagrad",
@@ -22,8 +23,10 @@ __all__ = [
     "gated_activation",
     "lamb",
     "lion",
+    "mean_signs",
     "norm_squared",
     "pack_panels",
+    "pack_signs",
     "packed_linear",
     "paged_attention",
     "quantize",

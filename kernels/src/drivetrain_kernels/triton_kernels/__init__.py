@@ -24,6 +24,7 @@ OPS = (
     *("adagrad", "adam", "lamb", "lion", "sgd"),
     *("cast_copy", "norm_squared"),
     *("dequantize", "dequantize_reduce_quantize", "quantize"),
+    *("mean_signs", "pack_signs"),
 )
 """What is written in Triton. Lists of tensors of any dtype, as flattening has, do not suit it."""
 

@@ -15,7 +15,7 @@ from drivetrain_kernels.ops.adam import corrections
 from drivetrain_kernels.ops.block_format import blocks_of, code_count, format_of
 from drivetrain_kernels.ops.copy import CAST_COPY
 from drivetrain_kernels.ops.quantize import QUANTIZE, REDUCE
-from drivetrain_kernels.triton_kernels import quantization, reductions, updates
+from drivetrain_kernels.triton_kernels import quantization, reductions, signs, updates
 from drivetrain_kernels.triton_kernels.values import BLOCK
 
 _TILE = 4096
@@ -184,6 +184,30 @@ def dequantize_reduce_quantize(
                 summed.numel(), own.numel(), FORMATS[format, symmetric], rows, width,
             )  # fmt: skip
     return summed, own
+
+
+def pack_signs(values: torch.Tensor, scale: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+    """``pack_signs``."""
+    count = values.numel()
+    packed = torch.empty(triton.cdiv(count, 8), dtype=torch.uint8, device=values.device)
+    with _current(values.device):
+        if count:
+            block = BLOCK // 8
+            programs = triton.cdiv(len(packed), block)
+            _run(signs.pack_signs_kernel, programs, values, scale, error, packed, count, block)
+    return packed
+
+
+def mean_signs(packed: torch.Tensor, scales: torch.Tensor, numel: int) -> torch.Tensor:
+    """``mean_signs``."""
+    mean = torch.empty(numel, device=packed.device)
+    with _current(packed.device):
+        if numel:
+            _run(
+                signs.mean_signs_kernel, triton.cdiv(numel, BLOCK), packed, scales, mean,
+                len(packed), packed.shape[1], numel, BLOCK,
+            )  # fmt: skip
+    return mean
 
 
 def _update(

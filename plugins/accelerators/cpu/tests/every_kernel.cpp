@@ -54,6 +54,8 @@ int dt_quantize(const void*, int, int, int64_t, int64_t, uint8_t*, float*, int);
 int dt_dequantize(const uint8_t*, const float*, int, int64_t, int64_t, void*, int, int);
 int dt_dequantize_reduce_quantize(const uint8_t*, const float*, int64_t, int, int64_t, int64_t,
                                   float, uint8_t*, float*, int);
+void dt_pack_signs(const float*, float, float*, uint8_t*, int64_t, int);
+void dt_mean_signs(const uint8_t*, const float*, int64_t, int64_t, float*, int);
 }
 
 constexpr int64_t kSizes[] = {1, 65, 555};
@@ -234,6 +236,21 @@ void quantization() {
   }
 }
 
+void signs() {
+  for (int64_t size : kSizes) {
+    Values values(kFloat32, size, 1), error(kFloat32, size, 2), mean(kFloat32, size, 3);
+    std::vector<uint8_t> packed(2 * ((size + 7) / 8));
+    const float scales[] = {0.5f, 0.75f};
+    for (int64_t row = 0; row < 2; ++row) {
+      dt_pack_signs(static_cast<const float*>(values.data()), 0.5f,
+                    static_cast<float*>(error.data()), packed.data() + row * ((size + 7) / 8), size,
+                    kThreads);
+    }
+    dt_mean_signs(packed.data(), scales, 2, size, static_cast<float*>(mean.data()), kThreads);
+    print("signs", mean.hash(error.hash(hash_of(packed, kStart))));
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -241,4 +258,5 @@ int main() {
   lamb();
   copies();
   quantization();
+  signs();
 }

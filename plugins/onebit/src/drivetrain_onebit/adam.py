@@ -7,24 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from drivetrain.contracts import (
-    BucketView,
-    Communicator,
-    Hyper,
-    Purpose,
-    StateSpec,
-    Tag,
-    UpdateRule,
-)
-from drivetrain.optimization.checks import check_betas, check_non_negative
+from drivetrain.contracts import BucketView, Communicator, Hyper, StateSpec
 from drivetrain.optimization.spans import span_size, spans, wide_dtype
-from drivetrain_onebit.compression import average_, chunk_size
+from drivetrain_onebit.rule import OneBitRule, stays_zero
 
 if TYPE_CHECKING:
     from drivetrain.contracts import BucketSpec
 
 
-class OneBitAdam(UpdateRule):
+class OneBitAdam(OneBitRule):
     """1-bit Adam (Tang et al. 2021, https://arxiv.org/abs/2102.02888, algorithm 1).
 
     During the first ``freeze_step`` updates it is Adam without bias correction, with decoupled
@@ -34,8 +25,7 @@ class OneBitAdam(UpdateRule):
 
     A group may hold ``"exp_avg_mask"``, a tensor of zeros and ones that broadcasts to each of its
     parameters: after the warm-up, momenta stay 0 where it is 0. Elements whose second moment is
-    still 0 when it is frozen had no gradient so far; their momenta stay 0 by themselves, since
-    averaged signs would be divided by nearly nothing.
+    still 0 when it is frozen had no gradient so far; their momenta stay 0 by themselves.
 
     Args:
         communicator: carries the signs; over the axes that a bucket's gradients are summed over.
@@ -65,31 +55,13 @@ class OneBitAdam(UpdateRule):
         cuda_aware: bool = False,
         comm_backend_name: str = "nccl",
     ) -> None:
-        check_non_negative(lr=lr, eps=eps, weight_decay=weight_decay, freeze_step=freeze_step)
-        check_betas(betas)
-        if freeze_step != int(freeze_step):
-            raise ValueError(f"freeze_step must be a whole number, got {freeze_step}")
+        super().__init__(communicator, lr, betas, eps, weight_decay, freeze_step=freeze_step)
         if bias_correction:
             raise ValueError("bias_correction must be false: 1-bit Adam has none")
-        self.defaults = {
-            "lr": lr,
-            "betas": tuple(betas),
-            "eps": eps,
-            "weight_decay": weight_decay,
-        }
         self.freeze_step = int(freeze_step)
-        self._communicator = communicator
 
     def states(self, bucket: BucketSpec) -> Sequence[StateSpec]:
-        found = [StateSpec("exp_avg"), StateSpec("exp_avg_sq")]
-        workers = self._communicator.size(bucket.reduction)
-        if workers > 1:
-            chunk = chunk_size(bucket.numel, workers)
-            found += [
-                StateSpec("worker_error", torch.float32, numel=bucket.numel),
-                StateSpec("server_error", torch.float32, numel=chunk),
-            ]
-        return found
+        return [StateSpec("exp_avg"), StateSpec("exp_avg_sq"), *self.errors(bucket)]
 
     def wants_reduced(self, step: int) -> bool:
         return step <= self.freeze_step
@@ -116,19 +88,9 @@ class OneBitAdam(UpdateRule):
     ) -> None:
         """Take in this rank's gradient, and average what that makes of the momentum."""
         states = bucket.states
-        workers = self._communicator.size(bucket.reduction)
         momentum = states["exp_avg"].to(dtype)
-        # The scaled gradient is this rank's term of the sum, which is the mean of all ranks.
-        own = bucket.gradient.to(dtype) * scale * workers
-        momentum.lerp_(own, 1 - hyper["betas"][0])
-        if workers > 1:
-            tag = Tag(Purpose.STATE, bucket.key, "1-bit momentum")
-            errors = states["worker_error"], states["server_error"]
-            average_(momentum, *errors, self._communicator, bucket.reduction, tag)
-        momentum.masked_fill_(states["exp_avg_sq"] == 0, 0.0)
-        mask: torch.Tensor | None = hyper.get("exp_avg_mask")
-        if mask is not None:
-            for segment in bucket.segments:
-                segment.of(momentum).mul_(mask.to(momentum.device))
+        momentum.lerp_(self.own_gradient(bucket, scale, dtype), 1 - hyper["betas"][0])
+        self.average(momentum, bucket, "momentum")
+        momentum.masked_fill_(stays_zero(bucket, hyper), 0.0)
         if momentum is not states["exp_avg"]:
             states["exp_avg"].copy_(momentum)

@@ -8,10 +8,11 @@ worker for the whole tensor and the server of one chunk of it.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
+
+from drivetrain_onebit.signs import mean_signs, pack_signs
 
 if TYPE_CHECKING:
     from drivetrain.contracts import Axis, Communicator, Tag
@@ -55,50 +56,52 @@ def average_(
     chunk = chunk_size(numel, workers)
     width = _SCALE_BYTES + chunk // 8
 
-    signs, scale = _compress_(tensor.add_(worker_error), worker_error)
-    sent = _messages(signs, scale, rows=workers, chunk=chunk)
+    tensor.add_(worker_error)
+    packed, scale = _compress(tensor, worker_error)
+    sent = _messages(packed, scale, rows=workers, chunk=chunk)
     received = torch.empty_like(sent)
     communicator.all_to_all(received.view(-1), sent.view(-1), axis, tag)
 
     begin = min(communicator.rank(axis) * chunk, numel)
     held = min(chunk, numel - begin)
-    mean = _decode(received, tensor.dtype).mean(dim=0)[:held]
-    signs, scale = _compress_(mean.add_(server_error[:held]), server_error[:held])
+    mean = _mean(received, held).to(tensor.dtype).add_(server_error[:held])
+    packed, scale = _compress(mean, server_error[:held])
 
-    own = _messages(signs, scale, rows=1, chunk=chunk)
+    own = _messages(packed, scale, rows=1, chunk=chunk)
     gathered = own.new_empty(workers, width)
     communicator.all_gather(gathered.view(-1), own.view(-1), axis, tag)
-    tensor.copy_(_decode(gathered, tensor.dtype).view(-1)[:numel])
+    for server, row in enumerate(gathered):
+        part = tensor[server * chunk : (server + 1) * chunk]
+        part.copy_(_mean(row[None], part.numel()))
 
 
-def _compress_(values: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Signs [n] (true from 0 on), fp32 scale of ``values`` [n]; the rest goes to ``error``."""
-    scale = torch.linalg.vector_norm(values).div(max(values.numel(), 1) ** 0.5).float()
-    signs = values >= 0
-    error.copy_(values - torch.where(signs, scale, -scale))
-    return signs, scale
+def message_bytes(numel: int, workers: int) -> int:
+    """Bytes that one rank sends in :func:`average_`: messages to all others, twice."""
+    return 2 * (workers - 1) * (_SCALE_BYTES + chunk_size(numel, workers) // 8)
 
 
-def _messages(signs: torch.Tensor, scale: torch.Tensor, *, rows: int, chunk: int) -> torch.Tensor:
+def _compress(values: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed signs and fp32 scale [1] of ``values`` [n]; the rest goes to ``error``."""
+    norm = torch.linalg.vector_norm(values)
+    scale = norm.div(max(values.numel(), 1) ** 0.5).float().view(1)
+    if values.dtype == torch.float32 == error.dtype:
+        return pack_signs(values, scale, error), scale
+    rest = torch.empty_like(values)
+    packed = pack_signs(values, scale.to(values.dtype), rest)
+    error.copy_(rest)
+    return packed, scale
+
+
+def _messages(packed: torch.Tensor, scale: torch.Tensor, *, rows: int, chunk: int) -> torch.Tensor:
     """Rows of bytes, one per chunk of the (padded) signs."""
-    bits = signs.new_zeros(rows * chunk, dtype=torch.uint8)
-    bits[: signs.numel()] = signs
-    place = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=signs.device)
-    packed = (bits.view(rows, chunk // 8, 8) * place).sum(dim=-1, dtype=torch.uint8)
-    head = scale.view(1).view(torch.uint8).expand(rows, _SCALE_BYTES)
-    return torch.cat([head, packed], dim=1)
+    body = packed.new_zeros(rows * chunk // 8)
+    body[: packed.numel()] = packed
+    head = scale.view(torch.uint8).expand(rows, _SCALE_BYTES)
+    return torch.cat([head, body.view(rows, -1)], dim=1)
 
 
-def _decode(messages: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Scaled signs [rows, chunk] of messages [rows, bytes]."""
-    scales = messages[:, :_SCALE_BYTES].contiguous().view(torch.float32).to(dtype)
-    packed = messages[:, _SCALE_BYTES:]
-    signs = _signs_of_bytes(messages.device, dtype)[packed.to(torch.int32)]
-    return signs.view(messages.shape[0], -1) * scales
-
-
-@lru_cache(maxsize=8)
-def _signs_of_bytes(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The eight signs [256, 8] of every byte, as -1 and 1."""
-    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
-    return (2 * bits - 1).to(dtype)
+def _mean(messages: torch.Tensor, numel: int) -> torch.Tensor:
+    """The fp32 mean [numel] of the scaled signs of messages [rows, bytes]."""
+    scales = messages[:, :_SCALE_BYTES].reshape(-1).clone().view(torch.float32)
+    packed = messages[:, _SCALE_BYTES : _SCALE_BYTES + -(-numel // 8)].contiguous()
+    return mean_signs(packed, scales, numel)

@@ -179,6 +179,13 @@ class UpdateRule(ABC):
             gradient.zero_()
         self.update(bucket, hyper, scale)
 
+    def settle(self, bucket: BucketView, hyper: Hyper) -> None:  # noqa: B027 - most need not
+        """Make what ranks have copies of equal, before it is saved or moved. Collective.
+
+        For rules between whose synchronisations ranks have different weights and states.
+        ``bucket.gradient`` is empty, and ``bucket.step`` the number of the last update.
+        """
+
     def rule_for(self, parameter: nn.Parameter, info: ParameterInfo) -> UpdateRule:
         """Return the rule for one parameter: this one, by default (Muon hands some to Adam)."""
         return self
@@ -227,6 +234,9 @@ class WrappedRule(UpdateRule):
             self._others[inner] = copy.copy(self)
             WrappedRule.__init__(self._others[inner], inner)
         return self._others.get(inner, self)
+
+    def settle(self, bucket: BucketView, hyper: Hyper) -> None:
+        self.rule.settle(bucket, hyper)
 
     def wants_reduced(self, step: int) -> bool:
         return self.rule.wants_reduced(step)

@@ -71,6 +71,9 @@ class StateHome(ABC):
     def refresh(self) -> None:
         """Make masters anew from the parameters, which someone changed (a load, a client)."""
 
+    def settle(self, hyper: Hyper) -> None:  # noqa: B027 - rules that need it have core's home
+        """Run :meth:`UpdateRule.settle`. Collective."""
+
     def flush(self) -> None:  # noqa: B027 - for homes that update in line
         """Finish whatever is under way, so that fragments show a consistent state."""
 

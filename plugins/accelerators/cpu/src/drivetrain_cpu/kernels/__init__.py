@@ -13,7 +13,7 @@ from drivetrain_kernels import Op, Provider, ops
 from drivetrain_kernels.native import NativeLibrary
 
 from drivetrain_cpu.instruction_sets import InstructionSet, compilable, selected
-from drivetrain_cpu.kernels import copies, quantization, serving, updates
+from drivetrain_cpu.kernels import copies, quantization, serving, signs, updates
 from drivetrain_cpu.kernels.call import Bind, all_native
 from drivetrain_cpu.openmp import share_openmp
 
@@ -26,6 +26,7 @@ SOURCES = (
     "attention",
     "decoder",
     "linear",
+    "signs",
     "shared_group",
     "collectives",
 )
@@ -46,6 +47,7 @@ _BINDINGS: dict[str, Bind] = {
     **copies.BINDINGS,
     **quantization.BINDINGS,
     **serving.BINDINGS,
+    **signs.BINDINGS,
     **updates.BINDINGS,
 }
 
