@@ -64,7 +64,12 @@ def build(name: str, dropout: float = 0.0, **changes: Any) -> nn.Module:
     return build_class(kind, {**settings, **changes}, dropout)
 
 
-def build_class(kind: str, settings: dict[str, Any], dropout: float = 0.0) -> nn.Module:
+def build_class(
+    kind: str,
+    settings: dict[str, Any],
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float64,
+) -> nn.Module:
     """A model of a class of Transformers; all dropout is set to one probability."""
     torch.manual_seed(0)
     model_type = getattr(transformers, kind)
@@ -73,7 +78,7 @@ def build_class(kind: str, settings: dict[str, Any], dropout: float = 0.0) -> nn
         if isinstance(value, float) and ("drop" in key or key.endswith("_pdrop")):
             setattr(config, key, dropout)
     config._experts_implementation = "eager"  # torch multiplies groups in float32 only
-    model: nn.Module = model_type(config).double()
+    model: nn.Module = model_type(config).to(dtype)
     return model
 
 

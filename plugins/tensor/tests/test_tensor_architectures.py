@@ -36,6 +36,7 @@ CLASSES = (
         "DistilBertForMaskedLM",
         "ElectraForMaskedLM",
         "Exaone4ForCausalLM",
+        "FalconForCausalLM",
     ],
     *["GemmaForCausalLM", "GlmForCausalLM", "GPT2LMHeadModel", "GPTNeoForCausalLM"],
     *["GPTNeoXForCausalLM", "GPTJForCausalLM", "GraniteForCausalLM", "HeliumForCausalLM"],
@@ -45,8 +46,11 @@ CLASSES = (
     *["SmolLM3ForCausalLM", "StableLmForCausalLM", "Starcoder2ForCausalLM"],
     *[
         "T5ForConditionalGeneration",
+        "XGLMForCausalLM",
     ],
 )
+SINGLE = ("XGLMForCausalLM",)
+"""Classes whose forward fails in float64: it fills a float32 tensor with the least float64."""
 
 
 def settings(kind: str) -> dict[str, Any]:
@@ -54,16 +58,29 @@ def settings(kind: str) -> dict[str, Any]:
     import transformers
 
     config = getattr(transformers, kind).config_class()
-    small = {key: value for key, value in SMALL.items() if hasattr(config, key)}
+    small = {key: value for key, value in SMALL.items() if _is_set(config, key)}
     if kind == "GPTNeoForCausalLM":
         small["attention_types"] = [[["global", "local"], 1]]
     return small | SPECIAL
 
 
+def built(kind: str) -> Any:
+    return build_class(
+        kind, settings(kind), dtype=torch.float32 if kind in SINGLE else torch.float64
+    )
+
+
+def _is_set(config: Any, key: str) -> bool:
+    """Whether a config has ``key``, and does not compute it from others."""
+    of_class = getattr(type(config), key, None)
+    computed = isinstance(of_class, property) and of_class.fset is None
+    return hasattr(config, key) and not computed
+
+
 def trained(kinds: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for kind in kinds:
-        engine = make(build_class(kind, settings(kind)), 2)
+        engine = make(built(kind), 2)
         losses = []
         for step in range(2):
             loss = loss_of(engine, step)
@@ -85,6 +102,6 @@ def test_an_architecture_trains_on_two_ranks_as_on_one(kind: str) -> None:
     for result in run_distributed(trained, 2, (kind,)):
         losses, cut = result[kind]
         torch.manual_seed(0)
-        expected = reference(build_class(kind, settings(kind)), 2)
-        assert losses == pytest.approx(expected, rel=1e-6)
+        expected = reference(built(kind), 2)
+        assert losses == pytest.approx(expected, rel=1e-5 if kind in SINGLE else 1e-6)
         assert cut >= 4

@@ -189,16 +189,23 @@ def _without_wide(reach: torch.Tensor, fans: torch.Tensor) -> Iterator[torch.Ten
     """What decides on groups: all outputs, or all but those that would join groups.
 
     These are gathered, so that there are as few of them as possible: less than those that stay, or
-    all that reach everything, as queries and keys do if a norm goes over all heads.
+    all that reach everything, as queries and keys do if a norm goes over all heads. Outputs are
+    told apart by how many inputs they reach and how many others reach the same: a value that all
+    heads read may reach as many as a query does, where a head has as many features as there are.
     """
     live = fans > 0
-    widths = [int(fan) for fan in torch.unique(fans[live])]
+    _, pattern, alike = torch.unique(reach, dim=0, return_inverse=True, return_counts=True)
+    kinds = torch.stack([fans, alike[pattern]], 1)
+    widths = torch.unique(kinds[live], dim=0)
     found: list[tuple[int, int, torch.Tensor]] = []
     for count in range(min(len(widths), _WIDTHS)):
         for wide in combinations(widths, count):
-            gone = live & torch.isin(fans, torch.tensor(wide, dtype=fans.dtype))
+            gone = torch.zeros_like(live)
+            for kind in wide:
+                gone |= live & (kinds == kind).all(1)
             kept = reach[live & ~gone]
-            few = 2 * int(gone.sum()) <= int(live.sum()) or set(wide) == {reach.shape[1]}
+            of_all = count > 0 and all(int(kind[0]) == reach.shape[1] for kind in wide)
+            few = 2 * int(gone.sum()) <= int(live.sum()) or of_all
             if few and bool(kept.any(0).all()):
                 found.append((int(gone.sum()), len(found), kept))
     yield from (kept for _, _, kept in sorted(found, key=lambda each: each[:2]))

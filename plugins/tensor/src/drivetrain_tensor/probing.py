@@ -129,7 +129,7 @@ class Probe:
             trace.calls.append(Call(product, x, y))
             if product is last and number == limit:
                 raise Reached
-            return y
+            return y.clone() if gradients else y  # as a model may change it in place
 
         args, kwargs = tree_map(lambda leaf: _repeated(leaf, batch), (self.args, self.kwargs))
         with self._answering(respond), torch.set_grad_enabled(gradients), evaluating(self.model):
