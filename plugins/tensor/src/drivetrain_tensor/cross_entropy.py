@@ -18,10 +18,11 @@ def vocab_parallel_cross_entropy(
     start: int,
     tp: Functional,
     ignore_index: int = -100,
+    vocabulary: int | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of each target, the same on all ranks. Collective.
 
-    Three all-reduces of one number for each target take the place of a gather of all logits
+    All-reduces of three numbers for each target take the place of a gather of all logits
     (Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3).
 
     Args:
@@ -30,10 +31,17 @@ def vocab_parallel_cross_entropy(
         start: this rank's first token.
         tp: the ranks.
         ignore_index: targets without a loss, nor a gradient.
+        vocabulary: tokens of all ranks; ``None`` leaves it unchecked that targets are among them.
 
     Returns:
         [...] in float32, or float64 where logits are.
+
+    Raises:
+        IndexError: a target is no token, on every rank. On other devices than the host torch stops
+            the program later.
     """
+    if vocabulary is not None:
+        _check(target, vocabulary, ignore_index)
     loss: torch.Tensor = _CrossEntropy.apply(logits, target, start, tp, ignore_index)  # type: ignore[no-untyped-call]
     return loss
 
@@ -72,6 +80,17 @@ class _CrossEntropy(torch.autograd.Function):
         result.scatter_add_(-1, index.unsqueeze(-1), -own)
         gradient = gradient.masked_fill(target == ctx.ignore_index, 0)
         return (result * gradient.unsqueeze(-1)).to(ctx.dtype), None, None, None, None
+
+
+def _check(target: torch.Tensor, vocabulary: int, ignore_index: int) -> None:
+    wrong = ((target < 0) | (target >= vocabulary)) & (target != ignore_index)
+    if target.device.type != "cpu":
+        torch._assert_async(~wrong.any())
+    elif bool(wrong.any()):
+        raise IndexError(
+            f"target {int(target[wrong][0])} is out of bounds: there are {vocabulary} tokens, and "
+            f"ignore_index is {ignore_index}"
+        )
 
 
 def _own(target: torch.Tensor, start: int, extent: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from drivetrain.communication.functional import Functional
+from drivetrain_tensor.lazy_logits import lazy
 from drivetrain_tensor.overlap import MATRIX, Overlapped
 
 if TYPE_CHECKING:
@@ -33,6 +34,22 @@ class Shared:
         return self
 
 
+class Entered(NamedTuple):
+    """What has come into a region.
+
+    Args:
+        x: the tensor, which a model may change in place between two layers that read it.
+        version: what torch counts such changes with.
+        y: the tensor as layers multiply it.
+        overlapped: the sum of its gradients, if that is not autograd's.
+    """
+
+    x: torch.Tensor
+    version: int
+    y: torch.Tensor
+    overlapped: Overlapped | None
+
+
 class Lane(Shared):
     """One region while it computes: what its layers share.
 
@@ -47,7 +64,7 @@ class Lane(Shared):
     ) -> None:
         self.tp, self.random, self.overlap = tp, random, overlap
         self._stack: ExitStack | None = None
-        self._entered: tuple[torch.Tensor, torch.Tensor, Overlapped | None] | None = None
+        self._entered: Entered | None = None
 
     def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, Overlapped | None]:
         """f: once for each tensor that several layers read."""
@@ -55,11 +72,12 @@ class Lane(Shared):
             self._stack.enter_context(self.random.fork(STREAM))
         if not (torch.is_grad_enabled() and x.requires_grad):
             return x, None
-        if self._entered is None or self._entered[0] is not x:
+        found = self._entered
+        if found is None or found.x is not x or found.version != x._version:
             overlapped = Overlapped(self.tp) if self.overlap else None
             y = self.tp.copy(x) if overlapped is None else overlapped.enter(x)
-            self._entered = (x, y, overlapped)
-        return self._entered[1], self._entered[2]
+            found = self._entered = Entered(x, x._version, y, overlapped)
+        return found.y, found.overlapped
 
     def leave(self) -> None:
         """Draw what is common to all ranks again, and forget what has come in."""
@@ -105,6 +123,10 @@ class Columns(Shared):
         everything = list(range(longest * lane.tp.size))
         self._in_order = order is not None and own == 0 and order.tolist() == everything
 
+    def output(self, y: torch.Tensor) -> torch.Tensor:
+        """What the layer returns."""
+        return self.assemble(y)
+
     def assemble(self, y: torch.Tensor) -> torch.Tensor:
         """Outputs that this rank goes on with."""
         if self.order is None:
@@ -120,6 +142,42 @@ class Columns(Shared):
         return torch.cat([own, every], -1).index_select(-1, self.order.to(y.device))
 
 
+class TokenColumns(Columns):
+    """What a head that is cut by tokens needs: all ranks go on with all logits.
+
+    Args:
+        lane: its region.
+        kind: how its weight lies.
+        longest: most tokens that a rank has.
+        order: of tokens, in what is gathered.
+        start: this rank's first token.
+        extent: tokens of the vocabulary.
+        lazy: whether logits are gathered when they are read, rather than at once.
+    """
+
+    def __init__(
+        self,
+        lane: Lane,
+        kind: Kind,
+        longest: int,
+        order: torch.Tensor,
+        *,
+        start: int,
+        extent: int,
+        lazy: bool,
+    ) -> None:
+        super().__init__(lane, kind, 0, longest, order, replicated=True)
+        self.tp, self.start, self.extent, self.lazy = lane.tp, start, extent, lazy
+
+    def output(self, y: torch.Tensor) -> torch.Tensor:
+        """All logits. In evaluation they are gathered at once, since one rank alone may read them;
+        a compiler does not trace through those that are not.
+        """
+        if self.lazy and y.requires_grad and not torch.compiler.is_compiling():
+            return lazy(y, self)
+        return self.assemble(y)
+
+
 class ColumnLayer(nn.Module):
     """Mixed in: a layer that computes some of its outputs."""
 
@@ -131,8 +189,8 @@ class ColumnLayer(nn.Module):
         columns = self.tensor_columns
         x, overlapped = columns.lane.enter(x)
         if overlapped is not None:
-            return columns.assemble(overlapped.product(x, self.weight, self.bias, columns.kind))
-        return columns.assemble(product(x, self.weight, self.bias, columns.kind))
+            return columns.output(overlapped.product(x, self.weight, self.bias, columns.kind))
+        return columns.output(product(x, self.weight, self.bias, columns.kind))
 
 
 class Rows(Shared):

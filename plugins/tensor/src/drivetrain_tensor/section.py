@@ -100,6 +100,11 @@ class TensorParallelSection(Section):
     vocabulary: Bool = Field(
         default=True, description="Also cut embeddings of tokens and the heads that belong to them."
     )
+    vocabulary_loss: Bool = Field(
+        default=True,
+        description="Compute cross-entropies from parts of the vocabulary. Logits are gathered "
+        "when something else reads them, on every rank along `tp`; `false` gathers them at once.",
+    )
     check: Bool = Field(
         default=True,
         description="Compare the cut model with the whole one on a small sample, before training.",

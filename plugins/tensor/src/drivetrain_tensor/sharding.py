@@ -24,6 +24,7 @@ from drivetrain_tensor.layers import (
     SeededModule,
     Table,
     TableLayer,
+    TokenColumns,
     take_over,
 )
 from drivetrain_tensor.layout import Outputs, Part, Runs, length, shares
@@ -44,10 +45,13 @@ class Sharding:
         job: its axis ``tp`` shares the layers out.
         model: changed in place.
         overlap: whether gradients of inputs are summed while those of weights are computed.
+        lazy: whether logits are gathered when something other than their loss reads them.
     """
 
-    def __init__(self, job: Job, model: nn.Module, *, overlap: bool = False) -> None:
-        self._job, self._model, self._overlap = job, model, overlap
+    def __init__(
+        self, job: Job, model: nn.Module, *, overlap: bool = False, lazy: bool = True
+    ) -> None:
+        self._job, self._model, self._overlap, self._lazy = job, model, overlap, lazy
         self._rank = job.mesh.coordinate(AXIS)
         tag = Tag(Purpose.ACTIVATION, site="tensor parallel")
         self._tp = functional(job.communicator, AXIS, tag)
@@ -112,21 +116,36 @@ class Sharding:
             if AXIS not in axes:
                 info.reduction = (*axes, AXIS)
 
-    def _column(
-        self, product: Product, outputs: Outputs, lane: Lane, *, replicated: bool = False
-    ) -> None:
-        kept, own = outputs.kept[self._rank], outputs.own[self._rank]
-        longest = max(length(k) - o for k, o in zip(outputs.kept, outputs.own, strict=True))
+    def _column(self, product: Product, outputs: Outputs, lane: Lane) -> None:
         order = outputs.order[self._rank]
         picked = None if order is None else torch.tensor(order)
+        own, longest = outputs.own[self._rank], _longest(outputs)
+        self._take_columns(product, outputs, Columns(lane, product.kind, own, longest, picked))
+
+    def _head(self, product: Product, lane: Lane) -> None:
+        ranks = self._job.mesh.size(AXIS)
+        outputs = Outputs.of([tuple(range(ranks))] * product.outputs, ranks)
+        order = outputs.order[self._rank]
+        assert order is not None
+        columns = TokenColumns(
+            lane,
+            product.kind,
+            _longest(outputs),
+            torch.tensor(order),
+            start=shares(product.outputs, ranks)[self._rank][0],
+            extent=product.outputs,
+            lazy=self._lazy,
+        )
+        self._take_columns(product, outputs, columns)
+
+    def _take_columns(self, product: Product, outputs: Outputs, columns: Columns) -> None:
+        kept = outputs.kept[self._rank]
         self._keep(product.weight, product.out_dim, kept)
         if product.bias is not None:
             self._keep(product.bias, 0, kept)
         module: Any = product.module
         take_over(module, ColumnLayer)
-        module.tensor_columns = Columns(
-            lane, product.kind, own, longest, picked, replicated=replicated
-        )
+        module.tensor_columns = columns
         if hasattr(module, "out_features"):
             module.out_features = length(kept)
 
@@ -144,9 +163,7 @@ class Sharding:
         ranks = self._job.mesh.size(AXIS)
         rows = vocabulary.tables[0].inputs  # of the client's tensor, which is cut below
         for product in vocabulary.heads:
-            everyone = tuple(range(ranks))
-            outputs = Outputs.of([everyone] * product.outputs, ranks)
-            self._column(product, outputs, lane, replicated=True)
+            self._head(product, lane)
         for product in vocabulary.tables:
             start, stop = shares(rows, ranks)[self._rank]
             self._table(product.module, start, stop)
@@ -176,3 +193,8 @@ class Sharding:
         for module, name in places:
             module._parameters[name] = new
         self._cut.add(id(new))
+
+
+def _longest(outputs: Outputs) -> int:
+    """Most features that a rank gives to those that are gathered."""
+    return max(length(k) - o for k, o in zip(outputs.kept, outputs.own, strict=True))
