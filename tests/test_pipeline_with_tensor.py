@@ -163,4 +163,5 @@ def test_models_of_transformers_train_as_they_are() -> None:
     for found in run_distributed(run_transformers, 4, timeout=200):
         for name, curve in expected.items():
             for point, want in zip(found[name], curve, strict=True):
-                assert point == pytest.approx(want, rel=1e-8), name
+                # these models compute losses in float32
+                assert point == pytest.approx(want, rel=2e-6), name
