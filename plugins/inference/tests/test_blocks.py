@@ -6,7 +6,7 @@ import random
 
 import pytest
 from drivetrain_inference import BlockManager, OutOfBlocksError
-from drivetrain_inference.blocks import BlockTable
+from drivetrain_inference.cache.blocks import BlockTable
 
 
 def filled(manager, tokens):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from drivetrain_inference import Sampler, SamplingParams, serve
 from drivetrain_inference.requests import Sequence
-from drivetrain_inference.sampler import warped
+from drivetrain_inference.sampling.sampler import warped
 from tiny_decoders import decoder
 from transformers import (
     MinPLogitsWarper,

@@ -10,13 +10,13 @@ from drivetrain.lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "blocks": "BlockManager OutOfBlocksError",
+        "cache.blocks": "BlockManager OutOfBlocksError",
         "engine": "InferenceEngine QueueFullError",
-        "formats": "Int4 Int8",
+        "weights.grouped": "Int4 Int8",
         "loading": "load_model load_tokenizer serve",
         "ragged": "RaggedEngine SchedulingError SchedulingResult",
         "requests": "Completion Progress SamplingParams TokenLogprobs",
-        "sampler": "Sampler",
+        "sampling.sampler": "Sampler",
         "scheduler": "Scheduler",
         "section": "InferenceSection",
         "streaming": "AsyncEngine EngineStoppedError",

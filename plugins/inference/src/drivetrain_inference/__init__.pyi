@@ -1,9 +1,7 @@
-from drivetrain_inference.blocks import BlockManager as BlockManager
-from drivetrain_inference.blocks import OutOfBlocksError as OutOfBlocksError
+from drivetrain_inference.cache.blocks import BlockManager as BlockManager
+from drivetrain_inference.cache.blocks import OutOfBlocksError as OutOfBlocksError
 from drivetrain_inference.engine import InferenceEngine as InferenceEngine
 from drivetrain_inference.engine import QueueFullError as QueueFullError
-from drivetrain_inference.formats import Int4 as Int4
-from drivetrain_inference.formats import Int8 as Int8
 from drivetrain_inference.loading import load_model as load_model
 from drivetrain_inference.loading import load_tokenizer as load_tokenizer
 from drivetrain_inference.loading import serve as serve
@@ -14,8 +12,10 @@ from drivetrain_inference.requests import Completion as Completion
 from drivetrain_inference.requests import Progress as Progress
 from drivetrain_inference.requests import SamplingParams as SamplingParams
 from drivetrain_inference.requests import TokenLogprobs as TokenLogprobs
-from drivetrain_inference.sampler import Sampler as Sampler
+from drivetrain_inference.sampling.sampler import Sampler as Sampler
 from drivetrain_inference.scheduler import Scheduler as Scheduler
 from drivetrain_inference.section import InferenceSection as InferenceSection
 from drivetrain_inference.streaming import AsyncEngine as AsyncEngine
 from drivetrain_inference.streaming import EngineStoppedError as EngineStoppedError
+from drivetrain_inference.weights.grouped import Int4 as Int4
+from drivetrain_inference.weights.grouped import Int8 as Int8

@@ -13,13 +13,14 @@ from torch import nn
 
 from drivetrain.contracts import InferenceRequest
 from drivetrain.errors import ConfigError, DrivetrainError
-from drivetrain_inference import loading, models
+from drivetrain_inference import loading
 from drivetrain_inference import requests as asked
-from drivetrain_inference.blocks import BlockManager
-from drivetrain_inference.cache import PagedCache
+from drivetrain_inference.cache.blocks import BlockManager
+from drivetrain_inference.cache.paged import PagedCache
+from drivetrain_inference.models import choice
 from drivetrain_inference.ragged import RaggedEngine, SchedulingResult
 from drivetrain_inference.requests import Completion, Progress, SamplingParams
-from drivetrain_inference.sampler import Sampler
+from drivetrain_inference.sampling.sampler import Sampler
 from drivetrain_inference.scheduler import Scheduler
 from drivetrain_inference.section import InferenceSection
 from drivetrain_inference.text import GrowingText
@@ -68,7 +69,7 @@ class InferenceEngine:
         self.context = loading.context_of(module, request.context, section.max_context)
         self.stop_tokens = loading.stop_tokens_of(module) | set(request.stop_tokens)
         self._form = form
-        model, self._plain = models.choose(
+        model, self._plain = choice.choose(
             module, section.fast_path, context=self.context, form=form
         )
         size = section.block_size
@@ -250,7 +251,7 @@ class InferenceEngine:
         if self.busy or self.ragged.tables:
             raise ConfigError("weights can be updated between requests only; some are running")
         self._plain.close()
-        self.ragged.model, self._plain = models.choose(
+        self.ragged.model, self._plain = choice.choose(
             self.module, self.section.fast_path, context=self.context, form=self._form
         )
         self.scheduler.blocks.forget()
@@ -278,7 +279,7 @@ class InferenceEngine:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _number_of_blocks(self, model: models.Model) -> int:
+    def _number_of_blocks(self, model: choice.Model) -> int:
         size, section = self.section.block_size, self.section
         each = PagedCache.bytes_per_block(model.layers, size, model.dtype)
         useful = -(-self.context // size) * section.max_sequences

@@ -8,9 +8,9 @@ from enum import IntEnum
 import torch
 
 from drivetrain.errors import ConfigError, DrivetrainError
-from drivetrain_inference.blocks import BlockManager, BlockTable
-from drivetrain_inference.cache import PagedCache, RaggedBatch
-from drivetrain_inference.models import Model
+from drivetrain_inference.cache.blocks import BlockManager, BlockTable
+from drivetrain_inference.cache.paged import PagedCache, RaggedBatch
+from drivetrain_inference.models.choice import Model
 
 
 class SchedulingResult(IntEnum):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from drivetrain.contracts import Completion, Progress, TokenLogprobs
 from drivetrain.contracts.loop.inference import FinishReason
 from drivetrain.errors import ConfigError
-from drivetrain_inference.blocks import BlockTable
+from drivetrain_inference.cache.blocks import BlockTable
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from drivetrain_inference.blocks import BlockManager
+from drivetrain_inference.cache.blocks import BlockManager
 from drivetrain_inference.requests import Sequence
 
 

@@ -13,7 +13,7 @@ from drivetrain_kernels.ops.decoder import ADD_RMS_NORM, GATED_ACTIVATION, ROTAR
 from drivetrain_kernels.ops.paged_attention import PAGED_ATTENTION
 
 from drivetrain.contracts import WeightFormat
-from drivetrain_inference.cache import LayerSpec, PagedCache, RaggedBatch
+from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
 from drivetrain_inference.fast.projections import Projection, joined
 from drivetrain_inference.fast.structure import Block, Structure, UnlikeError, norm_eps
 

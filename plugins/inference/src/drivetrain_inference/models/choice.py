@@ -10,11 +10,11 @@ from torch import nn
 
 from drivetrain.contracts import WeightFormat
 from drivetrain.errors import ConfigError
-from drivetrain_inference.blocks import BlockTable
-from drivetrain_inference.cache import LayerSpec, PagedCache, RaggedBatch
+from drivetrain_inference.cache.blocks import BlockTable
+from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
 from drivetrain_inference.fast.model import FastModel
 from drivetrain_inference.fast.structure import UnlikeError, recognise
-from drivetrain_inference.plain_model import PlainModel
+from drivetrain_inference.models.plain import PlainModel
 
 logger = logging.getLogger("drivetrain.inference")
 

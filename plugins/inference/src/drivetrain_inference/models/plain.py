@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from drivetrain_inference.attention import PagedAttention
-from drivetrain_inference.cache import LayerSpec, PagedCache, RaggedBatch
+from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
+from drivetrain_inference.models.attention import PagedAttention
 
 
 class PlainModel:

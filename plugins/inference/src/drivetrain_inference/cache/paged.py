@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from drivetrain_inference.blocks import BlockTable
+from drivetrain_inference.cache.blocks import BlockTable
 
 
 @dataclass(frozen=True)

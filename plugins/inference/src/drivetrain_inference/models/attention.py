@@ -11,7 +11,7 @@ from drivetrain_kernels import paged_attention
 from torch import nn
 
 from drivetrain.errors import ConfigError
-from drivetrain_inference.cache import LayerSpec, PagedCache, RaggedBatch
+from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
 
 _numbers = count()
 _HARMLESS = ("dropout", "is_causal", "position_ids", "cache_position", "output_attentions")

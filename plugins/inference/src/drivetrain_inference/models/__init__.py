@@ -1,0 +1,1 @@
+"""Ways to compute a module over a paged cache."""

@@ -1,0 +1,1 @@
+"""Weights that lie in memory otherwise than as plain tensors."""
