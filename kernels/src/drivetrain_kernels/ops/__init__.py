@@ -2,10 +2,12 @@
 
 from drivetrain_kernels.ops.adagrad import adagrad
 from drivetrain_kernels.ops.adam import adam
+from drivetrain_kernels.ops.block_linear import block_linear
 from drivetrain_kernels.ops.copy import cast_copy, flatten, unflatten
 from drivetrain_kernels.ops.decoder import add_rms_norm, gated_activation, rotary_to_cache
 from drivetrain_kernels.ops.lamb import lamb
 from drivetrain_kernels.ops.linear import pack_panels, packed_linear, quantized_linear
+from drivetrain_kernels.ops.minifloat_linear import minifloat_linear
 from drivetrain_kernels.ops.momentum import lion, sgd
 from drivetrain_kernels.ops.norm import norm_squared
 from drivetrain_kernels.ops.paged_attention import paged_attention
@@ -16,6 +18,7 @@ __all__ = [
     "adagrad",
     "adam",
     "add_rms_norm",
+    "block_linear",
     "cast_copy",
     "dequantize",
     "dequantize_reduce_quantize",
@@ -24,6 +27,7 @@ __all__ = [
     "lamb",
     "lion",
     "mean_signs",
+    "minifloat_linear",
     "norm_squared",
     "pack_panels",
     "pack_signs",

@@ -12,7 +12,9 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "cache.blocks": "BlockManager OutOfBlocksError",
         "engine": "InferenceEngine QueueFullError",
+        "weights.blocks": "Q40 Q41 Q80 W8A8",
         "weights.grouped": "Int4 Int8",
+        "weights.minifloats": "Fp6 Fp8",
         "loading": "load_model load_tokenizer serve",
         "ragged": "RaggedEngine SchedulingError SchedulingResult",
         "requests": "Completion Progress SamplingParams TokenLogprobs",

@@ -17,5 +17,11 @@ from drivetrain_inference.scheduler import Scheduler as Scheduler
 from drivetrain_inference.section import InferenceSection as InferenceSection
 from drivetrain_inference.streaming import AsyncEngine as AsyncEngine
 from drivetrain_inference.streaming import EngineStoppedError as EngineStoppedError
+from drivetrain_inference.weights.blocks import Q40 as Q40
+from drivetrain_inference.weights.blocks import Q41 as Q41
+from drivetrain_inference.weights.blocks import Q80 as Q80
+from drivetrain_inference.weights.blocks import W8A8 as W8A8
 from drivetrain_inference.weights.grouped import Int4 as Int4
 from drivetrain_inference.weights.grouped import Int8 as Int8
+from drivetrain_inference.weights.minifloats import Fp6 as Fp6
+from drivetrain_inference.weights.minifloats import Fp8 as Fp8

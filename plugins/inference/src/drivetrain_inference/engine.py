@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,9 +24,6 @@ from drivetrain_inference.sampling.sampler import Sampler
 from drivetrain_inference.scheduler import Scheduler
 from drivetrain_inference.section import InferenceSection
 from drivetrain_inference.text import GrowingText
-
-if TYPE_CHECKING:
-    from drivetrain.contracts import WeightFormat
 
 Prompt = str | Sequence[int]
 
@@ -50,7 +47,7 @@ class InferenceEngine:
         module: a causal language model of Transformers with values. It is read, never changed.
         section: limits and choices.
         request: tokenizer and stop tokens.
-        form: format of the blocks' matrices, or ``None``.
+        formats: how weights lie in memory.
 
     Raises:
         ConfigError: the module cannot be served over a paged cache, or the cache would be too
@@ -63,14 +60,14 @@ class InferenceEngine:
         section: InferenceSection,
         request: InferenceRequest,
         *,
-        form: WeightFormat | None = None,
+        formats: choice.Formats | None = None,
     ) -> None:
         self.module, self.section, self.tokenizer = module, section, request.tokenizer
         self.context = loading.context_of(module, request.context, section.max_context)
         self.stop_tokens = loading.stop_tokens_of(module) | set(request.stop_tokens)
-        self._form = form
+        self._formats = formats or choice.Formats()
         model, self._plain = choice.choose(
-            module, section.fast_path, context=self.context, form=form
+            module, section.fast_path, context=self.context, formats=self._formats
         )
         size = section.block_size
         blocks = BlockManager(
@@ -252,7 +249,7 @@ class InferenceEngine:
             raise ConfigError("weights can be updated between requests only; some are running")
         self._plain.close()
         self.ragged.model, self._plain = choice.choose(
-            self.module, self.section.fast_path, context=self.context, form=self._form
+            self.module, self.section.fast_path, context=self.context, formats=self._formats
         )
         self.scheduler.blocks.forget()
 

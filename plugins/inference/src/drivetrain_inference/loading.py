@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -17,10 +18,13 @@ from drivetrain.job.job import Job
 from drivetrain.plan.plan import Plan
 
 if TYPE_CHECKING:
-    from drivetrain.contracts import WeightFormat
     from drivetrain_inference.engine import InferenceEngine
+    from drivetrain_inference.models.choice import Formats
+    from drivetrain_inference.section import InferenceSection
 
 DEFAULT_CONTEXT = 2048
+_SOURCES: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
+"""Files that modules were loaded from."""
 
 
 def serve(
@@ -100,6 +104,7 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be loaded as a language model: {error}") from error
+    _SOURCES[model] = path
     return model.eval()
 
 
@@ -136,20 +141,27 @@ def vocabulary_of(module: nn.Module) -> int | None:
     return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 
-def weight_format(job: Job, name: str) -> WeightFormat | None:
-    """The weight format of that name; ``None`` for the empty one.
+def formats_of(job: Job, module: nn.Module, section: InferenceSection) -> Formats:
+    """How the section wants the weights of ``module`` to lie in memory.
 
     Raises:
-        ConfigError: no installed package has it.
+        ConfigError: no installed package has the format, or the module's source has not.
     """
+    from drivetrain_inference.models.choice import Formats
+
+    name = section.weight_format
     if not name:
-        return None
+        return Formats()
+    if name == "gguf":
+        from drivetrain_inference.weights.gguf import format_of_file
+
+        weight = next(module.parameters())
+        return Formats(format_of_file(_SOURCES.get(module), weight.dtype), head=True)
     entry = job.plan.registry.find("weight_formats", name)
     if entry is None:
-        known = ", ".join(sorted(job.plan.registry.names("weight_formats")))
+        known = ", ".join(sorted(["gguf", *job.plan.registry.names("weight_formats")]))
         raise ConfigError(f"inference.weight_format: {name!r} is not known; there are {known}")
-    form: WeightFormat = entry.load()()
-    return form
+    return Formats(entry.load()(), head=section.quantize_head)
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -25,10 +25,10 @@ class Inference(Plugin):
         self, job: Job, module: torch.nn.Module, request: InferenceRequest
     ) -> Generates:
         from drivetrain_inference.engine import InferenceEngine
-        from drivetrain_inference.loading import weight_format
+        from drivetrain_inference.loading import formats_of
 
         section = self.section(InferenceSection)
-        form = weight_format(job, section.weight_format)
-        engine = InferenceEngine(module, section, request, form=form)
+        formats = formats_of(job, module, section)
+        engine = InferenceEngine(module, section, request, formats=formats)
         job.on_close(engine.close)
         return engine

@@ -133,7 +133,8 @@ def init_inference(
     """An engine for a module; arguments are those of ``deepspeed.init_inference``.
 
     ``replace_with_kernel_inject`` asks for the fast path wherever there is one; without it the
-    module's own code runs. ``dtype`` int8 quantises the blocks' matrices. ``checkpoint`` is a
+    module's own code runs. ``dtype`` int8 rounds the blocks' matrices, and what
+    they are multiplied with, to 8 bits. ``checkpoint`` is a
     checkpoint of any layout, for a module on the meta device.
 
     Raises:
@@ -157,7 +158,7 @@ def init_inference(
     section: dict[str, Any] = {"max_context": settings["max_out_tokens"]}
     section["fast_path"] = "auto" if settings["replace_with_kernel_inject"] else "never"
     if dtype is torch.int8:
-        section |= {"weight_format": "int8", "fast_path": "always"}
+        section |= {"weight_format": "w8a8", "fast_path": "always"}
         dtype = None
     engine = serve(model, {"inference": section}, dtype=dtype, weights=settings["checkpoint"])
     return InferenceEngine(engine.module, engine)

@@ -43,7 +43,12 @@ class InferenceSection(Section):
         description="Whether decoders of a known structure run without their modules' code.",
     )
     weight_format: str = Field(
-        default="", description="Format of the blocks' matrices, such as int8; empty: as they are."
+        default="",
+        description="Format of the blocks' matrices, such as w8a8; `gguf` for those of the file; "
+        "empty: as they are.",
+    )
+    quantize_head: Bool = Field(
+        default=False, description="Whether the matrix that makes logits has that format, too."
     )
 
     @model_validator(mode="after")
@@ -55,4 +60,6 @@ class InferenceSection(Section):
             )
         if self.weight_format and self.fast_path == "never":
             raise ValueError("weight_format needs the fast path, and fast_path is never")
+        if self.quantize_head and not self.weight_format:
+            raise ValueError("quantize_head needs a weight_format, and there is none")
         return self

@@ -39,8 +39,14 @@ _AVX512_FLAGS = (
     "-mprefer-vector-width=512",
 )
 INSTRUCTION_SETS = (
-    # Products of bfloat16 pairs, which only matrix products use.
-    InstructionSet("avx512bf16", _X86, _AVX512 | {"avx512_bf16"}, (*_AVX512_FLAGS, "-mavx512bf16")),
+    # Products of bfloat16 pairs and of bytes, which only matrix products use. Every processor that
+    # has the former has the latter.
+    InstructionSet(
+        "avx512bf16",
+        _X86,
+        _AVX512 | {"avx512_bf16", "avx512_vnni"},
+        (*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"),
+    ),
     InstructionSet("avx512", _X86, _AVX512, _AVX512_FLAGS),
     InstructionSet("avx2", _X86, frozenset({"avx2", "f16c"}), ("-mavx2", "-mf16c")),
     # Every 64-bit ARM processor has NEON, and compilers use it without being told.

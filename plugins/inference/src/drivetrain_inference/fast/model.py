@@ -51,6 +51,7 @@ class FastModel:
         layers: what its attention modules do, in their order.
         context: positions that rotations are made for.
         form: format of the blocks' matrices; ``None``: as they are.
+        head: whether the matrix that makes logits has that format, too.
 
     Raises:
         UnlikeError: attention is of a kind that this way does not know.
@@ -63,6 +64,7 @@ class FastModel:
         *,
         context: int,
         form: WeightFormat | None = None,
+        head: bool = False,
     ) -> None:
         if len(layers) != len(structure.blocks):
             raise UnlikeError(f"{len(layers)} modules attend in {len(structure.blocks)} layers")
@@ -76,7 +78,7 @@ class FastModel:
         self._cosine, self._sine = _rotations(structure, self._embedding, context)
         self._blocks = [_Layer.of(block, form) for block in structure.blocks]
         self._norm, self._eps = _detached(structure.norm), norm_eps(structure.norm)
-        self._head = joined((structure.head,), None)
+        self._head = joined((structure.head,), form if head else None)
         self._kind = structure.activation
         kind = self.device.type
         self._add_norm = ADD_RMS_NORM.function(kind)

@@ -11,6 +11,7 @@ from drivetrain_kernels.registry import REFERENCE
 from torch import nn
 
 from drivetrain.contracts import WeightFormat
+from drivetrain_inference.weights.bound import BoundFormat
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """[rows, in] -> [rows, out]."""
@@ -46,9 +47,11 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
 
 def _in_format(form: WeightFormat, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
     packed, outputs = form.pack(weight), len(weight)
+    if isinstance(form, BoundFormat):
+        product = form.bind(packed, outputs)
+    else:
 
-    def multiply(x: torch.Tensor) -> torch.Tensor:
-        product = form.multiply(x, packed, outputs)
-        return product if bias is None else product + bias
+        def product(x: torch.Tensor) -> torch.Tensor:
+            return form.multiply(x, packed, outputs)
 
-    return multiply
+    return product if bias is None else lambda x: product(x).add_(bias)

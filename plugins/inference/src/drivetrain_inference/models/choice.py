@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -36,8 +37,21 @@ class Model(Protocol):
         """Logits [sequences, vocabulary] of the last token of each; float32."""
 
 
+@dataclass(frozen=True)
+class Formats:
+    """How weights lie in memory.
+
+    Args:
+        blocks: of the blocks' matrices; ``None``: as they are.
+        head: whether the matrix that makes logits has that format, too.
+    """
+
+    blocks: WeightFormat | None = None
+    head: bool = False
+
+
 def choose(
-    module: nn.Module, fast_path: FastPath, *, context: int, form: WeightFormat | None
+    module: nn.Module, fast_path: FastPath, *, context: int, formats: Formats
 ) -> tuple[Model, PlainModel]:
     """The way to compute ``module``, and the plain way, which is checked in any case.
 
@@ -45,14 +59,14 @@ def choose(
         ConfigError: the module gives other logits over a paged cache than by itself; or the fast
             path is wanted (by ``always``, or for a weight format) and cannot be had.
     """
-    plain = PlainModel(module)
+    plain, form = PlainModel(module), formats.blocks
     try:
         tokens = _probe(module)
         reference = plain.reference(tokens)
         _check_plain(plain, tokens, reference)
         if fast_path == "never" and form is None:
             return plain, plain
-        fast = _fast(module, plain.layers, context, form, tokens, reference)
+        fast = _fast(module, plain.layers, context, formats, tokens, reference)
         return fast, plain
     except UnlikeError as error:
         if fast_path == "always" or form is not None:
@@ -83,7 +97,7 @@ def _fast(
     module: nn.Module,
     layers: list[LayerSpec],
     context: int,
-    form: WeightFormat | None,
+    formats: Formats,
     tokens: list[int],
     reference: torch.Tensor,
 ) -> FastModel:
@@ -93,7 +107,9 @@ def _fast(
     if not off <= _TOLERANCES.get(exact.dtype, 2e-4):
         raise UnlikeError(f"its logits differ by {off:.2g} of their spread")
     # A format changes numbers on purpose, so the structure is what was checked.
-    return exact if form is None else FastModel(structure, layers, context=context, form=form)
+    if formats.blocks is None:
+        return exact
+    return FastModel(structure, layers, context=context, form=formats.blocks, head=formats.head)
 
 
 def difference(model: Model, tokens: list[int], reference: torch.Tensor) -> float:

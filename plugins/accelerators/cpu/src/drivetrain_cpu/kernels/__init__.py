@@ -25,8 +25,10 @@ SOURCES = (
     "quantization",
     "attention",
     "decoder",
+    "integers",
     "linear",
     "signs",
+    "minifloats",
     "shared_group",
     "collectives",
 )

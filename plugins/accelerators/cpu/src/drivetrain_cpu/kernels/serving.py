@@ -1,4 +1,4 @@
-"""Calls of the kernels for serving, in attention.cpp, decoder.cpp and linear.cpp."""
+"""Calls of the kernels for serving, in attention.cpp, decoder.cpp and the files of products."""
 
 from __future__ import annotations
 
@@ -31,6 +31,18 @@ class _Attention(Structure):
         ("softcap", c_float),
         ("dtype", c_int32),
         ("threads", c_int32),
+    ]
+
+
+class _BlockWeight(Structure):
+    """``BlockWeight`` of integers.cpp."""
+
+    _fields_ = [
+        ("codes", pointer),
+        ("parameters", pointer),
+        *((name, c_int64) for name in ("inputs", "outputs", "block", "blocks")),
+        ("bits", c_int32),
+        ("offsets", c_int32),
     ]
 
 
@@ -175,9 +187,59 @@ def bind_quantized_linear(library: ctypes.CDLL) -> Callable[..., torch.Tensor]:
     return quantized_linear
 
 
+def bind_block_linear(library: ctypes.CDLL) -> Callable[..., torch.Tensor]:
+    """``block_linear``."""
+    function = library.dt_block_linear
+    function.argtypes = [pointer, c_int, POINTER(_BlockWeight), pointer, c_int64, c_int]
+    function.restype = c_int
+
+    def block_linear(
+        x: torch.Tensor, codes: torch.Tensor, parameters: torch.Tensor, bits: int, outputs: int
+    ) -> torch.Tensor:
+        out = x.new_empty(len(x), outputs)
+        weight = _BlockWeight(
+            codes.data_ptr(), parameters.data_ptr(), x.shape[1], outputs,
+            codes.shape[2] * 32 // bits, codes.shape[1], bits, parameters.shape[2] == 2,
+        )  # fmt: skip
+        threads = threads_for(codes.numel())
+        succeed(
+            function(x.data_ptr(), DTYPES[x.dtype], byref(weight), out.data_ptr(), len(x), threads)
+        )
+        return out
+
+    return block_linear
+
+
+def bind_minifloat_linear(library: ctypes.CDLL) -> Callable[..., torch.Tensor]:
+    """``minifloat_linear``."""
+    function = library.dt_minifloat_linear
+    function.argtypes = [
+        pointer, c_int, pointer, pointer, c_int, pointer, *[c_int64] * 3, c_int,
+    ]  # fmt: skip
+    function.restype = c_int
+
+    def minifloat_linear(
+        x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, format: str
+    ) -> torch.Tensor:
+        rows, inputs = x.shape
+        out = x.new_empty(rows, len(scales))
+        succeed(
+            function(
+                x.data_ptr(), DTYPES[x.dtype], codes.data_ptr(), scales.data_ptr(),
+                format == "fp6_e3m2", out.data_ptr(), rows, inputs, len(scales),
+                threads_for(codes.numel()),
+            )
+        )  # fmt: skip
+        return out
+
+    return minifloat_linear
+
+
 BINDINGS: dict[str, Bind] = {
     "add_rms_norm": bind_add_rms_norm,
+    "block_linear": bind_block_linear,
     "gated_activation": bind_gated_activation,
+    "minifloat_linear": bind_minifloat_linear,
     "packed_linear": bind_packed_linear,
     "paged_attention": bind_paged_attention,
     "quantized_linear": bind_quantized_linear,
