@@ -30,7 +30,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "state.extra": "StateReader StateWriter is_plain plain tupled",
         "state.fragment": "Box Fragment interval_boxes placed_boxes",
         "state.home": "ParameterHome Place StateHome version_of write_master",
-        "state.model_states": "GradientWatch ModelStates",
+        "state.model_states": "GradientFilter GradientNorm GradientWatch ModelStates",
         "state.parameters": "ParameterHandle ParameterInfo ParameterTable Placement",
         "state.weight_format": "Packed WeightFormat",
         "world.accelerator": "Accelerator",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from drivetrain.contracts.loop.runner import Runner
     from drivetrain.contracts.state.bucket import BucketSpec, OptimizerPlan
     from drivetrain.contracts.state.home import StateHome
-    from drivetrain.contracts.state.model_states import ModelStates
+    from drivetrain.contracts.state.model_states import GradientNorm, ModelStates
     from drivetrain.engine.engine import Engine
     from drivetrain.job.job import Job
 
@@ -48,6 +48,12 @@ class Defaults(Plugin):
         from drivetrain.states.replicated import ReductionPolicy, ReplicatedStates
 
         return ReplicatedStates(job, module, optimizer, ReductionPolicy.of(job))
+
+    @hookimpl
+    def build_gradient_norm(self, job: Job) -> GradientNorm:
+        from drivetrain.states.gradient_norm import SummedNorm
+
+        return SummedNorm(job)
 
     @hookimpl
     def build_runner(self, job: Job, engine: Engine) -> Runner:

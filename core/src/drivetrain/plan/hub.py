@@ -164,6 +164,8 @@ class Hub:
     transform_module = _collected(hookspecs.transform_module)
     wrap_attention = _collected(hookspecs.wrap_attention)
     watch_gradients = _collected(hookspecs.watch_gradients)
+    receive_gradients = _collected(hookspecs.receive_gradients)
+    build_gradient_norm = _asked(hookspecs.build_gradient_norm)
     describe_parameters = _asked(hookspecs.describe_parameters)
     keep_parameters = _asked(hookspecs.keep_parameters)
     build_model_states = _asked(hookspecs.build_model_states)

@@ -142,7 +142,7 @@ def plan_buckets(
 
 
 def _dtypes(info: ParameterInfo, gradient: torch.dtype | None) -> dict[str, torch.dtype]:
-    own = info.compute_dtype
+    own, gradient = info.compute_dtype, info.gradient_dtype or gradient
     return {
         "parameter_dtype": own,
         "gradient_dtype": gradient or own,

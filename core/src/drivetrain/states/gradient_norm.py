@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
+
+from drivetrain.contracts.world.collective import Purpose, Tag
+
+if TYPE_CHECKING:
+    from drivetrain.contracts.state.model_states import GradientNorm
+    from drivetrain.contracts.world.axis import Axis
+    from drivetrain.job.job import Job
 
 _ROW = 4096
 """Elements whose squares are summed in float32; sums of rows are added up in float64."""
@@ -15,6 +23,34 @@ _PIECE = 1 << 16
 
 _TINY = 1e-15
 """Norms below this may consist of elements whose squares are too small for float32."""
+
+
+class SummedNorm:
+    """The default :class:`~drivetrain.contracts.state.model_states.GradientNorm`.
+
+    Args:
+        job: device and communicator.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def __call__(
+        self, counted: Mapping[int, Sequence[torch.Tensor]], over: Axis | None
+    ) -> torch.Tensor:
+        squares = [sum_of_squares(all_, self._job.device) * k for k, all_ in counted.items()]
+        total = torch.stack(squares).sum()
+        if over is not None:
+            tag = Tag(Purpose.CONTROL, site="gradient norm")
+            self._job.communicator.all_reduce(total, over, tag)
+        return total.sqrt()
+
+
+def gradient_norm(job: Job) -> GradientNorm:
+    """What computes the norms of an engine's gradients in ``job``."""
+    found: GradientNorm | None = job.hub.build_gradient_norm(job)
+    assert found is not None, "core's default norm answers last"
+    return found
 
 
 def sum_of_squares(gradients: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -31,7 +31,7 @@ from drivetrain.errors import TrainingError
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-    from drivetrain.contracts.state.model_states import GradientWatch
+    from drivetrain.contracts.state.model_states import GradientFilter, GradientWatch
     from drivetrain.contracts.world.axis import Axis
 
 
@@ -186,6 +186,7 @@ class GradientReducer:
         communicator: carries the agreement on late gradients.
         every_backward: reduce each backward by itself, not the sum of a window.
         watches: shown each parameter's gradient before it is sent.
+        filters: given each gradient as it arrives.
 
     Attributes:
         reduce_now: whether gradients that arrive now may be reduced.
@@ -202,6 +203,7 @@ class GradientReducer:
         *,
         every_backward: bool = False,
         watches: Sequence[GradientWatch] = (),
+        filters: Sequence[GradientFilter] = (),
     ) -> None:
         self.reduce_now = self.last = False
         self.weighted: bool | None = None
@@ -210,7 +212,7 @@ class GradientReducer:
         self.slots = {slot.parameter: slot for bucket in buckets for slot in bucket.slots}
         self._communicator = communicator
         self._every_backward = every_backward
-        self._watches = watches
+        self._watches, self._filters = watches, filters
         self._between_rounds = False
         self._next = 0
         self._hooks: list[RemovableHandle] = []
@@ -258,7 +260,8 @@ class GradientReducer:
             if slot.parameter.grad is not None and not slot.deferred:
                 if slot.arrived or unscaled:
                     raise TrainingError(_why_not_set(slot))
-                gradient, slot.parameter.grad = slot.parameter.grad.detach(), None
+                gradient = self._filtered(slot.parameter, slot.parameter.grad.detach())
+                slot.parameter.grad = None
                 slot.late = gradient if slot.late is None else slot.late + gradient
                 slot.used = True
             slot.arrived = False
@@ -270,6 +273,7 @@ class GradientReducer:
             slot.used = slot.arrived = True
             if gradient.requires_grad:  # it has a graph after backward(create_graph=True)
                 gradient = gradient.detach()
+            gradient = self._filtered(slot.parameter, gradient)
             if bucket.sent:
                 slot.late = gradient if slot.late is None else slot.late + gradient
                 return
@@ -280,6 +284,11 @@ class GradientReducer:
             bucket.missing -= 1
             if not bucket.missing:
                 self._send_in_order()
+
+    def _filtered(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
+        for receive in self._filters:
+            gradient = receive(parameter, gradient)
+        return gradient
 
     def passed(self, buckets: Iterable[GradientBucket]) -> None:
         """Backward is beyond ``buckets`` on all ranks: what they lack counts as zero."""

@@ -13,7 +13,6 @@ from drivetrain.checkpoint.redistribute import kept_on_host, redistribute
 from drivetrain.contracts.state.fragment import Fragment
 from drivetrain.contracts.state.home import StateHome, write_master
 from drivetrain.contracts.state.model_states import ModelStates
-from drivetrain.contracts.world.collective import Purpose, Tag
 from drivetrain.contracts.world.communicator import is_first_copy
 from drivetrain.job.ownership import Owner
 from drivetrain.precision.precision import Precision
@@ -27,7 +26,7 @@ from drivetrain.states.buckets import (
 )
 from drivetrain.states.changed_parameters import ParameterWatch, refuse_unlike_copies
 from drivetrain.states.device_home import segment_fragment, step_fragments
-from drivetrain.states.gradient_norm import sum_of_squares
+from drivetrain.states.gradient_norm import gradient_norm
 from drivetrain.states.gradients import GradientReducer, of_reducer
 from drivetrain.states.loose import (
     broadcast_first,
@@ -141,8 +140,12 @@ class ReplicatedStates(ModelStates):
             for plan in planned
         ]
         self._reducer = GradientReducer(
-            sums, job.communicator, watches=job.hub.watch_gradients(job)
+            sums,
+            job.communicator,
+            watches=job.hub.watch_gradients(job),
+            filters=job.hub.receive_gradients(job),
         )
+        self._norm = gradient_norm(job)
         self._buckets = [
             _Bucket(plan, self._flatten(plan, home), gradients, home)
             for plan, home, gradients in zip(planned, homes, sums, strict=True)
@@ -221,11 +224,7 @@ class ReplicatedStates(ModelStates):
                     counted.setdefault(size, []).append(bucket.gradients.gradient)
             elif local or bucket.owner:
                 counted[1].append(bucket.gradients.gradient)
-        squares = [sum_of_squares(all_, self._job.device) * k for k, all_ in counted.items()]
-        total = torch.stack(squares).sum()
-        if not local:
-            communicator.all_reduce(total, "world", Tag(Purpose.CONTROL, site="gradient norm"))
-        return total.sqrt() * self._policy.predivide
+        return self._norm(counted, None if local else "world") * self._policy.predivide
 
     def first_nonfinite(self) -> str:
         for bucket in reversed(self._buckets):  # the order of the module

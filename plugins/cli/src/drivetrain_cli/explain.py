@@ -36,6 +36,8 @@ PHASES = {
             "build_model_states",
             "place_state",
             "watch_gradients",
+            "receive_gradients",
+            "build_gradient_norm",
             "wrap_attention",
             "build_runner",
             "build_loader",

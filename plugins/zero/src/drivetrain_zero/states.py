@@ -16,7 +16,7 @@ from drivetrain.job.ownership import Owner, lent
 from drivetrain.states.buckets import BucketSizes, plan_buckets
 from drivetrain.states.changed_parameters import ParameterWatch, refuse_unlike_copies
 from drivetrain.states.device_home import step_fragments
-from drivetrain.states.gradient_norm import sum_of_squares
+from drivetrain.states.gradient_norm import gradient_norm
 from drivetrain.states.gradients import GradientReducer, Slot, of_reducer
 from drivetrain.states.loose import loose_fragments, synchronise_loose, trained_parameters
 from drivetrain_zero.compressed.layers import kept_errors
@@ -111,10 +111,14 @@ class ZeroStates(ModelStates):
         self._sums = [self._sum_of(bucket) for bucket in self._trained_in_backward_order(units)]
         self._memory.make()
         self._errors = kept_errors(job.communicator, [bucket.parameters for bucket in self._sums])
-        each, watches = policy.every_backward, job.hub.watch_gradients(job)
         self._reducer = GradientReducer(
-            self._sums, job.communicator, every_backward=each, watches=watches
+            self._sums,
+            job.communicator,
+            every_backward=policy.every_backward,
+            watches=job.hub.watch_gradients(job),
+            filters=job.hub.receive_gradients(job),
         )
+        self._norm = gradient_norm(job)
         self._shard_parameters(units)
         self._reducer.note_parameters()  # as they are in buckets now
         self._owner.take(p for bucket in self._buckets for p in bucket.parameters)
@@ -288,10 +292,7 @@ class ZeroStates(ModelStates):
 
     def gradient_norm(self) -> torch.Tensor:
         counted = [bucket.shard for bucket in self._sums if bucket.parameters.counts]
-        total = sum_of_squares(counted, self._job.device)
-        tag = Tag(Purpose.CONTROL, site="gradient norm")
-        self._job.communicator.all_reduce(total, "world", tag)
-        return total.sqrt() * self._policy.predivide
+        return self._norm({1: counted}, "world") * self._policy.predivide
 
     def first_nonfinite(self) -> str:
         for bucket in reversed(self._sums):  # the order of the module

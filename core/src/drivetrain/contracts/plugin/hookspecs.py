@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     from drivetrain.contracts.state.extra import StateReader, StateWriter
     from drivetrain.contracts.state.fragment import Fragment
     from drivetrain.contracts.state.home import StateHome
-    from drivetrain.contracts.state.model_states import GradientWatch, ModelStates
+    from drivetrain.contracts.state.model_states import (
+        GradientFilter,
+        GradientNorm,
+        GradientWatch,
+        ModelStates,
+    )
     from drivetrain.contracts.world.accelerator import Accelerator
     from drivetrain.contracts.world.axis import AxisRequest
     from drivetrain.contracts.world.communicator import CommunicatorLayer
@@ -183,6 +188,27 @@ def watch_gradients(job: Job) -> Sequence[GradientWatch]:
     call of its own. A watch must not change the gradient, keep it, or communicate.
     """
     raise NotImplementedError
+
+
+@hookspec
+def receive_gradients(job: Job) -> Sequence[GradientFilter]:
+    """Change each gradient of this rank as it arrives, before it is added to others.
+
+    Collect; each filter takes what the one before it returned. Once per engine, and again per
+    ``engine.rebuild()``, on every rank. They are called as ``filter(parameter, gradient)`` for
+    every accumulation of a backward, and for what a script has assigned to ``.grad``; the answer
+    has the gradient's shape, on its device, in any floating dtype. Must not communicate.
+    """
+    raise NotImplementedError
+
+
+@hookspec(firstresult=True)
+def build_gradient_norm(job: Job) -> GradientNorm | None:
+    """Provide what computes the norm that gradients are clipped by and reports show.
+
+    First result. Once per engine, and again per ``engine.rebuild()``, on every rank; no
+    communication.
+    """
 
 
 @hookspec(firstresult=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from drivetrain.contracts.state.fragment import Fragment
+    from drivetrain.contracts.world.axis import Axis
 
 
 class ModelStates(ABC):
@@ -166,3 +167,21 @@ class ModelStates(ABC):
 
 GradientWatch = Callable[[nn.Parameter, torch.Tensor], None]
 """Shown what this rank adds to a reduction; see the hook ``watch_gradients``."""
+
+GradientFilter = Callable[[nn.Parameter, torch.Tensor], torch.Tensor]
+"""Given each gradient as it arrives; see the hook ``receive_gradients``."""
+
+
+class GradientNorm(Protocol):
+    """The L2 norm of gradients that lie on several ranks; see the hook ``build_gradient_norm``."""
+
+    def __call__(
+        self, counted: Mapping[int, Sequence[torch.Tensor]], over: Axis | None
+    ) -> torch.Tensor:
+        """Return the norm, a 0-d tensor, not finite exactly when some element is not.
+
+        Args:
+            counted: how often elements count -> flat tensors of this rank.
+            over: axis whose ranks have other elements, to be added up over; ``None`` where this
+                rank has all of them. Collective over it.
+        """

@@ -57,6 +57,7 @@ class ParameterInfo:
         reduce_dtype: dtype in which its gradient travels; ``None`` for the job's default.
         master_dtype: dtype of the master weight; ``None`` when the parameter is its own master.
         state_dtype: dtype of optimizer states; ``None`` for the masters'.
+        gradient_dtype: dtype in which its gradients are added up; ``None`` for the job's default.
         placement: the part of the client's tensor; ``None`` when it is the whole.
         reduction: axes over which the gradient is summed. The divisor is one per job.
         distinct: axes along which ranks have other parameters, such as ``pp`` for the layers of a
@@ -72,6 +73,7 @@ class ParameterInfo:
     reduce_dtype: torch.dtype | None = None
     master_dtype: torch.dtype | None = None
     state_dtype: torch.dtype | None = None
+    gradient_dtype: torch.dtype | None = None
     placement: Placement | None = None
     distinct: tuple[str, ...] = ()
     sparse: bool = False
