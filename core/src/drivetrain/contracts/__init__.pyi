@@ -65,6 +65,8 @@ from drivetrain.contracts.state.home import Place as Place
 from drivetrain.contracts.state.home import StateHome as StateHome
 from drivetrain.contracts.state.home import version_of as version_of
 from drivetrain.contracts.state.home import write_master as write_master
+from drivetrain.contracts.state.model_states import GradientFilter as GradientFilter
+from drivetrain.contracts.state.model_states import GradientNorm as GradientNorm
 from drivetrain.contracts.state.model_states import GradientWatch as GradientWatch
 from drivetrain.contracts.state.model_states import ModelStates as ModelStates
 from drivetrain.contracts.state.parameters import ParameterHandle as ParameterHandle

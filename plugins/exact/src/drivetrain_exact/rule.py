@@ -117,16 +117,18 @@ def exact_rule(rule: UpdateRule, device: torch.device) -> ExactRule:
 
 def _updated(rule: UpdateRule, drawn: torch.Tensor, start: int = 0) -> torch.Tensor:
     """Weights [n] after some updates; ``drawn`` [1 + steps, n] are weights and gradients."""
-    weights, *gradients = (row.clone() for row in drawn)
+    weights: torch.Tensor = drawn[0].clone()
     n = weights.numel()
     segment = Segment("probe", (_ELEMENTS,), start, n, 0)
     dtype, device = weights.dtype, weights.device
-    dtypes = dict.fromkeys(("parameter", "gradient", "master", "state"), dtype)
     spec = BucketSpec(
         key="probe",
         numel=n,
         segments=(segment,),
-        **{f"{what}_dtype": dtype for what in dtypes},
+        parameter_dtype=dtype,
+        gradient_dtype=dtype,
+        master_dtype=dtype,
+        state_dtype=dtype,
         reduction=(),
         rule=rule,
         group=0,
@@ -142,7 +144,7 @@ def _updated(rule: UpdateRule, drawn: torch.Tensor, start: int = 0) -> torch.Ten
         state.name: torch.full((n,), state.initial, dtype=state.dtype or dtype, device=device)
         for state in declared
     }
-    for step, gradient in enumerate(gradients, start=1):
-        view = BucketView("probe", weights, gradient, states, (segment,), step, None, ())
+    for step, gradient in enumerate(drawn[1:], start=1):
+        view = BucketView("probe", weights, gradient.clone(), states, (segment,), step, None, ())
         rule.update(view, {"lr": 1e-3, **rule.defaults}, 1.0)
     return weights
