@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tensor_decoder import Decoder
-from three_axes import BLOCKS, Curve, alone, close, make, parameters, train
+from three_axes import BLOCKS, Curve, alone, close, make, parameters, train, trained_alone
 from torch import nn
 
 import drivetrain
@@ -71,6 +71,35 @@ def test_shared_layers_in_stages_train_like_one_process(
         names |= set(found)
         assert changes.get("stage", 0) == 3 or kept < 1.5 * every / (pp * tp)
     assert names == set(trained)
+
+
+def states(layout: tuple[int, int, int], stage: int) -> dict[str, list[torch.Tensor | None]]:
+    """Masters and momentum as scripts ask for them."""
+    from drivetrain_zero import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    engine = make(*layout, stage)
+    train(engine, 0, STEPS)
+    found = {}
+    for parameter in engine.module.parameters():
+        values = safe_get_full_fp32_param(parameter)
+        momentum = safe_get_full_optimizer_state(parameter, "momentum_buffer")
+        found[engine.job.parameters.info(parameter).name] = [values, momentum]
+    close(engine)
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_scripts_see_whole_states_of_shared_layers_in_stages(stage: int) -> None:
+    _, model, optimizer = trained_alone(0, STEPS)
+    names: set[str] = set()
+    for found in run_distributed(states, 4, (2, 2, 1), stage, timeout=100):
+        for name, (values, momentum) in found.items():
+            expected = model.get_parameter(name)
+            torch.testing.assert_close(values, expected.detach(), rtol=1e-8, atol=1e-10)
+            buffer = optimizer.state[expected]["momentum_buffer"]
+            torch.testing.assert_close(momentum, buffer, rtol=1e-8, atol=1e-10)
+        names |= set(found)
+    assert names == {name for name, _ in model.named_parameters()}
 
 
 def llama() -> nn.Module:

@@ -71,6 +71,14 @@ def close(engine: Engine) -> None:
 
 def alone(begin: int, end: int, clipping: float = 0.0) -> tuple[Curve, dict[str, torch.Tensor]]:
     """The same with plain torch in one process: curve from ``begin`` on, and the parameters."""
+    curve, model, _ = trained_alone(begin, end, clipping)
+    return curve, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def trained_alone(
+    begin: int, end: int, clipping: float = 0.0
+) -> tuple[Curve, nn.Module, torch.optim.Optimizer]:
+    """Curve from ``begin`` on, and what has been trained with plain torch."""
     model, curve = Decoder(BLOCKS).double(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
     total = ACCUMULATION * SHARDS
@@ -81,4 +89,4 @@ def alone(begin: int, end: int, clipping: float = 0.0) -> tuple[Curve, dict[str,
         norm = nn.utils.clip_grad_norm_(model.parameters(), clipping or float("inf"))
         optimizer.step()
         curve.append((loss.item(), norm.item()))
-    return curve[begin:], {name: p.detach() for name, p in model.named_parameters()}
+    return curve[begin:], model, optimizer

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from drivetrain.contracts.world.axis import Axis
     from drivetrain.job.job import Job
 
+_TAG = Tag(Purpose.CONTROL, site="checkpoint agreement")
 _TEXT = 1024
 """Bytes of a message that all ranks get; more is cut off."""
 
@@ -52,6 +53,17 @@ def same_everywhere(job: Job, *texts: str, axes: Sequence[Axis] = ("world",)) ->
     return same
 
 
+def texts_along(job: Job, axis: Axis, text: str) -> list[str]:
+    """The texts of all ranks along ``axis``, in their order. Collective."""
+    own = torch.tensor(list(_encoded(text)), dtype=torch.uint8)
+    padded = own.new_zeros(int(_max(job, torch.tensor([own.numel()]), (axis,)))).to(job.device)
+    padded[: own.numel()] = own
+    every = padded.new_empty(padded.numel() * job.mesh.size(axis))
+    job.communicator.all_gather(every, padded, axis, _TAG)
+    rows = every.cpu().view(job.mesh.size(axis), -1)
+    return [bytes(row.numpy()).rstrip(b"\0").decode() for row in rows]
+
+
 def any_rank(job: Job, flags: Sequence[bool]) -> list[bool]:
     """For each flag, whether it is set on any rank. Collective."""
     united: list[bool] = _max(job, torch.tensor(flags, dtype=torch.int64)).bool().tolist()
@@ -65,7 +77,6 @@ def _encoded(text: str) -> bytes:
 
 def _max(job: Job, values: torch.Tensor, axes: Sequence[Axis] = ("world",)) -> torch.Tensor:
     values = values.to(job.device)
-    tag = Tag(Purpose.CONTROL, site="checkpoint agreement")
     for axis in axes:
-        job.communicator.all_reduce(values, axis, tag, op=Op.MAX)
+        job.communicator.all_reduce(values, axis, _TAG, op=Op.MAX)
     return values.cpu()

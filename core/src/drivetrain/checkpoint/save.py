@@ -6,14 +6,14 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain.checkpoint.agreement import any_rank, same_everywhere, text_of, worst
+from drivetrain.checkpoint.agreement import any_rank, same_everywhere, text_of, texts_along, worst
 from drivetrain.checkpoint.choice import continue_history, history_of
 from drivetrain.checkpoint.format import index
 from drivetrain.checkpoint.format.commit import PendingSave, SavedBox, UnfinishedSaveError
@@ -94,6 +94,7 @@ def save(
         problem = str(error)
     raise_together(engine, problem, storage.where(tag))
     contents.compare_buffers()
+    contents.unite()
     contents.manifest |= {"latest": save_latest, "history": history_of(engine)}
     pending = contents.pending(storage, tag, save_id, save_latest=save_latest)
     continue_history(engine, history_of(engine), save_id)
@@ -234,6 +235,21 @@ class _Contents:
                 "rank 0's are taken"
             )
 
+    def unite(self) -> None:
+        """Add what ranks know that have other parameters, such as other stages. Collective."""
+        job, state = self.engine.job, self.manifest["state"]
+        infos = map(job.parameters.info, self.engine.module.parameters())
+        mine, axes = {a for info in infos for a in info.distinct}, sorted(job.mesh.layout.axes)
+        known = [state["groups"], state["steps"], self.excluded]
+        for axis, differs in zip(axes, any_rank(job, [a in mine for a in axes]), strict=True):
+            if differs:
+                texts = texts_along(job, axis, json.dumps(known))
+                groups, steps, excluded = zip(*map(json.loads, texts), strict=True)
+                every = {n: step for of_rank in steps for n, step in of_rank.items()}
+                known = [_united(groups), every, sorted({n for names in excluded for n in names})]
+        state["groups"], steps, self.manifest["excluded"] = known
+        state["steps"] = steps if len(set(steps.values())) > 1 else {}
+
     def pending(
         self, storage: Storage, tag: str, save_id: str, *, save_latest: bool
     ) -> PendingSave:
@@ -347,7 +363,7 @@ class _Contents:
             "loss_scaler": engine.loss_scaler.state_dict(),
             "scheduler": packed(scheduler.state_dict(), "scheduler state") if scheduler else None,
             "groups": list(self._groups()),
-            "steps": steps if len(set(steps.values())) > 1 else {},
+            "steps": steps,
             "plugins": writer.data[False],
             "plugin_tensors": sorted(writer.tensors[False]),
         }
@@ -363,6 +379,16 @@ class _Contents:
                 kind = type(values.pop(key)).__name__
                 self.weaker.append(f"{key} of group {number} is a {kind}, which is not saved")
             yield {"parameters": names, "hyper": values}
+
+
+def _united(ranks: Iterable[Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+    """Groups of ranks with other parameters; those of one place with equal values are one."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, group in (pair for groups in ranks for pair in enumerate(groups)):
+        key = f"{number} {json.dumps(group['hyper'])}"
+        names = found.setdefault(key, {"parameters": [], "hyper": group["hyper"]})["parameters"]
+        names += [name for name in group["parameters"] if name not in names]
+    return list(found.values())
 
 
 class _LastFragment:

@@ -57,7 +57,11 @@ def _moved(parts: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     kept = [(part, part._parameters, part._buffers) for part in parts]
     for part, parameters, buffers in kept:
         part._parameters = {
-            name: None if p is None else p if p.device == device else nn.Parameter(p.to(device))
+            name: None
+            if p is None
+            else p
+            if p.device == device
+            else nn.Parameter(p.to(device), False)
             for name, p in parameters.items()
         }
         part._buffers = {name: None if b is None else b.to(device) for name, b in buffers.items()}
