@@ -80,7 +80,7 @@ warns and names it.
   and flat partitions of DeepSpeed's optimizers, and default leaf modules, since units are whole.
 - **`deepspeed SCRIPT`** starts the ranks of this host, or of the hosts in `--hostfile` through
   `drivetrain launch`. Without `--launcher` it uses ssh, not pdsh. `ds_report`, `ds_elastic`,
-  `ds_ssh`, `ds_io` and `ds_nvme_tune` show what Drivetrain's commands show; there is no `ds_bench`.
+  `ds_ssh`, `ds_io`, `ds_nvme_tune` and `ds_bench` show what Drivetrain's commands show.
 - **`deepspeed.monitor.monitor.MonitorMaster`** opens the monitors that its config switches on, as
   one: there are no classes of single ones.
 - **`aio_handle`** raises an error where a transfer fails, and copies what is on a device through

@@ -100,6 +100,14 @@ def called(monkeypatch):
     [
         (older.elastic, ["-c", "c.json"], ["elastic", "c.json"]),
         (older.elastic, ["-c", "c.json", "-w", "4"], ["elastic", "c.json", "--world-size", "4"]),
+        (
+            older.comm,
+            ["--scan", "--maxsize", "20", "--pt2pt", "--dtype", "half", "--num_gpus", "2"],
+            [
+                *("bench", "comm", "--dtype", "fp16", "--largest", "1048576"),
+                *("--op", "send_receive", "--ranks", "2"),
+            ],
+        ),
         (older.nvme_tune, ["--nvme_dir", "d"], ["bench", "io", "d", "--size", "400"]),
         (
             older.io,

@@ -70,6 +70,40 @@ def nvme_tune(nvme_dir: str, io_size: str, **_: object) -> None:
     drivetrain.main(["bench", "io", nvme_dir, *size], prog_name="ds_nvme_tune")
 
 
+@click.command()
+@click.option("--num_gpus", type=int, help="Ranks to start here; those of the launcher without.")
+@click.option("--all-reduce", is_flag=True, help="Measure all-reduce.")
+@click.option("--all-gather", is_flag=True, help="Measure all-gather.")
+@click.option("--all-to-all", is_flag=True, help="Measure all-to-all.")
+@click.option("--broadcast", is_flag=True, help="Measure broadcast.")
+@click.option("--pt2pt", is_flag=True, help="Measure messages from each rank to the next.")
+@click.option("--scan", is_flag=True, help="Measure sizes up to the largest, not it alone.")
+@click.option("--maxsize", default=24, show_default=True, help="Largest size, a power of two.")
+@click.option("--dtype", default="float", show_default=True, help="float, bfloat16 or half.")
+@click.option("--trials", type=int, help="Accepted: time decides, not repetitions.")
+@click.option("--warmups", type=int, help="Accepted, has no effect.")
+@click.option("--bw-unit", help="Accepted: bandwidths are in GB/s.")
+@click.option("--backend", help="Accepted: the accelerator's backend is measured.")
+@click.option("--async-op", is_flag=True, help="Accepted: calls are waited for.")
+@click.option("--raw", is_flag=True, help="Accepted, has no effect.")
+def comm(num_gpus: int | None, scan: bool, maxsize: int, dtype: str, **given: object) -> None:
+    """Measure collectives, as `drivetrain bench comm` does."""
+    dtypes = {"float": "fp32", "float32": "fp32", "bfloat16": "bf16", "half": "fp16"}
+    known = {"float16": "fp16", **dtypes, **{name: name for name in dtypes.values()}}
+    name = dtype.removeprefix("torch.")
+    if name not in known:
+        raise click.BadParameter(f"{dtype!r} is none of {', '.join(known)}", param_hint="--dtype")
+    largest = str(1 << maxsize)
+    words = ["--dtype", known[name], "--largest", largest]
+    words += [] if scan else ["--smallest", largest]
+    for kind in ("all_reduce", "all_gather", "all_to_all", "broadcast", "pt2pt"):
+        if given[kind]:
+            words += ["--op", "send_receive" if kind == "pt2pt" else kind]
+    if num_gpus is not None:
+        words += ["--ranks", str(num_gpus)]
+    drivetrain.main(["bench", "comm", *words], prog_name="ds_bench")
+
+
 def _count(text: str, unit: str) -> int:
     """Bytes such as ``400M`` in units of 2^10 or 2^20, rounded up.
 

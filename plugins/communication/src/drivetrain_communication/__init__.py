@@ -1,0 +1,1 @@
+"""Fewer bytes: compressed collectives, training that communicates rarely, and measurements."""

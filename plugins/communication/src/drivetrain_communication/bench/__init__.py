@@ -1,0 +1,1 @@
+"""``drivetrain bench comm``: what collectives take, by size."""

@@ -1,0 +1,1 @@
+"""Collectives that travel compressed, whoever issues them."""
