@@ -84,6 +84,9 @@ def by_hand(
     scores = q @ k.mT / q.shape[-1] ** 0.5
     if cap := facts.get("softcap"):
         scores = cap * torch.tanh(scores / cap)
+    if (slopes := facts.get("slopes")) is not None:
+        places = torch.arange(scores.shape[-1])
+        scores = scores - slopes[:, None, None] * (places[:, None] - places).abs()
     weights = (scores + facts.get("bias", 0)).masked_fill(~allowed, -torch.inf).exp()
     total = weights.sum(-1, keepdim=True)
     if (sinks := facts.get("sinks")) is not None:
@@ -114,6 +117,8 @@ FACTS: dict[str, dict[str, Any]] = {
     "causal bias": {"causal": True, "bias": randn(1, 4, 7, 7)},
     "softcap": {"causal": True, "softcap": 1.5},
     "sinks": {"window": 2, "sinks": randn(4)},
+    "slopes": {"slopes": randn(4)},
+    "causal slopes": {"causal": True, "slopes": randn(4), "window": 3},
 }
 
 

@@ -94,7 +94,7 @@ def torch_attention(
 
 
 def dense_mask(facts: AttentionFacts, query: torch.Tensor, keys: int) -> torch.Tensor | None:
-    """Mask, window, segments and bias as one tensor that broadcasts to [b, h, s, keys].
+    """Mask, window, segments, slopes and bias as one tensor that broadcasts to [b, h, s, keys].
 
     Returns:
         ``None`` if ``causal`` is all that there is to say; otherwise the tensor has it, too.
@@ -105,17 +105,19 @@ def dense_mask(facts: AttentionFacts, query: torch.Tensor, keys: int) -> torch.T
     mask = facts.mask.tensor if isinstance(facts.mask, MaskRule) else facts.mask
     told = isinstance(facts.mask, MaskRule) and mask is not None
     causal, window = facts.causal and not told, None if told else facts.window
-    length, segments, bias = query.shape[2], facts.segments, facts.bias
+    length, segments, bias, slopes = query.shape[2], facts.segments, facts.bias, facts.slopes
     terms = [] if mask is None else [mask]
     if segments is not None:
         if keys != length:
             raise TrainingError(f"segments of {length} queries say nothing about {keys} keys")
         terms.append(segments[:, None, :, None] == segments[:, None, None, :])
-    if window is not None or (causal and (terms or bias is not None)):
+    more = terms or bias is not None or slopes is not None
+    if window is not None or slopes is not None or (causal and more):
         ahead = torch.arange(length, device=query.device)[:, None]
         ahead = ahead - torch.arange(keys, device=query.device)
         terms += [ahead >= 0] if causal else []
         terms += [ahead.abs() < window] if window is not None else []
+        terms += [] if slopes is None else [(ahead.abs() * -slopes[:, None, None]).to(query.dtype)]
     terms += [] if bias is None else [bias]
     return reduce(_both, terms) if terms else None
 

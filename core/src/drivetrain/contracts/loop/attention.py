@@ -63,6 +63,8 @@ class AttentionFacts:
         bias: added to scores, broadcast to [b, h, s, keys].
         softcap: scores are softcap * tanh(scores / softcap).
         sinks: [h], one more score per head that takes weight and has no value.
+        slopes: [h], subtracted from scores times the distance of query and key in places (ALiBi,
+            arXiv 2108.12409).
     """
 
     mask: torch.Tensor | MaskRule | None = None
@@ -75,6 +77,7 @@ class AttentionFacts:
     bias: torch.Tensor | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
 
 
 class Attention(Protocol):
