@@ -19,6 +19,8 @@ Case = tuple[str, str, int, dict[str, Any]]
 
 RECOMPUTE = {"activation_checkpointing": {"recompute": "all"}}
 TILES = {"sequence_parallel": {"loss_tile": 6, "mlp_tile": 4}}
+CHUNKS = {"sequence_parallel": {"loss_tile": 6, "chunk": 8}}
+OFFLOAD = {"activation_checkpointing": {"recompute": "all", "cpu_checkpointing": True}}
 
 # Every pair of stage, model, and what else is on.
 CASES: list[Case] = [
@@ -28,6 +30,9 @@ CASES: list[Case] = [
     ("bert", "masked", 3, {}),
     ("gpt2", "padded", 3, TILES),
     ("qwen", "plain", 0, RECOMPUTE | TILES),
+    ("llama", "padded", 3, CHUNKS),
+    ("qwen", "packed", 2, RECOMPUTE | CHUNKS),
+    ("gpt2", "plain", 3, OFFLOAD | CHUNKS),
 ]
 
 

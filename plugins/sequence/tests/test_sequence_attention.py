@@ -14,9 +14,41 @@ from drivetrain.contracts import Purpose, Tag
 from drivetrain.engine.engine import Engine
 from drivetrain.testing import run_distributed
 
-ROWS, LENGTH, WIDTH = 2, 24, 4
+ROWS, LENGTH, WIDTH, LAYERS = 2, 24, 4, 2
 PLACES = torch.arange(LENGTH)[None]
 TAG = Tag(Purpose.CONTROL, site="test")
+
+
+class Block(nn.Module):
+    """Attention to what comes from outside, with a part of what the block before has made of it."""
+
+    def __init__(self, heads: int, facts: dict[str, Any]) -> None:
+        super().__init__()
+        self.facts = facts
+        generator = torch.Generator().manual_seed(heads)
+        self.sinks = nn.Parameter(torch.randn(heads, generator=generator, dtype=torch.float64))
+        self.weight = nn.Parameter(torch.ones(heads * WIDTH, dtype=torch.float64))
+        self.inner = nn.Identity()
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        places: torch.Tensor,
+    ) -> torch.Tensor:
+        """The like of ``x`` [b, s, heads * width]; ``inputs`` are [b, s, heads, width]."""
+        query, key, value = inputs
+        facts = dict(self.facts)
+        if facts.pop("packed", False):
+            facts["segments"] = (places // 7)[None].expand(ROWS, -1)
+        if facts.pop("sinks", False):
+            facts["sinks"] = self.sinks
+        if facts.pop("alibi", False):
+            facts["slopes"] = torch.arange(1.0, 1 + query.shape[2], dtype=torch.float64) / 8
+        facts.pop("cross", None)
+        query = query + x.view(query.shape) / 2
+        q, k, v = (y.transpose(1, 2) for y in (query, key, value))
+        return x + drivetrain.attention(self, q, k, v, **facts).flatten(2) * self.weight
 
 
 class Attend(nn.Module):
@@ -25,25 +57,24 @@ class Attend(nn.Module):
     def __init__(self, heads: int, key_heads: int, facts: dict[str, Any]) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.facts = facts
+        self.cross = facts.get("cross", False)
+        lengths = (LENGTH, *[2 * LENGTH if self.cross else LENGTH] * 2)
         self.inputs = nn.ParameterList(
-            torch.randn(ROWS, LENGTH, n, WIDTH, generator=generator, dtype=torch.float64)
-            for n in (heads, key_heads, key_heads)
+            torch.randn(ROWS, length, n, WIDTH, generator=generator, dtype=torch.float64)
+            for n, length in zip((heads, key_heads, key_heads), lengths, strict=True)
         )
-        self.sinks = nn.Parameter(torch.randn(heads, generator=generator, dtype=torch.float64))
+        self.blocks = nn.ModuleList(Block(heads, facts) for _ in range(LAYERS))
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor = PLACES) -> torch.Tensor:
         """Mean of products of what attention returns and ``x`` [b, s, heads * width]."""
         places = position_ids[0]
-        q, k, v = (y[:, places].transpose(1, 2) for y in self.inputs)
-        facts = dict(self.facts)
-        if facts.pop("packed", False):
-            facts["segments"] = (torch.arange(LENGTH) // 7)[None].expand(ROWS, -1)[:, places]
-        if facts.pop("sinks", False):
-            facts["sinks"] = self.sinks
-        if (mask := facts.get("mask")) is not None:
-            facts["mask"] = mask.to(q.device)
-        return (drivetrain.attention(self, q, k, v, **facts).flatten(2) * x).sum((1, 2)).mean()
+        of_keys = torch.stack([2 * places, 2 * places + 1], 1).flatten() if self.cross else places
+        all_places = (places, of_keys, of_keys)
+        inputs = tuple(y[:, i] for y, i in zip(self.inputs, all_places, strict=True))
+        y = x / 4
+        for block in self.blocks:
+            y = block(y, inputs, places)
+        return (y * x).sum((1, 2)).mean()
 
 
 MASK = torch.rand(1, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(4)) < 0.7
@@ -53,8 +84,14 @@ FACTS: dict[str, dict[str, Any]] = {
     "packed": {"causal": True, "packed": True},
     "window": {"causal": True, "window": 5},
     "sinks": {"causal": True, "sinks": True},
+    "alibi": {"causal": True, "alibi": True},
+    "softcap": {"causal": True, "softcap": 2.0},
+    "two sides": {"window": 4, "packed": True},
+    "cross": {"cross": True},
     "mask": {"mask": MASK | torch.eye(LENGTH, dtype=torch.bool)},
 }
+BY_BLOCKS = [name for name in FACTS if name != "mask"]
+BY_CHUNKS = [name for name in BY_BLOCKS if name != "cross"]
 
 HEADS = [(8, 8), (8, 4), (8, 2), (8, 1), (4, 2), (6, 3)]
 
@@ -122,6 +159,10 @@ PAIRWISE: list[Case] = [
     (8, 4, "window"),
     (4, 2, "sinks"),
     (8, 1, "mask"),
+    (6, 2, "alibi"),
+    (4, 1, "softcap"),
+    (5, 5, "two sides"),
+    (8, 2, "cross"),
 ]
 
 
@@ -132,10 +173,21 @@ def test_heads_in_place_of_parts_give_dense_attention(sp: int) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sp", [2, 3, 4])
-def test_every_pair_of_heads_and_masks_gives_dense_attention(sp: int) -> None:
-    cases = [(*heads, name) for heads in HEADS for name in FACTS]
-    for found in run_distributed(gradients, sp, sp, cases, {}):
+@pytest.mark.parametrize(
+    ("sp", "section", "names"),
+    [
+        *((sp, {}, list(FACTS)) for sp in (2, 3, 4)),
+        *((sp, {"ring_size": sp}, BY_BLOCKS) for sp in (2, 3, 4)),
+        (4, {"ring_size": 2}, BY_BLOCKS),
+        *((sp, {"chunk": chunk}, BY_CHUNKS) for sp, chunk in ((1, 5), (2, 6), (3, 9), (4, 8))),
+    ],
+    ids=str,
+)
+def test_every_pair_of_heads_and_masks_gives_dense_attention(
+    sp: int, section: dict[str, Any], names: list[str]
+) -> None:
+    cases = [(*heads, name) for heads in HEADS for name in names]
+    for found in run_distributed(gradients, sp, sp, cases, section):
         check(found, cases)
 
 
@@ -150,7 +202,8 @@ def test_masks_too_large_for_a_tensor_are_asked_for_by_blocks() -> None:
         check(found, cases)
 
 
-RING: list[Case] = [case for case in PAIRWISE if case[2] not in ("sinks", "mask")]
+RING: list[Case] = [case for case in PAIRWISE if case[2] in BY_BLOCKS]
+CHUNKED: list[Case] = [case for case in PAIRWISE if case[2] in BY_CHUNKS]
 
 
 @pytest.mark.parametrize(
@@ -161,10 +214,23 @@ def test_rings_alone_and_around_heads_give_dense_attention(sp: int, ring: int) -
         check(found, RING)
 
 
-def sent(ring: int) -> list[float]:
-    """Elements that leave this rank in attention, forward and backward."""
-    model = Attend(8, 4, FACTS["causal"])
-    engine = engine_of(model, 4, {"ring_size": ring})
+@pytest.mark.parametrize(
+    ("sp", "chunk"), [(1, 5), (2, 8), pytest.param(3, 12, marks=pytest.mark.long)]
+)
+def test_chunks_of_the_sequence_give_dense_attention(sp: int, chunk: int) -> None:
+    for found in run_distributed(gradients, sp, sp, CHUNKED, {"chunk": chunk}):
+        check(found, CHUNKED)
+
+
+def key_heads(ranks: int) -> int:
+    """As many as the ranks divide."""
+    return 8 if ranks == 8 else 4
+
+
+def sent(sp: int, section: dict[str, Any]) -> list[float]:
+    """Elements that leave this rank in a layer of attention, forward and backward."""
+    model = Attend(8, key_heads(sp), FACTS["causal"])
+    engine = engine_of(model, sp, section)
     found = []
     for part in ("forward", "backward"):
         before = engine.job.byte_log.total(purpose=Purpose.ACTIVATION).sent_bytes
@@ -175,17 +241,35 @@ def sent(ring: int) -> list[float]:
         after = engine.job.byte_log.total(purpose=Purpose.ACTIVATION).sent_bytes
         found.append((after - before) / 8)
     engine.destroy()
-    return found
+    same_batch = 4 * (sp - 1)
+    return [(found[0] - same_batch) / LAYERS, found[1] / LAYERS]
 
 
-def test_what_leaves_a_rank_is_what_the_formulas_say() -> None:
-    tokens, h, h_kv, ranks = ROWS * LENGTH, 8 * WIDTH, 4 * WIDTH, 4
-    exchanged = (2 * h + 2 * h_kv) * (tokens / ranks) * (ranks - 1) / ranks
-    passed = 2 * tokens * h_kv * (ranks - 1) / ranks
-    # In backward, keys go round again, and their gradients once more, home.
-    home = 2 * tokens * h_kv
-    same_batch = 4 * 3
-    for forward, backward in run_distributed(sent, 4, 1):
-        assert (forward - same_batch, backward) == (exchanged, exchanged)
-    for forward, backward in run_distributed(sent, 4, 4):
-        assert (forward - same_batch, backward) == (passed, passed + home)
+def formulas(ranks: int, ring: int, chunks: bool) -> list[float]:
+    """What the README says, in elements."""
+    heads, tokens = ranks // ring, ROWS * LENGTH
+    h, h_kv = 8 * WIDTH, key_heads(ranks) * WIDTH
+    exchanged = (2 * h + 2 * h_kv) * (tokens / ranks) * (heads - 1) / heads
+    passed = 2 * tokens * h_kv / heads * (ring - 1) / ring
+    # In backward, keys go round again, and their gradients once more, home. What is computed in
+    # chunks is exchanged once more, when the chunk's forward is repeated.
+    home = 2 * tokens / heads * h_kv if ring > 1 else 0
+    return [exchanged + passed, exchanged * (2 if chunks else 1) + passed + home]
+
+
+TRAFFIC = [
+    (4, {}),
+    (4, {"ring_size": 4}),
+    (2, {"chunk": 8}),
+    *(
+        pytest.param(*case, marks=pytest.mark.long)
+        for case in ((2, {}), (8, {}), (4, {"ring_size": 2}), (6, {"ring_size": 3}))
+    ),
+]
+
+
+@pytest.mark.parametrize(("ranks", "section"), TRAFFIC, ids=str)
+def test_what_leaves_a_rank_is_what_the_formulas_say(ranks: int, section: dict[str, Any]) -> None:
+    expected = formulas(ranks, section.get("ring_size", 1), "chunk" in section)
+    for found in run_distributed(sent, ranks, ranks, section):
+        assert found == expected

@@ -11,6 +11,7 @@ from torch import nn
 
 import drivetrain
 from drivetrain.errors import ConfigError, TrainingError
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import run_distributed
 
 CASES = [
@@ -47,3 +48,156 @@ def check(found: list[Any], cases: list[tuple[str, str, int]]) -> None:
 
 def test_models_in_chunks_train_as_whole_ones_on_one_rank() -> None:
     check(chunked(1, CASES, CHUNKS), CASES)
+
+
+@pytest.mark.parametrize(
+    ("sp", "cases"),
+    [
+        (2, [CASES[1], CASES[4], CASES[6]]),
+        pytest.param(2, CASES, marks=pytest.mark.long),
+        pytest.param(4, CASES, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_models_in_chunks_train_as_whole_ones_over_ranks(
+    sp: int, cases: list[tuple[str, str, int]]
+) -> None:
+    for found in run_distributed(chunked, sp, sp, cases, CHUNKS):
+        check(found, cases)
+
+
+class Counted(nn.Module):
+    """Counts the tokens that go through it at a time."""
+
+    most = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        Counted.most = max(Counted.most, x.shape[1])
+        return x
+
+
+def test_no_more_tokens_than_a_chunk_go_through_a_block_at_a_time() -> None:
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.mlp = nn.Sequential(Counted(), layer.mlp)
+    engine = engine_of(model, sequence_parallel={"chunk": 8, "probe": False})
+    train(engine, "plain")
+    engine.destroy()
+    assert Counted.most == 8
+
+
+class Dropping(nn.Module):
+    """Drops some of what goes through it, and notes what was left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.dropout(x * self.weight, 0.5, self.training)
+        self.seen.append(x.detach() != 0)
+        return x
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_what_a_chunk_drops_it_drops_again_and_no_other_chunk_does(name: str) -> None:
+    model = tiny(name)
+    layers = model.model.layers if name == "llama" else model.bert.encoder.layer
+    for layer in layers:
+        place = layer.mlp if name == "llama" else layer.output
+        inner = "down_proj" if name == "llama" else "dense"
+        setattr(place, inner, nn.Sequential(getattr(place, inner), Dropping()))
+    engine = engine_of(model, sequence_parallel={"chunk": 8, "probe": False})
+    engine.train()
+    kind = "plain" if name == "llama" else "masked"
+    engine.backward(engine(**batch(0, kind)).loss)
+    for part in (part for part in model.modules() if isinstance(part, Dropping)):
+        forward, backward = part.seen[:3], part.seen[3:]
+        assert all(map(torch.equal, forward, reversed(backward)))
+        assert not torch.equal(forward[0], forward[1])
+    engine.destroy()
+
+
+class Twice(nn.Module):
+    """Attends twice, the second time to what the first has made."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        self.project = nn.Linear(8, 24).double()
+        self.shared: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            q, k, v = self.project(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            x = x + drivetrain.attention(self, q, k, v, causal=self.causal).flatten(2)
+        return x if self.shared is None else x * self.shared
+
+
+class Model(nn.Module):
+    """Two of them."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([Twice(causal), Twice(causal)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x.square().mean()
+
+
+def test_blocks_that_attend_twice_are_right_or_refused() -> None:
+    x = torch.randn(ROWS, LENGTH, 8, dtype=torch.float64)
+    model, expected = Model(causal=True), Model(causal=True)
+    engine = engine_of(model, sequence_parallel={"chunk": 9})
+    for _ in range(2):
+        loss = engine(x)
+        engine.backward(loss)
+        engine.step()
+        other = expected(x)
+        other.backward()
+        with torch.no_grad():
+            for parameter in expected.parameters():
+                parameter -= 0.05 * parameter.grad
+                parameter.grad = None
+        torch.testing.assert_close(loss, other)
+    engine.destroy()
+    engine = engine_of(Model(causal=False), sequence_parallel={"chunk": 9, "probe": False})
+    with pytest.raises(TrainingError, match=r"attends twice, and not causally.*leave out"):
+        engine(x)
+    engine.destroy()
+
+
+def refused(model: nn.Module, *args: Any, **kwargs: Any) -> str:
+    engine = engine_of(model, sequence_parallel={"chunk": 8, "probe": False})
+    with pytest.raises((ConfigError, TrainingError)) as raised:
+        engine.backward(engine(*args, **kwargs))
+    engine.destroy()
+    return str(raised.value)
+
+
+def test_what_has_no_chunks_is_refused_by_name() -> None:
+    x = torch.randn(ROWS, LENGTH, 8, dtype=torch.float64)
+    model = Model(causal=True)
+    model.shared = nn.Parameter(torch.ones(8, dtype=torch.float64))
+    model.blocks[0].shared = model.shared
+    del model.blocks[0]._parameters["shared"]
+    object.__setattr__(model.blocks[0], "shared", model.shared)
+    said = refused(model, x)
+    assert "blocks.0 uses a tensor of shape (8,) that is trained" in said
+    model = Model(causal=True)
+    model.blocks[1].project.weight.register_hook(lambda gradient: gradient * 2)
+    assert "a parameter of blocks.1 has a hook on its gradient" in refused(model, x)
+    with pytest.raises(ConfigError, match="Linear has no repeated blocks"):
+        engine_of(nn.Linear(8, 8).double(), sequence_parallel={"chunk": 8})
+    wrong: list[tuple[dict[str, int], str]] = [
+        ({"chunk": 8, "ring_size": 2}, "chunks go with ranks that exchange heads"),
+        ({"chunk": 7}, "7 tokens are not as many for each of 2 ranks"),
+    ]
+    for section, said in wrong:
+        config = {"sequence_parallel_size": 2, "sequence_parallel": section}
+        with pytest.raises(ConfigError, match=said):
+            Plan.build(config, world_size=2, batch_required=False)

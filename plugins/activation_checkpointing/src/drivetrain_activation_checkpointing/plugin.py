@@ -18,6 +18,7 @@ class ActivationCheckpointing(Plugin):
     """Owns ``activation_checkpointing``."""
 
     name = PATH
+    after = ("sequence_parallel",)  # recomputed blocks contain tiles and chunks
     sections: ClassVar[Sections] = {PATH: ActivationCheckpointingSection}
 
     @hookimpl

@@ -60,8 +60,8 @@ def backward(
     """
     aten: Any = torch.ops.aten
     gradient, result, lse = known
-    tensors = (gradient.to(query.dtype), query, key, value, result.to(query.dtype), lse)
-    tensors = tuple(x.contiguous() for x in tensors)
+    given = (gradient.to(query.dtype), query, key, value, result.to(query.dtype), lse)
+    tensors = tuple(x.contiguous() for x in given)
     if query.device.type == "cpu":
         found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *tensors, 0.0, causal, scale=scale

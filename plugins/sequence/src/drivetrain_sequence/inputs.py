@@ -82,7 +82,7 @@ class Cutter:
             TrainingError: an argument that cannot be cut, with its name.
         """
         given = dict(arguments)
-        if self.cut.ranks > 1:
+        if self.cut.cuts:
             _refuse(given)
         name = next((name for name in TOKENS if name in given), None)
         if name is None:
@@ -93,7 +93,7 @@ class Cutter:
         batch, length = given[name].shape[:2]
         missing = -length % self.cut.multiple
         labels = self._labels(given, (batch, length))
-        if self.cut.ranks == 1:
+        if not self.cut.cuts:
             return Prepared(given) if labels is None else self._with_labels(given, labels)
         layout, positions = _layout(given, batch, length, missing, given[name].device)
         places = self.cut.of_rank(length + missing, self._rank).to(given[name].device)
@@ -105,7 +105,9 @@ class Cutter:
                 value = _padded(value, missing, 0)[:, places]
             keywords[key] = value
         keywords["position_ids"] = positions[:, places]
-        if layout is not None or self.cut.ring > 1:
+        # Positions of tokens that are not one after the other would be taken for packed rows.
+        in_order = self.cut.ring == 1 and (self.cut.chunk is None or self.cut.ranks == 1)
+        if layout is not None or not in_order:
             known = layout or Layout()
             device = places.device
             keywords["attention_mask"] = known.attached(batch, length + missing, device)
@@ -177,6 +179,13 @@ class OwnCutter(Cutter):
                     raise _uncut(key, value, batch, length)
                 given[key] = value[:, places]
         return Prepared(given)
+
+
+class Whole(OwnCutter):
+    """Leaves arguments of a model as they are, where one rank computes its sequences in chunks."""
+
+    def __call__(self, arguments: Mapping[str, Any]) -> Prepared:
+        return Prepared(dict(arguments))
 
 
 def _refuse(given: dict[str, Any]) -> None:

@@ -20,13 +20,24 @@ class Cut:
     attention is as much work on each ("zig-zag"); the ranks that exchange heads have equal parts of
     these, in order.
 
+    With ``chunk`` each rank has its part of every chunk, so that ranks which exchange heads of one
+    chunk of theirs have a chunk of the sequence.
+
     Args:
         heads: ranks that exchange heads.
         ring: ranks that pass keys on.
+        chunk: tokens of the sequence that are computed at a time, a multiple of ``heads``; only
+            without a ring.
     """
 
     heads: int
     ring: int = 1
+    chunk: int | None = None
+
+    @property
+    def cuts(self) -> bool:
+        """Whether batches have to be cut, or brought into chunks."""
+        return self.ranks > 1 or self.chunk is not None
 
     @property
     def ranks(self) -> int:
@@ -38,17 +49,30 @@ class Cut:
         """What the number of tokens has to be a multiple of."""
         return self.ranks * (2 if self.ring > 1 else 1)
 
+    def runs(self, length: int, position: int) -> list[range]:
+        """Places of the tokens at a ring position, in order."""
+        if self.ring == 1:
+            return [range(length)]
+        size = length // (2 * self.ring)
+        chunks = (position, 2 * self.ring - 1 - position)
+        return [range(i * size, (i + 1) * size) for i in chunks]
+
+    def chunks(self, length: int) -> list[range]:
+        """Places of the tokens that are computed at a time; all of them at once without a size."""
+        size = self.chunk or length
+        return [range(i, min(i + size, length)) for i in range(0, length, size)]
+
     def of_ring(self, length: int, position: int) -> torch.Tensor:
         """Indices of the tokens at a ring position, in order."""
-        if self.ring == 1:
-            return torch.arange(length)
-        chunks = torch.arange(length).chunk(2 * self.ring)
-        return torch.cat([chunks[position], chunks[2 * self.ring - 1 - position]])
+        return torch.cat([torch.arange(r.start, r.stop) for r in self.runs(length, position)])
 
     def of_rank(self, length: int, rank: int) -> torch.Tensor:
         """Indices of the tokens of a rank, in order."""
         position, part = divmod(rank, self.heads)
-        return self.of_ring(length, position).chunk(self.heads)[part]
+        if self.chunk is None:
+            return self.of_ring(length, position).chunk(self.heads)[part]
+        chunks = (torch.arange(r.start, r.stop) for r in self.chunks(length))
+        return torch.cat([chunk.chunk(self.heads)[part] for chunk in chunks])
 
 
 @dataclass(frozen=True, eq=False)

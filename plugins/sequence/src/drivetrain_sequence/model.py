@@ -13,7 +13,7 @@ from torch import nn
 from drivetrain.communication.functional import Functional, functional
 from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import ConfigError, TrainingError
-from drivetrain_sequence.inputs import Cutter, Labels, OwnCutter, Prepared
+from drivetrain_sequence.inputs import Cutter, Labels, OwnCutter, Prepared, Whole
 from drivetrain_sequence.losses import CausalLoss, TiledHead, mean_over_sequence
 from drivetrain_sequence.probe import probe
 
@@ -35,24 +35,24 @@ class SharedModel:
         job: mesh and communication.
         module: the finished module.
         section: settings.
-        cut: how sequences are shared out.
-        turn: tells attention when it sees parts.
+        turn: how sequences are shared out; tells attention when it sees parts.
 
     Raises:
         ConfigError: it is not known how to cut the module's batches.
     """
 
     def __init__(
-        self, job: Job, module: nn.Module, section: SequenceParallelSection, cut: Cut, turn: Turn
+        self, job: Job, module: nn.Module, section: SequenceParallelSection, turn: Turn
     ) -> None:
+        cut = turn.cut
         self._module = module
-        self._probes = section.probe and cut.ranks > 1
+        self._probes = section.probe and cut.cuts
         self._turn = turn
         tag = Tag(Purpose.ACTIVATION, key="loss", site="sequence parallelism")
         self._line: Functional = functional(job.communicator, "sp", tag)
         self._pending: Prepared | None = None
         self._now: Prepared | None = None
-        self._seen = cut.ranks == 1
+        self._seen = not cut.cuts
         self._loss: CausalLoss | None = None
         self._head: TiledHead | None = None
         self._cutter = self._cutter_of(job, section, cut)
@@ -71,7 +71,7 @@ class SharedModel:
             return args, dict(kwargs)
         arguments = self._cutter.named(args, kwargs)
         first, self._seen = not self._seen, True
-        if first:
+        if first and self._line.size > 1:
             self._check_alike(arguments)
         prepared = self._cutter(arguments)
         if first and self._probes:
@@ -104,8 +104,10 @@ class SharedModel:
                 "sequence_parallel.loss_tile: only losses of models of Transformers are computed "
                 "in tiles by themselves; in another model call drivetrain_sequence.tiled_loss"
             )
-        if section.inputs == "whole" or cut.ranks == 1:
+        if section.inputs == "whole" or not cut.cuts:
             return None
+        if cut.ranks == 1:
+            return Whole(module, cut, rank)
         if "position_ids" not in inspect.signature(module.forward).parameters:
             raise ConfigError(
                 f"the forward of {type(module).__name__} takes no position_ids, which tell a rank "
@@ -160,7 +162,7 @@ class SharedModel:
         if self._pending is None:
             return
         self._now, self._pending = self._pending, None
-        self._turn.in_forward = self._line.size > 1
+        self._turn.in_forward = self._turn.cut.cuts
         if self._loss is not None:
             self._loss.called = False
         if self._head is not None:

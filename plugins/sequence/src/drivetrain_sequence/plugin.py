@@ -45,11 +45,18 @@ class SequenceParallel(Plugin):
 
     @hookimpl
     def configure(self) -> Sequence[Problem]:
-        size, ring = self._size(), self.section(SequenceParallelSection).ring_size
-        if size % ring == 0:
-            return []
-        what = f"{ring} ranks cannot be a part of {size} ({SIZE}): give a divisor of it"
-        return [Problem(f"{PATH}.ring_size", what)]
+        section = self.section(SequenceParallelSection)
+        size, ring, chunk = self._size(), section.ring_size, section.chunk
+        if size % ring:
+            what = f"{ring} ranks cannot be a part of {size} ({SIZE}): give a divisor of it"
+            return [Problem(f"{PATH}.ring_size", what)]
+        if chunk is not None and ring > 1:
+            what = f"chunks go with ranks that exchange heads: leave out {PATH}.ring_size"
+            return [Problem(f"{PATH}.chunk", what)]
+        if chunk is not None and chunk % size:
+            what = f"{chunk} tokens are not as many for each of {size} ranks ({SIZE})"
+            return [Problem(f"{PATH}.chunk", what)]
+        return []
 
     @hookimpl
     def wrap_attention(self, job: Job) -> Sequence[AttentionLayer]:
@@ -74,7 +81,9 @@ class SequenceParallel(Plugin):
 
     def features(self) -> Mapping[str, object]:
         section = self.section(SequenceParallelSection)
-        tiles = {f"{PATH}.{key}": getattr(section, key) for key in ("loss_tile", "mlp_tile")}
+        tiles = {
+            f"{PATH}.{key}": getattr(section, key) for key in ("loss_tile", "mlp_tile", "chunk")
+        }
         return {SIZE: self._size(), **tiles}
 
     def feature_values(self) -> Mapping[str, Sequence[object]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,10 +46,12 @@ def probe(
     if few is None:
         return
     length = next(few[name] for name in cutter.tokens if name in few).shape[1]
-    in_parts = cutter(few).keywords
-    training, in_forward = model.training, turn.in_forward
+    training, in_forward, cut = model.training, turn.in_forward, turn.cut
+    if cut.chunk is not None:  # two of them
+        turn.cut = cutter.cut = replace(cut, chunk=max(1, length // cut.ranks // 2) * cut.ranks)
     model.eval()
     try:
+        used, in_parts = cutter.cut, cutter(few).keywords
         with torch.no_grad():
             turn.in_forward = False
             cache = {"use_cache": False} if "use_cache" in in_parts else {}
@@ -57,11 +60,11 @@ def probe(
             part = _result(model(**in_parts), length // line.size)
     finally:
         model.train(training)
-        turn.in_forward = in_forward
+        turn.in_forward, turn.cut, cutter.cut = in_forward, cut, cut
     if whole is None or part is None:
         return
     joined = line.all_gather(part, dim=1)
-    order = torch.cat([cutter.cut.of_rank(length, rank) for rank in range(line.size)])
+    order = torch.cat([used.of_rank(length, rank) for rank in range(line.size)])
     found = torch.empty_like(joined)
     found[:, order.to(joined.device)] = joined
     difference = (found - whole).abs().max() / whole.abs().max().clamp(min=1e-30)
@@ -84,6 +87,8 @@ def _few(
 ) -> dict[str, Any] | None:
     """One row of a few tokens, without labels; ``None`` if the batch has too few to cut."""
     tokens = next(arguments[name] for name in tokens_of if name in arguments)
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+        return None
     shape = tokens.shape[:2]
     length = min(TOKENS_PER_RANK * multiple, shape[1] // multiple * multiple)
     if not length:

@@ -44,3 +44,13 @@ class SequenceParallelSection(Section):
         default=None,
         description="Tokens that go through an MLP at a time; computed again in backward.",
     )
+    chunk: PositiveInt | None = Field(
+        default=None,
+        description="Tokens of the whole sequence that go through a repeated block at a time; "
+        "a chunk's forward is repeated in backward. A multiple of sequence_parallel_size.",
+    )
+    chunk_offload: Bool = Field(
+        default=True,
+        description="Keep inputs, keys, values and results of attention of the chunks that are "
+        "not computed in host memory.",
+    )

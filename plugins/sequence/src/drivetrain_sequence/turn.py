@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+from drivetrain_sequence.layout import Cut
+
+if TYPE_CHECKING:
+    from drivetrain_sequence.chunks.work import Work
 
 
 @dataclass
@@ -12,9 +18,16 @@ class Turn:
     """Whether tokens are in parts now: inside of the engine's forward, and in backward.
 
     Outside of it, such as in ``generate`` of the model itself, every rank has whole sequences.
+
+    Args:
+        cut: how sequences are shared out.
+        in_forward: whether the engine's forward is under way.
+        work: of the block that is computed by chunks now.
     """
 
+    cut: Cut
     in_forward: bool = False
+    work: Work | None = None
 
     @property
     def in_parts(self) -> bool:

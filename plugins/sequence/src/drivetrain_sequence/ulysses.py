@@ -41,16 +41,16 @@ def ring_line(job: Job, cut: Cut) -> Functional:
 
 
 def exchange_heads(
-    inner: Attention, by_blocks: Attention, line: Functional, turn: Turn, *, in_ring: bool
+    inner: Attention, by_blocks: Attention, by_chunks: Attention, line: Functional, turn: Turn
 ) -> Attention:
     """Put the exchange around ``inner``, which then sees all tokens of some heads.
 
     Args:
         inner: the function so far.
-        by_blocks: computes what has a mask that would be too large as a tensor.
+        by_blocks: passes keys on in a ring; or computes what has too large a mask for a tensor.
+        by_chunks: sees a chunk of all tokens.
         line: the ranks that exchange heads.
         turn: whether there is something to exchange.
-        in_ring: whether ``inner`` passes keys on, and knows what a mask means for that.
     """
 
     def attend(
@@ -64,33 +64,37 @@ def exchange_heads(
             return inner(module, query, key, value, facts)
         heads = query.shape[1]
         own = HeadShare.of(heads, key.shape[1], line.size).queries[line.rank]
-        blocks = in_ring or _is_large(facts, line, query, key)
-        compute = by_blocks if blocks else inner
-        whole = (ring_facts if blocks else whole_facts)(facts, line, own, query)
+        if len(turn.cut.chunks(query.shape[2] * line.size)) > 1 or turn.work is not None:
+            compute, whole_of = by_chunks, part_facts
+        elif turn.cut.ring > 1 or _is_large(facts, line, query):
+            compute, whole_of = by_blocks, part_facts
+        else:
+            compute, whole_of = inner, whole_facts
+        whole = whole_of(facts, line, own, query)
         query, key, value = to_heads(line, query, key, value)
         return from_heads(line, compute(module, query, key, value, whole), heads)
 
     return attend
 
 
-def _is_large(
-    facts: AttentionFacts, line: Functional, query: torch.Tensor, key: torch.Tensor
-) -> bool:
+def _is_large(facts: AttentionFacts, line: Functional, query: torch.Tensor) -> bool:
     """Whether the mask of the whole sequence is better asked for block by block."""
     mask, length = facts.mask, query.shape[2] * line.size
     plain = isinstance(mask, MaskRule) and flags_of(mask, layout_of(mask)) is not None
     if facts.segments is None and facts.window is None and (mask is None or plain):
         return False
     large = query.shape[0] * length * length > LARGEST_MASK
-    return large and not not_by_blocks(facts, query, key)
+    return large and not not_by_blocks(facts)
 
 
-def ring_facts(
+def part_facts(
     facts: AttentionFacts, line: Functional, heads: range, query: torch.Tensor
 ) -> AttentionFacts:
-    """The facts for the tokens of a position of a ring and the heads of this rank."""
+    """The facts for a part of the sequence, a ring position's or a chunk, and this rank's heads."""
     return replace(
         facts,
+        sinks=_of_heads(facts.sinks, heads),
+        slopes=_of_heads(facts.slopes, heads),
         positions=_joined(facts.positions, line, query),
         segments=_joined(facts.segments, line, query),
     )
@@ -126,14 +130,18 @@ def whole_facts(
         mask = None if plain else whole
     elif mask is not None:
         mask = _whole_mask(mask, heads, query.shape[1], length)
-    sinks = None if facts.sinks is None else facts.sinks[heads.start : heads.stop]
     return replace(
         facts,
         mask=mask,
-        sinks=sinks,
+        sinks=_of_heads(facts.sinks, heads),
+        slopes=_of_heads(facts.slopes, heads),
         positions=_joined(facts.positions, line, query),
         segments=_joined(facts.segments, line, query),
     )
+
+
+def _of_heads(x: torch.Tensor | None, heads: range) -> torch.Tensor | None:
+    return None if x is None else x[heads.start : heads.stop]
 
 
 def _whole_mask(mask: torch.Tensor, heads: range, all_heads: int, length: int) -> torch.Tensor:

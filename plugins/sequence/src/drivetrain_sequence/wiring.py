@@ -10,9 +10,12 @@ from torch import nn
 from drivetrain.contracts import Attention, AttentionLayer, AttentionPhase, Phase, Transform
 from drivetrain.errors import ConfigError
 from drivetrain.states.units import units
+from drivetrain_sequence.chunks.block import ChunkedBlock
+from drivetrain_sequence.chunks.layer import attend_by_chunks
 from drivetrain_sequence.layout import Cut
 from drivetrain_sequence.model import SharedModel
 from drivetrain_sequence.ring import Ring, pass_keys_on
+from drivetrain_sequence.section import PATH
 from drivetrain_sequence.tiles import TiledModule, mlps
 from drivetrain_sequence.turn import Turn
 from drivetrain_sequence.ulysses import exchange_heads, heads_line, ring_line
@@ -29,48 +32,69 @@ _shared: WeakKeyDictionary[nn.Module, SharedModel] = WeakKeyDictionary()
 def cut_of(job: Job, section: SequenceParallelSection) -> Cut:
     """How the ranks of a sequence share it out; not at all where the script does."""
     if "sp" in job.plan.serves_axes:
+        if section.chunk is not None:
+            raise ConfigError(
+                f"{PATH}.chunk: the script shares sequences out by itself (mpu), so nothing is "
+                "known of the order of their tokens: leave it out"
+            )
         return Cut(1)
-    return Cut(job.mesh.size("sp") // section.ring_size, section.ring_size)
+    return Cut(job.mesh.size("sp") // section.ring_size, section.ring_size, section.chunk)
+
+
+def turn_of(job: Job, section: SequenceParallelSection) -> Turn:
+    """What tells the job's layers whether tokens are in parts."""
+    if job not in _turns:
+        _turns[job] = Turn(cut_of(job, section))
+    return _turns[job]
 
 
 def attention_layers(job: Job, section: SequenceParallelSection) -> list[AttentionLayer]:
     """The layers around attention, from the inside out."""
-    cut = cut_of(job, section)
-    if cut.ranks == 1:
+    turn = turn_of(job, section)
+    cut = turn.cut
+    if not cut.cuts:
         return []
-    turn = _turns.setdefault(job, Turn())
-    line = heads_line(job, cut) if cut.heads > 1 else None
     ring = Ring(ring_line(job, cut), cut)
+    line = heads_line(job, cut) if cut.heads > 1 or cut.chunk is not None else None
 
     def shared(inner: Attention) -> Attention:
         by_blocks = pass_keys_on(inner, ring, turn)
         if line is None:
             return by_blocks
-        return exchange_heads(inner, by_blocks, line, turn, in_ring=cut.ring > 1)
+        return exchange_heads(inner, by_blocks, attend_by_chunks(turn), line, turn)
 
     return [AttentionLayer(AttentionPhase.SEQUENCE, shared)]
 
 
 def transforms(job: Job, section: SequenceParallelSection) -> list[Transform]:
-    """What is done to the module: tiles inside of it, and hooks around it."""
+    """What is done to the module: tiles and chunks inside of it, and hooks around it."""
 
     def in_tiles(module: nn.Module) -> nn.Module:
+        blocks = [unit for unit in units(module) if unit.module is not module]
         if section.mlp_tile is not None:
             found = [part for unit in units(module) for part in mlps(unit.module)]
             if not found:
                 raise ConfigError(
-                    f"sequence_parallel.mlp_tile: {type(module).__name__} has no multi-layer "
+                    f"{PATH}.mlp_tile: {type(module).__name__} has no multi-layer "
                     "perceptron among the children of its repeated blocks"
                 )
             for part in found:
                 job.on_close(TiledModule(part, section.mlp_tile).undo)
+        if section.chunk is not None:
+            if not blocks:
+                raise ConfigError(
+                    f"{PATH}.chunk: {type(module).__name__} has no repeated blocks (children of "
+                    "one class in a ModuleList, Sequential or ModuleDict) to compute in chunks"
+                )
+            for unit in blocks:
+                turn = turn_of(job, section)
+                job.on_close(ChunkedBlock(job, unit, turn, section.chunk_offload).undo)
         return module
 
     def share(module: nn.Module) -> nn.Module:
-        cut = cut_of(job, section)
-        if cut.ranks > 1 or section.loss_tile is not None:
-            turn = _turns.setdefault(job, Turn())
-            _shared[module] = SharedModel(job, module, section, cut, turn)
+        turn = turn_of(job, section)
+        if turn.cut.cuts or section.loss_tile is not None:
+            _shared[module] = SharedModel(job, module, section, turn)
             job.on_close(_shared[module].undo)
         return module
 

@@ -60,12 +60,16 @@ class ChunkedBlock:
         self.__signature__ = inspect.signature(self.inner)
         self.module.forward = self
 
-    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block's forward."""
         turn = self.turn
         if not turn.in_parts or turn.work is not None:
             return self.inner(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            raise TrainingError(
+                f"{self.name} is compiled, and computed in chunks whose number the sequence "
+                "decides: leave out compilation of it or sequence_parallel.chunk"
+            )
         arguments = Arguments(args, kwargs, self.name)
         chunks = turn.cut.chunks(arguments.length * turn.cut.heads)
         if len(chunks) == 1:
@@ -238,8 +242,8 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         count = len(ctx.call.arguments.dims)
-        tensors, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        return None, *ctx.call.backward(tensors, saved, gradients)
+        everything = ctx.saved_tensors  # once: asking recomputes, where blocks are recomputed
+        return None, *ctx.call.backward(everything[:count], everything[count:], gradients)
 
 
 def _same(forward: Any) -> Any:

@@ -54,7 +54,7 @@ class GradientSums:
         if not pairs:
             return
         wanted = [x for x in inputs if x.requires_grad]
-        found = torch.autograd.grad(
+        found: Sequence[torch.Tensor | None] = torch.autograd.grad(
             [y for y, _ in pairs],
             [*wanted, *self._parameters],
             [g.to(y.dtype) for y, g in pairs],

@@ -60,8 +60,8 @@ class Attended:
     def restored(self, saved: Sequence[torch.Tensor]) -> Attended:
         """The like of this with what ``saved`` had returned; gradients are still to come."""
         count = len(saved) // 4
-        lists = (list(saved[i * count : (i + 1) * count]) for i in range(4))
-        return Attended(*lists, segments=self.segments)
+        keys, values, results, lse = (list(saved[i * count : (i + 1) * count]) for i in range(4))
+        return Attended(keys, values, results, lse, self.segments)
 
 
 @dataclass
