@@ -1,0 +1,1 @@
+"""The protocol: OpenAI's requests, answers, streams and errors."""

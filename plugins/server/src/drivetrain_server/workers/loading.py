@@ -1,0 +1,61 @@
+"""From a path to an engine, by whichever installed package generates."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from drivetrain.contracts import Serves
+from drivetrain.errors import ConfigError
+from drivetrain.plan.registry import Registry
+from drivetrain_server.workers.wire import Message
+
+
+def load(order: Message) -> Serves:
+    """The engine that ``order`` asks for.
+
+    Raises:
+        ConfigError: no package generates, several do and none is named, or the model cannot be
+            served.
+    """
+    if order["threads"]:
+        torch.set_num_threads(order["threads"])
+    # Code of a model's folder is never run; without this Transformers may ask at the terminal.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    registry = Registry.installed()
+    names = registry.names("engines")
+    if not names:
+        raise ConfigError(
+            "no package that generates is installed: pip install drivetrain-inference"
+        )
+    name = order["engine"] or names[0]
+    if name not in names:
+        raise ConfigError(f"there is no engine {name!r}; there are {', '.join(names)}")
+    if not order["engine"] and len(names) > 1:
+        raise ConfigError(f"several packages generate; choose with --engine: {', '.join(names)}")
+    dtype = getattr(torch, order["dtype"] or "float32", None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype {order['dtype']!r} is none of torch")
+    engine: Serves = registry.load("engines", name)(
+        Path(order["model"]),
+        order["config"],
+        dtype=dtype if order["dtype"] else None,
+        weights=order["weights"] or None,
+    )
+    return engine
+
+
+def described(engine: Serves) -> dict[str, Any]:
+    """What a server has to know of an engine: its room, its chat template, its special tokens."""
+    tokenizer = engine.tokenizer
+    status = engine.status()
+    return {
+        "context": engine.context,
+        "capacity": min(engine.context, int(status["cache_tokens"])),
+        "template": getattr(tokenizer, "chat_template", None),
+        "tokens": dict(getattr(tokenizer, "special_tokens_map", None) or {}),
+        "process": os.getpid(),
+    }
