@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from starlette.responses import JSONResponse
 
 from drivetrain_server.templates.sandbox import BadTemplateError
 from drivetrain_server.workers.tickets import RefusedError, WorkerLostError
+
+logger = logging.getLogger("drivetrain.server")
 
 _TYPES = {
     401: "authentication_error",
@@ -74,4 +77,5 @@ def as_api_error(error: Exception, retry_after: int = 1) -> ApiError:
         return ApiError(503, str(error), code="worker_lost", headers=later)
     if isinstance(error, BadTemplateError):
         return ApiError(400, str(error), param="messages", code="template_error")
+    logger.error("a request has failed", exc_info=error)
     return ApiError(500, "the server has failed; its log says why", code="internal_error")
