@@ -110,13 +110,15 @@ class DataLoader:
         if self._request.sampler is not None:
             sized: Any = self._request.sampler
             return self._deal.alone.rounds(len(sized))
-        return self._deal.rounds(len(self.dataset))
+        return self._deal.rounds(len(self._dealt))
 
     def __iter__(self) -> Iterator[Any]:
         if self._left_early:
             self._start_epoch(self.epoch + 1)
         resets, resumed = self._resets, self._consumed > 0
         for batch in self._batches():
+            if self._request.finish is not None:
+                batch = self._request.finish(batch, self.epoch, self._consumed)
             self._consumed += self._deal.round_size
             self._left_early = not self._epoch_is_over()
             if not self._left_early:
@@ -140,6 +142,8 @@ class DataLoader:
         state: dict[str, Any] = {"epoch": self.epoch, "consumed": self._consumed}
         if self._keeps_own_state():
             state["dataset"] = self.dataset.state_dict()
+        if self._request.order is not None:
+            state["order"] = self._request.order.state_dict(self.epoch, self._consumed)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -149,11 +153,13 @@ class DataLoader:
             CheckpointError: the dataset is shorter than the position.
         """
         consumed = int(state["consumed"])
-        if not self._iterable and self._request.sampler is None and consumed > len(self.dataset):
+        if not self._iterable and self._request.sampler is None and consumed > len(self._dealt):
             raise CheckpointError(
                 f"the saved loader had consumed {consumed} samples of its epoch, but the dataset "
-                f"has {len(self.dataset)}; load with the dataset that was trained on"
+                f"has {len(self._dealt)}; load with the dataset that was trained on"
             )
+        if self._request.order is not None:
+            self._request.order.load_state_dict(state.get("order"))
         self._start_epoch(int(state["epoch"]))
         self._consumed = consumed
         self._dataset_state = state.get("dataset")
@@ -167,9 +173,13 @@ class DataLoader:
     def _epoch_is_over(self) -> bool:
         if self._iterable or self._request.sampler is not None:
             return False  # only the end of the iteration tells
-        total = len(self.dataset)
-        left = total - self._consumed
+        left = len(self._dealt) - self._consumed
         return left < (self._deal.round_size if self._deal.drop_last else 1)
+
+    @property
+    def _dealt(self) -> Any:
+        """What has as many items as an epoch."""
+        return self.dataset if self._request.order is None else self._request.order
 
     def _keeps_own_state(self) -> bool:
         able = hasattr(self.dataset, "state_dict") and hasattr(self.dataset, "load_state_dict")
@@ -210,6 +220,9 @@ class DataLoader:
 
     def _indices(self) -> Iterator[Any]:
         request, deal = self._request, self._deal
+        if request.order is not None:
+            items = _rounds(iter(request.order.items(self.epoch, self._consumed)), deal)
+            return ([index for item in batch for index in item] for batch in items)
         if request.sampler is not None:
             own = islice(iter(request.sampler), self._consumed // deal.num_shards, None)
             return _rounds(own, deal.alone)
@@ -383,12 +396,13 @@ def _check(request: LoaderRequest) -> None:
             "a dataset has __len__ and __getitem__, or is a torch IterableDataset; got "
             f"{kind}" + ("; give its dataset instead" if hasattr(dataset, "dataset") else "")
         )
-    if not len(dataset):
+    items = len(dataset if request.order is None else request.order)
+    if not items:
         raise ConfigError(f"the dataset ({kind}) is empty")
     round_size = request.batch_size * request.num_shards
-    if request.drop_last and request.sampler is None and len(dataset) < round_size:
+    if request.drop_last and request.sampler is None and items < round_size:
         raise ConfigError(
-            f"the dataset has {len(dataset)} samples, fewer than micro-batch {request.batch_size} "
+            f"the dataset has {items} samples, fewer than micro-batch {request.batch_size} "
             f"x {request.num_shards} data shards, so dropping the incomplete round leaves nothing"
         )
 

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+
+class SampleOrder(Protocol):
+    """Which samples of a map-style dataset come when, for all shards together.
+
+    It is the same on every rank and depends on neither shards nor workers: the loader deals items
+    out, and a position in them means the same whatever their numbers are. An item fills one place
+    of a micro-batch: the index of one sample, or of several that share the place.
+    """
+
+    def __len__(self) -> int:
+        """Items of an epoch."""
+
+    def items(self, epoch: int, start: int) -> Iterator[Sequence[int]]:
+        """Items of an epoch, from a position on; does not pass through those before it."""
+
+    def state_dict(self, epoch: int, start: int) -> Any:
+        """Plain data, alike on all ranks, from which ``items`` finds a position at once."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Take over what :meth:`state_dict` returned, before ``items`` of that position."""
+
+
+Finish = Callable[[Any, int, int], Any]
+"""Takes a micro-batch, its epoch and the position of its round; returns what the loader yields."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +49,8 @@ class LoaderRequest:
         shard: index of this data shard.
         num_shards: number of data shards.
         seed: decides the order, together with the epoch.
+        order: of the items that are dealt out; then neither ``shuffle`` nor ``sampler`` counts.
+        finish: changes each micro-batch when it is handed out, in this process.
     """
 
     dataset: Any
@@ -38,3 +65,5 @@ class LoaderRequest:
     shard: int = 0
     num_shards: int = 1
     seed: int = 0
+    order: SampleOrder | None = None
+    finish: Finish | None = None
