@@ -215,8 +215,18 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "linear": "Init LoRAConfig OptimizedLinear QuantizationConfig init_lora",
     },
     "drivetrain-data-efficiency": {
+        "runtime.data_pipeline.curriculum_scheduler": "CurriculumScheduler",
         "runtime.data_pipeline.data_routing.helper": "convert_to_random_ltd "
-        "save_without_random_ltd",
+        "remove_random_ltd_state_dict save_without_random_ltd",
+        "runtime.data_pipeline.data_routing.scheduler": "RandomLTDScheduler",
+        "runtime.data_pipeline.data_sampling.data_analyzer": "DataAnalyzer DistributedDataAnalyzer",
+        "runtime.data_pipeline.data_sampling.indexed_dataset": "MMapIndexedDataset "
+        "MMapIndexedDatasetBuilder data_file_path dataset_exists index_file_path "
+        "infer_dataset_impl make_builder make_dataset",
+        "runtime.data_pipeline.data_sampling.utils": "close_mmap_dataset_builder "
+        "create_mmap_dataset_builder find_fit_int_dtype",
+        "runtime.data_pipeline.data_sampling.variable_batch_size_and_lr": "batch_by_seqlens "
+        "scale_lr",
     },
     "drivetrain-elasticity": {"elasticity": "compute_elastic_config"},
     "drivetrain-hybrid-engine": {
@@ -275,6 +285,13 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
 """Package -> module -> names that it serves, or is to serve."""
 
 INSTEAD: Mapping[str, str] = {
+    "runtime.data_pipeline.data_routing.basic_layer.RandomLayerTokenDrop": "the config's "
+    "data_efficiency.data_routing.random_ltd, for which layers are not replaced",
+    "runtime.data_pipeline.data_sampling.data_sampler.DeepSpeedDataSampler": "training_data of "
+    "initialize, whose loader has the config's order",
+    "runtime.data_pipeline.data_sampling.variable_batch_size_and_lr."
+    "get_dataloader_and_lr_scheduler_for_variable_batch_size_deepspeed": "training_data of "
+    "initialize, with the config's data_efficiency.data_sampling.dynamic_batching",
     "runtime.zero.offload_states.get_state_devices": "drivetrain_offload.state_devices(engine)",
     "checkpoint.DeepSpeedCheckpoint": "drivetrain checkpoint inspect FOLDER",
     "compat.get_accelerator": "deepspeed.accelerator.get_accelerator",

@@ -1,0 +1,1 @@
+"""Names of ``deepspeed.runtime.data_pipeline``, in terms of this package."""

@@ -1,0 +1,1 @@
+"""Which tokens which layers see: random layer-wise token dropping (random-LTD)."""

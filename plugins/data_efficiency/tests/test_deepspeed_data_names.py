@@ -1,0 +1,144 @@
+"""DeepSpeed's names of its data pipeline, as scripts use them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from drivetrain_data_efficiency.deepspeed import analyzer, indexed, routing, scheduling
+from metric_files import Numbers
+from torch import nn
+
+from drivetrain.errors import ConfigError
+
+LINEAR = {
+    "min_difficulty": 2,
+    "max_difficulty": 10,
+    "schedule_type": "fixed_linear",
+    "schedule_config": {"total_curriculum_step": 10, "difficulty_step": 2},
+}
+
+
+def test_difficulties_are_those_of_the_formula() -> None:
+    scheduler = scheduling.CurriculumScheduler(LINEAR)
+    assert scheduler.get_current_difficulty() == 2
+    found = {step: scheduler.update_difficulty(step) for step in (1, 5, 9, 10)}
+    assert found == {1: 2, 5: 6, 9: 8, 10: 10}
+    stages = {"difficulty": [1, 2, 3, 4, 5], "max_step": [2, 4, 6, 8]}
+    discrete = {**LINEAR, "min_difficulty": 1, "max_difficulty": 5}
+    discrete |= {"schedule_type": "fixed_discrete", "schedule_config": stages}
+    scheduler = scheduling.CurriculumScheduler(discrete)
+    assert [scheduler.update_difficulty(s) for s in range(1, 10)] == [1, 1, 2, 2, 3, 3, 4, 4, 5]
+    other = scheduling.CurriculumScheduler(discrete)
+    other.set_state(scheduler.get_state())
+    assert other.get_current_difficulty() == 5
+
+
+def test_layer_tokens_are_those_of_the_formula() -> None:
+    config = {
+        "total_layer_num": 12,
+        "random_ltd_layer_num": 10,
+        "global_batch_size": 4,
+        "random_ltd_schedule": {
+            "min_value": 128,
+            "max_value": 256,
+            "schedule_type": "fixed_linear",
+            "schedule_config": {"require_steps": 10, "seq_per_step": 16},
+        },
+    }
+    scheduler = scheduling.RandomLTDScheduler(config)
+    expected, consumed = [], 0
+    for step in range(12):
+        raw = int(step / 10 * 128 + 128)
+        expected.append(min(raw - raw % 16, 256))
+        consumed += 4 * (expected[-1] * 10 + 256 * 2)
+    assert [scheduler.update_seq(step) for step in range(12)] == expected
+    assert scheduler.state_dict()["consumed_layer_tokens"] == consumed
+    assert scheduler.get_total_layer_tokens(12) == consumed
+    other = scheduling.RandomLTDScheduler(config)
+    other.load_state_dict(scheduler.state_dict())
+    assert other.state_dict() == scheduler.state_dict()
+
+
+def test_batches_by_length_hold_every_sample_the_last_included() -> None:
+    lengths = np.random.default_rng(0).integers(1, 20, 100).tolist()
+    found, sizes, longest = scheduling.batch_by_seqlens(lengths, 40, effective_batch_size=1)
+    samples = [sample for _, own in found for sample in own]
+    assert samples == list(range(100))
+    assert sizes == [len(own) for _, own in found]
+    assert longest == [max(lengths[s] for s in own) for _, own in found]
+    assert all(sum(lengths[s] for s in own) <= 40 for _, own in found)
+    found, sizes, _ = scheduling.batch_by_seqlens(lengths, 40, effective_batch_size=4)
+    assert [batch for batch, _ in found] == [i // 4 for i in range(len(found))]
+    assert sum(sizes) == sum(len(own) for _, own in found)
+    with pytest.raises(ConfigError, match="less than one batch of 99"):
+        scheduling.batch_by_seqlens(lengths, 40, effective_batch_size=99)
+    with pytest.raises(ConfigError, match="equal numbers of samples"):
+        scheduling.batch_by_seqlens(lengths, 40, required_microbatches_of_same_size=True)
+
+
+def test_rates_scale_as_named() -> None:
+    assert scheduling.scale_lr(8, 32, 0.1) == pytest.approx(0.4)
+    assert scheduling.scale_lr(8, 32, 0.1, "sqrt") == pytest.approx(0.2)
+    assert scheduling.scale_lr(8, 32, 0.1, "none") == 0.1
+    with pytest.raises(ValueError, match="unknown scaling method 'cubic'"):
+        scheduling.scale_lr(8, 32, 0.1, "cubic")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_analysis_by_deepspeeds_arguments_writes_its_files(tmp_path: Path, threads: int) -> None:
+    arguments: dict[str, Any] = {
+        "num_threads": threads,
+        "batch_size": 4,
+        "metric_names": ["last", "total"],
+        "metric_functions": [lambda b: b[:, -1] % 5, lambda b: b.sum(0)],
+        "metric_types": ["single_value_per_sample", "accumulate_value_over_samples"],
+        "metric_dtypes": [torch.int64, torch.int64],
+        "save_path": str(tmp_path),
+    }
+    found = analyzer.DataAnalyzer(Numbers(40), **arguments)
+    found.run_map()
+    found.run_reduce()
+    rows = indexed.make_dataset(str(tmp_path / "last" / "last_index_to_sample"))
+    assert [row.tolist() for row in rows] == [
+        [i for i in range(40) if (i + 7) % 5 == value] for value in range(5)
+    ]
+    total = indexed.MMapIndexedDataset(str(tmp_path / "total" / "total_metric_value"), True)
+    assert total[0].tolist() == [sum(range(k, 40 + k)) for k in range(8)]
+    arguments |= {"save_path": str(tmp_path / "b"), "metric_dtypes": [torch.int32, torch.int64]}
+    with pytest.raises(Exception, match="is int64, and int32 was said"):
+        analyzer.DataAnalyzer(Numbers(40), **arguments).run_map_reduce()
+    for wrong, message in (
+        ({"metric_types": ["mean", "mean"]}, "metric type 'mean' is none of"),
+        ({"metric_names": ["one"]}, "1 metric_names, 2 metric_functions"),
+        ({"custom_reduce": print}, "custom_reduce is not supported"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            analyzer.DataAnalyzer(Numbers(40), **{**arguments, **wrong})
+
+
+def test_builders_and_files_have_their_names(tmp_path: Path) -> None:
+    prefix = str(tmp_path / "data")
+    builder = indexed.create_mmap_dataset_builder(prefix, indexed.find_fit_int_dtype(0, 300))
+    builder.add_item(torch.tensor([1, 300]))
+    indexed.close_mmap_dataset_builder(builder, prefix)
+    assert indexed.dataset_exists(prefix)
+    assert indexed.infer_dataset_impl(prefix) == "mmap"
+    assert indexed.infer_dataset_impl(str(tmp_path / "none")) is None
+    found = indexed.make_dataset(prefix, "mmap", skip_warmup=True)
+    assert found[0].tolist() == [1, 300]
+    assert found.dtype == np.uint16
+    assert indexed.make_builder(indexed.data_file_path(prefix + "2"), vocab_size=100)._code == 6
+    with pytest.raises(ConfigError, match="'lazy' of indexed data sets is not read"):
+        indexed.make_dataset(prefix, "lazy")
+
+
+def test_layers_are_chosen_by_class_and_names_stay() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    assert routing.convert_to_random_ltd(model, nn.Linear) is model
+    assert routing.save_without_random_ltd(model).keys() == {"0.weight", "0.bias"}
+    theirs = {"layers.3.random_ltd_layer.weight": 1, "head.bias": 2}
+    assert routing.remove_random_ltd_state_dict(theirs) == {"layers.3.weight": 1, "head.bias": 2}
