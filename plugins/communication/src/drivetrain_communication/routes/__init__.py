@@ -1,0 +1,1 @@
+"""Ways that collectives take over hosts."""

@@ -1,0 +1,161 @@
+"""Collectives in two levels: inside hosts, and between them.
+
+[Note: two levels] Positions of an axis are (host, place on the host). A sum over all is made as
+sums of slices over each host (reduce-scatter), sums of these over hosts (all-reduce between ranks
+of the same place), and a gather on each host. Of n bytes each rank sends at most 2 n / places over
+the network, whatever the number of hosts, and all places of a host send at the same time. An
+exchange goes to the place of its target first, and then to its host, in messages that are as many
+times larger as a host has places. These are the all-reduce of Horovod's hierarchical mode and the
+all-to-all of DeepSpeed-MoE (arXiv:2201.05596, section 5.3).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from drivetrain.contracts import (
+    DONE,
+    Axis,
+    Collective,
+    Communicator,
+    CommunicatorWrapper,
+    Handle,
+    Kind,
+    Purpose,
+    SubAxis,
+    Tag,
+)
+
+if TYPE_CHECKING:
+    from drivetrain.job.job import Job
+
+logger = logging.getLogger("drivetrain.communication")
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The two levels of an axis, as one rank sees them.
+
+    Args:
+        inside: this rank and those of its host, in order of place.
+        across: ranks of the same place on all hosts.
+        hosts: positions of the axis by host, then by place.
+    """
+
+    inside: Axis
+    across: Axis
+    hosts: tuple[tuple[int, ...], ...]
+
+
+def find_levels(axis: Axis, hosts: Sequence[int], position: int) -> Levels | None:
+    """The levels of ``axis``; ``None`` where one hop is as good.
+
+    That is so on one host, with one rank a host, and where hosts have different numbers of ranks.
+
+    Args:
+        axis: the whole axis.
+        hosts: the host of each of its positions.
+        position: this rank's.
+    """
+    members: dict[int, list[int]] = {}
+    for place, host in enumerate(hosts):
+        members.setdefault(host, []).append(place)
+    rows = tuple(map(tuple, members.values()))
+    if isinstance(axis, SubAxis) or len(rows) == 1 or len({len(row) for row in rows}) > 1:
+        return None
+    columns = list(zip(*rows, strict=True))
+    # Positions of a sub-axis ascend, so those of a column have to.
+    if len(rows[0]) == 1 or any(tuple(sorted(column)) != column for column in columns):
+        return None
+    mine = next(row for row in rows if position in row)
+    return Levels(SubAxis(axis, mine), SubAxis(axis, columns[mine.index(position)]), rows)
+
+
+def hosts_of(job: Job, ranks_per_host: int | None) -> list[int]:
+    """The host of every rank, by the number of its first rank. Collective."""
+    if ranks_per_host is not None:
+        return [rank // ranks_per_host for rank in range(job.world_size)]
+    firsts = torch.zeros(job.world_size, dtype=torch.int64, device=job.device)
+    firsts[job.rank] = job.rank - job.ranks.local_rank
+    job.communicator.all_reduce(firsts, "world", Tag(Purpose.CONTROL, site="hosts"))
+    return [int(first) for first in firsts]
+
+
+class Hierarchical(CommunicatorWrapper):
+    """Splits all-reduces and even all-to-alls into two levels; see [Note: two levels].
+
+    All hops but the last are waited for at once, so that all ranks begin the next in one order, and
+    nothing can hang that did not before.
+
+    Args:
+        inner: carries the hops.
+        ranks: answers the global ranks along an axis.
+        hosts: the host of every rank of the world.
+        minimum_bytes: smaller tensors take one hop.
+    """
+
+    def __init__(
+        self,
+        inner: Communicator,
+        ranks: Callable[[Axis], Sequence[int]],
+        hosts: Sequence[int],
+        minimum_bytes: int,
+    ) -> None:
+        super().__init__(inner)
+        self._ranks = ranks
+        self._hosts = hosts
+        self._minimum_bytes = minimum_bytes
+        self._levels: dict[Axis, Levels | None] = {}
+
+    def run(self, collective: Collective) -> Handle:
+        c, even = collective, collective.input_splits is None and collective.output_splits is None
+        wanted = c.kind is Kind.ALL_REDUCE or (c.kind is Kind.ALL_TO_ALL and even)
+        if not wanted or c.input.is_meta or c.input.nbytes < self._minimum_bytes:
+            return self.inner.run(c)
+        levels = self._levels_of(c.axis)
+        if levels is None or c.flaw(self.size(c.axis), self.rank(c.axis)) is not None:
+            return self.inner.run(c)  # which says what is wrong
+        run = self._all_reduce if c.kind is Kind.ALL_REDUCE else self._all_to_all
+        return run(c, levels)
+
+    def _levels_of(self, axis: Axis) -> Levels | None:
+        if axis not in self._levels:
+            hosts = [self._hosts[rank] for rank in self._ranks(axis)]
+            found = find_levels(axis, hosts, self.rank(axis))
+            self._levels[axis] = found
+            if found is not None and self.rank(axis) == 0:
+                shape = f"{len(found.hosts)} hosts of {len(found.hosts[0])} ranks"
+                logger.info("collectives over %r go in two levels: %s", axis, shape)
+        return self._levels[axis]
+
+    def _all_reduce(self, c: Collective, levels: Levels) -> Handle:
+        places, place = self.size(levels.inside), self.rank(levels.inside)
+        flat = c.output.view(-1)
+        even = len(flat) // places * places
+        if even != len(flat):  # at most places - 1 elements more, which take one hop
+            self.inner.run(Collective(Kind.ALL_REDUCE, (flat[even:],), c.axis, c.tag, c.op))
+        body = flat[:even]
+        part = body[place * (even // places) : (place + 1) * (even // places)]
+        self.inner.reduce_scatter(part, body, levels.inside, c.tag, op=c.op)
+        self.inner.all_reduce(part, levels.across, c.tag, op=c.op)
+        return self.inner.all_gather(body, part, levels.inside, c.tag, asynchronous=c.asynchronous)
+
+    def _all_to_all(self, c: Collective, levels: Levels) -> Handle:
+        hosts, places = len(levels.hosts), len(levels.hosts[0])
+        order = [position for row in levels.hosts for position in row]
+        rows = c.input.view(hosts * places, -1)
+        # [host, place] of the target -> first all hosts of one place.
+        by_place = rows[order].view(hosts, places, -1).transpose(0, 1).contiguous()
+        came = torch.empty_like(by_place)
+        self.inner.all_to_all(came.view(-1), by_place.view(-1), levels.inside, c.tag)
+        # [place of the source, host of the target] -> one message for each host.
+        by_host = came.transpose(0, 1).contiguous()
+        arrived = torch.empty_like(by_host)
+        self.inner.all_to_all(arrived.view(-1), by_host.view(-1), levels.across, c.tag)
+        c.output.view(hosts * places, -1)[order] = arrived.view(hosts * places, -1)
+        return DONE
