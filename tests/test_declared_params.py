@@ -20,6 +20,7 @@ from drivetrain_onebit.adam import OneBitAdam
 from drivetrain_onebit.lamb import OneBitLamb
 from drivetrain_onebit.zero_one import ZeroOneAdam
 from drivetrain_optimizers import Lamb, Lion, Muon
+from drivetrain_optimizers.mup import MuAdam, MuAdamW, MuSGD
 
 from drivetrain.contracts import Params
 from drivetrain.errors import ConfigError
@@ -48,7 +49,7 @@ ADAM_FLAGS = {
 RULES: dict[str, Callable[..., Any]] = {
     **{name: getattr(torch.optim, name) for name in ("Adam", "AdamW")},
     **{model.__name__: getattr(torch.optim, model.__name__) for model in torch_models("optimizer")},
-    **{kind.__name__: kind for kind in (Lamb, Lion, Muon)},
+    **{kind.__name__: kind for kind in (Lamb, Lion, MuAdam, MuAdamW, MuSGD, Muon)},
     **{
         kind.__name__: kind
         for kind in (

@@ -15,7 +15,7 @@ import drivetrain
 from drivetrain.communication.process_group import Ranks
 from drivetrain.contracts import Purpose, Tag
 from drivetrain.engine.engine import Engine
-from drivetrain.errors import ConfigError
+from drivetrain.errors import CommunicationError, ConfigError
 from drivetrain.job.job import Job
 from drivetrain.plan.plan import Plan
 from drivetrain.testing import run_distributed
@@ -123,6 +123,33 @@ def resume(folder: str, stop: int | None) -> list[float]:
     return answer
 
 
+def as_deepspeed_calls_it(vectors: list[list[list[float]]]) -> tuple[list[list[float]], str]:
+    """Buffers are padded to whole chunks there, and shaped."""
+    from drivetrain_onebit.drop_in import CompressedBackend
+
+    world = Ranks.current().world_size
+    backend = CompressedBackend()
+    try:
+        backend.compressed_allreduce(torch.ones(8), torch.zeros(8), torch.zeros(8))
+        problem = ""
+    except CommunicationError as error:
+        problem = str(error)
+    plan = Plan.build({"train_micro_batch_size_per_gpu": 1}, world_size=world)
+    with Job.open(plan) as job:
+        numel = len(vectors[0][0])
+        worker_error, server_error = torch.zeros(numel), torch.zeros(numel // world)
+        found = []
+        for vector in vectors:
+            tensor = torch.tensor(vector[job.rank]).view(2, -1)
+            errors = worker_error, server_error
+            returned = backend.compressed_allreduce(tensor, *errors, job.rank)
+            assert returned is tensor
+            found.append(tensor.flatten().tolist())
+        with pytest.raises(CommunicationError, match="worker_error has 1 elements"):
+            backend.compressed_allreduce(tensor, torch.zeros(1), server_error)
+    return found, problem
+
+
 # -- references -------------------------------------------------------------------------------
 
 
@@ -188,6 +215,16 @@ def test_the_average_follows_the_three_steps_of_the_paper(world: int, numel: int
     assert all(answer == answers[0] for answer in answers)
     for answer, reference in zip(answers[0], expected, strict=True):
         assert answer == pytest.approx(reference.tolist(), rel=1e-5)
+
+
+def test_compressed_allreduce_is_there_as_scripts_call_it() -> None:
+    world, numel = 2, 32
+    vectors = np.random.default_rng(5).normal(size=(2, world, numel)).astype(np.float32).tolist()
+    expected = direct_average(numel, vectors)
+    for answers, problem in run_distributed(as_deepspeed_calls_it, world, vectors):
+        assert "needs an open job" in problem
+        for answer, reference in zip(answers, expected, strict=True):
+            assert answer == pytest.approx(reference.tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("world", [2, 4])

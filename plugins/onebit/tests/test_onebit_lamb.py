@@ -23,7 +23,7 @@ PARAMS = {
     "coeff_beta": 0.8,
     "factor_max": 2.0,
     "factor_min": 0.6,
-    "factor_threshold": 0.15,
+    "factor_threshold": 0.01,
 }
 
 

@@ -1,4 +1,4 @@
-"""Parameters of Lamb, Lion and Muon."""
+"""Parameters of Lamb, Lion, Muon and the optimizers of muP."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from drivetrain.contracts import Betas, Bool, NonNegativeFloat, OptimizerParams, PositiveInt, Share
+from drivetrain.contracts import (
+    Betas,
+    Bool,
+    Float,
+    NonNegativeFloat,
+    OptimizerParams,
+    PositiveInt,
+    Share,
+)
 
 
 class LambParams(OptimizerParams):
@@ -32,6 +40,29 @@ class LionParams(OptimizerParams):
 
     betas: Betas = (0.9, 0.999)
     weight_decay: NonNegativeFloat = 0.0
+
+
+class MuAdamParams(OptimizerParams):
+    """``MuAdam`` and ``MuAdamW``."""
+
+    betas: Betas = (0.9, 0.999)
+    eps: NonNegativeFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class MuSGDParams(OptimizerParams):
+    """``MuSGD``."""
+
+    momentum: NonNegativeFloat = 0.0
+    dampening: Float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
+    nesterov: Bool = False
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> Self:
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError("nesterov needs momentum and no dampening")
+        return self
 
 
 class MuonParams(OptimizerParams):
