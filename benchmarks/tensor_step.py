@@ -5,7 +5,12 @@
 ``time_to_bound`` is the time of a step on two ranks with one thread each, divided by half of that
 of one process with one thread plus that of the same all-reduces alone.
 
+``--peer`` measures steps on two ranks against those of the same model that Transformers itself cuts
+(``tp_plan="auto"``), in the same processes and in turn: ``time_ratio_to_tp_plan`` is the median of
+ours divided by theirs.
+
     python benchmarks/tensor_step.py --pairs 3
+    python benchmarks/tensor_step.py --peer --pairs 20
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from typing import Any
 
@@ -27,12 +33,11 @@ LAYERS, WIDTH, HEADS, TOKENS, ROWS, VOCABULARY = 4, 256, 8, 128, 4, 512
 STEPS = 5
 
 
-def make(ranks: int) -> Engine:
-    """An engine of a decoder of Llama's kind."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def config_of() -> Any:
+    """A decoder of Llama's kind."""
+    from transformers import LlamaConfig
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
         intermediate_size=4 * WIDTH,
@@ -41,29 +46,41 @@ def make(ranks: int) -> Engine:
         num_key_value_heads=HEADS,
         use_cache=False,
     )
+
+
+def make(ranks: int, section: dict[str, Any]) -> Engine:
+    """An engine that trains it."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
     engine, *_ = drivetrain.initialize(
-        model=LlamaForCausalLM(config),
+        model=LlamaForCausalLM(config_of()),
         config={
             "train_micro_batch_size_per_gpu": ROWS,
             "gradient_clipping": 0,
             "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
-            "tensor_parallel": {"autotp_size": ranks, "vocabulary": False},
+            "tensor_parallel": {"autotp_size": ranks, **section},
         },
     )
     return engine
 
 
+def tokens_of(number: int) -> torch.Tensor:
+    """A batch."""
+    generator = torch.Generator().manual_seed(number)
+    return torch.randint(VOCABULARY, (ROWS, TOKENS), generator=generator)
+
+
 def step(engine: Engine, number: int) -> None:
     """One update."""
-    generator = torch.Generator().manual_seed(number)
-    tokens = torch.randint(VOCABULARY, (ROWS, TOKENS), generator=generator)
+    tokens = tokens_of(number)
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     engine.step()
 
 
-def measure(ranks: int) -> dict[str, float]:
+def measure(ranks: int, section: dict[str, Any]) -> dict[str, float]:
     """Seconds of a step and of its all-reduces alone, and bytes; runs on every rank."""
-    engine = make(ranks)
+    engine = make(ranks, section)
     step(engine, 0)
     engine.job.byte_log.reset()
     seconds = []
@@ -94,31 +111,83 @@ def _alone(engine: Engine, calls: int) -> float:
     return statistics.median(times)
 
 
-def main() -> None:
-    """Measure pairs in turn, and print medians of their ratios."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=3)
-    pairs = parser.parse_args().pairs
+def beside_tp_plan(folder: str, pairs: int, section: dict[str, Any]) -> list[tuple[float, float]]:
+    """Seconds of a step, ours and that of Transformers' own layers, in turn; on every rank."""
+    from transformers import LlamaForCausalLM
+
+    engine = make(2, section)
+    model = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    found = []
+    for number in range(pairs + 2):
+        begin = time.perf_counter()
+        step(engine, number)
+        middle = time.perf_counter()
+        tokens = tokens_of(number)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((middle - begin, time.perf_counter() - middle))
+    engine.destroy()
+    return found[2:]
+
+
+def peer(pairs: int, section: dict[str, Any]) -> dict[str, Any]:
+    """Medians over rounds in which both took a step."""
+    from transformers import LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        LlamaForCausalLM(config_of()).save_pretrained(folder)
+        found, _ = run_distributed(beside_tp_plan, 2, folder, pairs, section)
+    ratios = sorted(ours / theirs for ours, theirs in found)
+    return {
+        "time_ratio_to_tp_plan": round(statistics.median(ratios), 3),
+        "quartiles": [round(ratios[len(ratios) * q // 4], 3) for q in (1, 3)],
+        "seconds": [round(statistics.median(column), 4) for column in zip(*found, strict=True)],
+    }
+
+
+def bound(pairs: int, section: dict[str, Any]) -> dict[str, Any]:
+    """Bytes in relation to the formula, and time to half of one process and the sums alone."""
     formula = 4 * LAYERS * ROWS * TOKENS * WIDTH * 4
     found: list[dict[str, Any]] = []
     for _ in range(pairs):
-        (one,), (two, _) = run_distributed(measure, 1, 1), run_distributed(measure, 2, 2)
-        bound = one["seconds"] / 2 + two["alone"]
+        (one,) = run_distributed(measure, 1, 1, {})
+        two, _ = run_distributed(measure, 2, 2, section)
+        least = one["seconds"] / 2 + two["alone"]
         found.append(
             {
                 "one": one["seconds"],
                 "two": two["seconds"],
                 "alone": two["alone"],
-                "ratio": two["seconds"] / bound,
+                "ratio": two["seconds"] / least,
                 "bytes": two["bytes"],
             }
         )
-    result = {
+    return {
         "bytes_to_formula": round(found[0]["bytes"] / formula, 4),
         "time_to_bound": round(statistics.median(pair["ratio"] for pair in found), 3),
         "pairs": found,
     }
-    print(json.dumps({"step": result}, indent=1))
+
+
+def main() -> None:
+    """Measure pairs in turn, and print medians of their ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--vocabulary", action="store_true", help="cut the vocabulary as well")
+    parser.add_argument("--sequence", action="store_true", help="share out sequences")
+    parser.add_argument("--overlap", action="store_true", help="overlap sums in backward")
+    options = parser.parse_args()
+    section = {
+        "vocabulary": options.vocabulary or options.peer,
+        "sequence_parallel": options.sequence,
+        "tp_overlap_comm": options.overlap,
+    }
+    run = peer if options.peer else bound
+    print(json.dumps({"step": run(options.pairs, section)}, indent=1))
 
 
 if __name__ == "__main__":
