@@ -246,7 +246,8 @@ def test_a_packed_row_trains_as_its_samples_do_apart() -> None:
     torch.testing.assert_close(packed.logits[0], logits, rtol=1e-9, atol=1e-9)
     counts = [len(row) - 1 for row in rows]
     total = sum(n * output.loss for n, output in zip(counts, apart, strict=True)) / sum(counts)
-    torch.testing.assert_close(packed.loss, total, rtol=1e-9, atol=1e-9)
+    # Transformers computes losses in float32
+    torch.testing.assert_close(packed.loss, total, rtol=1e-6, atol=0)
 
 
 def test_segments_tell_drivetrains_attention_the_same() -> None:
