@@ -2,11 +2,12 @@
 
     drivetrain run --nproc 4 examples/gpt2.py --config examples/gpt2_pipeline.json
     drivetrain run --nproc 4 examples/gpt2.py --config examples/gpt2_tensor.json
+    drivetrain run --nproc 4 examples/gpt2.py --config examples/gpt2_pipeline_tensor.json
     drivetrain run --nproc 1 examples/gpt2.py --set pipeline.stages=1
 
 The first splits the model over two stages and the data over two shards, with ZeRO's stage 2; the
-second shares out each layer over two ranks, with ZeRO's stage 3 over two data shards. The losses
-are those of one process.
+second shares out each layer over two ranks, with ZeRO's stage 3 over two data shards; the third
+shares out the layers of two stages. The losses are those of one process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,12 @@
 """Train a byte-level GPT on real text: the sources of Python's standard library, or your files.
 
     drivetrain run --nproc 2 examples/train_gpt.py --config examples/gpt.json
+    drivetrain run --nproc 4 examples/train_gpt.py --config examples/pipeline_gpt.json
+    drivetrain run --nproc 2 examples/train_gpt.py --config examples/tensor_gpt.json
+    drivetrain run --nproc 4 examples/train_gpt.py --config examples/pipeline_tensor_gpt.json
 
+The second splits the model over two stages and the text over two shards, the third shares out each
+layer over two ranks, and the last does both.
 Ctrl-C ends the run after the step under way and saves it; --resume goes on from there.
 """
 
@@ -37,6 +42,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a byte-level GPT on text.")
     add = parser.add_argument
     add("--config", type=Path, default=Path(__file__).with_name("gpt.json"))
+    add("--set", dest="overlays", action="append", default=[], metavar="PATH=VALUE")
     add("--data", type=Path, nargs="+", metavar="PATH", help="text files, or folders of them")
     add("--out", type=Path, default=Path("runs/gpt"), help="folder of all results")
     add("--resume", action="store_true", help="go on from the latest checkpoint in --out")
@@ -58,18 +64,19 @@ def main() -> None:
     text = read_files(args.data) if args.data else standard_library()
     training, held_out = split(text, args.context)
     torch.manual_seed(0)  # ranks take rank 0's weights, but one process should repeat itself, too
+    model = GPT(args.context, args.layers, args.width, args.heads)
+    parameters = sum(p.numel() for p in model.parameters())
     engine, _, loader, _ = drivetrain.initialize(
-        model=GPT(args.context, args.layers, args.width, args.heads),
+        model=model,
         training_data=training,
         config=args.config,
-        overlays=schedule(args.steps),
+        overlays=[*schedule(args.steps), *args.overlays],
     )
     assert loader is not None
     validation = engine.deepspeed_io(held_out.at_most(args.validation), route="eval")
     console = Console(quiet=engine.job.rank > 0, highlight=False, soft_wrap=True)
     console.print(
-        f"{sum(p.numel() for p in engine.module.parameters()):,} parameters, "
-        f"{len(text):,} bytes of text, {engine.job.world_size} ranks"
+        f"{parameters:,} parameters, {len(text):,} bytes of text, {engine.job.world_size} ranks"
     )
     run = Run(engine, checkpoints)
     if args.resume:
@@ -88,7 +95,7 @@ def main() -> None:
         console.print(f"held-out text after training: {bits_after:.3f} bits per byte")
         with drivetrain.whole(engine.module):  # one rank writes, with parameters of all
             if engine.job.rank == 0:
-                show_results(engine.module, run, bits_after, args, console)
+                show_results(engine, run, bits_after, args, console)
     engine.destroy()
 
 
@@ -186,12 +193,19 @@ def bits_per_byte(engine: drivetrain.Engine, loader: DataLoader) -> float:
 
 
 def show_results(
-    model: GPT, run: Run, bits_after: float, args: argparse.Namespace, console: Console
+    engine: drivetrain.Engine,
+    run: Run,
+    bits_after: float,
+    args: argparse.Namespace,
+    console: Console,
 ) -> None:
-    """Draw the loss curve and let the model write."""
+    """Draw the loss curve and let the model write, where one rank has all of it."""
     picture, sample = args.out / "loss.png", args.out / "sample.txt"
     draw_curve(picture, run.losses, run.bits_before, bits_after)
-    text = model.write(PROMPT, args.sample).decode("utf-8", errors="replace")
+    if engine.job.mesh.size("pp") > 1 or engine.job.mesh.size("tp") > 1:
+        console.print(f"checkpoint, which any layout loads: {run.folder}\nloss curve: {picture}")
+        return
+    text = engine.module.write(PROMPT, args.sample).decode("utf-8", errors="replace")
     sample.write_text(text, "utf-8")
     console.rule("the model writes")
     console.print(text, markup=False)

@@ -28,7 +28,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("config", ["gpt2_pipeline.json", "gpt2_tensor.json"])
+@pytest.mark.parametrize(
+    "config", ["gpt2_pipeline.json", "gpt2_tensor.json", "gpt2_pipeline_tensor.json"]
+)
 def test_two_by_two_ranks_have_the_losses_of_one(
     alone: list[float], config: str, tmp_path: Path
 ) -> None:
