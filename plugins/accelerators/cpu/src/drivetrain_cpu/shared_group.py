@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drivetrain.contracts import Collective, Communicator, Kind, Op, Purpose, Tag
+from drivetrain_cpu.shared_mail import OTHER_SIZE, Letters, Mail
 from drivetrain_cpu.shared_segment import (
     PAGE,
     Mapping,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 SLOT_BYTES = 1 << 20
 """Size of a staging slot: two of each rank stay in the cache."""
-CONTROL_BYTES = 8192
+CONTROL_BYTES = 45056
 """``kControlBytes`` of shared_group.h."""
 LARGEST_GROUP = 64
 """``kMaxRanks`` of shared_group.h."""
@@ -55,6 +56,7 @@ _FAULTS = {
     3: "is in another collective",
     4: "did not come in time",
     5: "did not come before the job was broken off",
+    OTHER_SIZE: "sent a message of another size",
 }
 _Question = ctypes.CFUNCTYPE(c_int)
 
@@ -162,6 +164,7 @@ class SharedGroup:
         self._segments = (POINTER(pointer) * 0)()
         self._made = 0
         self._fault: Fault | None = None
+        self.mail = Mail(library, self._group, self.size, self._numbers)
         self._running, self._closing = threading.Lock(), False
 
     def serves(self, collective: Collective) -> bool:
@@ -195,6 +198,25 @@ class SharedGroup:
     def is_registered(self, tensor: torch.Tensor) -> bool:
         """Whether every rank can read every rank's ``tensor``."""
         return self._locate(tensor)[0] >= 0
+
+    def messages(self, collective: Collective) -> Letters:
+        """Send the tensors of a send-receive; what comes is copied when the result is waited for.
+
+        Returns:
+            The messages that are to come.
+        """
+        letters = Letters(self, collective)
+        letters.send()
+        return letters
+
+    def fault_of(self, position: int, code: int) -> Fault:
+        """What a code of the native library says."""
+        return Fault(position, _FAULTS[code])
+
+    def end_messages(self) -> None:
+        """Release what :meth:`close` could not, as a message was waited for."""
+        if self._closing:
+            self._release_unless_running()
 
     def read(self, gather: Collective) -> bool:
         """Do an all-gather without the other ranks, if its input is registered."""
@@ -299,7 +321,7 @@ class SharedGroup:
         if not self._running.acquire(blocking=False):
             return
         try:
-            if self._group is not None:
+            if self._group is not None and self.mail.close():
                 self._library.dt_group_destroy(self._group)
                 self._group = None
                 for process in self._processes:
@@ -396,8 +418,9 @@ class SharedGroup:
         mine = torch.tensor([os.getpid()], dtype=torch.int64)
         processes = torch.empty(self.size, dtype=torch.int64)
         self._inner.all_gather(processes, mine, self._axis, SETUP)
+        self._numbers: list[int] = processes.tolist()
         try:
-            for position, process in enumerate(processes.tolist()):
+            for position, process in enumerate(self._numbers):
                 found.append(-1 if position == self.rank else os.pidfd_open(process))
                 processors |= os.sched_getaffinity(process)
         except OSError as error:

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,16 +26,18 @@ from drivetrain.contracts import (
     CommunicatorPhase,
     CommunicatorWrapper,
     Handle,
+    Kind,
 )
 from drivetrain.errors import BuildError, CommunicationError
 from drivetrain_cpu.instruction_sets import selected
 from drivetrain_cpu.kernels import kernel_library
-from drivetrain_cpu.shared_group import NUMBERS, SLOT_BYTES, SharedGroup, UnavailableError
+from drivetrain_cpu.shared_group import SLOT_BYTES, Fault, SharedGroup, UnavailableError
 from drivetrain_cpu.shared_segment import PAGE
 
 if TYPE_CHECKING:
     from drivetrain.contracts import Axis
     from drivetrain.job.job import Job
+    from drivetrain_cpu.shared_mail import Letters
 
 logger = logging.getLogger("drivetrain.cpu")
 
@@ -86,6 +89,15 @@ class _Line:
             handle.wait()
         return handle
 
+    def send_receive(self, collective: Collective) -> Handle:
+        """Send at once, on the caller's thread; messages have an order of their own."""
+        letters = self.group.messages(collective)
+        handle = _Arriving(letters, partial(self._check, collective))
+        self._check(collective, letters.fault)
+        if not collective.asynchronous:
+            handle.wait()
+        return handle
+
     def close(self) -> None:
         """Leave the group."""
         self.group.close()
@@ -93,10 +105,27 @@ class _Line:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _checked(self, collective: Collective) -> None:
-        fault = self.group.run(collective)
+        self._check(collective, self.group.run(collective))
+
+    def _check(self, collective: Collective, fault: Fault | None) -> None:
         if fault is not None:
             rank = self._ranks[fault.position]
             raise self._explain(str(collective), CommunicationError(f"rank {rank} {fault.what}"))
+
+
+class _Arriving:
+    """The handle of messages that are under way.
+
+    Args:
+        letters: what is to come.
+        check: raises what went wrong.
+    """
+
+    def __init__(self, letters: Letters, check: Callable[[Fault | None], None]) -> None:
+        self._letters, self._check = letters, check
+
+    def wait(self) -> None:
+        self._check(self._letters.wait())
 
 
 class SharedMemoryCommunicator(CommunicatorWrapper):
@@ -141,9 +170,11 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         self._closed = True
 
     def run(self, collective: Collective) -> Handle:
-        line = self._line(collective.axis) if collective.kind in NUMBERS else None
+        line = self._line(collective.axis)
         if line is None or not line.group.serves(collective):
             return super().run(collective)
+        if collective.kind is Kind.SEND_RECEIVE:
+            return line.send_receive(collective)
         if collective.settled and line.group.read(collective):
             return DONE
         return line.run(collective)

@@ -447,6 +447,18 @@ DRIVETRAIN_API void dt_group_leave(Group* group) { group->leave(); }
 
 DRIVETRAIN_API void dt_group_ask(Group* group, Question question) { group->ask(question); }
 
+// These return 0, or the fault of the other rank.
+DRIVETRAIN_API int dt_group_post(Group* group, int to, const Message* message) {
+  return group->post(to, *message).fault;
+}
+DRIVETRAIN_API int dt_group_await(Group* group, int from, uint32_t number, Message* message) {
+  return group->await(from, number, *message).fault;
+}
+
+DRIVETRAIN_API void dt_group_take(Group* group, int from) { group->take(from); }
+
+DRIVETRAIN_API uint32_t dt_group_taken(Group* group, int to) { return group->taken(to); }
+
 DRIVETRAIN_API void dt_group_destroy(Group* group) { delete group; }
 
 // 0, or the fault with the position of the rank at fault in *peer.

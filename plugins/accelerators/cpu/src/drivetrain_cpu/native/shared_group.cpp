@@ -131,6 +131,59 @@ Outcome Group::look_around(double waited) const {
   return {waited > timeout_ ? kTimedOut : kNone, -1};
 }
 
+Outcome Group::post(int to, const Message& message) {
+  Box& box = control(rank_).boxes[to];
+  const uint32_t number = box.posted.load();
+  const Outcome outcome = wait_until(box.taken, box.taken_sleepers, number + 1 - kMessages, to);
+  if (outcome.fault != kNone) return outcome;
+  box.messages[number % kMessages] = message;
+  box.posted.store(number + 1);
+  if (box.posted_sleepers.load() != 0) wake(box.posted);
+  return outcome;
+}
+
+Outcome Group::await(int from, uint32_t number, Message& message) {
+  Box& box = control(from).boxes[rank_];
+  const Outcome outcome = wait_until(box.posted, box.posted_sleepers, number + 1, from);
+  if (outcome.fault == kNone) message = box.messages[number % kMessages];
+  return outcome;
+}
+
+void Group::take(int from) {
+  Box& box = control(from).boxes[rank_];
+  box.taken.fetch_add(1);
+  if (box.taken_sleepers.load() != 0) wake(box.taken);
+}
+
+// As `wait_for`, of one counter that one rank raises: the others do not matter for a message.
+Outcome Group::wait_until(std::atomic<uint32_t>& counter, std::atomic<uint32_t>& sleepers,
+                          uint32_t target, int peer) const {
+  for (int spin = 0; spin < spins_; ++spin) {
+    if (reached(counter.load(std::memory_order_acquire), target)) return {};
+    relax();
+  }
+  const double began = now();
+  double next_question = kLongSeconds;
+  for (;;) {
+    sleepers.fetch_add(1);
+    const uint32_t seen = counter.load();
+    if (!reached(seen, target)) nap(counter, seen);
+    sleepers.fetch_sub(1);
+    if (reached(counter.load(std::memory_order_acquire), target)) return {};
+    pollfd process{processes_[peer], POLLIN, 0};
+    const bool left = control(peer).departed.load() != 0, died = poll(&process, 1, 0) == 1;
+    // Looked at last: whoever came and then went has come.
+    if (reached(counter.load(std::memory_order_acquire), target)) return {};
+    if (left || died) return {left ? kLeft : kDied, peer};
+    const double waited = now() - began;
+    if (waited > timeout_) return {kTimedOut, peer};
+    if (question_ != nullptr && waited > next_question) {
+      next_question = waited + kLongSeconds;
+      if (question_() != 0) return {kBrokenOff, peer};
+    }
+  }
+}
+
 void Group::leave() {
   Control& own = control(rank_);
   own.departed.store(1);

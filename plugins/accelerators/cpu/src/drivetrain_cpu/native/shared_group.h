@@ -13,7 +13,9 @@
 namespace drivetrain {
 
 constexpr int kMaxRanks = 64;
-constexpr int64_t kControlBytes = 8192;
+constexpr int64_t kControlBytes = 45056;
+// Messages of a sender that a receiver has not taken yet.
+constexpr uint32_t kMessages = 16;
 
 enum Collective : uint32_t { kAllReduce, kReduceScatter, kAllGather, kBroadcast, kAllToAll, kBarrier };
 
@@ -26,6 +28,21 @@ struct Descriptor {
   int64_t input_offset, output_offset;
 };
 
+// Where a message lies: in a file of the sender's, `capacity` bytes large. Layout shared with
+// shared_mail.py.
+struct Message {
+  int64_t bytes, capacity, file;
+};
+
+// Messages from one rank to one other, in their order; in the segment of the sender.
+struct Box {
+  alignas(64) std::atomic<uint32_t> posted;
+  std::atomic<uint32_t> posted_sleepers;
+  alignas(64) std::atomic<uint32_t> taken;
+  std::atomic<uint32_t> taken_sleepers;
+  alignas(64) Message messages[kMessages];
+};
+
 // Start of a rank's segment. The counters have cache lines of their own.
 struct Control {
   alignas(64) std::atomic<uint32_t> arrived;
@@ -34,6 +51,7 @@ struct Control {
   // Two of each, used in turn: a rank may be one collective ahead of those that still read.
   alignas(64) Descriptor descriptors[2];
   int64_t sizes[2][kMaxRanks];
+  Box boxes[kMaxRanks];
 };
 static_assert(sizeof(Control) <= kControlBytes, "the control block has outgrown its pages");
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "shared counters must not take locks");
@@ -76,6 +94,14 @@ class Group {
   Outcome compare();
   // Returns when all ranks have called it as often.
   Outcome meet();
+  // Puts a message into the box for rank `to`, once that has room.
+  Outcome post(int to, const Message& message);
+  // Waits for message `number` from rank `from`.
+  Outcome await(int from, uint32_t number, Message& message);
+  // Says that the next message from rank `from` has been copied, so its memory is free.
+  void take(int from);
+  // How many messages to rank `to` have been taken.
+  uint32_t taken(int to) const { return control(rank_).boxes[to].taken.load(); }
   // Tells the others that this rank will not come again.
   void leave();
   // Has a wait ask `question` when it has lasted two seconds, and every two seconds from then on.
@@ -83,6 +109,8 @@ class Group {
 
  private:
   bool wait_for(int peer, Outcome& outcome);
+  Outcome wait_until(std::atomic<uint32_t>& counter, std::atomic<uint32_t>& sleepers,
+                     uint32_t target, int peer) const;
   Outcome look_around(double waited) const;
 
   int rank_, size_;
