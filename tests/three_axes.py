@@ -12,8 +12,8 @@ import drivetrain
 from drivetrain.engine.engine import Engine
 from drivetrain.states.whole import whole
 
-BLOCKS, ACCUMULATION, SHARDS = 4, 4, 2
-"""Micro-batches of a step are ACCUMULATION x SHARDS in every layout."""
+BLOCKS, MICRO_BATCHES = 4, 8
+"""Blocks of the model; micro-batches of a step, of all shards of data together."""
 
 Curve = list[tuple[float, float]]
 """Loss, and norm of the gradient before clipping, by step."""
@@ -26,9 +26,10 @@ def make(pp: int, tp: int, dp: int, stage: int = 0, **changes: Any) -> Engine:
     """
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0, **changes.pop("zero", {})}
     dtype = changes.pop("dtype", torch.float64)
+    micro_batches = changes.pop("micro_batches", MICRO_BATCHES)
     config = {
         "train_micro_batch_size_per_gpu": ROWS,
-        "gradient_accumulation_steps": ACCUMULATION * SHARDS // dp,
+        "gradient_accumulation_steps": micro_batches // dp,
         "gradient_clipping": 0.0,
         "optimizer": {"type": "SGD", "params": {"lr": RATE, "momentum": 0.9}},
         "pipeline": {"stages": pp, **changes.pop("pipeline", {})},
@@ -46,7 +47,7 @@ def train(engine: Engine, begin: int, end: int) -> Curve:
     """Train from step ``begin`` up to ``end``."""
     curve = []
     dp, own = engine.job.mesh.size("dp"), engine.job.mesh.coordinate("dp")
-    total = ACCUMULATION * SHARDS
+    total = engine.gradient_accumulation_steps() * dp
     for step in range(begin, end):
         batches = [data(step * total + number) for number in range(own, total, dp)]
         loss = engine.train_batch(iter(batches))
@@ -69,19 +70,21 @@ def close(engine: Engine) -> None:
     engine.job.close()
 
 
-def alone(begin: int, end: int, clipping: float = 0.0) -> tuple[Curve, dict[str, torch.Tensor]]:
+def alone(
+    begin: int, end: int, clipping: float = 0.0, micro_batches: int = MICRO_BATCHES
+) -> tuple[Curve, dict[str, torch.Tensor]]:
     """The same with plain torch in one process: curve from ``begin`` on, and the parameters."""
-    curve, model, _ = trained_alone(begin, end, clipping)
+    curve, model, _ = trained_alone(begin, end, clipping, micro_batches)
     return curve, {name: p.detach() for name, p in model.named_parameters()}
 
 
 def trained_alone(
-    begin: int, end: int, clipping: float = 0.0
+    begin: int, end: int, clipping: float = 0.0, micro_batches: int = MICRO_BATCHES
 ) -> tuple[Curve, nn.Module, torch.optim.Optimizer]:
     """Curve from ``begin`` on, and what has been trained with plain torch."""
     model, curve = Decoder(BLOCKS).double(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
-    total = ACCUMULATION * SHARDS
+    total = micro_batches
     for step in range(end):
         optimizer.zero_grad()
         loss = torch.stack([model(*data(step * total + n)) for n in range(total)]).mean()
