@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, count
 from typing import Any
 
 import torch
@@ -15,29 +14,24 @@ from drivetrain.contracts import InferenceRequest
 from drivetrain.errors import ConfigError, DrivetrainError
 from drivetrain_inference import loading
 from drivetrain_inference import requests as asked
+from drivetrain_inference.admission import Limits, Prompt, checked
 from drivetrain_inference.cache.blocks import BlockManager
 from drivetrain_inference.cache.paged import PagedCache
 from drivetrain_inference.models import choice
 from drivetrain_inference.ragged import RaggedEngine, SchedulingResult
 from drivetrain_inference.requests import Completion, Progress, SamplingParams
+from drivetrain_inference.results import Result, best_of
+from drivetrain_inference.sampling.beams import BeamSearch
+from drivetrain_inference.sampling.groups import BeamGroup
 from drivetrain_inference.sampling.sampler import Sampler
-from drivetrain_inference.scheduler import Scheduler
+from drivetrain_inference.sampling.speculation import Drafter
+from drivetrain_inference.scheduler import Scheduler, Work
 from drivetrain_inference.section import InferenceSection
 from drivetrain_inference.text import GrowingText
-
-Prompt = str | Sequence[int]
 
 
 class QueueFullError(DrivetrainError, RuntimeError):
     """As many requests wait as the config allows; try again later."""
-
-
-@dataclass
-class _Result:
-    """What belongs to a sequence on the way to the client."""
-
-    sequence: asked.Sequence
-    text: GrowingText
 
 
 class InferenceEngine:
@@ -91,8 +85,11 @@ class InferenceEngine:
         self.put, self.query = self.ragged.put, self.ragged.query
         self.can_schedule, self.flush = self.ragged.can_schedule, self.ragged.flush
         self._sampler = Sampler(frozenset(self.stop_tokens))
-        self._results: dict[int, list[_Result]] = {}
+        self._results: dict[int, list[Result]] = {}
+        self._groups: dict[int, BeamGroup] = {}
+        self._drafter: Drafter | None = None
         self._numbers = count()
+        self._drafted = self._accepted = 0
         self._on_close: list[Callable[[], object]] = []
 
     @property
@@ -130,15 +127,27 @@ class InferenceEngine:
         number = next(self._numbers)
         deadline = None if timeout is None else time.monotonic() + timeout
         sequences = [
-            asked.Sequence(number, index, tokens, params, deadline) for index in range(params.n)
+            asked.Sequence(number, index, tokens, params, deadline)
+            for index in range(params.results)
         ]
-        first = sequences[0]
-        first.siblings = sequences[1:]  # they begin when the prompt has been computed
+        first, wanted = sequences[0], sequences
+        if params.num_beams > 1:
+            for each in sequences:
+                each.beams = sequences
+            search = BeamSearch.of(params, self._ends_of(params))
+            self._groups[number] = BeamGroup(sequences, search, self._sampler)
+            wanted = sequences[: params.n]
+        else:
+            first.siblings = sequences[1:]  # they begin when the prompt has been computed
         self.scheduler.add(first)
         self._results[number] = [
-            _Result(each, GrowingText(self.tokenizer, params.stop)) for each in sequences
+            Result(each, GrowingText(self.tokenizer, params.stop)) for each in wanted
         ]
         return number
+
+    def speculate(self, drafter: Drafter) -> None:
+        """Check tokens that ``drafter`` guesses, as many as the section says; before requests."""
+        self._drafter = drafter
 
     def cancel(self, request: int) -> list[Progress]:
         """End a request; one that is over already is no error."""
@@ -170,6 +179,8 @@ class InferenceEngine:
             "cache_tokens": blocks.blocks * blocks.size,
             "cache_used": 1 - blocks.free / blocks.blocks,
             "preemptions": self.scheduler.preemptions,
+            "drafted": self._drafted,
+            "accepted": self._accepted,
         }
 
     # -- work ---------------------------------------------------------------------------------
@@ -181,22 +192,20 @@ class InferenceEngine:
         work = self.scheduler.next()
         if not work.pieces:
             return done
+        self._draft(work)
         self.cache.copy(work.copies)
-        pieces = [(seq.table, seq.slice(number)) for seq, number in work.pieces]
-        ends = [row for row, (seq, number) in enumerate(work.pieces) if number == seq.pending]
-        logits = self.ragged.run(pieces)
+        pieces = [(seq.table, [*seq.slice(number), *seq.draft]) for seq, number in work.pieces]
+        wanted = [1 + len(seq.draft) for seq, _ in work.pieces]
+        ends = [at for at, (seq, number) in enumerate(work.pieces) if number == seq.pending]
+        logits = self.ragged.run(pieces, wanted if self._drafter is not None else None)
         for sequence, number in work.pieces:
-            end = sequence.table.length + number
-            known = sequence.tokens if self._fills_a_block(sequence, number) else None
-            if known is None:
-                sequence.table.length = end
-            else:
-                self.scheduler.blocks.commit(sequence.table, known[:end])
-        rows, sequences = self._with_siblings(ends, [seq for seq, _ in work.pieces])
+            self._computed(sequence, number)
+        places = [0, *accumulate(wanted)]
+        rows, sequences = self._with_siblings(ends, [seq for seq, _ in work.pieces], places)
         if rows:
             chosen = self._sampler(logits[rows], sequences)
-            for sequence, (token, logprobs) in zip(sequences, chosen, strict=True):
-                done.append(self._append(sequence, token, logprobs))
+            for row, sequence, first in zip(rows, sequences, chosen, strict=True):
+                done += self._taken(sequence, logits[row : row + 1 + len(sequence.draft)], first)
         return done
 
     def generate(
@@ -289,38 +298,20 @@ class InferenceEngine:
         return number
 
     def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ConfigError("the prompt is text, and the engine has no tokenizer")
-            prompt = self.tokenizer(prompt)["input_ids"]
-        tokens = tuple(int(token) for token in prompt)
-        if not tokens:
-            raise ConfigError("the prompt is empty")
-        if params.stop and self.tokenizer is None:
-            raise ConfigError("stop is text, and the engine has no tokenizer; use stop_tokens")
-        if params.n > self.section.max_waiting:
-            raise ConfigError(
-                f"n is {params.n}, and inference.max_waiting lets {self.section.max_waiting} wait"
-            )
-        vocabulary = loading.vocabulary_of(self.module)
-        if vocabulary and not 0 <= min(tokens) <= max(tokens) < vocabulary:
-            raise ConfigError(f"the prompt has tokens that are not in [0, {vocabulary})")
-        whole = len(tokens) + params.max_new_tokens
-        if whole > self.context:
-            raise ConfigError(
-                f"{len(tokens)} tokens of prompt and {params.max_new_tokens} new ones are more "
-                f"than the context of {self.context}"
-            )
-        blocks = self.scheduler.blocks
-        if -(-(whole - 1) // blocks.size) > blocks.blocks:
-            raise ConfigError(
-                f"{whole} tokens do not fit into the cache of {blocks.blocks * blocks.size}; raise "
-                "inference.cache_bytes"
-            )
-        return tokens
+        limits = Limits(
+            self.section,
+            self.context,
+            self.scheduler.blocks.blocks,
+            loading.vocabulary_of(self.module),
+        )
+        return checked(prompt, params, self.tokenizer, limits)
 
     def _has_room(self, params: SamplingParams) -> bool:
-        return len(self.scheduler.waiting) + params.n <= self.section.max_waiting
+        return len(self.scheduler.waiting) + params.results <= self.section.max_waiting
+
+    def _ends_of(self, params: SamplingParams) -> frozenset[int]:
+        own = () if params.ignore_eos else self.stop_tokens
+        return frozenset((*params.stop_tokens, *own))
 
     @staticmethod
     def _each(
@@ -332,17 +323,77 @@ class InferenceEngine:
             raise ConfigError(f"{len(params)} sampling parameters for {number} prompts")
         return list(params)
 
-    def _fills_a_block(self, sequence: asked.Sequence, count: int) -> bool:
+    def _draft(self, work: Work) -> None:
+        """Add guesses to what decodes, as far as tokens and blocks are left."""
+        if self._drafter is None:
+            return
+        able = [
+            seq for seq, number in work.pieces
+            if number == 1 == seq.pending and seq.output and not seq.beams
+        ]  # fmt: skip
+        most = min(self.section.speculative_tokens, self.scheduler.budget - work.tokens)
+        blocks = self.scheduler.blocks
+        for sequence, guess in zip(able, self._drafter.draft(able, most), strict=True):
+            left = sequence.params.max_new_tokens - len(sequence.output) - 1
+            count = min(len(guess), left, self.scheduler.budget - work.tokens)
+            if count > 0 and blocks.needed(sequence.table, 1 + count) <= blocks.free:
+                work.copies += blocks.extend(sequence.table, 1 + count)
+                sequence.draft = guess[:count]
+                work.tokens += count
+                self._drafted += count
+
+    def _computed(self, sequence: asked.Sequence, count: int) -> None:
+        """Note that the next ``count`` tokens are in the cache."""
         size, length = self.scheduler.blocks.size, sequence.table.length
-        return length // size != (length + count) // size
+        if length // size == (length + count) // size:
+            sequence.table.length = length + count
+        else:  # a block is full
+            self.scheduler.blocks.commit(sequence.table, sequence.tokens[: length + count])
+
+    def _taken(
+        self,
+        sequence: asked.Sequence,
+        logits: torch.Tensor,
+        first: tuple[int, asked.TokenLogprobs | None],
+    ) -> list[Progress]:
+        """Take the tokens that a forward gave: one, and one more for each right guess."""
+        group = self._groups.get(sequence.request)
+        if group is not None:
+            return self._moved(group, sequence, logits[0])
+        draft, sequence.draft = sequence.draft, []
+        (token, logprobs), done = first, list[Progress]()
+        for guess, row in zip(draft, logits[1:], strict=True):
+            done += self._append(sequence, token, logprobs)
+            if sequence.finish_reason is not None or token != guess:
+                return done
+            self._accepted += 1
+            self._computed(sequence, 1)
+            ((token, logprobs),) = self._sampler(row[None], [sequence])
+        return done + self._append(sequence, token, logprobs)
+
+    def _moved(
+        self, group: BeamGroup, sequence: asked.Sequence, logits: torch.Tensor
+    ) -> list[Progress]:
+        """Move a beam search on; at its end, its results."""
+        if not group.take(sequence, logits, self.scheduler):
+            return []
+        done = []
+        results = self._results[sequence.request]
+        for result, beam in zip(results, group.search.results, strict=False):
+            result.sequence.output = beam.output
+            ended = beam.output[-1] in self._ends_of(sequence.params)
+            for token in beam.output[: len(beam.output) - ended]:
+                result.text.add(token)
+            done += self._finish(result, "stop" if ended else "length")
+        return done
 
     def _with_siblings(
-        self, ends: list[int], sequences: list[asked.Sequence]
+        self, ends: list[int], sequences: list[asked.Sequence], places: list[int]
     ) -> tuple[list[int], list[asked.Sequence]]:
         """Rows of logits to sample from, and for which sequences."""
         rows, chosen = [], []
-        for row in ends:
-            sequence = sequences[row]
+        for end in ends:
+            sequence, row = sequences[end], places[end]
             rows.append(row)
             chosen.append(sequence)
             for sibling in sequence.siblings:
@@ -354,47 +405,52 @@ class InferenceEngine:
 
     def _append(
         self, sequence: asked.Sequence, token: int, logprobs: asked.TokenLogprobs | None
-    ) -> Progress:
+    ) -> list[Progress]:
         result = self._results[sequence.request][sequence.index]
         params = sequence.params
         sequence.output.append(token)
         if logprobs is not None:
             sequence.logprobs.append(logprobs)
+            sequence.score += logprobs.chosen
         ends = token in params.stop_tokens or (not params.ignore_eos and token in self.stop_tokens)
         if ends or result.text.add(token):
             return self._finish(result, "stop", token)
         if len(sequence.output) >= params.max_new_tokens:
             return self._finish(result, "length", token)
-        return Progress(
-            sequence.request, sequence.index, token, result.text.take(), logprobs=logprobs
-        )
+        if params.best_of is not None:
+            return []  # which results are the best is known at the end
+        text = result.text.take()
+        return [Progress(sequence.request, sequence.index, token, text, logprobs=logprobs)]
 
     def _finish(
-        self, result: _Result, reason: asked.FinishReason, token: int | None = None
-    ) -> Progress:
+        self, result: Result, reason: asked.FinishReason, token: int | None = None
+    ) -> list[Progress]:
         sequence = result.sequence
         sequence.finish_reason = reason
         if sequence in self.scheduler:
             self.scheduler.remove(sequence)
+        if self._drafter is not None:
+            self._drafter.forget(sequence)
         if reason != "stop":
             result.text.finish()
-        completion = Completion(
-            tuple(sequence.output),
-            result.text.text,
-            reason,
-            tuple(sequence.logprobs),
-            sequence.cached_tokens,
-        )
         request = self._results[sequence.request]
-        if all(each.sequence.finish_reason is not None for each in request):
+        over = all(each.sequence.finish_reason is not None for each in request)
+        if over:
             del self._results[sequence.request]
+            group = self._groups.pop(sequence.request, None)
+            if group is not None:
+                group.remove(self.scheduler)
+        if sequence.params.best_of is not None:
+            return best_of(request, sequence.params) if over else []
         logprobs = sequence.logprobs[-1] if token is not None and sequence.logprobs else None
         text = result.text.take(last=True)
-        return Progress(sequence.request, sequence.index, token, text, completion, logprobs)
+        completion = result.completion()
+        return [Progress(sequence.request, sequence.index, token, text, completion, logprobs)]
 
     def _end_all(self, request: int, reason: asked.FinishReason) -> list[Progress]:
         results = self._results.get(request, [])
-        return [self._finish(each, reason) for each in results if not each.sequence.finish_reason]
+        running = [each for each in results if not each.sequence.finish_reason]
+        return [progress for each in running for progress in self._finish(each, reason)]
 
     def _end_overdue(self) -> list[Progress]:
         late = {seq.request for seq in self.scheduler if seq.overdue()}
@@ -403,4 +459,4 @@ class InferenceEngine:
         ]
 
 
-__all__ = ["InferenceEngine", "QueueFullError", "SchedulingResult"]
+__all__ = ["InferenceEngine", "Prompt", "QueueFullError", "SchedulingResult"]

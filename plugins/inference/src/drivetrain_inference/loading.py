@@ -20,6 +20,7 @@ from drivetrain.plan.plan import Plan
 if TYPE_CHECKING:
     from drivetrain_inference.engine import InferenceEngine
     from drivetrain_inference.models.choice import Formats
+    from drivetrain_inference.sampling.speculation import Drafter
     from drivetrain_inference.section import InferenceSection
 
 DEFAULT_CONTEXT = 2048
@@ -149,19 +150,63 @@ def formats_of(job: Job, module: nn.Module, section: InferenceSection) -> Format
     """
     from drivetrain_inference.models.choice import Formats
 
-    name = section.weight_format
+    name, invariant = section.weight_format, section.batch_invariant
     if not name:
-        return Formats()
+        return Formats(batch_invariant=invariant)
     if name == "gguf":
         from drivetrain_inference.weights.gguf import format_of_file
 
         weight = next(module.parameters())
-        return Formats(format_of_file(_SOURCES.get(module), weight.dtype), head=True)
+        return Formats(format_of_file(_SOURCES.get(module), weight.dtype), True, invariant)
     entry = job.plan.registry.find("weight_formats", name)
     if entry is None:
         known = ", ".join(sorted(["gguf", *job.plan.registry.names("weight_formats")]))
         raise ConfigError(f"inference.weight_format: {name!r} is not known; there are {known}")
-    return Formats(entry.load()(), head=section.quantize_head)
+    return Formats(entry.load()(), section.quantize_head, invariant)
+
+
+def drafter_of(engine: InferenceEngine) -> Drafter | None:
+    """What guesses tokens for an engine, as its section says; ``None`` if nothing does.
+
+    Raises:
+        ConfigError: the model that is to guess cannot be served, or has another vocabulary.
+    """
+    from drivetrain_inference.cache.blocks import BlockManager
+    from drivetrain_inference.cache.paged import PagedCache
+    from drivetrain_inference.models import choice
+    from drivetrain_inference.ragged import RaggedEngine
+    from drivetrain_inference.sampling.sampler import Sampler
+    from drivetrain_inference.sampling.speculation import DraftModel, PromptLookup
+
+    section = engine.section
+    if not section.speculative_tokens:
+        return None
+    if not section.speculative_model:
+        return PromptLookup()
+    model = engine.ragged.model
+    module = load_model(Path(section.speculative_model), model.dtype).to(model.device)
+    mine, wanted = vocabulary_of(module), vocabulary_of(engine.module)
+    if mine != wanted:
+        raise ConfigError(
+            f"inference.speculative_model: {section.speculative_model} has {mine} tokens, and the "
+            f"model that it guesses for {wanted}; both need the same tokenizer"
+        )
+    small, plain = choice.choose(
+        module, section.fast_path, context=engine.context, formats=choice.Formats()
+    )
+    engine.on_close(plain.close)
+    number, size = engine.scheduler.blocks.blocks, section.block_size
+    cache = PagedCache(small.layers, number, size, dtype=small.dtype, device=small.device)
+    ragged = RaggedEngine(
+        small,
+        cache,
+        BlockManager(number, size, prefix_caching=False),
+        budget=section.max_batch_tokens,
+        most_sequences=section.max_sequences,
+        most_tracked=section.max_tracked_sequences,
+        context=context_of(module, engine.context, section.max_context),
+    )
+    return DraftModel(ragged, Sampler(frozenset(engine.stop_tokens)))
 
 
 class _EmptyOnMeta(TorchFunctionMode):

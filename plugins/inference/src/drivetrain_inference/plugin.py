@@ -25,10 +25,13 @@ class Inference(Plugin):
         self, job: Job, module: torch.nn.Module, request: InferenceRequest
     ) -> Generates:
         from drivetrain_inference.engine import InferenceEngine
-        from drivetrain_inference.loading import formats_of
+        from drivetrain_inference.loading import drafter_of, formats_of
 
         section = self.section(InferenceSection)
         formats = formats_of(job, module, section)
         engine = InferenceEngine(module, section, request, formats=formats)
         job.on_close(engine.close)
+        drafter = drafter_of(engine)
+        if drafter is not None:
+            engine.speculate(drafter)
         return engine

@@ -102,9 +102,17 @@ class RaggedEngine:
             table.length += len(each)
         return logits
 
-    def run(self, pieces: Sequence[tuple[BlockTable, Sequence[int]]]) -> torch.Tensor:
-        """Compute tokens for which their tables have room."""
-        batch = RaggedBatch.of(pieces, self.cache.size, self.model.device)
+    def run(
+        self,
+        pieces: Sequence[tuple[BlockTable, Sequence[int]]],
+        wanted: Sequence[int] | None = None,
+    ) -> torch.Tensor:
+        """Compute tokens for which their tables have room.
+
+        Returns:
+            Logits after the last token of each piece, or after its last ``wanted`` ones.
+        """
+        batch = RaggedBatch.of(pieces, self.cache.size, self.model.device, wanted)
         return self.model(self.cache, batch)
 
     def query(self, uid: int, max_request_tokens: int, max_request_blocks: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from drivetrain.contracts import Completion, Progress, TokenLogprobs
 from drivetrain.contracts.loop.inference import FinishReason
@@ -34,11 +34,23 @@ class SamplingParams:
         min_p: leave out tokens less likely than this share of the most likely one.
         repetition_penalty: divides (or multiplies) logits of tokens that are there already
             (arXiv 1909.05858).
+        typical_p: choose among tokens whose information is nearest to the expected one, of this
+            probability together (locally typical sampling, arXiv 2202.00666).
+        epsilon_cutoff: leave out tokens less likely than this (truncation sampling, arXiv
+            2210.15191).
+        eta_cutoff: the same, lower where the distribution is flat.
+        no_repeat_ngram_size: no so many tokens come a second time; 0 for no limit.
         stop: text, or texts, that end a result, which does not contain them; need a tokenizer.
         stop_tokens: tokens that end it, beside the model's.
         ignore_eos: do not stop at the model's own tokens.
         seed: of this request's random numbers; ``None``: taken from its number.
         n: results for one prompt.
+        best_of: so many results are made, of which the ``n`` with the highest log-probability a
+            token are returned, at the end.
+        num_beams: beam search with so many beams, of which the best ``n`` are returned, at the end.
+        length_penalty: exponent of the length that a beam's log-probability is divided by.
+        early_stopping: end beam search with the first ``num_beams`` results (``True``), when better
+            ones are unlikely (``False``), or impossible (``"never"``).
         logprobs: log-probabilities of so many most likely tokens, beside the chosen one's; ``None``
             for none at all. Those of the model, before temperature and the rest.
         edit: called for each result, it returns what is called before each of its tokens with the
@@ -53,11 +65,19 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
+    no_repeat_ngram_size: int = 0
     stop: str | tuple[str, ...] = ()
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
     n: int = 1
+    best_of: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     logprobs: int | None = None
     edit: Callable[[], Edit] | None = None
 
@@ -72,6 +92,14 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "positive"),
+            ("typical_p", 0 < self.typical_p <= 1, "in (0, 1]"),
+            ("epsilon_cutoff", 0 <= self.epsilon_cutoff < 1, "in [0, 1)"),
+            ("eta_cutoff", 0 <= self.eta_cutoff < 1, "in [0, 1)"),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size >= 0, "0 or more"),
+            ("best_of", self.n <= (self.best_of or self.n) <= 1024, "None or in [n, 1024]"),
+            ("num_beams", 1 <= self.num_beams <= 64, "in [1, 64]"),
+            ("length_penalty", math.isfinite(self.length_penalty), "a finite number"),
+            ("early_stopping", self.early_stopping in (False, True, "never"), "a bool or 'never'"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "None or in [0, 2**63)"),
             ("n", 1 <= self.n <= 1024, "in [1, 1024]"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= 1024, "in [0, 1024]"),
@@ -79,6 +107,25 @@ class SamplingParams:
         ):
             if not good:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
+        if self.num_beams > 1:
+            self._check_beams()
+
+    def _check_beams(self) -> None:
+        for name, good in (
+            ("temperature above 0", self.temperature == 0),
+            ("n above num_beams", self.n <= self.num_beams),
+            ("best_of", self.best_of is None),
+            ("logprobs", self.logprobs is None),
+            ("stop", not self.stop),
+            ("edit", self.edit is None),
+        ):
+            if not good:
+                raise ConfigError(f"num_beams is {self.num_beams}, and beam search has no {name}")
+
+    @property
+    def results(self) -> int:
+        """Sequences that are computed."""
+        return max(self.num_beams, self.best_of or self.n)
 
     @property
     def greedy(self) -> bool:
@@ -96,6 +143,10 @@ class Sequence:
         prompt: tokens.
         params: how to sample.
         deadline: on the clock of ``time.monotonic``, or ``None``.
+        siblings: sequences that begin when the prompt has been computed.
+        beams: the sequences of its beam search, itself among them.
+        draft: tokens that may follow; the next forward checks them.
+        score: sum of log-probabilities, where results are ranked.
     """
 
     request: int
@@ -107,6 +158,9 @@ class Sequence:
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     siblings: list[Sequence] = field(default_factory=list)
+    beams: Items[Sequence] = ()
+    draft: list[int] = field(default_factory=list)
+    score: float = 0.0
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     edit: Edit | None = field(init=False)

@@ -22,15 +22,17 @@ class Work:
     Args:
         pieces: sequences with the number of their next tokens to compute.
         copies: (from, to): blocks to copy first.
+        tokens: of the forward.
     """
 
     pieces: list[tuple[Sequence, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    tokens: int = 0
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of the forward."""
-        return sum(count for _, count in self.pieces)
+    def take(self, sequence: Sequence, count: int) -> None:
+        """Add the next ``count`` tokens of a sequence."""
+        self.pieces.append((sequence, count))
+        self.tokens += count
 
 
 class Scheduler:
@@ -45,7 +47,7 @@ class Scheduler:
     def __init__(self, blocks: BlockManager, *, budget: int, most_running: int) -> None:
         self.blocks, self.budget, self.most_running = blocks, budget, most_running
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.running: dict[Sequence, None] = {}  # in the order in which they began
         self.preemptions = 0
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -63,13 +65,13 @@ class Scheduler:
             return False
         child.table = self.blocks.fork(parent.table)
         child.cached_tokens = parent.cached_tokens
-        self.running.append(child)
+        self.running[child] = None
         return True
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence and give its blocks back."""
         if sequence in self.running:
-            self.running.remove(sequence)
+            del self.running[sequence]
         else:
             self.waiting.remove(sequence)
         self.blocks.release(sequence.table)
@@ -85,6 +87,8 @@ class Scheduler:
                 self._prefill(sequence, work)
         if self.preemptions == before:  # what just gave way would come back at once
             self._admit(work)
+        if not work.pieces and self.waiting and self.running and self.preemptions == before:
+            self._break_stall()
         return work
 
     def _decode(self, sequence: Sequence, work: Work) -> None:
@@ -92,13 +96,13 @@ class Scheduler:
             return  # it had to give way, or waits for a turn
         while self.blocks.needed(sequence.table, 1) > self.blocks.free:
             scheduled = {id(piece) for piece, _ in work.pieces}
-            others = [each for each in self.running if id(each) not in scheduled]
-            newest = others[-1]  # at least the sequence itself
+            others = (each for each in reversed(self.running) if id(each) not in scheduled)
+            newest = next(others)  # at least the sequence itself
             self._preempt(newest)
             if newest is sequence:
                 return
         work.copies += self.blocks.extend(sequence.table, 1)
-        work.pieces.append((sequence, 1))
+        work.take(sequence, 1)
 
     def _prefill(self, sequence: Sequence, work: Work) -> None:
         count = min(sequence.pending, self.budget - work.tokens)
@@ -107,13 +111,15 @@ class Scheduler:
             count -= 1 + (table.length + count - 1) % self.blocks.size  # a block less
         if count > 0:
             work.copies += self.blocks.extend(table, count)
-            work.pieces.append((sequence, count))
+            work.take(sequence, count)
         elif not work.pieces and sequence.table.blocks:
-            self._preempt(self.running[-1])  # two halves of prompts fill the cache
+            self._preempt(next(reversed(self.running)))  # two halves of prompts fill the cache
 
     def _admit(self, work: Work) -> None:
         while self.waiting and len(self.running) < self.most_running and work.tokens < self.budget:
             sequence = self.waiting[0]
+            if not self._has_slots(sequence):
+                return
             sequence.table = self.blocks.begin(sequence.tokens)
             # Promised blocks of prompts that are in the middle count as taken.
             promised = sum(self.blocks.needed(each.table, each.pending) for each in self._partial())
@@ -123,14 +129,29 @@ class Scheduler:
                 return
             self.waiting.popleft()
             sequence.cached_tokens = max(sequence.cached_tokens, sequence.table.length)
-            self.running.append(sequence)
+            self.running[sequence] = None
             self._prefill(sequence, work)
 
     def _partial(self) -> Iterator[Sequence]:
         return (each for each in self.running if each.pending > 1)
 
+    def _has_slots(self, sequence: Sequence) -> bool:
+        """Whether all beams of a search that begins can run, beside those of searches that run."""
+        started = {beam for each in self.running for beam in each.beams}
+        if sequence in started:
+            return True
+        reserved = sum(beam not in self.running for beam in started)
+        width = max(1, len(sequence.beams))
+        return len(self.running) + reserved + width <= self.most_running
+
+    def _break_stall(self) -> None:
+        """Let the newest beam search give way, as all wait for beams that get no blocks."""
+        newest = next(reversed(self.running))
+        for beam in reversed([each for each in self.running if each in newest.beams]):
+            self._preempt(beam)
+
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
+        del self.running[sequence]
         self.blocks.release(sequence.table)
         self.waiting.appendleft(sequence)
         self.preemptions += 1

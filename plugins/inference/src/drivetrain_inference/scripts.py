@@ -46,7 +46,8 @@ _ALIASES = {
 }
 _GENERATION = {
     "max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p",
-    "repetition_penalty",
+    "repetition_penalty", "typical_p", "epsilon_cutoff", "eta_cutoff", "no_repeat_ngram_size",
+    "num_beams", "length_penalty", "early_stopping",
 }  # fmt: skip
 
 

@@ -47,6 +47,18 @@ class InferenceSection(Section):
         description="Format of the blocks' matrices, such as w8a8; `gguf` for those of the file; "
         "empty: as they are.",
     )
+    batch_invariant: Bool = Field(
+        default=False,
+        description="Refuse models whose results may depend on other requests in the last bits.",
+    )
+    speculative_tokens: NonNegativeInt = Field(
+        default=0, description="Most tokens that are guessed and checked in one forward."
+    )
+    speculative_model: str = Field(
+        default="",
+        description="Folder or GGUF file of a small model that guesses; empty: look the last "
+        "tokens up among those before.",
+    )
     quantize_head: Bool = Field(
         default=False, description="Whether the matrix that makes logits has that format, too."
     )
@@ -60,6 +72,8 @@ class InferenceSection(Section):
             )
         if self.weight_format and self.fast_path == "never":
             raise ValueError("weight_format needs the fast path, and fast_path is never")
+        if self.speculative_model and not self.speculative_tokens:
+            raise ValueError("speculative_model needs speculative_tokens, which is 0")
         if self.quantize_head and not self.weight_format:
             raise ValueError("quantize_head needs a weight_format, and there is none")
         return self

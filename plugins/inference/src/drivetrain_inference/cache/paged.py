@@ -86,7 +86,7 @@ class RaggedBatch:
         tables: [sequences, most blocks], int32.
         starts: [sequences + 1], int32: where sequences begin.
         lengths: [sequences], int32: tokens in the cache after this forward.
-        last: [sequences], int64: where each one's last token is.
+        last: [rows], int64: tokens whose logits are wanted; of each sequence the last, or more.
     """
 
     tokens: torch.Tensor
@@ -103,8 +103,16 @@ class RaggedBatch:
         pieces: Sequence[tuple[BlockTable, Sequence[int]]],
         size: int,
         device: torch.device,
+        wanted: Sequence[int] | None = None,
     ) -> RaggedBatch:
-        """Lay out the next tokens of sequences whose tables have room for them."""
+        """Lay out the next tokens of sequences whose tables have room for them.
+
+        Args:
+            pieces: tables and tokens.
+            size: tokens of a block.
+            device: where the numbers go.
+            wanted: how many last tokens of each sequence logits are wanted of; 1 by default.
+        """
         tokens, positions, slots = list[int](), list[int](), list[int]()
         starts, lengths = [0], list[int]()
         for table, new in pieces:
@@ -129,5 +137,12 @@ class RaggedBatch:
             tables=whole(rows, torch.int32),
             starts=begin,
             lengths=whole(lengths, torch.int32),
-            last=begin[1:].long() - 1,
+            last=begin[1:].long() - 1
+            if wanted is None
+            else whole(_last(starts, wanted), torch.int64),
         )
+
+
+def _last(starts: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    ends = zip(starts[1:], wanted, strict=True)
+    return [row for end, count in ends for row in range(end - count, end)]

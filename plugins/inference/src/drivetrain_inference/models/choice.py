@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+from drivetrain_kernels.ops.linear import PACKED_LINEAR
+from drivetrain_kernels.ops.paged_attention import PAGED_ATTENTION
+from drivetrain_kernels.registry import REFERENCE
 from torch import nn
 
 from drivetrain.contracts import WeightFormat
@@ -44,10 +47,12 @@ class Formats:
     Args:
         blocks: of the blocks' matrices; ``None``: as they are.
         head: whether the matrix that makes logits has that format, too.
+        batch_invariant: whether a row's bits must not depend on other rows.
     """
 
     blocks: WeightFormat | None = None
     head: bool = False
+    batch_invariant: bool = False
 
 
 def choose(
@@ -64,14 +69,17 @@ def choose(
         tokens = _probe(module)
         reference = plain.reference(tokens)
         _check_plain(plain, tokens, reference)
-        if fast_path == "never" and form is None:
+        if fast_path == "never" and form is None and not formats.batch_invariant:
             return plain, plain
+        if formats.batch_invariant:
+            _check_invariance(plain)
         fast = _fast(module, plain.layers, context, formats, tokens, reference)
         return fast, plain
     except UnlikeError as error:
-        if fast_path == "always" or form is not None:
+        if fast_path == "always" or form is not None or formats.batch_invariant:
             plain.close()
             what = "weight_format" if form is not None else "fast_path: always"
+            what = "batch_invariant" if formats.batch_invariant else what
             raise ConfigError(
                 f"inference.{what} needs the fast path, and {type(module).__name__} cannot take "
                 f"it: {error}"
@@ -81,6 +89,13 @@ def choose(
     except BaseException:
         plain.close()
         raise
+
+
+def _check_invariance(plain: PlainModel) -> None:
+    kind = plain.device.type
+    missing = [op.name for op in (PACKED_LINEAR, PAGED_ATTENTION) if op.provider(kind) == REFERENCE]
+    if missing:
+        raise UnlikeError(f"{' and '.join(missing)} has no kernel for {kind} that sums row by row")
 
 
 def _check_plain(plain: PlainModel, tokens: list[int], reference: torch.Tensor) -> None:

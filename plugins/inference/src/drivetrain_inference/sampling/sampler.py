@@ -1,7 +1,8 @@
 """From logits to tokens, for every request by its own rules and with its own random numbers.
 
-The order is that of Transformers' ``generate``: repetition penalty, stop tokens that may not come
-yet, what the request's own function changes, temperature, top-k, top-p, min-p, one draw.
+The order is that of Transformers' ``generate``: repetition penalty, repeated n-grams, stop tokens
+that may not come yet, what the request's own function changes, temperature, top-k, top-p, min-p,
+typical, epsilon and eta truncation, one draw.
 """
 
 from __future__ import annotations
@@ -46,10 +47,15 @@ class Sampler:
             result.append((token, _logprobs(logits[row], token, params)))
         return result
 
+    def edited(self, scores: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+        """Scores [vocabulary] after penalties and what may not come yet."""
+        return self._edited(scores, sequence) if self._edits(sequence) else scores
+
     def _edits(self, sequence: Sequence) -> bool:
         params = sequence.params
         early = len(sequence.output) < params.min_new_tokens
-        return params.repetition_penalty != 1 or early or sequence.edit is not None
+        changes = params.repetition_penalty != 1 or params.no_repeat_ngram_size > 0
+        return changes or early or sequence.edit is not None
 
     def _choose(self, scores: torch.Tensor, sequence: Sequence) -> int:
         params = sequence.params
@@ -72,6 +78,8 @@ class Sampler:
             old = scores[seen]
             factor = params.repetition_penalty
             scores[seen] = torch.where(old < 0, old * factor, old / factor)
+        if params.no_repeat_ngram_size:
+            scores[repeating(sequence.tokens, params.no_repeat_ngram_size)] = float("-inf")
         if len(sequence.output) < params.min_new_tokens:
             stops = {*params.stop_tokens, *(() if params.ignore_eos else self._stop_tokens)}
             scores[sorted(stops)] = float("-inf")
@@ -95,7 +103,41 @@ def warped(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     if params.min_p > 0:
         shares = torch.softmax(scores, dim=0)
         scores = scores.masked_fill(shares < params.min_p * shares.max(), hidden)
+    return truncated(scores, params)
+
+
+def truncated(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Scores [vocabulary] after typical, epsilon and eta truncation."""
+    hidden = float("-inf")
+    if params.typical_p < 1:
+        logprobs = torch.log_softmax(scores, dim=0)
+        entropy = -(logprobs * logprobs.exp()).nansum()
+        far = (-logprobs - entropy).abs()
+        ordered, order = torch.sort(far)
+        reached = torch.softmax(scores[order], dim=0).cumsum(0)
+        last = min(int((reached < params.typical_p).sum()), len(far) - 1)
+        gone = ordered > ordered[last]
+        gone[0] = False
+        scores = scores.index_fill(0, order[gone], hidden)
+    if params.epsilon_cutoff > 0:
+        gone = torch.softmax(scores, dim=0) < params.epsilon_cutoff
+        scores = scores.masked_fill(gone & (scores < scores.max()), hidden)
+    if params.eta_cutoff > 0:
+        shares = torch.softmax(scores, dim=0)
+        entropy = -(shares * torch.log_softmax(scores, dim=0)).nansum()
+        least = min(params.eta_cutoff, params.eta_cutoff**0.5 * float(torch.exp(-entropy)))
+        scores = scores.masked_fill((shares < least) & (scores < scores.max()), hidden)
     return scores
+
+
+def repeating(tokens: Items[int], size: int) -> list[int]:
+    """Tokens that would make the last ``size`` ones come a second time."""
+    begin = list(tokens[len(tokens) - size + 1 :]) if size > 1 else []
+    return [
+        tokens[end]
+        for end in range(size - 1, len(tokens))
+        if list(tokens[end - size + 1 : end]) == begin
+    ]
 
 
 def _uniform(sequence: Sequence) -> float:
@@ -107,9 +149,9 @@ def _uniform(sequence: Sequence) -> float:
 
 
 def _logprobs(logits: torch.Tensor, token: int, params: SamplingParams) -> TokenLogprobs | None:
-    if params.logprobs is None:
+    if params.logprobs is None and params.best_of is None:
         return None
     logprobs = torch.log_softmax(logits.float(), dim=0)
-    values, tokens = torch.topk(logprobs, min(params.logprobs, len(logprobs)))
+    values, tokens = torch.topk(logprobs, min(params.logprobs or 0, len(logprobs)))
     top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
     return TokenLogprobs(float(logprobs[token]), top)
