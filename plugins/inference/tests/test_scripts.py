@@ -44,7 +44,7 @@ def test_int8_quantises():
     ({"config": {"dtype": "fp16"}, "dtype": "bf16"}, "dtype is given twice: 'fp16' and 'bf16'"),
     ({"config": {"dtyp": "fp16"}}, "does not know 'dtyp'"),
     ({"dtype": "fp4"}, "dtype 'fp4' is none of"),
-    ({"mp_size": 2}, "tp_size is more than 1"),
+    ({"mp_size": 2, "dtype": "int8"}, "dtype int8 is served by one rank"),
     ({"enable_cuda_graph": True}, "enable_cuda_graph is not served"),
     ({"config": 3}, "config must be a dict or a path"),
 ])  # fmt: skip

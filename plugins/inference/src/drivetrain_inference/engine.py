@@ -37,6 +37,12 @@ class QueueFullError(DrivetrainError, RuntimeError):
 class InferenceEngine:
     """Generates for many requests at once; one thread at a time may use it.
 
+    Where several ranks compute a model together, all of them make the same calls in the same order;
+    everything that they decide follows from those, so they stay together without messages.
+
+    Attributes:
+        lockstep: whether other ranks make the same calls.
+
     Args:
         module: a causal language model of Transformers with values. It is read, never changed.
         section: limits and choices.
@@ -89,6 +95,7 @@ class InferenceEngine:
         self._groups: dict[int, BeamGroup] = {}
         self._drafter: Drafter | None = None
         self._numbers = count()
+        self.lockstep = False
         self._drafted = self._accepted = 0
         self._on_close: list[Callable[[], object]] = []
 
@@ -119,6 +126,11 @@ class InferenceEngine:
         """
         params = params or SamplingParams()
         tokens = self._checked(prompt, params)
+        if timeout is not None and self.lockstep:
+            raise ConfigError(
+                "timeout: ranks compute each forward together and have no common clock, so one "
+                "could end a request while another waits for it; cancel it on all of them instead"
+            )
         if not self._has_room(params):
             raise QueueFullError(
                 f"{len(self.scheduler.waiting)} sequences wait and {self.section.max_waiting} may; "

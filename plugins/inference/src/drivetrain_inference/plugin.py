@@ -30,6 +30,7 @@ class Inference(Plugin):
         section = self.section(InferenceSection)
         formats = formats_of(job, module, section)
         engine = InferenceEngine(module, section, request, formats=formats)
+        engine.lockstep = job.mesh.size("world") > 1
         job.on_close(engine.close)
         drafter = drafter_of(engine)
         if drafter is not None:

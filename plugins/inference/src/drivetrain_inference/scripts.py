@@ -133,6 +133,9 @@ def init_inference(
 ) -> InferenceEngine:
     """An engine for a module; arguments are those of ``deepspeed.init_inference``.
 
+    With ``tensor_parallel.tp_size`` so many ranks share each layer (by whichever package serves the
+    section ``tensor_parallel``), and all of them make the same calls.
+
     ``replace_with_kernel_inject`` asks for the fast path wherever there is one; without it the
     module's own code runs. ``dtype`` int8 rounds the blocks' matrices, and what
     they are multiplied with, to 8 bits. ``checkpoint`` is a
@@ -143,11 +146,6 @@ def init_inference(
             what is not there.
     """
     settings = _merged(config, options)
-    if (settings["tensor_parallel"] or {}).get("tp_size", 1) > 1:
-        raise ConfigError(
-            "init_inference: tensor_parallel.tp_size is more than 1, which needs a "
-            "package that serves tensor_parallel"
-        )
     if settings["enable_cuda_graph"]:
         raise ConfigError("init_inference: enable_cuda_graph is not served; leave it out")
     dtype = settings["dtype"]
@@ -161,7 +159,15 @@ def init_inference(
     if dtype is torch.int8:
         section |= {"weight_format": "w8a8", "fast_path": "always"}
         dtype = None
-    engine = serve(model, {"inference": section}, dtype=dtype, weights=settings["checkpoint"])
+    whole: dict[str, Any] = {"inference": section}
+    shared = dict(settings["tensor_parallel"] or {})
+    if (ranks := shared.get("tp_size", 1)) > 1 and shared.get("enabled", True):
+        if section["fast_path"] == "always":
+            raise ConfigError(
+                "init_inference: dtype int8 is served by one rank; leave tensor_parallel out"
+            )
+        whole["tensor_parallel"] = {"autotp_size": ranks}
+    engine = serve(model, whole, dtype=dtype, weights=settings["checkpoint"])
     return InferenceEngine(engine.module, engine)
 
 
