@@ -132,6 +132,30 @@ def test_a_cache_that_is_too_small_for_all_gives_the_same_results():
         assert list(result.tokens) == expected(model, prompt, NEW)[0]
 
 
+@pytest.mark.parametrize("fast_path", ["always", "never"])
+def test_what_gives_way_comes_back_from_host_memory(fast_path):
+    model, params = decoder(), SamplingParams(max_new_tokens=NEW)
+    computed = {}
+    for host in (0, 2**20):
+        options = {"cache_blocks": 8, "prefix_caching": False, "host_cache_bytes": host}
+        with serve(model, with_options(fast_path=fast_path, **options)) as engine:
+            run, computed[host] = engine.ragged.run, 0
+
+            def counted(pieces, wanted=None, run=run, host=host):
+                computed[host] += sum(len(tokens) for _, tokens in pieces)
+                return run(pieces, wanted)
+
+            engine.ragged.run = counted
+            results = engine.generate(prompts() * 2, params)
+            assert engine.scheduler.preemptions > 0
+            assert (engine.status()["swaps"] > 0) == (host > 0)
+            engine.scheduler.blocks.check([])
+        for prompt, (result,) in zip(prompts() * 2, results, strict=True):
+            assert list(result.tokens) == expected(model, prompt, NEW)[0]
+    # Each token once: none of those that came back was computed again.
+    assert computed[2**20] == 2 * sum(n + NEW - 1 for n in LENGTHS) < computed[0]
+
+
 def test_weights_that_training_has_changed_are_taken_over():
     model, params = decoder(), SamplingParams(max_new_tokens=NEW)
     with serve(model, SMALL) as engine:

@@ -34,9 +34,11 @@ class Letters:
         return "".join(chr(32 + token) for token in tokens)
 
 
-def test_500_random_requests_leak_no_block():
+@pytest.mark.parametrize("host", [0, 1 << 14])
+def test_500_random_requests_leak_no_block(host):
     draw = random.Random(1)
-    with engine() as found:
+    with engine(host_cache_bytes=host) as found:
+        room = found.scheduler.host.free if host else 0
         alive, ended = set(), 0
         for number in range(500):
             params = SamplingParams(
@@ -58,6 +60,9 @@ def test_500_random_requests_leak_no_block():
         assert ended > 100
         found.scheduler.blocks.check([])
         assert found.ragged.free_blocks == 20
+        if host:
+            assert found.scheduler.swaps > 0
+            assert found.scheduler.host.free == room
 
 
 def test_results_of_one_prompt_share_it_and_differ():

@@ -16,6 +16,7 @@ from drivetrain_inference import loading
 from drivetrain_inference import requests as asked
 from drivetrain_inference.admission import Limits, Prompt, checked
 from drivetrain_inference.cache.blocks import BlockManager
+from drivetrain_inference.cache.host import HostBlocks
 from drivetrain_inference.cache.paged import PagedCache
 from drivetrain_inference.models import choice
 from drivetrain_inference.ragged import RaggedEngine, SchedulingResult
@@ -77,7 +78,10 @@ class InferenceEngine:
             model.layers, blocks.blocks, size, dtype=model.dtype, device=model.device
         )
         self.scheduler = Scheduler(
-            blocks, budget=section.max_batch_tokens, most_running=section.max_sequences
+            blocks,
+            budget=section.max_batch_tokens,
+            most_running=section.max_sequences,
+            host=self._host_blocks(model),
         )
         self.ragged = RaggedEngine(
             model,
@@ -191,6 +195,7 @@ class InferenceEngine:
             "cache_tokens": blocks.blocks * blocks.size,
             "cache_used": 1 - blocks.free / blocks.blocks,
             "preemptions": self.scheduler.preemptions,
+            "swaps": self.scheduler.swaps,
             "drafted": self._drafted,
             "accepted": self._accepted,
         }
@@ -206,6 +211,9 @@ class InferenceEngine:
             return done
         self._draft(work)
         self.cache.copy(work.copies)
+        for away, places in work.returns:
+            assert self.scheduler.host is not None
+            self.scheduler.host.restore(away, places)
         pieces = [(seq.table, [*seq.slice(number), *seq.draft]) for seq, number in work.pieces]
         wanted = [1 + len(seq.draft) for seq, _ in work.pieces]
         ends = [at for at, (seq, number) in enumerate(work.pieces) if number == seq.pending]
@@ -296,6 +304,11 @@ class InferenceEngine:
         self.close()
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _host_blocks(self, model: choice.Model) -> HostBlocks | None:
+        each = PagedCache.bytes_per_block(model.layers, self.section.block_size, model.dtype)
+        number = self.section.host_cache_bytes // each
+        return HostBlocks(self.cache, number) if number else None
 
     def _number_of_blocks(self, model: choice.Model) -> int:
         size, section = self.section.block_size, self.section

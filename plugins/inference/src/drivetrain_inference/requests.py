@@ -13,6 +13,7 @@ from drivetrain.contracts import Completion, Progress, TokenLogprobs
 from drivetrain.contracts.loop.inference import FinishReason
 from drivetrain.errors import ConfigError
 from drivetrain_inference.cache.blocks import BlockTable
+from drivetrain_inference.cache.host import Away
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +146,7 @@ class Sequence:
         deadline: on the clock of ``time.monotonic``, or ``None``.
         siblings: sequences that begin when the prompt has been computed.
         beams: the sequences of its beam search, itself among them.
+        away: where its blocks lie in host memory, if they do.
         draft: tokens that may follow; the next forward checks them.
         score: sum of log-probabilities, where results are ranked.
     """
@@ -159,6 +161,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     siblings: list[Sequence] = field(default_factory=list)
     beams: Items[Sequence] = ()
+    away: Away | None = None
     draft: list[int] = field(default_factory=list)
     score: float = 0.0
     cached_tokens: int = 0

@@ -2,7 +2,7 @@
 
 Decodes first, and prompts fill the rest of a budget of tokens, in pieces (Dynamic SplitFuse,
 arXiv 2401.08671). A sequence for which the cache has no room left makes the newest one give its
-blocks back, which is computed again later.
+blocks back; what was in them is kept in host memory, or computed again later.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from drivetrain_inference.cache.blocks import BlockManager
+from drivetrain_inference.cache.host import Away, HostBlocks
 from drivetrain_inference.requests import Sequence
 
 
@@ -22,11 +23,13 @@ class Work:
     Args:
         pieces: sequences with the number of their next tokens to compute.
         copies: (from, to): blocks to copy first.
+        returns: what to copy back from host memory into which blocks, after that.
         tokens: of the forward.
     """
 
     pieces: list[tuple[Sequence, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    returns: list[tuple[Away, list[int]]] = field(default_factory=list)
     tokens: int = 0
 
     def take(self, sequence: Sequence, count: int) -> None:
@@ -42,9 +45,18 @@ class Scheduler:
         blocks: the cache's blocks.
         budget: most tokens of a forward.
         most_running: most sequences of a forward.
+        host: where blocks of sequences that give way are kept; ``None``: nowhere.
     """
 
-    def __init__(self, blocks: BlockManager, *, budget: int, most_running: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        budget: int,
+        most_running: int,
+        host: HostBlocks | None = None,
+    ) -> None:
+        self.host, self.swaps = host, 0
         self.blocks, self.budget, self.most_running = blocks, budget, most_running
         self.waiting: deque[Sequence] = deque()
         self.running: dict[Sequence, None] = {}  # in the order in which they began
@@ -74,6 +86,9 @@ class Scheduler:
             del self.running[sequence]
         else:
             self.waiting.remove(sequence)
+            if self.host is not None and sequence.away is not None:
+                self.host.drop(sequence.away)
+                sequence.away = None
         self.blocks.release(sequence.table)
 
     def next(self) -> Work:
@@ -120,14 +135,19 @@ class Scheduler:
             sequence = self.waiting[0]
             if not self._has_slots(sequence):
                 return
-            sequence.table = self.blocks.begin(sequence.tokens)
+            away = sequence.away
+            if away is None:
+                sequence.table = self.blocks.begin(sequence.tokens)
             # Promised blocks of prompts that are in the middle count as taken.
             promised = sum(self.blocks.needed(each.table, each.pending) for each in self._partial())
+            # All of it, wherever it is now.
             whole = self.blocks.needed(sequence.table, sequence.pending)
             if promised + whole > self.blocks.free:
                 self.blocks.release(sequence.table)
                 return
             self.waiting.popleft()
+            if away is not None:
+                self._bring_back(sequence, away, work)
             sequence.cached_tokens = max(sequence.cached_tokens, sequence.table.length)
             self.running[sequence] = None
             self._prefill(sequence, work)
@@ -150,8 +170,21 @@ class Scheduler:
         for beam in reversed([each for each in self.running if each in newest.beams]):
             self._preempt(beam)
 
+    def _bring_back(self, sequence: Sequence, away: Away, work: Work) -> None:
+        """Give a sequence blocks for what is in host memory of it."""
+        sequence.away = None
+        self.blocks.extend(sequence.table, away.length)
+        work.returns.append((away, list(sequence.table.blocks)))
+        self.blocks.commit(sequence.table, sequence.tokens[: away.length])
+
     def _preempt(self, sequence: Sequence) -> None:
         del self.running[sequence]
+        table = sequence.table
+        # A beam may go on from another one's tokens, so what is kept of it may be of no use.
+        if self.host is not None and table.length and not sequence.beams:
+            used = -(-table.length // self.blocks.size)
+            sequence.away = self.host.save(table.blocks[:used], table.length)
+            self.swaps += sequence.away is not None
         self.blocks.release(sequence.table)
         self.waiting.appendleft(sequence)
         self.preemptions += 1

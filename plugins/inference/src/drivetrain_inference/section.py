@@ -22,6 +22,11 @@ class InferenceSection(Section):
     cache_blocks: NonNegativeInt = Field(
         default=0, description="Number of blocks instead; 0 for what `cache_bytes` has room for."
     )
+    host_cache_bytes: NonNegativeInt = Field(
+        default=0,
+        description="Host memory for sequences that give way when the cache is full; what it has "
+        "no room for is computed again.",
+    )
     max_context: NonNegativeInt = Field(
         default=0, description="Most tokens of a sequence; 0 for what the model's config says."
     )
