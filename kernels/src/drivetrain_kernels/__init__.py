@@ -8,10 +8,15 @@
 from drivetrain_kernels.checks import ArgumentError
 from drivetrain_kernels.op import Example, Op, Refusal, Tolerance
 from drivetrain_kernels.ops import (
+    BlockLists,
+    Visibility,
     adagrad,
     adam,
     add_rms_norm,
     block_linear,
+    block_lists,
+    block_sparse_attention,
+    block_sparse_attention_backward,
     cast_copy,
     dequantize,
     dequantize_reduce_quantize,
@@ -37,6 +42,7 @@ from drivetrain_kernels.registry import Implementation, Registry, implementation
 
 __all__ = [
     "ArgumentError",
+    "BlockLists",
     "Example",
     "Implementation",
     "Op",
@@ -44,10 +50,14 @@ __all__ = [
     "Refusal",
     "Registry",
     "Tolerance",
+    "Visibility",
     "adagrad",
     "adam",
     "add_rms_norm",
     "block_linear",
+    "block_lists",
+    "block_sparse_attention",
+    "block_sparse_attention_backward",
     "cast_copy",
     "dequantize",
     "dequantize_reduce_quantize",

@@ -3,6 +3,12 @@
 from drivetrain_kernels.ops.adagrad import adagrad
 from drivetrain_kernels.ops.adam import adam
 from drivetrain_kernels.ops.block_linear import block_linear
+from drivetrain_kernels.ops.block_lists import BlockLists, block_lists
+from drivetrain_kernels.ops.block_sparse_attention import (
+    Visibility,
+    block_sparse_attention,
+    block_sparse_attention_backward,
+)
 from drivetrain_kernels.ops.copy import cast_copy, flatten, unflatten
 from drivetrain_kernels.ops.decoder import add_rms_norm, gated_activation, rotary_to_cache
 from drivetrain_kernels.ops.lamb import lamb
@@ -15,10 +21,15 @@ from drivetrain_kernels.ops.quantize import dequantize, dequantize_reduce_quanti
 from drivetrain_kernels.ops.signs import mean_signs, pack_signs
 
 __all__ = [
+    "BlockLists",
+    "Visibility",
     "adagrad",
     "adam",
     "add_rms_norm",
     "block_linear",
+    "block_lists",
+    "block_sparse_attention",
+    "block_sparse_attention_backward",
     "cast_copy",
     "dequantize",
     "dequantize_reduce_quantize",

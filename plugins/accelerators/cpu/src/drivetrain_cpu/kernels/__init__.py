@@ -13,7 +13,7 @@ from drivetrain_kernels import Op, Provider, ops
 from drivetrain_kernels.native import NativeLibrary
 
 from drivetrain_cpu.instruction_sets import InstructionSet, compilable, selected
-from drivetrain_cpu.kernels import copies, quantization, serving, signs, updates
+from drivetrain_cpu.kernels import block_sparse, copies, quantization, serving, signs, updates
 from drivetrain_cpu.kernels.call import Bind, all_native
 from drivetrain_cpu.openmp import share_openmp
 
@@ -24,6 +24,7 @@ SOURCES = (
     "copies",
     "quantization",
     "attention",
+    "block_sparse",
     "decoder",
     "integers",
     "linear",
@@ -32,7 +33,7 @@ SOURCES = (
     "shared_group",
     "collectives",
 )
-HEADERS = ("dtypes", "panels", "rounding", "shared_group", "tiles", "vectors")
+HEADERS = ("dtypes", "panels", "products", "rounding", "shared_group", "tiles", "vectors")
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -46,6 +47,7 @@ FLAGS = (
 )
 
 _BINDINGS: dict[str, Bind] = {
+    **block_sparse.BINDINGS,
     **copies.BINDINGS,
     **quantization.BINDINGS,
     **serving.BINDINGS,
