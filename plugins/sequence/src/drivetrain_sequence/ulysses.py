@@ -11,6 +11,7 @@ from torch import nn
 from drivetrain.communication.functional import Functional, functional
 from drivetrain.contracts import Attention, AttentionFacts, MaskRule, Purpose, Tag
 from drivetrain.errors import TrainingError
+from drivetrain.modules.attention import torch_attention
 from drivetrain_sequence.heads import HeadShare, from_heads, to_heads
 from drivetrain_sequence.layout import Cut, layout_of, whole_rule
 from drivetrain_sequence.plain import flags_of
@@ -52,6 +53,7 @@ def exchange_heads(
         line: the ranks that exchange heads.
         turn: whether there is something to exchange.
     """
+    plain = inner is torch_attention  # what computes in its place needs no tensor for a mask
 
     def attend(
         module: nn.Module,
@@ -66,7 +68,7 @@ def exchange_heads(
         own = HeadShare.of(heads, key.shape[1], line.size).queries[line.rank]
         if len(turn.cut.chunks(query.shape[2] * line.size)) > 1 or turn.work is not None:
             compute, whole_of = by_chunks, part_facts
-        elif turn.cut.ring > 1 or _is_large(facts, line, query):
+        elif turn.cut.ring > 1 or (plain and _is_large(facts, line, query)):
             compute, whole_of = by_blocks, part_facts
         else:
             compute, whole_of = inner, whole_facts

@@ -9,6 +9,7 @@ from torch import nn
 
 from drivetrain.contracts import Attention, AttentionLayer, AttentionPhase, Phase, Transform
 from drivetrain.errors import ConfigError
+from drivetrain.modules.attention import torch_attention
 from drivetrain.states.units import units
 from drivetrain_sequence.chunks.block import ChunkedBlock
 from drivetrain_sequence.chunks.layer import attend_by_chunks
@@ -58,6 +59,13 @@ def attention_layers(job: Job, section: SequenceParallelSection) -> list[Attenti
     line = heads_line(job, cut) if cut.heads > 1 or cut.chunk is not None else None
 
     def shared(inner: Attention) -> Attention:
+        if (cut.ring > 1 or cut.chunk is not None) and inner is not torch_attention:
+            key = "ring_size: ranks of a ring" if cut.ring > 1 else "chunk: blocks in chunks"
+            raise ConfigError(
+                f"{PATH}.{key} compute attention themselves, so no other section of the config can "
+                "change how it is computed: leave out that section (sparse_attention is one), or "
+                "this key"
+            )
         by_blocks = pass_keys_on(inner, ring, turn)
         if line is None:
             return by_blocks

@@ -263,7 +263,12 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "sequence.layer": "DistributedAttention",
     },
     "drivetrain-sparse-attention": {
-        "ops.sparse_attention": "BertSparseSelfAttention SparseSelfAttention SparsityConfig",
+        "ops.sparse_attention": "BSLongformerSparsityConfig BertSparseSelfAttention "
+        "BigBirdSparsityConfig DenseSparsityConfig FixedSparsityConfig "
+        "LocalSlidingWindowSparsityConfig SparseAttentionUtils SparseSelfAttention SparsityConfig "
+        "VariableSparsityConfig",
+        "ops.sparse_attention.matmul": "MatMul",
+        "ops.sparse_attention.softmax": "Softmax",
     },
     "drivetrain-tensor": {"": "tp_model_init"},
     "drivetrain-zero": {

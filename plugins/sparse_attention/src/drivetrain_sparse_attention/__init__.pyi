@@ -1,0 +1,21 @@
+from drivetrain_sparse_attention.blockwise import MatMul as MatMul
+from drivetrain_sparse_attention.blockwise import Softmax as Softmax
+from drivetrain_sparse_attention.function import attend_to_blocks as attend_to_blocks
+from drivetrain_sparse_attention.layouts import BigBirdSparsityConfig as BigBirdSparsityConfig
+from drivetrain_sparse_attention.layouts import (
+    BSLongformerSparsityConfig as BSLongformerSparsityConfig,
+)
+from drivetrain_sparse_attention.layouts import DenseSparsityConfig as DenseSparsityConfig
+from drivetrain_sparse_attention.layouts import FixedSparsityConfig as FixedSparsityConfig
+from drivetrain_sparse_attention.layouts import (
+    LocalSlidingWindowSparsityConfig as LocalSlidingWindowSparsityConfig,
+)
+from drivetrain_sparse_attention.layouts import SparsityConfig as SparsityConfig
+from drivetrain_sparse_attention.layouts import VariableSparsityConfig as VariableSparsityConfig
+from drivetrain_sparse_attention.scripts import BertSparseSelfAttention as BertSparseSelfAttention
+from drivetrain_sparse_attention.scripts import SparseSelfAttention as SparseSelfAttention
+from drivetrain_sparse_attention.section import SparseAttentionSection as SparseAttentionSection
+from drivetrain_sparse_attention.topk import choose_blocks as choose_blocks
+from drivetrain_sparse_attention.utils import SparseAttentionUtils as SparseAttentionUtils
+from drivetrain_sparse_attention.visibility import Blocks as Blocks
+from drivetrain_sparse_attention.visibility import visible_blocks as visible_blocks
