@@ -79,12 +79,15 @@ def offer(
         provider: to fill.
         library: from :func:`gpu_library`.
         streams: the stream to queue kernels on.
-        otherwise: op -> what makes another implementation, for where the library cannot be built.
+        otherwise: op -> what makes another implementation, for where the library cannot be built or
+            has no kernel for the op.
     """
     for op in ops():
         if op.name in BINDINGS:
             bind = _with_reference(op, BINDINGS[op.name], streams)
             provider.implement_native(op.name, library, bind, otherwise=otherwise(op.name))
+        elif (make := otherwise(op.name)) is not None:
+            provider.implement_later(op.name, make)
 
 
 def _with_reference(

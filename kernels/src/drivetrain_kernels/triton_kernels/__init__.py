@@ -25,6 +25,7 @@ OPS = (
     *("cast_copy", "norm_squared"),
     *("dequantize", "dequantize_reduce_quantize", "quantize"),
     *("mean_signs", "pack_signs"),
+    *("block_sparse_attention", "block_sparse_attention_backward"),
 )
 """What is written in Triton. Lists of tensors of any dtype, as flattening has, do not suit it."""
 

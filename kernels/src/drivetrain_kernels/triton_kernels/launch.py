@@ -16,7 +16,13 @@ from drivetrain_kernels.ops.block_format import blocks_of, code_count, format_of
 from drivetrain_kernels.ops.copy import CAST_COPY
 from drivetrain_kernels.ops.quantize import QUANTIZE, REDUCE
 from drivetrain_kernels.triton_kernels import quantization, reductions, signs, updates
+from drivetrain_kernels.triton_kernels.block_sparse_launch import (
+    block_sparse_attention,
+    block_sparse_attention_backward,
+)
 from drivetrain_kernels.triton_kernels.values import BLOCK
+
+__all__ = ["block_sparse_attention", "block_sparse_attention_backward"]
 
 _TILE = 4096
 """Values that one program quantises, unless one block is larger."""

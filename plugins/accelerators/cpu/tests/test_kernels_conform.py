@@ -17,7 +17,7 @@ class TestNativeKernels(KernelConformance):
 def test_the_report_names_the_kernels_that_calls_reach():
     rows = dict(report_rows("cpu"))
     (label,) = [label for label in rows if label.startswith("kernels for cpu: drivetrain-cpu")]
-    assert rows[label].startswith("adagrad, adam, add_rms_norm, block_linear, cast_copy, ")
+    assert rows[label].startswith("adagrad, adam, add_rms_norm, block_linear, block_sparse_")
     assert f"drivetrain_cpu_{selected().name}" in rows[label]
     for found in implementations(["cpu"]):
         assert found.op in rows[label]

@@ -13,6 +13,6 @@ if (absent := CudaAccelerator().probe()) is not None:
 
 
 class TestCudaKernels(KernelConformance):
-    ops = ops("training")
+    ops = (*ops("training"), *ops("attention"))
     device = "cuda"
     provider = "drivetrain-cuda"

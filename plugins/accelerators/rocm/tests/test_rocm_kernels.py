@@ -47,7 +47,7 @@ def a_gpu(monkeypatch):
 
 def test_it_offers_every_op_for_the_devices_present(a_gpu, monkeypatch):
     provider = registered(monkeypatch, NO_COMPILER)
-    assert set(provider.offers) == {op.name for op in ops("training")}
+    assert set(provider.offers) == {op.name for op in (*ops("training"), *ops("attention"))}
     assert [library.name for library in provider.libraries] == ["drivetrain_rocm_gfx942"]
     assert provider.offers["adam"].otherwise is not None
 

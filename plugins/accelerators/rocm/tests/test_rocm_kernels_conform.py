@@ -13,6 +13,6 @@ if (absent := RocmAccelerator().probe()) is not None:
 
 
 class TestRocmKernels(KernelConformance):
-    ops = ops("training")
+    ops = (*ops("training"), *ops("attention"))
     device = "cuda"
     provider = "drivetrain-rocm"
