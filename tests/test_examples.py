@@ -109,6 +109,14 @@ def test_two_ranks_that_share_sequences_have_the_curve_of_one(run, model) -> Non
     assert run("long_sequence.py", *small, "--share", 2) == alone
 
 
+@pytest.mark.parametrize("mode", ["bigbird", "topk"])
+def test_models_learn_with_sparse_attention(run, mode) -> None:
+    output = run("sparse_attention.py", "--mode", mode, "--context", 128, "--steps", 4, ranks=1)
+    found = [float(line.split()[-1]) for line in output.splitlines() if "loss" in line]
+    assert len(found) == 4
+    assert found[-1] < found[0] - 0.2
+
+
 # -- the quickstart ----------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import sys
 import torch
 import triton
 from drivetrain_kernels import ops
-from drivetrain_kernels.triton_kernels import OPS, launch, triton_kernel
+from drivetrain_kernels.triton_kernels import OPS, block_sparse_launch, launch, triton_kernel
 from triton.backends.compiler import GPUTarget
 
 backend, architecture, warp = sys.argv[1:]
@@ -44,6 +44,10 @@ def compile_only(kernel, programs, *arguments):
     compiled.add(made.hash)
 
 
+def compile_grid(kernel, grid, *arguments):
+    compiled.add(kernel.warmup(*arguments, grid=grid).hash)
+
+
 def sample(op):
     """A few examples that differ in dtypes, formats and rounding."""
     examples = [
@@ -54,6 +58,7 @@ def sample(op):
 
 triton.runtime.driver.set_active(NoDevice())
 launch._run = compile_only
+block_sparse_launch.launch = compile_grid
 for op in ops():
     if op.name in OPS:
         for example in sample(op):

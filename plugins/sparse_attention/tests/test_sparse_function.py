@@ -78,6 +78,16 @@ def test_a_bias_of_all_samples_and_heads_gets_the_sum_of_their_gradients():
     assert_same(found, dense(*leaves, tokens, bias=bias), [*leaves, bias])
 
 
+def test_slopes_of_heads_count_places():
+    leaves, seen = inputs(), layout(causal=True)
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.0], dtype=torch.float64).requires_grad_()
+    place = torch.arange(50)
+    bias = (place[:, None] - place).abs() * -slopes[:, None, None]
+    tokens = tokens_of(seen, BLOCK, 50).tril()
+    found = sparse(AttentionFacts(causal=True, slopes=slopes), seen, *leaves)
+    assert_same(found, dense(*leaves, tokens, bias=bias), [*leaves, slopes])
+
+
 def test_a_mask_that_is_a_function_of_indices_is_asked_about_listed_blocks_alone():
     asked = []
 

@@ -158,7 +158,8 @@ class BertSparseSelfAttention(nn.Module):
             )
         self.num_attention_heads, self.attention_head_size = heads, width // heads
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        longest = max_seq_length or getattr(config, "max_position_embeddings", 2048)
+        known: int = getattr(config, "max_position_embeddings", 2048)
+        longest = known if max_seq_length is None else max_seq_length
         longest += -longest % sparsity_config.block
         self.sparse_self_attention = SparseSelfAttention(sparsity_config, max_seq_length=longest)
 

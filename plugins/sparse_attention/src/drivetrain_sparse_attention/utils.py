@@ -43,8 +43,8 @@ class SparseAttentionUtils:
             repeated = torch.cat([learned] * copies)[:max_position]
             table = torch.cat([weight[:reserved], repeated])
         old = embeddings.position_embeddings
-        new = nn.Embedding(*table.shape, old.padding_idx, device=table.device, dtype=table.dtype)
-        new.weight = nn.Parameter(table, requires_grad=weight.requires_grad)
+        new = nn.Embedding.from_pretrained(table, padding_idx=old.padding_idx)  # type: ignore[no-untyped-call]
+        new.weight.requires_grad_(weight.requires_grad)
         embeddings.position_embeddings = new
         _renew_buffers(embeddings, len(table))
         model.config.max_position_embeddings = len(table)

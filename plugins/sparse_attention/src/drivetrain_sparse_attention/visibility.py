@@ -94,9 +94,10 @@ def visible_blocks(
     told = _plainly(facts, query.shape[0], lengths[1])
     dense = [x for x in (told.tensor, facts.bias) if x is not None]
     differs = any(x.dim() == 4 and x.shape[1] > 1 for x in dense)
-    if differs or any(x.requires_grad for x in dense):
+    if differs or facts.slopes is not None or any(x.requires_grad for x in dense):
         blocks = blocks.for_heads(query.shape[1])
-    masks, biases = [], []
+    masks: list[torch.Tensor] = []
+    biases: list[torch.Tensor] = []
     if told.rule is not None:
         masks.append(_of_rule(told.rule, blocks, query.shape[0], lengths))
     if told.window is not None:
@@ -104,6 +105,8 @@ def visible_blocks(
     for x in dense:
         found = _gathered(x, blocks, lengths)
         (masks if found.dtype == torch.bool else biases).append(found)
+    if facts.slopes is not None:
+        biases.append(_of_slopes(facts.slopes, blocks, lengths))
     mask = None
     for each in masks:
         mask = each if mask is None else mask & each
@@ -192,6 +195,13 @@ def _of_window(window: int, causal: bool, blocks: Blocks, lengths: tuple[int, in
     return _evaluated(near, blocks, samples, lengths)
 
 
+def _of_slopes(slopes: torch.Tensor, blocks: Blocks, lengths: tuple[int, int]) -> torch.Tensor:
+    """What ALiBi adds to the listed blocks, whose lists are of every head."""
+    _, head, queries, keys = blocks.places(*lengths)
+    apart = (queries[:, :, None] - keys[:, None]).abs()
+    return (apart * -slopes[head][:, None, None])[None]
+
+
 def _evaluated(
     allowed: Callable[..., Any], blocks: Blocks, samples: torch.Tensor, lengths: tuple[int, int]
 ) -> torch.Tensor:
@@ -201,7 +211,7 @@ def _evaluated(
     index = (samples, head[None, :, None, None], queries[None, :, :, None], keys[None, :, None])
     found = torch.as_tensor(allowed(*index), device=queries.device)
     shape = (1, len(queries), blocks.size, blocks.size)
-    return found.expand(torch.broadcast_shapes(found.shape, shape))
+    return found.broadcast_to(torch.broadcast_shapes(found.shape, shape))  # type: ignore[no-untyped-call]
 
 
 def _gathered(x: torch.Tensor, blocks: Blocks, lengths: tuple[int, int]) -> torch.Tensor:
