@@ -57,3 +57,48 @@ def test_every_stage_of_zero_trains_to_the_weights_of_one_process() -> None:
             for key, value in model.state_dict().items():
                 if key in weights:
                     torch.testing.assert_close(weights[key], value, rtol=1e-6, atol=1e-7)
+
+
+CURVES = [
+    (name, kind, stage)
+    for name, kind in (
+        ("llama", "packed"),
+        ("qwen", "plain"),
+        ("gpt2", "padded"),
+        ("bert", "masked"),
+    )
+    for stage in range(4)
+]
+CURVE = 20
+ADAMW: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.01}
+
+
+def curves(cases: list[tuple[str, str, int]]) -> list[list[float]]:
+    found = []
+    for name, kind, stage in cases:
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        engine = engine_of(
+            tiny(name),
+            zero_optimization=zero,
+            sequence_parallel_size=2,
+            optimizer={"type": "AdamW", "params": ADAMW},
+        )
+        found.append(train(engine, kind, steps=CURVE))
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize(
+    "cases",
+    [[("qwen", "plain", 2), ("bert", "masked", 3)], pytest.param(CURVES, marks=pytest.mark.long)],
+    ids=["two", "all"],
+)
+def test_curves_of_twenty_steps_are_those_of_one_process(cases: list[tuple[str, str, int]]) -> None:
+    expected = []
+    for name, kind, _ in cases:
+        model = tiny(name)
+        optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+        expected.append(plain(model, kind, steps=CURVE, optimizer=optimizer))
+    for found in run_distributed(curves, 2, cases):
+        for case, losses, others in zip(cases, found, expected, strict=True):
+            assert losses == pytest.approx(others, rel=1e-5), case

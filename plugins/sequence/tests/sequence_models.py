@@ -83,10 +83,12 @@ def engine_of(model: Any, **config: Any) -> Engine:
     return engine
 
 
-def train(engine: Engine, kind: str, shard: int = 0, length: int = LENGTH) -> list[float]:
+def train(
+    engine: Engine, kind: str, shard: int = 0, length: int = LENGTH, steps: int = STEPS
+) -> list[float]:
     """Losses of some steps."""
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         loss = engine(**batch(step + 100 * shard, kind, length)).loss
         engine.backward(loss)
         engine.step()
@@ -94,11 +96,13 @@ def train(engine: Engine, kind: str, shard: int = 0, length: int = LENGTH) -> li
     return losses
 
 
-def plain(model: Any, kind: str, length: int = LENGTH) -> list[float]:
-    """The same with nothing but torch."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+def plain(
+    model: Any, kind: str, length: int = LENGTH, steps: int = STEPS, optimizer: Any = None
+) -> list[float]:
+    """The same with nothing but torch; SGD if no optimizer is given."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.05)
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         loss = (
             model(**batch(step, kind, length), use_cache=False).loss
             if kind != "masked"
