@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from drivetrain_sequence.scripts import (
     DistributedAttention,
+    SequenceTiledCompute,
     TiledFusedLogitsLoss,
     TiledMLP,
     sequence_tiled_compute,
@@ -90,5 +91,9 @@ def test_functions_in_tiles_have_values_and_gradients_of_the_whole() -> None:
     called: dict[str, Any] = {"kwargs_to_pass": {"m": mlp}, "grad_requiring_tensor_key": "part"}
     again = sequence_tiled_compute(lambda part, m: m(part), 7, 3, {"part": x}, **called)
     torch.testing.assert_close(again, mlp(x))
+    by_position = (["part"], ["m"], "part", None, 1, None, x, mlp)
+    torch.testing.assert_close(
+        SequenceTiledCompute.apply(lambda part, m: m(part), 7, 3, *by_position), mlp(x)
+    )
     with pytest.raises(ConfigError, match="expected 6 tokens"):
         sequence_tiled_compute(lambda part, m: m(part), 6, 3, {"part": x}, **called)

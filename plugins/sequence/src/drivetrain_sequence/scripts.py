@@ -157,6 +157,37 @@ def sequence_tiled_compute(
     return losses.sum() if output_reduction == "sum" else losses.mean()
 
 
+class SequenceTiledCompute:
+    """``SequenceTiledCompute.apply``: the same, with what is cut and passed by position."""
+
+    @staticmethod
+    def apply(
+        fn: Callable[..., Any],
+        seqlen: int,
+        shards: int,
+        keys_to_shard: Sequence[str],
+        keys_to_pass: Sequence[str],
+        grad_requiring_tensor_key: str,
+        compute_params: Sequence[nn.Parameter] | None,
+        output_unshard_dimension: int,
+        output_reduction: Reduction | None,
+        *args: Any,
+    ) -> torch.Tensor:
+        """See :func:`sequence_tiled_compute`; ``args`` are values of the keys in their order."""
+        count = len(keys_to_shard)
+        return sequence_tiled_compute(
+            fn,
+            seqlen,
+            shards,
+            dict(zip(keys_to_shard, args[:count], strict=True)),
+            dict(zip(keys_to_pass, args[count:], strict=True)),
+            grad_requiring_tensor_key,
+            compute_params,
+            output_unshard_dimension,
+            output_reduction,
+        )
+
+
 class TiledMLP:
     """``TiledMLP.apply``: an MLP in tiles."""
 

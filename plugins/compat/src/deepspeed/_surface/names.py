@@ -257,9 +257,10 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "profiling.flops_profiler": "FlopsProfiler get_model_profile",
     },
     "drivetrain-sequence": {
-        "runtime.sequence_parallel.ulysses_sp": "TiledFusedLogitsLoss TiledMLP "
-        "sequence_tiled_compute",
+        "runtime.sequence_parallel.ulysses_sp": "SequenceTiledCompute TiledFusedLogitsLoss "
+        "TiledMLP UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter sequence_tiled_compute",
         "sequence.cross_entropy": "vocab_sequence_parallel_cross_entropy",
+        "sequence.fpdt_layer": "FPDT_InputConstruct",
         "sequence.layer": "DistributedAttention",
     },
     "drivetrain-sparse-attention": {
@@ -312,16 +313,11 @@ INSTEAD: Mapping[str, str] = {
     "runtime.fp16.loss_scaler.LossScaler": "engine.loss_scaler",
     "runtime.lr_schedules.add_tuning_arguments": "arguments of the script's own; schedules are "
     "set in the config",
-    "runtime.sequence_parallel.ulysses_sp.SequenceTiledCompute": "sequence_tiled_compute beside it",
-    "runtime.sequence_parallel.ulysses_sp.UlyssesSPAttentionHF": "the config's "
-    "sequence_parallel_size, which models of Transformers need nothing else for",
-    "runtime.sequence_parallel.ulysses_sp.UlyssesSPDataLoaderAdapter": "the config's "
-    "sequence_parallel_size, with which the engine cuts batches",
     "runtime.utils.clip_grad_norm_": "the config's gradient_clipping",
     "sequence.cross_entropy.vocab_parallel_cross_entropy": "nothing yet",
-    "sequence.fpdt_layer.FPDT_Attention": "the config's sequence_parallel.ring_size, whose scores "
-    "are never all in memory",
-    "sequence.fpdt_layer.FPDT_FFN": "the config's sequence_parallel.mlp_tile",
+    "sequence.fpdt_layer.FPDT_Attention": "the config's sequence_parallel.chunk",
+    "sequence.fpdt_layer.FPDT_FFN": "the config's sequence_parallel.chunk, or mlp_tile beside it",
+    "sequence.fpdt_layer.FPDT_LogitsLoss": "the config's sequence_parallel.loss_tile",
     "set_autotp_mode": "the config's tensor_parallel.autotp_size, for training and inference",
     "zero.DeepSpeedZeRoOffload": "an engine without optimizer at stage 3",
 }
