@@ -1,7 +1,10 @@
-"""Peak memory of one training step by length of the sequence: plain, in tiles, on two ranks.
+"""Peak memory of one training step by length of the sequence: plain, in tiles, chunks, on ranks.
 
 Each figure is of a process of its own: the peak of resident memory during the second step, less
-what was resident before the first. Prints JSON; ``--picture FILE`` draws it as well.
+what was resident before the first; with ``--limit``, the longest sequence whose process stays below
+so many MiB, all that Python and torch take included. ``--shapes-only`` leaves out the arithmetic of
+fused attention, and makes its results as zeros: memory is the same, and time grows with the length
+instead of its square. Prints JSON; ``--picture FILE`` draws it as well.
 """
 
 from __future__ import annotations
@@ -12,30 +15,33 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from typing import Any
 
-MIB = 2**20
+TILES = {"loss_tile": 512, "mlp_tile": 512, "probe": False}
+CHUNKS = {"loss_tile": 512, "chunk": 1024, "probe": False}
+AGAIN = {"activation_checkpointing": {"recompute": "all"}}
+FILES = {"activation_offload": {"enabled": True, "device": "nvme", "min_bytes": 2**18}}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "recompute": {"activation_checkpointing": {"recompute": "all"}},
-    "tiles": {
-        "activation_checkpointing": {"recompute": "all"},
-        "sequence_parallel": {"loss_tile": 512, "mlp_tile": 512},
-    },
-    "tiles, 2 ranks": {
-        "activation_checkpointing": {"recompute": "all"},
-        "sequence_parallel": {"loss_tile": 512, "mlp_tile": 512, "probe": False},
-        "sequence_parallel_size": 2,
-    },
+    "recompute": AGAIN,
+    "tiles": AGAIN | {"sequence_parallel": TILES},
+    "chunks": {"sequence_parallel": CHUNKS},
+    "chunks, files": FILES | {"sequence_parallel": CHUNKS},
+    "tiles, 2 ranks": AGAIN | {"sequence_parallel": TILES, "sequence_parallel_size": 2},
+    "chunks, files, 2 ranks": FILES | {"sequence_parallel": CHUNKS, "sequence_parallel_size": 2},
 }
+"""What a config has for each way; ``transformers`` beside them is a loop without Drivetrain."""
+
+ALONE = "transformers"
 
 
-def step(way: str, length: int) -> float:
-    """MiB that one step takes in this process beyond the model and its states."""
+def model_of(length: int, tied: bool) -> Any:
+    """A Llama of 4 layers, width 256."""
     import torch
     import transformers
-
-    import drivetrain
 
     config = transformers.LlamaConfig(
         vocab_size=50257,
@@ -44,33 +50,83 @@ def step(way: str, length: int) -> float:
         num_hidden_layers=4,
         num_attention_heads=8,
         max_position_embeddings=length,
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(0)
-    engine, *_ = drivetrain.initialize(
-        model=transformers.LlamaForCausalLM(config),
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
-            **WAYS[way],
-        },
-    )
+    return transformers.LlamaForCausalLM(config)
 
-    def train(tokens: torch.Tensor) -> None:
+
+def trainer(way: str, length: int, tied: bool, folder: str) -> Callable[[Any], None]:
+    """A function that trains on one batch of tokens."""
+    import torch
+
+    if way == ALONE:
+        model = model_of(length, tied)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+        def alone(tokens: Any) -> None:
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return alone
+    import drivetrain
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
+        **WAYS[way],
+    }
+    if "activation_offload" in config:
+        config["activation_offload"] = {**config["activation_offload"], "nvme_path": folder}
+    engine, *_ = drivetrain.initialize(model=model_of(length, tied), config=config)
+
+    def train(tokens: Any) -> None:
         engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
         engine.step()
 
-    train(torch.randint(50257, (1, 64)))  # buffers that every step needs
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    train(torch.randint(50257, (1, length), generator=torch.Generator().manual_seed(0)))
+    return train
+
+
+def without_arithmetic() -> None:
+    """Have blocks of attention make their results without computing them."""
+    import torch
+    from drivetrain_sequence import fused
+
+    def forward(query: Any, key: Any, value: Any, *_: Any) -> Any:
+        return torch.zeros_like(query), query.new_zeros(query.shape[:3])
+
+    def backward(known: Any, query: Any, key: Any, value: Any, *_: Any) -> Any:
+        return tuple(torch.zeros_like(x) for x in (query, key, value))
+
+    fused.forward, fused.backward = forward, backward
+
+
+def step(way: str, length: int, options: argparse.Namespace) -> dict[str, float]:
+    """MiB of this process in one step and in all, and seconds of the step."""
+    import torch
+
+    if options.shapes_only:
+        without_arithmetic()
+    with tempfile.TemporaryDirectory() as folder:
+        train = trainer(way, length, options.tied, folder)
+        train(torch.randint(50257, (1, 64)))  # buffers that every step needs
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        tokens = torch.randint(50257, (1, length), generator=torch.Generator().manual_seed(0))
+        begin = time.perf_counter()
+        train(tokens)
+        seconds = time.perf_counter() - begin
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    engine.destroy()
-    return (after - before) * 1024 / MIB
+    return {"step": (after - before) / 1024, "process": after / 1024, "seconds": seconds}
 
 
-def measure(way: str, length: int) -> float | None:
+def measure(way: str, length: int, options: argparse.Namespace) -> dict[str, float] | None:
     """The largest of the ranks' figures; ``None`` if the step does not fit into memory."""
     ranks = 2 if "2 ranks" in way else 1
     command = [sys.executable, __file__, "--one", way, "--lengths", str(length)]
+    command += [
+        f"--{name}" for name in ("shapes-only", "tied") if vars(options)[name.replace("-", "_")]
+    ]
     base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
     base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "MALLOC_MMAP_THRESHOLD_": "65536"}
     processes = [
@@ -86,16 +142,45 @@ def measure(way: str, length: int) -> float | None:
     outputs = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         return None
-    return max(float(output.splitlines()[-1]) for output in outputs)
+    found = [json.loads(output.splitlines()[-1]) for output in outputs]
+    return {key: round(max(each[key] for each in found), 1) for key in found[0]}
+
+
+def longest(way: str, options: argparse.Namespace) -> dict[str, float]:
+    """The longest sequence, a multiple of 1,024, whose process stays below ``limit`` MiB.
+
+    Memory grows with the length, so a line through two lengths says where to look.
+    """
+    limit: float = options.limit
+    points: dict[int, float] = {}
+    length, low = 2048, 0
+    for _ in range(6):
+        found = measure(way, length, options)
+        print(way, length, found, file=sys.stderr, flush=True)
+        points[length] = limit * 2 if found is None else found["process"]
+        low = max([n for n, mib in points.items() if mib <= limit], default=0)
+        if len(points) == 1:
+            length *= 2
+            continue
+        (a, first), (b, last) = sorted(points.items())[-2:]
+        above = min((n for n, mib in points.items() if mib > limit), default=None)
+        slope = (last - first) / (b - a)
+        length = int((a + (limit - first) / slope) // 1024 * 1024)
+        length = min(length, 4 * max(points)) if above is None else min(length, above - 1024)
+        if length <= low or length in points:
+            break
+    return {"tokens": low, "process": points.get(low, 0.0)}
 
 
 def draw(found: dict[str, dict[str, float | None]], path: str) -> None:
     """A picture of all ways."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4))
+    figure, axes = plt.subplots(figsize=(7, 4.5))
     for way, by_length in found.items():
         points = [(int(length), mib) for length, mib in by_length.items() if mib is not None]
+        if not points:
+            continue
         axes.plot(*zip(*points, strict=True), marker="o", label=way)
     axes.set(xlabel="tokens of a sequence", ylabel="MiB of one step, per rank", yscale="log")
     axes.set_xscale("log", base=2)
@@ -107,17 +192,30 @@ def main() -> None:
     """Measure all ways at all lengths."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--one", choices=WAYS, help="one step in this process")
+    parser.add_argument("--ways", nargs="+", choices=[ALONE, *WAYS], default=[ALONE, *WAYS])
+    parser.add_argument("--one", choices=[ALONE, *WAYS], help="one step in this process")
+    parser.add_argument("--limit", type=float, help="MiB of a process")
+    parser.add_argument("--shapes-only", action="store_true", help="no arithmetic of attention")
+    parser.add_argument("--tied", action="store_true", help="one matrix for embedding and head")
     parser.add_argument("--picture")
     options = parser.parse_args()
     if options.one:
-        print(step(options.one, options.lengths[0]))
+        print(json.dumps(step(options.one, options.lengths[0], options)))
         return
-    found = {
-        way: {str(length): measure(way, length) for length in options.lengths}
-        for way in options.ways
-    }
+    if options.limit is not None:
+        print(
+            json.dumps(
+                {way: longest(way, options) for way in options.ways},
+                indent=1,
+            )
+        )
+        return
+    found: dict[str, dict[str, float | None]] = {way: {} for way in options.ways}
+    for way in options.ways:
+        for length in options.lengths:
+            one = measure(way, length, options)
+            print(way, length, one, file=sys.stderr, flush=True)
+            found[way][str(length)] = None if one is None else one["step"]
     ratios = {
         length: plain / tiled
         for length, plain in found.get("plain", {}).items()
