@@ -340,21 +340,28 @@ def _attention(
             facts = _facts(others, causal, positions, share.queries[line.rank])
             whole = torch_attention(module, query, key, value, facts)
         else:
-            key, value = (
-                x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value)
-            )
-            alike = SimpleNamespace(
-                training=module.training,
-                is_causal=causal,
-                config=module.config,
-                num_key_value_groups=1,
-            )
             others |= {"position_ids": positions, "is_causal": causal}
-            whole, _ = inner(alike, query, key, value, None, *args, **others)
+            whole = _by_another(inner, module, (query, key, value), *args, **others)
         return from_heads(line, whole.contiguous(), heads), None
 
     attend.drivetrain_inner = inner  # type: ignore[attr-defined]
     return attend
+
+
+def _by_another(
+    inner: Any, module: Any, heads: tuple[torch.Tensor, ...], *args: Any, **others: Any
+) -> torch.Tensor:
+    """Attention of Transformers of these heads, which may be other ones than the module has."""
+    query, *pairs = heads
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in pairs)
+    alike = SimpleNamespace(
+        training=module.training,
+        is_causal=others["is_causal"],
+        config=module.config,
+        num_key_value_groups=1,
+    )
+    output: torch.Tensor = inner(alike, query, key, value, None, *args, **others)[0]
+    return output
 
 
 def _facts(
