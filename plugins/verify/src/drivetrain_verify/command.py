@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -39,8 +41,6 @@ def verify(
     The run ends after the last compared step, with exit code 0, or at the first parameter that is
     further off than rounding explains.
     """
-    from drivetrain_cli.run import run
-
     from drivetrain.plan.config.loading import load_config
 
     if not any(_PLACE in argument for argument in arguments):
@@ -57,8 +57,11 @@ def verify(
         file = Path(folder, "config.json")
         file.write_text(json.dumps(changed), "utf-8")
         given = [argument.replace(_PLACE, str(file)) for argument in arguments]
-        logs = ["--log-dir", str(Path(folder, "logs"))]
-        run.main(["--nproc", nproc, *logs, script, *given], standalone_mode=False)
+        options = ["--nproc", nproc, "--log-dir", str(Path(folder, "logs"))]
+        command = [sys.executable, "-m", "drivetrain.cli", "run", *options, script, *given]
+        code = subprocess.run(command, check=False).returncode
+        if code:  # the run has said why
+            sys.exit(code)
         if not report.exists():
             raise click.ClickException(
                 f"{script} ended before {steps} steps were compared: give it more to do, or fewer "
