@@ -42,7 +42,8 @@ def on_two_ranks():
             config={"train_micro_batch_size_per_gpu": 1, "sequence_parallel_size": 2},
         )
     shared = torch.tensor([rank + 1.0])
-    comm.all_reduce(shared, group=groups.get_sequence_parallel_group())
+    assert groups._get_sequence_parallel_world_size() == 2
+    comm.all_reduce(shared, group=groups._get_sequence_parallel_group())
     single = torch.tensor([rank + 1.0])
     comm.all_reduce(single, group=engine.data_parallel_group)
     sizes = groups.get_data_parallel_world_size(), groups.get_sequence_parallel_world_size()

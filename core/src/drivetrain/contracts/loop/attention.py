@@ -26,7 +26,7 @@ class MaskRule:
     Args:
         allowed: says what may be attended to, but for ``padding``.
         build: makes the whole mask [b, 1, s, keys]; ``None`` where ``causal`` says all of it.
-        padding: [b, keys], true for keys that are none; ``None`` if there is no padding.
+        padding: [b, keys], false for keys that only fill up; ``None`` if there are none.
         broadcasts: whether ``allowed`` takes tensors of indices, or only numbers (under ``vmap``).
     """
 

@@ -9,6 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+_GROUPS_OF_SCRIPTS = " ".join(
+    f"_get_{axis}_parallel_{what}=get_{axis}_parallel_{what}"
+    for axis in ("data", "model", "sequence", "sequence_data")
+    for what in ("group", "rank", "world_size")
+)
+"""Scripts that shard sequences call these, although their names begin with an underscore."""
+
 OWN: Mapping[str, Mapping[str, str]] = {
     "": {
         "deepspeed._training.initialize": "initialize add_config_arguments",
@@ -131,7 +138,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "get_sequence_parallel_group get_sequence_parallel_rank "
         "get_sequence_parallel_world_size get_tensor_model_parallel_group "
         "get_tensor_model_parallel_rank get_tensor_model_parallel_world_size get_world_group "
-        "get_world_rank get_world_size",
+        "get_world_rank get_world_size " + _GROUPS_OF_SCRIPTS,
     },
     "zero": {
         "deepspeed._parts.zero_words": "OffloadDeviceEnum OffloadStateTypeEnum "
@@ -248,6 +255,11 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "get_expert_parallel_rank get_expert_parallel_world_size",
     },
     "drivetrain-offload": {"ops.aio": "aio_handle"},
+    "drivetrain-onebit": {
+        "runtime.comm.compressed": "CompressedBackend",
+        "runtime.comm.mpi": "MpiBackend",
+        "runtime.comm.nccl": "NcclBackend",
+    },
     "drivetrain-pipeline": {
         "pipe": "LayerSpec PipelineModule TiedLayerSpec",
         "runtime.pipe.engine": "PipelineEngine",
