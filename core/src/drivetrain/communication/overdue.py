@@ -54,12 +54,15 @@ class Issued:
         board: tells of failures, and has the store in which ranks compare.
         rank: this rank.
         ranks: all ranks of the group.
+        way: what carries it, where that is not torch; it has an order of its own.
     """
 
-    def __init__(self, board: FailureBoard, rank: int, ranks: Sequence[int]) -> None:
+    def __init__(
+        self, board: FailureBoard, rank: int, ranks: Sequence[int], way: str = "issued"
+    ) -> None:
         self._board = board
         name = "-".join(map(str, ranks))
-        self._store: Store = PrefixStore(f"issued/{name}", board.store)
+        self._store: Store = PrefixStore(f"{way}/{name}", board.store)
         self._rank = rank
         self._ranks = ranks
         self._peers = deque(peer for peer in ranks if peer != rank)

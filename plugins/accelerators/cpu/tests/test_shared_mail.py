@@ -10,7 +10,10 @@ import torch
 from drivetrain_cpu.shared_memory import native_library
 from shared_memory_world import TAG, start
 
+from drivetrain.communication.process_group import Ranks
 from drivetrain.errors import CommunicationError
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import RanksFailedError, run_distributed
 
 COUNT = 50
@@ -74,20 +77,23 @@ def test_a_sender_may_be_far_ahead():
     run_distributed(sender_ahead, 2)
 
 
-def other_size():
+def other_shape(like):
     c = start()
     if c.rank("data") == 0:
         c.send(torch.ones(5), "data", TAG, to=1)
         c.barrier("data", TAG)
     else:
-        with pytest.raises(CommunicationError, match="rank 0 sent a message of another size"):
-            c.receive(torch.ones(6), "data", TAG, source=0)
+        with pytest.raises(
+            CommunicationError, match="rank 0 sent a message of another shape or dtype"
+        ):
+            c.receive(like, "data", TAG, source=0)
         c.barrier("data", TAG)
     c.close()
 
 
-def test_a_message_of_another_size_is_refused():
-    run_distributed(other_size, 2)
+@pytest.mark.parametrize("like", [torch.ones(6), torch.ones(5, dtype=torch.int32)])
+def test_a_message_of_another_shape_or_dtype_is_refused(like):
+    run_distributed(other_shape, 2, like)
 
 
 def sender_dies():
@@ -103,3 +109,46 @@ def test_a_sender_that_dies_is_noticed():
     with pytest.raises(RanksFailedError) as caught:
         run_distributed(sender_dies, 2)
     assert "rank 1" not in str(caught.value).splitlines()[0]
+
+
+# -- ranks that wait for each other ----------------------------------------------------------------
+
+
+def opened():
+    config = {"train_micro_batch_size_per_gpu": 1}
+    return Job.open(Plan.build(config, world_size=Ranks.current().world_size))
+
+
+def receive_first():
+    """Every rank of a ring receives before it sends."""
+    with opened() as job:
+        c, size, rank = job.communicator, job.world_size, job.rank
+        c.receive(torch.empty(3), "data", TAG, source=(rank - 1) % size)
+        c.send(torch.ones(3), "data", TAG, to=(rank + 1) % size)
+
+
+def another_peer():
+    """The last rank of a ring sends past the first, and all go on to a sum."""
+    with opened() as job:
+        c, size, rank = job.communicator, job.world_size, job.rank
+        to = (rank + 1) % size if rank < size - 1 else 1
+        out, into = [(torch.ones(3), to)], [(torch.empty(3), (rank - 1) % size)]
+        c.send_receive(out, into, "data", TAG)
+        c.all_reduce(torch.ones(3), "data", TAG)
+
+
+@pytest.mark.parametrize(
+    ("function", "world", "circle"),
+    [
+        (receive_first, 2, "message 1 from rank 0 to rank 1 on rank 0"),
+        (another_peer, 4, "rank 0 for message 1 from rank 3 to rank 0 on rank 3"),
+    ],
+)
+def test_messages_that_nobody_issues_end_and_name_who_waits(function, world, circle):
+    with pytest.raises(RanksFailedError) as caught:
+        run_distributed(function, world, timeout=60)
+    assert set(caught.value.errors) == set(range(world))
+    assert any(
+        "ranks wait for each other: rank" in error.error and circle in error.error
+        for error in caught.value.errors.values()
+    )

@@ -395,6 +395,8 @@ def inside_a_job():
         device=torch.device("cpu"),
         world_size=dist.get_world_size(),
         mesh=mesh,
+        rank=dist.get_rank(),
+        failures=None,
         on_close=closers.append,
         explain=broken,
     )

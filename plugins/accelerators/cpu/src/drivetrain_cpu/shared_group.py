@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drivetrain.contracts import Collective, Communicator, Kind, Op, Purpose, Tag
-from drivetrain_cpu.shared_mail import OTHER_SIZE, Letters, Mail
+from drivetrain.errors import CommunicationError
+from drivetrain_cpu.shared_mail import OTHER_SHAPE, Letters, Mail
 from drivetrain_cpu.shared_segment import (
     PAGE,
     Mapping,
@@ -26,6 +27,7 @@ from drivetrain_cpu.shared_segment import (
 )
 
 if TYPE_CHECKING:
+    from drivetrain.communication.overdue import Issued
     from drivetrain.contracts import Axis
 
 SLOT_BYTES = 1 << 20
@@ -56,7 +58,7 @@ _FAULTS = {
     3: "is in another collective",
     4: "did not come in time",
     5: "did not come before the job was broken off",
-    OTHER_SIZE: "sent a message of another size",
+    OTHER_SHAPE: "sent a message of another shape or dtype",
 }
 _Question = ctypes.CFUNCTYPE(c_int)
 
@@ -119,6 +121,7 @@ class SharedGroup:
         timeout: seconds after which a rank that does not come counts as lost.
         slot_bytes: size of a staging slot, the same on all ranks.
         broken_off: asked by a rank that has waited for long whether it should stop waiting.
+        issued: what ranks that wait for long compare; ``None`` where they cannot.
 
     Raises:
         UnavailableError: on every rank, if any of them cannot share memory with all others.
@@ -132,7 +135,9 @@ class SharedGroup:
         timeout: float,
         slot_bytes: int = SLOT_BYTES,
         broken_off: Callable[[], bool] | None = None,
+        issued: Issued | None = None,
     ) -> None:
+        self.issued, self._waits = issued, threading.local()
         self.size, self.rank = inner.size(axis), inner.rank(axis)
         self._inner, self._axis = inner, axis
         if self.size > LARGEST_GROUP:
@@ -157,7 +162,8 @@ class SharedGroup:
             self.rank, self.size, addresses, slot_bytes, processes, self.size > cores, timeout
         )
         if broken_off is not None:
-            self._question = _Question(broken_off)  # kept, since the group calls it
+            self._broken_off = broken_off
+            self._question = _Question(self._stops)  # kept, since the group calls it
             library.dt_group_ask.argtypes, library.dt_group_ask.restype = [pointer, _Question], None
             library.dt_group_ask(self._group, self._question)
         self._registered: dict[int, _Registered] = {}
@@ -177,6 +183,35 @@ class SharedGroup:
             return False
         local = all(tensor.device.type == "cpu" for tensor in collective.tensors)
         return local and collective.flaw(self.size, self.rank) is None
+
+    def begin_wait(self, needs: dict[str, int]) -> None:
+        """Note what this thread waits for until :meth:`end_wait`; ranks compare it after a while.
+
+        Args:
+            needs: as :meth:`Issued.note` answers.
+        """
+        self._waits.needs, self._waits.found = needs, None
+
+    def end_wait(self) -> None:
+        """The wait is over.
+
+        Raises:
+            CommunicationError: it was broken off, as ranks wait for each other.
+        """
+        self._waits.needs, found = None, self._waits.found
+        if found is not None:
+            raise found
+
+    def _stops(self) -> bool:
+        """Whether this thread, which has waited for long, is to stop."""
+        needs = getattr(self._waits, "needs", None)
+        if needs is not None and self.issued is not None:
+            try:
+                self.issued.compare(needs)
+            except CommunicationError as error:
+                self._waits.found = error
+                return True
+        return self._broken_off()
 
     def run(self, collective: Collective) -> Fault | None:
         """Run a collective that memory :meth:`serves`; tell how it failed, if it did."""

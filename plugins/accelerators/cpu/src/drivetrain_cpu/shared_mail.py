@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import zlib
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_int, c_int64, c_uint32
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
     from drivetrain.contracts import Collective
     from drivetrain_cpu.shared_group import Fault, SharedGroup
 
-_DIED, _LEFT, OTHER_SIZE = 1, 2, 6
+_DIED, _LEFT, OTHER_SHAPE = 1, 2, 6
 """Codes of what a rank did, beside those of the native library."""
+
+_FILE_BITS = 32
+"""A message's file is the descriptor; above these bits it tells what kind of tensor is sent."""
 
 _WRAP = 1 << 32
 """Counters have 32 bits."""
@@ -85,7 +89,8 @@ class Mail:
                 return _LEFT
             block = self._block(to, tensor.nbytes)
             ctypes.memmove(block.mapping.address, tensor.data_ptr(), tensor.nbytes)
-            message = Message(tensor.nbytes, block.segment.size, block.segment.descriptor)
+            file = block.segment.descriptor | _kind(tensor) << _FILE_BITS
+            message = Message(tensor.nbytes, block.segment.size, file)
             code: int = self._library.dt_group_post(self._group, to, byref(message))
             if code == 0:
                 self._sent[to] = block.free = (self._sent[to] + 1) % _WRAP
@@ -149,12 +154,13 @@ class Mail:
         return block
 
     def _copy(self, source: int, tensor: torch.Tensor, message: Message) -> int:
-        if message.bytes != tensor.nbytes:
-            return OTHER_SIZE
-        key = source, message.file
+        file = message.file & ((1 << _FILE_BITS) - 1)
+        if message.bytes != tensor.nbytes or message.file >> _FILE_BITS != _kind(tensor):
+            return OTHER_SHAPE
+        key = source, file
         if key not in self._mapped:
             try:
-                with peer_file(self._processes[source], message.file) as opened:
+                with peer_file(self._processes[source], file) as opened:
                     self._mapped[key] = Mapping(opened, message.capacity)
             except OSError:
                 return _DIED
@@ -175,6 +181,13 @@ class Letters:
         pairs = list(zip(collective.peers, collective.tensors, strict=True))
         self._out, incoming = pairs[: collective.sends], pairs[collective.sends :]
         self._last: dict[int, int] = defaultdict(int)
+        issued = group.issued
+        if issued is not None:
+            for number, (tensor, peer) in enumerate(
+                zip(collective.tensors, collective.peers, strict=True)
+            ):
+                issued.message(tensor, peer, number < collective.sends)
+        self._needs = {} if issued is None else issued.note(collective)
         for source, tensor in incoming:
             self._last[source] = group.mail.expect(source, tensor)
         self.fault: Fault | None = None
@@ -187,16 +200,27 @@ class Letters:
         self._group.end_messages()
 
     def wait(self) -> Fault | None:
-        """Wait for all that come; what went wrong."""
+        """Wait for all that come; what went wrong.
+
+        Raises:
+            CommunicationError: ranks wait for each other.
+        """
+        self._group.begin_wait(self._needs)
         for source, number in self._last.items():
             if self.fault is None:
                 self._note(source, self._group.mail.receive(source, number))
+        self._group.end_wait()
         self._group.end_messages()
         return self.fault
 
     def _note(self, position: int, code: int) -> None:
         if code != 0:
             self.fault = self._group.fault_of(position, code)
+
+
+def _kind(tensor: torch.Tensor) -> int:
+    """A number that tensors of another dtype or length hardly ever have."""
+    return zlib.crc32(f"{tensor.numel()} x {tensor.dtype}".encode()) & 0x7FFFFFFF
 
 
 def _before(counter: int, target: int) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from drivetrain.communication.failure import broken
+from drivetrain.communication.overdue import Issued
 from drivetrain.contracts import (
     DONE,
     Collective,
@@ -77,13 +78,15 @@ class _Line:
 
     def run(self, collective: Collective) -> Handle:
         """Run ``collective`` after all that were issued before."""
+        issued = self.group.issued
+        needs = {} if issued is None else issued.note(collective)
         busy = self._last is not None and not self._last.done()
         if not collective.asynchronous and not busy:
-            self._checked(collective)
+            self._checked(collective, needs)
             return DONE
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="drivetrain-shared-memory")
-        self._last = self._thread.submit(self._checked, collective)
+        self._last = self._thread.submit(self._checked, collective, needs)
         handle = _Pending(self._last)
         if not collective.asynchronous:
             handle.wait()
@@ -104,8 +107,11 @@ class _Line:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _checked(self, collective: Collective) -> None:
-        self._check(collective, self.group.run(collective))
+    def _checked(self, collective: Collective, needs: dict[str, int]) -> None:
+        self.group.begin_wait(needs)
+        fault = self.group.run(collective)
+        self.group.end_wait()
+        self._check(collective, fault)
 
     def _check(self, collective: Collective, fault: Fault | None) -> None:
         if fault is not None:
@@ -139,6 +145,7 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         timeout: seconds after which a rank that does not come counts as lost.
         slot_bytes: size of a staging slot, the same on all ranks.
         broken_off: asked by a rank that has waited for long whether the job has failed.
+        issued: answers what given ranks compare when they wait for long, if they can.
     """
 
     def __init__(
@@ -150,9 +157,10 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         explain: Explain = broken,
         slot_bytes: int = SLOT_BYTES,
         broken_off: Callable[[], bool] | None = None,
+        issued: Callable[[Sequence[int]], Issued | None] = lambda _ranks: None,
     ) -> None:
         super().__init__(inner)
-        self._slot_bytes, self._broken_off = slot_bytes, broken_off
+        self._slot_bytes, self._broken_off, self._issued = slot_bytes, broken_off, issued
         self._library, self._ranks, self._timeout = library, ranks, timeout
         self._explain = explain
         self._opened: dict[tuple[int, ...], _Line | None] = {}
@@ -236,7 +244,13 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
             library = str(error)
         try:
             group = SharedGroup(
-                library, self.inner, axis, self._timeout, self._slot_bytes, self._broken_off
+                library,
+                self.inner,
+                axis,
+                self._timeout,
+                self._slot_bytes,
+                self._broken_off,
+                self._issued(ranks),
             )
         except UnavailableError as reason:
             if self.rank(axis) == 0:
@@ -258,6 +272,10 @@ def share_memory(job: Job) -> Sequence[CommunicatorLayer]:
             return True
         return False
 
+    def issued(ranks: Sequence[int]) -> Issued | None:
+        board = job.failures
+        return None if board is None else Issued(board, job.rank, ranks, "shared memory")
+
     def wrap(communicator: Communicator) -> Communicator:
         routed = SharedMemoryCommunicator(
             communicator,
@@ -265,6 +283,7 @@ def share_memory(job: Job) -> Sequence[CommunicatorLayer]:
             job.mesh.ranks,
             explain=job.explain,
             broken_off=broken_off,
+            issued=issued,
         )
         job.on_close(routed.close)
         return routed
