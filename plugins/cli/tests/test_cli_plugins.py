@@ -193,7 +193,7 @@ def test_the_report_survives_a_plugin_that_does_not_load() -> None:
 
 def test_the_report_says_how_to_get_what_is_missing() -> None:
     row = cells(drivetrain("report").stdout, "pip install drivetrain-onebit")
-    assert row[0] == "OneBitAdam"
+    assert row[0] == "OneBitAdam, OneBitLamb, ZeroOneAdam"
 
 
 def test_the_report_sends_nobody_for_packages_that_do_not_exist() -> None:

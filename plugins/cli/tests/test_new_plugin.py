@@ -65,7 +65,11 @@ def test_a_new_package_passes_its_own_tests_as_made(made: tuple[str, Path, dict[
 
 @pytest.mark.parametrize(
     ("name", "owner"),
-    [("adam-w", "drivetrain-kernels"), ("mu-adam", "drivetrain-mup"), ("adamax", "torch.optim")],
+    [
+        ("adam-w", "drivetrain-kernels"),
+        ("mu-adam", "drivetrain-optimizers"),
+        ("adamax", "torch.optim"),
+    ],
 )
 def test_an_optimizer_that_exists_is_refused(name: str, owner: str, tmp_path: Path) -> None:
     result = drivetrain("new-plugin", name, "--optimizer", "--into", tmp_path / "made")
