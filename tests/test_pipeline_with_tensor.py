@@ -11,6 +11,8 @@ from three_axes import BLOCKS, Curve, alone, close, make, parameters, train, tra
 from torch import nn
 
 import drivetrain
+from drivetrain.errors import ConfigError
+from drivetrain.plan import Plan
 from drivetrain.testing import run_distributed
 
 STEPS, CLIPPING = 3, 0.05
@@ -194,3 +196,13 @@ def test_models_of_transformers_train_as_they_are() -> None:
             for point, want in zip(found[name], curve, strict=True):
                 # these models compute losses in float32
                 assert point == pytest.approx(want, rel=2e-6), name
+
+
+def test_sequences_that_are_shared_out_are_refused_beside_stages() -> None:
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "tensor_parallel": {"autotp_size": 2, "sequence_parallel": True},
+        "pipeline": {"stages": 2},
+    }
+    with pytest.raises(ConfigError, match="sequence_parallel: stages of a pipeline send whole"):
+        Plan.build(config, world_size=4)

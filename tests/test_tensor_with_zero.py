@@ -36,6 +36,15 @@ CASES: dict[str, dict[str, Any]] = {
         "activation_checkpointing": {"recompute": "all"},
         "tensor_parallel": {"autotp_size": 2, "tp_overlap_comm": True},
     },
+    **{
+        f"stage {stage}, sequences shared out": {
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "activation_checkpointing": {"recompute": "all" if stage % 2 else "none"},
+            "gradient_clipping": 0.5,
+            "tensor_parallel": {"autotp_size": 2, "sequence_parallel": True},
+        }
+        for stage in range(4)
+    },
 }
 LOW: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}},

@@ -194,7 +194,7 @@ def changed_through_a_view() -> str:
 
 def test_a_view_of_some_tokens_is_not_changed_in_silence() -> None:
     for message in run_distributed(changed_through_a_view, 2):
-        assert "vocabulary_loss to false" in message
+        assert "tensor_parallel.vocabulary_loss" in message
 
 
 def wrong_label() -> str:

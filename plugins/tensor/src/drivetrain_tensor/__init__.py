@@ -13,6 +13,6 @@ __getattr__, __dir__, __all__ = lazy_names(
         "section": "TensorParallelSection",
         "scripts": "tp_model_init",
         "cross_entropy": "vocab_parallel_cross_entropy",
-        "lazy_logits": "whole_logits",
+        "lazy_tensor": "whole_logits",
     },
 )

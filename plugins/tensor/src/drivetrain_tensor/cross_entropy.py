@@ -8,6 +8,7 @@ import torch
 
 from drivetrain.communication.functional import Functional
 from drivetrain.contracts import Op, Purpose, Tag
+from drivetrain_tensor.lazy_tensor import LazyTensor, part_of
 
 _TAG = Tag(Purpose.ACTIVATION, site="tensor parallel cross-entropy")
 
@@ -44,6 +45,36 @@ def vocab_parallel_cross_entropy(
         _check(target, vocabulary, ignore_index)
     loss: torch.Tensor = _CrossEntropy.apply(logits, target, start, tp, ignore_index)  # type: ignore[no-untyped-call]
     return loss
+
+
+def of_lazy_logits(
+    x: Any,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor | None:
+    """``torch.nn.functional.cross_entropy``, or ``None`` where that has to read all logits."""
+    classes = 1 if isinstance(x, LazyTensor) and x.dim() > 1 else 0
+    indices = not target.is_floating_point()  # else they are probabilities
+    simple = weight is None and size_average is None and reduce is None and not label_smoothing
+    if not isinstance(x, LazyTensor) or x.cut != classes or not (simple and indices):
+        return None
+    known = reduction in ("none", "mean", "sum") and not isinstance(target, LazyTensor)
+    if not known or target.shape != x.shape[:classes] + x.shape[classes + 1 :]:
+        return None  # torch says what is wrong
+    parts, logits = x.parts, part_of(x).movedim(classes, -1)
+    losses = vocab_parallel_cross_entropy(
+        logits, target, parts.start, parts.tp, ignore_index, vocabulary=parts.extent
+    )
+    if reduction != "none":
+        losses = losses.sum()
+    if reduction == "mean":
+        losses = losses / (target != ignore_index).sum()
+    return losses.to(x.dtype)
 
 
 class _CrossEntropy(torch.autograd.Function):

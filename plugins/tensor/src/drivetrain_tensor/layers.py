@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from drivetrain.communication.functional import Functional
-from drivetrain_tensor.lazy_logits import lazy
+from drivetrain_tensor.lazy_tensor import LazyTensor, lazy, part_of, plain
 from drivetrain_tensor.overlap import MATRIX, Overlapped
+from drivetrain_tensor.sequence import SequenceParts, summed
 
 if TYPE_CHECKING:
     from drivetrain.job.random_streams import RandomStreams
@@ -57,12 +58,18 @@ class Lane(Shared):
         tp: collectives over the ranks.
         random: the job's streams; ``None`` if all ranks draw alike in it.
         overlap: whether gradients of weights are computed while those of inputs are summed.
+        in_parts: whether ranks share out the sequence behind it.
     """
 
     def __init__(
-        self, tp: Functional, random: RandomStreams | None, *, overlap: bool = False
+        self,
+        tp: Functional,
+        random: RandomStreams | None,
+        *,
+        overlap: bool = False,
+        in_parts: bool = False,
     ) -> None:
-        self.tp, self.random, self.overlap = tp, random, overlap
+        self.tp, self.random, self.overlap, self.in_parts = tp, random, overlap, in_parts
         self._stack: ExitStack | None = None
         self._entered: Entered | None = None
 
@@ -70,14 +77,21 @@ class Lane(Shared):
         """f: once for each tensor that several layers read."""
         if self._stack is not None and self.random is not None:
             self._stack.enter_context(self.random.fork(STREAM))
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        if not (torch.is_grad_enabled() and x.requires_grad) and not isinstance(x, LazyTensor):
             return x, None
         found = self._entered
         if found is None or found.x is not x or found.version != x._version:
-            overlapped = Overlapped(self.tp) if self.overlap else None
-            y = self.tp.copy(x) if overlapped is None else overlapped.enter(x)
-            found = self._entered = Entered(x, x._version, y, overlapped)
+            found = self._entered = self._enter(x)
         return found.y, found.overlapped
+
+    def _enter(self, x: torch.Tensor) -> Entered:
+        version = x._version
+        if isinstance(x, LazyTensor) and isinstance(x.parts, SequenceParts):
+            return Entered(x, version, x.parts.gather(part_of(x), x.cut), None)
+        whole: torch.Tensor = plain(x)
+        overlapped = Overlapped(self.tp) if self.overlap else None
+        y = self.tp.copy(whole) if overlapped is None else overlapped.enter(whole)
+        return Entered(x, version, y, overlapped)
 
     def leave(self) -> None:
         """Draw what is common to all ranks again, and forget what has come in."""
@@ -125,9 +139,9 @@ class Columns(Shared):
 
     def output(self, y: torch.Tensor) -> torch.Tensor:
         """What the layer returns."""
-        return self.assemble(y)
+        return self.joined(y)
 
-    def assemble(self, y: torch.Tensor) -> torch.Tensor:
+    def joined(self, y: torch.Tensor) -> torch.Tensor:
         """Outputs that this rank goes on with."""
         if self.order is None:
             return y
@@ -175,7 +189,11 @@ class TokenColumns(Columns):
         """
         if self.lazy and y.requires_grad and not torch.compiler.is_compiling():
             return lazy(y, self)
-        return self.assemble(y)
+        return self.joined(y)
+
+    def assemble(self, part: torch.Tensor, dim: int) -> torch.Tensor:
+        """All logits of parts along ``dim``. Collective."""
+        return self.joined(part.movedim(dim, -1)).movedim(-1, dim)
 
 
 class ColumnLayer(nn.Module):
@@ -221,7 +239,8 @@ class RowLayer(nn.Module):
                 rows.picked = rows.picked.to(x.device)
             x = x.index_select(-1, rows.picked.to(x.device))
         rows.lane.leave()
-        y = rows.lane.tp.reduce(product(x, self.weight, None, rows.kind))
+        terms = product(x, self.weight, None, rows.kind)
+        y = summed(terms, rows.lane.tp, in_parts=rows.lane.in_parts)
         return y if self.bias is None else y + self.bias
 
 
@@ -244,10 +263,11 @@ class Table(Shared):
         tp: collectives over the ranks.
         start: first row of this rank.
         stop: row after its last one.
+        in_parts: whether ranks share out the sequence behind it.
     """
 
-    def __init__(self, tp: Functional, start: int, stop: int) -> None:
-        self.tp, self.start, self.stop = tp, start, stop
+    def __init__(self, tp: Functional, start: int, stop: int, *, in_parts: bool = False) -> None:
+        self.tp, self.start, self.stop, self.in_parts = tp, start, stop, in_parts
 
 
 class TableLayer(nn.Module):
@@ -260,7 +280,8 @@ class TableLayer(nn.Module):
         elsewhere = (ids < table.start) | (ids >= table.stop)
         own = (ids - table.start).masked_fill(elsewhere, 0)
         y: torch.Tensor = super().forward(own, *args, **kwargs)
-        return table.tp.reduce(y.masked_fill(elsewhere.unsqueeze(-1), 0))
+        terms = y.masked_fill(elsewhere.unsqueeze(-1), 0)
+        return summed(terms, table.tp, in_parts=table.in_parts)
 
 
 def product(

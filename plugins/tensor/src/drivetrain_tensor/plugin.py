@@ -10,6 +10,7 @@ from drivetrain.contracts import (
     AxisRequest,
     Phase,
     Plugin,
+    Problem,
     Sections,
     Transform,
     hookimpl,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from drivetrain.engine.engine import Engine
     from drivetrain.job.job import Job
+    from drivetrain.plan.plan import Plan
 
 
 class TensorParallel(Plugin):
@@ -37,6 +39,15 @@ class TensorParallel(Plugin):
     def mesh_axes(self) -> Sequence[AxisRequest]:
         ranks = self.section(TensorParallelSection).ranks
         return [Atom("tp", ranks, source=f"{PATH}.autotp_size")] if ranks > 1 else []
+
+    @hookimpl
+    def configure(self, plan: Plan) -> Sequence[Problem]:
+        if not self.section(TensorParallelSection).sequence_parallel:
+            return []
+        if plan.layout.size("pp") > 1:
+            text = "stages of a pipeline send whole sequences: leave out one of the two"
+            return [Problem(f"{PATH}.sequence_parallel", text)]
+        return []
 
     @hookimpl
     def transform_module(self, job: Job, module: torch.nn.Module) -> Sequence[Transform]:
@@ -71,6 +82,7 @@ class TensorParallel(Plugin):
             f"{PATH}.autotp_size": section.ranks,
             f"{PATH}.tp_overlap_comm": section.tp_overlap_comm,
             f"{PATH}.vocabulary": section.vocabulary,
+            f"{PATH}.sequence_parallel": section.sequence_parallel,
         }
 
     def feature_values(self) -> Mapping[str, Sequence[object]]:

@@ -100,6 +100,11 @@ class TensorParallelSection(Section):
     vocabulary: Bool = Field(
         default=True, description="Also cut embeddings of tokens and the heads that belong to them."
     )
+    sequence_parallel: Bool = Field(
+        default=False,
+        description="Share out tokens over the same ranks between layers: norms, dropout and "
+        "residuals have 1 / `autotp_size` of them, and of memory.",
+    )
     vocabulary_loss: Bool = Field(
         default=True,
         description="Compute cross-entropies from parts of the vocabulary. Logits are gathered "

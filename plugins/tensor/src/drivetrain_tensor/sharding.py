@@ -46,12 +46,20 @@ class Sharding:
         model: changed in place.
         overlap: whether gradients of inputs are summed while those of weights are computed.
         lazy: whether logits are gathered when something other than their loss reads them.
+        in_parts: whether ranks share out sequences between regions.
     """
 
     def __init__(
-        self, job: Job, model: nn.Module, *, overlap: bool = False, lazy: bool = True
+        self,
+        job: Job,
+        model: nn.Module,
+        *,
+        overlap: bool = False,
+        lazy: bool = True,
+        in_parts: bool = False,
     ) -> None:
         self._job, self._model, self._overlap, self._lazy = job, model, overlap, lazy
+        self._in_parts = in_parts
         self._rank = job.mesh.coordinate(AXIS)
         tag = Tag(Purpose.ACTIVATION, site="tensor parallel")
         self._tp = functional(job.communicator, AXIS, tag)
@@ -77,7 +85,7 @@ class Sharding:
 
     def _lane(self, decision: Decision) -> Lane:
         random = None if decision.cut.whole else self._job.random
-        return Lane(self._tp, random, overlap=self._overlap)
+        return Lane(self._tp, random, overlap=self._overlap, in_parts=self._in_parts)
 
     def _region(self, decision: Decision, lane: Lane, analysis: Analysis) -> None:
         region, cut = decision.region, decision.cut
@@ -172,7 +180,7 @@ class Sharding:
         if not isinstance(module, TableLayer):
             self._keep(module.weight, 0, ((start, stop),))
             take_over(module, TableLayer)
-            module.tensor_table = Table(self._tp, start, stop)
+            module.tensor_table = Table(self._tp, start, stop, in_parts=self._in_parts)
             if module.padding_idx is not None:
                 own = start <= module.padding_idx < stop
                 module.padding_idx = module.padding_idx - start if own else None

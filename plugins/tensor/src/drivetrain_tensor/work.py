@@ -76,8 +76,13 @@ class Work:
             logger.info("the model's tp_plan also cuts %s, which stay whole", ", ".join(others))
         if self._section.check and self._job.device.type != "meta" and not has_meta(module):
             self._before = self._outputs(module)
-        overlap, lazy = self._section.tp_overlap_comm, self._section.vocabulary_loss
-        Sharding(self._job, module, overlap=overlap, lazy=lazy).apply(self._analysis)
+        Sharding(
+            self._job,
+            module,
+            overlap=self._section.tp_overlap_comm,
+            lazy=self._section.vocabulary_loss,
+            in_parts=self._section.sequence_parallel,
+        ).apply(self._analysis)
         return module
 
     def compare(self, module: nn.Module) -> nn.Module:
