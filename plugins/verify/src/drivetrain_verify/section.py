@@ -20,7 +20,7 @@ class VerifySection(Section):
         "parameter may be off.",
     )
     stop: Bool = Field(
-        default=False, description="End the job, with success, once the steps are compared."
+        default=False, description="End the job at once, with success, when the steps are compared."
     )
     report: str | None = Field(
         default=None, description="File that rank 0 writes the verdict of each parameter to, JSON."

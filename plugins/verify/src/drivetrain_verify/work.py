@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -143,7 +145,7 @@ class Work:
             self._write()
             raise TrainingError(f"verify: {text}")
         if not self.runs:
-            self._finish()
+            self._finish(engine)
 
     def _compare(
         self,
@@ -184,7 +186,7 @@ class Work:
 
     # -- the end ------------------------------------------------------------------------------
 
-    def _finish(self) -> None:
+    def _finish(self, engine: Engine) -> None:
         self._recorder.stop()
         self._shadows = None
         self._write()
@@ -192,13 +194,29 @@ class Work:
             for line in self.verdict.lines():
                 logger.warning("verify: %s", line)
         if self._section.stop:
-            raise SystemExit(0)
+            _leave(engine)
 
     def _write(self) -> None:
         if self._section.report is not None and self._job.rank == 0:
             Path(self._section.report).write_text(
                 json.dumps(self.verdict.data(), indent=1), "utf-8"
             )
+
+
+def _leave(engine: Engine) -> NoReturn:
+    """End the process with success, on every rank.
+
+    At once: what the script has under way would be torn down in the order of a traceback, with
+    threads of communication that still run.
+    """
+    job = engine.job
+    job.communicator.barrier("world", Tag(Purpose.CONTROL, site="end of the comparison"))
+    engine.destroy()
+    job.close()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _groups(engine: Engine) -> list[dict[str, Any]]:
