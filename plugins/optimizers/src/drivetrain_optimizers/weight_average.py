@@ -85,6 +85,8 @@ def averaged_weights(engine: Engine) -> Iterator[None]:
         states.fragments_written()
     try:
         yield
+        # Ranks of one host read each other's shards in place: none may change before all have.
+        engine.job.communicator.barrier("world", Tag(Purpose.CONTROL, site=AVERAGE))
     finally:
         with torch.no_grad():
             for fragment, values in own:
