@@ -383,8 +383,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     # owners that are missing
     (
-        {"compression_training": {}},
-        "compression_training: served by drivetrain-compression, which is not released yet",
+        {"hybrid_engine": {}},
+        "hybrid_engine: served by drivetrain-hybrid-engine, which is not released yet",
     ),
     (
         {ZERO: {"offload_param": {}}},
@@ -439,12 +439,12 @@ def test_all_problems_are_reported_at_once() -> None:
         {
             "trian_batch_size": 8,
             "fp16": {"enabled": 1, "hysteresis": 0, "enable": True},
-            "compression_training": {},
+            "hybrid_engine": {},
             ZERO: {"stage": 7, "offload_optimizer": {"device": "gpu"}},
         }
     )
     assert sorted(problem.partition(":")[0] for problem in found) == [
-        "compression_training",
+        "hybrid_engine",
         "fp16.enable",
         "fp16.enabled",
         "fp16.hysteresis",

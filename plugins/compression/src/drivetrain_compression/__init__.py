@@ -1,0 +1,16 @@
+"""Smaller models: quantisation, pruning, fewer layers and distillation, by recipes.
+
+Names are imported when they are first used, so that a config can be checked without torch.
+"""
+
+from __future__ import annotations
+
+from drivetrain.lazy import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "recipe.modifier": "CompressionUnit Modifier ModifierConfig Place Progress Target",
+        "recipe.recipe": "Recipe",
+    },
+)
