@@ -444,10 +444,10 @@ def test_all_problems_are_reported_at_once() -> None:
         }
     )
     assert sorted(problem.partition(":")[0] for problem in found) == [
-        "hybrid_engine",
         "fp16.enable",
         "fp16.enabled",
         "fp16.hysteresis",
+        "hybrid_engine",
         "trian_batch_size",
         f"{ZERO}.offload_optimizer.device",
         f"{ZERO}.stage",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def nearest(value: float, numbers: list[Fraction], even: bool = True) -> float:
 @pytest.mark.parametrize("format", floating.FORMATS.values(), ids=lambda f: f.name)
 def test_small_floats_are_the_nearest_numbers_of_the_format(format: floating.FloatFormat) -> None:
     numbers = grid(format)
-    middles = [float((a + b) / 2) for a, b in zip(numbers, numbers[1:], strict=False)]
+    middles = [float((a + b) / 2) for a, b in pairwise(numbers)]
     spread = (torch.rand(200, dtype=torch.float64) * 1.1 * format.largest).tolist()
     small = (torch.rand(200, dtype=torch.float64) * 2.0 ** (2 - format.bias)).tolist()
     # What is larger than all numbers is as near to the largest as can be.

@@ -93,16 +93,23 @@ def test_units_without_targets_are_left_out() -> None:
     assert names(units) == {"": ["head"]}
 
 
+NO_HED = (
+    r"round \(modifiers\[0\]\): no Linear of Model has a name in which 'hed' is found; there are "
+    r"layers.0.attention, .* and 4 more"
+)
+TWO = (
+    r"round \(modifiers\[0\]\) \(layers.0.mlp.0\) and round \(modifiers\[1\]\) .* both decide the "
+    "weight bits of one weight"
+)
+
+
 @pytest.mark.parametrize(
     ("modifiers", "message"),
     [
-        ([{"round": {"modules": ["hed"]}}], r"round \(modifiers\[0\]\): no Linear of Model has a "
-         r"name in which 'hed' is found; there are layers.0.attention, .* and 4 more"),
+        ([{"round": {"modules": ["hed"]}}], NO_HED),
         ([{"round": {"exclude": ["embed"]}}], r"exclude: no Linear .* 'embed'"),
         ([{"round": {"modules": ["("]}}], r"'\(' is no regular expression"),
-        ([{"round": {"modules": ["mlp"]}}, {"zero": {}}, {"round": {"modules": [r"\.0\.mlp"]}}],
-         r"round \(modifiers\[0\]\) \(layers.0.mlp.0\) and round \(modifiers\[2\]\) .* both decide "
-         "the weight bits of one weight"),
+        ([{"round": {"modules": ["mlp"]}}, {"round": {"modules": [r"\.0\.mlp"]}}], TWO),
     ],
 )  # fmt: skip
 def test_a_recipe_that_does_not_fit_the_model_is_refused(
@@ -128,7 +135,7 @@ def test_two_recipes_for_a_tied_weight_are_refused() -> None:
         ({"modifiers": [{"zero": {}}], "name": 1}, "recipe: unknown key 'name'"),
         ({"modifiers": ["zero"]}, r"modifiers\[0\] is \{name: config\} with one name, got 'zero'"),
         ({"modifiers": [{"rund": {}}]}, r"no modifier 'rund' is installed; did you mean 'round'\?"),
-        ({"modifiers": [{"round": {"bits": "x"}}]}, r"round \(modifiers\[0\]\): bits: Input should"),
+        ({"modifiers": [{"round": {"bits": "x"}}]}, r"round .*: bits: Input should"),
         ({"modifiers": [{"round": {"bit": 1}}]}, r"round \(modifiers\[0\]\): bit: Extra inputs"),
     ],
 )  # fmt: skip

@@ -39,12 +39,13 @@ class FloatFormat:
     @property
     def bias(self) -> int:
         """What is taken from the stored exponent."""
-        return 2 ** (self.exponent - 1) - 1
+        return (1 << (self.exponent - 1)) - 1
 
     def round(self, values: torch.Tensor, noise: Noise = None) -> torch.Tensor:
         """The nearest numbers of the format, in the dtype of ``values``.
 
-        Halves go to even mantissas, and where there is no mantissa to the larger number. Larger ones become the largest. NaN stays NaN.
+        Halves go to even mantissas, and where there is no mantissa to the larger number. What is
+        larger than all numbers becomes the largest. NaN stays NaN.
         """
         _, exponent = torch.frexp(values)
         exponent = (exponent - 1).clamp(min=1 - self.bias) - self.mantissa
@@ -83,7 +84,7 @@ E3M2 = FloatFormat("e3m2", 3, 2, 28.0)
 E4M3 = FloatFormat("e4m3", 4, 3, 448.0)
 E5M2 = FloatFormat("e5m2", 5, 2, 57344.0)
 
-FORMATS = {format.name: format for format in (E2M1, E3M0, E3M2, E4M3, E5M2)}
+FORMATS = {known.name: known for known in (E2M1, E3M0, E3M2, E4M3, E5M2)}
 
 
 def float_scale(groups: torch.Tensor, format: FloatFormat) -> torch.Tensor:

@@ -46,14 +46,14 @@ def _safe(scale: torch.Tensor) -> torch.Tensor:
 
 def symmetric_scale(groups: torch.Tensor, bits: int) -> torch.Tensor:
     """The step of each group, [G, 1]: ``2 max|w| / 2^bits``."""
-    return 2 * groups.abs().amax(dim=-1, keepdim=True) / 2**bits
+    return 2 * groups.abs().amax(dim=-1, keepdim=True) / (1 << bits)
 
 
 def symmetric_codes(
     groups: torch.Tensor, scale: torch.Tensor, bits: int, noise: Noise = None
 ) -> torch.Tensor:
     """Integers in [-2^(bits-1), 2^(bits-1) - 1], in the dtype of ``groups``."""
-    half = 2 ** (bits - 1)
+    half = 1 << (bits - 1)
     return _round(groups / _safe(scale), noise).clamp(-half, half - 1)
 
 
@@ -67,7 +67,7 @@ def symmetric_static(
     values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bits: int, noise: Noise = None
 ) -> torch.Tensor:
     """:func:`symmetric` with a range that is known: ``max(|low|, high)`` in place of ``max|w|``."""
-    scale = 2 * torch.maximum(low.abs(), high) / 2**bits
+    scale = 2 * torch.maximum(low.abs(), high) / (1 << bits)
     return scale * symmetric_codes(values, scale, bits, noise)
 
 
@@ -80,7 +80,7 @@ def asymmetric_scale(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, tor
 def _asymmetric_scale(
     low: torch.Tensor, high: torch.Tensor, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = (high - low) / 2**bits
+    scale = (high - low) / (1 << bits)
     zero = torch.round(low / _safe(scale)) * scale
     return scale, torch.where(scale == 0, low, zero)
 
@@ -89,7 +89,7 @@ def asymmetric_codes(
     groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int, noise: Noise = None
 ) -> torch.Tensor:
     """Integers in [0, 2^bits - 1], in the dtype of ``groups``."""
-    return _round((groups - zero) / _safe(scale), noise).clamp(0, 2**bits - 1)
+    return _round((groups - zero) / _safe(scale), noise).clamp(0, (1 << bits) - 1)
 
 
 def asymmetric(groups: torch.Tensor, bits: int, noise: Noise = None) -> torch.Tensor:
