@@ -10,11 +10,17 @@ same data, and has a linear decay of the learning rate.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from drivetrain_communication.diloco.meeting_point import MeetingPoint
+from drivetrain_communication.diloco.plugin import trainings
 
 import drivetrain
 from drivetrain.communication.process_group import Ranks
@@ -34,6 +40,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "int8 gradients": {"compress": {"method": "int8"}},
     "int4 gradients, feedback": {"compress": {"method": "int4", "error_feedback": True}},
     "PowerSGD, rank 4": {"compress": {"method": "powersgd"}},
+    "DiLoCo, H = 20": {"diloco": {}},
+    "DiLoCo, H = 20, int4": {"diloco": {"outer_gradients": "int4"}},
+    "streaming DiLoCo, H = 20, int4": {
+        "diloco": {"outer_gradients": "int4", "fragments": 2, "delay": 2}
+    },
     "top 5 %": {"compress": {"method": "top_k", "density": 0.05}},
 }
 
@@ -51,7 +62,7 @@ def text(seed: int, rows: int) -> torch.Tensor:
 
 
 def train(name: str, steps: int) -> tuple[float, float]:
-    """Held-out loss, and bytes that a rank sent per step."""
+    """Held-out loss, and bytes that a rank, or a replica to others, sent per step."""
     way = WAYS[name]
     torch.manual_seed(0)
     model = TinyGPT(WORDS, 64, 2, positions=LENGTH)
@@ -72,14 +83,19 @@ def train(name: str, steps: int) -> tuple[float, float]:
     }
     if "compress" in way:
         config["communication"] = {"compress": {"gradients": way["compress"]}}
+    if "diloco" in way:
+        config["diloco"] = {"replicas": 2, "inner_steps": 20, **way["diloco"]}
     engine, *_ = drivetrain.initialize(model=model, config=config)
-    rank = Ranks.current().rank
+    rank = int(os.environ.get("DRIVETRAIN_REPLICA", Ranks.current().rank))
     for step in range(steps):
         rows = text(1000 + 2 * step + rank, BATCH)
         engine.backward(engine(rows[:, :-1], rows[:, 1:]))
         engine.step()
     log = engine.job.byte_log
     sent = log.total(Purpose.GRADIENT).sent_bytes + log.total(Purpose.STATE).sent_bytes
+    if engine in trainings:
+        trainings[engine].finish()
+        sent = trainings[engine].rounds.sent_bytes
     engine.states.flush()
     engine.eval()
     held = text(7, 512)
@@ -89,6 +105,28 @@ def train(name: str, steps: int) -> tuple[float, float]:
     return loss, sent / steps
 
 
+def run(name: str, steps: int) -> tuple[float, float]:
+    """What rank 0, or replica 0, brings."""
+    if "diloco" not in WAYS[name]:
+        found: tuple[float, float] = run_distributed(train, 2, name, steps, timeout=3000)[0]
+        return found
+    point = MeetingPoint("127.0.0.1", 0, [].append)
+    threading.Thread(target=lambda: asyncio.run(point.serve()), daemon=True).start()
+
+    def replica(number: int) -> tuple[float, float]:
+        variables = {
+            "DRIVETRAIN_REPLICA": str(number),
+            "DRIVETRAIN_MEETING_POINT": f"127.0.0.1:{point.port}",
+        }
+        found: tuple[float, float] = run_distributed(
+            train, 1, name, steps, timeout=3000, env=variables
+        )[0]
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(replica, range(2)))[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000)
@@ -96,7 +134,7 @@ def main() -> None:
     given = parser.parse_args()
     rows: dict[str, dict[str, float]] = {}
     for name in given.ways:
-        loss, sent = run_distributed(train, 2, name, given.steps, timeout=3000)[0]
+        loss, sent = run(name, given.steps)
         rows[name] = {"loss": loss, "sent": sent}
         rows[name]["loss_ratio"] = loss / rows[given.ways[0]]["loss"]
         print(name, rows[name], file=sys.stderr)

@@ -181,6 +181,29 @@ def test_stages_and_shared_layers_have_the_curve_of_one_process(
     assert found[-1] < found[0] - 0.1
 
 
+def test_replicas_that_meet_rarely_learn_and_end_alike(root, tmp_path) -> None:
+    """README of drivetrain-communication: `drivetrain replicas run` with diloco_gpt.json."""
+    folder = tmp_path / "replica{replica}"
+    script = ["examples/train_gpt.py", "--config", "examples/diloco_gpt.json", *SMALL]
+    given = ["--steps", "60", "--out", str(folder)]
+    done = subprocess.run(
+        [*DRIVETRAIN, "replicas", "run", "--replicas", "2", "--nproc", "1"]
+        + ["--log-dir", str(tmp_path / "logs{replica}"), *map(str, script), *given],
+        cwd=root,
+        env={**os.environ, "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"held-out text (\w+) training: ([\d.]+) bits per byte", done.stdout)
+    before = {float(value) for when, value in found if when == "before"}
+    after = [float(value) for when, value in found if when == "after"]
+    assert len(after) == 2 and len(set(after)) == 1  # 60 steps are three rounds of 20
+    assert after[0] < 0.75 * max(before)
+    assert all((tmp_path / f"replica{number}").is_dir() for number in range(2))
+
+
 def test_progress_is_shown_while_it_is_made(trained) -> None:
     output, _ = trained
     assert list(losses(output)) == list(range(6, 61, 6))
