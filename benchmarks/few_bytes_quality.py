@@ -124,7 +124,8 @@ def run(name: str, steps: int) -> tuple[float, float]:
         return found
 
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(replica, range(2)))[0]
+        first, _ = pool.map(replica, range(2))
+        return first
 
 
 def main() -> None:

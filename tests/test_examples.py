@@ -186,9 +186,10 @@ def test_replicas_that_meet_rarely_learn_and_end_alike(root, tmp_path) -> None:
     folder = tmp_path / "replica{replica}"
     script = ["examples/train_gpt.py", "--config", "examples/diloco_gpt.json", *SMALL]
     given = ["--steps", "60", "--out", str(folder)]
+    logs = str(tmp_path / "logs{replica}")
+    command = ["replicas", "run", "--replicas", "2", "--nproc", "1", "--log-dir", logs]
     done = subprocess.run(
-        [*DRIVETRAIN, "replicas", "run", "--replicas", "2", "--nproc", "1"]
-        + ["--log-dir", str(tmp_path / "logs{replica}"), *map(str, script), *given],
+        [*DRIVETRAIN, *command, *script, *given],
         cwd=root,
         env={**os.environ, "COLUMNS": "80"},
         capture_output=True,
@@ -199,7 +200,8 @@ def test_replicas_that_meet_rarely_learn_and_end_alike(root, tmp_path) -> None:
     found = re.findall(r"held-out text (\w+) training: ([\d.]+) bits per byte", done.stdout)
     before = {float(value) for when, value in found if when == "before"}
     after = [float(value) for when, value in found if when == "after"]
-    assert len(after) == 2 and len(set(after)) == 1  # 60 steps are three rounds of 20
+    assert len(after) == 2
+    assert len(set(after)) == 1  # 60 steps are three rounds of 20
     assert after[0] < 0.75 * max(before)
     assert all((tmp_path / f"replica{number}").is_dir() for number in range(2))
 

@@ -191,7 +191,7 @@ def test_replicas_go_the_way_of_the_papers(point: MeetingPoint, ranks: int) -> N
             for rank in range(ranks):
                 found = answers[replica][rank][number][0].double()
                 torch.testing.assert_close(
-                    found, expected[replica], rtol=0, atol=2e-6, msg=lambda m: f"{case}: {m}"
+                    found, expected[replica], rtol=0, atol=2e-6, msg=f"{case} {replica}"
                 )
         sent = sum(answers[0][rank][number][1] for rank in range(ranks))
         rounds = STEPS // 4
@@ -203,9 +203,7 @@ def test_replicas_go_the_way_of_the_papers(point: MeetingPoint, ranks: int) -> N
 
 def few_bits(replica: int) -> list[tuple[torch.Tensor, int]]:
     formats = ["fp32", "bf16", "int8", "int4", "fp8_e4m3"]
-    return several_runs(
-        replica, [{"outer_gradients": name, "block": 16} for name in formats]
-    )
+    return several_runs(replica, [{"outer_gradients": name, "block": 16} for name in formats])
 
 
 def test_few_bits_bring_all_to_the_same_place(point: MeetingPoint) -> None:
@@ -308,9 +306,7 @@ def reference_alone() -> torch.Tensor:
                 p.data -= RATE * g
         if step % 4 == 3:
             here = replicas if step == 3 else replicas[:1]
-            came = [
-                anchor - nn.utils.parameters_to_vector(r.parameters()).detach() for r in here
-            ]
+            came = [anchor - nn.utils.parameters_to_vector(r.parameters()).detach() for r in here]
             mean = torch.stack(came).mean(0)
             momentum = 0.9 * momentum + mean
             anchor = anchor - 0.7 * (mean + 0.9 * momentum)
@@ -346,12 +342,12 @@ def test_a_resumed_run_has_the_same_bits(point: MeetingPoint, tmp_path: Path) ->
         assert torch.equal(unbroken, again)
 
 
-
-
 class Heard:
     """A replica of the coordinator's, and what it was told."""
 
-    def __init__(self, coordinator: Coordinator, number: int, step: int = 0, count: int = 2) -> None:
+    def __init__(
+        self, coordinator: Coordinator, number: int, step: int = 0, count: int = 2
+    ) -> None:
         self.coordinator, self.number = coordinator, number
         self.told: list[Mapping[str, Any]] = []
         coordinator.come(number, step, {"replicas": count}, self.told.append)
@@ -408,7 +404,7 @@ def test_replicas_out_of_step_or_of_another_recipe_are_refused() -> None:
     assert all("not in step" in str(member.told[-1]["why"]) for member in members)
 
 
-@pytest.mark.parametrize("inner, fragments", [(4, 1), (10, 3), (7, 7)])
+@pytest.mark.parametrize(("inner", "fragments"), [(4, 1), (10, 3), (7, 7)])
 def test_every_fragment_travels_once_in_every_so_many_steps(inner: int, fragments: int) -> None:
     calendar = Calendar(inner, fragments, 0)
     due = [calendar.due(step) for step in range(1, 5 * inner + 1)]
@@ -455,7 +451,7 @@ def test_replicas_share_the_data(point: MeetingPoint) -> None:
 
 
 @pytest.mark.parametrize(
-    "section, words",
+    ("section", "words"),
     [
         ({"replicas": 2, "replica": 2}, "2 is none of 2 replicas"),
         ({"replicas": 2, "replica": 0, "meeting_point": "nowhere"}, "expected host:port"),

@@ -23,7 +23,9 @@ def replicas() -> None:
 
 
 @replicas.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="Name or address to listen at.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Name or address to listen at."
+)
 @click.option("--port", default=29600, show_default=True, help="0 takes a free one.")
 def meet(host: str, port: int) -> None:
     """Run the meeting point, until it is interrupted."""

@@ -176,10 +176,9 @@ class Coordinator:
         if len(asked) > 1:
             self._refuse_all(in_step)
             return
-        if in_step:
-            source = in_step[0]
-        else:
-            source = max(comers, key=lambda r: (self._members[r].step, -r))
+        furthest = max(comers, key=lambda r: (self._members[r].step, -r), default=None)
+        source = in_step[0] if in_step else furthest
+        assert source is not None
         members = sorted([*in_step, *comers])
         self._generation += 1
         self._round = _Round(frozenset(members))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,11 +35,11 @@ class Exchange:
     ) -> None:
         self.place, self.size = place, size
         self.sent_bytes = 0
-        gloo = dist.ProcessGroupGloo
-        options = gloo._Options()  # type: ignore[attr-defined]
+        gloo: Any = dist.ProcessGroupGloo  # whose stubs lack most of it
+        options = gloo._Options()
         options._timeout = timeout
-        options._devices = [gloo.create_device(hostname=address)]  # type: ignore[attr-defined]
-        self._group = gloo(store, place, size, options)  # type: ignore[call-overload]
+        options._devices = [gloo.create_device(hostname=address)]
+        self._group: Any = gloo(store, place, size, options)
 
     def mean(self, values: torch.Tensor, codec: Codec, givers: Sequence[int]) -> torch.Tensor:
         """The mean over replicas of ``values`` [n], the same bits for all of them.

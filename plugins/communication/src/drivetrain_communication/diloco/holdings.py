@@ -1,4 +1,4 @@
-"""What a rank has of the trained weights, as flat fp32 tensors, one per fragment of the calendar."""
+"""What a rank has of the trained weights, as flat fp32 tensors, one per part that travels."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ class Holdings:
         for fragment in self._own():
             part = calendar.fragment_of(fragment.name)
             numel = sum(box.numel for box in fragment.boxes)
-            place = _Place(
-                fragment.name, fragment.global_shape, fragment.boxes, sizes[part], numel
-            )
+            place = _Place(fragment.name, fragment.global_shape, fragment.boxes, sizes[part], numel)
             self._places[part].append(place)
             sizes[part] += numel
             if fragment.dtype == torch.float64:

@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from drivetrain.errors import CommunicationError
 from drivetrain_communication.diloco.coordinator import Coordinator
@@ -213,11 +214,12 @@ class Visitor:
         )
 
 
-def store_at(host: str, port: int, patience: float) -> dist.Store:
+def store_at(host: str, port: int, patience: float) -> Store:
     """A connection of its own to the store beside the meeting point."""
-    return dist.TCPStore(  # type: ignore[attr-defined, no-any-return]
+    store: Store = dist.TCPStore(  # type: ignore[attr-defined]
         host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=patience)
     )
+    return store
 
 
 def _keep_alive(connection: Any) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,7 +92,7 @@ class Rounds:
             fragment: the round's; :data:`FOUNDING` to come.
             facts: what all replicas must agree on; used to come.
             send: returns what this rank gives for a fragment, and how it travels.
-                values: what newcomers need.
+            values: what newcomers need.
         """
         future: Future[Outcome] = Future()
 
@@ -131,20 +132,17 @@ class Rounds:
         send: Callable[[int], tuple[torch.Tensor, Codec]],
         values: Sequence[torch.Tensor],
     ) -> Outcome:
-        came = False
+        ask = partial(self._record, step, fragment, facts)
         while True:
             self._board.next_attempt()
-            record = self._board.from_first(
-                "record", lambda: self._record(step, fragment, facts, again=came)
-            )
-            came = True
+            record = self._board.from_first("record", ask)
             outcome, fault = None, ""
             try:
                 outcome = self._exchange(record, send, values)
             except (RuntimeError, dist.DistError) as error:
                 fault = f"rank {self._job.rank}: {str(error).splitlines()[0]}"
             votes = self._board.to_first("vote", fault)
-            decision = self._board.from_first("decision", lambda: self._decide(votes()))
+            decision = self._board.from_first("decision", partial(self._decide, votes))
             if decision["commit"]:
                 assert outcome is not None
                 self.members = tuple(record["members"])
@@ -156,20 +154,19 @@ class Rounds:
                 "; ".join(decision["faults"]) or "no fault on this replica",
             )
 
-    def _record(
-        self, step: int, fragment: int, facts: dict[str, Any], *, again: bool
-    ) -> dict[str, Any]:
+    def _record(self, step: int, fragment: int, facts: dict[str, Any]) -> dict[str, Any]:
         """On rank 0: ask for a round and wait for it to begin."""
         if self._visitor is None:
             self._visitor = Visitor(self._where, self._patience)
             self._store_port = self._visitor.come(self._replica, step, facts)
-        elif fragment != FOUNDING or again:
+        else:
             self._visitor.ask(step, fragment)
         return {**self._visitor.record(), "store": self._store_port}
 
-    def _decide(self, faults: Sequence[str]) -> dict[str, Any]:
+    def _decide(self, votes: Callable[[], list[str]]) -> dict[str, Any]:
         """On rank 0: tell the meeting point how the exchange ended on all ranks."""
         assert self._visitor is not None
+        faults = votes()
         return {"commit": self._visitor.answer(not any(faults)), "faults": [f for f in faults if f]}
 
     def _exchange(

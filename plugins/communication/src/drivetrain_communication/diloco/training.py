@@ -74,7 +74,9 @@ class Diloco:
         parts = range(section.fragments)
         self._anchors = [self.holdings.read(part) for part in parts]
         self._momenta = [torch.zeros_like(anchor) for anchor in self._anchors]
-        self._means = [torch.zeros_like(a) if section.delay else a.new_empty(0) for a in self._anchors]
+        self._means = [
+            torch.zeros_like(a) if section.delay else a.new_empty(0) for a in self._anchors
+        ]
         self._travel: _Travel | None = None
         self._in_step = False
         self.steps = 0
