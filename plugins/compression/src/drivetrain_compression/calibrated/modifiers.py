@@ -1,0 +1,262 @@
+"""What methods after training have in common, and those that only choose numbers for weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from drivetrain.errors import ConfigError
+from drivetrain_compression.calibrated.data_free import hqq, low_rank
+from drivetrain_compression.calibrated.gptq import Inverse, Order, SingularError, gptq, invert
+from drivetrain_compression.calibrated.grids import (
+    Floats,
+    Grid,
+    Integers,
+    Scales,
+    fit,
+    fit_by_error,
+    round_to,
+    stored,
+    weight_of,
+)
+from drivetrain_compression.calibrated.results import Rounded, exact_products, put
+from drivetrain_compression.calibrated.statistics import Inputs, Watch
+from drivetrain_compression.recipe.modifier import (
+    CompressionUnit,
+    Modifier,
+    ModifierConfig,
+    Place,
+    Progress,
+    Target,
+)
+
+ConfigT = TypeVar("ConfigT", bound=ModifierConfig)
+
+
+class AfterTraining(Modifier[ConfigT], Generic[ConfigT]):
+    """A method that sees one block at a time, with the data that passes through it.
+
+    Class attributes:
+        gathers: ``"gram"``, ``"sizes"``, or ``""``: needs no data.
+
+    Attributes:
+        results: what was chosen for layers of the current block, by name.
+        notes: what the user should know, one line each.
+    """
+
+    gathers: ClassVar[str] = ""
+    watch: Watch
+
+    def __init__(self, config: ConfigT, label: str) -> None:
+        super().__init__(config, label)
+        self.results: dict[str, Rounded] = {}
+        self.notes: list[str] = []
+
+    def begin(self, units: Sequence[CompressionUnit]) -> None:
+        self.results = {}
+        for target in units[0].targets:
+            self.check(target)
+        if self.gathers:
+            self.watch = Watch(units[0].targets, gram=self.gathers == "gram")
+
+    def step(self, progress: Progress) -> None:
+        self.watch.next()
+
+    def finish(self, units: Sequence[CompressionUnit]) -> None:
+        if self.gathers:
+            self.watch.close()
+        with torch.no_grad():
+            self.change(units[0])
+        if self.gathers:
+            del self.watch
+
+    def check(self, target: Target) -> None:
+        """Refuse a layer that the method cannot change.
+
+        Raises:
+            ConfigError: says which and why.
+        """
+        weight: Any = target.module.weight
+        if not torch.isfinite(weight).all():
+            raise ConfigError(f"{self.label}: the weight of {target.name} has NaN or infinity")
+
+    def change(self, unit: CompressionUnit) -> None:
+        """Change the layers of a block, when all data has passed."""
+        raise NotImplementedError
+
+    def together(self, unit: CompressionUnit) -> list[list[Target]]:
+        """Layers of a block in groups that get the same input."""
+        by_name = {target.name: target for target in unit.targets}
+        return [[by_name[name] for name in names] for names in self.watch.shared(list(by_name))]
+
+
+class GridConfig(ModifierConfig):
+    """Which grid weights are rounded to."""
+
+    bits: int = Field(default=4, ge=2, le=8, description="Bits of a weight.")
+    format: str = Field(
+        default="", description="A small float instead of integers: fp4_e2m1, fp4_e3m0, fp6_e3m2."
+    )
+    group: int = Field(
+        default=0, ge=0, description="Inputs that share a scale; 0: all of an output's."
+    )
+    symmetric: bool = Field(default=True, description="No zero point.")
+    activations: Literal["", "int8", "fp8_e4m3"] = Field(
+        default="", description="Round inputs, too, with a scale for each token when it comes."
+    )
+    scale_ratios: Literal["", "m1", "m2"] = Field(
+        default="", description="Small floats: scales (m1) or their ratios (m2) are powers of two."
+    )
+    low_rank: int = Field(default=0, ge=0, description="Rank of a term for what was lost (LoRC).")
+
+    def grid(self) -> Grid:
+        """The numbers."""
+        if self.format:
+            return Floats(self.format, self.scale_ratios)
+        return Integers(self.bits, self.symmetric)
+
+
+GridConfigT = TypeVar("GridConfigT", bound=GridConfig)
+
+
+class Quantiser(AfterTraining[GridConfigT], Generic[GridConfigT]):
+    """A method that chooses numbers of a grid."""
+
+    place = Place.QUANTISE
+    claims = "weight bits"
+
+    def change(self, unit: CompressionUnit) -> None:
+        groups = self.together(unit) if self.gathers else [[t] for t in unit.targets]
+        for targets in groups:
+            inputs = self.watch.of(targets[0].name) if self.gathers else None
+            self._round(targets, inputs)
+
+    def numbers(
+        self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, hessian: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Scales]:
+        """Choose for a weight [out, in], float32, whose scales will be stored in ``dtype``."""
+        raise NotImplementedError
+
+    def _round(self, targets: Sequence[Target], inputs: Inputs | None) -> None:
+        modules: list[nn.Linear] = [t.module for t in targets]  # type: ignore[misc]
+        weight = torch.cat([module.weight.detach() for module in modules]).float()
+        grid, dtype = self.config.grid(), modules[0].weight.dtype
+        hessian = None if inputs is None or self.gathers != "gram" else inputs.gram
+        try:
+            numbers, scales = self.numbers(weight, grid, dtype, hessian)
+        except SingularError as error:
+            raise ConfigError(f"{self.label}: {targets[0].name}: {error}") from error
+        start = 0
+        for target, module in zip(targets, modules, strict=True):
+            rows = slice(start, start + module.out_features)
+            start = rows.stop
+            part = Scales(scales.scale[rows], scales.zero[rows], scales.group)
+            found = self._with_rest(weight[rows], Rounded(numbers[rows], part, grid))
+            error = None if hessian is None else _error(weight[rows], found, hessian)
+            found = Rounded(
+                found.numbers, part, grid, self.config.activations, found.low_rank, error
+            )
+            put(module, found)
+            self.results[target.name] = found
+
+    def _with_rest(self, weight: torch.Tensor, found: Rounded) -> Rounded:
+        if not self.config.low_rank:
+            return found
+        rest = low_rank(weight - found.weight(weight.dtype), self.config.low_rank)
+        return Rounded(found.numbers, found.scales, found.grid, low_rank=rest)
+
+
+class RoundConfig(GridConfig):
+    """Round each weight to the nearest number."""
+
+    clip: bool = Field(
+        default=False, description="Cut ranges so that outputs on the data change least."
+    )
+
+
+class Round(Quantiser[RoundConfig]):
+    """Rounds to nearest: ZeroQuant without distillation, ZeroQuant-FP, FP6; and AWQ's clipping."""
+
+    config_class = RoundConfig
+
+    def __init__(self, config: RoundConfig, label: str) -> None:
+        super().__init__(config, label)
+        self.gathers = "gram" if config.clip else ""  # type: ignore[misc]
+
+    def numbers(
+        self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, hessian: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Scales]:
+        group = self.config.group
+        found = fit(weight, grid, group)
+        if hessian is not None:
+            found = fit_by_error(weight, grid, group, hessian)
+        scales = stored(found, dtype)
+        return round_to(weight, grid, scales), scales
+
+
+class HqqConfig(GridConfig):
+    """Half-quadratic quantisation."""
+
+    power: float = Field(default=0.7, gt=0, le=1, description="Of the error that is made small.")
+    steps: int = Field(default=20, ge=1, description="Of optimisation.")
+
+
+class Hqq(Quantiser[HqqConfig]):
+    """HQQ: scales that forgive outliers; needs no data."""
+
+    config_class = HqqConfig
+
+    def numbers(
+        self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, hessian: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Scales]:
+        config = self.config
+        found = hqq(weight, grid, config.group, power=config.power, steps=config.steps)
+        scales = stored(found, dtype)
+        return round_to(weight, grid, scales), scales
+
+
+class GptqConfig(GridConfig):
+    """GPTQ."""
+
+    damping: float = Field(default=0.01, gt=0, le=1, description="Share of the mean diagonal.")
+    act_order: bool = Field(default=True, description="Round inputs with large activations first.")
+    block: int = Field(default=128, ge=1, description="Columns between updates of the rest.")
+    clip: bool = Field(default=True, description="Cut ranges so that outputs change least.")
+
+
+class Gptq(Quantiser[GptqConfig]):
+    """GPTQ: each column's error is made up for by those that come later."""
+
+    config_class = GptqConfig
+    gathers = "gram"
+
+    def numbers(
+        self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, hessian: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Scales]:
+        assert hessian is not None
+        config = self.config
+        found = fit(weight, grid, config.group)
+        if config.clip:
+            found = fit_by_error(weight, grid, config.group, hessian)
+        scales = stored(found, dtype)
+        order = Order.by_activity(hessian) if config.act_order else Order()
+        inverse: Inverse = invert(order.of(hessian, 0, 1), config.damping)
+        if inverse.damping > config.damping:
+            self.notes.append(f"damped by {inverse.damping:g} instead of {config.damping:g}")
+        return gptq(weight, inverse, grid, scales, order=order, block=config.block), scales
+
+
+def _error(weight: torch.Tensor, found: Rounded, hessian: torch.Tensor) -> float:
+    """Size of the change of the output, relative to the output."""
+    off = weight - found.weight(weight.dtype)
+    with exact_products():
+        lost = torch.sum(off @ hessian * off)
+        whole = torch.sum(weight @ hessian * weight)
+    return float((lost / whole.clamp(min=1e-30)).clamp(min=0).sqrt())
+
+
+__all__ = ["AfterTraining", "Gptq", "Hqq", "Quantiser", "Round", "weight_of"]

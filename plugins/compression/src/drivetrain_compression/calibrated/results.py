@@ -1,0 +1,89 @@
+"""What a quantiser has chosen for one layer: numbers on a grid, scales, and how inputs are rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from drivetrain.errors import ConfigError
+from drivetrain_compression.calibrated.grids import Floats, Grid, Integers, Scales, weight_of
+
+ACTIVATIONS: dict[str, Grid] = {"int8": Integers(8), "fp8_e4m3": Floats("fp8_e4m3")}
+"""Grids that inputs may be rounded to, token by token, when they come."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight [out, in] on a grid.
+
+    Args:
+        numbers: [out, in], in units of the scale; whole numbers on a grid of integers.
+        scales: of groups.
+        grid: of numbers.
+        activations: a key of :data:`ACTIVATIONS`, or ``""``: inputs are not rounded.
+        low_rank: factors [out, r] and [r, in] whose product is added to the weight.
+        error: of the layer's output on the data, relative; ``None`` if no data was used.
+    """
+
+    numbers: torch.Tensor
+    scales: Scales
+    grid: Grid
+    activations: str = ""
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
+    error: float | None = None
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight that a layer of ``dtype`` computes with."""
+        whole = weight_of(self.numbers, self.scales)
+        if self.low_rank is not None:
+            left, right = self.low_rank
+            whole = whole + left.float() @ right.float()
+        return whole.to(dtype)
+
+
+def rounded_tokens(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """``x`` [..., in] on the grid ``kind`` with a scale for each token, in the dtype of ``x``."""
+    grid = ACTIVATIONS[kind]
+    top = x.abs().amax(-1, keepdim=True)
+    scale, _ = grid.ranges(-top, top)
+    return grid.nearest(x / scale) * scale
+
+
+class RoundedInputs:
+    """A hook before a layer that rounds what comes."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (rounded_tokens(inputs[0], self.kind), *inputs[1:])
+
+
+def put(module: nn.Linear, found: Rounded) -> None:
+    """Give ``module`` the rounded weight, and round its inputs from now on."""
+    if not torch.isfinite(found.scales.scale).all():
+        raise ConfigError("scales are not finite")
+    with torch.no_grad():
+        module.weight.copy_(found.weight(module.weight.dtype))
+    if found.activations:
+        module.register_forward_pre_hook(RoundedInputs(found.activations))
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Let products of float32 matrices that hold bfloat16 values use that arithmetic.
+
+    The products are exact in it, and sums are made in float32 in any case; processors with
+    bfloat16 units are several times faster so. Rounds values that do not fit bfloat16.
+    """
+    old = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = old  # type: ignore[attr-defined]

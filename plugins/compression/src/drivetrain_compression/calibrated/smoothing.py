@@ -1,0 +1,103 @@
+"""Scales that move from activations into weights: SmoothQuant and AWQ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import torch
+from pydantic import Field
+
+from drivetrain_compression.calibrated.grids import fit, round_to, weight_of
+from drivetrain_compression.calibrated.modifiers import AfterTraining, GridConfig
+from drivetrain_compression.calibrated.pairs import Called, Pair, pairs
+from drivetrain_compression.calibrated.results import exact_products
+from drivetrain_compression.calibrated.statistics import Inputs
+from drivetrain_compression.recipe.modifier import CompressionUnit, ModifierConfig, Place
+
+ConfigT = TypeVar("ConfigT", bound=ModifierConfig)
+
+
+class Smoothing(AfterTraining[ConfigT], Generic[ConfigT]):
+    """A method that scales pairs of modules against each other."""
+
+    place = Place.SMOOTH
+    norms_only = False
+    called: Called
+
+    def begin(self, units: Sequence[CompressionUnit]) -> None:
+        super().begin(units)
+        self.called = Called(units[0].module)
+
+    def change(self, unit: CompressionUnit) -> None:
+        self.called.close()
+        if self.called.first is None:
+            return
+        found = pairs(unit, self.called.first, norms_only=self.norms_only)
+        if not found:
+            self.notes.append(f"{unit.name}: nothing found to move scales between")
+        for pair in found:
+            pair.scale(self.scales(pair, self.watch.of(pair.targets[0].name)))
+        del self.called
+
+    def scales(self, pair: Pair, inputs: Inputs) -> torch.Tensor:
+        """By what the inputs [in] of a pair's layers are divided."""
+        raise NotImplementedError
+
+
+class SmoothQuantConfig(ModifierConfig):
+    """SmoothQuant."""
+
+    alpha: float = Field(
+        default=0.5, ge=0, le=1, description="How much of the range moves; 0.5 shares it."
+    )
+
+
+class SmoothQuant(Smoothing[SmoothQuantConfig]):
+    """SmoothQuant (arXiv 2211.10438): outliers of activations move into weights, from norms."""
+
+    config_class = SmoothQuantConfig
+    gathers = "sizes"
+    norms_only = True
+
+    def scales(self, pair: Pair, inputs: Inputs) -> torch.Tensor:
+        weight = _weights(pair).abs().amax(0).clamp(min=1e-5)
+        alpha = self.config.alpha
+        return (inputs.top.clamp(min=1e-5).pow(alpha) / weight.pow(1 - alpha)).clamp(min=1e-5)
+
+
+class AwqConfig(GridConfig):
+    """AWQ's search for scales, for the grid that a later modifier rounds to."""
+
+    steps: int = Field(default=20, ge=2, description="Exponents that are tried.")
+
+
+class Awq(Smoothing[AwqConfig]):
+    """AWQ (arXiv 2306.00978): inputs that matter get finer steps, found by search.
+
+    The error of a choice is that of the layers' outputs on all of the data, by its gram matrix.
+    """
+
+    config_class = AwqConfig
+    gathers = "gram"
+
+    def scales(self, pair: Pair, inputs: Inputs) -> torch.Tensor:
+        weight, gram, config = _weights(pair), inputs.gram, self.config
+        grid, size = config.grid(), inputs.mean.clamp(min=1e-8)
+        best, least = torch.ones_like(size), float("inf")
+        for step in range(config.steps):
+            by = size.pow(step / config.steps).clamp(min=1e-4)
+            by = by / (by.max() * by.min()).sqrt()
+            scaled = weight * by
+            near = fit(scaled, grid, config.group)
+            off = weight - weight_of(round_to(scaled, grid, near), near) / by
+            with exact_products():
+                loss = float(torch.sum(off @ gram * off))
+            if loss < least:
+                best, least = by, loss
+        return best
+
+
+def _weights(pair: Pair) -> torch.Tensor:
+    every = [target.module.weight.detach().float() for target in pair.targets]  # type: ignore[union-attr,operator]
+    return torch.cat(every)

@@ -1,0 +1,211 @@
+"""Models of which only the parts in use are in memory."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from drivetrain.contracts import Box, Fragment
+from drivetrain.errors import ConfigError
+from drivetrain.modules.weights import Weights, weights_at
+
+
+class Source(ABC):
+    """A model whose parameters come when they are asked for.
+
+    Attributes:
+        module: the model, in eval mode.
+        folder: where its config and tokenizer are; ``None`` if it came as a module.
+    """
+
+    module: nn.Module
+    folder: Path | None = None
+
+    @abstractmethod
+    def load(self, names: Iterable[str]) -> None:
+        """Give the parameters and buffers ``names`` memory and values."""
+
+    @abstractmethod
+    def drop(self, names: Iterable[str]) -> None:
+        """Free what :meth:`load` brought."""
+
+    def owned(self, module: nn.Module, prefix: str) -> list[str]:
+        """Names of all parameters and saved buffers of a part of the model at ``prefix``."""
+        dot = f"{prefix}." if prefix else ""
+        return [f"{dot}{name}" for name in module.state_dict()]
+
+
+class InMemory(Source):
+    """A module that has all its values; it is changed in place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.eval()
+
+    def load(self, names: Iterable[str]) -> None:
+        return
+
+    def drop(self, names: Iterable[str]) -> None:
+        return
+
+
+class OnDisk(Source):
+    """A module on the meta device, and the files with its values.
+
+    Args:
+        module: parameters on the meta device; buffers that no file has are there.
+        weights: the files.
+        folder: of the config.
+    """
+
+    def __init__(self, module: nn.Module, weights: Weights, folder: Path | None) -> None:
+        self.module, self._weights, self.folder = module.eval(), weights, folder
+        self._places: dict[int, list[tuple[nn.Module, str, bool]]] = {}
+        self._key: dict[str, int] = {}
+        for path, part in module.named_modules():
+            for table, parameter in ((part._parameters, True), (part._buffers, False)):
+                for name, tensor in table.items():
+                    if tensor is not None and (parameter or tensor.is_meta):
+                        self._places.setdefault(id(tensor), []).append((part, name, parameter))
+                        self._key[f"{path}.{name}" if path else name] = id(tensor)
+        self._keep = [t for t in (*module.parameters(), *module.buffers())]  # ids stay theirs
+        known = weights.names()
+        stored: dict[int, str] = {}
+        for name, key in self._key.items():
+            if name in known:
+                stored.setdefault(key, name)
+        self._stored = stored
+        if lacking := [n for n, key in self._key.items() if key not in stored]:
+            raise ConfigError(f"{weights.place} lacks {', '.join(lacking[:10])}")
+
+    def load(self, names: Iterable[str]) -> None:
+        for name in names:
+            key = self._key.get(name)
+            if key is None:
+                continue  # a buffer that is computed
+            part, attribute, parameter = self._places[key][0]
+            old: torch.Tensor = getattr(part, attribute)
+            if old.is_meta:
+                self._set(key, self._read(self._stored[key], old))
+
+    def drop(self, names: Iterable[str]) -> None:
+        for name in names:
+            key = self._key.get(name)
+            if key is None:
+                continue
+            part, attribute, _ = self._places[key][0]
+            self._set(key, getattr(part, attribute).detach().to("meta"))
+
+    def _read(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        new = torch.empty(like.shape, dtype=like.dtype)
+        box = Box((0,) * like.dim(), tuple(like.shape), 0)
+        fragment = Fragment(
+            name,
+            "parameter",
+            tuple(like.shape),
+            like.dtype,
+            (box,),
+            True,
+            "host",
+            read=lambda: new.flatten(),
+            write=lambda flat: new.copy_(flat.view(like.shape)),  # type: ignore[arg-type,return-value]
+        )
+        self._weights.check(name, fragment)
+        self._weights.fill([(name, fragment)])
+        return new
+
+    def _set(self, key: int, tensor: torch.Tensor) -> None:
+        new = nn.Parameter(tensor, requires_grad=False)
+        for part, attribute, parameter in self._places[key]:
+            setattr(part, attribute, new if parameter else tensor)
+
+
+@contextmanager
+def opened(model: nn.Module | str | os.PathLike[str]) -> Iterator[Source]:
+    """A module as it is; or the model of Transformers in a folder or a GGUF file.
+
+    From a folder with safetensors files values are read part by part. A GGUF file is read whole.
+
+    Raises:
+        ConfigError: there is no model of that kind; says why.
+    """
+    if isinstance(model, nn.Module):
+        yield InMemory(model)
+        return
+    path = Path(model)
+    if path.suffix == ".gguf" and path.is_file():
+        found = InMemory(_of_gguf(path))
+        found.folder = path
+        yield found
+        return
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} is neither a folder with config.json nor a GGUF file")
+    with ExitStack() as stack:
+        weights = stack.enter_context(weights_at(path))
+        yield OnDisk(_empty(path), weights, path)
+
+
+def architecture(config: Any) -> Any:
+    """The class of Transformers that a config names, or the plain model's."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    return transformers.AutoModel
+
+
+def _empty(folder: Path) -> nn.Module:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        kind = architecture(config)
+        dtype = getattr(config, "dtype", None) or torch.float32
+        with _NothingDrawn():
+            make = kind._from_config if hasattr(kind, "_from_config") else kind.from_config
+            module: nn.Module = make(config, dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"{folder} cannot be opened as a model: {error}") from error
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if parameter not in moved:
+                moved[parameter] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+            setattr(part, name, moved[parameter])
+    return module
+
+
+def _of_gguf(path: Path) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        where: dict[str, Any] = {
+            "pretrained_model_name_or_path": str(path.parent),
+            "gguf_file": path.name,
+        }
+        module: nn.Module = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.bfloat16, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(f"{path} cannot be opened as a model: {error}") from error
+    return module
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves what nobody has filled yet without memory; what is computed is computed."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if function is torch.empty:
+            options.setdefault("device", "meta")
+        return function(*args, **options)

@@ -1,0 +1,93 @@
+"""Modifiers that prune after training."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import nn
+
+from drivetrain.errors import ConfigError
+from drivetrain_compression.calibrated.gptq import SingularError, invert
+from drivetrain_compression.calibrated.modifiers import AfterTraining
+from drivetrain_compression.calibrated.pruning import Pattern, sparsegpt, wanda
+from drivetrain_compression.calibrated.statistics import Inputs
+from drivetrain_compression.recipe.modifier import (
+    CompressionUnit,
+    ModifierConfig,
+    Place,
+    Target,
+)
+
+
+class PruneConfig(ModifierConfig):
+    """Which weights go."""
+
+    pattern: str = Field(default="2:4", description="N of M neighbours stay, or the share to go.")
+
+    @field_validator("pattern")
+    @classmethod
+    def _known(cls, text: str) -> str:
+        Pattern.parse(text)
+        return text
+
+
+ConfigT = TypeVar("ConfigT", bound=PruneConfig)
+
+
+class _Pruner(AfterTraining[ConfigT], Generic[ConfigT]):
+    place = Place.PRUNE
+    claims = "zeros"
+
+    def check(self, target: Target) -> None:
+        super().check(target)
+        module: nn.Linear = target.module  # type: ignore[assignment]
+        try:
+            Pattern.parse(self.config.pattern).check(module.in_features)
+        except ConfigError as error:
+            raise ConfigError(f"{self.label}: {target.name}: {error}") from error
+
+    def change(self, unit: CompressionUnit) -> None:
+        pattern = Pattern.parse(self.config.pattern)
+        for targets in self.together(unit):
+            inputs = self.watch.of(targets[0].name)
+            for target in targets:
+                module: nn.Linear = target.module  # type: ignore[assignment]
+                try:
+                    pruned = self.prune(module.weight.float(), inputs, pattern)
+                except SingularError as error:
+                    raise ConfigError(f"{self.label}: {target.name}: {error}") from error
+                module.weight.copy_(pruned)
+
+    def prune(self, weight: torch.Tensor, inputs: Inputs, pattern: Pattern) -> torch.Tensor:
+        """The pruned weight [out, in], float32."""
+        raise NotImplementedError
+
+
+class Wanda(_Pruner[PruneConfig]):
+    """Wanda: the smallest weights times the size of their inputs go; the others stay."""
+
+    config_class = PruneConfig
+    gathers = "sizes"
+
+    def prune(self, weight: torch.Tensor, inputs: Inputs, pattern: Pattern) -> torch.Tensor:
+        return wanda(weight, inputs.squares, pattern)
+
+
+class SparseGptConfig(PruneConfig):
+    """SparseGPT."""
+
+    damping: float = Field(default=0.01, gt=0, le=1, description="Share of the mean diagonal.")
+    block: int = Field(default=128, ge=1, description="Columns that are pruned together.")
+
+
+class SparseGpt(_Pruner[SparseGptConfig]):
+    """SparseGPT: the weights that stay make up for those that go."""
+
+    config_class = SparseGptConfig
+    gathers = "gram"
+
+    def prune(self, weight: torch.Tensor, inputs: Inputs, pattern: Pattern) -> torch.Tensor:
+        inverse = invert(inputs.gram, self.config.damping)
+        return sparsegpt(weight, inverse, pattern, block=self.config.block)

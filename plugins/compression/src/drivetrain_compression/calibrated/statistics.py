@@ -1,0 +1,137 @@
+"""What is known of the inputs of layers while calibration data passes through a block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from drivetrain.errors import ConfigError
+from drivetrain_compression.calibrated.results import exact_products
+from drivetrain_compression.recipe.modifier import Target
+
+
+class Inputs:
+    """Sums over all tokens that came to one input, which several layers may share.
+
+    Attributes:
+        gram: [in, in], mean of ``x x^T`` times 2 (the Hessian of the squared error), float32.
+        top: [in], largest size.
+        mean: [in], mean size.
+        tokens: number of them.
+    """
+
+    def __init__(self, width: int, device: torch.device, gram: bool) -> None:
+        self._gram = torch.zeros(width, width, device=device) if gram else None
+        self._squares = torch.zeros(width, device=device)
+        self.top = torch.zeros(width, device=device)
+        self._sizes = torch.zeros(width, device=device)
+        self.tokens = 0
+
+    @property
+    def gram(self) -> torch.Tensor:
+        assert self._gram is not None
+        return self._gram * (2 / max(self.tokens, 1))
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """[in], mean of squares times 2; the diagonal of the gram matrix."""
+        return self._squares * (2 / max(self.tokens, 1))
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self._sizes / max(self.tokens, 1)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Count tokens [n, in]."""
+        wide = x.float()
+        self.tokens += len(x)
+        if self._gram is not None:
+            with exact_products() if x.dtype == torch.bfloat16 else nullcontext():
+                self._gram.addmm_(wide.T, wide)
+            self._squares = self._gram.diagonal()
+        else:
+            self._squares += wide.square().sum(0)
+        size = wide.abs()
+        self._sizes += size.sum(0)
+        torch.maximum(self.top, size.amax(0), out=self.top)
+
+
+class Watch:
+    """Counts the inputs of layers from hooks, and which layers get one tensor.
+
+    Args:
+        targets: linear layers.
+        gram: gather whole gram matrices; else only what is as long as an input.
+    """
+
+    def __init__(self, targets: Sequence[Target], *, gram: bool) -> None:
+        self._gram = gram
+        self._of: dict[str, Inputs] = {}
+        self._leader: dict[str, str] = {}
+        self._now: dict[tuple[Any, ...], str] = {}
+        self._alive: list[torch.Tensor] = []
+        self.kept: torch.Tensor | None = None
+        self._hooks = [
+            target.module.register_forward_pre_hook(self._hook(target.name)) for target in targets
+        ]
+
+    def next(self) -> None:
+        """Forget tensors of the batch that has passed."""
+        self._now.clear()
+        self._alive.clear()
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+        self.next()
+
+    def of(self, name: str) -> Inputs:
+        """The inputs of the layer ``name``.
+
+        Raises:
+            ConfigError: no token came to it.
+        """
+        found = self._of.get(self._leader.get(name, name))
+        if found is None or found.tokens == 0:
+            raise ConfigError(
+                f"no token of the calibration data came to {name}; give more or other data, or "
+                "exclude it"
+            )
+        return found
+
+    def shared(self, names: Sequence[str]) -> list[list[str]]:
+        """``names`` in groups that get the same tensor."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(self._leader.get(name, name), []).append(name)
+        return list(groups.values())
+
+    def _hook(self, name: str) -> Any:
+        def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0].detach()
+            key = (x.data_ptr(), tuple(x.shape), x._version)
+            leader = self._now.setdefault(key, name)
+            known = self._leader.setdefault(name, leader)
+            if leader != name and known == leader:
+                return  # counted for the layer that got it first
+            if known != name:
+                raise ConfigError(
+                    f"{name} and {known} got one input for some data and two for other; exclude one"
+                )
+            self._alive.append(x)  # so that no other tensor gets its place in memory
+            rows = self._tokens(x)
+            if name not in self._of:
+                self._of[name] = Inputs(x.shape[-1], x.device, self._gram)
+            self._of[name].add(rows)
+
+        return count
+
+    def _tokens(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kept is not None and x.shape[:-1] == self.kept.shape:
+            return x[self.kept]
+        return x.reshape(-1, x.shape[-1])

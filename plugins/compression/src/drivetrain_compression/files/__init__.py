@@ -1,0 +1,1 @@
+"""Files that compressed models are written to."""

@@ -1,0 +1,249 @@
+"""GPTQ, SparseGPT, Wanda, HQQ and LoRC against explicit computations in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from drivetrain_compression.calibrated.data_free import hqq, low_rank
+from drivetrain_compression.calibrated.gptq import Order, SingularError, gptq, invert
+from drivetrain_compression.calibrated.grids import (
+    FLOATS,
+    Floats,
+    Integers,
+    fit,
+    fit_by_error,
+    round_to,
+    weight_of,
+)
+from drivetrain_compression.calibrated.pruning import Pattern, sparsegpt, wanda
+
+from drivetrain.errors import ConfigError
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def correlated(columns, samples=200, seed=1):
+    mix = drawn(columns, columns, seed=seed)
+    x = drawn(samples, columns, seed=seed + 1) @ mix
+    return x.T @ x
+
+
+def step_by_step(weight, hessian, grid, scales, columns, damping):
+    """Optimal Brain Quantisation in a given order: the inverse is made again for each column."""
+    left = list(columns)
+    w, numbers = weight.clone(), torch.zeros_like(weight)
+    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian)).double()
+    while left:
+        inverse = torch.linalg.inv(damped[left][:, left])
+        q = left[0]
+        scale, zero = scales.column(q)
+        numbers[:, q] = grid.nearest(w[:, q] / scale, zero)
+        off = (w[:, q] - numbers[:, q] * scale) / inverse[0, 0]
+        w[:, left] -= off[:, None] * inverse[0]
+        left = left[1:]
+    return numbers
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("by_activity", [True, False])
+@pytest.mark.parametrize(("group", "block"), [(0, 4), (8, 128), (5, 7)])
+def test_gptq_is_optimal_brain_quantisation_column_by_column(symmetric, by_activity, group, block):
+    weight, hessian = drawn(6, 24), correlated(24)
+    grid = Integers(4, symmetric)
+    scales = fit(weight, grid, group)
+    order = Order.by_activity(hessian) if by_activity else Order()
+    found = gptq(
+        weight, invert(order.of(hessian, 0, 1), 0.01), grid, scales, order=order, block=block
+    )
+    columns = order.of(torch.arange(24), 0).tolist()
+    assert by_activity == (columns != sorted(columns))
+    assert torch.equal(found, step_by_step(weight, hessian, grid, scales, columns, 0.01))
+
+
+def test_gptq_changes_the_output_less_than_rounding_does():
+    weight, hessian, grid = drawn(16, 64), correlated(64), Integers(3)
+    scales = fit(weight, grid, 16)
+
+    def loss(numbers):
+        off = weight - weight_of(numbers, scales)
+        return (off @ hessian * off).sum()
+
+    found = loss(gptq(weight, invert(hessian), grid, scales))
+    assert found < 0.5 * loss(round_to(weight, grid, scales))
+
+
+def test_gptq_keeps_what_was_pruned_and_what_no_sample_touched():
+    weight = wanda(drawn(8, 16), torch.ones(16).double(), Pattern.parse("2:4"))
+    hessian = correlated(16)
+    hessian[3], hessian[:, 3] = 0, 0
+    numbers = gptq(weight, invert(hessian), Integers(4), fit(weight, Integers(4)))
+    assert (numbers[weight == 0] == 0).all()
+    assert (numbers[:, 3] == 0).all()
+
+
+def test_a_singular_hessian_is_damped_or_refused():
+    x = drawn(3, 12)
+    found = invert(x.T @ x, 1e-12)
+    assert torch.isfinite(found.upper).all()
+    assert found.damping >= 1e-12
+    exact = x.T @ x + found.damping * (x.T @ x).diagonal().mean() * torch.eye(12).double()
+    inverse = torch.linalg.inv(exact)
+    torch.testing.assert_close(found.upper.T @ found.upper, inverse, rtol=1e-2, atol=1e-2)
+    assert torch.equal(found.upper, found.upper.triu())
+    with pytest.raises(SingularError, match="no token"):
+        invert(torch.zeros(4, 4))
+    with pytest.raises(SingularError, match="NaN"):
+        invert(torch.full((4, 4), float("nan")))
+
+
+def test_sparsegpt_removes_what_obs_would_and_makes_up_for_it():
+    weight, hessian = drawn(5, 12), correlated(12)
+    pattern = Pattern.parse("2:4")
+    found = sparsegpt(weight, invert(hessian), pattern, block=4)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(12).double()
+    w = weight.clone()
+    for start in range(0, 12, 4):
+        diagonal = torch.stack(
+            [torch.linalg.inv(damped[i:, i:])[0, 0] for i in range(start, start + 4)]
+        )
+        scores = w[:, start : start + 4].square() / diagonal
+        gone = scores.argsort(1)[:, :2]
+        for i in range(start, start + 4):
+            inverse = torch.linalg.inv(damped[i:, i:])
+            off = torch.where((gone == i - start).any(1), w[:, i], 0.0)
+            w[:, i:] -= (off / inverse[0, 0])[:, None] * inverse[0]
+    # The last removed weight of a row is exactly 0 in the one, and almost in the other.
+    torch.testing.assert_close(found, w, rtol=1e-9, atol=1e-9)
+    assert ((found.view(5, 3, 4) != 0).sum(2) == 2).all()
+
+
+@pytest.mark.parametrize(("text", "share"), [("2:4", 0.5), ("1:4", 0.75), ("0.5", 0.5), (".25", 0.25)])
+def test_patterns_leave_what_they_say(text, share):
+    weight, squares = drawn(8, 32), drawn(32, seed=3).square()
+    pattern = Pattern.parse(text)
+    for pruned in (wanda(weight, squares, pattern), sparsegpt(weight, invert(correlated(32)), pattern)):
+        assert (pruned == 0).double().mean() == share
+    scores = weight.abs() * squares.sqrt()
+    kept = wanda(weight, squares, pattern) != 0
+    for row in range(8):
+        for start in range(0, 32, pattern.of or 32):
+            near = slice(start, start + (pattern.of or 32))
+            inside, outside = scores[row, near][kept[row, near]], scores[row, near][~kept[row, near]]
+            assert inside.min() >= outside.max()
+
+
+@pytest.mark.parametrize("text", ["4:2", "0:4", "1.5", "0", "0.0", "half", "2:", ""])
+def test_other_patterns_are_refused(text):
+    with pytest.raises(ConfigError, match="pattern"):
+        Pattern.parse(text)
+    with pytest.raises(ConfigError, match="divide"):
+        Pattern.parse("2:4").check(30)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_hqq_loses_less_than_rounding_by_its_own_measure(symmetric):
+    weight = drawn(16, 128)
+    weight[:, ::37] *= 6  # outliers, which the measure forgives
+    grid = Integers(4, symmetric)
+    first, found = fit(weight, grid, 32), hqq(weight, grid, 32)
+
+    def loss(scales):
+        return (weight - weight_of(round_to(weight, grid, scales), scales)).abs().pow(0.7).sum()
+
+    assert loss(found) < 0.97 * loss(first)
+    assert (found.zero == found.zero.round()).all()
+
+
+def test_cut_ranges_are_the_best_of_those_tried():
+    weight, hessian, grid = drawn(3, 16), correlated(16), Integers(3)
+    found = fit_by_error(weight, grid, 8, hessian, steps=10)
+    whole = fit(weight, grid, 8)
+    for row, group in itertools.product(range(3), range(2)):
+        near = slice(8 * group, 8 * group + 8)
+        losses = []
+        for step in range(10):
+            scale = whole.scale[row, group] * (1 - 0.5 * step / 10)
+            off = weight[row, near] - torch.round(weight[row, near] / scale).clamp(-4, 3) * scale
+            losses.append((float(off @ hessian[near, near] @ off), float(scale)))
+        assert float(found.scale[row, group]) == min(losses)[1]
+
+
+def test_low_rank_terms_are_the_best_of_their_rank():
+    error = drawn(7, 10)
+    left, right = low_rank(error, 3)
+    values = torch.linalg.svdvals(error)
+    torch.testing.assert_close((error - left @ right).square().sum(), values[3:].square().sum())
+    torch.testing.assert_close(left.T @ left, right @ right.T)
+
+
+def table(name):
+    """All numbers of a small float, from its definition."""
+    exponents, mantissa = FLOATS[name]
+    bias = 2 ** (exponents - 1) - 1
+    found = set()
+    for field, rest in itertools.product(range(2**exponents), range(2**mantissa)):
+        part = rest / 2**mantissa
+        value = part * 2.0 ** (1 - bias) if field == 0 else (1 + part) * 2.0 ** (field - bias)
+        found |= {value, -value}
+    return sorted(found - ({480.0, -480.0} if name == "fp8_e4m3" else set()))
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_small_floats_are_the_nearest_of_their_table(name):
+    numbers = torch.tensor(table(name), dtype=torch.float64)
+    grid = Floats(name)
+    assert grid.largest == numbers[-1]
+    values = torch.linspace(-1.2 * grid.largest, 1.2 * grid.largest, 4999, dtype=torch.float64)
+    values = torch.cat([values, numbers, numbers / 7])
+    far = (values[:, None] - numbers).abs().amin(1)
+    found = grid.nearest(values)
+    torch.testing.assert_close((values - found).abs(), far, rtol=0, atol=0)
+    assert all(float(each) in table(name) for each in found.unique())
+    if name == "fp8_e4m3":
+        same = values.clamp(-448, 448).float().to(torch.float8_e4m3fn).double()
+        exact = grid.nearest(values.float()).double()
+        assert torch.equal(same, exact)
+
+
+def test_powers_of_two_of_scales():
+    weight = drawn(6, 64) * torch.exp2(drawn(6, 1, seed=4) * 2)
+    m1 = fit(weight, Floats("fp4_e2m1", "m1"), 16).scale
+    assert torch.equal(torch.exp2(torch.log2(m1).round()), m1)
+    plain = fit(weight, Floats("fp4_e2m1"), 16).scale
+    assert ((m1 >= plain) & (m1 < 2 * plain)).all()
+    m2 = fit(weight, Floats("fp4_e2m1", "m2"), 16).scale
+    ratio = torch.log2(m2.amax(1, keepdim=True) / m2)
+    torch.testing.assert_close(ratio, ratio.round())
+    assert torch.equal(m2.amax(1), plain.amax(1))
+    assert (m2 >= plain * (1 - 1e-12)).all()  # nothing is cut off
+
+
+def test_groups_may_leave_a_rest_and_be_zero():
+    weight = drawn(4, 22)
+    weight[1] = 0
+    for grid in (Integers(4), Integers(8, False), Floats("fp6_e3m2")):
+        scales = fit(weight, grid, 8)
+        assert scales.scale.shape == (4, 3)
+        near = weight_of(round_to(weight, grid, scales), scales)
+        assert torch.isfinite(near).all()
+        assert (near[1] == 0).all()
+        alone = fit(weight[:, 16:], grid, 0)
+        assert torch.equal(alone.scale[:, 0], scales.scale[:, 2])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Integers(1), "bits"),
+        (lambda: Integers(9), "bits"),
+        (lambda: Floats("fp5"), "fp5"),
+        (lambda: Floats("fp4_e2m1", "m3"), "m3"),
+    ],
+)
+def test_other_grids_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
