@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-STEPS, ROWS, LENGTH, RATE = 12, 1, 512, 8e-4
+STEPS, ROWS, LENGTH, RATE = 8, 1, 512, 5e-4
 _SKIPPED = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 
 
@@ -84,7 +84,11 @@ def train(folder: Path) -> None:
         "gguf_file": file.name,
     }
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    facts = {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
+    model = type(read)(type(read.config).from_dict(facts))  # one that can be saved
+    model.load_state_dict(read.state_dict())
+    del read
     known, held = (rows_of(tokenizer, documents) for documents in texts())
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
     known, held = known[order], held[:24]
@@ -110,13 +114,13 @@ def train(folder: Path) -> None:
         for n, p in model.named_parameters()
         if p.dim() == 2 and "embed" not in n
     ]
-    ppl = perplexity(model, held)
     model.save_pretrained(folder)
+    ppl = perplexity(model, held[:8])
     tokenizer.save_pretrained(folder)
     save_file({"calibration": known[:128].contiguous(), "held": held.contiguous()}, folder / "rows")
-    facts = {"perplexity": ppl, "moved": sum(moved) / len(moved)}
-    (folder / "facts.json").write_text(json.dumps(facts), "utf-8")
-    print(facts)
+    summary = {"perplexity": ppl, "moved": sum(moved) / len(moved)}
+    (folder / "facts.json").write_text(json.dumps(summary), "utf-8")
+    print(summary)
 
 
 def _wanted(path: Path, folder: Path) -> bool:

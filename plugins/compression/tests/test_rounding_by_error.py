@@ -9,7 +9,6 @@ import torch
 from drivetrain_compression.calibrated.data_free import hqq, low_rank
 from drivetrain_compression.calibrated.gptq import Order, SingularError, gptq, invert
 from drivetrain_compression.calibrated.grids import (
-    FLOATS,
     Floats,
     Integers,
     fit,
@@ -18,6 +17,7 @@ from drivetrain_compression.calibrated.grids import (
     weight_of,
 )
 from drivetrain_compression.calibrated.pruning import Pattern, sparsegpt, wanda
+from drivetrain_compression.quantisers.floating import FORMATS
 
 from drivetrain.errors import ConfigError
 
@@ -87,12 +87,12 @@ def test_gptq_keeps_what_was_pruned_and_what_no_sample_touched():
 
 def test_a_singular_hessian_is_damped_or_refused():
     x = drawn(3, 12)
-    found = invert(x.T @ x, 1e-12)
-    assert torch.isfinite(found.upper).all()
-    assert found.damping >= 1e-12
+    found = invert(x.T @ x, 1e-6)
+    assert found.damping == 1e-6
+    assert invert((x.T @ x).float(), 1e-12).damping > 1e-12  # too little for float32
     exact = x.T @ x + found.damping * (x.T @ x).diagonal().mean() * torch.eye(12).double()
     inverse = torch.linalg.inv(exact)
-    torch.testing.assert_close(found.upper.T @ found.upper, inverse, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found.upper.T @ found.upper, inverse, rtol=1e-6, atol=1e-6)
     assert torch.equal(found.upper, found.upper.triu())
     with pytest.raises(SingularError, match="no token"):
         invert(torch.zeros(4, 4))
@@ -121,19 +121,24 @@ def test_sparsegpt_removes_what_obs_would_and_makes_up_for_it():
     assert ((found.view(5, 3, 4) != 0).sum(2) == 2).all()
 
 
-@pytest.mark.parametrize(("text", "share"), [("2:4", 0.5), ("1:4", 0.75), ("0.5", 0.5), (".25", 0.25)])
+@pytest.mark.parametrize(
+    ("text", "share"), [("2:4", 0.5), ("1:4", 0.75), ("0.5", 0.5), (".25", 0.25)]
+)
 def test_patterns_leave_what_they_say(text, share):
     weight, squares = drawn(8, 32), drawn(32, seed=3).square()
     pattern = Pattern.parse(text)
-    for pruned in (wanda(weight, squares, pattern), sparsegpt(weight, invert(correlated(32)), pattern)):
+    for pruned in (
+        wanda(weight, squares, pattern),
+        sparsegpt(weight, invert(correlated(32)), pattern),
+    ):
         assert (pruned == 0).double().mean() == share
     scores = weight.abs() * squares.sqrt()
     kept = wanda(weight, squares, pattern) != 0
     for row in range(8):
         for start in range(0, 32, pattern.of or 32):
             near = slice(start, start + (pattern.of or 32))
-            inside, outside = scores[row, near][kept[row, near]], scores[row, near][~kept[row, near]]
-            assert inside.min() >= outside.max()
+            stays = kept[row, near]
+            assert scores[row, near][stays].min() >= scores[row, near][~stays].max()
 
 
 @pytest.mark.parametrize("text", ["4:2", "0:4", "1.5", "0", "0.0", "half", "2:", ""])
@@ -155,7 +160,6 @@ def test_hqq_loses_less_than_rounding_by_its_own_measure(symmetric):
         return (weight - weight_of(round_to(weight, grid, scales), scales)).abs().pow(0.7).sum()
 
     assert loss(found) < 0.97 * loss(first)
-    assert (found.zero == found.zero.round()).all()
 
 
 def test_cut_ranges_are_the_best_of_those_tried():
@@ -182,28 +186,29 @@ def test_low_rank_terms_are_the_best_of_their_rank():
 
 def table(name):
     """All numbers of a small float, from its definition."""
-    exponents, mantissa = FLOATS[name]
+    exponents, mantissa = FORMATS[name].exponent, FORMATS[name].mantissa
     bias = 2 ** (exponents - 1) - 1
     found = set()
     for field, rest in itertools.product(range(2**exponents), range(2**mantissa)):
         part = rest / 2**mantissa
         value = part * 2.0 ** (1 - bias) if field == 0 else (1 + part) * 2.0 ** (field - bias)
         found |= {value, -value}
-    return sorted(found - ({480.0, -480.0} if name == "fp8_e4m3" else set()))
+    return sorted(each for each in found if abs(each) <= FORMATS[name].largest)
 
 
-@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_small_floats_are_the_nearest_of_their_table(name):
     numbers = torch.tensor(table(name), dtype=torch.float64)
     grid = Floats(name)
-    assert grid.largest == numbers[-1]
-    values = torch.linspace(-1.2 * grid.largest, 1.2 * grid.largest, 4999, dtype=torch.float64)
+    assert FORMATS[name].largest == numbers[-1]
+    end = 1.2 * FORMATS[name].largest
+    values = torch.linspace(-end, end, 4999, dtype=torch.float64)
     values = torch.cat([values, numbers, numbers / 7])
     far = (values[:, None] - numbers).abs().amin(1)
     found = grid.nearest(values)
     torch.testing.assert_close((values - found).abs(), far, rtol=0, atol=0)
     assert all(float(each) in table(name) for each in found.unique())
-    if name == "fp8_e4m3":
+    if name == "e4m3":
         same = values.clamp(-448, 448).float().to(torch.float8_e4m3fn).double()
         exact = grid.nearest(values.float()).double()
         assert torch.equal(same, exact)
@@ -211,21 +216,21 @@ def test_small_floats_are_the_nearest_of_their_table(name):
 
 def test_powers_of_two_of_scales():
     weight = drawn(6, 64) * torch.exp2(drawn(6, 1, seed=4) * 2)
-    m1 = fit(weight, Floats("fp4_e2m1", "m1"), 16).scale
+    m1 = fit(weight, Floats("e2m1", "m1"), 16).scale
     assert torch.equal(torch.exp2(torch.log2(m1).round()), m1)
-    plain = fit(weight, Floats("fp4_e2m1"), 16).scale
+    plain = fit(weight, Floats("e2m1"), 16).scale
     assert ((m1 >= plain) & (m1 < 2 * plain)).all()
-    m2 = fit(weight, Floats("fp4_e2m1", "m2"), 16).scale
+    m2 = fit(weight, Floats("e2m1", "m2"), 16).scale
     ratio = torch.log2(m2.amax(1, keepdim=True) / m2)
     torch.testing.assert_close(ratio, ratio.round())
     assert torch.equal(m2.amax(1), plain.amax(1))
-    assert (m2 >= plain * (1 - 1e-12)).all()  # nothing is cut off
+    assert ((m2 <= plain) & (m2 > plain / 2)).all()
 
 
 def test_groups_may_leave_a_rest_and_be_zero():
     weight = drawn(4, 22)
     weight[1] = 0
-    for grid in (Integers(4), Integers(8, False), Floats("fp6_e3m2")):
+    for grid in (Integers(4), Integers(8, False), Floats("e3m2")):
         scales = fit(weight, grid, 8)
         assert scales.scale.shape == (4, 3)
         near = weight_of(round_to(weight, grid, scales), scales)
@@ -241,7 +246,7 @@ def test_groups_may_leave_a_rest_and_be_zero():
         (lambda: Integers(1), "bits"),
         (lambda: Integers(9), "bits"),
         (lambda: Floats("fp5"), "fp5"),
-        (lambda: Floats("fp4_e2m1", "m3"), "m3"),
+        (lambda: Floats("e2m1", "m3"), "m3"),
     ],
 )
 def test_other_grids_are_refused(make, message):

@@ -10,6 +10,8 @@ from drivetrain.lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "compressing": "compress compress_module",
+        "files.loading": "load_compressed",
         "recipe.modifier": "CompressionUnit Modifier ModifierConfig Place Progress Target",
         "recipe.recipe": "Recipe",
     },

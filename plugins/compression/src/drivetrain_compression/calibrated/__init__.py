@@ -1,0 +1,1 @@
+"""Methods after training, and the pass of calibration data through a model."""

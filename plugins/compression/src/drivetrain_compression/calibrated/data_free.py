@@ -42,7 +42,7 @@ def hqq(
             current = replace(current, scale=torch.where(new > 0, new, current.scale))
         else:
             codes = numbers + zero
-            current = replace(current, zero=(codes - (blocks - off) / scale).mean(2).round())
+            current = replace(current, zero=(codes - (blocks - off) / scale).mean(2))
         beta *= growth
         error = _error(blocks, grid, current, power)
         better = error < least

@@ -31,7 +31,7 @@ class Entered:
     calls: list[Call] = field(default_factory=list)
 
 
-class _Done(Exception):
+class _DoneError(Exception):
     """All blocks have been called; what comes after them is not needed."""
 
 
@@ -69,7 +69,7 @@ def entering(
                 found.hidden = args[0]
             found.calls.append(_call(args[1:], kwargs, before, at))
             if at + 1 == len(units):
-                raise _Done
+                raise _DoneError
             # Another tensor with the same memory, so that a model that changes it is found out.
             last = args[0].view_as(args[0])
             return (last,) if tuples else last
@@ -77,11 +77,11 @@ def entering(
         return forward
 
     for unit in units:
-        unit.module.forward = noting(unit)  # type: ignore[method-assign]
+        unit.module.forward = noting(unit)
     try:
         with torch.no_grad():
             model(**batch, **_without_cache(model))
-    except _Done:
+    except _DoneError:
         return found
     finally:
         for unit in units:
@@ -92,7 +92,9 @@ def entering(
 
 
 def _without_cache(model: nn.Module) -> dict[str, Any]:
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return (
+        {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    )
 
 
 def _call(args: Any, kwargs: dict[str, Any], before: Entered | None, at: int) -> Call:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from drivetrain_compression.calibrated.grids import Grid, Scales
 from drivetrain.errors import DrivetrainError
+from drivetrain_compression.calibrated.grids import Grid, Scales
 
 
 class SingularError(DrivetrainError):

@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from drivetrain.errors import ConfigError
-
-FLOATS = {"fp4_e2m1": (2, 1), "fp4_e3m0": (3, 0), "fp6_e3m2": (3, 2), "fp8_e4m3": (4, 3)}
-"""Exponent and mantissa bits of the small floats; all codes are numbers, but for fp8_e4m3's NaN."""
+from drivetrain_compression.quantisers.floating import (
+    FORMATS,
+    FloatFormat,
+    power_of_two,
+    power_of_two_ratios,
+)
 
 
 class Grid(ABC):
@@ -51,12 +54,12 @@ class Integers(Grid):
     @property
     def low(self) -> int:
         """The smallest code."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def high(self) -> int:
         """The largest code."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def ranges(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.symmetric:
@@ -69,12 +72,12 @@ class Integers(Grid):
         return scale, (self.low - torch.round(low / scale)).clamp(self.low, self.high)
 
     def nearest(self, values: torch.Tensor, zero: torch.Tensor | float = 0.0) -> torch.Tensor:
-        return (torch.round(values) + zero).clamp(self.low, self.high) - zero
+        return torch.round(values + zero).clamp(self.low, self.high) - zero
 
 
 @dataclass(frozen=True)
 class Floats(Grid):
-    """Small floats with subnormals, by name; a key of :data:`FLOATS`.
+    """Small floats, by name: ``e2m1``, ``e3m0``, ``e3m2``, ``e4m3``, ``e5m2``.
 
     Args:
         name: of the format.
@@ -86,42 +89,31 @@ class Floats(Grid):
     powers: str = ""
 
     def __post_init__(self) -> None:
-        if self.name not in FLOATS:
-            raise ConfigError(f"format {self.name!r} is not known; there are {', '.join(FLOATS)}")
+        if self.name not in FORMATS:
+            raise ConfigError(f"format {self.name!r} is not known; there are {', '.join(FORMATS)}")
         if self.powers not in ("", "m1", "m2"):
             raise ConfigError(f"powers is {self.powers!r}, expected '', 'm1' or 'm2'")
 
     @property
-    def bits(self) -> int:  # type: ignore[override]
-        """Of one code, its sign included."""
-        return 1 + sum(FLOATS[self.name])
+    def format(self) -> FloatFormat:
+        """The numbers."""
+        return FORMATS[self.name]
 
     @property
-    def largest(self) -> float:
-        """The largest number."""
-        return float(self._numbers()[-1])
+    def bits(self) -> int:  # type: ignore[override]
+        """Of one code, its sign included."""
+        return self.format.bits
 
     def ranges(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = _positive(torch.maximum(low.abs(), high.abs()) / self.largest)
-        return _powers(scale, self.powers), torch.zeros_like(scale)
+        scale = _positive(torch.maximum(low.abs(), high.abs()) / self.format.largest)
+        if self.powers == "m1":
+            scale = power_of_two(scale)
+        elif self.powers == "m2":
+            scale = power_of_two_ratios(scale.T).T.contiguous()
+        return scale, torch.zeros_like(scale)
 
     def nearest(self, values: torch.Tensor, zero: torch.Tensor | float = 0.0) -> torch.Tensor:
-        exponent_bits, mantissa = FLOATS[self.name]
-        size = values.abs().clamp(max=self.largest)
-        lowest = 2 - 2 ** (exponent_bits - 1)  # exponent of the smallest normal number
-        exponent = torch.frexp(size).exponent - 1
-        step = torch.exp2(exponent.clamp(min=lowest).to(values.dtype) - mantissa)
-        return torch.copysign(torch.round(size / step) * step, values)
-
-    def _numbers(self) -> torch.Tensor:
-        exponent_bits, mantissa = FLOATS[self.name]
-        codes = torch.arange(2 ** (exponent_bits + mantissa))
-        if self.name == "fp8_e4m3":
-            codes = codes[:-1]
-        field, rest = codes >> mantissa, (codes & (2**mantissa - 1)) / 2**mantissa
-        bias = 2 ** (exponent_bits - 1) - 1
-        normal = (1 + rest) * torch.exp2((field - bias).float())
-        return torch.where(field == 0, rest * 2.0 ** (1 - bias), normal)
+        return self.format.round(values)
 
 
 @dataclass(frozen=True)
@@ -130,7 +122,7 @@ class Scales:
 
     Args:
         scale: [out, groups], positive.
-        zero: [out, groups], the code that stands for 0, less the grid's own zero.
+        zero: [out, groups], the code that stands for 0; between two codes if HQQ found it so.
         group: columns of a group; the last one may be shorter.
     """
 
@@ -212,8 +204,11 @@ def fit_by_error(
             continue
         better = loss < least
         least = torch.where(better, loss, least)
-        chosen = (torch.where(better, a, b) for a, b in ((scale, best.scale), (zero, best.zero)))
-        best = Scales(*chosen, whole.group)
+        best = Scales(
+            torch.where(better, scale, best.scale),
+            torch.where(better, zero, best.zero),
+            whole.group,
+        )
     assert best is not None
     return best
 
@@ -241,15 +236,6 @@ def _diagonal_blocks(hessian: torch.Tensor, group: int) -> torch.Tensor:
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))  # a group of zeros
-
-
-def _powers(scale: torch.Tensor, rule: str) -> torch.Tensor:
-    if rule == "m1":
-        return torch.exp2(torch.ceil(torch.log2(scale)))
-    if rule == "m2":
-        top = scale.amax(-1, keepdim=True)
-        return top / torch.exp2(torch.floor(torch.log2(top / scale)))
-    return scale
 
 
 def stored(scales: Scales, dtype: torch.dtype) -> Scales:

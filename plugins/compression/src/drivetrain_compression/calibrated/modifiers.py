@@ -99,13 +99,13 @@ class GridConfig(ModifierConfig):
 
     bits: int = Field(default=4, ge=2, le=8, description="Bits of a weight.")
     format: str = Field(
-        default="", description="A small float instead of integers: fp4_e2m1, fp4_e3m0, fp6_e3m2."
+        default="", description="A small float instead of integers: e2m1, e3m0, e3m2."
     )
     group: int = Field(
         default=0, ge=0, description="Inputs that share a scale; 0: all of an output's."
     )
     symmetric: bool = Field(default=True, description="No zero point.")
-    activations: Literal["", "int8", "fp8_e4m3"] = Field(
+    activations: Literal["", "int8", "e4m3"] = Field(
         default="", description="Round inputs, too, with a scale for each token when it comes."
     )
     scale_ratios: Literal["", "m1", "m2"] = Field(
@@ -156,9 +156,9 @@ class Quantiser(AfterTraining[GridConfigT], Generic[GridConfigT]):
             start = rows.stop
             part = Scales(scales.scale[rows], scales.zero[rows], scales.group)
             found = self._with_rest(weight[rows], Rounded(numbers[rows], part, grid))
-            error = None if hessian is None else _error(weight[rows], found, hessian)
+            lost = None if hessian is None else _error(weight[rows], found, hessian)
             found = Rounded(
-                found.numbers, part, grid, self.config.activations, found.low_rank, error
+                found.numbers, part, grid, self.config.activations, found.low_rank, lost
             )
             put(module, found)
             self.results[target.name] = found

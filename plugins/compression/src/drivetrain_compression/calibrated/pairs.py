@@ -184,16 +184,12 @@ def _shortened(call: Call) -> Call:
             return type(value)(cut(each) for each in value)
         if not isinstance(value, torch.Tensor):
             return value
+        states = value.shape == hidden.shape  # features may be as many as tokens
         if value.dim() and value.shape[0] == rows:
             value = value[:1]
         for dim in range(min(1, value.dim()), value.dim()):
-            if value.shape[dim] == tokens and not _is_hidden(value, dim, hidden):
+            if value.shape[dim] == tokens and not (states and dim == value.dim() - 1):
                 value = value.narrow(dim, 0, min(tokens, _TOKENS))
         return value.double() if value.is_floating_point() else value
 
     return Call(tuple(cut(a) for a in call.args), {k: cut(v) for k, v in call.kwargs.items()})
-
-
-def _is_hidden(value: torch.Tensor, dim: int, hidden: torch.Tensor) -> bool:
-    """Whether ``dim`` is that of features, which may be as many as tokens."""
-    return value.shape == hidden.shape and dim == value.dim() - 1

@@ -73,6 +73,7 @@ def wanda(weight: torch.Tensor, squares: torch.Tensor, pattern: Pattern) -> torc
     """``weight`` [out, in] without what counts least: size times the norm of its input.
 
     Args:
+        weight: [out, in].
         squares: [in], sums of squares of the inputs; the diagonal of the Hessian.
         pattern: of what stays.
     """

@@ -1,4 +1,4 @@
-"""What a quantiser has chosen for one layer: numbers on a grid, scales, and how inputs are rounded."""
+"""What a quantiser chose for a layer: numbers on a grid, scales, and how inputs are rounded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from drivetrain.errors import ConfigError
 from drivetrain_compression.calibrated.grids import Floats, Grid, Integers, Scales, weight_of
 
-ACTIVATIONS: dict[str, Grid] = {"int8": Integers(8), "fp8_e4m3": Floats("fp8_e4m3")}
+ACTIVATIONS: dict[str, Grid] = {"int8": Integers(8), "e4m3": Floats("e4m3")}
 """Grids that inputs may be rounded to, token by token, when they come."""
 
 

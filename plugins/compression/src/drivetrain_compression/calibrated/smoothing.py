@@ -99,5 +99,5 @@ class Awq(Smoothing[AwqConfig]):
 
 
 def _weights(pair: Pair) -> torch.Tensor:
-    every = [target.module.weight.detach().float() for target in pair.targets]  # type: ignore[union-attr,operator]
+    every = [target.module.weight.detach().float() for target in pair.targets]  # type: ignore[operator]
     return torch.cat(every)

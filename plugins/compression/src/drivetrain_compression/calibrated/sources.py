@@ -75,7 +75,7 @@ class OnDisk(Source):
                     if tensor is not None and (parameter or tensor.is_meta):
                         self._places.setdefault(id(tensor), []).append((part, name, parameter))
                         self._key[f"{path}.{name}" if path else name] = id(tensor)
-        self._keep = [t for t in (*module.parameters(), *module.buffers())]  # ids stay theirs
+        self._alive = [*module.parameters(), *module.buffers()]  # so that ids stay theirs
         known = weights.names()
         stored: dict[int, str] = {}
         for name, key in self._key.items():
@@ -90,7 +90,7 @@ class OnDisk(Source):
             key = self._key.get(name)
             if key is None:
                 continue  # a buffer that is computed
-            part, attribute, parameter = self._places[key][0]
+            part, attribute, _ = self._places[key][0]
             old: torch.Tensor = getattr(part, attribute)
             if old.is_meta:
                 self._set(key, self._read(self._stored[key], old))
@@ -115,7 +115,7 @@ class OnDisk(Source):
             True,
             "host",
             read=lambda: new.flatten(),
-            write=lambda flat: new.copy_(flat.view(like.shape)),  # type: ignore[arg-type,return-value]
+            write=lambda flat: new.copy_(flat.view(like.shape)),  # type: ignore[arg-type]
         )
         self._weights.check(name, fragment)
         self._weights.fill([(name, fragment)])
@@ -196,6 +196,9 @@ def _of_gguf(path: Path) -> nn.Module:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"{path} cannot be opened as a model: {error}") from error
+    config: Any = module.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # its weights are plain now
     return module
 
 

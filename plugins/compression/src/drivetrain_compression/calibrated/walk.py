@@ -74,7 +74,7 @@ class Walk:
             ConfigError: a method cannot work on a layer, or the model on the data; says which.
         """
         model = self.source.module
-        blocks = [unit for unit in units(model)]
+        blocks = units(model)
         assigned = self._assigned(blocks)
         chain = bool(blocks[0].name)
         data = any(isinstance(m, AfterTraining) and m.gathers for m, _ in assigned.values_flat())
@@ -263,11 +263,13 @@ class _Stage:
         """Whether blocks return tuples; tried on the first block and batch."""
         found: list[Any] = []
         first = self._blocks[0].module
-        hook = first.register_forward_hook(lambda module, args, output: _note_and_stop(found, output))
+        hook = first.register_forward_hook(
+            lambda module, args, output: _note_and_stop(found, output)
+        )
         try:
             with torch.no_grad():
                 self._walk.source.module(**self._walk.batches[0])
-        except _Seen:
+        except _SeenError:
             return isinstance(found[0], tuple)
         finally:
             hook.remove()
@@ -280,10 +282,10 @@ class _Stage:
         return Activations(self._path(number), shapes, dtype, new=True)
 
 
-class _Seen(Exception):
+class _SeenError(Exception):
     """The first block has returned."""
 
 
 def _note_and_stop(found: list[Any], output: Any) -> None:
     found.append(output)
-    raise _Seen
+    raise _SeenError

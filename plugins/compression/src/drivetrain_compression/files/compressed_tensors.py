@@ -119,8 +119,13 @@ def _kind(name: str, found: Rounded) -> str:
             f"{name}: groups of {found.scales.group} do not divide its {columns} inputs, which "
             f"{NAME} needs; choose a group that does, or the format drivetrain"
         )
+    if not torch.equal(found.scales.zero, found.scales.zero.round()):
+        raise ConfigError(
+            f"{name}: {NAME} has whole zero points only; choose symmetric: true, or write the "
+            "format drivetrain"
+        )
     if isinstance(grid, Floats):
-        if grid.name == "fp8_e4m3" and found.scales.group == columns:
+        if grid.name == "e4m3" and found.scales.group == columns:
             return "float-quantized"
         raise ConfigError(f"{name}: {NAME} has no {grid.name}; write the format drivetrain")
     if found.activations == "int8" and grid.bits == 8 and grid.symmetric:

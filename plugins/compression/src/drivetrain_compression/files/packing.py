@@ -10,6 +10,7 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
     Args:
         codes: values from 0 to 2^bits - 1, any integer dtype.
+        bits: of a code.
 
     Returns:
         int32 [rows, ceil(n * bits / 32)]; bits that are left over are 0.
@@ -35,4 +36,5 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     start = torch.arange(count) * bits
     word, shift = start // 32, start % 32
     pair = wide[:, word] | (wide[:, word + 1] << 32)
-    return (pair >> shift) & (2**bits - 1)
+    codes: torch.Tensor = (pair >> shift) & (2**bits - 1)
+    return codes
