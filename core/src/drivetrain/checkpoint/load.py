@@ -97,7 +97,7 @@ def load(
     options = LoadOptions(
         load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only
     )
-    with closing(open_storage(load_dir)) as storage:
+    with closing(open_storage(load_dir)) as storage, engine.job.span("checkpoint"):
         tags = candidates(engine, storage) if tag is None else iter([str(tag)])
         problems, hint = dict[str, str](), ""
         touched: set[tuple[str, str]] = set()

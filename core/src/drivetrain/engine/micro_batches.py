@@ -43,7 +43,7 @@ class MicroBatchRunner:
         # The sum of losses and that of their weights; in float64 where the loss is.
         total = torch.zeros(2, dtype=torch.float32, device=engine.device)
         for index in range(count):
-            output = _call(engine, _next(batches, index, count))
+            output = _call(engine, _next(engine.job, batches, index, count))
             loss, weight = loss_of(output), checked_weight(_part(output, "loss_weight"))
             if train:
                 engine.backward(loss, weight=weight)
@@ -62,9 +62,10 @@ def mean_over_ranks(job: Job, total: torch.Tensor) -> torch.Tensor:
     return total[0] / total[1]
 
 
-def _next(batches: Iterator[Any], index: int, count: int) -> Any:
+def _next(job: Job, batches: Iterator[Any], index: int, count: int) -> Any:
     try:
-        return next(batches)
+        with job.span("data"):
+            return next(batches)
     except StopIteration:
         raise TrainingError(
             f"the data ended at micro-batch {index + 1} of {count} of a step; wrap the loader in "

@@ -20,6 +20,7 @@ from drivetrain_offload.file_io.engines import acquire_engine, release_engine, s
 from drivetrain_offload.file_io.errors import FileIOError
 from drivetrain_offload.file_io.faults import Faults
 from drivetrain_offload.file_io.settings import EngineName, IOSettings
+from drivetrain_offload.host.stall import stalled
 
 logger = logging.getLogger("drivetrain.offload")
 
@@ -80,8 +81,9 @@ class Request:
         file = self._file  # its end waits for its requests, so it must not come inside the lock
         with self._lock:
             if self._tensor is not None:
-                while not self._engine.wait(self._ticket, _WAKE_SECONDS):
-                    pass
+                with stalled():
+                    while not self._engine.wait(self._ticket, _WAKE_SECONDS):
+                        pass
                 self._settle()
         if self._error is not None:
             self._heard = True

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from drivetrain_offload.homes.lane_trip import LaneTrip
+from drivetrain_offload.host.stall import stalled
 
 if TYPE_CHECKING:
     from drivetrain.contracts import Fragment, Hyper
@@ -48,12 +49,14 @@ class Timing(ABC):
     def publish(self) -> None:
         """Return once the parameters hold what this step has to show."""
         self.bucket.finish()
-        self.bucket.uploaded.wait()
+        with stalled():
+            self.bucket.uploaded.wait()
 
     def flush(self) -> None:
         """Return once states are those after all updates that were asked for."""
         self.bucket.finish()
-        self.bucket.uploaded.synchronize()
+        with stalled():
+            self.bucket.uploaded.synchronize()
 
     def masters_written(self) -> None:  # noqa: B027 - most make nothing of them in advance
         """Forget what was made of the masters, which have other values now."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from drivetrain.errors import TrainingError
+from drivetrain_offload.host.stall import WORKER, stalled
 
 
 @dataclass(eq=False)
@@ -33,13 +34,15 @@ class Ticket:
         Raises:
             BaseException: whatever it raised.
         """
-        self._done.wait()
+        self.settle()
         if self._error is not None:
             raise self._error
 
     def settle(self) -> None:
         """Return once the work is done, or has failed."""
-        self._done.wait()
+        if not self._done.is_set():
+            with stalled():
+                self._done.wait()
 
     @property
     def done(self) -> bool:
@@ -121,7 +124,7 @@ class Worker:
     def _start(self) -> None:
         started = threading.Event()
         self._thread = threading.Thread(
-            target=self._loop, args=(started,), name="drivetrain-offload", daemon=True
+            target=self._loop, args=(started,), name=WORKER, daemon=True
         )
         self._thread.start()
         started.wait()

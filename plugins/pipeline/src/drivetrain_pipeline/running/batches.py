@@ -40,7 +40,8 @@ def read_batches(
     failure: Exception | None = None
     if batches is not None:
         try:
-            read = [_next(batches, index, count) for index in range(count)]
+            with job.span("data"):
+                read = [_next(batches, index, count) for index in range(count)]
             found = [_to_device(batch, job.device) for batch in read]
         except Exception as error:  # noqa: BLE001 - raised when the other stages know of it
             failure = error
