@@ -1,4 +1,4 @@
-"""Seconds that are planted in a run are found in their column, and all columns are its wall time."""
+"""Seconds that are planted in a run are in their column, and all columns are its wall time."""
 
 from __future__ import annotations
 
@@ -155,8 +155,9 @@ def test_compiling_is_compilation_s_and_once(tmp_path: Path) -> None:
     one_rank(compiled, tmp_path)
     attempts = read_run(tmp_path)
     per_step = [step.seconds.get("compile", 0.0) for step in attempts[0].ranks[0].steps]
-    assert per_step[0] == 0 and per_step[2:] == [0.0] * len(per_step[2:])
-    assert 1.0 <= per_step[1]
+    assert per_step[0] == 0
+    assert per_step[2:] == [0.0] * len(per_step[2:])
+    assert per_step[1] == pytest.approx(1.0, abs=0.4)
     assert of(tmp_path).columns["compute"] < 0.5
 
 
@@ -270,7 +271,7 @@ def test_a_line_that_a_crash_cut_off_is_left_out_and_a_damaged_one_is_named(tmp_
 
 
 def test_a_folder_without_a_ledger_says_how_to_keep_one(tmp_path: Path) -> None:
-    with pytest.raises(DrivetrainError, match='has no ledger of a run: write "ledger": {}'):
+    with pytest.raises(DrivetrainError, match=r'has no ledger of a run: write "ledger": \{\}'):
         read_run(tmp_path)
 
 

@@ -79,27 +79,28 @@ def save(
         CheckpointError: on every rank, when any rank cannot write, a plugin's state would be lost,
             or ``client_state`` is not plain data. Nothing that existed before is touched.
     """
-    tag, save_id = _agree_on_names(engine, tag)
-    storage, problem = open_storage(save_dir), None
-    try:
-        if not os.fspath(save_dir):
-            raise CheckpointError("save_dir is empty")
-        if not index.is_plain_name(tag):
-            raise CheckpointError(f"tag {tag!r} is not a plain directory name, or is taken")
-        if storage.is_link(tag):
-            raise CheckpointError("it is a link, and what it points to would be overwritten")
-        contents = _Contents(engine, exclude_frozen_parameters)
-        contents.collect(client_state)
-    except DrivetrainError as error:
-        problem = str(error)
-    raise_together(engine, problem, storage.where(tag))
-    contents.compare_buffers()
-    contents.unite()
-    contents.manifest |= {"latest": save_latest, "history": history_of(engine)}
-    pending = contents.pending(storage, tag, save_id, save_latest=save_latest)
-    continue_history(engine, history_of(engine), save_id)
-    target: Any = engine  # hooks are written for engines that train
-    engine.job.hub.carry_out_save(target, pending)
+    with engine.job.span("checkpoint"):
+        tag, save_id = _agree_on_names(engine, tag)
+        storage, problem = open_storage(save_dir), None
+        try:
+            if not os.fspath(save_dir):
+                raise CheckpointError("save_dir is empty")
+            if not index.is_plain_name(tag):
+                raise CheckpointError(f"tag {tag!r} is not a plain directory name, or is taken")
+            if storage.is_link(tag):
+                raise CheckpointError("it is a link, and what it points to would be overwritten")
+            contents = _Contents(engine, exclude_frozen_parameters)
+            contents.collect(client_state)
+        except DrivetrainError as error:
+            problem = str(error)
+        raise_together(engine, problem, storage.where(tag))
+        contents.compare_buffers()
+        contents.unite()
+        contents.manifest |= {"latest": save_latest, "history": history_of(engine)}
+        pending = contents.pending(storage, tag, save_id, save_latest=save_latest)
+        continue_history(engine, history_of(engine), save_id)
+        target: Any = engine  # hooks are written for engines that train
+        engine.job.hub.carry_out_save(target, pending)
     return pending.place
 
 
@@ -111,9 +112,8 @@ def write_and_commit(engine: Subject, pending: PendingSave) -> None:
             the message says that the checkpoint is there.
     """
     try:
-        with engine.job.span("checkpoint"):
-            _attempt(engine, pending, pending.write)
-            _attempt(engine, pending, pending.commit if engine.job.rank == 0 else None)
+        _attempt(engine, pending, pending.write)
+        _attempt(engine, pending, pending.commit if engine.job.rank == 0 else None)
     finally:
         pending.storage.close()
     if engine.job.rank == 0:

@@ -402,8 +402,7 @@ class Engine(EngineSettings, nn.Module):
 
     def save_checkpoint(self, save_dir: str, tag: str | None = None, *rest: Any, **kw: Any) -> str:
         """See :func:`drivetrain.checkpoint.save`."""
-        with self.job.span("checkpoint"):
-            return checkpoint.save(self, save_dir, tag, *rest, **kw)
+        return checkpoint.save(self, save_dir, tag, *rest, **kw)
 
     def load_checkpoint(
         self, load_dir: str, tag: str | None = None, **kwargs: Any

@@ -12,6 +12,7 @@ import torch
 
 from drivetrain_offload.file_io import AsyncFile, FileIOError, Request, aligned_empty
 from drivetrain_offload.files.tile_layout import Tile, TileLayout
+from drivetrain_offload.host.stall import stalled
 
 
 class StateFile:
@@ -213,7 +214,7 @@ class TilePipeline:
             FileIOError: something failed.
         """
         with self._changed:
-            self._changed.wait_for(lambda: not self._writes)
+            self._await(lambda: not self._writes)
             self._check()
 
     def settle(self) -> None:
@@ -223,7 +224,7 @@ class TilePipeline:
             FileIOError: something failed.
         """
         with self._changed:
-            self._changed.wait_for(lambda: not self._writes)
+            self._await(lambda: not self._writes)
             self._forget_ahead()
             self._latest = None
             self._check()
@@ -232,7 +233,7 @@ class TilePipeline:
         """Wait for what is under way and end the thread; raises nothing."""
         with self._changed:
             self._closing = True
-            self._changed.wait_for(lambda: not self._writes)
+            self._await(lambda: not self._writes)
             self._forget_ahead()
             self._changed.notify_all()
         if self._thread is not None:
@@ -254,9 +255,15 @@ class TilePipeline:
 
     def _await_buffer(self, place: Place) -> torch.Tensor:
         """A free buffer, when nothing is held of the tile any more."""
-        self._changed.wait_for(lambda: self._free and place not in self._held)
+        self._await(lambda: bool(self._free) and place not in self._held)
         self._check()
         return self._free.pop()
+
+    def _await(self, condition: Callable[[], bool]) -> None:
+        """Wait on the rank's own thread, which holds the lock."""
+        if not condition():
+            with stalled():
+                self._changed.wait_for(condition)
 
     def _begin_read(self, place: Place, buffer: torch.Tensor) -> None:
         memory = buffer[: place.file.layout.nbytes(place.tile)]

@@ -7,13 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 
 from drivetrain.job.job import open_jobs
 
-WORKER = "drivetrain-offload"
-"""Name of the thread that updates on the host; while it waits, the rank itself goes on."""
+OWN_THREADS = "drivetrain-"
+"""How names of threads of packages begin; while one of them waits, the rank goes on."""
 
 
 def stalled() -> AbstractContextManager[None]:
     """Around what is waited for: counts as ``"offload wait"`` of the job opened last."""
     jobs = open_jobs()
-    if not jobs or threading.current_thread().name == WORKER:
+    if not jobs or threading.current_thread().name.startswith(OWN_THREADS):
         return nullcontext()
     return jobs[-1].span("offload wait")

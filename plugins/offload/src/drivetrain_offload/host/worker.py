@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from drivetrain.errors import TrainingError
-from drivetrain_offload.host.stall import WORKER, stalled
+from drivetrain_offload.host.stall import stalled
 
 
 @dataclass(eq=False)
@@ -124,7 +124,7 @@ class Worker:
     def _start(self) -> None:
         started = threading.Event()
         self._thread = threading.Thread(
-            target=self._loop, args=(started,), name=WORKER, daemon=True
+            target=self._loop, args=(started,), name="drivetrain-offload", daemon=True
         )
         self._thread.start()
         started.wait()

@@ -36,8 +36,8 @@ class Summary:
 
     Args:
         wall: seconds from the first process of the first attempt to the end of the last.
-        columns: column -> seconds, the mean over ranks; they add up to ``wall``, but for what clocks
-            of hosts and devices differ by.
+        columns: column -> seconds, the mean over ranks; they add up to ``wall``, but for what
+            clocks of hosts and devices differ by.
         ranks: rank -> the same for one rank, over the attempts in which it took part.
         goodput: the part of ``wall`` in which steps that count computed, communicated, or waited
             for what was offloaded.
@@ -113,7 +113,7 @@ def summary(attempts: Sequence[Attempt]) -> Summary:
         steps=steps,
         redone=redone,
         samples=samples,
-        waiting=waiting,
+        waiting={column: waiting[column] for column in in_order(waiting)},
         stragglers=stragglers,
         sent=_sent(attempts),
         host_bytes=max((host for host, _, _ in memory), default=0),
