@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from drivetrain.communication import aside, meeting, pulse
+from drivetrain.communication.overdue import Issued
 from drivetrain.errors import CommunicationError
 
 logger = logging.getLogger("drivetrain.failure")
@@ -81,6 +82,7 @@ class FailureBoard:
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self.store = store
+        self.issued: dict[tuple[int, ...], Issued] = {}
         self._rank = rank
         self._world_size = world_size
         self._acknowledged = False

@@ -54,21 +54,23 @@ class Issued:
         board: tells of failures, and has the store in which ranks compare.
         rank: this rank.
         ranks: all ranks of the group.
-        way: what carries it, where that is not torch; it has an order of its own.
     """
 
-    def __init__(
-        self, board: FailureBoard, rank: int, ranks: Sequence[int], way: str = "issued"
-    ) -> None:
+    def __init__(self, board: FailureBoard, rank: int, ranks: Sequence[int]) -> None:
         self._board = board
         name = "-".join(map(str, ranks))
-        self._store: Store = PrefixStore(f"{way}/{name}", board.store)
+        self._store: Store = PrefixStore(f"issued/{name}", board.store)
         self._rank = rank
         self._ranks = ranks
         self._peers = deque(peer for peer in ranks if peer != rank)
         self._counts: Counter[str] = Counter()
         self._recent: deque[tuple[int, Kind, Tag, Axis]] = deque(maxlen=_RECENT)
         self._recent_messages: deque[tuple[str, str]] = deque(maxlen=_RECENT)
+
+    @classmethod
+    def of(cls, board: FailureBoard, rank: int, ranks: Sequence[int]) -> Issued:
+        """The one object for ``ranks``: whatever carries them, collectives have one order."""
+        return board.issued.setdefault(tuple(ranks), cls(board, rank, ranks))
 
     def note(self, collective: Collective) -> dict[str, int]:
         """``collective`` is issued. Messages between two ranks have no place in the order.
@@ -116,7 +118,7 @@ class Issued:
         self._board.check("waiting for a collective")
         own = {
             str(number): f"{kind} of {tag} over {axis_name(axis)!r}"
-            for number, kind, tag, axis in self._recent
+            for number, kind, tag, axis in list(self._recent)  # others may note meanwhile
         } | dict(self._recent_messages)
         record = {"issued": own, "counts": self._counts, "needs": needs}
         self._store.set(str(self._rank), json.dumps(record))

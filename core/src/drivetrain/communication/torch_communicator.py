@@ -148,7 +148,6 @@ class TorchCommunicator(Communicator):
         self._device = device
         self._failures = failures
         self._lines: dict[tuple[Axis, bool], _Line] = {}
-        self._issued: dict[tuple[int, ...], Issued] = {}
 
     def size(self, axis: Axis) -> int:
         return self._mesh.size(axis)
@@ -198,10 +197,8 @@ class TorchCommunicator(Communicator):
         """What is issued on the ranks of ``axis``, under whatever name."""
         if self._failures is None:
             return None
-        ranks = tuple(self._mesh.ranks(axis))
-        if ranks not in self._issued:
-            self._issued[ranks] = Issued(self._failures, ranks[self._mesh.coordinate(axis)], ranks)
-        return self._issued[ranks]
+        ranks = self._mesh.ranks(axis)
+        return Issued.of(self._failures, ranks[self._mesh.coordinate(axis)], ranks)
 
     def _compare(self, issued: Issued, needs: dict[str, int]) -> None:
         try:

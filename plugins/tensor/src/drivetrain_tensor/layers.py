@@ -181,6 +181,7 @@ class TokenColumns(Columns):
         lazy: bool,
     ) -> None:
         super().__init__(lane, kind, 0, longest, order, replicated=True)
+        self.what = "logits (tensor_parallel.vocabulary_loss)"
         self.tp, self.start, self.extent, self.lazy = lane.tp, start, extent, lazy
 
     def output(self, y: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from drivetrain.communication.functional import Functional
-from drivetrain.errors import TrainingError
+from drivetrain.errors import CommunicationError, TrainingError
 
 
 class Parts(Protocol):
@@ -31,6 +31,8 @@ class Parts(Protocol):
     """Length of the whole dimension."""
     tp: Functional
     """The ranks."""
+    what: str
+    """What such tensors are, and the key that leaves them whole."""
 
     def assemble(self, part: torch.Tensor, dim: int) -> torch.Tensor:
         """The whole of the parts of all ranks, whose gradient is the same on all. Collective."""
@@ -73,6 +75,8 @@ class LazyTensor(torch.Tensor):
             found = of_lazy_logits(*args, **kwargs)
             if found is not None:
                 return found
+        if func in _DESCRIBES and isinstance(args[0], LazyTensor):
+            return format(_described(args[0]), *args[1:] if func is _FORMAT else ())
         if func is torch.Tensor.__setitem__ and isinstance(args[0], LazyTensor):
             return _set(*args)
         if func in _READ_MEMORY or _changes_another(func, args, kwargs):
@@ -159,7 +163,7 @@ def plain(x: Any) -> Any:
     """A plain tensor in place of one of which there is a part; others as they are. Collective."""
     if isinstance(x, ViewOfAll):
         return _Plain.apply(x)  # type: ignore[no-untyped-call]
-    return x.parts.assemble(part_of(x), x.cut) if isinstance(x, LazyTensor) else x
+    return _assembled(x, part_of(x)) if isinstance(x, LazyTensor) else x
 
 
 def whole_logits(logits: torch.Tensor) -> torch.Tensor:
@@ -246,12 +250,41 @@ _READ_MEMORY = {
     torch.Tensor.tolist,
     torch.Tensor.item,
     torch.Tensor.__array__,
-    torch.Tensor.__repr__,
-    torch.Tensor.__format__,
     torch.Tensor.__deepcopy__,
     torch.Tensor.__reduce_ex__,
 }
 """Functions that look at memory past all operators."""
+
+_FORMAT = torch.Tensor.__format__
+_DESCRIBES = {torch.Tensor.__repr__, torch.Tensor.__str__, _FORMAT}
+"""Functions that print, which scripts do on one rank alone; so they do not communicate."""
+
+
+def _described(x: LazyTensor) -> str:
+    """What is printed of a tensor of which a part is here."""
+    stop = x.parts.start + x.part.shape[x.cut]
+    return (
+        f"tensor(..., size={tuple(x.shape)}, dtype={x.dtype}; {x.parts.what.split(' (')[0]}, of "
+        f"which this rank has [{x.parts.start}, {stop}) along dimension {x.cut}, and "
+        "drivetrain_tensor.whole_logits, called on all tensor-parallel ranks, all)"
+    )
+
+
+def _assembled(x: LazyTensor, part: torch.Tensor) -> torch.Tensor:
+    """All of ``x``. Collective.
+
+    Raises:
+        CommunicationError: other ranks do something else; says what to do.
+    """
+    try:
+        return x.parts.assemble(part, x.cut)
+    except CommunicationError as error:
+        raise CommunicationError(
+            f"this rank reads all of {x.parts.what}, of which each tensor-parallel rank has a "
+            "part, and the others do not: read it on every rank of axis 'tp', or call "
+            "drivetrain_tensor.whole_logits on every rank before one rank alone goes on with it, "
+            f"or set that key to false ({error})"
+        ) from error
 
 
 def _changes_another(func: Any, args: Any, kwargs: Any) -> bool:
@@ -273,7 +306,7 @@ def _all(x: Any) -> Any:
     version = x.part._version
     if x._read is None or x._read[0] != version:
         with torch.no_grad():
-            found = x.parts.assemble(x.part, x.cut)
+            found = _assembled(x, x.part)
         if found.stride() != x.stride():  # which operators have been told
             found = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(
                 found

@@ -25,6 +25,7 @@ class SequenceParts:
 
     def __init__(self, tp: Functional, extent: int) -> None:
         self.tp, self.extent = tp, extent
+        self.what = "hidden states (tensor_parallel.sequence_parallel)"
         self.size = -(-extent // tp.size)
         """Tokens of a part."""
         self.start = min(tp.rank * self.size, extent)

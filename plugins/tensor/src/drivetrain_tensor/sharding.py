@@ -167,7 +167,9 @@ class Sharding:
             module.in_features = length(own)
 
     def _vocabulary(self, vocabulary: Vocabulary) -> None:
-        lane = Lane(self._tp, None, overlap=self._overlap)
+        tag = Tag(Purpose.ACTIVATION, site="tensor parallel logits")
+        tp = functional(self._job.communicator, AXIS, tag)
+        lane = Lane(tp, None, overlap=self._overlap)
         ranks = self._job.mesh.size(AXIS)
         rows = vocabulary.tables[0].inputs  # of the client's tensor, which is cut below
         for product in vocabulary.heads:

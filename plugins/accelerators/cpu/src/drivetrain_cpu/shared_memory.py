@@ -274,7 +274,7 @@ def share_memory(job: Job) -> Sequence[CommunicatorLayer]:
 
     def issued(ranks: Sequence[int]) -> Issued | None:
         board = job.failures
-        return None if board is None else Issued(board, job.rank, ranks, "shared memory")
+        return None if board is None else Issued.of(board, job.rank, ranks)
 
     def wrap(communicator: Communicator) -> Communicator:
         routed = SharedMemoryCommunicator(
