@@ -187,11 +187,13 @@ def main() -> None:
     parser.add_argument("--vocabulary", action="store_true", help="cut the vocabulary as well")
     parser.add_argument("--sequence", action="store_true", help="share out sequences")
     parser.add_argument("--overlap", action="store_true", help="overlap sums in backward")
+    parser.add_argument("--domino", action="store_true", help="compute in halves of the batch")
     options = parser.parse_args()
     section = {
         "vocabulary": options.vocabulary or options.peer,
         "sequence_parallel": options.sequence,
         "tp_overlap_comm": options.overlap,
+        "domino": options.domino,
     }
     run = peer if options.peer else bound
     print(json.dumps({"step": run(options.pairs, section)}, indent=1))

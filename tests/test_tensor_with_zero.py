@@ -45,6 +45,15 @@ CASES: dict[str, dict[str, Any]] = {
         }
         for stage in range(4)
     },
+    **{
+        f"stage {stage}, in halves": {
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "activation_checkpointing": {"recompute": "all" if stage % 2 else "none"},
+            "gradient_clipping": 0.5,
+            "tensor_parallel": {"autotp_size": 2, "domino": True},
+        }
+        for stage in (1, 2, 3)
+    },
 }
 LOW: dict[str, dict[str, Any]] = {
     "bf16": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}},

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from drivetrain.communication.functional import Functional
+from drivetrain_tensor import halves
 from drivetrain_tensor.lazy_tensor import LazyTensor, lazy, part_of, plain
-from drivetrain_tensor.overlap import MATRIX, Overlapped
+from drivetrain_tensor.overlap import MATRIX, Overlapped, OverlappedParts
 from drivetrain_tensor.sequence import SequenceParts, summed
 
 if TYPE_CHECKING:
@@ -70,44 +71,58 @@ class Lane(Shared):
         in_parts: bool = False,
     ) -> None:
         self.tp, self.random, self.overlap, self.in_parts = tp, random, overlap, in_parts
-        self._stack: ExitStack | None = None
-        self._entered: Entered | None = None
+        self._stacks: list[ExitStack | None] = [None, None]
+        self._entered: list[Entered | None] = [None, None]  # by half of a batch, if there are two
 
     def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, Overlapped | None]:
         """f: once for each tensor that several layers read."""
-        if self._stack is not None and self.random is not None:
-            self._stack.enter_context(self.random.fork(STREAM))
+        if (stack := self._stacks[halves.half()]) is not None and self.random is not None:
+            stack.enter_context(self._drawing(self.random))
         if not (torch.is_grad_enabled() and x.requires_grad) and not isinstance(x, LazyTensor):
             return x, None
-        found = self._entered
+        found = self._entered[halves.half()]
         if found is None or found.x is not x or found.version != x._version:
-            found = self._entered = self._enter(x)
+            found = self._entered[halves.half()] = self._enter(x)
         return found.y, found.overlapped
+
+    @contextmanager
+    def _drawing(self, random: RandomStreams) -> Iterator[None]:
+        halves.keep(1)
+        try:
+            with random.fork(STREAM):
+                yield
+        finally:
+            halves.keep(-1)
 
     def _enter(self, x: torch.Tensor) -> Entered:
         version = x._version
         if isinstance(x, LazyTensor) and isinstance(x.parts, SequenceParts):
-            return Entered(x, version, x.parts.gather(part_of(x), x.cut), None)
+            if not self.overlap:
+                return Entered(x, version, x.parts.gather(part_of(x), x.cut), None)
+            arriving = OverlappedParts(x.parts, x.cut)
+            return Entered(x, version, arriving.enter(part_of(x)), arriving)
         whole: torch.Tensor = plain(x)
-        overlapped = Overlapped(self.tp) if self.overlap else None
+        overlapped = Overlapped(self.tp) if self.overlap or halves.in_halves() else None
         y = self.tp.copy(whole) if overlapped is None else overlapped.enter(whole)
+        halves.entered(y)
         return Entered(x, version, y, overlapped)
 
     def leave(self) -> None:
         """Draw what is common to all ranks again, and forget what has come in."""
-        self._entered = None
-        if self._stack is not None:
-            self._stack.close()
+        self._entered[halves.half()] = None
+        if (stack := self._stacks[halves.half()]) is not None:
+            stack.close()
 
     @contextmanager
     def around(self) -> Iterator[None]:
         """Surround the forward of the module that has the region inside."""
-        outer, self._stack = self._stack, ExitStack()
+        half, stack = halves.half(), ExitStack()
+        outer, self._stacks[half] = self._stacks[half], stack
         try:
-            with self._stack:
+            with stack:
                 yield
         finally:
-            self._stack, self._entered = outer, None
+            self._stacks[half], self._entered[half] = outer, None
 
 
 class Columns(Shared):
@@ -241,7 +256,10 @@ class RowLayer(nn.Module):
             x = x.index_select(-1, rows.picked.to(x.device))
         rows.lane.leave()
         terms = product(x, self.weight, None, rows.kind)
-        y = summed(terms, rows.lane.tp, in_parts=rows.lane.in_parts)
+        if halves.in_halves():
+            y = halves.summed_meanwhile(terms, rows.lane.tp)
+        else:
+            y = summed(terms, rows.lane.tp, in_parts=rows.lane.in_parts)
         return y if self.bias is None else y + self.bias
 
 

@@ -42,8 +42,12 @@ class TensorParallel(Plugin):
 
     @hookimpl
     def configure(self, plan: Plan) -> Sequence[Problem]:
-        if not self.section(TensorParallelSection).sequence_parallel:
+        section = self.section(TensorParallelSection)
+        if not section.sequence_parallel:
             return []
+        if section.domino:
+            text = "ranks share out sequences in place of the sums that it overlaps: leave out one"
+            return [Problem(f"{PATH}.domino", f"not beside sequence_parallel, where {text}")]
         if plan.layout.size("pp") > 1:
             text = "stages of a pipeline send whole sequences: leave out one of the two"
             return [Problem(f"{PATH}.sequence_parallel", text)]
@@ -83,6 +87,7 @@ class TensorParallel(Plugin):
             f"{PATH}.tp_overlap_comm": section.tp_overlap_comm,
             f"{PATH}.vocabulary": section.vocabulary,
             f"{PATH}.sequence_parallel": section.sequence_parallel,
+            f"{PATH}.domino": section.domino,
         }
 
     def feature_values(self) -> Mapping[str, Sequence[object]]:

@@ -268,15 +268,29 @@ def sample_inputs(
     best: tuple[int, Any] = (0, None)
     for args, kwargs in _candidates(model, products):
         trace = Probe(model, products, args, kwargs).run()
-        if trace.error is None:
+        problem = trace.error or _misfit(trace)
+        if problem is None:
             return args, kwargs
-        tried.append(f"{type(trace.error).__name__}: {trace.error}"[:200])
+        tried.append(f"{type(problem).__name__}: {problem}"[:200])
         if len(trace.calls) > best[0]:
             best = len(trace.calls), (args, kwargs)
     if best[1] is not None and best[0] >= len(products):
         found: tuple[tuple[Any, ...], dict[str, Any]] = best[1]
         return found
     raise LookupError("; ".join(dict.fromkeys(tried)) or "there is nothing to try")
+
+
+def _misfit(trace: Trace) -> Exception | None:
+    """What layers would have said to inputs at which prepared numbers do not look."""
+    for call in trace.calls:
+        product, x = call.product, call.x
+        if product.kind == "embedding" and x.is_floating_point():
+            return TypeError(f"{product.path} looks rows up, and got {x.dtype}")
+        if product.kind != "embedding" and not x.is_floating_point():
+            return TypeError(f"{product.path} multiplies, and got {x.dtype}")
+        if product.kind != "embedding" and x.shape[-1] != product.inputs:
+            return ValueError(f"{product.path} reads {product.inputs}, and got {x.shape[-1]}")
+    return None
 
 
 def _candidates(

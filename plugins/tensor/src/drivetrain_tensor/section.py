@@ -105,6 +105,11 @@ class TensorParallelSection(Section):
         description="Share out tokens over the same ranks between layers: norms, dropout and "
         "residuals have 1 / `autotp_size` of them, and of memory.",
     )
+    domino: Bool = Field(
+        default=False,
+        description="Compute repeated blocks in two halves of the batch, one of which computes "
+        "while sums of the other are under way (Domino).",
+    )
     vocabulary_loss: Bool = Field(
         default=True,
         description="Compute cross-entropies from parts of the vocabulary. Logits are gathered "

@@ -11,9 +11,11 @@ from torch import nn
 
 from drivetrain.communication.functional import functional
 from drivetrain.contracts import Placement, Purpose, Tag
+from drivetrain.states.units import units
 from drivetrain_tensor.adapting import adapt, modules_between, slice_of
 from drivetrain_tensor.analysis import Analysis, Decision, Vocabulary, home_modules
 from drivetrain_tensor.cutting import Cut
+from drivetrain_tensor.halves import HalvedModule, Halving
 from drivetrain_tensor.layers import (
     STREAM,
     ColumnLayer,
@@ -47,6 +49,7 @@ class Sharding:
         overlap: whether gradients of inputs are summed while those of weights are computed.
         lazy: whether logits are gathered when something other than their loss reads them.
         in_parts: whether ranks share out sequences between regions.
+        halved: whether repeated blocks compute in halves of the batch.
     """
 
     def __init__(
@@ -57,9 +60,10 @@ class Sharding:
         overlap: bool = False,
         lazy: bool = True,
         in_parts: bool = False,
+        halved: bool = False,
     ) -> None:
         self._job, self._model, self._overlap, self._lazy = job, model, overlap, lazy
-        self._in_parts = in_parts
+        self._in_parts, self._halved = in_parts, halved
         self._rank = job.mesh.coordinate(AXIS)
         tag = Tag(Purpose.ACTIVATION, site="tensor parallel")
         self._tp = functional(job.communicator, AXIS, tag)
@@ -82,6 +86,16 @@ class Sharding:
         for module, numbers in homes.items():
             take_over(module, SeededModule)
             module.tensor_lanes = tuple(lanes[number] for number in numbers)  # type: ignore[assignment]
+        if self._halved:
+            self._halve()
+
+    def _halve(self) -> None:
+        """Let blocks with sums in them compute in halves."""
+        for unit in units(self._model):
+            block: Any = unit.module
+            if block is not self._model and any(isinstance(m, RowLayer) for m in block.modules()):
+                take_over(block, HalvedModule)
+                block.tensor_halving = Halving(unit.name, self._tp)
 
     def _lane(self, decision: Decision) -> Lane:
         random = None if decision.cut.whole else self._job.random

@@ -15,6 +15,7 @@ from drivetrain.checkpoint.agreement import same_everywhere, worst
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.modules.materialize import has_meta
 from drivetrain_tensor.analysis import Analysis, analyse
+from drivetrain_tensor.comparing import difference
 from drivetrain_tensor.probing import evaluating, tensors_of
 from drivetrain_tensor.rules import Rules
 from drivetrain_tensor.scripts import claim
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from drivetrain_tensor.products import Product
 
 logger = logging.getLogger("drivetrain.tensor")
-
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference, as a part of the largest number, by dtype: sums in another order."""
 
 
 class Work:
@@ -82,6 +80,7 @@ class Work:
             overlap=self._section.tp_overlap_comm,
             lazy=self._section.vocabulary_loss,
             in_parts=self._section.sequence_parallel,
+            halved=self._section.domino,
         ).apply(self._analysis)
         return module
 
@@ -96,7 +95,7 @@ class Work:
             after = self._outputs(module)
             for name, expected in self._before.items():
                 for whole, found in zip(expected, after.get(name, []), strict=True):
-                    problem = problem or _difference(name, whole, found)
+                    problem = problem or difference(name, whole, found)
             self._before = {}
             if (text := worst(self._job, problem)) is not None:
                 raise ConfigError(f"tensor_parallel: the cut model differs from the whole: {text}")
@@ -150,23 +149,6 @@ def _moved(leaf: Any, device: torch.device, dtype: torch.dtype) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     return leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
-
-
-def _difference(name: str, whole: torch.Tensor, found: torch.Tensor) -> str | None:
-    if whole.shape != found.shape:
-        return f"{name} returns shape {tuple(found.shape)} in place of {tuple(whole.shape)}"
-    if not whole.is_floating_point() or not whole.numel():
-        return None
-    both = whole.isfinite() & found.isfinite()
-    scale = whole[both].abs().max().item() if bool(both.any()) else 0.0
-    if bool((whole.isfinite() != found.isfinite()).any()):
-        return f"{name} returns other infinite or undefined numbers"
-    difference = (whole - found)[both].abs().max().item() if bool(both.any()) else 0.0
-    if difference > _TOLERANCES.get(whole.dtype, 1e-1) * max(scale, 1e-3):
-        return (
-            f"{name} returns numbers that differ by {difference:.2g}, where they go to {scale:.2g}"
-        )
-    return None
 
 
 def check_inputs(job: Job, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
