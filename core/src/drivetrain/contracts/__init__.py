@@ -15,7 +15,9 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "loop.attention": "Attention AttentionFacts AttentionLayer AttentionPhase MaskRule",
         "loop.batch": "ACCUMULATION Batch GLOBAL LARGEST MICRO solve_batch",
-        "loop.inference": "Completion Generates InferenceRequest Progress Serves TokenLogprobs",
+        "loop.inference": (
+            "Completion Embeds Generates InferenceRequest Progress Serves TokenLogprobs"
+        ),
         "loop.loading": "Finish LoaderRequest SampleOrder",
         "loop.runner": "Runner",
         "loop.step_report": "StepReport",

@@ -1,4 +1,4 @@
-"""Engines that generate: paged cache, continuous batching, streaming.
+"""Engines that generate: paged cache, continuous batching, streaming; and encoders.
 
 Names are imported when they are first used, so that a config can be checked without torch.
 """
@@ -12,6 +12,8 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "cache.blocks": "BlockManager OutOfBlocksError",
         "engine": "InferenceEngine QueueFullError",
+        "encoders.encoder": "Classified Encoder",
+        "encoders.loading": "engine_for load_encoder",
         "weights.blocks": "Q40 Q41 Q80 W8A8",
         "weights.grouped": "Int4 Int8",
         "weights.minifloats": "Fp6 Fp8",

@@ -1,5 +1,9 @@
 from drivetrain_inference.cache.blocks import BlockManager as BlockManager
 from drivetrain_inference.cache.blocks import OutOfBlocksError as OutOfBlocksError
+from drivetrain_inference.encoders.encoder import Classified as Classified
+from drivetrain_inference.encoders.encoder import Encoder as Encoder
+from drivetrain_inference.encoders.loading import engine_for as engine_for
+from drivetrain_inference.encoders.loading import load_encoder as load_encoder
 from drivetrain_inference.engine import InferenceEngine as InferenceEngine
 from drivetrain_inference.engine import QueueFullError as QueueFullError
 from drivetrain_inference.loading import load_model as load_model

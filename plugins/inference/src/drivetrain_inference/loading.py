@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from drivetrain_inference.section import InferenceSection
 
 DEFAULT_CONTEXT = 2048
+_TOKENIZER = re.compile(r"^(tokenizer|vocab|merges|spiece|sentencepiece|tekken)|[.](model|spm)$")
+"""Names of files that tokenizers are made of."""
+
 _SOURCES: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 """Files that modules were loaded from."""
 
@@ -113,6 +117,8 @@ def load_tokenizer(path: Path) -> Any | None:
     """The tokenizer beside the weights; ``None`` if there is none."""
     from transformers import AutoTokenizer
 
+    if path.is_dir() and not any(_TOKENIZER.search(each.name) for each in path.iterdir()):
+        return None  # Transformers would make one without words
     try:
         return AutoTokenizer.from_pretrained(**_source(path), local_files_only=True)
     except (OSError, ValueError, KeyError):

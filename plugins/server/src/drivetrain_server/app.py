@@ -16,13 +16,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from drivetrain_server.api.body import read
 from drivetrain_server.api.chat import Chat
 from drivetrain_server.api.completions import Completions
+from drivetrain_server.api.embeddings import Embeddings
 from drivetrain_server.api.errors import ApiError, as_api_error
 from drivetrain_server.api.generation import Generator
 from drivetrain_server.api.guard import Guard
-from drivetrain_server.api.schemas import EmbeddingRequest
 from drivetrain_server.metrics import Metrics
 from drivetrain_server.settings import Settings
 from drivetrain_server.templates.renderer import Renderer
@@ -50,7 +49,7 @@ def create_app(
     routes = [
         Route("/v1/chat/completions", _post(chat), methods=["POST"]),
         Route("/v1/completions", _post(completions), methods=["POST"]),
-        Route("/v1/embeddings", others.embeddings, methods=["POST"]),
+        Route("/v1/embeddings", _post(Embeddings(generator)), methods=["POST"]),
         Route("/v1/models", others.models),
         Route("/v1/models/{name:path}", others.model),
         Route("/health", others.health),
@@ -116,15 +115,6 @@ class _Others:
             "max_model_len": self._router.facts.get("capacity"),
             "chat": self._chat,
         }
-
-    async def embeddings(self, request: Request) -> Response:
-        limits = self._settings
-        await read(request, EmbeddingRequest, most=limits.max_body, seconds=limits.body_seconds)
-        raise ApiError(
-            501,
-            f"the engine that serves {self._settings.name!r} generates text and has no embeddings",
-            code="not_implemented",
-        )
 
     async def health(self, request: Request) -> Response:
         workers = [
@@ -194,7 +184,7 @@ class _Counted:
         await self._app(scope, receive, counted)
 
 
-def _post(handler: Chat | Completions) -> Any:
+def _post(handler: Chat | Completions | Embeddings) -> Any:
     async def handle(request: Request) -> Response:
         return await handler(request)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline"]
 
@@ -133,3 +136,30 @@ class Serves(Generates, Protocol):
         Sequences (``running``, ``waiting``), tokens that the cache has room for (``cache_tokens``),
         the share of it in use (``cache_used``), and how often one made room (``preemptions``).
         """
+
+
+class Embeds(Protocol):
+    """An engine that makes vectors of texts; the group ``drivetrain.engines`` may answer with one.
+
+    One thread at a time may use it.
+    """
+
+    tokenizer: Any
+    context: int
+
+    def tokens(self, prompt: Any) -> list[int]:
+        """The tokens of a text, or of a list of tokens.
+
+        Raises:
+            ConfigError: it cannot be taken.
+        """
+
+    def embed(self, prompts: Sequence[Any]) -> torch.Tensor:
+        """One vector for each text or list of tokens: fp32 [texts, dimensions] on the host.
+
+        Raises:
+            ConfigError: one of them cannot be taken, or the model has no vectors.
+        """
+
+    def close(self) -> None:
+        """Give its memory back."""

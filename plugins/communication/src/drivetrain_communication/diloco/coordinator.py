@@ -114,6 +114,11 @@ class Coordinator:
         self._say(f"replica {replica} {why}; present: {_listed(self._members)}")
         self._advance()
 
+    def is_waiting(self, replica: int) -> bool:
+        """Whether a replica waits for a round or for a decision."""
+        member = self._members.get(replica)
+        return member is not None and member.asked is not None
+
     def waiting_for(self) -> str:
         """Whom the next decision waits for, in words."""
         if self._round is not None:

@@ -75,7 +75,7 @@ class MeetingPoint:
         """Serve one connection."""
         _keep_alive(writer.get_extra_info("socket"))
         replica: int | None = None
-        words = asyncio.ensure_future(self._keep_saying(writer))
+        words: asyncio.Task[None] | None = None
         why = "ended without a word"
         try:
             while line := await reader.readline():
@@ -92,6 +92,7 @@ class MeetingPoint:
                     if not came:
                         break
                     replica = int(message["replica"])
+                    words = asyncio.create_task(self._keep_saying(replica, writer))
                 elif replica is None:
                     break
                 elif message["do"] == "ask":
@@ -104,7 +105,8 @@ class MeetingPoint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = f"is cut off ({type(error).__name__}: {error})"
         finally:
-            words.cancel()
+            if words is not None:
+                words.cancel()
             if replica is not None:
                 self._coordinator.gone(replica, why)
             with suppress(OSError):
@@ -118,10 +120,12 @@ class MeetingPoint:
                 break
             await asyncio.sleep(_LOOK_SECONDS)
 
-    async def _keep_saying(self, writer: asyncio.StreamWriter) -> None:
+    async def _keep_saying(self, replica: int, writer: asyncio.StreamWriter) -> None:
+        """Tell a replica that waits for whom it does."""
         while True:
             await asyncio.sleep(WORDS_SECONDS)
-            _send(writer, {"do": "wait", "for": self._coordinator.waiting_for()})
+            if self._coordinator.is_waiting(replica):
+                _send(writer, {"do": "wait", "for": self._coordinator.waiting_for()})
 
 
 class Visitor:

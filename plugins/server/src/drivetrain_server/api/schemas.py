@@ -291,10 +291,18 @@ class EmbeddingRequest(Strict):
     """``POST /v1/embeddings``."""
 
     model: str
-    input: Any
+    input: str | list[int] | list[str] | list[list[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: str | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One or several texts."""
+        given = self.input
+        if isinstance(given, str) or (given and isinstance(given[0], int)):
+            return [given]
+        return list(given)  # type: ignore[arg-type]
 
 
 def sampling(asked: Sampled, seed: int, logprobs: int | None) -> dict[str, Any]:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from drivetrain.contracts import Serves
+from drivetrain.contracts import Embeds, Serves
 from drivetrain.errors import ConfigError
 from drivetrain.plan.registry import Registry
 from drivetrain_server.workers.wire import Message
 
 
-def load(order: Message) -> Serves:
-    """The engine that ``order`` asks for.
+def load(order: Message) -> Serves | Embeds:
+    """The engine that ``order`` asks for; whether it generates is the model's business.
 
     Raises:
         ConfigError: no package generates, several do and none is named, or the model cannot be
@@ -39,7 +39,7 @@ def load(order: Message) -> Serves:
     dtype = getattr(torch, order["dtype"] or "float32", None)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"dtype {order['dtype']!r} is none of torch")
-    engine: Serves = registry.load("engines", name)(
+    engine: Serves | Embeds = registry.load("engines", name)(
         Path(order["model"]),
         order["config"],
         dtype=dtype if order["dtype"] else None,
@@ -48,14 +48,16 @@ def load(order: Message) -> Serves:
     return engine
 
 
-def described(engine: Serves) -> dict[str, Any]:
+def described(engine: Any) -> dict[str, Any]:
     """What a server has to know of an engine: its room, its chat template, its special tokens."""
     tokenizer = engine.tokenizer
-    status = engine.status()
+    embeds = hasattr(engine, "embed")
+    room = engine.context if embeds else min(engine.context, int(engine.status()["cache_tokens"]))
     return {
         "context": engine.context,
-        "capacity": min(engine.context, int(status["cache_tokens"])),
-        "template": getattr(tokenizer, "chat_template", None),
+        "capacity": room,
+        "embeds": embeds,
+        "template": None if embeds else getattr(tokenizer, "chat_template", None),
         "tokens": dict(getattr(tokenizer, "special_tokens_map", None) or {}),
         "process": os.getpid(),
     }

@@ -87,7 +87,7 @@ class Replica:
         if not self.ready or self._writer is None:
             raise WorkerLostError(f"{self.name} is being started again; try again soon")
         key = next(self._numbers)
-        ticket = Ticket({**order, "do": "add", "id": key}, results, self._leave)
+        ticket = Ticket({"do": "add", **order, "id": key}, results, self._leave)
         self._tickets[key] = ticket
         self._send(ticket.order)
         return ticket
@@ -209,18 +209,8 @@ class Replica:
         kind = message["is"]
         if kind == "progress":
             for key, index, text, tokens, reason, cached, places in message["items"]:
-                ticket = self._tickets.get(key)
-                if ticket is not None:
-                    known = () if places is None else (places,)
-                    part = Part(index, text, tokens, reason, cached, known)
-                    self._heard(part)
-                    ticket.add(part)
-        elif kind == "begun":
-            if (ticket := self._tickets.get(message["id"])) is not None:
-                ticket.begin(message["prompt_tokens"])
-        elif kind == "refused":
-            if (ticket := self._tickets.get(message["id"])) is not None:
-                ticket.fail(RefusedError(message["message"], message["status"], message["code"]))
+                known = () if places is None else (places,)
+                self._add(key, Part(index, text, tokens, reason, cached, known))
         elif kind == "pong":
             self.status = {name: value for name, value in message.items() if name != "is"}
         elif kind == "ready":
@@ -230,6 +220,20 @@ class Replica:
             if not self._first.done():
                 self._first.set_result(None)
             logger.info("%s serves", self.name)
+        elif (ticket := self._tickets.get(message["id"])) is None:
+            pass  # whoever asked has left
+        elif kind == "refused":
+            ticket.fail(RefusedError(message["message"], message["status"], message["code"]))
+        else:
+            ticket.begin(message["prompt_tokens"])
+            if kind == "embedded":
+                self._add(message["id"], Part(0, message["vectors"], 0, "stop", 0))
+
+    def _add(self, key: int, part: Part) -> None:
+        ticket = self._tickets.get(key)
+        if ticket is not None:
+            self._heard(part)
+            ticket.add(part)
 
     def _leave(self, ticket: Ticket, known: bool) -> None:
         key = ticket.order["id"]

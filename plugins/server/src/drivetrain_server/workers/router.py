@@ -96,7 +96,7 @@ class Router:
         if not ready:
             names = ", ".join(f"{each.name} {each.trouble}" for each in self.replicas)
             raise WorkerLostError(f"no worker serves at present, they are started again: {names}")
-        keys = keys_of(order["prompt"]) if len(ready) > 1 else []
+        keys = keys_of(order["prompt"]) if len(ready) > 1 and "prompt" in order else []
         chosen = self._chosen(ready, keys)
         chosen.prefixes.remember(keys)
         return chosen.submit(order, results)

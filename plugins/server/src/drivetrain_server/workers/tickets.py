@@ -35,7 +35,7 @@ class Part:
 
     Args:
         index: which result of the request.
-        text: new text.
+        text: new text; of embeddings the vectors, a line of base64 each.
         tokens: how many tokens it took.
         reason: why the result has ended, or ``None``.
         cached: tokens of the prompt that the cache had, once the result has ended.

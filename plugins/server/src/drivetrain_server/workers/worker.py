@@ -23,9 +23,12 @@ from drivetrain.contracts import Progress, Serves
 from drivetrain.errors import ConfigError, DrivetrainError
 from drivetrain_server.workers.edits import Both, Edit, Grammars, Guide, Penalties
 from drivetrain_server.workers.loading import described, load
+from drivetrain_server.workers.vectors import VectorWorker
 from drivetrain_server.workers.wire import Message, Wire
 
 logger = logging.getLogger("drivetrain.server.worker")
+
+_NO_VECTORS = "this model generates text and has no embeddings"
 
 
 class Refused(Exception):  # noqa: N818 - an answer, not a failure
@@ -81,6 +84,10 @@ class Worker:
                 self._wire.send(self._pong())
             elif kind == "add":
                 self._prepare(message)
+            elif kind == "embed":
+                self._refuse(
+                    message["id"], Refused(_NO_VECTORS, status=501, code="not_implemented")
+                )
             elif kind == "cancel":
                 self._orders.put(partial(self._cancel, message["id"]))
             else:
@@ -260,8 +267,9 @@ def main(descriptor: int) -> int:
     if order is None:
         return 1
     try:
-        engine = load(order)
-        worker = Worker(wire, engine)
+        engine: Any = load(order)
+        embeds = hasattr(engine, "embed")
+        worker = VectorWorker(wire, engine) if embeds else Worker(wire, engine)
         wire.send({"is": "ready", **described(engine)})
         worker.run()
     except DrivetrainError as error:

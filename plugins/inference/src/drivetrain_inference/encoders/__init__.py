@@ -1,0 +1,1 @@
+"""Encoders: texts as vectors, and texts sorted into classes, in batches."""
