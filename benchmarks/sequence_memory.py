@@ -1,10 +1,12 @@
 """Peak memory of one training step by length of the sequence: plain, in tiles, chunks, on ranks.
 
-Each figure is of a process of its own: the peak of resident memory during the second step, less
-what was resident before the first; with ``--limit``, the longest sequence whose process stays below
-so many MiB, all that Python and torch take included. ``--shapes-only`` leaves out the arithmetic of
-fused attention, and makes its results as zeros: memory is the same, and time grows with the length
-instead of its square. Prints JSON; ``--picture FILE`` draws it as well.
+Each figure is of processes of their own, one per rank: the peak of resident memory during the
+second step, less what was resident before it; the largest of the ranks' counts. With ``--limit``,
+the longest sequence whose processes stay below so many MiB each, all that Python and torch take
+included; ``RLIMIT_DATA`` holds each to that, so what is too long fails as it would in a cgroup.
+``--shapes-only`` leaves out the arithmetic of fused attention, and makes its results as zeros:
+memory is the same, and time grows with the length instead of its square. Prints JSON; ``--picture
+FILE`` draws it as well. ``--one WAY --trace FILE`` draws the memory of one step over time.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ import argparse
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 TILES = {"loss_tile": 512, "mlp_tile": 512, "probe": False}
@@ -28,14 +33,23 @@ WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "recompute": AGAIN,
     "tiles": AGAIN | {"sequence_parallel": TILES},
+    "tiles, files": AGAIN | FILES | {"sequence_parallel": TILES},
     "chunks": {"sequence_parallel": CHUNKS},
     "chunks, files": FILES | {"sequence_parallel": CHUNKS},
-    "tiles, 2 ranks": AGAIN | {"sequence_parallel": TILES, "sequence_parallel_size": 2},
-    "chunks, files, 2 ranks": FILES | {"sequence_parallel": CHUNKS, "sequence_parallel_size": 2},
 }
 """What a config has for each way; ``transformers`` beside them is a loop without Drivetrain."""
 
+RANKS = (1, 2, 4)
+"""Ranks that share a sequence; a way's name ends with them where they are several."""
+
 ALONE = "transformers"
+NAMES = [ALONE, *WAYS] + [f"{way}, {ranks} ranks" for ranks in RANKS[1:] for way in WAYS]
+
+
+def ranks_of(way: str) -> tuple[str, int]:
+    """A way's config by name, and how many ranks share its sequences."""
+    name, _, ranks = way.removesuffix(" ranks").rpartition(", ")
+    return (name, int(ranks)) if way.endswith(" ranks") else (way, 1)
 
 
 def model_of(length: int, tied: bool) -> Any:
@@ -48,7 +62,7 @@ def model_of(length: int, tied: bool) -> Any:
         hidden_size=256,
         intermediate_size=1024,
         num_hidden_layers=4,
-        num_attention_heads=8,
+        num_attention_heads=4,
         max_position_embeddings=length,
         tie_word_embeddings=tied,
     )
@@ -72,10 +86,12 @@ def trainer(way: str, length: int, tied: bool, folder: str) -> Callable[[Any], N
         return alone
     import drivetrain
 
+    name, ranks = ranks_of(way)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
-        **WAYS[way],
+        "sequence_parallel_size": ranks,
+        **WAYS[name],
     }
     if "activation_offload" in config:
         config["activation_offload"] = {**config["activation_offload"], "nvme_path": folder}
@@ -102,33 +118,76 @@ def without_arithmetic() -> None:
     fused.forward, fused.backward = forward, backward
 
 
-def step(way: str, length: int, options: argparse.Namespace) -> dict[str, float]:
+class Trace:
+    """Samples resident memory beside the work, twice a second.
+
+    Attributes:
+        samples: seconds since the start, and MiB.
+    """
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, float]] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Trace:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        begin = time.perf_counter()
+        while not self._ended.wait(0.5):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            mib = pages * resource.getpagesize() / 2**20
+            self.samples.append((round(time.perf_counter() - begin, 1), round(mib, 1)))
+
+
+def step(way: str, length: int, options: argparse.Namespace) -> dict[str, Any]:
     """MiB of this process in one step and in all, and seconds of the step."""
     import torch
 
+    if options.limit is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(options.limit * 2**20),) * 2)
     if options.shapes_only:
         without_arithmetic()
+    trace = Trace()
     with tempfile.TemporaryDirectory() as folder:
         train = trainer(way, length, options.tied, folder)
         train(torch.randint(50257, (1, 64)))  # buffers that every step needs
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         tokens = torch.randint(50257, (1, length), generator=torch.Generator().manual_seed(0))
         begin = time.perf_counter()
-        train(tokens)
+        with trace:
+            train(tokens)
         seconds = time.perf_counter() - begin
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"step": (after - before) / 1024, "process": after / 1024, "seconds": seconds}
+    found = {"step": (after - before) / 1024, "process": after / 1024, "seconds": seconds}
+    return {name: round(value, 1) for name, value in found.items()} | {"trace": trace.samples}
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
 
 
 def measure(way: str, length: int, options: argparse.Namespace) -> dict[str, float] | None:
     """The largest of the ranks' figures; ``None`` if the step does not fit into memory."""
-    ranks = 2 if "2 ranks" in way else 1
+    _, ranks = ranks_of(way)
     command = [sys.executable, __file__, "--one", way, "--lengths", str(length)]
     command += [
         f"--{name}" for name in ("shapes-only", "tied") if vars(options)[name.replace("-", "_")]
     ]
+    command += [] if options.limit is None else ["--limit", str(options.limit)]
     base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
-    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    base |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
     processes = [
         subprocess.Popen(
             command,
@@ -143,7 +202,7 @@ def measure(way: str, length: int, options: argparse.Namespace) -> dict[str, flo
     if any(process.returncode for process in processes):
         return None
     found = [json.loads(output.splitlines()[-1]) for output in outputs]
-    return {key: round(max(each[key] for each in found), 1) for key in found[0]}
+    return {key: max(each[key] for each in found) for key in ("step", "process", "seconds")}
 
 
 def longest(way: str, options: argparse.Namespace) -> dict[str, float]:
@@ -188,19 +247,33 @@ def draw(found: dict[str, dict[str, float | None]], path: str) -> None:
     figure.savefig(path, bbox_inches="tight")
 
 
+def draw_trace(samples: list[tuple[float, float]], path: str) -> None:
+    """A picture of one step's memory over time."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3))
+    axes.plot(*zip(*samples, strict=True))
+    axes.set(xlabel="seconds of the step", ylabel="MiB of the process", ylim=(0, None))
+    figure.savefig(path, bbox_inches="tight")
+
+
 def main() -> None:
     """Measure all ways at all lengths."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
-    parser.add_argument("--ways", nargs="+", choices=[ALONE, *WAYS], default=[ALONE, *WAYS])
-    parser.add_argument("--one", choices=[ALONE, *WAYS], help="one step in this process")
+    parser.add_argument("--ways", nargs="+", choices=NAMES, default=[ALONE, *WAYS])
+    parser.add_argument("--one", choices=NAMES, help="one step in this process")
     parser.add_argument("--limit", type=float, help="MiB of a process")
     parser.add_argument("--shapes-only", action="store_true", help="no arithmetic of attention")
     parser.add_argument("--tied", action="store_true", help="one matrix for embedding and head")
-    parser.add_argument("--picture")
+    parser.add_argument("--picture", help="draw what is measured into this file")
+    parser.add_argument("--trace", help="draw the memory of --one over time into this file")
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(step(options.one, options.lengths[0], options)))
+        one = step(options.one, options.lengths[0], options)
+        if options.trace:
+            draw_trace(one["trace"], options.trace)
+        print(json.dumps(one))
         return
     if options.limit is not None:
         print(

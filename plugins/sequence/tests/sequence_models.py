@@ -37,6 +37,10 @@ def tiny(name: str, **changes: Any) -> Any:
     if name == "qwen":
         config = transformers.Qwen2Config(**common, num_key_value_heads=1, use_sliding_window=False)
         return transformers.Qwen2ForCausalLM(config).double()
+    if name == "mixtral":
+        common |= {"num_key_value_heads": 2, "num_local_experts": 4, **changes}
+        config = transformers.MixtralConfig(**common, experts_implementation="eager")
+        return transformers.MixtralForCausalLM(config).double()
     config = transformers.LlamaConfig(**({"num_key_value_heads": 2} | common))
     return transformers.LlamaForCausalLM(config).double()
 

@@ -179,6 +179,41 @@ def refused(model: nn.Module, *args: Any, **kwargs: Any) -> str:
     return str(raised.value)
 
 
+class Doubled(torch.autograd.Function):
+    """A function that no mode of torch sees."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0] * 2
+
+
+class Doubling(nn.Module):
+    def forward(self, x: torch.Tensor) -> Any:
+        return Doubled.apply(x)
+
+
+def said_of_losses(custom: bool, x: torch.Tensor) -> str:
+    """What a model is told whose loss has more than its blocks return: a loss of a hook."""
+    model, collected = Model(causal=True), list[torch.Tensor]()
+    part: nn.Module = model.blocks[1].project
+    if custom:
+        model.blocks[1].project = nn.Sequential(part, part := Doubling())
+        part.register_forward_hook(lambda *given: collected.append(given[2]))
+    else:
+        part.register_forward_hook(lambda *given: collected.append(given[2].square().mean()))
+    return refused(model, x)
+
+
+def test_losses_of_routers_are_refused_and_their_absence_is_not() -> None:
+    said = refused(tiny("mixtral", output_router_logits=True), **batch(0, "plain"))
+    assert "that was computed inside of model.layers.0" in said
+    check(chunked(1, [("mixtral", "plain", LENGTH)], CHUNKS), [("mixtral", "plain", LENGTH)])
+
+
 def test_what_has_no_chunks_is_refused_by_name() -> None:
     x = torch.randn(ROWS, LENGTH, 8, dtype=torch.float64)
     model = Model(causal=True)
@@ -191,6 +226,8 @@ def test_what_has_no_chunks_is_refused_by_name() -> None:
     model = Model(causal=True)
     model.blocks[1].project.weight.register_hook(lambda gradient: gradient * 2)
     assert "a parameter of blocks.1 has a hook on its gradient" in refused(model, x)
+    for custom in (False, True):
+        assert "was computed inside of blocks.1, as hooks do" in said_of_losses(custom, x)
     with pytest.raises(ConfigError, match="Linear has no repeated blocks"):
         engine_of(nn.Linear(8, 8).double(), sequence_parallel={"chunk": 8})
     wrong: list[tuple[dict[str, int], str]] = [

@@ -108,6 +108,7 @@ def refused_or_not() -> list[str]:
     model = tiny("llama")
     model.model.norm = torch.nn.Sequential(model.model.norm, Convolved())
     wrong.append((model, plain_))
+    wrong.append((tiny("mixtral", output_router_logits=True), plain_))
     for model, inputs in wrong:
         engine = engine_of(model, sequence_parallel_size=2)
         try:
@@ -128,6 +129,7 @@ def test_what_cannot_be_shared_out_is_refused_by_name_on_every_rank() -> None:
         "the ranks of one sequence (sequence_parallel_size) were given different batches",
         "a batch without input_ids or inputs_embeds cannot be cut",
         "LlamaForCausalLM computes something else when ranks share its sequences",
+        "MixtralForCausalLM adds something of its own to the loss of its tokens",
     ]
     for found in run_distributed(refused_or_not, 2):
         for said, begin in zip(found, expected, strict=True):

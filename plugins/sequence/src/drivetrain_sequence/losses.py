@@ -77,7 +77,7 @@ class CausalLoss:
         model: whose function it replaces; that still serves calls outside of the engine.
 
     Attributes:
-        called: whether it was called since this was last set to false.
+        made: the loss that it has returned last.
         in_tiles: where a head has computed losses in place of logits.
     """
 
@@ -85,7 +85,7 @@ class CausalLoss:
         self._line = line
         self._model = model
         self._original = model.loss_function
-        self.called = False
+        self.made: torch.Tensor | None = None
         self.in_tiles: TiledHead | None = None
         model.loss_function = self
 
@@ -106,15 +106,15 @@ class CausalLoss:
         if shift_labels is None:
             given = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
             return self._original(logits, labels, vocab_size=vocab_size, **given, **others)
-        self.called = True
         if self.in_tiles is not None and self.in_tiles.labels is not None:
             losses = self.in_tiles.checked(logits, self._model)
         else:
             losses = token_losses(logits, shift_labels, ignore_index)
-        count = (shift_labels != ignore_index).sum()
+        count: torch.Tensor | float = (shift_labels != ignore_index).sum()
         if num_items_in_batch is not None:
-            return mean_over_sequence(losses.sum(), float(num_items_in_batch), self._line)
-        return mean_over_sequence(losses.sum(), count, self._line)
+            count = float(num_items_in_batch)
+        self.made = mean_over_sequence(losses.sum(), count, self._line)
+        return self.made
 
 
 class TiledHead:

@@ -164,7 +164,7 @@ class SharedModel:
         self._now, self._pending = self._pending, None
         self._turn.in_forward = self._turn.cut.cuts
         if self._loss is not None:
-            self._loss.called = False
+            self._loss.made = None
         if self._head is not None:
             self._head.labels = self._now.labels
 
@@ -180,22 +180,33 @@ class SharedModel:
             return output
         if self._loss is None:
             return self._averaged(output, now)
-        if not self._loss.called:
+        made, self._loss.made = self._loss.made, None  # it holds a graph
+        if made is None:
             raise TrainingError(
                 f"{type(module).__name__} computes its loss without its loss_function, so it is "
                 "not over the whole sequence: leave out labels and compute it of outputs"
+            )
+        if self._line.size > 1 and _loss(output) is not made:
+            raise TrainingError(
+                f"{type(module).__name__} adds something of its own to the loss of its tokens "
+                "(routers do), which is of this rank's part of the sequence: leave it out (of "
+                "Transformers: output_router_logits=False), or set sequence_parallel_size to 1"
             )
         return output
 
     def _averaged(self, output: Any, now: Prepared) -> Any:
         """The output with the loss over all ranks in place of the mean over this rank's labels."""
-        loss = output[0] if isinstance(output, tuple) else output["loss"]
+        loss = _loss(output)
         counted = torch.as_tensor(now.counted)
         loss = mean_over_sequence(loss * counted, counted, self._line)
         if isinstance(output, tuple):
             return (loss, *output[1:])
         output["loss"] = loss
         return output
+
+
+def _loss(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output["loss"]
 
 
 def _without(output: Any, losses: torch.Tensor | None) -> Any:

@@ -23,6 +23,7 @@ from drivetrain.errors import TrainingError
 from drivetrain_sequence.chunks.cutting import Arguments, Results
 from drivetrain_sequence.chunks.draws import Casts, Draws
 from drivetrain_sequence.chunks.elsewhere import Elsewhere
+from drivetrain_sequence.chunks.escapes import Escapes
 from drivetrain_sequence.chunks.sums import GradientSums, OwnLeaves
 from drivetrain_sequence.chunks.work import Attended, KeysKnown, Work
 
@@ -135,9 +136,9 @@ class _Call:
             for walk in range(2):
                 for number, part in enumerate(self._parts):
                     work.begin(number)
-                    output = self._run(number, self.arguments.cut(tensors, part))
-                    if not isinstance(output, KeysKnown):
-                        self._results.put(output, part)
+                    parts = self.arguments.cut(tensors, part)
+                    watched = number == 0 and saved is not None and not work.collecting
+                    (self._watched if watched else self._put)(number, parts)
                 if walk == 1 or not work.collecting:
                     break
                 work.collecting = False
@@ -201,6 +202,30 @@ class _Call:
             return inputs, [output.key, output.value]
         return inputs, [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
 
+    def _put(self, number: int, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Compute a chunk's results, if its forward gets to them, and keep their values."""
+        output = self._run(number, tensors)
+        if isinstance(output, KeysKnown):
+            return []
+        found = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
+        with torch.no_grad():
+            self._results.put(output, self._parts[number])
+        return found
+
+    def _watched(self, number: int, tensors: Sequence[torch.Tensor]) -> None:
+        """The like with a graph, to see that none of it gets lost."""
+        escapes = Escapes(self.block.name)
+        with _nothing_saved(), torch.enable_grad():
+            inputs = [
+                x.detach().requires_grad_(needs)
+                for x, needs in zip(tensors, self.arguments.needed, strict=True)
+            ]
+            with escapes:
+                outputs = self._put(number, inputs)
+            escapes.mark(outputs, list(self.block.module.parameters()))
+        del inputs, outputs
+        escapes.check()
+
     def _run(self, number: int, tensors: Sequence[torch.Tensor]) -> Any:
         """The result of a chunk, or the keys at which its forward has stopped."""
         args, kwargs = self.arguments.of(tensors)
@@ -244,6 +269,11 @@ class _Chunked(torch.autograd.Function):
         count = len(ctx.call.arguments.dims)
         everything = ctx.saved_tensors  # once: asking recomputes, where blocks are recomputed
         return None, *ctx.call.backward(everything[:count], everything[count:], gradients)
+
+
+def _nothing_saved() -> Any:
+    """Graphs without memory; hooks outside, which count or move what is saved, see none of it."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x)
 
 
 def _same(forward: Any) -> Any:
