@@ -178,8 +178,10 @@ def segments_of(positions: torch.Tensor) -> torch.Tensor | None:
     """Which sequence each token of rows [b, S] belongs to, where positions begin again at each.
 
     Returns:
-        [b, S]; ``None`` if every row is one sequence.
+        [b, S]; ``None`` if every row is one sequence, or there are no values that say.
     """
+    if positions.is_meta:
+        return None
     begins = torch.ones_like(positions)
     begins[:, 1:] = (positions.diff(dim=1) != 1).to(positions.dtype)
     segments = begins.cumsum(1) - 1

@@ -63,9 +63,9 @@ class Casts:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._kind = device.type
-        self._enabled = torch.is_autocast_enabled(device.type)
-        self._dtype = torch.get_autocast_dtype(device.type)
+        self._kind = "cpu" if device.type == "meta" else device.type  # which has no autocast
+        self._enabled = torch.is_autocast_enabled(self._kind)
+        self._dtype = torch.get_autocast_dtype(self._kind)
 
     def again(self) -> Any:
         """The same as a context."""

@@ -29,7 +29,7 @@ class Elsewhere:
     def __init__(self, accelerator: Accelerator, device: torch.device, offload: bool) -> None:
         self._accelerator = accelerator
         self._device = device
-        self._away = offload and device.type != "cpu"
+        self._away = offload and accelerator.device_type != "cpu"
         self._stream = accelerator.stream() if self._away else None
 
     def keep(self, x: torch.Tensor) -> torch.Tensor:
@@ -87,6 +87,8 @@ class Elsewhere:
         return here
 
     def _write(self, kept: torch.Tensor, x: torch.Tensor) -> None:
+        if x.is_meta:  # a rehearsal, which has no values
+            return
         if self._stream is None:
             kept.copy_(x)
             return
