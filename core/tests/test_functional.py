@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from drivetrain.communication.byte_log import ByteLog
 from drivetrain.communication.functional import Functional, functional
 from drivetrain.communication.mesh import Mesh
 from drivetrain.communication.torch_communicator import TorchCommunicator
@@ -217,3 +218,24 @@ def compiled_pairs() -> None:
 
 def test_replicated_pairs_compile_into_one_graph():
     run_distributed(compiled_pairs, 2)
+
+
+def counted_without_memory(name: str) -> list[float]:
+    """Bytes that leave a rank of real tensors, forward and backward, and of some without memory."""
+    f = start()
+    log = ByteLog(f.communicator)
+    f = functional(log, f.axis, f.tag)
+    found = []
+    for device in ("cpu", "meta"):
+        x = torch.ones(2 * f.size, f.size, f.size, device=device, requires_grad=True)
+        log.reset()
+        collective = SUMMED[name][0] if name in SUMMED else lambda f, x: f.start(name, x).wait()
+        collective(f, x).sum().backward()
+        found.append(log.total().sent_bytes)
+    return found
+
+
+@pytest.mark.parametrize("name", ["all_gather", "exchange", "reduce"])
+def test_a_rehearsal_counts_what_ranks_send(name):
+    for real, rehearsed in run_distributed(counted_without_memory, 2, name):
+        assert real == rehearsed > 0

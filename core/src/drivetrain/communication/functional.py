@@ -351,11 +351,18 @@ def _wait(token: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 _library.impl("collective", _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("drivetrain_functional::collective", _result, lib=_library)
+# A compiler's tensors need a shape alone; those of a rehearsal, a communicator that counts them.
+torch.library.register_fake(
+    "drivetrain_functional::collective",
+    lambda x, *given: (_run if x.is_meta else _result)(x, *given),
+    lib=_library,
+)
 _library.impl("start", _start, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("wait", _wait, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake(
-    "drivetrain_functional::start", lambda x, *_: x.new_empty(1), lib=_library
+    "drivetrain_functional::start",
+    lambda x, *given: _start(x, *given) if x.is_meta else x.new_empty(1),
+    lib=_library,
 )
 torch.library.register_fake(
     "drivetrain_functional::wait", lambda token, shape: token.new_empty(shape), lib=_library

@@ -69,7 +69,8 @@ class Cutter:
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments by name, without those that are ``None``."""
-        bound = self._signature.bind(*args, **kwargs).arguments
+        # What is missing is given here (position_ids), or missed by the model itself.
+        bound = self._signature.bind_partial(*args, **kwargs).arguments
         for name, parameter in self._signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 bound |= bound.pop(name, {})
