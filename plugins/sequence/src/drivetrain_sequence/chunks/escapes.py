@@ -85,4 +85,6 @@ class Escapes(TorchFunctionMode):
         for tensor in reversed(self._tensors):
             if (found := tensor()) is not None:
                 return f"a tensor of shape {tuple(found.shape)}"
-        return next((f"a result of {name}" for mark, name in self._marks if mark() is not None), None)
+        return next(
+            (f"a result of {name}" for mark, name in self._marks if mark() is not None), None
+        )
