@@ -79,17 +79,28 @@ def alone(
 
 
 def trained_alone(
-    begin: int, end: int, clipping: float = 0.0, micro_batches: int = MICRO_BATCHES
+    begin: int,
+    end: int,
+    clipping: float = 0.0,
+    micro_batches: int = MICRO_BATCHES,
+    *,
+    begun: tuple[nn.Module, torch.optim.Optimizer] | None = None,
 ) -> tuple[Curve, nn.Module, torch.optim.Optimizer]:
-    """Curve from ``begin`` on, and what has been trained with plain torch."""
+    """Curve from ``begin`` on, and what has been trained with plain torch.
+
+    What has ``begun`` was trained up to ``begin``, and goes on from there.
+    """
     model, curve = Decoder(BLOCKS).double(), []
+    optimizer: torch.optim.Optimizer
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
     total = micro_batches
-    for step in range(end):
+    if begun is not None:
+        model, optimizer = begun
+    for step in range(0 if begun is None else begin, end):
         optimizer.zero_grad()
         loss = torch.stack([model(*data(step * total + n)) for n in range(total)]).mean()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), clipping or float("inf"))
         optimizer.step()
         curve.append((loss.item(), norm.item()))
-    return curve[begin:], model, optimizer
+    return curve if begun is not None else curve[begin:], model, optimizer

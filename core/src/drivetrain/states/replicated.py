@@ -270,7 +270,7 @@ class ReplicatedStates(ModelStates):
             bucket.home.refresh()
         self._reducer.note_parameters()
 
-    def fragments_written(self) -> None:
+    def fragments_written(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         pass  # they are the module's parameters
 
     def take_over(

@@ -33,6 +33,7 @@ from drivetrain_zero.gathering.unit import (
     without_empty,
 )
 from drivetrain_zero.gathering.unit_hooks import UnitHooks
+from drivetrain_zero.gathering.written import begin_publish, show_written
 from drivetrain_zero.init.shards import refuse_other_layout
 from drivetrain_zero.policy import ZeroPolicy
 from drivetrain_zero.scripts.copies import guard_copies
@@ -333,7 +334,7 @@ class ZeroStates(ModelStates):
             parameters.home.update(bucket.shard, hyper, scale)
             updated.append(parameters)
             if self._policy.overlap and len(updated) > 1:
-                _begin_publish(updated.pop(0))  # travels while the others are updated
+                begin_publish(updated.pop(0))  # travels while the others are updated
         self._finish_publish(updated)
         self._open_window()
 
@@ -349,7 +350,7 @@ class ZeroStates(ModelStates):
     def _finish_publish(self, updated: Sequence[ShardedBucket]) -> None:
         """Show every rank the last updated shards, and wait for all that are under way."""
         for parameters in updated:
-            _begin_publish(parameters)
+            begin_publish(parameters)
         for bucket in self._sums:
             bucket.parameters.whole.finish_publish()
         if self._gathering is not None:
@@ -399,10 +400,16 @@ class ZeroStates(ModelStates):
         assert isinstance(slot.bucket, ReduceScatterBucket)
         return slot.bucket
 
-    def fragments_written(self) -> None:
-        for bucket in self._buckets:
-            bucket.whole.shard_changes()
-        self._publish()
+    def fragments_written(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        if parameters is None:
+            for bucket in self._buckets:
+                bucket.whole.shard_changes()
+            self._publish()
+            return
+        written = set(parameters)
+        chosen = [bucket for bucket in self._buckets if written.intersection(bucket.parameters)]
+        units = [] if self._gathering is None else self._gathering.units
+        show_written(chosen, units, self._job.communicator)
 
     def _refuse_foreign_changes(self) -> None:
         for bucket in self._buckets:
@@ -489,9 +496,3 @@ class ZeroStates(ModelStates):
             bucket.shown.end_checks()
         if self._gathering is not None:
             self._gathering.close()
-
-
-def _begin_publish(parameters: ShardedBucket) -> None:
-    """Begin to show an updated shard to every rank."""
-    parameters.home.publish()
-    parameters.whole.publish()

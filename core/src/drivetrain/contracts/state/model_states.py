@@ -128,8 +128,13 @@ class ModelStates(ABC):
         """
 
     @abstractmethod
-    def fragments_written(self) -> None:
-        """Make the module's parameters agree with fragments that were written. Collective."""
+    def fragments_written(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Make the module's parameters agree with fragments that were written.
+
+        Args:
+            parameters: whose fragments they are. The call is collective over the ranks that share
+                these, and no others come to it. ``None``: any, and all ranks call.
+        """
 
     @abstractmethod
     def steps(self) -> Mapping[str, int]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -63,11 +64,13 @@ class StateAccess:
         """Whole values, float32 or float64; ``None`` where no gradient is. Collective.
 
         Raises:
-            TrainingError: no rank has such a state, or a window is not complete.
+            TrainingError: no rank has such a state, a window is not complete, or other ranks read
+                another parameter.
         """
         scale = self._scale()
         if scale is None:
             return [None] * len(self._parts)
+        self._agree("read")
         whole = self._gathered(self._fragments())
         for part in self._parts:
             if whole[part] is None:
@@ -78,11 +81,13 @@ class StateAccess:
         """Overwrite with whole values; those of the first rank that shares it. Collective.
 
         Raises:
-            TrainingError: a shape is wrong, there is no gradient, or a window is not complete.
+            TrainingError: a shape is wrong, there is no gradient, a window is not complete, or
+                other ranks write another parameter.
         """
         scale = self._scale()
         if scale is None:
             raise TrainingError("there is no gradient yet in this window that could be overwritten")
+        self._agree("written")
         fragments = self._fragments()
         for part, given in zip(self._parts, values, strict=True):
             if given.shape != part.info.whole_shape:
@@ -130,6 +135,29 @@ class StateAccess:
         self._written()
 
     # -- internals ----------------------------------------------------------------------------
+
+    def _agree(self, what: str) -> None:
+        """Check that all ranks that have parts or copies ask for the same. Collective.
+
+        Stages of a pipeline meet at the parameters that they share alone, perhaps each in an order
+        of its own; values of one of them would end in another.
+        """
+        together: dict[tuple[Axis, ...], list[str]] = defaultdict(list)
+        for part in self._parts:
+            copies = self.engine.job.parameters.replicated(part.info)
+            together[*part.axes, copies].append(part.info.name)
+        for axes, names in together.items():
+            own = crc32(repr((what, self._kind, names)).encode())
+            ends = torch.tensor([own, -own])
+            for axis in axes:
+                tag = Tag(Purpose.CONTROL, names[0], f"{self._kind} to be {what}")
+                self.engine.job.communicator.all_reduce(ends, axis, tag, op=Op.MAX)
+            if ends[0] != -ends[1]:
+                raise TrainingError(
+                    f"the {self._kind} of parameter {names[0]} is to be {what} on this rank, and "
+                    "something else on another one that shares it: all ranks that share parameters "
+                    "have to call for the same ones, in the same order"
+                )
 
     def _scale(self) -> float | None:
         """What stored numbers are multiplied by to be what users mean; ``None``: no gradients."""
@@ -193,7 +221,7 @@ class StateAccess:
 
     def _written(self) -> None:
         if self._kind == MASTER:
-            self.engine.states.fragments_written()
+            self.engine.states.fragments_written([part.parameter for part in self._parts])
 
 
 @dataclass(frozen=True, eq=False)
