@@ -6,13 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from tensor_decoder import Decoder
-from three_axes import BLOCKS, Curve, alone, close, make, parameters, train, trained_alone
+from tensor_decoder import ROWS, WIDTH, Decoder
+from three_axes import (
+    BLOCKS,
+    MICRO_BATCHES,
+    Curve,
+    alone,
+    close,
+    make,
+    parameters,
+    train,
+    trained_alone,
+)
 from torch import nn
 
 import drivetrain
-from drivetrain.errors import ConfigError
-from drivetrain.plan import Plan
+from drivetrain.contracts import Kind, Purpose
 from drivetrain.testing import run_distributed
 
 STEPS, CLIPPING = 3, 0.05
@@ -155,7 +164,7 @@ def batches(step: int) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def run_transformers() -> dict[str, Curve]:
+def run_transformers(in_parts: bool) -> dict[str, Curve]:
     found = {}
     for name in MODELS:
         engine, *_ = drivetrain.initialize(
@@ -166,7 +175,7 @@ def run_transformers() -> dict[str, Curve]:
                 "gradient_clipping": 0.0,
                 "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
                 "pipeline": {"stages": 2},
-                "tensor_parallel": {"autotp_size": 2},
+                "tensor_parallel": {"autotp_size": 2, "sequence_parallel": in_parts},
             },
         )
         engine.get_global_grad_norm()
@@ -178,7 +187,7 @@ def run_transformers() -> dict[str, Curve]:
     return found
 
 
-def test_models_of_transformers_train_as_they_are() -> None:
+def expected_curves() -> dict[str, Curve]:
     expected = {}
     for name in MODELS:
         model, curve = model_of(name), []
@@ -191,18 +200,60 @@ def test_models_of_transformers_train_as_they_are() -> None:
             optimizer.step()
             curve.append((loss.item(), norm.item()))
         expected[name] = curve
-    for found in run_distributed(run_transformers, 4, timeout=200):
+    return expected
+
+
+def test_models_of_transformers_train_as_they_are() -> None:
+    expected = expected_curves()
+    for found in run_distributed(run_transformers, 4, False, timeout=200):
         for name, curve in expected.items():
             for point, want in zip(found[name], curve, strict=True):
                 # these models compute losses in float32
                 assert point == pytest.approx(want, rel=2e-6), name
 
 
-def test_sequences_that_are_shared_out_are_refused_beside_stages() -> None:
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "tensor_parallel": {"autotp_size": 2, "sequence_parallel": True},
-        "pipeline": {"stages": 2},
-    }
-    with pytest.raises(ConfigError, match="sequence_parallel: stages of a pipeline send whole"):
-        Plan.build(config, world_size=4)
+def run_in_parts(stage: int, pipeline: dict[str, Any]) -> tuple[Found, float]:
+    """With sequences shared out; also the bytes that a step sent between stages."""
+    shared = {"autotp_size": 2, "sequence_parallel": True}
+    engine = make(2, 2, 1, stage, pipeline=pipeline, tensor_parallel=shared)
+    curve = train(engine, 0, STEPS - 1)
+    engine.job.byte_log.reset()
+    curve += train(engine, STEPS - 1, STEPS)
+    sent = engine.job.byte_log.total(Purpose.ACTIVATION, "pp", Kind.SEND_RECEIVE).sent_bytes
+    found = parameters(engine)
+    close(engine)
+    return (curve, found, 0), sent
+
+
+@pytest.mark.parametrize(
+    ("stage", "pipeline", "messages"),
+    [
+        pytest.param(0, {}, 1, id="1f1b"),
+        pytest.param(3, {"schedule": "interleaved"}, 3, id="interleaved, stage 3"),
+        pytest.param(2, {"schedule": "zb_v"}, 2, id="zb_v, stage 2", marks=pytest.mark.long),
+        pytest.param(
+            1, {"dynamic_shape": True}, 1, id="shapes with each message", marks=pytest.mark.long
+        ),
+    ],
+)
+def test_stages_send_the_parts_of_sequences_that_are_shared_out(
+    stage: int, pipeline: dict[str, Any], messages: int
+) -> None:
+    expected, trained = alone(0, STEPS)
+    for rank, ((curve, found, _), sent) in enumerate(
+        run_distributed(run_in_parts, 4, stage, pipeline, timeout=60)
+    ):
+        for point, want in zip(curve, expected, strict=True):
+            assert point == pytest.approx(want, rel=1e-8)
+        for name, values in found.items():
+            torch.testing.assert_close(values, trained[name], rtol=1e-8, atol=1e-10)
+        tokens = (3, 2)[rank % 2]  # of five
+        assert sent == MICRO_BATCHES * messages * ROWS * tokens * WIDTH * 8
+
+
+def test_models_of_transformers_share_sequences_out_in_stages() -> None:
+    expected = expected_curves()
+    for found in run_distributed(run_transformers, 4, True, timeout=200):
+        for name, curve in expected.items():
+            for point, want in zip(found[name], curve, strict=True):
+                assert point == pytest.approx(want, rel=2e-6), name

@@ -32,7 +32,8 @@ def scaled(layout: tuple[int, int, int], stage: int) -> tuple[list[float], dict[
     for parameter in engine.module.parameters():
         value = safe_get_full_fp32_param(parameter)
         momentum = safe_get_full_optimizer_state(parameter, "momentum_buffer")
-        assert value is not None and momentum is not None
+        assert value is not None
+        assert momentum is not None
         safe_set_full_fp32_param(parameter, value * FACTOR)
         safe_set_full_optimizer_state(parameter, momentum * FACTOR, "momentum_buffer")
     losses += [loss for loss, _ in train(engine, 1, 2)]

@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_names(
             "Completion Embeds Generates InferenceRequest Progress Serves TokenLogprobs"
         ),
         "loop.loading": "Finish LoaderRequest SampleOrder",
+        "loop.message": "SentInParts",
         "loop.runner": "Runner",
         "loop.step_report": "StepReport",
         "loop.transform": "Phase Transform",

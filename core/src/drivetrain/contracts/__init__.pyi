@@ -19,6 +19,7 @@ from drivetrain.contracts.loop.inference import TokenLogprobs as TokenLogprobs
 from drivetrain.contracts.loop.loading import Finish as Finish
 from drivetrain.contracts.loop.loading import LoaderRequest as LoaderRequest
 from drivetrain.contracts.loop.loading import SampleOrder as SampleOrder
+from drivetrain.contracts.loop.message import SentInParts as SentInParts
 from drivetrain.contracts.loop.runner import Runner as Runner
 from drivetrain.contracts.loop.step_report import StepReport as StepReport
 from drivetrain.contracts.loop.transform import Phase as Phase

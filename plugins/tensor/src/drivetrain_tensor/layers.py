@@ -184,6 +184,8 @@ class TokenColumns(Columns):
         lazy: whether logits are gathered when they are read, rather than at once.
     """
 
+    travels = False
+
     def __init__(
         self,
         lane: Lane,

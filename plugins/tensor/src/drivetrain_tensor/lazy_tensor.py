@@ -12,14 +12,18 @@ The whole is the same on all ranks, and so is its gradient; that of a part is a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, Self
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from drivetrain.communication.functional import Functional
+from drivetrain.contracts import SentInParts
 from drivetrain.errors import CommunicationError, TrainingError
+
+if TYPE_CHECKING:
+    from drivetrain.contracts import Communicator
 
 
 class Parts(Protocol):
@@ -33,12 +37,14 @@ class Parts(Protocol):
     """The ranks."""
     what: str
     """What such tensors are, and the key that leaves them whole."""
+    travels: bool
+    """Whether the ranks of another stage of a pipeline can have parts in the same places."""
 
     def assemble(self, part: torch.Tensor, dim: int) -> torch.Tensor:
         """The whole of the parts of all ranks, whose gradient is the same on all. Collective."""
 
 
-class LazyTensor(torch.Tensor):
+class LazyTensor(torch.Tensor, SentInParts):
     """A whole tensor of which a part is here; made by :func:`lazy`.
 
     Attributes:
@@ -65,6 +71,24 @@ class LazyTensor(torch.Tensor):
         made.part, made.cut, made.parts = part.detach(), cut, parts
         made._read = None
         return made
+
+    def sent(self) -> tuple[torch.Tensor, Mapping[str, int]]:
+        """See :class:`~drivetrain.contracts.SentInParts`; logits go whole."""
+        if not self.parts.travels:
+            whole: torch.Tensor = plain(self)
+            return whole, {}
+        return part_of(self), {"cut": self.cut, "extent": self.parts.extent}
+
+    @classmethod
+    def received(
+        cls, part: torch.Tensor, facts: Mapping[str, int], communicator: Communicator
+    ) -> torch.Tensor:
+        """See :class:`~drivetrain.contracts.SentInParts`."""
+        from drivetrain_tensor.sequence import sequence_of  # which names this class
+
+        if not facts:
+            return part
+        return sequence_of(part, facts["extent"], facts["cut"], communicator)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

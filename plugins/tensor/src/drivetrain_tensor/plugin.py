@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from drivetrain.engine.engine import Engine
     from drivetrain.job.job import Job
-    from drivetrain.plan.plan import Plan
 
 
 class TensorParallel(Plugin):
@@ -41,17 +40,12 @@ class TensorParallel(Plugin):
         return [Atom("tp", ranks, source=f"{PATH}.autotp_size")] if ranks > 1 else []
 
     @hookimpl
-    def configure(self, plan: Plan) -> Sequence[Problem]:
+    def configure(self) -> Sequence[Problem]:
         section = self.section(TensorParallelSection)
-        if not section.sequence_parallel:
+        if not (section.sequence_parallel and section.domino):
             return []
-        if section.domino:
-            text = "ranks share out sequences in place of the sums that it overlaps: leave out one"
-            return [Problem(f"{PATH}.domino", f"not beside sequence_parallel, where {text}")]
-        if plan.layout.size("pp") > 1:
-            text = "stages of a pipeline send whole sequences: leave out one of the two"
-            return [Problem(f"{PATH}.sequence_parallel", text)]
-        return []
+        text = "ranks share out sequences in place of the sums that it overlaps: leave out one"
+        return [Problem(f"{PATH}.domino", f"not beside sequence_parallel, where {text}")]
 
     @hookimpl
     def transform_module(self, job: Job, module: torch.nn.Module) -> Sequence[Transform]:

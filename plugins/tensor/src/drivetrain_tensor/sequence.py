@@ -8,11 +8,17 @@ beginning an all-gather, which together send what the sum did.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
-from drivetrain.communication.functional import Functional
+from drivetrain.communication.functional import Functional, functional
+from drivetrain.contracts import Purpose, Tag
 from drivetrain_tensor.lazy_tensor import lazy
+
+if TYPE_CHECKING:
+    from drivetrain.contracts import Communicator
 
 
 class SequenceParts:
@@ -22,6 +28,8 @@ class SequenceParts:
         tp: the ranks.
         extent: tokens of a sequence.
     """
+
+    travels = True
 
     def __init__(self, tp: Functional, extent: int) -> None:
         self.tp, self.extent = tp, extent
@@ -55,6 +63,14 @@ class SequenceParts:
     def _cut(x: torch.Tensor, dim: int, extent: int) -> torch.Tensor:
         x = x if x.shape[dim] == extent else x.narrow(dim, 0, extent)
         return x.contiguous()  # as models expect of what layers return
+
+
+def sequence_of(
+    part: torch.Tensor, extent: int, dim: int, communicator: Communicator
+) -> torch.Tensor:
+    """A whole sequence of ``extent`` tokens along ``dim`` that another stage has sent a part of."""
+    tp = functional(communicator, "tp", Tag(Purpose.ACTIVATION, site="tensor parallel"))
+    return lazy(part, SequenceParts(tp, extent), dim)
 
 
 def summed(terms: torch.Tensor, tp: Functional, *, in_parts: bool) -> torch.Tensor:

@@ -110,7 +110,7 @@ class Mail:
         for tensor, (_, _, needs_gradient) in zip(tensors, layout.tensors, strict=True):
             if needs_gradient and torch.is_grad_enabled():
                 leaves.append(tensor.requires_grad_())
-        return layout.build(tensors), leaves
+        return layout.build(tensors, self._communicator), leaves
 
     def wait_for(self, message: Message) -> None:
         """Wait for a message of an earlier exchange, and leave it for :meth:`receive`."""

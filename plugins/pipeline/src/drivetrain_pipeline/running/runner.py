@@ -203,7 +203,7 @@ class PipelineRunner:
             return value, []
         layout, tensors = take_apart(value)
         cut = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        return layout.build(cut), [t for t in cut if t.requires_grad]
+        return layout.build(cut, self._engine.job.communicator), [t for t in cut if t.requires_grad]
 
     # -- instructions -------------------------------------------------------------------------
 

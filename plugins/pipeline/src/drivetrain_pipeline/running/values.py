@@ -6,12 +6,16 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from drivetrain.contracts import SentInParts
 from drivetrain.errors import TrainingError
+
+if TYPE_CHECKING:
+    from drivetrain.contracts import Communicator
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -48,13 +52,15 @@ class Layout:
         """Memory for the tensors."""
         return [torch.empty(s, dtype=d, device=device) for d, s, _ in self.tensors]
 
-    def build(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Nest ``tensors`` as the value was."""
-        return _build(json.loads(self.tree), tensors)
+    def build(self, tensors: Sequence[torch.Tensor], communicator: Communicator) -> Any:
+        """Nest ``tensors`` as the value was; those that are parts show their whole again."""
+        return _build(json.loads(self.tree), tensors, communicator)
 
 
 def take_apart(value: Any) -> tuple[Layout, list[torch.Tensor]]:
     """Return the layout of ``value`` and its tensors, each once.
+
+    Of a tensor of which this rank has a part it is the part, in the same graph.
 
     Args:
         value: tensors in tuples, lists and dicts with text as keys, and plain values beside them.
@@ -63,23 +69,27 @@ def take_apart(value: Any) -> tuple[Layout, list[torch.Tensor]]:
         TrainingError: something else is in it.
     """
     tensors: list[torch.Tensor] = []
-    tree = json.dumps(_tree(value, tensors, "output"))
+    tree = json.dumps(_tree(value, tensors, {}, "output"))
     metas = tuple((t.dtype, tuple(t.shape), t.requires_grad) for t in tensors)
     return Layout(tree, metas), tensors
 
 
-def _tree(value: Any, tensors: list[torch.Tensor], where: str) -> Any:
+def _tree(value: Any, tensors: list[torch.Tensor], known: dict[int, Any], where: str) -> Any:
+    """The nesting of ``value``; ``known`` has tensors by identity, which are noted once."""
     if isinstance(value, torch.Tensor):
-        for index, tensor in enumerate(tensors):
-            if tensor is value:
-                return index
-        tensors.append(value)
-        return len(tensors) - 1
+        if id(value) not in known:
+            part, facts = value.sent() if isinstance(value, SentInParts) else (value, {})
+            index = len(tensors)
+            known[id(value)] = (
+                index if part is value else {"s": [index, type(value).__qualname__, dict(facts)]}
+            )
+            tensors.append(part)
+        return known[id(value)]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return {"d": {k: _tree(v, tensors, f"{where}[{k!r}]") for k, v in value.items()}}
+        return {"d": {k: _tree(v, tensors, known, f"{where}[{k!r}]") for k, v in value.items()}}
     if isinstance(value, (tuple, list)):
         kind = "t" if isinstance(value, tuple) else "l"
-        return {kind: [_tree(v, tensors, f"{where}[{i}]") for i, v in enumerate(value)]}
+        return {kind: [_tree(v, tensors, known, f"{where}[{i}]") for i, v in enumerate(value)]}
     if isinstance(value, _PLAIN):
         return {"p": value}
     raise TrainingError(
@@ -88,15 +98,19 @@ def _tree(value: Any, tensors: list[torch.Tensor], where: str) -> Any:
     )
 
 
-def _build(tree: Any, tensors: Sequence[torch.Tensor]) -> Any:
+def _build(tree: Any, tensors: Sequence[torch.Tensor], communicator: Communicator) -> Any:
     if isinstance(tree, int):
         return tensors[tree]
     ((kind, inner),) = tree.items()
     if kind == "d":
-        return {key: _build(value, tensors) for key, value in inner.items()}
+        return {key: _build(value, tensors, communicator) for key, value in inner.items()}
     if kind == "p":
         return inner
-    built = [_build(value, tensors) for value in inner]
+    if kind == "s":
+        index, name, facts = inner
+        kinds = {found.__qualname__: found for found in SentInParts.__subclasses__()}
+        return kinds[name].received(tensors[index], facts, communicator)
+    built = [_build(value, tensors, communicator) for value in inner]
     return tuple(built) if kind == "t" else built
 
 
