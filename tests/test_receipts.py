@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import receipts
+from tools import receipts, workspace
 from tools.receipts import ReceiptError
 
 GOOD = """id = "zero-step"
@@ -34,10 +34,35 @@ def repository(root: Path, *texts: str) -> Path:
 
 
 def test_every_file_of_figures_has_receipts_and_all_are_well_formed() -> None:
-    files = receipts.files()
+    files = receipts.files(workspace.ROOT)
     assert len(files) >= 4
-    assert [file for file in files if not receipts.read(file)] == []
-    assert receipts.load()
+    folders = [distribution.folder for distribution in workspace.load().values()]
+    own = {folder / "BENCHMARKS.md" for folder in [workspace.ROOT / "benchmarks", *folders]}
+    assert set(files) == {file for file in own if file.is_file()}
+    assert [file for file in files if not receipts.read(file, workspace.ROOT)] == []
+    receipts.check()
+
+
+@pytest.mark.parametrize(
+    ("section", "misses"),
+    [
+        ("Read it: `python benchmarks/step.py`, 2026-11-21.\n\n| a | 1 |\n", False),
+        ("Read it: `python benchmarks/step.py`.\n\n| a | 1 |\n", True),
+        ("Read it: `python benchmarks/gone.py`, 2026-11-21.\n\n| a | 1 |\n", True),
+        ("<!-- no receipt: another system's tests -->\n\n| a | 1 |\n", False),
+        ("<!-- no receipt: -->\n\n| a | 1 |\n", True),
+        ("No table, 1.\n", False),
+        (f"| a | 1 |\n\n```receipt\n{GOOD}```\n", False),
+    ],
+)
+def test_figures_without_receipt_or_command_are_told(tmp_path, section, misses) -> None:
+    root = repository(tmp_path)
+    file = root / "core/BENCHMARKS.md"
+    file.write_text(f"# Core\n\nText.\n\n## Steps\n\n{section}")
+    assert bool(receipts.without_receipt(file, root)) is misses
+    assert all(
+        text.startswith("core/BENCHMARKS.md:5:") for text in receipts.without_receipt(file, root)
+    )
 
 
 def test_a_receipt_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -13,14 +13,19 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools import workspace
+from tools import receipts, workspace
 
 FILE = re.compile(r"^<!-- file: (?P<name>[^\n]+?) -->\n+(?P<fence> *```\w+)$", re.MULTILINE)
 LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<path>[^)#:\s]+)(?P<anchor>#[^)]*)?\)")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Add a section with a page per package, before the last one."""
+    """Add a section with a page per package, before the last one.
+
+    Raises:
+        ReceiptError: the pages state a figure without a receipt, so there is no site.
+    """
+    receipts.check()
     assert config.nav is not None
     packages = [{name: page_of(name)} for name in workspace.load()]
     config.nav.insert(len(config.nav) - 1, {"Packages": packages})

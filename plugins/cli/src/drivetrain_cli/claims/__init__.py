@@ -1,0 +1,1 @@
+"""Figures of BENCHMARKS.md files as claims that can be measured again."""
