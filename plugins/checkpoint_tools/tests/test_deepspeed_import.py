@@ -227,11 +227,27 @@ def test_a_missing_rank_is_named(copied: Path, tmp_path: Path) -> None:
     assert "optimizer states of ranks [0] only, but 2 ranks saved it" in refusal(copied, tmp_path)
 
 
-def test_tensor_parallel_files_are_refused_with_advice(copied: Path, tmp_path: Path) -> None:
+def test_files_of_more_ranks_than_there_were_are_refused(copied: Path, tmp_path: Path) -> None:
     shutil.copy(
         copied / "global_step3" / MODEL, copied / "global_step3" / "mp_rank_01_model_states.pt"
     )
-    assert "ds_to_universal.py" in refusal(copied, tmp_path)
+    message = refusal(copied, tmp_path)
+    assert "2 model-parallel ranks" in message
+    assert "1 ranks for each layer do not fit" in message
+
+
+def test_parts_of_layers_that_are_not_known_are_refused_with_advice(
+    copied: Path, tmp_path: Path
+) -> None:
+    content = torch.load(FILES / "z0/global_step3" / MODEL, weights_only=True)
+    content.pop("checkpoint_parallel_dimensions", None)
+    shutil.rmtree(copied / "global_step3")
+    (copied / "global_step3").mkdir()
+    for rank in range(2):
+        torch.save(content, copied / f"global_step3/mp_rank_{rank:02d}_model_states.pt")
+    message = refusal(copied, tmp_path)
+    assert "how embed.weight is cut over tensor-parallel ranks is not known" in message
+    assert "ds_to_universal.py" in message
 
 
 @pytest.mark.parametrize("tag", ["../../etc", "/etc", "", "x/y"])

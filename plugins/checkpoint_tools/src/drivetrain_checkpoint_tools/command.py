@@ -144,6 +144,51 @@ def import_(source: str, folder: str, tag: str | None) -> None:
     click.echo(f"imported {source} as {place}")
 
 
+@checkpoint.command("to-megatron")
+@click.argument("source")
+@click.argument("out")
+@click.option("--ranks", type=click.IntRange(1), default=1, show_default=True)
+@click.option(
+    "--vocabulary-multiple",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Rows of the vocabulary on each rank are a multiple of this.",
+)
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The model's config.json; default: that in SOURCE.",
+)
+def to_megatron(
+    source: str, out: str, ranks: int, vocabulary_multiple: int, config: Path | None
+) -> None:
+    """Write weights of Transformers in SOURCE as a checkpoint of Megatron-DeepSpeed's in OUT."""
+    from drivetrain_checkpoint_tools.megatron import to_megatron as write
+
+    place = write(source, out, ranks=ranks, multiple=vocabulary_multiple, config=config)
+    click.echo(f"wrote {place} for {ranks} tensor-parallel rank{'s' * (ranks > 1)}")
+
+
+@checkpoint.command("from-megatron")
+@click.argument("source")
+@click.argument("out")
+@click.option(
+    "--config",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The model's config.json, which is copied beside the weights.",
+)
+@click.option("--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32")
+def from_megatron(source: str, out: str, config: Path, dtype: str) -> None:
+    """Write weights of a Megatron-DeepSpeed checkpoint as safetensors files in OUT."""
+    from drivetrain_checkpoint_tools.exporting import DTYPES
+    from drivetrain_checkpoint_tools.megatron import from_megatron as write
+
+    names = write(source, out, config=config, dtype=DTYPES[dtype])
+    click.echo(f"wrote {len(names)} file{'s' * (len(names) > 1)} with {dtype} weights to {out}")
+
+
 def _table(rows: Iterable[dict[str, Any]]) -> None:
     """Print rows under the names of their keys, in lines as long as they have to be."""
     listed = [{k: "" if v is None else printable(str(v)) for k, v in row.items()} for row in rows]

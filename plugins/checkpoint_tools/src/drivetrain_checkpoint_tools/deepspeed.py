@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from math import prod
 from typing import Any
@@ -17,14 +17,13 @@ from drivetrain.checkpoint.format.storage import LocalStorage
 from drivetrain.contracts import is_plain
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.conversion import Imported, Source, write_checkpoint
+from drivetrain_checkpoint_tools.model_parallel import read_parallel
+from drivetrain_checkpoint_tools.saved_states import Trained, aliases, step_source, whole_tensors
 from drivetrain_checkpoint_tools.torch_archive import read_pickled
-from drivetrain_checkpoint_tools.zero_partitions import Partitioned, part_sources
 
 _POINTER_LIMIT = 4096
 _SPARE = 1 << 20
 """Bytes that may be written beyond what was read."""
-
-_OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 _OWN_KEYS = {
     *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes"),
@@ -49,11 +48,27 @@ def import_deepspeed(source: str, folder: str, tag: str | None = None) -> str:
         The new checkpoint's path.
 
     Raises:
-        CheckpointError: files are missing, damaged or hold what is not loaded for safety, or the
-            checkpoint is cut by tensor or pipeline parallelism.
+        CheckpointError: files are missing, damaged, do not fit together or hold what is not loaded
+            for safety.
     """
-    try:
+    with _explained(source):
         return write_checkpoint(read_deepspeed(_checkpoint_folder(source)), folder, tag)
+
+
+def read_saved(source: str) -> Imported:
+    """What a run's latest checkpoint, or one checkpoint, holds; tensors are read when used.
+
+    Raises:
+        CheckpointError: see :func:`import_deepspeed`.
+    """
+    with _explained(source):
+        return read_deepspeed(_checkpoint_folder(source))
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    try:
+        yield
     except MALFORMED as error:
         reason = repr(error)[:200]
         raise CheckpointError(
@@ -81,22 +96,20 @@ def read_deepspeed(folder: LocalStorage) -> Imported:
     files = _model_files(folder)
     if not files:
         raise CheckpointError(f"{folder.root} has no model states of DeepSpeed (*_model_states.pt)")
-    read = [read_pickled(folder, name) for name in files]
-    ranks = [found.content for found in read]
-    model = ranks[0]
+    read = {name: read_pickled(folder, name) for name in files}
+    model = read[files[0]].content
     universal = bool(folder.names("zero"))
-    if not universal and any("mp_rank_00" not in name for name in files):
-        raise CheckpointError(
-            f"{folder.root} is cut by tensor or pipeline parallelism; make it universal with "
-            "DeepSpeed's ds_to_universal.py first, then import that"
-        )
-    trained = (_universal if universal else _partitioned)(folder, model)
-    whole = _whole_tensors(model, ranks)
+    if universal:
+        trained = _universal(folder, model)
+        whole = whole_tensors(model, [found.content for found in read.values()])
+    else:
+        whole, trained = read_parallel(folder, {name: f.content for name, f in read.items()})
     known = {source.name for source in trained.sources}
     kept = [s for s in whole if s.kind == "buffer" or not universal or s.name not in known]
     sources = [*kept, *trained.sources]
-    _check_amount(sources, sum(found.nbytes for found in read) + trained.nbytes, folder.root)
-    longest = _SPARE + 4 * read[0].pickle_bytes
+    held = sum(found.nbytes for found in read.values()) + trained.nbytes
+    _check_amount(sources, held, folder.root)
+    longest = _SPARE + 4 * read[files[0]].pickle_bytes
     client = {key: value for key, value in model.items() if key not in _OWN_KEYS}
     lost = [key for key, value in client.items() if not is_plain({key: value}, longest)]
     trained.weaker += [f"client_state {str(key)[:100]!r} is not plain data" for key in lost]
@@ -151,144 +164,19 @@ def _model_files(folder: LocalStorage) -> list[str]:
     return sorted(files, key=lambda name: [int(n[:18]) for n in re.findall(r"\d+", name)])
 
 
-def _aliases(model: Mapping[str, Any]) -> set[str]:
-    """Names of parameters that are the same as one before."""
-    shared = model.get("shared_params") or {}
-    found, seen = set(shared), set()
-    for name, tensor in model["module"].items():
-        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape)
-        if tensor.numel() and place in seen:
-            found.add(name)
-        seen.add(place)
-    return found
+# -- universal checkpoints ------------------------------------------------------------------------
 
 
-def _whole_tensors(model: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> list[Source]:
-    """Buffers, and parameters as the module has them; at stage 3 only those that are frozen."""
-    buffers, aliases = set(model.get("buffer_names") or ()), _aliases(model)
-    found = [
-        Source("buffer" if name in buffers else "parameter", name, t.dtype, tuple(t.shape), t.clone)
-        for name, t in model["module"].items()
-        if name not in aliases and (t.numel() or name in buffers)
-    ]
-    present = {source.name for source in found}
-    for name, shape in (model.get("frozen_param_shapes") or {}).items():
-        if name not in present:
-            parts = [rank["frozen_param_fragments"][name] for rank in ranks]
-            read = partial(_join, parts, tuple(shape))
-            found.append(Source("parameter", name, parts[0].dtype, tuple(shape), read))
-    return found
-
-
-def _join(parts: Sequence[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor of parts that the ranks hold in order, with padding behind the last."""
-    flat = torch.cat([part.reshape(-1) for part in parts])
-    if flat.numel() < prod(shape):
-        raise CheckpointError(f"parts of {flat.numel():,} elements do not make up {list(shape)}")
-    return flat[: prod(shape)].view(shape)
-
-
-# -- masters and optimizer states ------------------------------------------------------------------
-
-
-@dataclass
-class _Trained:
-    """Masters and optimizer states.
-
-    Args:
-        sources: all of them.
-        groups: hyper-parameters with the names of their parameters.
-        weaker: what could not be taken over.
-        loss_scale: of fp16.
-        nbytes: of the files that were read.
-    """
-
-    sources: list[Source] = field(default_factory=list)
-    groups: list[dict[str, Any]] = field(default_factory=list)
-    weaker: list[str] = field(default_factory=list)
-    loss_scale: float = 1.0
-    nbytes: int = 0
-
-
-def _partitioned(folder: LocalStorage, model: Mapping[str, Any]) -> _Trained:
-    numbered = {
-        int(match[2]): name
-        for name in folder.names()
-        if (match := _OPTIMIZER_FILE.fullmatch(name)) and int(match[3]) == 0
-    }
-    if not numbered:
-        return _unpartitioned(model)
-    count = model.get("dp_world_size", len(numbered))
-    if len(numbered) != count or sorted(numbered) != list(range(len(numbered))):
-        raise CheckpointError(
-            f"{folder.root} has optimizer states of ranks {sorted(numbered)} only, but "
-            f"{reprlib.repr(count)} ranks saved it"
-        )
-    states, nbytes = [], 0
-    for rank in sorted(numbered):
-        read = read_pickled(folder, numbered[rank])
-        if not isinstance(read.content.get("optimizer_state_dict"), dict):
-            raise CheckpointError(f"{folder.where(numbered[rank])} has no optimizer_state_dict")
-        states.append(read.content["optimizer_state_dict"])
-        nbytes += read.nbytes
-    try:
-        found = Partitioned.of(states, model["param_shapes"], folder.root)
-        scale = float(getattr(states[0].get("loss_scaler"), "cur_scale", 1.0))
-        sources = list(part_sources(found))
-        return _Trained(sources, found.groups, loss_scale=scale, nbytes=nbytes)
-    except MALFORMED as error:
-        raise CheckpointError(
-            f"optimizer states in {folder.root} are laid out in a way that is not known: "
-            f"{repr(error)[:200]} (DeepSpeed {reprlib.repr(model.get('ds_version'))})"
-        ) from error
-
-
-def _unpartitioned(model: Mapping[str, Any]) -> _Trained:
-    """Stage 0: torch's optimizer, which numbers parameters and does not name them."""
-    state = model.get("optimizer")
-    if not isinstance(state, dict) or "param_groups" not in state:
-        return _Trained(weaker=["optimizer states were not found, so they start afresh"])
-    buffers, aliases = set(model.get("buffer_names") or ()), _aliases(model)
-    named = [
-        (name, tuple(tensor.shape))
-        for name, tensor in model["module"].items()
-        if name not in buffers | aliases
-    ]
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    if len(state["param_groups"]) > 1 or len(numbers) != len(named):
-        reason = "stage 0 does not name the parameters of its optimizer's groups"
-        return _Trained(weaker=[f"optimizer states start afresh: {reason}"])
-    sources = [
-        Source(kind, name, value.dtype, tuple(value.shape), value.clone)
-        for number, (name, shape) in zip(numbers, named, strict=True)
-        for kind, value in state["state"].get(number, {}).items()
-        if isinstance(value, torch.Tensor) and tuple(value.shape) == shape
-    ]
-    sources += [
-        step_source(name, state["state"][number]["step"])
-        for number, (name, _) in zip(numbers, named, strict=True)
-        if "step" in state["state"].get(number, {})
-    ]
-    hyper = {k: v for k, v in state["param_groups"][0].items() if k != "params"}
-    return _Trained(sources, [{"parameters": [name for name, _ in named], "hyper": hyper}])
-
-
-def step_source(name: str, value: Any) -> Source:
-    """The number of updates that a parameter has seen."""
-    steps = torch.tensor(int(value))
-    return Source("step", name, torch.int64, (), lambda: steps)
-
-
-def _universal(folder: LocalStorage, model: Mapping[str, Any]) -> _Trained:
-    buffers, aliases = set(model.get("buffer_names") or ()), _aliases(model)
+def _universal(folder: LocalStorage, model: Mapping[str, Any]) -> Trained:
+    buffers, tied = set(model.get("buffer_names") or ()), aliases(model)
     shapes = {
         name: tuple(shape)
         for group in model.get("param_shapes") or ()
         for name, shape in group.items()
     }
-    found = _Trained(weaker=["hyper-parameters of groups stay the config's"])
+    found = Trained(weaker=["hyper-parameters of groups stay the config's"])
     for name in folder.names("zero"):
-        if name not in buffers | aliases:
+        if name not in buffers | tied:
             for file in folder.names(f"zero/{name}"):
                 if file.endswith(".pt"):
                     found.nbytes += _add_universal(found, folder, name, file, shapes.get(name))
@@ -300,7 +188,7 @@ def _universal(folder: LocalStorage, model: Mapping[str, Any]) -> _Trained:
 
 
 def _add_universal(
-    found: _Trained, folder: LocalStorage, name: str, file: str, shape: tuple[int, ...] | None
+    found: Trained, folder: LocalStorage, name: str, file: str, shape: tuple[int, ...] | None
 ) -> int:
     """Add a master or state of a parameter; those that come from stage 3 are flat."""
     path = f"zero/{name}/{file}"

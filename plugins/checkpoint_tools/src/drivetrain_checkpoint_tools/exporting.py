@@ -54,10 +54,36 @@ def export(
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    entries = weights_of(stored, DTYPES[dtype])
+    names = write_weights(entries, folder, max_shard_bytes=max_shard_bytes, config=config)
+    logger.info("exported %d tensors of %s to %s", len(entries), stored.place, folder)
+    return names
+
+
+def write_weights(
+    entries: list[TensorEntry],
+    folder: str,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    config: bytes | None = None,
+) -> list[str]:
+    """Write tensors as safetensors files in the layout of the Hugging Face Hub.
+
+    Args:
+        entries: what is read when its turn has come.
+        folder: new or empty; a path or a URL.
+        max_shard_bytes: a file is closed before it would become larger.
+        config: a model's ``config.json``, to lie beside the weights.
+
+    Returns:
+        Names of the files with weights.
+
+    Raises:
+        CheckpointError: the folder is not empty.
+    """
     target = open_storage(folder)
     if target.names():
         raise CheckpointError(f"{folder} is not empty; export into a new folder")
-    entries = weights_of(stored, DTYPES[dtype])
     shards = shards_of(entries, max_shard_bytes)
     names = [
         f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -75,7 +101,6 @@ def export(
         total = sum(entry.nbytes for entry in entries)
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         target.put(INDEX, json.dumps(content, indent=2).encode())
-    logger.info("exported %d tensors of %s to %s", len(entries), stored.place, folder)
     return names
 
 

@@ -250,6 +250,7 @@ class _Archive:
             "_codecs encode": _encoded,
             "torch Size": _shape,
             "torch device": Inert,
+            "argparse Namespace": Inert,  # the arguments of Megatron's scripts
             "torch._utils _rebuild_tensor": self._tensor,
             "torch._utils _rebuild_tensor_v2": self._tensor,
             "torch._utils _rebuild_tensor_v3": self._tensor_of_dtype,
