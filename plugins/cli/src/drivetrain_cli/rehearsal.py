@@ -93,8 +93,13 @@ def rehearsal(
     ranks_on_host: int,
     on_cpu: bool,
     overlays: Sequence[str] = (),
+    rank: int = 0,
+    batch_required: bool = False,
 ) -> Iterator[Engine]:
-    """The engine of rank 0, ended with the context. It cannot run.
+    """The engine of one rank, ended with the context.
+
+    It runs where numbers without memory can be read, as in
+    :func:`~drivetrain_cli.planning.walk.walking`.
 
     Args:
         config: as a job gets it; one that leaves the optimizer to the script gets AdamW.
@@ -103,6 +108,8 @@ def rehearsal(
         ranks_on_host: how many of them share a host.
         on_cpu: whether ranks compute on a CPU, and not on a device with memory of its own.
         overlays: ``path=value`` assignments on top of the config.
+        rank: which rank's.
+        batch_required: whether a config without batch size is refused.
 
     Raises:
         ConfigError: the config is not one that a job would run.
@@ -115,26 +122,27 @@ def rehearsal(
     options: dict[str, Any] = {
         "world_size": ranks,
         "registry": registry,
-        "batch_required": False,
+        "batch_required": batch_required,
     }
     overlays = [*overlays, f"accelerator={_NAME}"]
     plan = Plan.build(config, overlays=overlays, **options)
     optimizer = None
     if plan.section(OptimizerSection).type is None:
         optimizer = torch.optim.AdamW(module.parameters())
-    with _fake_ranks(ranks), _silence(), Job.open(plan, Ranks(0, ranks, 0, ranks_on_host)) as job:
+    place = Ranks(rank, ranks, rank % ranks_on_host, ranks_on_host)
+    with _fake_ranks(rank, ranks), _silence(), Job.open(plan, place) as job:
         yield job.engine(module, optimizer)
 
 
 @contextmanager
-def _fake_ranks(count: int) -> Iterator[None]:
+def _fake_ranks(rank: int, count: int) -> Iterator[None]:
     """A process group of so many ranks that do not exist."""
     if count > 1:
         # Registers the backend "fake", which torch has for dry runs such as this one.
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         store: Any = FakeStore()
-        dist.init_process_group("fake", store=store, rank=0, world_size=count)
+        dist.init_process_group("fake", store=store, rank=rank, world_size=count)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drivetrain_offload.host.copies import CopyStream, Lanes, Mark, Reached
-from drivetrain_offload.host.memory import PinnedMemory
+from drivetrain_offload.host.memory import PinnedMemory, is_host
 from drivetrain_offload.host.worker import Worker
 from drivetrain_offload.memory import MemoryRow, note_memory
 
@@ -29,6 +29,7 @@ class HostSide:
 
     def __init__(self, job: Job, section: OffloadOptimizer) -> None:
         accelerator = job.accelerator
+        self._on_host = is_host(job)
         self.memory = PinnedMemory.of(
             job, wanted=section.pin_memory, budget=section.pinned_memory_budget
         )
@@ -70,8 +71,11 @@ class HostSide:
         self._extra += extra
 
     def is_near(self, device: torch.device) -> bool:
-        """Whether a tensor of that device can be worked on here where it is."""
-        return device.type == "cpu"
+        """Whether a tensor of that device can be worked on here where it is.
+
+        In a rehearsal that is so where the device stands for the host.
+        """
+        return device.type == "cpu" or (device.type == "meta" and self._on_host)
 
     def scale(self, scale: float | torch.Tensor) -> HostScale:
         """A scale on its way to the host; one that several buckets share goes once."""

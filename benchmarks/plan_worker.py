@@ -1,0 +1,73 @@
+"""One rank of a training whose peak memory and step time are measured; see plan.py.
+
+Usage: plan_worker.py CONFIG.json MODEL SEQUENCE STEPS RESULTS [LIMIT]
+
+MODEL is a name in plan_models. LIMIT: bytes of address space more than the process has when it
+begins to build.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import plan_models
+import torch
+
+import drivetrain
+
+
+def status(key: str) -> int:
+    """Bytes that ``/proc/self/status`` tells."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) << 10
+    raise KeyError(key)
+
+
+def train(model: torch.nn.Module, config: dict, sequence: int, steps: int) -> dict[str, list]:
+    """Wall and processor seconds of each step."""
+    engine, *_ = drivetrain.initialize(model=model, config=config)
+    samples = engine.train_micro_batch_size_per_gpu()
+    wall, cpu = [], []
+    for _ in range(steps):
+        begin, used = time.perf_counter(), time.process_time()
+        for _ in range(engine.gradient_accumulation_steps()):
+            tokens = torch.randint(0, 100, (samples, sequence + 1), device=engine.device)
+            loss = engine(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+            engine.backward(loss)
+            del loss
+            engine.step()
+        wall.append(time.perf_counter() - begin)
+        cpu.append(time.process_time() - used)
+    engine.destroy()
+    return {"wall": wall, "cpu": cpu}
+
+
+def main() -> None:
+    config_file, name, sequence, steps, results, *limit = sys.argv[1:]
+    config = json.loads(Path(config_file).read_text())
+    torch.distributed.init_process_group("gloo") if "WORLD_SIZE" in os.environ else None
+    # What a first step loads (kernels, threads) is no tensor of the job: a small one comes before.
+    train(plan_models.TINY(), config, 8, 2)
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    if limit:
+        most = status("VmSize") + int(limit[0])
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    found = train(getattr(plan_models, name)(), config, int(sequence), int(steps))
+    found |= {"peak": status("VmHWM") - before, "shared": status("RssShmem")}
+    rank = os.environ.get("RANK", "0")
+    Path(results, f"rank{rank}.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Watches a job that runs on tensors without memory: bytes as they come and go, and operators.
+
+Everything runs as it would, but below Python's operators: torch's kernels for the device ``meta``
+compute shapes alone. What a job reads of its numbers (is a gradient finite?) gets the answer of a
+training that goes well.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from drivetrain_cli.planning.operators import Operators
+
+RELEASED = "gathered parameters"
+"""Memory that comes and goes behind tensors that stay, as that of ZeRO's units does."""
+
+_BORN = {
+    "build": "buffers",
+    "forward": "activations",
+    "backward": "passing in backward",
+    "step": "passing in the update",
+}
+"""Where memory is first seen -> what it is, where nothing better is known of it."""
+
+
+class Change(NamedTuple):
+    """Memory that came or went.
+
+    Args:
+        piece: which; numbers are not used twice.
+        nbytes: how many more (or fewer) bytes it has.
+        phase: ``build``, ``forward``, ``backward`` or ``step``.
+        window: 0 while the engine is built, then the number of the window.
+        moment: operators that have run before it.
+    """
+
+    piece: int
+    nbytes: int
+    phase: str
+    window: int
+    moment: int
+
+
+class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes memory and operators of everything that runs while it is entered, on any thread.
+
+    Attributes:
+        changes: of memory, in order.
+        operators: what ran, by window.
+        outer: phase outside of autograd's backward.
+        window: see :class:`Change`.
+        kinds: piece -> (kind, place), of those that are known.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.changes: list[Change] = []
+        self.operators = Operators()
+        self.kinds: dict[int, tuple[str, str]] = {}
+        self.outer, self.window = "build", 0
+        self._live: dict[int, tuple[int, int, weakref.ref[Any]]] = {}  # storage: piece, bytes
+        self._pieces = 0
+        self._lock = threading.RLock()
+
+    @property
+    def phase(self) -> str:
+        """Where the calling thread is."""
+        backward = torch._C._current_graph_task_id() != -1
+        return "backward" if backward and self.outer != "step" else self.outer
+
+    def piece_of(self, storage: torch.UntypedStorage) -> int | None:
+        """The number of the memory that a storage stands for now."""
+        found = self._live.get(storage._cdata)
+        return None if found is None else found[0]
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _COPIES and args[0].is_meta and _leaves_meta(kwargs):
+            # Nobody knows the values; a job that looks at some gets zeros.
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        result = func(*args, **kwargs)
+        with self._lock:
+            tensors = _tensors(result)
+            for tensor in tensors:
+                self._see(tensor)
+            self.operators.note(func, args, kwargs, tensors, self.phase, self.window)
+        return result
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has another size now."""
+        with self._lock:
+            found = self._live.get(storage._cdata)
+            if found is None:
+                return
+            piece, before, reference = found
+            now = storage.nbytes()
+            if now != before:
+                self._live[storage._cdata] = (piece, now, reference)
+                self._change(piece, now - before)
+                if not (before and now):
+                    self.kinds.setdefault(piece, (RELEASED, "device"))
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type not in ("meta", "cpu"):
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        found = self._live.get(key)
+        if found is not None:
+            if found[1] != storage.nbytes():
+                self.resized(storage)
+            return
+        self._pieces += 1
+        piece, nbytes = self._pieces, storage.nbytes()
+        self._live[key] = (piece, nbytes, weakref.ref(storage, lambda _: self._gone(key)))
+        if tensor.device.type == "cpu":
+            self.kinds[piece] = ("on the host", "host")
+        self._change(piece, nbytes)
+
+    def _gone(self, key: int) -> None:
+        with self._lock:
+            piece, nbytes, _ = self._live.pop(key)
+            self._change(piece, -nbytes)
+
+    def _change(self, piece: int, nbytes: int) -> None:
+        if nbytes:
+            moment = self.operators.moment
+            self.changes.append(Change(piece, nbytes, self.phase, self.window, moment))
+
+    def kind_of(self, change: Change, born: dict[int, str]) -> tuple[str, str]:
+        """What the memory of ``change`` is and where; ``born``: piece -> phase, kept here."""
+        phase = born.setdefault(change.piece, change.phase)
+        return self.kinds.get(change.piece) or (_BORN[phase], "device")
+
+
+@contextmanager
+def walking() -> Iterator[Walk]:
+    """Walk with everything that runs in the context, on threads that begin in it, too."""
+    walk = Walk()
+    run, resize = threading.Thread.run, torch.UntypedStorage.resize_
+
+    def run_walked(thread: threading.Thread) -> None:
+        with walk:
+            run(thread)
+
+    def resize_walked(storage: torch.UntypedStorage, size: int) -> Any:
+        found = resize(storage, size)
+        walk.resized(storage)
+        return found
+
+    with _readable(), walk:
+        threading.Thread.run = run_walked  # type: ignore[method-assign, assignment]
+        torch.UntypedStorage.resize_ = resize_walked  # type: ignore[method-assign, assignment]
+        try:
+            yield walk
+        finally:
+            threading.Thread.run = run  # type: ignore[method-assign]
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Let numbers without memory be read: true, one."""
+    library = torch.library.Library("aten", "IMPL", "Meta")  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch's own kernel, which raises, makes way
+        library.impl("_local_scalar_dense", _value, allow_override=True)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        library._destroy()  # type: ignore[no-untyped-call]
+
+
+def _value(tensor: torch.Tensor) -> bool | int | float:
+    if tensor.dtype == torch.bool:
+        return True
+    return 1.0 if tensor.dtype.is_floating_point else 1
+
+
+_COPIES: frozenset[Callable[..., Any]] = frozenset({torch.ops.aten._to_copy.default})
+
+
+def _leaves_meta(kwargs: Mapping[str, Any]) -> bool:
+    device = kwargs.get("device")
+    return device is not None and torch.device(device).type == "cpu"
+
+
+def _tensors(found: Any) -> list[torch.Tensor]:
+    if isinstance(found, torch.Tensor):
+        return [found]
+    if isinstance(found, (tuple, list)):
+        return [tensor for each in found for tensor in _tensors(each)]
+    return []

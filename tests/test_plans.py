@@ -1,0 +1,122 @@
+"""What ``drivetrain plan`` foretells of bytes and memory is what a job then does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from drivetrain_cli.memory import Ranks
+from drivetrain_cli.planning.rehearsed import Rehearsed, rehearse
+from drivetrain_cli.planning.subject import Subject
+from drivetrain_cli.stand_in import without_memory
+
+import drivetrain
+from drivetrain.testing import run_distributed
+from drivetrain.testing.models import TinyGPT
+
+RANKS, SEQUENCE, SAMPLES = 2, 16, 2
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def gpt() -> TinyGPT:
+    return TinyGPT(vocabulary=128, width=64, layers=3, positions=SEQUENCE)
+
+
+def config(stage: int, **more: Any) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": SAMPLES,
+        "optimizer": {"type": "AdamW"},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        **more,
+    }
+
+
+def planned(given: dict[str, Any], *, on_cpu: bool = True) -> Rehearsed:
+    subject = Subject(lambda: without_memory(gpt, "gpt"), "gpt", SEQUENCE, None, [])
+    return rehearse(given, subject, Ranks(RANKS, 1, on_cpu))
+
+
+def sent(given: dict[str, Any]) -> dict[tuple[str, str], tuple[int, float]]:
+    """What a second step sends: (purpose, collective) -> calls and bytes."""
+    engine, *_ = drivetrain.initialize(model=gpt(), config=given)
+    for _ in range(2):
+        engine.job.byte_log.reset()
+        for _ in range(engine.gradient_accumulation_steps()):
+            tokens = torch.zeros(SAMPLES, SEQUENCE, dtype=torch.int64)
+            engine.backward(engine(tokens, tokens))
+            engine.step()
+    found: Counter[tuple[str, str]] = Counter()
+    calls: Counter[tuple[str, str]] = Counter()
+    for call, traffic in engine.job.byte_log.items():
+        found[call.purpose.value, str(call.op)] += round(traffic.sent_bytes)
+        calls[call.purpose.value, str(call.op)] += traffic.calls
+    engine.destroy()
+    return {key: (calls[key], found[key]) for key in found if key[0] != "control"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        (0, {}),
+        (1, {"gradient_accumulation_steps": 3}),
+        (2, {"bf16": {"enabled": True}, "gradient_accumulation_steps": 4}),
+        (3, {"bf16": {"enabled": True}, "gradient_accumulation_steps": 3}),
+        (3, {"activation_checkpointing": {"recompute": "all"}}),
+    ],
+    ids=str,
+)
+def test_a_step_sends_what_was_planned(stage: int, more: dict[str, Any]) -> None:
+    given = config(stage, **more)
+    expected: dict[tuple[str, str], tuple[int, float]] = {}
+    for each in planned(given).sent:
+        if each.purpose != "control" and each.calls:
+            calls, nbytes = expected.get((each.purpose, each.op), (0, 0))
+            expected[each.purpose, each.op] = (calls + each.calls, nbytes + each.sent)
+    found = run_distributed(sent, RANKS, given)[0]
+    assert found == expected
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_states_on_the_host_are_planned_there(on_cpu: bool) -> None:
+    given = config(2, bf16={"enabled": True})
+    given["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    held = planned(given, on_cpu=on_cpu).peaks["step"].held
+    size = 2 * sum(p.numel() for p in gpt().parameters())  # 4 bytes for each of a half
+    place = "device" if on_cpu else "host"
+    for kind in ("master weights", "optimizer state exp_avg", "optimizer state exp_avg_sq"):
+        there = held.get((kind, "host"), 0) + (held.get((kind, "device"), 0) if on_cpu else 0)
+        assert there == pytest.approx(size, rel=0.02), (kind, place)
+
+
+def test_recomputed_blocks_are_planned_to_keep_less() -> None:
+    plain = planned(config(0)).peaks["forward"].held["activations", "device"]
+    again = config(0, activation_checkpointing={"recompute": "all"})
+    assert planned(again).peaks["forward"].held["activations", "device"] < plain / 2
+
+
+def test_a_process_takes_the_memory_that_was_planned(tmp_path: Path) -> None:
+    """Within 10 %: resident set of one rank, less that of a training of no size before."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import plan_models
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    given = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "AdamW"}}
+    subject = Subject(lambda: without_memory(plan_models.gpt, "gpt"), "gpt", 256, None, [])
+    expected = rehearse(given, subject, Ranks(1, 1, True))
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    worker = [sys.executable, str(BENCHMARKS / "plan_worker.py"), str(tmp_path / "config.json")]
+    subprocess.run(
+        [*worker, "gpt", "256", "2", str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    peak = json.loads((tmp_path / "rank0.json").read_text())["peak"]
+    assert peak == pytest.approx(expected.needs, rel=0.1)
