@@ -29,15 +29,12 @@ def tensors_of(name: str, found: Rounded, dtype: torch.dtype) -> dict[str, torch
     if kind == "float-quantized":
         return {f"{name}.weight": found.numbers.to(torch.float8_e4m3fn), **scale}
     assert isinstance(grid, Integers)
-    codes = (found.numbers + found.scales.spread(found.numbers.shape[1])[1]).round()
+    codes = found.numbers.round()
     if kind == "int-quantized":
         return {f"{name}.weight": codes.to(torch.int8), **scale}
     packed = pack_words((codes - grid.low).to(torch.int64), grid.bits)
     made = {f"{name}.weight_packed": packed, **scale}
     made[f"{name}.weight_shape"] = torch.tensor(found.numbers.shape, dtype=torch.int64)
-    if not grid.symmetric:
-        zero = (found.scales.zero - grid.low).to(torch.int64)
-        made[f"{name}.weight_zero_point"] = pack_words(zero.T, grid.bits).T.contiguous()
     return made
 
 
@@ -119,10 +116,12 @@ def _kind(name: str, found: Rounded) -> str:
             f"{name}: groups of {found.scales.group} do not divide its {columns} inputs, which "
             f"{NAME} needs; choose a group that does, or the format drivetrain"
         )
-    if not torch.equal(found.scales.zero, found.scales.zero.round()):
+    if not grid.symmetric:
+        # compressed-tensors 0.19 packs zero points, and on the meta device, where Transformers
+        # makes the model that files are read into, expects them unpacked: no file fits both.
         raise ConfigError(
-            f"{name}: {NAME} has whole zero points only; choose symmetric: true, or write the "
-            "format drivetrain"
+            f"{name}: Transformers cannot read zero points in {NAME}; choose symmetric: true, or "
+            "write the format drivetrain"
         )
     if isinstance(grid, Floats):
         if grid.name == "e4m3" and found.scales.group == columns:

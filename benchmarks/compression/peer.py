@@ -1,0 +1,111 @@
+"""What llm-compressor makes of the same model with the same data; runs where it is installed.
+
+    PEER_PYTHON benchmarks/compression/peer.py FOLDER --out RESULTS
+
+Recipes are those of ``table.py``: symmetric, groups, minimum and maximum as ranges, unless the
+recipe of llm-compressor has its own. Writes one file of figures a method into RESULTS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+GROUPED = {
+    "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64,
+}  # fmt: skip
+
+
+def recipe(name: str) -> list[Any]:
+    """Modifiers of llm-compressor."""
+    from compressed_tensors.quantization import QuantizationScheme
+
+    scheme = {"group_0": QuantizationScheme(targets=["Linear"], weights=GROUPED)}
+    common = {"config_groups": scheme, "ignore": ["lm_head"]}
+    if name == "gptq-64":
+        from llmcompressor.modifiers.gptq import GPTQModifier
+
+        return [GPTQModifier(**common)]
+    if name == "awq-64":
+        from llmcompressor.modifiers.quantization import QuantizationModifier
+        from llmcompressor.modifiers.transform.awq import AWQModifier
+
+        return [AWQModifier(), QuantizationModifier(**common)]
+    if name == "sparsegpt-2:4":
+        from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
+
+        return [
+            SparseGPTModifier(
+                sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["lm_head"]
+            )
+        ]
+    if name == "w8a8":
+        from llmcompressor.modifiers.gptq import GPTQModifier
+        from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+        return [
+            SmoothQuantModifier(smoothing_strength=0.5),
+            GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+        ]
+    raise SystemExit(f"no recipe {name}")
+
+
+def perplexity(model: torch.nn.Module, rows: torch.Tensor) -> float:
+    """As in ``model.py``, which needs packages that are not here."""
+    total, count = 0.0, 0
+    with torch.inference_mode():
+        for row in rows.split(4):
+            logits = model(input_ids=row).logits[:, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten())
+            total, count = total + float(loss) * row[:, 1:].numel(), count + row[:, 1:].numel()
+    return math.exp(total / count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--method", required=True)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--held", type=int, default=12)
+    options = parser.parse_args()
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM
+
+    rows = load_file(options.folder / "rows")
+    ids = rows["calibration"][: options.samples, : options.length]
+    data = Dataset.from_dict(
+        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
+    )
+    model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.bfloat16)
+    made = recipe(options.method)
+    began, cpu = time.perf_counter(), time.process_time()
+    oneshot(
+        model=model, dataset=data, recipe=made, max_seq_length=options.length,
+        num_calibration_samples=options.samples, batch_size=4,
+    )  # fmt: skip
+    found = {
+        "seconds": time.perf_counter() - began,
+        "processor_seconds": time.process_time() - cpu,
+        "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "perplexity": perplexity(model, rows["held"][: options.held]),
+        "samples": options.samples, "length": options.length, "held": options.held,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"peer-{options.method}.json").write_text(json.dumps(found), "utf-8")
+    print(options.method, found)
+
+
+if __name__ == "__main__":
+    main()
