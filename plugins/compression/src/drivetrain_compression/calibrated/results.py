@@ -12,6 +12,7 @@ from torch import nn
 
 from drivetrain.errors import ConfigError
 from drivetrain_compression.calibrated.grids import Floats, Grid, Integers, Scales, weight_of
+from drivetrain_compression.quantisers.straight_through import straight_through
 
 ACTIVATIONS: dict[str, Grid] = {"int8": Integers(8), "e4m3": Floats("e4m3")}
 """Grids that inputs may be rounded to, token by token, when they come."""
@@ -61,7 +62,8 @@ class RoundedInputs:
         self.kind = kind
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (rounded_tokens(inputs[0], self.kind), *inputs[1:])
+        x = inputs[0]
+        return (straight_through(x, rounded_tokens(x.detach(), self.kind)), *inputs[1:])
 
 
 def put(module: nn.Linear, found: Rounded) -> None:

@@ -141,7 +141,7 @@ def opened(model: nn.Module | str | os.PathLike[str]) -> Iterator[Source]:
         return
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
-        found = InMemory(_of_gguf(path))
+        found = InMemory(of_gguf(path))
         found.folder = path
         yield found
         return
@@ -183,7 +183,12 @@ def _empty(folder: Path) -> nn.Module:
     return module
 
 
-def _of_gguf(path: Path) -> nn.Module:
+def of_gguf(path: Path) -> nn.Module:
+    """The language model in a GGUF file, with plain weights in bfloat16.
+
+    Raises:
+        ConfigError: Transformers cannot read it; says why.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -199,6 +204,7 @@ def _of_gguf(path: Path) -> nn.Module:
     config: Any = module.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # its weights are plain now
+        module.is_quantized = False  # type: ignore[assignment]
     return module
 
 

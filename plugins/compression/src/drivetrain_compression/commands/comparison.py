@@ -65,6 +65,9 @@ def compared(
         batches = read_batches(data, first, samples=samples, length=length, rows=4)
     folders = (first, second)
     one, two = models = [load_compressed(folder) for folder in folders]
+    with torch.inference_mode():
+        for model in models:  # Transformers unpacks layers when they are called first
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64))
     weights = _distances(one, two)
     if not weights:
         raise ConfigError(f"{first} and {second} have no linear layer of one name and shape")
@@ -147,7 +150,8 @@ def _errors(title: str, values: Sequence[float]) -> list[str]:
 
 
 def _side(folder: Path, model: nn.Module, batches: Sequence[Batch]) -> Side:
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
+    files = [folder] if folder.is_file() else folder.glob("*.safetensors")
+    size = sum(file.stat().st_size for file in files) / 1e6
     if not batches:
         return Side(folder.name, size)
     loss, count, began = 0.0, 0, time.perf_counter()

@@ -23,6 +23,7 @@ class _ModelOrCommand(click.Group):
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "MODEL --recipe R.yaml --data D --out DIR")
         formatter.write_usage(ctx.command_path, "compare A B")
+        formatter.write_usage(ctx.command_path, "gguf FOLDER FILE")
 
 
 @click.group(cls=_ModelOrCommand)
@@ -124,3 +125,22 @@ def compare(
     if picture is not None:
         picture.write_text(drawing(found), "utf-8")
         click.echo(f"picture: {picture}")
+
+
+@compress.command("gguf")
+@click.argument("folder", type=UserPath(exists=True, path_type=Path))
+@click.argument("file", type=UserPath(path_type=Path))
+@click.option(
+    "--rest",
+    type=click.Choice(["BF16", "F16", "Q8_0", "Q4_0", "Q4_1"]),
+    default="BF16",
+    show_default=True,
+    help="Kind of matrices that are on no grid of GGUF.",
+)
+@click.option("--pre", default="default", show_default=True, help="How llama.cpp splits text.")
+def gguf_command(folder: Path, file: Path, rest: str, pre: str) -> None:
+    """Write the model in FOLDER, in the format drivetrain or plain, to a GGUF FILE."""
+    from drivetrain_compression.files.gguf_file import write_gguf
+
+    write_gguf(folder, file, rest=rest, pre=pre)
+    click.echo(f"{file}: {file.stat().st_size / 1e6:,.1f} MB")

@@ -13,7 +13,7 @@ from torch import nn
 
 from drivetrain.errors import CheckpointError, ConfigError
 from drivetrain_compression.calibrated.results import put
-from drivetrain_compression.calibrated.sources import architecture
+from drivetrain_compression.calibrated.sources import architecture, of_gguf
 from drivetrain_compression.files import compressed_tensors, own
 from drivetrain_compression.files.folder import DESCRIPTION
 
@@ -26,7 +26,7 @@ def load_compressed(path: str | os.PathLike[str], module: nn.Module | None = Non
     Weights are those that compressed layers compute with; where inputs are rounded, too, they are.
 
     Args:
-        path: the folder.
+        path: the folder, or a GGUF file.
         module: gets the values, if the folder has no config of Transformers.
 
     Raises:
@@ -34,6 +34,8 @@ def load_compressed(path: str | os.PathLike[str], module: nn.Module | None = Non
         CheckpointError: it does not fit the module, or is damaged.
     """
     folder = Path(path)
+    if folder.suffix == ".gguf" and folder.is_file():
+        return of_gguf(folder).eval()
     described = folder / DESCRIPTION
     summary = json.loads(described.read_text("utf-8")) if described.exists() else {}
     if summary.get("format") == compressed_tensors.NAME or not summary:
