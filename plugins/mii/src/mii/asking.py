@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from drivetrain_inference import load_tokenizer
-
 from drivetrain.errors import ConfigError
 from mii.deployments import Deployment, find
 from mii.options import Sampling
@@ -78,10 +76,12 @@ class MIIClient:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        found = load_tokenizer(Path(self.deployment.tokenizer))
-        if found is None:
-            raise ConfigError(f"{self.deployment.tokenizer} has no tokenizer")
-        return found
+        from transformers import AutoTokenizer
+
+        path = Path(self.deployment.model)
+        where = {"gguf_file": path.name} if path.is_file() else {}
+        folder = path.parent if path.is_file() else path
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **where)
 
     @cached_property
     def _context(self) -> int:

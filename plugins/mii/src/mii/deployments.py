@@ -43,7 +43,6 @@ class Deployment:
     Args:
         name: of the deployment, and of the model in the protocol.
         model: folder or file.
-        tokenizer: folder of the tokenizer, or the model's.
         url: where it listens.
         key: that requests must bring.
         process: number of the server's process.
@@ -52,7 +51,6 @@ class Deployment:
 
     name: str
     model: str
-    tokenizer: str
     url: str
     key: str
     process: int
@@ -156,8 +154,6 @@ def serve(
             "mii.serve: a model that ranks share is not served yet; use mii.pipeline with "
             "tensor_parallel, or replica_num"
         )
-    if asked.tokenizer is not None and not isinstance(asked.tokenizer, str):
-        raise ConfigError("mii.serve: tokenizer must be a folder, which the server can read")
     if not _NAME.fullmatch(asked.name):
         raise ConfigError(
             f"mii.serve: deployment_name {asked.name!r} may have letters, digits, dots, - and _"
@@ -170,16 +166,11 @@ def serve(
         )
     host = "127.0.0.1" if asked.rest_host == "localhost" else asked.rest_host
     options_of_serve = ["--replicas", str(asked.replicas), "--port", str(asked.rest_port)]
-    tokenizer = asked.tokenizer or asked.model
-    deployment = _start(
-        asked.name, asked.model, tokenizer, asked.section, [*options_of_serve, "--host", host]
-    )
+    deployment = _start(asked.name, asked.model, asked.section, [*options_of_serve, "--host", host])
     return MIIClient(deployment)
 
 
-def _start(
-    name: str, model: str, tokenizer: str, section: Mapping[str, Any], options: list[str]
-) -> Deployment:
+def _start(name: str, model: str, section: Mapping[str, Any], options: list[str]) -> Deployment:
     """A server of its own session, once it listens."""
     file, key = _file(name), secrets.token_urlsafe(24)
     with tempfile.TemporaryDirectory() as folder, file.with_suffix(".log").open("w+") as log:
@@ -207,7 +198,7 @@ def _start(
                 )
             time.sleep(_LOOK_SECONDS)
     born = _born(process.pid)
-    found = Deployment(name, model, tokenizer, served[1], key, process.pid, born)
+    found = Deployment(name, model, served[1], key, process.pid, born)
     whole = file.with_suffix(".new")
     whole.touch(mode=0o600)
     whole.write_text(json.dumps(asdict(found)))

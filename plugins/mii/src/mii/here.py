@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from drivetrain_inference import InferenceEngine, SamplingParams, load_tokenizer, serve
-
+from drivetrain.contracts import Serves
 from drivetrain.errors import ConfigError
+from drivetrain.plan.registry import Registry
 from mii.options import Options, Sampling, read
 from mii.responses import Response, listed
 
@@ -27,11 +27,11 @@ class MIIPipeline:
         config: dict[str, Any] = {"inference": options.section}
         if options.ranks > 1:
             config["tensor_parallel"] = {"autotp_size": options.ranks}
-        self.engine: InferenceEngine = serve(options.model, config, tokenizer=tokenizer_of(options))
+        self.engine = engine_of(options.model, config)
         self.tokenizer: Any = self.engine.tokenizer
         if self.tokenizer is None:
             self.engine.close()
-            raise ConfigError(f"{options.model} has no tokenizer; give one, or its folder")
+            raise ConfigError(f"{options.model} has no tokenizer")
 
     def __call__(self, prompts: str | Sequence[str], **options: Any) -> list[Response]:
         """Continue one or several prompts.
@@ -46,8 +46,9 @@ class MIIPipeline:
         """
         asked, texts = Sampling.read(options), listed(prompts)
         rows = [self.tokenizer(text)["input_ids"] for text in texts]
-        params = [_params(asked, len(row), self.engine.context) for row in rows]
-        results = self.engine.generate(rows, params)
+        engine = self.engine
+        params = [engine.sampling(**_options(asked, len(r), engine.context)) for r in rows]
+        results = engine.generate(rows, params)
         return [
             Response(
                 (text if asked.return_full_text else "") + result.text,
@@ -84,20 +85,34 @@ def pipeline(
     return MIIPipeline(read(str(model_name_or_path), model_config, **options))
 
 
-def tokenizer_of(options: Options) -> Any | None:
-    """The tokenizer that was given, itself or by its folder; ``None`` for the model's own."""
-    given = options.tokenizer
-    return load_tokenizer(Path(given)) if isinstance(given, str) else given
+def engine_of(model: str, config: Mapping[str, Any]) -> Serves:
+    """The engine of whichever installed package generates.
+
+    Raises:
+        ConfigError: none does, or the model cannot be served.
+    """
+    registry = Registry.installed()
+    names = registry.names("engines")
+    if not names:
+        raise ConfigError(
+            "no package that generates is installed: pip install drivetrain-inference"
+        )
+    engine: Any = registry.load("engines", names[0])(Path(model), config)
+    if not hasattr(engine, "generate"):
+        engine.close()
+        raise ConfigError(f"{model} makes vectors of texts and generates none")
+    found: Serves = engine
+    return found
 
 
-def _params(asked: Sampling, prompt: int, context: int) -> SamplingParams:
+def _options(asked: Sampling, prompt: int, context: int) -> dict[str, Any]:
     most = asked.new_tokens(prompt, context)
-    return SamplingParams(
-        max_new_tokens=most,
-        min_new_tokens=min(asked.min_new_tokens, most),
-        temperature=(asked.temperature or 1.0) if asked.do_sample else 0.0,
-        top_p=asked.top_p if asked.do_sample else 1.0,
-        top_k=(asked.top_k or 0) if asked.do_sample else 0,
-        ignore_eos=asked.ignore_eos,
-        stop=tuple(asked.stops),
-    )
+    return {
+        "max_new_tokens": most,
+        "min_new_tokens": min(asked.min_new_tokens, most),
+        "temperature": (asked.temperature or 1.0) if asked.do_sample else 0.0,
+        "top_p": asked.top_p if asked.do_sample else 1.0,
+        "top_k": (asked.top_k or 0) if asked.do_sample else 0,
+        "ignore_eos": asked.ignore_eos,
+        "stop": tuple(asked.stops),
+    }

@@ -62,7 +62,6 @@ class Options:
 
     Args:
         model: a folder, or a GGUF file.
-        tokenizer: a tokenizer or the folder of one; ``None`` for the model's own.
         section: of the engine.
         ranks: that share each layer.
         replicas: workers of a server.
@@ -73,7 +72,6 @@ class Options:
     """
 
     model: str
-    tokenizer: Any
     section: dict[str, Any]
     ranks: int
     replicas: int
@@ -121,6 +119,10 @@ def _options(known: Mapping[str, Any]) -> Options:
             f"mii: deployment_type {known['deployment_type']!r} is not served; local is, and "
             "mii.pipeline where nothing is to stay"
         )
+    if known["tokenizer"] not in (None, known["model_name_or_path"]):
+        raise ConfigError(
+            "mii: tokenizer must be the model's; put its files into the model's folder"
+        )
     mode = known["quantization_mode"]
     if mode not in _FORMATS:
         raise ConfigError(f"mii: quantization_mode {mode!r} is not served; wf6af16 is")
@@ -133,7 +135,6 @@ def _options(known: Mapping[str, Any]) -> Options:
     name = known["deployment_name"] or f"{Path(path).name}-mii-deployment"
     return Options(
         path,
-        known["tokenizer"],
         section,
         int(os.environ.get("WORLD_SIZE", "1") if ranks is None else ranks),
         int(known["replica_num"]),
