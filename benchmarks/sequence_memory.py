@@ -3,7 +3,8 @@
 Each figure is of processes of their own, one per rank: the peak of resident memory during the
 second step, less what was resident before it; the largest of the ranks' counts. With ``--limit``,
 the longest sequence whose processes stay below so many MiB each, all that Python and torch take
-included; ``RLIMIT_DATA`` holds each to that, so what is too long fails as it would in a cgroup.
+included, or, with ``--lengths``, whether those do; ``RLIMIT_DATA`` holds each to that, so what is
+too long fails as it would in a cgroup.
 ``--shapes-only`` leaves out the arithmetic of fused attention, and makes its results as zeros:
 memory is the same, and time grows with the length instead of its square. Prints JSON; ``--picture
 FILE`` draws it as well. ``--one WAY --trace FILE`` draws the memory of one step over time.
@@ -38,6 +39,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "chunks, files": FILES | {"sequence_parallel": CHUNKS},
 }
 """What a config has for each way; ``transformers`` beside them is a loop without Drivetrain."""
+
+LENGTHS = (1024, 2048, 4096, 8192)
 
 RANKS = (1, 2, 4)
 """Ranks that share a sequence; a way's name ends with them where they are several."""
@@ -260,7 +263,7 @@ def draw_trace(samples: list[tuple[float, float]], path: str) -> None:
 def main() -> None:
     """Measure all ways at all lengths."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a sequence")
     parser.add_argument("--ways", nargs="+", choices=NAMES, default=[ALONE, *WAYS])
     parser.add_argument("--one", choices=NAMES, help="one step in this process")
     parser.add_argument("--limit", type=float, help="MiB of a process")
@@ -275,7 +278,7 @@ def main() -> None:
             draw_trace(one["trace"], options.trace)
         print(json.dumps(one))
         return
-    if options.limit is not None:
+    if options.limit is not None and options.lengths is None:
         print(
             json.dumps(
                 {way: longest(way, options) for way in options.ways},
@@ -285,7 +288,7 @@ def main() -> None:
         return
     found: dict[str, dict[str, float | None]] = {way: {} for way in options.ways}
     for way in options.ways:
-        for length in options.lengths:
+        for length in options.lengths or LENGTHS:
             one = measure(way, length, options)
             print(way, length, one, file=sys.stderr, flush=True)
             found[way][str(length)] = None if one is None else one["step"]

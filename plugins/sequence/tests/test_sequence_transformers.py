@@ -9,6 +9,7 @@ import pytest
 import torch
 from drivetrain_sequence import HeadShare
 from sequence_models import LENGTH, batch, engine_of, plain, tiny, train
+from torch.utils.flop_counter import FlopCounterMode
 
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.testing import run_distributed
@@ -82,6 +83,52 @@ def test_losses_and_mlps_in_tiles_change_nothing() -> None:
     check(parts(1, cases, tiles), cases)
     for found in run_distributed(parts, 2, 2, cases[:1], tiles):
         check(found, cases[:1])
+
+
+class Headed(torch.nn.Linear):
+    """A head with a scale that it does not own, and a watcher of its weight's gradients."""
+
+    scale: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
+def headed(watched: bool) -> tuple[Any, torch.Tensor, list[torch.Tensor]]:
+    model, seen = tiny("llama"), list[torch.Tensor]()
+    head = Headed(32, 40, bias=False).double()
+    head.load_state_dict(model.lm_head.state_dict())
+    model.scale = torch.nn.Parameter(torch.ones(40, dtype=torch.float64))
+    object.__setattr__(head, "scale", model.scale)
+    model.lm_head = head
+    if watched:
+        head.weight.register_hook(seen.append)
+    return model, model.scale, seen
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_heads_whose_gradients_somebody_needs_give_them_once(watched: bool) -> None:
+    model, scale, seen = headed(watched)
+    engine = engine_of(model, sequence_parallel={"loss_tile": 5})
+    train(engine, "padded", steps=1)
+    engine.destroy()
+    expected, other, theirs = headed(watched)
+    plain(expected, "padded", steps=1)
+    torch.testing.assert_close(scale.detach(), other.detach(), rtol=1e-6, atol=1e-7)
+    assert len(seen) == len(theirs) == int(watched)
+    for ours, reference in zip(seen, theirs, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-7)
+
+
+def test_losses_in_tiles_compute_logits_once() -> None:
+    found = []
+    for section in ({}, {"loss_tile": 5}):
+        engine = engine_of(tiny("llama"), sequence_parallel=section)
+        with FlopCounterMode(display=False) as counter:
+            train(engine, "plain", steps=1)
+        found.append(counter.get_total_flops())
+        engine.destroy()
+    assert found[0] == found[1]
 
 
 class Convolved(torch.nn.Module):

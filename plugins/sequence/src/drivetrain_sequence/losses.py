@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from drivetrain.errors import TrainingError
+from drivetrain_sequence.chunks.draws import Casts
+from drivetrain_sequence.chunks.sums import stray_leaf
 
 IGNORED = -100
 """The label of tokens that no loss counts, as in torch."""
@@ -120,8 +124,12 @@ class CausalLoss:
 class TiledHead:
     """A head that computes the losses of a tile of tokens at a time, instead of all logits.
 
-    Logits of a tile are computed again in backward, inside of the head's forward, so that
-    parameters which are gathered for it are there; the head's gradient arrives once.
+    All that is made of the losses is their sum, so what a tile's logits give for gradients is known
+    but for one factor when they are computed, and they are computed once (as in ALST's fused logits
+    and loss). Where something looks at gradients of the head's parameters, or the head trains what
+    is none of them, logits are computed again in backward. Both happen inside of the head's forward
+    and its one node of the graph, so parameters that are gathered for it are there, and their
+    gradients arrive once.
 
     Args:
         head: the module from hidden states [b, s, width] to logits; its ``forward`` is replaced.
@@ -129,13 +137,14 @@ class TiledHead:
 
     Attributes:
         labels: [b, s], of the forward under way; without them the head computes logits.
-        made: the losses that it has computed for them.
+        made: the losses that it has computed for them, of which only the sum may be used.
     """
 
     def __init__(self, head: nn.Module, tile: int) -> None:
         self._head: Any = head
         self._forward = head.forward
         self._tile = tile
+        self._again = False
         self.made: torch.Tensor | None = None
         self.labels: torch.Tensor | None = None
         self._head.forward = self
@@ -144,15 +153,48 @@ class TiledHead:
         labels = self.labels
         if labels is None or hidden.shape[:-1] != labels.shape:
             return self._forward(hidden)
-        flat, targets = hidden.flatten(0, 1), labels.flatten()
-        losses = [
-            checkpoint(self._losses, part, target, use_reentrant=False)
-            for part, target in zip(
-                torch.split(flat, self._tile), torch.split(targets, self._tile), strict=True
-            )
-        ]
-        self.made = torch.cat(losses).view(labels.shape)
+        parameters = [p for p in self._head.parameters() if p.requires_grad]
+        watched = any(p._backward_hooks for p in parameters) or torch.compiler.is_compiling()
+        if watched or self._again or not torch.is_grad_enabled():
+            losses = self._repeated(hidden.flatten(0, 1), labels.flatten())
+        else:
+            given = (hidden.flatten(0, 1), labels.flatten())
+            try:
+                losses = _Losses.apply(self, *given, *parameters)  # type: ignore[no-untyped-call]
+            except _Strays:
+                self._again = True
+                losses = self._repeated(*given)
+        self.made = losses.view(labels.shape)
         return self.made
+
+    def tiles(
+        self, hidden: torch.Tensor, labels: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Tokens and their labels, of a tile at a time."""
+        pairs = (torch.split(hidden, self._tile), torch.split(labels, self._tile))
+        yield from zip(*pairs, strict=True)
+
+    def with_gradients(
+        self, own: torch.Tensor, labels: torch.Tensor, parameters: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Losses of a tile, and gradients of their sum for its tokens ``own`` and parameters."""
+        casts = Casts(own.device)
+        with torch.enable_grad(), casts.again(), _own_graph():
+            losses = self.losses(own, labels)
+            total = losses.sum()
+        if stray_leaf([losses], [own, *parameters]) is not None:
+            raise _Strays
+        wanted = [x for x in (own, *parameters) if x.requires_grad]
+        if not losses.requires_grad:
+            return losses, [None] * (1 + len(parameters))
+        with casts.none():
+            found = iter(torch.autograd.grad(total, wanted, allow_unused=True))
+        each = [next(found) if x.requires_grad else None for x in (own, *parameters)]
+        return losses.detach(), each
+
+    def losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Of tokens [n, width]: [n]."""
+        return token_losses(self._forward(hidden), labels)
 
     def checked(self, logits: torch.Tensor, model: nn.Module) -> torch.Tensor:
         """The losses that stand for ``logits``.
@@ -175,5 +217,67 @@ class TiledHead:
         """Let go of the latest forward's labels and losses."""
         self.labels = self.made = None
 
-    def _losses(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return token_losses(self._forward(hidden), labels)
+    def _repeated(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Losses whose logits are computed again in backward."""
+        each = [
+            checkpoint(self.losses, part, target, use_reentrant=False)
+            for part, target in self.tiles(hidden, labels)
+        ]
+        return torch.cat(each)
+
+
+class _Strays(Exception):  # noqa: N818  # no error: the head's logits are computed again instead
+    """A head trains something that is none of its parameters."""
+
+
+class _Losses(torch.autograd.Function):
+    """Losses of tokens, and gradients of their sum that wait for its factor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: TiledHead,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        losses, for_hidden = [], torch.empty_like(hidden)
+        sums: list[torch.Tensor | None] = [None] * len(parameters)
+        start = 0
+        for part, target in head.tiles(hidden, labels):
+            leaf = part.detach().requires_grad_(ctx.needs_input_grad[1])
+            found, (own, *others) = head.with_gradients(leaf, target, parameters)
+            losses.append(found)
+            if own is not None:
+                for_hidden[start : start + len(part)] = own
+            start += len(part)
+            for i, gradient in enumerate(others):
+                if gradient is not None:
+                    sums[i] = _added(sums[i], gradient)
+        ctx.save_for_backward(for_hidden, *sums)
+        ctx.dtypes = [p.dtype for p in parameters]
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        for_hidden, *sums = ctx.saved_tensors
+        factor = gradient[0]  # the same for all of them
+        others = [
+            None if x is None else (x * factor).to(dtype)
+            for x, dtype in zip(sums, ctx.dtypes, strict=True)
+        ]
+        own = (for_hidden * factor).to(for_hidden.dtype) if ctx.needs_input_grad[1] else None
+        return None, own, None, *others
+
+
+def _added(total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:
+    """Sums of tiles, at least in float32."""
+    if total is None:
+        return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).contiguous()
+    return total.add_(gradient)
+
+
+def _own_graph() -> Any:
+    """Keeps what a tile saves from hooks outside, which move or count it."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)

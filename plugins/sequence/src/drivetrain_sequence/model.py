@@ -188,7 +188,8 @@ class SharedModel:
                 f"{type(module).__name__} computes its loss without its loss_function, so it is "
                 "not over the whole sequence: leave out labels and compute it of outputs"
             )
-        if self._line.size > 1 and _loss(output) is not made:
+        # A version is above 0 where something was added in place.
+        if self._line.size > 1 and (_loss(output) is not made or made._version):
             raise TrainingError(
                 f"{type(module).__name__} adds something of its own to the loss of its tokens "
                 "(routers do), which is of this rank's part of the sequence: leave it out (of "

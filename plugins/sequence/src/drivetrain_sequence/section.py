@@ -37,8 +37,8 @@ class SequenceParallelSection(Section):
     )
     loss_tile: PositiveInt | None = Field(
         default=None,
-        description="Tokens whose logits are in memory at a time; logits are computed again in "
-        "backward, and the model returns none when it is given labels.",
+        description="Tokens whose logits are in memory at a time; what they give for gradients is "
+        "computed with them, and the model returns none when it is given labels.",
     )
     mlp_tile: PositiveInt | None = Field(
         default=None,

@@ -71,6 +71,10 @@ class Casts:
         """The same as a context."""
         return torch.autocast(self._kind, self._dtype, self._enabled, cache_enabled=False)
 
+    def none(self) -> Any:
+        """No autocast, as in backward."""
+        return torch.autocast(self._kind, enabled=False)
+
 
 def _state(device: torch.device) -> torch.Tensor:
     if device.type == "cpu":

@@ -116,18 +116,27 @@ class OwnLeaves:
         if self._checked:
             return
         self._checked = True
-        names, seen = {id(x) for x in known}, set()
-        waiting = [y.grad_fn for y in outputs if y.grad_fn is not None]
-        while waiting:
-            node = waiting.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) not in names:
-                raise TrainingError(
-                    f"{self._name} uses a tensor of shape {tuple(leaf.shape)} that is trained and "
-                    "is neither given to it nor one of its parameters, so that its gradient would "
-                    "be lost in chunks (sequence_parallel.chunk): hand it in as an argument"
-                )
-            waiting += [following for following, _ in node.next_functions if following is not None]
+        if (leaf := stray_leaf(outputs, known)) is not None:
+            raise TrainingError(
+                f"{self._name} uses a tensor of shape {tuple(leaf.shape)} that is trained and "
+                "is neither given to it nor one of its parameters, so that its gradient would "
+                "be lost in chunks (sequence_parallel.chunk): hand it in as an argument"
+            )
+
+
+def stray_leaf(
+    outputs: Sequence[torch.Tensor], known: Sequence[torch.Tensor]
+) -> torch.Tensor | None:
+    """A tensor that trains, on which ``outputs`` depend and which is none of ``known``, if any."""
+    names, seen = {id(x) for x in known}, set()
+    waiting = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        leaf: torch.Tensor | None = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in names:
+            return leaf
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    return None
