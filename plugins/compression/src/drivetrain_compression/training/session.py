@@ -1,0 +1,152 @@
+"""The compression of one model in training: its modifiers, when they run, and what is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from drivetrain.errors import CheckpointError, ConfigError
+from drivetrain_compression.recipe.modifier import CompressionUnit, Progress
+from drivetrain_compression.recipe.recipe import assign
+from drivetrain_compression.training.base import TrainingModifier
+from drivetrain_compression.training.pruning import Pruning, Removing
+
+if TYPE_CHECKING:
+    from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
+
+AnyTraining = TrainingModifier[Any]
+
+_of_model: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+
+
+class Session:
+    """Modifiers at work on one model.
+
+    Args:
+        model: changed in place.
+        modifiers: in their order.
+
+    Raises:
+        ConfigError: they do not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, modifiers: Sequence[AnyTraining]) -> None:
+        self.modifiers = list(modifiers)
+        self.at = -1
+        """Applied optimizer steps that modifiers have been told of; -1 before any."""
+        self._checked = False
+        assigned: Any = assign(modifiers, model)
+        self._assigned: list[tuple[AnyTraining, list[CompressionUnit]]] = assigned
+        for modifier, units in self._assigned:
+            modifier.begin(units)
+        for modifier in self.modifiers:
+            if isinstance(modifier, Pruning):
+                modifier.relate(model)
+        _of_model[model] = self
+
+    def use(self, job: Job) -> None:
+        """Communicate within a job from now on."""
+        for modifier in self.modifiers:
+            modifier.job = job
+
+    def catch_up(self, steps: int) -> None:
+        """Tell modifiers of the optimizer steps that they have not been told of. Collective.
+
+        Args:
+            steps: applied so far.
+        """
+        while self.at < steps:
+            self.at += 1
+            for modifier in self.modifiers:
+                modifier.step(Progress(self.at))
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Scores that are learned, by name."""
+        for modifier in self.modifiers:
+            if isinstance(modifier, Pruning):
+                for target in modifier.targets:
+                    scores = target.module._parameters.get(modifier.scores_name)
+                    if scores is not None:
+                        yield f"{target.name}.{modifier.scores_name}", scores
+
+    def check_trained(self, engine: Engine) -> None:
+        """Refuse scores that no optimizer trains.
+
+        Raises:
+            ConfigError: names the first.
+        """
+        if self._checked or engine.optimizer is None:
+            return
+        trained = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
+        lost = [name for name, p in self.own_parameters() if id(p) not in trained]
+        if lost:
+            raise ConfigError(
+                f"compression_training: the optimizer was given parameters before {lost[0]} was "
+                "there, so these scores (topk) would never be trained: leave model_parameters out, "
+                "or build the optimizer after drivetrain_compression.init_compression"
+            )
+        self._checked = True
+
+    def finish(self, model: nn.Module) -> list[str]:
+        """Leave an ordinary model: values put into weights, what is pruned and related removed.
+
+        Returns:
+            What was removed, one line each.
+
+        Raises:
+            ConfigError: a part of the model is kept in shards, whose shapes cannot change.
+        """
+        if any(hasattr(p, "drivetrain_handle") for p in model.parameters()):
+            raise ConfigError(
+                "the model's parameters are kept by an engine: destroy it, or clean a copy made "
+                "inside `with drivetrain.whole(engine.module):`"
+            )
+        lines = []
+        # Quantised as in forward: before zeros are put in, and before shapes change.
+        for modifier, units in sorted(self._assigned, key=lambda pair: -pair[0].place):
+            kept = _kept(modifier)
+            modifier.finish(units)
+            if isinstance(modifier, Removing):
+                lines += modifier.remove(model, kept)
+        if _of_model.get(model) is self:
+            del _of_model[model]
+        return lines
+
+    def state(self) -> dict[str, Any]:
+        """Plain data for a checkpoint."""
+        parts = {modifier.label: modifier.state() for modifier in self.modifiers}
+        return {"at": self.at, "modifiers": parts}
+
+    def load_state(self, state: dict[str, Any] | None) -> None:
+        """Go on from what :meth:`state` returned; without one, begin.
+
+        Raises:
+            CheckpointError: it was saved by other modifiers.
+        """
+        if state is None:
+            return
+        saved = state["modifiers"]
+        own = [modifier.label for modifier in self.modifiers]
+        if sorted(saved) != sorted(own):
+            raise CheckpointError(
+                f"the checkpoint was compressed by {', '.join(sorted(saved))}, and this job by "
+                f"{', '.join(sorted(own))}; load it with the compression_training it was saved with"
+            )
+        self.at = int(state["at"])
+        for modifier in self.modifiers:
+            modifier.load_state(saved[modifier.label])
+
+
+def _kept(modifier: AnyTraining) -> dict[str, Any]:
+    if not isinstance(modifier, Removing) or not modifier.started:
+        return {}
+    return {target.name: modifier.kept(target).reshape(-1) for target in modifier.targets}
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """What compresses a model."""
+    return _of_model.get(model)
