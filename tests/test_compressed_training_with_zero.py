@@ -201,7 +201,7 @@ def scores_at_first(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Where learned scores begin: the same on every machine."""
     if name != "scores":
         return {}
-    from drivetrain_compression.training.pruning import _kaiming
+    from drivetrain_compression.pruned.pruning import _kaiming
 
     keys = [f"layers.{n}.key" for n in range(2)]
     return {f"{k}.weight": _kaiming((8, 8), f"{k}.sparse_mask_scores").to(dtype) for k in keys}

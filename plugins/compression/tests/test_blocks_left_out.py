@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from compressed_models import batches, net
-from drivetrain_compression.training.blocks import BlockPruning, BlockPruningConfig
-from test_compressed_training import engine_of
+from drivetrain_compression.pruned.blocks import BlockPruning, BlockPruningConfig
+from test_smaller_in_training import engine_of
 
 from drivetrain.errors import ConfigError
 

@@ -12,7 +12,11 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "compressing": "compress compress_module",
         "files.loading": "load_compressed",
+        "plugin": "Compression",
         "recipe.modifier": "CompressionUnit Modifier ModifierConfig Place Progress Target",
         "recipe.recipe": "Recipe",
+        "section": "CompressionSection",
+        "training.api": "init_compression redundancy_clean student_initialization",
+        "students.distilling": "Distillation",
     },
 )

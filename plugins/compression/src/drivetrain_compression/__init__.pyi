@@ -1,6 +1,7 @@
 from drivetrain_compression.compressing import compress as compress
 from drivetrain_compression.compressing import compress_module as compress_module
 from drivetrain_compression.files.loading import load_compressed as load_compressed
+from drivetrain_compression.plugin import Compression as Compression
 from drivetrain_compression.recipe.modifier import CompressionUnit as CompressionUnit
 from drivetrain_compression.recipe.modifier import Modifier as Modifier
 from drivetrain_compression.recipe.modifier import ModifierConfig as ModifierConfig
@@ -8,3 +9,8 @@ from drivetrain_compression.recipe.modifier import Place as Place
 from drivetrain_compression.recipe.modifier import Progress as Progress
 from drivetrain_compression.recipe.modifier import Target as Target
 from drivetrain_compression.recipe.recipe import Recipe as Recipe
+from drivetrain_compression.section import CompressionSection as CompressionSection
+from drivetrain_compression.students.distilling import Distillation as Distillation
+from drivetrain_compression.training.api import init_compression as init_compression
+from drivetrain_compression.training.api import redundancy_clean as redundancy_clean
+from drivetrain_compression.training.api import student_initialization as student_initialization

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from drivetrain.contracts import Phase, Plugin, Problem, Sections, Transform, hookimpl
 from drivetrain.errors import ConfigError
-from drivetrain_compression.section import PATH, CompressionSection
+from drivetrain_compression.section import EIGENVALUE, PATH, CompressionSection, EigenvalueSection
 
 if TYPE_CHECKING:
     import torch
@@ -19,20 +19,26 @@ if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
     from drivetrain.job.job import Job
     from drivetrain.plan.plan import Plan
+    from drivetrain_compression.training.curvature import Curvature
     from drivetrain_compression.training.session import Session
+    from drivetrain_compression.training.weights import WeightQuantisation
 
 _KEY = f"{PATH}/modifiers"
 
 
 class Compression(Plugin):
-    """Owns ``compression_training``."""
+    """Owns ``compression_training`` and ``eigenvalue``."""
 
     name = PATH
-    sections: ClassVar[Sections] = {PATH: CompressionSection}
+    sections: ClassVar[Sections] = {
+        PATH: CompressionSection,
+        EIGENVALUE: EigenvalueSection,
+    }
 
     def __init__(self, sections: Any) -> None:
         super().__init__(sections)
         self._session_of_job: WeakKeyDictionary[Job, Session] = WeakKeyDictionary()
+        self._curvature_of_job: WeakKeyDictionary[Job, Curvature] = WeakKeyDictionary()
 
     @property
     def _section(self) -> CompressionSection:
@@ -47,6 +53,16 @@ class Compression(Plugin):
         except ConfigError as error:
             label, _, message = str(error).partition(": ")
             return [Problem(label, message)]
+        if (
+            self.section(EigenvalueSection).enabled
+            and not self._section.weight_quantization.enabled
+        ):
+            return [
+                Problem(
+                    EIGENVALUE,
+                    f"it lets bits of {PATH}.weight_quantization fall more slowly, which is off",
+                )
+            ]
         reasons = {"pp": "a stage has part of the layers", "tp": "a rank has part of each weight"}
         return [
             Problem(
@@ -76,13 +92,32 @@ class Compression(Plugin):
                 session = Session(module, modifiers_of(self._section))
             session.use(job)
             self._session_of_job[job] = session
+            self._watch_curvature(job, session, module)
             return module
 
         return [Transform(Phase.ADAPT, apply)]
 
+    def _watch_curvature(self, job: Job, session: Session, module: torch.nn.Module) -> None:
+        section = self.section(EigenvalueSection)
+        if section.enabled:
+            from drivetrain_compression.training.curvature import Curvature
+
+            self._curvature_of_job[job] = curvature = Curvature(section, module)
+            for modifier in _quantising(session):
+                modifier.curvature = curvature.of
+
+    @hookimpl(tryfirst=True)
+    def backward(self, engine: Engine, tensors: Sequence[torch.Tensor]) -> bool | None:
+        curvature = self._curvature_of_job.get(engine.job)
+        if curvature is not None and engine.is_gradient_accumulation_boundary():
+            session = self._session_of_job[engine.job]
+            if any(modifier.due() for modifier in _quantising(session)):
+                curvature.look(engine, tensors)
+        return None  # the backward itself is core's
+
     @hookimpl
     def watch_gradients(self, job: Job) -> Sequence[GradientWatch]:
-        from drivetrain_compression.training.blocks import BlockPruning
+        from drivetrain_compression.pruned.blocks import BlockPruning
 
         session = self._session_of_job.get(job)
         found = () if session is None else session.modifiers
@@ -108,6 +143,12 @@ class Compression(Plugin):
 
     def features(self) -> dict[str, object]:
         return {f"{PATH}.{key}.enabled": True for key in _active(self._section)}
+
+
+def _quantising(session: Session) -> list[WeightQuantisation]:
+    from drivetrain_compression.training.weights import WeightQuantisation
+
+    return [m for m in session.modifiers if isinstance(m, WeightQuantisation)]
 
 
 def _applied(engine: Engine) -> int:

@@ -16,6 +16,7 @@ from drivetrain.contracts import (
 )
 
 PATH = "compression_training"
+EIGENVALUE = "eigenvalue"
 
 Kind = Literal["symmetric", "asymmetric"]
 Ratio = Annotated[Float, Field(gt=0, le=1)]
@@ -261,6 +262,24 @@ class LayerReductionSection(Section):
                 f"{len(self.teacher_layer)}"
             )
         return self
+
+
+class EigenvalueSection(Section):
+    """Periods of bits that depend on the curvature of the loss."""
+
+    enabled: Bool = Field(default=False, description="Let bits fall more slowly in curved blocks.")
+    verbose: Bool = Field(default=False, description="Log eigenvalues.")
+    max_iter: PositiveInt = Field(default=100, description="Most products with the Hessian.")
+    tol: NonNegativeFloat = Field(default=1e-2, description="Relative change at which it stops.")
+    stability: NonNegativeFloat = Field(default=1e-6, description="Added to norms.")
+    gas_boundary_resolution: PositiveInt = Field(
+        default=1, description="Look at every so many falls of bits."
+    )
+    layer_name: str | None = Field(
+        default=None,
+        description="Path of the list of blocks; the model's repeated ones by default.",
+    )
+    layer_num: NonNegativeInt = Field(default=0, description="How many of them; 0 is all.")
 
 
 class CompressionSection(Section):

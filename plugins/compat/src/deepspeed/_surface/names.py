@@ -218,8 +218,12 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "get_fp32_state_dict_from_zero_checkpoint load_state_dict_from_zero_checkpoint",
     },
     "drivetrain-compression": {
+        "compression": "compression_scheduler convert_conv1d_to_linear init_compression "
+        "redundancy_clean",
         "compression.compress": "init_compression redundancy_clean student_initialization",
-        "linear": "Init LoRAConfig OptimizedLinear QuantizationConfig init_lora",
+        "compression.helper": "convert_conv1d_to_linear",
+        "compression.scheduler": "compression_scheduler",
+        "ops.quantizer": "ds_quantizer",
     },
     "drivetrain-data-efficiency": {
         "runtime.data_pipeline.curriculum_scheduler": "CurriculumScheduler",
@@ -316,6 +320,11 @@ INSTEAD: Mapping[str, str] = {
     "elasticity.ensure_immutable_elastic_config": "nothing: ranks compare their configs",
     "io.FastFileWriter": "the config's checkpoint.background, which saves while training goes on",
     "inference.config.DeepSpeedInferenceConfig": "a dict for init_inference",
+    "linear.Init": "nothing yet",
+    "linear.LoRAConfig": "nothing yet",
+    "linear.OptimizedLinear": "nothing yet",
+    "linear.QuantizationConfig": "nothing yet",
+    "linear.init_lora": "nothing yet",
     "module_inject.replace_transformer_layer": "init_inference",
     "module_inject.revert_transformer_layer": "nothing: modules are not replaced",
     "ops.adam.ZenFlowCPUAdam": "the config's zero_optimization.zenflow",

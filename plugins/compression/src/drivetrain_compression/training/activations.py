@@ -133,8 +133,9 @@ class ActivationQuantisation(TrainingModifier[ActivationQuantisationConfig]):
             else:
                 known.mul_(MOMENTUM).add_(new, alpha=1 - MOMENTUM)
 
-    def finish(self, units: Any) -> None:
-        """Keep quantising inputs: a weight cannot hold that."""
+    def bake(self, target: Target) -> None:
+        """Forget the range: a weight cannot hold what is done to inputs."""
+        target.module._buffers.pop(RANGE, None)
 
     def describe(self) -> Iterator[str]:
         """Bits and range."""

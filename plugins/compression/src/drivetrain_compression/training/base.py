@@ -85,6 +85,12 @@ class TrainingModifier(Modifier[ConfigT]):
         self.activate()
         self.advance(progress)
 
+    def complete(self) -> None:
+        """Be where training would have led to; may communicate."""
+        self.start()
+        self.started = True
+        self.activate()
+
     def start(self) -> None:
         """Do what is done once, at the offset; may communicate."""
 

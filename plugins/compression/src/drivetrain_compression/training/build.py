@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from drivetrain_compression.recipe.recipe import make_modifier
-from drivetrain_compression.section import PATH, CompressionSection, Group
-from drivetrain_compression.training.activations import ActivationQuantisation
-from drivetrain_compression.training.base import TrainingModifier
-from drivetrain_compression.training.blocks import BlockPruning
-from drivetrain_compression.training.pruning import (
+from drivetrain_compression.pruned.blocks import BlockPruning
+from drivetrain_compression.pruned.pruning import (
     ChannelPruning,
     HeadPruning,
     RowPruning,
     WeightPruning,
 )
+from drivetrain_compression.recipe.recipe import make_modifier
+from drivetrain_compression.section import PATH, CompressionSection, Group
+from drivetrain_compression.training.activations import ActivationQuantisation
+from drivetrain_compression.training.base import TrainingModifier
 from drivetrain_compression.training.weights import WeightQuantisation
 
 AnyTraining = TrainingModifier[Any]

@@ -162,7 +162,13 @@ def _shown(module: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[No
 
 
 class Compressed(nn.Module):
-    """Base of the classes that compressed modules get, before their own."""
+    """Base of the classes that compressed modules get, before their own.
+
+    Attributes:
+        drivetrain_plugin: the plugin that has to take part where such a module is trained.
+    """
+
+    drivetrain_plugin = "compression_training"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward with other tensors."""

@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from drivetrain.errors import CheckpointError, ConfigError
+from drivetrain_compression.pruned.pruning import Pruning, Removing
 from drivetrain_compression.recipe.modifier import CompressionUnit, Progress
 from drivetrain_compression.recipe.recipe import assign
 from drivetrain_compression.training.base import TrainingModifier
-from drivetrain_compression.training.pruning import Pruning, Removing
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
@@ -63,6 +63,11 @@ class Session:
             self.at += 1
             for modifier in self.modifiers:
                 modifier.step(Progress(self.at))
+
+    def activate_all(self) -> None:
+        """Have everything begun, with the fewest bits; masks that were loaded stay. Collective."""
+        for modifier in self.modifiers:
+            modifier.complete()
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Scores that are learned, by name."""

@@ -8,7 +8,7 @@ the next update starts from the master: ``quantize_weight_in_forward`` decides n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,7 +27,7 @@ from drivetrain_compression.quantisers.integer import (
     ternary,
 )
 from drivetrain_compression.quantisers.straight_through import straight_through
-from drivetrain_compression.recipe.modifier import CompressionUnit, Place, Progress, Target
+from drivetrain_compression.recipe.modifier import Place, Progress, Target
 from drivetrain_compression.training.base import TrainingConfig, TrainingModifier
 from drivetrain_compression.training.chain import Step
 from drivetrain_compression.training.schedule import BitSchedule, eigenvalue_factor
@@ -145,13 +145,12 @@ class WeightQuantisation(TrainingModifier[WeightQuantisationConfig]):
     takes = (nn.Linear, nn.Conv2d, nn.Embedding)
     claims: ClassVar[str] = "weight bits"
 
-    eigenvalues: Callable[[], dict[str, float]] | None = None
-    """Returns curvature by unit, the largest 1, where periods depend on it."""
+    curvature: Callable[[str], float | None] | None = None
+    """Returns the curvature of the block of a module, 1 the largest, where periods depend on it."""
 
-    def begin(self, units: Sequence[CompressionUnit]) -> None:
-        """Attach steps, and learn which unit each module is in."""
-        self._unit = {t.name: unit.name for unit in units for t in unit.targets}
-        super().begin(units)
+    def due(self) -> bool:
+        """True if bits of some weight fall at the next step."""
+        return any(_is_due(step.schedule) for _, step in self.steps() if step.active)
 
     def make_step(self, target: Target) -> WeightStep:
         """Check that groups divide the weight."""
@@ -170,19 +169,17 @@ class WeightQuantisation(TrainingModifier[WeightQuantisationConfig]):
 
     def advance(self, progress: Progress) -> None:
         """Let bits fall where their period is over."""
-        found = list(self.steps())
-        due = [
-            (target, step)
-            for target, step in found
-            if step.schedule.bits > step.schedule.target
-            and step.schedule.calls + 1 >= step.schedule.period
-        ]
-        curvature = self.eigenvalues() if due and self.eigenvalues is not None else {}
-        for target, step in found:
-            value = curvature.get(self._unit[target.name])
+        for target, step in self.steps():
+            value = None if self.curvature is None else self.curvature(target.name)
             fell = step.schedule.advance(1 if value is None else eigenvalue_factor(value))
             if fell and self.config.verbose:
                 _tell(target.name, step.schedule.bits, progress.steps)
+
+    def complete(self) -> None:
+        """Use the fewest bits."""
+        super().complete()
+        for _, step in self.steps():
+            step.schedule.bits, step.schedule.ratio = step.schedule.target, 0.0
 
     def bake(self, target: Target) -> None:
         """Leave the weight with the values that forward used; it stays floating point."""
@@ -218,6 +215,10 @@ class WeightQuantisation(TrainingModifier[WeightQuantisationConfig]):
         for target, step in self.steps():
             if target.name in state["schedules"]:
                 step.schedule.load(state["schedules"][target.name])
+
+
+def _is_due(schedule: BitSchedule) -> bool:
+    return schedule.bits > schedule.target and schedule.calls + 1 >= schedule.period
 
 
 def _check_finite(weight: torch.Tensor, name: str) -> None:

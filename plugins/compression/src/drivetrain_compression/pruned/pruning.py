@@ -13,16 +13,16 @@ from torch import nn
 
 from drivetrain.contracts import Float, PositiveInt
 from drivetrain.errors import ConfigError
-from drivetrain_compression.recipe.modifier import Place, Target
-from drivetrain_compression.recipe.recipe import matching
-from drivetrain_compression.training.base import TrainingConfig, TrainingModifier
-from drivetrain_compression.training.chain import Step, compress_module, remove_steps
-from drivetrain_compression.training.cleaning import (
+from drivetrain_compression.pruned.cleaning import (
     keep_inputs,
     keep_outputs,
     keep_rows_of_heads,
 )
-from drivetrain_compression.training.scores import largest, learned_mask
+from drivetrain_compression.pruned.scores import largest, learned_mask
+from drivetrain_compression.recipe.modifier import Place, Target
+from drivetrain_compression.recipe.recipe import matching
+from drivetrain_compression.training.base import TrainingConfig, TrainingModifier
+from drivetrain_compression.training.chain import Step, compress_module, remove_steps
 
 Sizable = (nn.Linear, nn.Conv2d, nn.BatchNorm2d)
 """What loses dimensions when another module loses rows, heads or channels."""
@@ -175,13 +175,15 @@ class Pruning(TrainingModifier[PruningConfig]):
         if self.config.method != "l1":
             return
         for target in self.targets:
+            mask: Any = target.module._buffers[self.mask_name]
+            if not bool(mask.all()):
+                continue  # loaded
             with self.whole([target.module]), torch.no_grad():
                 weight: Any = target.module._parameters["weight"]
                 exact = weight if weight.dtype == torch.float64 else weight.float()
                 if not bool(torch.isfinite(exact).all()):
                     raise ConfigError(f"{target.name}.weight has numbers that are not finite")
                 scores = self.magnitudes(target.module, exact.abs(), self.config)
-                mask: Any = target.module._buffers[self.mask_name]
                 mask.copy_(largest(scores, self.config.dense_ratio))
 
     def related(self, model: nn.Module) -> list[tuple[Target, list[Target]]]:

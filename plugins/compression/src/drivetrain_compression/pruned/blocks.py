@@ -19,10 +19,10 @@ from torch import nn
 
 from drivetrain.contracts import Float, NonNegativeInt, Op, PositiveInt
 from drivetrain.errors import ConfigError
+from drivetrain_compression.pruned.scores import largest
 from drivetrain_compression.recipe.modifier import Place, Progress, Target
 from drivetrain_compression.training.base import TrainingConfig, TrainingModifier
 from drivetrain_compression.training.chain import Step
-from drivetrain_compression.training.scores import largest
 
 MASK = "block_pruning_mask"
 """Buffer of a module: what is kept, booleans of the weight's shape."""
@@ -135,6 +135,13 @@ class BlockPruning(TrainingModifier[BlockPruningConfig]):
             return final
         share = (steps - config.schedule_offset) / (config.end - config.schedule_offset)
         return final * (1 - (1 - min(share, 1.0)) ** 3)
+
+    def complete(self) -> None:
+        """Choose the last blocks, unless some were loaded."""
+        super().complete()
+        masks: list[Any] = [target.module._buffers[MASK] for target in self.targets]
+        if all(bool(mask.all()) for mask in masks):
+            self.advance(Progress(self.config.end))
 
     def advance(self, progress: Progress) -> None:
         """Choose blocks again, when it is time. Collective."""

@@ -1,0 +1,1 @@
+"""Names of DeepSpeed that this package serves."""

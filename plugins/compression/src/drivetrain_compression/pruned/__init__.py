@@ -1,0 +1,1 @@
+"""Parts of weights that are left out, and removed."""
