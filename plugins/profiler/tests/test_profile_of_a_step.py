@@ -123,6 +123,27 @@ def resumed(folder: str, file: str) -> None:
     engine.job.close()
 
 
+@pytest.mark.parametrize(("steps", "said"), [(2, 1), (4, 0)])
+def test_a_step_that_never_comes_is_told(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, steps: int, said: int
+) -> None:
+    section = {"enabled": True, "profile_step": 2, "output_file": str(tmp_path / "profile.txt")}
+    config = {
+        "train_micro_batch_size_per_gpu": 3,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "flops_profiler": section,
+    }
+    engine, *_ = drivetrain.initialize(model=net(), config=config)
+    for _ in range(steps):
+        engine.backward(engine(torch.ones(3, 4)).square().mean())
+        engine.step()
+    engine.job.close()
+    assert (
+        caplog.text.count("profile_step is 2, but this run ended before it (in its step 2)") == said
+    )
+    assert (tmp_path / "profile.txt").exists() is not bool(said)
+
+
 def test_an_operation_that_does_not_exist_is_refused() -> None:
     config = {
         "train_batch_size": 1,

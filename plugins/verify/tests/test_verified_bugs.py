@@ -216,6 +216,54 @@ def test_a_planted_bug_is_found_with_its_parameter(
         run_distributed(trained, 2, keys, plant)
 
 
+def outdated_bias(rank: int) -> Any:
+    """What a rank answers with an old bias of its last layer; no gradient tells."""
+
+    @contextmanager
+    def plant() -> Iterator[None]:
+        right = nn.Linear.forward
+
+        def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+            answer = right(self, x)
+            last = self.out_features == 3 and x.dtype is torch.float32 and self.training
+            return answer + 1e-3 if last and id(self) == head else answer
+
+        from drivetrain.job.job import open_jobs
+
+        (job,) = open_jobs()
+        head = id(job.engines[0].module.head) if job.rank == rank else 0
+        with patch.object(nn.Linear, "forward", forward):
+            yield
+
+    return plant
+
+
+def planted_bias() -> Any:
+    return outdated_bias(1)()
+
+
+def test_an_answer_that_is_wrong_is_found_though_no_gradient_is() -> None:
+    words = r"the output 1 of micro-batch 1 of rank 1 in step 1 is off by"
+    with pytest.raises(RanksFailedError, match=words):
+        run_distributed(trained, 2, SGD, planted_bias)
+
+
+class Restless(Model):
+    """Draws from a generator that nobody sets."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        import random
+
+        return super().forward(x) * (1 + random.random())
+
+
+def test_a_module_that_is_not_deterministic_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.Model", Restless)
+    words = "the module is not deterministic, .* the gradient of parameter first.weight is another"
+    with pytest.raises(TrainingError, match=words):
+        trained({}, None)
+
+
 def test_it_says_what_a_constant_factor_looks_like() -> None:
     def doubled() -> Any:
         right = AllReduceBucket.add

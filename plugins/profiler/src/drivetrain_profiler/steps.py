@@ -50,12 +50,16 @@ class StepProfile:
         self._active = False
         self._backward = self._update = 0.0
         self._forwards = {"counted": 0, "timed": 0}
+        self._begun, self._rank = 0, engine.job.rank
         self.done = False
+        engine.job.on_close(self._tell_if_missed)
 
     def prepare(self) -> None:
         """A forward comes."""
         step = self._engine.global_steps
+        self._begun = step + 1
         if step > self._timed:  # resumed beyond it
+            self._tell_if_missed()
             self.done = True
         elif self._hooks is None and self._counted <= step:
             modules = self._engine.module.named_modules()
@@ -102,6 +106,18 @@ class StepProfile:
     @property
     def _times(self) -> bool:
         return self._engine.global_steps == self._timed
+
+    def _tell_if_missed(self) -> None:
+        """Say that there is no profile, where somebody may wait for one."""
+        if not self.done and self._begun and self._rank == 0:
+            comes = "begins after" if self._begun > self._timed + 1 else "ended before"
+            logger.warning(
+                "flops_profiler.profile_step is %d, but this run %s it (in its step %d), so no "
+                "step was profiled",
+                self._section.profile_step,
+                comes,
+                self._begun,
+            )
 
     def _enter(self, name: str) -> None:
         if not name:

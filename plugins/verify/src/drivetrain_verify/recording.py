@@ -26,12 +26,14 @@ class MicroBatch:
         args: positional arguments, on the host.
         kwargs: the rest of them.
         random: state of the generator that dropout drew from, before it did.
-        gradients: of each tensor among the outputs, of the scaled loss; ``None`` without one.
+        outputs: each tensor among the outputs, on the host.
+        gradients: of each of them, of the scaled loss; ``None`` without one.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     random: torch.Tensor
+    outputs: list[torch.Tensor] = field(default_factory=list)
     gradients: list[torch.Tensor | None] = field(default_factory=list)
 
     @property
@@ -85,6 +87,7 @@ class Recorder:
             return
         record = self.micro_batches[-1]
         tensors = output_tensors(outputs)
+        record.outputs = [_kept(tensor) for tensor in tensors]
         record.gradients = [None] * len(tensors)
         for index, tensor in enumerate(tensors):
             if tensor.requires_grad:

@@ -42,6 +42,9 @@ class Shadow:
         names: of the parameters that are trained.
         optimizer: class of ``torch.optim``; ``None`` compares gradients alone.
         groups: names and hyper-parameters of each group.
+
+    Attributes:
+        outputs: of each micro-batch of the latest window, in order of ranks.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Shadow:
         optimizer: type[torch.optim.Optimizer] | None,
         groups: Sequence[Mapping[str, Any]],
     ) -> None:
+        self.outputs: list[list[torch.Tensor]] = []
         self._module = module.to(dtype)
         self._dtype = dtype
         self._context = context or nullcontext()
@@ -90,6 +94,7 @@ class Shadow:
             divisor: what the sum of all is divided by, the loss scale included.
         """
         sums = {name: torch.zeros_like(weight) for name, weight in self._weights.items()}
+        self.outputs = []
         for micro_batches in ranks:
             for one in micro_batches:
                 self._module.zero_grad(set_to_none=True)
@@ -98,6 +103,35 @@ class Shadow:
                     if parameter.grad is not None:
                         sums[name] += parameter.grad
         return {name: value.double() / divisor for name, value in sums.items()}
+
+    def chance(self, ranks: Iterable[Sequence[MicroBatch]], divisor: float) -> str:
+        """What differs between two runs of one window; empty for a deterministic module.
+
+        Two runs that differ would make a bound of rounding that explains anything.
+        """
+        with torch.no_grad():
+            buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
+        runs = []
+        for _ in range(2):
+            runs.append((self.gradients(ranks, divisor), self.outputs))
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+        (first, answers), (second, others) = runs
+        names = (f"the gradient of parameter {n}" for n in first if _differ(first[n], second[n]))
+        pairs = (
+            (a, b)
+            for one, two in zip(answers, others, strict=True)
+            for a, b in zip(one, two, strict=True)
+        )
+        outputs = "an output" if any(_differ(a, b) for a, b in pairs) else ""
+        what = next(names, outputs)
+        return what and (
+            f"the module is not deterministic, so nothing can be compared: {what} is another one "
+            "when plain torch runs a micro-batch twice, in float64, with the same weights, inputs, "
+            "buffers and state of torch's generator; does it draw from another generator, or count "
+            "its calls?"
+        )
 
     def _run(self, one: MicroBatch) -> None:
         device = next(iter(self._own.values())).device
@@ -116,6 +150,7 @@ class Shadow:
                 torch.get_device_module(device.type).set_rng_state(one.random, device)
             with torch.enable_grad(), self._context:
                 outputs = output_tensors(self._module(*args, **kwargs))
+        self.outputs.append([output.detach().double().cpu() for output in outputs])
         roots = [
             (output, gradient.to(device, output.dtype))
             for output, gradient in zip(outputs, one.gradients, strict=True)
@@ -141,6 +176,16 @@ class Shadow:
             own.update({key: group["hyper"][key] for key in own.keys() & group["hyper"].keys()})
         self._optimizer.step()
         return {name: weight.detach().double().cpu() for name, weight in self._weights.items()}
+
+
+_ORDER_OF_SUMS = 1e-9
+"""How far two runs may differ in float64 since a device adds up in another order."""
+
+
+def _differ(first: torch.Tensor, second: torch.Tensor) -> bool:
+    if bool(first.isnan().any()):
+        return False  # the comparison with the engine will tell of it
+    return not float((first - second).norm()) <= _ORDER_OF_SUMS * float(first.norm())
 
 
 def shadows(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from drivetrain_verify.recording import MicroBatch
 from drivetrain_verify.states import Values
 
 _FLIPPED = 4.0
@@ -21,7 +22,8 @@ class Finding:
     Args:
         step: number of the step, from 1.
         parameter: its name.
-        kind: ``"gradient"`` or ``"weight"`` (what the update made of it).
+        kind: ``"gradient"``, ``"weight"`` (what the update made of it), or ``"output"``, where
+            ``parameter`` says which one.
         error: norm of the difference to the reference.
         bound: what rounding explains.
         scale: norm of the reference.
@@ -44,8 +46,9 @@ class Finding:
     def __str__(self) -> str:
         what = "gradient" if self.kind == "gradient" else "update"
         looks = f"; {self.looks}" if self.looks else ""
+        name = self.parameter if self.kind == "output" else f"{what} of parameter {self.parameter}"
         return (
-            f"the {what} of parameter {self.parameter} in step {self.step} is off by "
+            f"the {name} in step {self.step} is off by "
             f"{self.error:.3g} (the reference's norm is {self.scale:.3g}), and rounding explains "
             f"{self.bound:.3g}{looks}"
         )
@@ -145,6 +148,39 @@ def compare_weights(
         bound = factor * rounding + 2 * rates[name] * small**0.5
         error = float((actual[name] - reference).norm())
         yield Finding(step, name, "weight", error, bound, size)
+
+
+def compare_outputs(
+    step: int,
+    ranks: Sequence[Sequence[MicroBatch]],
+    exact: Sequence[Sequence[torch.Tensor]],
+    plain: Sequence[Sequence[torch.Tensor]],
+    factor: float,
+) -> Iterator[Finding]:
+    """What the module answered, in the order of ranks; those that are further off than rounding.
+
+    A wrong value that is only added, such as a bias that is out of date, changes no gradient that
+    is continued from the outputs.
+
+    Args:
+        step: number of the step.
+        ranks: micro-batches of each rank.
+        exact: outputs of the reference, of all micro-batches in that order.
+        plain: those of plain torch in the engine's precision.
+        factor: see the config.
+    """
+    places = [(rank, n) for rank, batches in enumerate(ranks) for n in range(len(batches))]
+    for (rank, number), references, others in zip(places, exact, plain, strict=True):
+        batch = ranks[rank][number]
+        for index, (reference, other) in enumerate(zip(references, others, strict=True)):
+            actual, scale = batch.outputs[index], float(reference.norm())
+            eps = torch.finfo(actual.dtype).eps
+            bound = factor * (float((other - reference).norm()) + eps * scale)
+            error = float((actual.double() - reference).norm())
+            if not error <= bound:
+                name = f"output {index + 1} of micro-batch {number + 1} of rank {rank}"
+                looks = _looks(actual.double(), reference)
+                yield Finding(step, name, "output", error, bound, scale, looks)
 
 
 def _share(found: Finding) -> float:

@@ -22,7 +22,13 @@ from drivetrain.sections.optimization import GradientAllreduceOp
 from drivetrain_verify.recording import MicroBatch, Recorder, gathered
 from drivetrain_verify.shadow import Shadow, shadows
 from drivetrain_verify.states import Values, whole_gradients, whole_weights
-from drivetrain_verify.verdict import Finding, Verdict, compare_gradients, compare_weights
+from drivetrain_verify.verdict import (
+    Finding,
+    Verdict,
+    compare_gradients,
+    compare_outputs,
+    compare_weights,
+)
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
@@ -138,8 +144,8 @@ class Work:
             return
         after = whole_weights(engine, self._shapes)
         self.verdict.steps += 1
-        found = self._compare(engine, window, after) if self._job.rank == 0 else None
-        text = _told(self._job, str(found) if found is not None else "")
+        found = self._compare(engine, window, after) if self._job.rank == 0 else ""
+        text = _told(self._job, found)
         if text:
             self._recorder.stop()
             self._write()
@@ -152,13 +158,16 @@ class Work:
         engine: Engine,
         window: tuple[list[list[MicroBatch]], Values | None, float],
         after: Values,
-    ) -> Finding | None:
-        """Compare one step; the first parameter that is wrong."""
+    ) -> str:
+        """Compare one step; what is to be said of the first parameter that is wrong, if any."""
         assert self._shadows is not None
         assert self._settings is not None
         (exact, plain), (ranks, actual, divisor) = self._shadows, window
         groups, limit = self._settings
         step, factor = engine.global_steps, self._section.factor
+        chance = exact.chance(ranks, divisor) if self.verdict.steps == 1 else ""
+        if chance:
+            return chance
         gradients = exact.gradients(ranks, divisor), plain.gradients(ranks, divisor)
         made = engine.precision.lower or engine.precision.parameter or torch.float32
         findings: list[Finding] = []
@@ -182,7 +191,11 @@ class Work:
             )
         for found in findings:
             self.verdict.add(found)
-        return next((found for found in findings if found.is_wrong), None)
+        wrong = next((found for found in findings if found.is_wrong), None)
+        if wrong is None:
+            outputs = exact.outputs, plain.outputs
+            wrong = next(compare_outputs(step, ranks, *outputs, factor), None)
+        return "" if wrong is None else str(wrong)
 
     # -- the end ------------------------------------------------------------------------------
 
