@@ -245,3 +245,14 @@ def test_a_walk_needs_modifiers_for_after_training(tmp_path, monkeypatch):
     made = Recipe.read({"modifiers": [{"learnt": {}}]})
     with pytest.raises(ConfigError, match="in training only"), opened(Chain()) as source:
         Walk(source, made, [], tmp_path, lambda number, found: None).run()
+
+
+def test_data_that_no_method_looks_at_does_not_pass():
+    said = []
+    recipe = {"modifiers": [{"round": {"bits": 4}}]}
+    model, other = Chain(), Chain()
+    compress_module(model, recipe, rows(), report=lambda what, done, total: said.append(what))
+    compress_module(other, recipe)
+    assert said == []
+    for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, its)

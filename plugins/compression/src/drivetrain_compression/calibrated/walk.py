@@ -77,18 +77,18 @@ class Walk:
         blocks = units(model)
         assigned = self._assigned(blocks)
         chain = bool(blocks[0].name)
-        data = any(isinstance(m, AfterTraining) and m.gathers for m, _ in assigned.values_flat())
+        data = any(isinstance(m, AfterTraining) and m.gathers for m, _ in assigned.every())
         if data and not self.batches:
             raise ConfigError("the recipe needs calibration data, and there is none: give --data")
         done = self._done()
-        stage = _Stage(self, blocks, chain and bool(self.batches))
+        stage = _Stage(self, blocks, chain and data)  # what no method looks at need not pass
         if done < len(blocks):
             stage.enter(done)
         for number in range(done, len(blocks)):
             self._block(blocks[number], number, assigned.of(blocks[number].name), stage)
             stage.next(number, last=number + 1 == len(blocks))
             self._note(number + 1)
-        self._rest(blocks, assigned.of("") if chain else [], len(blocks))
+        self._rest(blocks, len(blocks))
 
     def _assigned(self, blocks: Sequence[Unit]) -> _Assigned:
         found = _Assigned()
@@ -138,7 +138,7 @@ class Walk:
         self.keep(number, Finished(block.name, tensors, rounded, tuple(notes)))
         self.source.drop(names)
 
-    def _rest(self, blocks: Sequence[Unit], methods: Any, number: int) -> None:
+    def _rest(self, blocks: Sequence[Unit], number: int) -> None:
         inside = {f"{b.name}." for b in blocks}
         if "" in {b.name for b in blocks}:
             return
@@ -180,7 +180,7 @@ class _Assigned:
     def of(self, name: str) -> list[tuple[AfterTraining[Any], CompressionUnit]]:
         return self._of.get(name, [])
 
-    def values_flat(self) -> list[tuple[AnyModifier, CompressionUnit]]:
+    def every(self) -> list[tuple[AnyModifier, CompressionUnit]]:
         return [pair for pairs in self._of.values() for pair in pairs]
 
 
