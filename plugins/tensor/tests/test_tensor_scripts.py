@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from drivetrain_tensor.analysis import analyse
+from drivetrain_tensor.probing import Probe
 from drivetrain_tensor.rules import Rules
 from tensor_models import build, reference
 from test_tensor_training import full, make, train
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 import drivetrain
 from drivetrain.errors import ConfigError
 from drivetrain.testing import run_distributed
+from drivetrain.testing.models import TinyGPT
 
 WIDTH, INNER, STEPS, ROWS = 8, 12, 3, 2
 
@@ -241,3 +243,25 @@ def test_key_value_heads_need_not_be_as_many_as_ranks(heads: int) -> None:
     attention = next(d for d in found.decisions if len(d.region.sources) == 3)
     assert not attention.cut.whole
     assert [stop - start for start, stop in attention.cut.groups] == [2, 2, 1, 1]
+
+
+def runs_of_the_model(layers: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """How often the model is run to find out what to cut, and how many regions are."""
+    runs, run = [], Probe.run
+
+    def counted(self: Probe, *args: Any, **kwargs: Any) -> Any:
+        runs.append(1)
+        return run(self, *args, **kwargs)
+
+    with torch.device("meta"):
+        model = TinyGPT(vocabulary=64, width=96, layers=layers, heads=4, positions=16)
+    with monkeypatch.context() as patch:
+        patch.setattr(Probe, "run", counted)
+        found = analyse(model, 2, Rules(None, model))
+    return len(runs), len(found.decisions)
+
+
+def test_more_blocks_take_no_more_runs_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    few, cut = runs_of_the_model(2, monkeypatch)
+    assert cut == 2 * 2
+    assert runs_of_the_model(10, monkeypatch) == (few, 10 * 2)

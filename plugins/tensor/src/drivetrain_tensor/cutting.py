@@ -25,6 +25,8 @@ _COARSEST = 16
 """Features that are perturbed together, in large layers: no more than divide common head sizes."""
 _ROWS = 256
 """Perturbations of one run."""
+_FEW = 128
+"""Single features that are tried first, of all sources together."""
 _BATCH = 10
 """Least of them, so that a batch is not taken for a number of tokens."""
 _WIDTHS = 5
@@ -70,6 +72,8 @@ def cut_region(probe: Probe, region: Region, ranks: int) -> Cut:
     Raises:
         TooFewGroups: its features do not fall into as many groups.
     """
+    if _mixes(probe, region):
+        raise TooFewGroups(1)
     sizes = [p.outputs for p in region.sources] + [p.inputs for p in region.consumers]
     divisor = gcd(*sizes)
     unit = 1
@@ -82,6 +86,33 @@ def cut_region(probe: Probe, region: Region, ranks: int) -> Cut:
             if unit == 1:
                 raise
         unit //= 2  # groups may begin inside of blocks of this size
+
+
+def _mixes(probe: Probe, region: Region) -> bool:
+    """Whether some features of all sources each change all inputs of a layer, or none.
+
+    So it is where a norm lies behind a sum of all blocks. Every block is a source there, so that
+    trying all their features, in ever finer units, would take a time that grows with the square of
+    the number of blocks, and there would still be one group.
+    """
+    sources = [product for product in region.sources if product not in probe.alone]
+    if not sources:
+        return False
+    each = max(1, _FEW // len(sources))
+    step = -(-len(sources) // _FEW)  # beyond that many, some of them stand for the others
+    tried = [
+        (product, start)
+        for product in sources[::step]
+        for start in sorted({i * (product.outputs - 1) // max(1, each - 1) for i in range(each)})
+    ]
+    # So much that it shows in each of thousands of features that a norm computes from.
+    reach = _changes(probe, region, tried, 1, factor=-1e3)
+    some = torch.zeros(len(region.consumers), dtype=torch.bool)
+    for number, part in enumerate(reach.split([p.inputs for p in region.consumers], 1)):
+        if bool((part.any(1) != part.all(1)).any()):
+            return False
+        some[number] = part.any()
+    return bool(some.all())
 
 
 def gathered(region: Region, cut: Cut) -> Cut:
@@ -132,9 +163,13 @@ def _runs_of(
 
 
 def _changes(
-    probe: Probe, region: Region, changed: list[tuple[Product, int]], unit: int
+    probe: Probe,
+    region: Region,
+    changed: list[tuple[Product, int]],
+    unit: int,
+    factor: float = -1.7,
 ) -> torch.Tensor:
-    """[perturbations, blocks of consumers]: what each perturbation changes."""
+    """[perturbations, blocks of consumers]: what each perturbation, by ``factor``, changes."""
     alone = changed[0][0] in probe.alone
     batch = 1 if alone else max(len(changed), _BATCH) + 1
 
@@ -145,7 +180,7 @@ def _changes(
         y = base.repeat(1 if alone else batch, 1, 1)
         for row, start in mine:
             # The other sign, so that what an activation cuts off shows on one side.
-            y[0 if alone else row, :, start : start + unit] *= -1.7
+            y[0 if alone else row, :, start : start + unit] *= factor
         return y
 
     last = region.consumers[-1]
