@@ -83,7 +83,7 @@ class PipelineModule(nn.Module):
         self._recompute = activation_checkpoint_func or _not_reentrant
         self._seed = base_seed if seed_layers else torch.initial_seed()
         self._seed_fn = seed_fn or torch.manual_seed
-        self._begun: tuple[int, Any, Any] | None = None
+        self._begun: tuple[int, Any, Any, bool] | None = None
         self.holders: MutableMapping[nn.Parameter, set[int]] = WeakTensorKeyDictionary()
         self.own_parts: list[nn.Module] = []
         self.layers, self.tied_modules = nn.ModuleDict(), nn.ModuleDict()
@@ -216,22 +216,27 @@ class PipelineModule(nn.Module):
         """Number of chunks of the whole model."""
         return len(self._bounds) - 1
 
-    def begin(self, chunk: int, received: Any, labels: Any = None) -> None:
+    def begin(
+        self, chunk: int, received: Any, labels: Any = None, *, with_loss: bool = True
+    ) -> None:
         """See :class:`~drivetrain_pipeline.running.chunked.ChunkedModel`."""
-        self._begun = chunk, received, labels
+        self._begun = chunk, received, labels, with_loss
 
     def layers_by_name(self) -> dict[str, nn.Module | None]:
         """All layers, in order; ``None`` for those of other stages, tied ones and functions."""
         own = dict(self.layers.items())
         return {str(number): own.get(str(number)) for number in range(len(self._specs))}
 
-    def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        """Take ``(inputs, labels)`` apart.
+    def inputs(
+        self, batch: Any, *, with_loss: bool = True
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        """Take ``(inputs, labels)`` apart; without a loss, labels may be missing.
 
         Raises:
             TrainingError: a micro-batch is something else.
         """
-        if self.loss_fn is None and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        needs_labels = self.loss_fn is not None and with_loss
+        if not needs_labels and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
             return (batch,), {}, None
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise TrainingError(
@@ -253,10 +258,10 @@ class PipelineModule(nn.Module):
                     "engine.train_batch(batches) or engine.eval_batch(batches)"
                 )
             return self._layers(inputs, 0, len(self._specs))
-        chunk, received, labels = begun
+        chunk, received, labels, with_loss = begun
         bounds = self._bounds[chunk], self._bounds[chunk + 1]
         output = self._layers(received if chunk else inputs, *bounds)
-        if chunk + 1 < self.chunks or self.loss_fn is None:
+        if chunk + 1 < self.chunks or self.loss_fn is None or not with_loss:
             return output
         return {"loss": self.loss_fn(output, labels), "logits": output}
 

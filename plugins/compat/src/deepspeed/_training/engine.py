@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -216,6 +216,38 @@ class DeepSpeedEngine(Engine):
             )
         super().compile(backend, **{**(compile_kwargs or {}), **kwargs})  # type: ignore[arg-type]
         self._is_compiled = True
+
+    def eval_batch(  # type: ignore[override]
+        self,
+        data_iter: Iterator[Any],
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: str | None = "avg",
+        bcast_loss: bool = True,
+        num_micro_batches: int | None = None,
+    ) -> Any:
+        """Evaluate micro-batches: of a pipeline, as many as a step has. Collective.
+
+        Args:
+            data_iter: yields micro-batches of this data shard.
+            return_logits: return outputs, too, on the stage that has them.
+            compute_loss: else outputs are reduced in place of losses.
+            reduce_output: ``"avg"``, or ``None`` for one value per micro-batch.
+            bcast_loss: all stages get the loss.
+            num_micro_batches: how many.
+
+        Raises:
+            ConfigError: other arguments than ``data_iter`` for an engine without a pipeline.
+        """
+        options = (return_logits, compute_loss, reduce_output, bcast_loss, num_micro_batches)
+        if hasattr(self.runner, "evaluate"):
+            return self.eval_micro_batches(data_iter, *options)
+        if options != (False, True, "avg", True, None):
+            raise ConfigError(
+                "eval_batch: this engine has no pipeline, so it takes data_iter alone and "
+                "evaluates one micro-batch; call engine(batch) for its outputs"
+            )
+        return super().eval_batch(data_iter)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of every group."""

@@ -25,17 +25,22 @@ class ChunkedModel(Protocol):
     def chunks(self) -> int:
         """Number of chunks of the whole model."""
 
-    def begin(self, chunk: int, received: Any, labels: Any = None) -> None:
+    def begin(
+        self, chunk: int, received: Any, labels: Any = None, *, with_loss: bool = True
+    ) -> None:
         """Say what the next forward of the module is of.
 
         Args:
             chunk: number of the chunk, along the model; one of this rank's.
             received: what the chunk before has returned; ``None`` for the first.
             labels: of the micro-batch, for the last chunk of a model that has them apart.
+            with_loss: the last chunk returns the loss, where the model has that apart.
         """
 
     def layers_by_name(self) -> dict[str, nn.Module | None]:
         """All layers of the model, in order; ``None`` for those of other stages."""
 
-    def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    def inputs(
+        self, batch: Any, *, with_loss: bool = True
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Take a micro-batch apart: arguments and keywords of the module, and labels."""

@@ -83,6 +83,7 @@ class PipelineRunner:
         self._stage = engine.job.mesh.coordinate(AXIS)
         self._mail = Mail(engine.job, always=dynamic)
         self._last = model.chunks - 1
+        self._with_loss = True
         self.batch_fn: Callable[[Any], Any] | None = None
 
     @property
@@ -96,7 +97,12 @@ class PipelineRunner:
         return total
 
     def evaluate(
-        self, batches: Iterator[Any], micro_batches: int, *, keep: bool = False
+        self,
+        batches: Iterator[Any],
+        micro_batches: int,
+        *,
+        keep: bool = False,
+        with_loss: bool = True,
     ) -> tuple[torch.Tensor, list[Any]]:
         """Run micro-batches forward only.
 
@@ -104,11 +110,16 @@ class PipelineRunner:
             batches: yields micro-batches of this data shard.
             micro_batches: how many of them to run.
             keep: return what the model returned for each, on the stage of the last chunk.
+            with_loss: the model returns a loss, which counts; else it may return anything.
 
         Returns:
             Sums of losses and weights as :meth:`run` returns them, and outputs.
         """
-        return self._step(batches, False, micro_batches, keep=keep)
+        self._with_loss = with_loss
+        try:
+            return self._step(batches, False, micro_batches, keep=keep)
+        finally:
+            self._with_loss = True
 
     def _step(
         self, batches: Iterator[Any], train: bool, count: int, *, keep: bool
@@ -229,10 +240,12 @@ class PipelineRunner:
         micro, chunk = instruction.micro_batch, instruction.chunk
         received, leaves = self._take(instruction) if chunk else (None, [])
         batch = self._batches[micro]
-        args, kwargs, labels = self._model.inputs(batch) if batch is not None else ((), {}, None)
+        args, kwargs, labels = (), {}, None
+        if batch is not None:
+            args, kwargs, labels = self._model.inputs(batch, with_loss=self._with_loss)
         if chunk and not self._model.needs_inputs:
             args, kwargs = (), {}
-        self._model.begin(chunk, received, labels)
+        self._model.begin(chunk, received, labels, with_loss=self._with_loss)
         storing = self._apart is not None and self._train
         with self._apart.forward() if storing and self._apart is not None else nullcontext():
             output = self._engine(*args, **kwargs)
@@ -248,6 +261,8 @@ class PipelineRunner:
     def _loss(self, output: Any, leaves: list[torch.Tensor]) -> _Pass:
         if self._keep:
             self._outputs.append(pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, output))
+        if not self._with_loss:
+            return _Pass(leaves, [])
         loss = loss_of(output)
         weight = checked_weight(_loss_weight(output))
         value, counted = loss.detach().reshape(()), 1.0 if weight is None else weight

@@ -119,18 +119,23 @@ class SplitModel:
         """Number of chunks of the whole model."""
         return len(self._bounds) - 1
 
-    def begin(self, chunk: int, received: Any, labels: Any = None) -> None:
+    def begin(
+        self, chunk: int, received: Any, labels: Any = None, *, with_loss: bool = True
+    ) -> None:
         """Say what the next forward of the model is of.
 
         Args:
             chunk: one of this rank's.
             received: what the chunk before has returned; ``None`` for the first.
             labels: not looked at; the model's inputs have them.
+            with_loss: not looked at either; the model decides by its inputs.
         """
         begin, end = self._bounds[chunk], self._bounds[chunk + 1]
         self._call = _Call(chunk, begin, end, dict(received or {}))
 
-    def inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    def inputs(
+        self, batch: Any, *, with_loss: bool = True
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Take a micro-batch apart, as one process would hand it to the model."""
         if isinstance(batch, Mapping):
             return (), dict(batch), None
