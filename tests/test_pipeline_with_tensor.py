@@ -257,3 +257,42 @@ def test_models_of_transformers_share_sequences_out_in_stages() -> None:
         for name, curve in expected.items():
             for point, want in zip(found[name], curve, strict=True):
                 assert point == pytest.approx(want, rel=2e-6), name
+
+
+def apart(schedule: str) -> tuple[Found, set[str], int]:
+    """Also the weights whose gradients come apart, and how many were computed so in a step."""
+    from drivetrain_pipeline.running.runner import PipelineRunner
+    from drivetrain_pipeline.running.weights_apart import WeightsApart
+
+    engine = make(2, 2, 1, 1, pipeline={"schedule": schedule})
+    kept: list[nn.Parameter] = []
+    runner = engine.runner
+    assert isinstance(runner, PipelineRunner)
+    found = runner._apart
+    assert isinstance(found, WeightsApart)
+    keep = found.keep
+
+    def counted(weight: nn.Parameter, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        kept.append(weight)
+        keep(weight, x, gradient)
+
+    found.keep = counted  # type: ignore[method-assign]
+    curve = train(engine, 0, STEPS)
+    names = {engine.job.parameters.info(p).name for p in kept}
+    trained = parameters(engine)
+    close(engine)
+    return (curve, trained, 0), names, len(kept)
+
+
+def test_layers_that_are_shared_out_have_their_weights_gradients_apart() -> None:
+    expected, trained = alone(0, STEPS)
+    every: set[str] = set()
+    for (curve, values, _), names, count in run_distributed(apart, 4, "zb_h1", timeout=100):
+        for point, want in zip(curve, expected, strict=True):
+            assert point == pytest.approx(want, rel=1e-8)
+        for name, value in values.items():
+            torch.testing.assert_close(value, trained[name], rtol=1e-8, atol=1e-10)
+        assert count == len(names) * MICRO_BATCHES * STEPS
+        every |= names
+    layers = ("attention.q", "attention.k", "attention.v", "attention.o", "gate", "up", "down")
+    assert every == {f"blocks.{i}.{layer}.weight" for i in range(BLOCKS) for layer in layers}

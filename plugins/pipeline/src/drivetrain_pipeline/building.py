@@ -60,12 +60,13 @@ def runner(job: Job, engine: Engine, section: PipelineSection) -> Runner | None:
         for warning in warnings_of(first):
             logger.warning("pipeline: %s", warning)
     trains = engine.optimizer is not None
+    tied = ties.tied(engine.module, model.holders)
     return PipelineRunner(
         engine,
         model,
         schedules,
-        apart=WeightsApart(engine) if trains and first.splits_backward else None,
-        tied=ties.tied(engine.module, model.holders),
+        apart=WeightsApart(engine, tied) if trains and first.splits_backward else None,
+        tied=tied,
         dynamic=section.dynamic_shape,
         trace=Trace(job, Path(section.timeline)) if section.timeline is not None else None,
     )

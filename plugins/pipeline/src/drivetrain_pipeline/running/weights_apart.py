@@ -3,8 +3,9 @@
 Schedules without bubbles (Qi et al. 2023, "Zero Bubble Pipeline Parallelism") need the gradient of
 a chunk's inputs first, since the stage before waits for it, and that of weights whenever there is
 time. In training, linear layers keep what the gradient of their weight is made of instead of making
-it in backward: the layer's input, and the gradient of its output. All other parameters (norms,
-biases, embeddings) get theirs in backward, as they cost little.
+it in backward: the layer's input, and the gradient of its output. So do layers that are made of
+linear ones and multiply by their weight in a forward of their own, as those do that ranks share
+out. All other parameters (norms, biases, embeddings) get theirs in backward, as they cost little.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
@@ -30,11 +32,12 @@ class WeightsApart:
 
     Args:
         engine: of this stage; its module's linear layers are changed.
+        tied: parameters that other stages have, too, whose gradients come with the window's end.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, tied: Sequence[nn.Parameter] = ()) -> None:
         self._engine = engine
-        self._linear = _separate(engine.module)
+        self._linear = _separate(engine.module, {id(parameter) for parameter in tied})
         self._active = False
         self._stored: list[_Entry] = []
         self._kept: dict[tuple[int, int], list[_Entry]] = {}
@@ -90,17 +93,18 @@ class WeightsApart:
                 self._engine.states.defer([weight])
 
 
-def _separate(module: nn.Module) -> list[nn.Linear]:
-    """Plain linear layers with a trained weight that nothing else uses."""
+def _separate(module: nn.Module, tied: set[int]) -> list[nn.Linear]:
+    """Linear layers with a trained weight that nothing else uses."""
     uses = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
     return [
         part
         for part in module.modules()
-        if type(part) is nn.Linear
+        if isinstance(part, nn.Linear)
         and "forward" not in vars(part)
         and part._parameters.get("weight") is not None
         and part.weight.requires_grad
         and uses[id(part.weight)] == 1
+        and id(part.weight) not in tied
     ]
 
 
@@ -111,14 +115,39 @@ class _Forward:
         self._apart = apart
         self._part = part
 
-    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         part = self._part
         if not self._apart._active or not torch.is_grad_enabled():
-            return nn.Linear.forward(part, input)
-        x, weight, bias = _cast(input, part.weight, part.bias)
-        apply: Any = _WithoutWeight.apply  # torch does not type it
-        output: torch.Tensor = apply(x, part.weight, weight, bias, self._apart)
-        return output
+            return type(part).forward(part, *args, **kwargs)
+        with _Products(self._apart, part.weight):
+            return type(part).forward(part, *args, **kwargs)
+
+
+class _Products(TorchFunctionMode):
+    """Inside of the block, products with one weight leave its gradient for later."""
+
+    def __init__(self, apart: WeightsApart, weight: nn.Parameter) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._apart, self._weight = apart, weight
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        is_product = func is nn.functional.linear and len(args) > 1 and args[1] is self._weight
+        # A tensor of which this rank has a part has operators of its own.
+        if not is_product or type(args[0]) is not torch.Tensor:
+            return func(*args, **kwargs)
+        return _product(self._apart, *args, **kwargs)
+
+
+def _product(
+    apart: WeightsApart, input: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    x, cast, bias = _cast(input, weight, bias)
+    apply: Any = _WithoutWeight.apply  # torch does not type it
+    output: torch.Tensor = apply(x, weight, cast, bias, apart)
+    return output
 
 
 def _cast(
