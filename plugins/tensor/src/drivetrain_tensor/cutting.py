@@ -108,7 +108,8 @@ def _mixes(probe: Probe, region: Region) -> bool:
     # So much that it shows in each of thousands of features that a norm computes from.
     reach = _changes(probe, region, tried, 1, factor=-1e3)
     some = torch.zeros(len(region.consumers), dtype=torch.bool)
-    for number, part in enumerate(reach.split([p.inputs for p in region.consumers], 1)):
+    sizes = [product.inputs for product in region.consumers]
+    for number, part in enumerate(torch.split(reach, sizes, 1)):
         if bool((part.any(1) != part.all(1)).any()):
             return False
         some[number] = part.any()

@@ -217,7 +217,7 @@ class DeepSpeedEngine(Engine):
         super().compile(backend, **{**(compile_kwargs or {}), **kwargs})  # type: ignore[arg-type]
         self._is_compiled = True
 
-    def eval_batch(  # type: ignore[override]
+    def eval_batch(
         self,
         data_iter: Iterator[Any],
         return_logits: bool = False,

@@ -240,9 +240,10 @@ class PipelineRunner:
         micro, chunk = instruction.micro_batch, instruction.chunk
         received, leaves = self._take(instruction) if chunk else (None, [])
         batch = self._batches[micro]
-        args, kwargs, labels = (), {}, None
+        taken: tuple[tuple[Any, ...], dict[str, Any], Any] = (), {}, None
         if batch is not None:
-            args, kwargs, labels = self._model.inputs(batch, with_loss=self._with_loss)
+            taken = self._model.inputs(batch, with_loss=self._with_loss)
+        args, kwargs, labels = taken
         if chunk and not self._model.needs_inputs:
             args, kwargs = (), {}
         self._model.begin(chunk, received, labels, with_loss=self._with_loss)

@@ -126,8 +126,8 @@ class _Forward:
 class _Products(TorchFunctionMode):
     """Inside of the block, products with one weight leave its gradient for later."""
 
-    def __init__(self, apart: WeightsApart, weight: nn.Parameter) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+    def __init__(self, apart: WeightsApart, weight: torch.Tensor) -> None:
+        super().__init__()
         self._apart, self._weight = apart, weight
 
     def __torch_function__(
