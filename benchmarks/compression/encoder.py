@@ -29,6 +29,7 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "w8a8-rtn": [{"round": {"bits": 8, "activations": "int8"}}],
     "hqq-64": [{"hqq": {"group": 64}}],
     "rtn-64": [{"round": {"group": 64}}],
+    "awq-gptq-64": [{"awq": {"group": 64}}, {"gptq": {"group": 64}}],
     "awq-64": [{"awq": {"group": 64}}, {"round": {"group": 64, "clip": True}}],
 }
 

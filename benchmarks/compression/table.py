@@ -46,6 +46,7 @@ METHODS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "hqq-64": ("compressed-tensors", [{"hqq": {"group": 64}}]),
     "rtn-64": ("compressed-tensors", [{"round": {"group": 64}}]),
     "fp6": ("drivetrain", [{"round": {"format": "e3m2"}}]),
+    "w8a8-rtn": ("compressed-tensors", [{"round": {"bits": 8, "activations": "int8"}}]),
     "sparsegpt-2:4": ("plain", [{"sparsegpt": {"pattern": "2:4"}}]),
     "wanda-2:4": ("plain", [{"wanda": {"pattern": "2:4"}}]),
 }
@@ -102,6 +103,7 @@ def main() -> None:
 
 
 def _all(options: argparse.Namespace) -> None:
+    every = {}
     for name in ("base", *options.methods):
         if not (options.out / f"{name}.json").exists():  # a process each, for its peak of memory
             command = [sys.executable, *sys.argv, "--one", name]
@@ -115,7 +117,9 @@ def _all(options: argparse.Namespace) -> None:
             for key in ("seconds", "megabytes", "mean_error")
             if found.get(key) is not None
         )
-        print(f"{name:14} {found['perplexity']:.4f}  {rise:+.2%}{extra}", flush=True)
+        every[name] = {**found, "rise": rise}
+        print(f"{name:14} {found['perplexity']:.4f}  {rise:+.2%}{extra}", file=sys.stderr)
+    print(json.dumps(every))
 
 
 if __name__ == "__main__":
