@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-from drivetrain_pipeline import measure
+import torch
+from drivetrain_pipeline import PipelineModule, measure
 from tiny_models import data, gpt2
+from torch import nn
 
 import drivetrain
 from drivetrain.testing import run_distributed
+
+SECONDS = 0.02
 
 
 def trained(section: dict[str, Any], path: str) -> tuple[dict[str, Any], list[str], float]:
@@ -51,3 +56,42 @@ def test_a_model_is_cut_by_the_times_that_were_measured(tmp_path: Path) -> None:
     assert {name.split(".")[2] for name in own if ".h." in name} == {"0"}
     assert {name.split(".")[2] for name in rest if ".h." in name} == {"1", "2", "3"}
     assert abs(loss - first[2]) < 1e-9
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        time.sleep(SECONDS)
+        return gradient
+
+
+class Sleeper(nn.Module):
+    """Takes its time in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        slept: torch.Tensor = _Sleep.apply(self.linear(x))  # type: ignore[no-untyped-call]
+        return slept
+
+
+def test_a_layer_whose_inputs_need_no_gradient_has_a_backward(tmp_path: Path) -> None:
+    layers = [Sleeper(), Sleeper()]
+    model = PipelineModule(layers, num_stages=1, loss_fn=nn.functional.mse_loss)
+    engine, *_ = drivetrain.initialize(
+        model=model,
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
+        },
+    )
+    batches = [(torch.ones(2, 4), torch.ones(2, 4)) for _ in range(3)]
+    found = measure(engine, iter(batches), tmp_path / "costs.json", steps=3)
+    engine.destroy()
+    assert all(layer.backward >= SECONDS for layer in found.values()), found

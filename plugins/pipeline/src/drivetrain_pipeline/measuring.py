@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import TrainingError
@@ -103,17 +104,22 @@ class _Watch:
         self._forward: list[float] = []
         self._backward: list[float] = []
         self._kept = 0
+        self._is_first = False
         self._saving: torch.autograd.graph.saved_tensors_hooks | None = None
 
     def begin(self) -> None:
         """Begin to watch."""
         module = self._module
         self._hooks = [
-            module.register_forward_pre_hook(self._before),
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after),
             module.register_full_backward_pre_hook(self._before_backward),
             module.register_full_backward_hook(self._after_backward),
         ]
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if trained:
+            hook = torch.autograd.graph.register_multi_grad_hook(trained, self._after_weights)
+            self._hooks.append(hook)
 
     def end(self) -> None:
         """Stop watching."""
@@ -129,7 +135,10 @@ class _Watch:
         self._wait()
         return time.perf_counter()
 
-    def _before(self, *_: object) -> None:
+    def _before(self, module: nn.Module, *given: object) -> None:
+        leaves = pytree.tree_leaves(given)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self._is_first = not any(tensor.requires_grad for tensor in tensors)
         self._bytes = 0
         self._saving = torch.autograd.graph.saved_tensors_hooks(self._save, lambda x: x)
         self._saving.__enter__()
@@ -151,4 +160,10 @@ class _Watch:
         self._since = self._now()
 
     def _after_backward(self, *_: object) -> None:
-        self._backward.append(self._now() - self._since)
+        if not self._is_first:
+            self._backward.append(self._now() - self._since)
+
+    def _after_weights(self, *_: object) -> None:
+        # Torch has no end of backward for a layer whose inputs need no gradient.
+        if self._is_first:
+            self._backward.append(self._now() - self._since)
