@@ -303,3 +303,35 @@ def test_masks_and_schedules_are_in_checkpoints_so_a_resume_is_exact(tmp_path: P
         for (losses, state), (first, _), (second, state_again) in rank:
             assert first + second == losses
             assert all(torch.equal(state[key], state_again[key]) for key in state)
+
+
+def curved(stage: int) -> tuple[list[float], list[tuple[int, int]]]:
+    section = {
+        "weight_quantization": method(
+            {}, {"g": group(["up"], start_bits=8, target_bits=3, quantization_period=2)}
+        )
+    }
+    model = net(layers=3)
+    with torch.no_grad():
+        model.layers[2].down.weight.mul_(6)
+        model.layers[0].down.weight.mul_(0.1)
+    eigenvalue = {"enabled": True, "tol": 1e-6, "max_iter": 300}
+    config = {"compression_training": section, "eigenvalue": eigenvalue}
+    engine = drivetrain.initialize(model=model, config=settings(stage, "fp64", 1) | config)[0]
+    losses = []
+    for step in micro_batches(1):
+        loss = engine(*step[engine.job.rank])
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    session: Any = session_of(engine.module)
+    found = [(s.schedule.bits, s.schedule.period) for _, s in session.modifiers[0].steps()]
+    return losses, found
+
+
+def test_eigenvalues_of_sharded_blocks_are_those_of_whole_ones() -> None:
+    whole, shards = run_distributed(curved, RANKS, 0), run_distributed(curved, RANKS, 3)
+    assert whole[0][1] == whole[1][1] == shards[0][1] == shards[1][1]
+    assert len({period for _, period in whole[0][1]}) > 1
+    for (losses, _), (others, _) in zip(whole, shards, strict=True):
+        assert losses == pytest.approx(others, rel=1e-11)
