@@ -104,7 +104,8 @@ class SharedModel:
         if section.loss_tile is not None:
             raise ConfigError(
                 "sequence_parallel.loss_tile: only losses of models of Transformers are computed "
-                "in tiles by themselves; in another model call drivetrain_sequence.tiled_loss"
+                "in tiles by themselves; in another model call TiledFusedLogitsLoss.apply of "
+                "drivetrain_sequence.scripts"
             )
         if section.inputs == "whole" or not cut.cuts:
             return None
