@@ -2,8 +2,8 @@
 
 Usage: plan_worker.py CONFIG.json MODEL SEQUENCE STEPS RESULTS [LIMIT]
 
-MODEL is a name in plan_models. LIMIT: bytes of address space more than the process has when it
-begins to build.
+MODEL is a name in plan_models. LIMIT: bytes that the process may map for data (RLIMIT_DATA) more than
+it has when it begins to build.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def main() -> None:
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     if limit:
-        most = status("VmSize") + int(limit[0])
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        most = status("VmData") + int(limit[0])
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     found = train(getattr(plan_models, name)(), config, int(sequence), int(steps))
     found |= {"peak": status("VmHWM") - before, "shared": status("RssShmem")}
     rank = os.environ.get("RANK", "0")

@@ -42,24 +42,30 @@ class Clock:
     Args:
         accelerator: whose device; waited for around each measurement.
         seconds: about how long one measurement takes.
+        now: the clock; on a busy machine that of the processor, for one thread on a CPU.
     """
 
-    def __init__(self, accelerator: Accelerator, seconds: float) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        seconds: float,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.device = accelerator.device(0)
         self._wait = accelerator.synchronize
-        self._seconds = seconds
+        self._seconds, self._now = seconds, now
 
     def of(self, run: Callable[[], object]) -> float:
         """Median of the seconds that a call takes."""
         run()
         self._wait()
         taken: list[float] = []
-        end = time.perf_counter() + self._seconds
-        while len(taken) < 3 or (time.perf_counter() < end and len(taken) < 1000):
-            begin = time.perf_counter()
+        end = self._now() + self._seconds
+        while len(taken) < 3 or (self._now() < end and len(taken) < 1000):
+            begin = self._now()
             run()
             self._wait()
-            taken.append(time.perf_counter() - begin)
+            taken.append(self._now() - begin)
         return statistics.median(taken)
 
 
@@ -167,14 +173,18 @@ def measure_disk(folder: Path) -> dict[str, float]:
 
 
 def time_operators(
-    operators: Iterable[Operator], accelerator: Accelerator, seconds: float
+    operators: Iterable[Operator],
+    accelerator: Accelerator,
+    seconds: float,
+    *,
+    now: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Run operators one by one on tensors of their layouts; signature -> seconds.
 
     Those that are too large, or whose arguments cannot be made (numbers that matter), are left
     out: their time comes from the curves.
     """
-    clock = Clock(accelerator, seconds)
+    clock = Clock(accelerator, seconds, now)
     found: dict[str, float] = {}
     for operator in operators:
         if operator.moved > _LARGEST_OPERATOR or operator.flops > _SLOWEST:

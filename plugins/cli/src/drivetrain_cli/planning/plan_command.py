@@ -67,6 +67,7 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
     "--here", is_flag=True, help="Run each operator once on this machine, to price it by itself."
 )
 @click.option("--largest/--no-largest", default=True, help="Find the largest micro-batch.")
+@click.option("--ways-out/--no-ways-out", default=True, help="Find what would fit, if it does not.")
 @click.option("--json", "as_json", is_flag=True, help="Print all of it as JSON.")
 @click.option("--html", type=UserPath(dir_okay=False, path_type=Path), help="Write a page here.")
 def plan(as_json: bool, html: Path | None, **options: Any) -> None:
@@ -108,6 +109,7 @@ def _verdict(
     machine: Path | None,
     here: bool,
     largest: bool,
+    ways_out: bool,
 ) -> Verdict:
     from drivetrain.plan.config.loading import load_config, overlay
     from drivetrain_cli.memory import Ranks
@@ -118,7 +120,8 @@ def _verdict(
     on_host = per_machine or min(gpus, 8)
     ranks = Ranks(on_host, max(1, -(-gpus // on_host)), device == "cpu")
     subject = subject_of(model, inputs, sequence)
-    question = Question(merged, subject, ranks, gpus, memory, _table(machine), largest)
+    found = _table(machine)
+    question = Question(merged, subject, ranks, gpus, memory, found, largest, ways_out)
     return answer(question, _timed if here else None)
 
 

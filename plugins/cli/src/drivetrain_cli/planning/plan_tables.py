@@ -11,6 +11,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from drivetrain_cli.planning.price import flops_of
 from drivetrain_cli.tables import show
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def advice(verdict: Verdict) -> list[str]:
     for change in verdict.ways_out:
         options = " ".join(f"--set {overlay}" for overlay in change.overlays)
         lines.append(f"this would fit: {options} ({amount(change.needs)})")
-    if not verdict.fits and not verdict.ways_out:
+    if verdict.tried and not verdict.ways_out:
         lines.append("nothing that was tried fits:")
         lines += [f"  {tried}" for tried in verdict.tried]
     return lines
@@ -191,6 +192,7 @@ def as_data(verdict: Verdict) -> dict[str, Any]:
         "accumulation": found.accumulation,
         "sequence": question.subject.sequence,
         "samples_per_step": found.samples,
+        "flops": flops_of(found),
         "values": {
             name: {"value": value, "from": source}
             for rows in (found.explained.settings, found.explained.values)

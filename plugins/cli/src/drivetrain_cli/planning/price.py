@@ -70,7 +70,7 @@ def price_of(found: Rehearsed, table: MachineTable, *, on_cpu: bool) -> Price:
     """
     notes: list[str] = []
     phases: dict[str, float] = defaultdict(float)
-    exact = flops = calls = 0.0
+    exact = calls = 0.0
     for operator in found.operators.found.values():
         known = table.operators.get(operator.signature)
         each = _seconds(operator, table) if known is None else known
@@ -78,7 +78,6 @@ def price_of(found: Rehearsed, table: MachineTable, *, on_cpu: bool) -> Price:
             often = count * times(part, found.accumulation, found.stages)
             phases[phase] += often * each
             exact += often * each if known is not None else 0.0
-            flops += often * operator.flops
             calls += often
     for (part, _), count in found.operators.views.items():
         calls += count * times(part, found.accumulation, found.stages)
@@ -98,9 +97,18 @@ def price_of(found: Rehearsed, table: MachineTable, *, on_cpu: bool) -> Price:
         dict(communication),
         total - hidden,
         waiting,
-        int(flops),
+        flops_of(found),
         exact / computing if computing else 0.0,
         notes,
+    )
+
+
+def flops_of(found: Rehearsed) -> int:
+    """Operations of products that a rehearsed rank does in one step."""
+    return sum(
+        operator.flops * count * times(part, found.accumulation, found.stages)
+        for operator in found.operators.found.values()
+        for (part, _), count in operator.calls.items()
     )
 
 

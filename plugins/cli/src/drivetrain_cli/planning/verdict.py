@@ -34,6 +34,7 @@ class Question:
         memory: bytes of a device; ``None`` if unknown.
         table: of the machine; ``None`` if there is none.
         largest: whether the largest micro-batch is wanted.
+        ways_out: whether to look for what fits where the job does not.
     """
 
     config: Mapping[str, Any]
@@ -43,6 +44,7 @@ class Question:
     memory: int | None
     table: MachineTable | None
     largest: bool
+    ways_out: bool = True
 
 
 @dataclass
@@ -111,7 +113,7 @@ def answer(
     micro = found[0].micro_batch
     if question.largest:
         verdict.largest = largest_micro_batch(run, micro, memory, now=needs)
-    if not verdict.fits:
+    if not verdict.fits and question.ways_out:
         verdict.ways_out, verdict.tried = ways_out(
             question.config, run, memory, micro=micro, on_cpu=on_cpu
         )

@@ -1,0 +1,1 @@
+"""Finds the config with which a script runs fastest: ``drivetrain tune``."""

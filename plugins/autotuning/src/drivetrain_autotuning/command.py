@@ -1,0 +1,196 @@
+"""``drivetrain tune``: the fastest config for a script, found by few trials."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from drivetrain_autotuning.section import PATH, AutotuningSection
+
+_PLACE = "{config}"
+
+
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--nproc", type=click.IntRange(1), default=1, show_default=True, help="Ranks.")
+@click.option("--model", metavar="M", help="For plans: see drivetrain plan.")
+@click.option("--inputs", metavar="MODULE:FUNCTION", help="For plans: see drivetrain plan.")
+@click.option("--sequence", type=click.IntRange(1), help="For plans: tokens of a sample.")
+@click.option("--memory", help="Of a device, e.g. 80G; what needs more by its plan is not tried.")
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), default="gpu", show_default=True)
+@click.option("--run", "run_best", is_flag=True, help="Run the script with the best config then.")
+@click.argument("config")
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def tune(
+    nproc: int,
+    config: str,
+    script: str,
+    arguments: tuple[str, ...],
+    run_best: bool,
+    **plan: Any,
+) -> None:
+    """Find the values of CONFIG with which SCRIPT and its ARGUMENTS run fastest.
+
+    In the arguments, {config} stands for the config of a trial. The section autotuning says what is
+    tried. With --model and --memory, configs that would not fit are left out by drivetrain plan.
+    What was tried is kept, so that a run that was ended goes on.
+    """
+    from drivetrain.plan.config.loading import load_config
+
+    if not any(_PLACE in argument for argument in arguments):
+        raise click.UsageError(
+            f"no argument of {script} has {_PLACE}: write where it takes its config, e.g. "
+            f"drivetrain tune {config} {script} --config '{_PLACE}'"
+        )
+    if (plan["model"] is None) != (plan["memory"] is None):
+        raise click.UsageError("--model and --memory are given together, for plans")
+    merged = load_config(config)
+    section = AutotuningSection.model_validate(merged.get(PATH) or {})
+    if section.metric == "flops" and plan["model"] is None:
+        raise click.UsageError("the metric flops counts operations of a plan: give --model")
+    tuning = Tuning(merged, section, (script, *arguments), nproc, plan)
+    tuning.run()
+    best = tuning.best()
+    if best is None:
+        raise click.ClickException(tuning.failures())
+    command = tuning.write(best)
+    click.echo(f"best: {best.name}, {tuning.score(best):,.2f} by {section.metric}")
+    click.echo(f"config, command and picture are in {section.results_dir}")
+    if run_best:
+        sys.exit(subprocess.run(command, check=False).returncode)
+
+
+@dataclass
+class Tuning:
+    """One search.
+
+    Args:
+        config: of the user.
+        section: its section.
+        script: file and arguments.
+        ranks: processes of a trial.
+        plan: options of ``drivetrain plan``.
+        trials: what was tried, in order.
+        refused: why choices are none -> how many.
+    """
+
+    config: Mapping[str, Any]
+    section: AutotuningSection
+    script: Sequence[str]
+    ranks: int
+    plan: Mapping[str, Any]
+    trials: list[Any] = field(default_factory=list)
+    refused: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Search."""
+        from drivetrain_autotuning.search import search
+        from drivetrain_autotuning.space import choices_in, possible, space_of
+
+        if self.section.overwrite:
+            shutil.rmtree(self.section.exps_dir, ignore_errors=True)
+        Path(self.section.exps_dir).mkdir(parents=True, exist_ok=True)
+        every = choices_in(space_of(self.config, self.section))
+        choices, self.refused = possible(self.config, every, self.ranks)
+        if not choices:
+            raise click.ClickException(self.failures())
+        click.echo(f"{len(choices)} configs, {len(every) - len(choices)} of them refused by name")
+        search(
+            choices,
+            self._try,
+            how=self.section.tuner_type,
+            most=self.section.tuner_num_trials,
+            patience=self.section.tuner_early_stopping,
+        )
+
+    def score(self, trial: Any) -> float:
+        """Larger is better."""
+        if self.section.metric == "latency":
+            return 1.0 / float(trial.seconds)
+        flops = self.flops.get(trial.name, 0.0)
+        return flops / float(trial.seconds) if self.section.metric == "flops" else trial.throughput
+
+    def best(self) -> Any | None:
+        """The trial of the largest score; ``None`` if all failed."""
+        worked = [trial for trial in self.trials if not trial.error]
+        return max(worked, key=self.score, default=None)
+
+    def failures(self) -> str:
+        """What went wrong, the most frequent first."""
+        found = Counter(trial.error for trial in self.trials) + Counter(self.refused)
+        lines = [f"  {count} x {error}" for error, count in found.most_common()]
+        return "\n".join(["no config works:", *lines])
+
+    def write(self, best: Any) -> list[str]:
+        """Write config, command, table and picture; return the command."""
+        from drivetrain_autotuning.picture import picture
+        from drivetrain_autotuning.space import config_of
+
+        folder = Path(self.section.results_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = config_of(self.config, tuple(best.choice.items()))
+        config.pop(PATH, None)
+        file = folder / "ds_config_optimal.json"
+        file.write_text(json.dumps(config, indent=1), "utf-8")
+        command = ["drivetrain", "run", "--nproc", str(self.ranks)]
+        command += [word.replace(_PLACE, str(file)) for word in self.script]
+        (folder / "cmd_optimal.txt").write_text(shlex.join(command) + "\n", "utf-8")
+        rows = [
+            f"{trial.name}\t{trial.error or f'{self.score(trial):.4g}'}" for trial in self.trials
+        ]
+        (folder / "summary.txt").write_text(
+            "\n".join([*rows, f"best: {best.name}, {self.section.metric}"]) + "\n", "utf-8"
+        )
+        drawn = [(t.name, 0.0 if t.error else self.score(t), t.error) for t in self.trials]
+        text = picture(drawn, best.name, self.section.metric)
+        (folder / "tried.svg").write_text(text, "utf-8")
+        return command
+
+    def _try(self, choice: tuple[tuple[str, Any], ...]) -> float | None:
+        from drivetrain_autotuning.space import config_of, name_of
+        from drivetrain_autotuning.trial import Trial, run_trial
+
+        name, folder = name_of(choice), Path(self.section.exps_dir)
+        config = config_of(self.config, choice)
+        planned = self._planned(config, folder / name)
+        trial = Trial.read(folder, name)
+        if trial is None or trial.choice != dict(choice):
+            trial = Trial(name, dict(choice), error=planned)
+            if not planned:
+                options: dict[str, Any] = {"ranks": self.ranks, "timeout": self.section.timeout}
+                run_trial(trial, config, self.script, folder=folder / name, **options)
+            trial.write(folder)
+        self.trials.append(trial)
+        told = trial.error or f"{trial.throughput:,.2f} samples/s, {trial.seconds:.4f} s a step"
+        click.echo(f"{len(self.trials):3}  {name}: {told}")
+        return None if trial.error else self.score(trial)
+
+    def _planned(self, config: Mapping[str, Any], folder: Path) -> str:
+        """Why a plan says that a config does not run; empty if it does, or nobody asked."""
+        if self.plan["model"] is None:
+            return ""
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "planned.json"
+        file.write_text(json.dumps({k: v for k, v in config.items() if k != PATH}), "utf-8")
+        command = [sys.executable, "-m", "drivetrain.cli", "plan", str(file), "--json"]
+        command += ["--gpus", str(self.ranks), "--no-largest", "--no-ways-out"]
+        for option, value in self.plan.items():
+            command += [] if value is None else [f"--{option}", str(value)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            found = json.loads(done.stdout)
+        except ValueError:
+            return f"its plan says: {(done.stderr.strip() or done.stdout)[-300:]}"
+        self.flops[folder.name] = float(found["flops"])
+        return "" if found["fits"] else f"needs {found['needs']:,} bytes by its plan"

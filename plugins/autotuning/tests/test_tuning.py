@@ -1,0 +1,222 @@
+"""``drivetrain tune``: searches over surfaces that are known, and trials of a real script."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from drivetrain_autotuning.search import search
+from drivetrain_autotuning.section import AutotuningSection
+from drivetrain_autotuning.space import choices_in, config_of, possible, space_of
+from pydantic import ValidationError
+
+from drivetrain.cli import main
+
+SCRIPT = """
+import argparse, sys, time
+import torch, drivetrain
+parser = argparse.ArgumentParser()
+parser.add_argument("--config")
+parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--fails", default="")
+given = parser.parse_args()
+if given.fails:
+    raise RuntimeError(given.fails)
+engine, *_ = drivetrain.initialize(model=torch.nn.Linear(8, 8), config=given.config)
+for _ in range(given.steps):
+    samples = engine.train_micro_batch_size_per_gpu()
+    for _ in range(engine.gradient_accumulation_steps()):
+        time.sleep(0.02 if samples < 8 else 0.1)
+        engine.backward(engine(torch.randn(samples, 8)).square().mean())
+        engine.step()
+"""
+CONFIG: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 2,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+    "autotuning": {
+        "enabled": True,
+        "max_train_micro_batch_size_per_gpu": 8,
+        "start_profile_step": 2,
+        "end_profile_step": 3,
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    (tmp_path / "job.json").write_text(json.dumps(CONFIG))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tune(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["tune", *arguments])
+
+
+def run(*more: str) -> Result:
+    return tune("job.json", "train.py", "--config", "{config}", *more)
+
+
+# -- a real script -----------------------------------------------------------------------------
+
+
+def test_the_fastest_config_is_written_and_goes_on(folder: Path) -> None:
+    result = run()
+    assert result.exit_code == 0, result.output
+    best = json.loads((folder / "autotuning_results" / "ds_config_optimal.json").read_text())
+    assert best["train_micro_batch_size_per_gpu"] == 4  # 200 samples/s against 80 and 100
+    assert "autotuning" not in best
+    command = (folder / "autotuning_results" / "cmd_optimal.txt").read_text()
+    assert command.startswith("drivetrain run --nproc 1 train.py --config ")
+    assert (folder / "autotuning_results" / "tried.svg").read_text().count("<rect") == 4
+    kept = {file.name: file.read_text() for file in (folder / "autotuning_exps").glob("*.json")}
+    assert len(kept) == 3
+    (folder / "train.py").write_text("raise SystemExit('must not run')")
+    assert run().exit_code == 0
+    assert kept == {f.name: f.read_text() for f in (folder / "autotuning_exps").glob("*.json")}
+
+
+def test_latency_is_smaller_with_less_to_do(folder: Path) -> None:
+    section = {
+        **CONFIG["autotuning"],
+        "metric": "latency",
+        "space": {"gradient_accumulation_steps": [1, 3]},
+    }
+    (folder / "job.json").write_text(json.dumps({**CONFIG, "autotuning": section}))
+    assert run().exit_code == 0
+    best = json.loads((folder / "autotuning_results" / "ds_config_optimal.json").read_text())
+    assert best["gradient_accumulation_steps"] == 1
+
+
+def test_errors_of_trials_that_all_fail_are_summed_up(folder: Path) -> None:
+    result = run("--fails", "no such flux capacitor")
+    assert result.exit_code == 1
+    assert "no config works:" in result.output
+    assert "3 x " in result.output
+    assert "no such flux capacitor" in result.output
+
+
+def test_running_out_of_memory_is_a_result(folder: Path) -> None:
+    result = run("--fails", "CUDA out of memory. Tried to allocate 2 GiB")
+    assert "3 x out of memory" in result.output
+
+
+def test_a_script_that_ends_early_and_one_that_hangs_are_told(folder: Path) -> None:
+    assert "give it more to do" in run("--steps", "1").output
+    (folder / "train.py").write_text("import time; time.sleep(60)")
+    section = {**CONFIG["autotuning"], "timeout": 3, "overwrite": True, "tuner_num_trials": 1}
+    (folder / "job.json").write_text(json.dumps({**CONFIG, "autotuning": section}))
+    assert "no end after 3 s" in run().output
+
+
+def test_what_does_not_fit_by_its_plan_is_not_run(folder: Path) -> None:
+    (folder / "of_tuning.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Linear(8, 8)\n"
+        "def rows(samples, _):\n    return torch.zeros(samples, 8)\n"
+    )
+    plan = ["--model", "of_tuning:make", "--inputs", "of_tuning:rows", "--memory", "100"]
+    result = tune(*plan, "--device", "cpu", "job.json", "train.py", "--config", "{config}")
+    assert result.exit_code == 1
+    assert "bytes by its plan" in result.output
+    assert not list((folder / "autotuning_exps").rglob("output.log"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["job.json", "train.py"], "no argument of train.py has {config}"),
+        (["--model", "a:b", "job.json", "train.py", "{config}"], "--model and --memory"),
+        (["no.json", "train.py", "{config}"], "no.json"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_said(arguments: list[str], hint: str, folder: Path) -> None:
+    result = tune(*arguments)
+    assert result.exit_code == 2
+    assert hint in " ".join(result.output.split())
+
+
+def test_steps_are_in_order() -> None:
+    with pytest.raises(ValidationError, match="before start_profile_step"):
+        AutotuningSection(start_profile_step=9, end_profile_step=5)
+
+
+# -- spaces ------------------------------------------------------------------------------------
+
+
+def test_accumulation_follows_from_the_global_batch() -> None:
+    given = {"train_batch_size": 32, "gradient_accumulation_steps": 8}
+    made = config_of(given, (("train_micro_batch_size_per_gpu", 4),))
+    assert made == {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4}
+
+
+def test_choices_that_no_job_would_run_are_refused_with_their_reason() -> None:
+    given = {"train_batch_size": 32, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    choices = choices_in({"train_micro_batch_size_per_gpu": [4, 5]})
+    left, reasons = possible(given, choices, ranks=2)
+    assert left == choices[:1]
+    assert len(reasons) == 1
+
+
+def test_usual_spaces_have_the_stages_that_the_config_names() -> None:
+    section = AutotuningSection(num_tuning_micro_batch_sizes=2)
+    space = space_of({"zero_optimization": {"stage": "all"}}, section)
+    assert space == {
+        "train_micro_batch_size_per_gpu": [8, 4],
+        "zero_optimization.stage": [0, 1, 2, 3],
+    }
+    assert space_of({}, section).keys() == {"train_micro_batch_size_per_gpu"}
+
+
+# -- the search --------------------------------------------------------------------------------
+
+
+def surface(
+    stage: int, micro: int, recompute: str, bucket: float, tp: int, fails: bool
+) -> float | None:
+    """A throughput as they look: saturating in the batch, with costs that multiply."""
+    if fails and micro * (4 - stage) * (1 if recompute == "all" else 3) > 96:
+        return None
+    speed = micro / (2.0 + micro)
+    speed *= {0: 1.0, 1: 0.99, 2: 0.93, 3: 0.8}[stage] * (0.75 if recompute == "all" else 1.0)
+    return 100 * speed / (1 + 0.05 * abs(math.log10(bucket) - 8)) / (1 + 0.1 * math.log2(tp))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_quarter_of_the_trials_come_within_5_percent(fails: bool) -> None:
+    space = {
+        "stage": [0, 1, 2, 3],
+        "micro": [1, 2, 4, 8, 16],
+        "recompute": ["none", "all"],
+        "bucket": [5e7, 5e8, 1e9],
+        "tp": [1, 2],
+    }
+    choices = choices_in(space)
+    scores = {choice: surface(**dict(choice), fails=fails) for choice in choices}
+    best = max(score for score in scores.values() if score)
+    tried = search(
+        choices, scores.__getitem__, how="model_based", most=len(choices) // 4, patience=20
+    )
+    assert max(score for score in tried.values() if score) >= 0.95 * best
+    assert len(tried) <= len(choices) // 4
+
+
+@pytest.mark.parametrize("how", ["gridsearch", "random", "model_based"])
+def test_a_search_ends_early(how: str) -> None:
+    choices = choices_in({"a": list(range(30))})
+    tried = search(choices, lambda _: 1.0, how=how, most=50, patience=4)
+    assert len(tried) == 5 if how != "model_based" else len(tried) <= 5
+    grid = search(choices, lambda _: 1.0, how="gridsearch", most=3, patience=9)
+    assert list(grid) == choices[:3]
+
+
+def test_a_search_of_failures_tries_others() -> None:
+    choices = choices_in({"a": [1, 2], "b": ["x", "y"]})
+    tried = search(choices, lambda _: None, how="model_based", most=50, patience=9)
+    assert len(tried) == len(choices) == len(list(itertools.product([1, 2], "xy")))
