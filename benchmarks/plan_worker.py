@@ -2,8 +2,8 @@
 
 Usage: plan_worker.py CONFIG.json MODEL SEQUENCE STEPS RESULTS [LIMIT]
 
-MODEL is a name in plan_models. LIMIT: bytes that the process may map for data (RLIMIT_DATA) more than
-it has when it begins to build.
+MODEL is a name in plan_models. LIMIT: bytes that the process may map for data (RLIMIT_DATA) more
+than it has when it begins to build.
 """
 
 from __future__ import annotations
