@@ -115,7 +115,8 @@ def _works(
     distances = ((wanted[:, None, :] - known[None, :, :]) ** 2).sum(axis=2)
     near = np.exp(-distances / 0.25)
     share: NDArray[np.float64] = near @ np.array(worked, dtype=np.float64) + 0.2
-    return share / (near.sum(axis=1) + 0.2)
+    found: NDArray[np.float64] = share / (near.sum(axis=1) + 0.2)
+    return found
 
 
 def _density(x: NDArray[np.float64]) -> NDArray[np.float64]:
