@@ -3,7 +3,8 @@
 ``bytes_to_formula`` is what ranks reduced in the layers of one step, divided by what the paper says
 (Shoeybi et al. 2019, section 3): four all-reduces of batch x tokens x width numbers in each layer.
 ``time_to_bound`` is the time of a step on two ranks with one thread each, divided by half of that
-of one process with one thread plus that of the same all-reduces alone.
+of one process with one thread plus that of the same all-reduces alone; ``processor_to_bound`` the
+same in seconds of the processor, which other programs disturb less.
 
 ``--peer`` measures steps on two ranks against those of the same model that Transformers itself cuts
 (``tp_plan="auto"``), in the same processes and in turn: ``time_ratio_to_tp_plan`` is the median of
@@ -84,32 +85,36 @@ def measure(ranks: int, section: dict[str, Any]) -> dict[str, float]:
     engine = make(ranks, section)
     step(engine, 0)
     engine.job.byte_log.reset()
-    seconds = []
+    seconds, processor = [], []
     for number in range(STEPS):
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         step(engine, number)
         seconds.append(time.perf_counter() - begin)
+        processor.append(time.process_time() - used)
     total = engine.job.byte_log.total(Purpose.ACTIVATION, "tp")
-    alone = _alone(engine, total.calls // STEPS) if ranks > 1 else 0.0
+    alone = _alone(engine, total.calls // STEPS) if ranks > 1 else (0.0, 0.0)
     engine.destroy()
     return {
         "seconds": statistics.median(seconds),
+        "processor": statistics.median(processor),
         "bytes": total.payload_bytes / STEPS,
-        "alone": alone,
+        "alone": alone[0],
+        "processor_alone": alone[1],
     }
 
 
-def _alone(engine: Engine, calls: int) -> float:
-    """Seconds that as many all-reduces of a layer's output take by themselves."""
+def _alone(engine: Engine, calls: int) -> tuple[float, float]:
+    """Seconds, and those of the processor, that as many all-reduces take by themselves."""
     x = torch.zeros(ROWS, TOKENS, WIDTH)
     tag = Tag(Purpose.CONTROL, site="benchmark")
-    times = []
+    times, processor = [], []
     for _ in range(STEPS):
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         for _ in range(calls):
             engine.job.communicator.all_reduce(x, "tp", tag)
         times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+        processor.append(time.process_time() - used)
+    return statistics.median(times), statistics.median(processor)
 
 
 def beside_tp_plan(folder: str, pairs: int, section: dict[str, Any]) -> list[tuple[float, ...]]:
@@ -169,12 +174,14 @@ def bound(pairs: int, section: dict[str, Any]) -> dict[str, Any]:
                 "two": two["seconds"],
                 "alone": two["alone"],
                 "ratio": two["seconds"] / least,
+                "processor": two["processor"] / (one["processor"] / 2 + two["processor_alone"]),
                 "bytes": two["bytes"],
             }
         )
     return {
         "bytes_to_formula": round(found[0]["bytes"] / formula, 4),
         "time_to_bound": round(statistics.median(pair["ratio"] for pair in found), 3),
+        "processor_to_bound": round(statistics.median(pair["processor"] for pair in found), 3),
         "pairs": found,
     }
 

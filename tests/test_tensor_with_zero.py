@@ -45,6 +45,15 @@ CASES: dict[str, dict[str, Any]] = {
         }
         for stage in range(4)
     },
+    "stage 2, sequences gathered while layers multiply": {
+        "zero_optimization": {"stage": 2},
+        "activation_checkpointing": {"recompute": "all"},
+        "tensor_parallel": {
+            "autotp_size": 2,
+            "sequence_parallel": True,
+            "tp_overlap_comm": True,
+        },
+    },
     **{
         f"stage {stage}, in halves": {
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from drivetrain_tensor.plugin import TensorParallel
+from drivetrain_tensor.section import PATH, TensorParallelSection
 from tensor_models import MODELS, ROWS, TOKENS, build, reference
 from test_tensor_training import STEPS, full, make, train
 from torch import nn
@@ -287,3 +290,10 @@ def refusal(section: dict[str, Any]) -> str:
 def test_halves_beside_sequences_in_parts_are_refused() -> None:
     for text in run_distributed(refusal, 2, {**HALVED, "sequence_parallel": True}):
         assert "tensor_parallel.domino: not beside sequence_parallel" in text
+
+
+def test_halves_beside_stages_are_refused() -> None:
+    section = TensorParallelSection(autotp_size=2, domino=True)
+    plan: Any = SimpleNamespace(layout=SimpleNamespace(size=lambda axis: 2))
+    (problem,) = TensorParallel({PATH: section}).configure(plan)
+    assert "tensor_parallel.domino: stages of a pipeline" in str(problem)

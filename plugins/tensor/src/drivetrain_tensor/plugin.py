@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from drivetrain.engine.engine import Engine
     from drivetrain.job.job import Job
+    from drivetrain.plan.plan import Plan
 
 
 class TensorParallel(Plugin):
@@ -40,12 +41,15 @@ class TensorParallel(Plugin):
         return [Atom("tp", ranks, source=f"{PATH}.autotp_size")] if ranks > 1 else []
 
     @hookimpl
-    def configure(self) -> Sequence[Problem]:
+    def configure(self, plan: Plan) -> Sequence[Problem]:
         section = self.section(TensorParallelSection)
-        if not (section.sequence_parallel and section.domino):
-            return []
-        text = "ranks share out sequences in place of the sums that it overlaps: leave out one"
-        return [Problem(f"{PATH}.domino", f"not beside sequence_parallel, where {text}")]
+        if section.domino and section.sequence_parallel:
+            text = "ranks share out sequences in place of the sums that it overlaps: leave out one"
+            return [Problem(f"{PATH}.domino", f"not beside sequence_parallel, where {text}")]
+        if section.domino and plan.layout.size("pp") > 1:
+            text = "stages of a pipeline overlap micro-batches instead: leave out one of the two"
+            return [Problem(f"{PATH}.domino", text)]
+        return []
 
     @hookimpl
     def transform_module(self, job: Job, module: torch.nn.Module) -> Sequence[Transform]:
