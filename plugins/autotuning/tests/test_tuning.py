@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from drivetrain_autotuning.search import search
 from drivetrain_autotuning.section import AutotuningSection
 from drivetrain_autotuning.space import choices_in, config_of, possible, space_of
+from drivetrain_autotuning.trial import told
 from pydantic import ValidationError
 
 from drivetrain.cli import main
@@ -159,7 +160,7 @@ def test_accumulation_follows_from_the_global_batch() -> None:
 def test_choices_that_no_job_would_run_are_refused_with_their_reason() -> None:
     given = {"train_batch_size": 32, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
     choices = choices_in({"train_micro_batch_size_per_gpu": [4, 5]})
-    left, reasons = possible(given, choices, ranks=2)
+    left, reasons = possible(given, choices, 2, AutotuningSection())
     assert left == choices[:1]
     assert len(reasons) == 1
 
@@ -220,3 +221,29 @@ def test_a_search_of_failures_tries_others() -> None:
     choices = choices_in({"a": [1, 2], "b": ["x", "y"]})
     tried = search(choices, lambda _: None, how="model_based", most=50, patience=9)
     assert len(tried) == len(choices) == len(list(itertools.product([1, 2], "xy")))
+
+
+def test_global_batches_outside_of_the_limits_are_not_tried() -> None:
+    section = AutotuningSection(min_train_batch_size=4, max_train_batch_size=8)
+    choices = choices_in({"train_micro_batch_size_per_gpu": [1, 2, 4, 8]})
+    left, reasons = possible({"gradient_accumulation_steps": 1}, choices, 2, section)
+    assert [dict(choice)["train_micro_batch_size_per_gpu"] for choice in left] == [2, 4]
+    assert "a global batch of 16 is not among 4 to 8" in reasons
+    with pytest.raises(ValidationError, match="below min_train_batch_size"):
+        AutotuningSection(min_train_batch_size=4, max_train_batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train.py", "--batch", "1"], ["train.py", "--batch", "8"]),
+        (["train.py", "--batch=1", "x"], ["train.py", "--batch=8", "x"]),
+        (["train.py"], ["train.py", "--batch", "8"]),
+    ],
+)
+def test_options_of_the_script_say_what_the_config_says(
+    words: list[str], expected: list[str]
+) -> None:
+    config = {"train_micro_batch_size_per_gpu": 8}
+    mappings = {"train_micro_batch_size_per_gpu": "--batch", "zero_optimization.stage": "--stage"}
+    assert told(words, config, mappings) == expected

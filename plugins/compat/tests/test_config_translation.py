@@ -107,7 +107,7 @@ def test_a_key_that_deepspeed_never_looks_at_is_named_with_a_guess():
     ("given", "words"),
     [
         ({"zero_optimization": {"stage": 1, "stge": 1}}, "zero_optimization.stge: unknown key"),
-        ({"autotuning": {"enabled": True}}, "autotuning: served by drivetrain-autotuning"),
+        ({"hybrid_engine": {"enabled": True}}, "hybrid_engine: served by drivetrain-hybrid-engine"),
         ({"amp": {"enabled": True}}, "amp: apex is not supported"),
     ],
 )

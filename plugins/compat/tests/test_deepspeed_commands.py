@@ -123,3 +123,47 @@ def test_ds_report_shows_what_there_is():
     done = CliRunner().invoke(report.main, ["--hide_operator_status"])
     assert done.exit_code == 0, done.output
     assert "torch" in done.output
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--deepspeed_config", "ds.json"], ["--deepspeed_config", "{config}"]),
+        (
+            ["--deepspeed", "--deepspeed_config=ds.json"],
+            ["--deepspeed", "--deepspeed_config={config}"],
+        ),
+        (["--deepspeed", "ds.json", "--lr", "1"], ["--deepspeed", "{config}", "--lr", "1"]),
+    ],
+)
+def test_autotuning_is_the_tuner_with_the_scripts_config(given, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "train.py").touch()
+    (tmp_path / "ds.json").write_text("{}")
+    passed = []
+
+    def take(command, **_):
+        passed.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(launch.drivetrain, "main", take)
+    result = CliRunner().invoke(
+        launch.main, ["--autotuning", "run", "--num_gpus", "2", "train.py", *given]
+    )
+    assert result.exit_code == 0, result.output
+    own = ["-m", "deepspeed._commands.rank", "script", "1", "train.py"]
+    assert passed == [["tune", "--nproc", "2", "--run", "--", "ds.json", *own, *expected]]
+
+
+def test_autotuning_without_ranks_or_a_config_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "train.py").touch()
+    for options, words in (
+        (["train.py"], "needs --num_gpus"),
+        (["--num_gpus", "1", "train.py", "--deepspeed"], "followed by a config file"),
+    ):
+        result = CliRunner().invoke(launch.main, ["--autotuning", "tune", *options])
+        assert result.exit_code == 1
+        assert words in result.output

@@ -102,7 +102,7 @@ class Tuning:
             shutil.rmtree(self.section.exps_dir, ignore_errors=True)
         Path(self.section.exps_dir).mkdir(parents=True, exist_ok=True)
         every = choices_in(space_of(self.config, self.section))
-        choices, self.refused = possible(self.config, every, self.ranks)
+        choices, self.refused = possible(self.config, every, self.ranks, self.section)
         if not choices:
             raise click.ClickException(self.failures())
         click.echo(f"{len(choices)} configs, {len(every) - len(choices)} of them refused by name")
@@ -136,6 +136,7 @@ class Tuning:
         """Write config, command, table and picture; return the command."""
         from drivetrain_autotuning.picture import picture
         from drivetrain_autotuning.space import config_of
+        from drivetrain_autotuning.trial import told
 
         folder = Path(self.section.results_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +145,8 @@ class Tuning:
         file = folder / "ds_config_optimal.json"
         file.write_text(json.dumps(config, indent=1), "utf-8")
         command = ["drivetrain", "run", "--nproc", str(self.ranks)]
-        command += [word.replace(_PLACE, str(file)) for word in self.script]
+        words = told(self.script, config, self.section.arg_mappings)
+        command += [word.replace(_PLACE, str(file)) for word in words]
         (folder / "cmd_optimal.txt").write_text(shlex.join(command) + "\n", "utf-8")
         rows = [
             f"{trial.name}\t{trial.error or f'{self.score(trial):.4g}'}" for trial in self.trials
@@ -159,7 +161,7 @@ class Tuning:
 
     def _try(self, choice: tuple[tuple[str, Any], ...]) -> float | None:
         from drivetrain_autotuning.space import config_of, name_of
-        from drivetrain_autotuning.trial import Trial, run_trial
+        from drivetrain_autotuning.trial import Trial, run_trial, told
 
         name, folder = name_of(choice), Path(self.section.exps_dir)
         config = config_of(self.config, choice)
@@ -169,11 +171,12 @@ class Tuning:
             trial = Trial(name, dict(choice), error=planned)
             if not planned:
                 options: dict[str, Any] = {"ranks": self.ranks, "timeout": self.section.timeout}
-                run_trial(trial, config, self.script, folder=folder / name, **options)
+                words = told(self.script, config, self.section.arg_mappings)
+                run_trial(trial, config, words, folder=folder / name, **options)
             trial.write(folder)
         self.trials.append(trial)
-        told = trial.error or f"{trial.throughput:,.2f} samples/s, {trial.seconds:.4f} s a step"
-        click.echo(f"{len(self.trials):3}  {name}: {told}")
+        line = trial.error or f"{trial.throughput:,.2f} samples/s, {trial.seconds:.4f} s a step"
+        click.echo(f"{len(self.trials):3}  {name}: {line}")
         return None if trial.error else self.score(trial)
 
     def _planned(self, config: Mapping[str, Any], folder: Path) -> str:

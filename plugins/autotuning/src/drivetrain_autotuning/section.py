@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from drivetrain.contracts import Bool, PositiveFloat, PositiveInt, Section
+from drivetrain.contracts import NO_EFFECT, Bool, PositiveFloat, PositiveInt, Section
 
 PATH = "autotuning"
 
@@ -44,6 +44,30 @@ class AutotuningSection(Section):
     max_train_micro_batch_size_per_gpu: PositiveInt | None = Field(
         default=None, description="Largest; by default eight times that of the config."
     )
+    min_train_batch_size: PositiveInt = Field(
+        default=1, description="Smallest global batch that is tried."
+    )
+    max_train_batch_size: PositiveInt | None = Field(
+        default=None, description="Largest global batch that is tried."
+    )
+    arg_mappings: dict[str, str] | None = Field(
+        default=None,
+        description="Config path -> option of the script that must say the same, such as "
+        '{"train_micro_batch_size_per_gpu": "--batch-size"}; it gets the value of each trial.',
+    )
+    mp_size: PositiveInt | None = Field(
+        default=None,
+        description=f"{NO_EFFECT}the config's own sections say how ranks share layers.",
+    )
+    metric_path: str | None = Field(
+        default=None, description=f"{NO_EFFECT}trials report by themselves."
+    )
+    model_info: dict[str, Any] | None = Field(
+        default=None, description=f"{NO_EFFECT}a plan measures the model, see --model."
+    )
+    model_info_path: str | None = Field(
+        default=None, description=f"{NO_EFFECT}a plan measures the model, see --model."
+    )
     space: dict[str, list[Any]] = Field(
         default_factory=dict,
         description="Config path -> values to try; in place of the usual ones.",
@@ -59,6 +83,12 @@ class AutotuningSection(Section):
             raise ValueError(
                 f"end_profile_step ({self.end_profile_step}) is before start_profile_step "
                 f"({self.start_profile_step})"
+            )
+        most = self.max_train_batch_size
+        if most is not None and most < self.min_train_batch_size:
+            raise ValueError(
+                f"max_train_batch_size ({most}) is below min_train_batch_size "
+                f"({self.min_train_batch_size})"
             )
         for path, values in self.space.items():
             if not values:

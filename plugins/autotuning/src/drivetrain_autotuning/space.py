@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from itertools import product
 from typing import Any
@@ -77,16 +78,20 @@ def config_of(config: Mapping[str, Any], choice: Choice) -> dict[str, Any]:
 
 
 def possible(
-    config: Mapping[str, Any], choices: list[Choice], ranks: int
+    config: Mapping[str, Any], choices: list[Choice], ranks: int, section: AutotuningSection
 ) -> tuple[list[Choice], dict[str, int]]:
     """Choices that a job would run, and why the others are none: reason -> how many."""
+    least, most = section.min_train_batch_size, section.max_train_batch_size or math.inf
     left: list[Choice] = []
     reasons: dict[str, int] = {}
     for choice in choices:
         made = config_of(config, choice)
         made.pop(PATH, None)
         try:
-            Plan.build(made, world_size=ranks)
+            batch = Plan.build(made, world_size=ranks).batch
+            size = 0 if batch is None else batch.train_batch_size
+            if size and not least <= size <= most:
+                raise ConfigError(f"a global batch of {size} is not among {least} to {most}")
         except ConfigError as error:
             reasons[str(error)] = reasons.get(str(error), 0) + 1
         else:

@@ -17,6 +17,33 @@ from drivetrain_autotuning.section import PATH
 _MEMORY = ("out of memory", "memoryerror", "can't allocate memory", "not enough memory")
 
 
+def told(
+    script: Sequence[str], config: Mapping[str, Any], mappings: Mapping[str, str] | None
+) -> list[str]:
+    """The words of ``script`` whose options say what ``config`` says.
+
+    Args:
+        script: file and arguments.
+        config: of a trial.
+        mappings: config path -> option; one that the script does not have is added.
+    """
+    words = list(script)
+    for path, option in (mappings or {}).items():
+        value: Any = config
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is None:
+            continue
+        joined = [place for place, word in enumerate(words) if word.startswith(f"{option}=")]
+        if joined:
+            words[joined[0]] = f"{option}={value}"
+        elif option in words[:-1]:
+            words[words.index(option) + 1] = str(value)
+        else:
+            words += [option, str(value)]
+    return words
+
+
 @dataclass
 class Trial:
     """What came of a choice.

@@ -22,6 +22,9 @@ DEFAULT_HOSTFILE = Path("/job/hostfile")
 
 _PORT = 29500
 
+_CONFIG_OPTIONS = ("--deepspeed_config", "--deepspeed", "--ds_config")
+"""Options of scripts that take the config."""
+
 _LOCAL = ("localhost", "127.0.0.1", "worker-0")
 
 
@@ -56,6 +59,7 @@ class Options:
     venv_script: str
     log_level: str
     quiet: bool
+    autotuning: str | None
     script: str
     arguments: tuple[str, ...]
 
@@ -108,6 +112,11 @@ class Options:
 @click.option("--venv_script", default="", help="Script that hosts source first.")
 @click.option("--log_level", default="info", help="Without effect.")
 @click.option("-q", "--quiet", is_flag=True, help="Without effect.")
+@click.option(
+    "--autotuning",
+    type=click.Choice(["tune", "run"]),
+    help="Find the fastest config (drivetrain tune), and run SCRIPT with it.",
+)
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def main(**options: Any) -> None:
@@ -122,6 +131,8 @@ def main(**options: Any) -> None:
     hostfile = chosen.hostfile
     if hostfile is None and DEFAULT_HOSTFILE.is_file():
         hostfile = DEFAULT_HOSTFILE
+    if chosen.autotuning is not None:
+        drivetrain.main(_tuning(chosen, hostfile), prog_name="deepspeed")
     if chosen.no_ssh:
         command = _one_of_many(chosen)
     elif hostfile is not None and (chosen.force_multi or len(_hosts(hostfile)) > 1):
@@ -143,6 +154,34 @@ def _here(options: Options, hostfile: Path | None) -> list[str]:
     _read_environment()
     command = ["run", "--nproc", "auto" if ranks is None else str(ranks)]
     return command + ([] if options.master_port is None else _port(options))
+
+
+def _tuning(options: Options, hostfile: Path | None) -> list[str]:
+    """The command that tries configs on this host."""
+    if options.no_ssh or (hostfile is not None and len(_hosts(hostfile)) > 1):
+        raise click.ClickException("--autotuning tries configs on one host; give no others")
+    command = _here(options, hostfile)
+    ranks = command[command.index("--nproc") + 1]
+    if ranks == "auto":
+        raise click.ClickException("--autotuning needs --num_gpus, the number of ranks of a trial")
+    words = [*options.target]
+    for place, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name not in _CONFIG_OPTIONS:
+            continue
+        config = value if equals else next(iter(words[place + 1 :]), "")
+        if not Path(config).is_file():
+            continue  # as in `--deepspeed --deepspeed_config FILE`
+        if equals:
+            words[place] = f"{name}={{config}}"
+        else:
+            words[place + 1] = "{config}"
+        run = ["--run"] if options.autotuning == "run" else []
+        return ["tune", "--nproc", ranks, *run, "--", config, *words]
+    raise click.ClickException(
+        f"--autotuning: none of {', '.join(_CONFIG_OPTIONS)} in the script's arguments is followed "
+        "by a config file"
+    )
 
 
 def _one_of_many(options: Options) -> list[str]:
