@@ -17,6 +17,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "recipe.recipe": "Recipe",
         "section": "CompressionSection",
         "training.api": "init_compression redundancy_clean student_initialization",
+        "stored.config": "LoRAConfig QuantizationConfig",
+        "stored.converting": "lora_over_quantised",
+        "stored.linear": "LoRALinear StoredLinear",
+        "stored.weight": "StoredWeight",
         "students.distilling": "Distillation",
     },
 )

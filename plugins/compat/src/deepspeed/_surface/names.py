@@ -223,6 +223,8 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "compression.compress": "init_compression redundancy_clean student_initialization",
         "compression.helper": "convert_conv1d_to_linear",
         "compression.scheduler": "compression_scheduler",
+        "linear": "LoRAConfig LoRAOptimizedLinear OptimizedLinear QuantizationConfig "
+        "QuantizedLinear QuantizedParameter init_lora",
         "ops.quantizer": "ds_quantizer",
     },
     "drivetrain-data-efficiency": {
@@ -320,11 +322,7 @@ INSTEAD: Mapping[str, str] = {
     "elasticity.ensure_immutable_elastic_config": "nothing: ranks compare their configs",
     "io.FastFileWriter": "the config's checkpoint.background, which saves while training goes on",
     "inference.config.DeepSpeedInferenceConfig": "a dict for init_inference",
-    "linear.Init": "nothing yet",
-    "linear.LoRAConfig": "nothing yet",
-    "linear.OptimizedLinear": "nothing yet",
-    "linear.QuantizationConfig": "nothing yet",
-    "linear.init_lora": "nothing yet",
+    "linear.Init": "drivetrain_compression.lora_over_quantised(model)",
     "module_inject.replace_transformer_layer": "init_inference",
     "module_inject.revert_transformer_layer": "nothing: modules are not replaced",
     "ops.adam.ZenFlowCPUAdam": "the config's zero_optimization.zenflow",

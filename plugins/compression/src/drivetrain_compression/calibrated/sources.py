@@ -215,6 +215,6 @@ class _NothingDrawn(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         options = dict(kwargs or {})
-        if function is torch.empty:
-            options.setdefault("device", "meta")
+        if function is torch.empty and options.get("device") is None:  # which layers pass on
+            options["device"] = "meta"
         return function(*args, **options)

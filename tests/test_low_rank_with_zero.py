@@ -1,0 +1,185 @@
+"""LoRA over packed weights at every stage of ZeRO, against one plain process in float64."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import drivetrain
+from drivetrain.errors import ConfigError
+from drivetrain.testing import RanksFailedError, run_distributed
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "plugins" / "compression" / "tests"))
+
+from compressed_models import batches, net
+from drivetrain_compression import (
+    LoRAConfig,
+    LoRALinear,
+    QuantizationConfig,
+    StoredWeight,
+    lora_over_quantised,
+)
+from drivetrain_compression.deepspeed.linear import OptimizedLinear
+
+RANKS, STEPS, RATE = 2, 4, 0.05
+FORMATS = {
+    "e4m3": QuantizationConfig(group_size=24),
+    "nf4": QuantizationConfig(format="nf4"),
+    "int8": QuantizationConfig(format="int8"),
+    "fp6": QuantizationConfig(q_bits=6, group_size=64),
+}
+CASES = [
+    # format, stage, parts of each base weight, accumulation; pairwise
+    ("e4m3", 0, 1, 1),
+    ("nf4", 1, 2, 1),
+    ("int8", 2, 2, 2),
+    ("fp6", 3, 1, 2),
+    ("e4m3", 3, 2, 1),
+    ("nf4", 2, 1, 1),
+    ("int8", 0, 2, 1),
+    ("fp6", 1, 1, 1),
+]
+MODULES = ["query", "up", "down"]
+
+
+def converted(name: str, shards: int) -> Any:
+    torch.manual_seed(3)
+    model = net(width=32)
+    lora = LoRAConfig(lora_r=4, lora_alpha=8.0, base_weight_sharding=shards)
+    lora_over_quantised(model, lora, FORMATS[name], modules=MODULES)
+    generator = torch.Generator().manual_seed(5)
+    for part in model.modules():
+        if isinstance(part, LoRALinear):
+            for side in (part.lora_weight_1, part.lora_weight_2):
+                assert side is not None
+                nn.init.normal_(side.weight, std=0.1, generator=generator)
+    return model
+
+
+def micro_batches(accumulation: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    each = accumulation * RANKS
+    flat = batches(STEPS * each)
+    return [flat[n * each : (n + 1) * each] for n in range(STEPS)]
+
+
+def trained(numbers: list[int]) -> list[Any]:
+    drivetrain.init_distributed()
+    return [one_trained(*CASES[number]) for number in numbers]
+
+
+def one_trained(name: str, stage: int, shards: int, accumulation: int) -> Any:
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": accumulation,
+        "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    model = converted(name, shards)
+    engine = drivetrain.initialize(model=model, config=config)[0]
+    stored = [part for part in model.modules() if isinstance(part, StoredWeight)]
+    sizes = [(part.format.bytes(part.shape), part.stored.nbytes) for part in stored]
+    trained = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
+    names = {n for n, p in model.named_parameters() if id(p) in trained and p.requires_grad}
+    losses = []
+    for step in micro_batches(accumulation):
+        for tokens, targets in step[engine.job.rank :: RANKS]:
+            loss = engine(tokens, targets)
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+    with drivetrain.whole(engine.module):
+        state = {n: p.detach().clone() for n, p in model.named_parameters()}
+    bases = [part.dequantized() for part in stored]
+    engine.destroy()
+    return sizes, names, losses, state, bases
+
+
+class Reference(nn.Module):
+    """A linear layer and a low-rank change, of plain operations."""
+
+    def __init__(self, layer: LoRALinear) -> None:
+        super().__init__()
+        assert layer.lora_weight_1 is not None
+        assert layer.lora_weight_2 is not None
+        self.base, self.bias = layer.full_weight(), layer.bias
+        self.lora_weight_1, self.lora_weight_2 = layer.lora_weight_1, layer.lora_weight_2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.lora_weight_1.weight, self.lora_weight_2.weight
+        return x @ (self.base + 8 / 4 * b @ a).T + self.bias
+
+
+def reference(name: str, accumulation: int) -> tuple[list[float], dict[str, torch.Tensor], Any]:
+    model = converted(name, 1)
+    bases = []
+    for path, part in list(model.named_modules()):
+        if isinstance(part, LoRALinear):
+            bases.append(part.full_weight())
+            parent, _, attribute = path.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, Reference(part))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    losses = []
+    for step in micro_batches(accumulation):
+        for tokens, targets in step:
+            loss = model(tokens, targets)
+            (loss / len(step)).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, dict(model.named_parameters()), bases
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [4, 5, 6, 7]], ids=["first", "second"])
+def test_training_is_that_of_plain_torch(numbers: list[int]) -> None:
+    results = run_distributed(trained, RANKS, numbers)
+    for at, number in enumerate(numbers):
+        name, _, shards, accumulation = CASES[number]
+        losses, parameters, bases = reference(name, accumulation)
+        for rank, result in enumerate(results):
+            sizes, names, own, state, found = result[at]
+            assert all(kept == -(-whole // shards) for whole, kept in sizes)
+            assert len(sizes) == 6
+            assert names == {n for n in parameters if "lora_weight" in n}
+            for step in range(STEPS):
+                each = slice(step * accumulation, (step + 1) * accumulation)
+                wanted = losses[step * accumulation * RANKS :][rank : accumulation * RANKS : RANKS]
+                torch.testing.assert_close(own[each], wanted, rtol=1e-12, atol=0)
+            for key, value in parameters.items():
+                torch.testing.assert_close(state[key], value.detach(), rtol=1e-10, atol=1e-12)
+            assert all(torch.equal(a, b) for a, b in zip(found, bases, strict=True))
+
+
+def plain_and_divided(_: None) -> Any:
+    drivetrain.init_distributed()
+    torch.manual_seed(0)
+    layer: Any = OptimizedLinear(
+        7, 5, lora_config=LoRAConfig(lora_r=2, base_weight_sharding=2), dtype=torch.float64
+    )
+    torch.manual_seed(0)
+    drawn = nn.Linear(7, 5, bias=False, dtype=torch.float64).weight.detach()
+    return torch.equal(layer.full_weight(), drawn), layer.weight.stored.nbytes
+
+
+def test_a_plain_base_is_divided_too() -> None:
+    assert run_distributed(plain_and_divided, RANKS, None) == [(True, 7 * 5 * 8 // 2)] * 2
+
+
+def divided_by_three(_: None) -> None:
+    drivetrain.init_distributed()
+    OptimizedLinear(8, 8, lora_config=LoRAConfig(base_weight_sharding=3))
+
+
+def test_other_parts_than_ranks_are_refused() -> None:
+    with pytest.raises(RanksFailedError, match="3 parts, but the world has 2 ranks"):
+        run_distributed(divided_by_three, RANKS, None)
+    with pytest.raises(ConfigError, match="init_distributed"):
+        divided_by_three_alone()
+
+
+def divided_by_three_alone() -> None:
+    OptimizedLinear(8, 8, lora_config=LoRAConfig(base_weight_sharding=3))
