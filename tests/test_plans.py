@@ -101,6 +101,21 @@ def test_recomputed_blocks_are_planned_to_keep_less() -> None:
     assert planned(again).peaks["forward"].held["activations", "device"] < plain / 2
 
 
+def test_inputs_of_recomputed_blocks_are_planned_on_the_host() -> None:
+    """With ``cpu_checkpointing`` on a device: one input of each of three blocks, in fp32."""
+    here, there = (
+        planned(
+            config(0, activation_checkpointing={"recompute": "all", "cpu_checkpointing": away}),
+            on_cpu=False,
+        )
+        for away in (False, True)
+    )
+    inputs = 3 * SAMPLES * SEQUENCE * 64 * 4
+    assert there.peak("host") - here.peak("host") == inputs
+    forward = [found.peaks["forward"].total("device") for found in (here, there)]
+    assert inputs / 2 < forward[0] - forward[1] <= inputs  # the last block's is still used
+
+
 def test_a_process_takes_the_memory_that_was_planned(tmp_path: Path) -> None:
     """Within 10 %: resident set of one rank, less that of a training of no size before."""
     sys.path.insert(0, str(BENCHMARKS))

@@ -52,7 +52,7 @@ class InputStore:
     """
 
     def __init__(self, job: Job, saving: Saving) -> None:
-        host = saving.host and job.device.type not in ("cpu", "meta")
+        host = saving.host and job.accelerator.device_type != "cpu"
         self.job = job
         self.saving = replace(
             saving, host=host, partition=saving.partition and job.mesh.size(_AXIS) > 1

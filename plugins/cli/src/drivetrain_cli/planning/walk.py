@@ -92,7 +92,10 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _COPIES and args[0].is_meta and _leaves_meta(kwargs):
             # Nobody knows the values; a job that looks at some gets zeros.
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        result = func(*args, **kwargs)
+        if func is _COPY_TO and not args[0].is_meta and args[1].is_meta:
+            result = args[0]  # host memory that nobody writes to takes none
+        else:
+            result = func(*args, **kwargs)
         with self._lock:
             tensors = _tensors(result)
             for tensor in tensors:
@@ -192,6 +195,9 @@ def _value(tensor: torch.Tensor) -> bool | int | float:
 
 
 _COPIES: frozenset[Callable[..., Any]] = frozenset({torch.ops.aten._to_copy.default})
+
+
+_COPY_TO = torch.ops.aten.copy_.default
 
 
 def _leaves_meta(kwargs: Mapping[str, Any]) -> bool:
