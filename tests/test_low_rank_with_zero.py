@@ -183,3 +183,46 @@ def test_other_parts_than_ranks_are_refused() -> None:
 
 def divided_by_three_alone() -> None:
     OptimizedLinear(8, 8, lora_config=LoRAConfig(base_weight_sharding=3))
+
+
+def served(cases: list[tuple[int, bool]]) -> list[Any]:
+    """Logits of a model on the meta device whose weights are packed as they are read."""
+    found = []
+    for stage, away in cases:
+        zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        if away:
+            zero["offload_param"] = {"device": "cpu"}
+        config = {
+            "train_micro_batch_size_per_gpu": 4,
+            "zero_optimization": zero,
+            "weight_quantization": {
+                "post_init_quant": {"(up|down|query)$": {"num_bits": 4, "group_size": 8}}
+            },
+        }
+        plain = net().float()
+        values = {name: value.clone() for name, value in plain.state_dict().items()}
+        engine = drivetrain.initialize(model=plain.to("meta"), config=config, weights=values)[0]
+        stored = [m for m in engine.module.modules() if isinstance(m, StoredWeight)]
+        with torch.no_grad():
+            loss = engine.eval()(*batches(1)[0])
+        found.append((len(stored), sum(m.stored.nbytes for m in stored), loss.item()))
+        engine.destroy()
+    return found
+
+
+def test_packed_weights_serve_where_the_rest_is_partitioned_and_away() -> None:
+    plain: Any = net().float()
+    for name, parameter in plain.named_parameters():
+        if name.endswith(("up.weight", "down.weight", "query.weight")):
+            groups = parameter.detach().double().view(-1, 8)
+            low = groups.amin(1, keepdim=True)
+            step = (groups.amax(1, keepdim=True) - low) / 15
+            parameter.data.copy_(
+                (torch.round((groups - low) / step) * step + low).view_as(parameter)
+            )
+    wanted = plain(*batches(1)[0]).item()
+    numbers = 2 * (8 * 32 * 2 + 8 * 8)
+    for results in run_distributed(served, RANKS, [(0, False), (3, False), (3, True)]):
+        for count, kept, loss in results:
+            assert (count, kept) == (6, numbers // 2 + numbers // 8 * 8)
+            assert loss == pytest.approx(wanted, rel=1e-5)

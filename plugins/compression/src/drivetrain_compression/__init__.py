@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "stored.config": "LoRAConfig QuantizationConfig",
         "stored.converting": "lora_over_quantised",
         "stored.linear": "LoRALinear StoredLinear",
+        "stored.serving": "store_for_serving",
         "stored.weight": "StoredWeight",
         "students.distilling": "Distillation",
     },

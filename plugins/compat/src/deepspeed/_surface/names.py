@@ -223,6 +223,7 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "compression.compress": "init_compression redundancy_clean student_initialization",
         "compression.helper": "convert_conv1d_to_linear",
         "compression.scheduler": "compression_scheduler",
+        "inference.quantization.quantization": "_init_group_wise_weight_quantization",
         "linear": "LoRAConfig LoRAOptimizedLinear OptimizedLinear QuantizationConfig "
         "QuantizedLinear QuantizedParameter init_lora",
         "ops.quantizer": "ds_quantizer",

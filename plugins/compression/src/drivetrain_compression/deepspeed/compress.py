@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from drivetrain.errors import ConfigError
+from drivetrain_compression.stored.serving import store_for_serving
 from drivetrain_compression.training import api
 from drivetrain_compression.training.session import session_of
 
@@ -43,6 +44,17 @@ def student_initialization(student_model: Any, teacher_model: Any, deepspeed_con
     return api.student_initialization(
         _module(student_model), _module(teacher_model), deepspeed_config
     )
+
+
+def quantise_for_serving(model: Any, ds_config: Config) -> Any:
+    """See :func:`drivetrain_compression.store_for_serving`.
+
+    Args:
+        model: the model, or an engine's, which is returned as it was given.
+        ds_config: a config with ``weight_quantization``, or the path of one.
+    """
+    store_for_serving(_module(model), ds_config)
+    return model
 
 
 class compression_scheduler:  # noqa: N801 - its name in DeepSpeed

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.utils import parametrize
 
+from drivetrain.contracts import WeightFormat
 from drivetrain.errors import ConfigError
 from drivetrain_compression.calibrated.sources import Source, opened
 from drivetrain_compression.recipe.recipe import matching
@@ -65,15 +66,7 @@ def lora_over_quantised(
             parameter.requires_grad_(False)
         for name, layer in found.items():
             with _loaded(source, name, layer) as whole:
-                new = LoRALinear(
-                    whole.weight,
-                    whole.bias,
-                    form,
-                    rank=lora.lora_r,
-                    alpha=lora.lora_alpha,
-                    shards=lora.base_weight_sharding,
-                    delayed=lora.delay_lora_init,
-                )
+                new = _changed(name, whole, lora, form)
             _put(source.module, layer, new)
         source.load(source.owned(source.module, ""))
     return source.module
@@ -89,18 +82,25 @@ def chosen(
             elsewhere, made of others, or kept by an engine.
     """
     found = {t.name: t.module for t in matching(model, patterns, kinds, label)}
+    users = users_of(model)
+    for name, layer in found.items():
+        if reason := obstacle(layer, users):
+            raise ConfigError(f"{label}: {name} cannot be stored in few bits: {reason}")
+    return found
+
+
+def users_of(model: nn.Module) -> dict[int, list[str]]:
+    """Paths of every parameter, by its id."""
     users: dict[int, list[str]] = {}
     for path, part in model.named_modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append(f"{path}.{name}")
-    for name, layer in found.items():
-        if reason := _obstacle(layer, users):
-            raise ConfigError(f"{label}: {name} cannot be stored in few bits: {reason}")
-    return found
+    return users
 
 
-def _obstacle(layer: nn.Module, users: dict[int, list[str]]) -> str:
+def obstacle(layer: nn.Module, users: dict[int, list[str]]) -> str:
+    """Why the weight of ``layer`` cannot be packed; empty if it can."""
     weight = layer._parameters.get("weight")
     if parametrize.is_parametrized(layer) or weight is None:
         return "its weight is made of other tensors; remove the parametrisation"
@@ -125,6 +125,21 @@ def _exchangeable(layers: dict[str, nn.Module]) -> dict[str, nn.Linear]:
             raise ConfigError(f"{name} has hooks, which would be lost; remove them before")
         found[name] = layer
     return found
+
+
+def _changed(name: str, layer: nn.Linear, lora: LoRAConfig, form: WeightFormat) -> LoRALinear:
+    try:
+        return LoRALinear(
+            layer.weight,
+            layer.bias,
+            form,
+            rank=lora.lora_r,
+            alpha=lora.lora_alpha,
+            shards=lora.base_weight_sharding,
+            delayed=lora.delay_lora_init,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
 @contextmanager

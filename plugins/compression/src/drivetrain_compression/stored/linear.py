@@ -128,3 +128,23 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes."""
         return f"{self.in_features}, {self.out_features}, rank={self.rank}"
+
+
+class StoredEmbedding(nn.Module):
+    """Rows of a packed, frozen table, which is unpacked in each forward.
+
+    Not constructed: an ``nn.Embedding`` becomes one, and keeps its attributes.
+    """
+
+    weight: StoredWeight
+    num_embeddings: int
+    embedding_dim: int
+    padding_idx: int | None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] -> [..., embedding_dim]."""
+        return nn.functional.embedding(ids, self.weight.dequantized())
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.num_embeddings}, {self.embedding_dim}"

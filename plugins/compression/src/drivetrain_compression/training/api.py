@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from torch import nn
 
+from drivetrain.contracts import Section
 from drivetrain.errors import ConfigError
 from drivetrain_compression.section import PATH, CompressionSection
 from drivetrain_compression.students.layers import copy_layers
@@ -17,6 +18,7 @@ from drivetrain_compression.training.build import modifiers_of
 from drivetrain_compression.training.session import Session, session_of
 
 Config = str | Path | Mapping[str, Any]
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 def init_compression(
@@ -96,12 +98,21 @@ def section_of(config: Config) -> CompressionSection:
     Raises:
         ConfigError: no such file, keys twice, or a wrong value.
     """
+    return section_at(config, PATH, CompressionSection)
+
+
+def section_at(config: Config, path: str, kind: type[SectionT]) -> SectionT:
+    """The section ``path`` of a config, or its defaults.
+
+    Raises:
+        ConfigError: no such file, keys twice, or a wrong value.
+    """
     data = config if isinstance(config, Mapping) else _load(Path(config))
     try:
-        return CompressionSection.model_validate(data.get(PATH, {}))
+        return kind.model_validate(data.get(path, {}))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join([PATH, *map(str, first["loc"])])
+        where = ".".join([path, *map(str, first["loc"])])
         raise ConfigError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
