@@ -22,6 +22,9 @@ from drivetrain_compression.quantisers.floating import FORMATS
 _AT_ONCE = 1 << 15
 """Numbers that are packed at once, so that what is made on the way stays small."""
 
+_FEW_ROWS = 8
+"""The fused product unpacks for each few rows anew; for more, unpacking once is quicker."""
+
 Parts = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -246,7 +249,7 @@ class Integers(WeightFormat):
         return values.view(shape[1], shape[0]).T.contiguous()
 
     def multiply(self, x: torch.Tensor, packed: Packed, outputs: int) -> torch.Tensor:
-        if self.dim != 1 or x.dtype == torch.float64:
+        if self.dim != 1 or len(x) > _FEW_ROWS or x.dtype == torch.float64:
             return super().multiply(x, packed, outputs)
         product: torch.Tensor = quantized_linear(
             x.contiguous(),
