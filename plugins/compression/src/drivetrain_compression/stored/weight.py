@@ -19,9 +19,9 @@ class StoredWeight(nn.Module):
     """A weight [out, in] in a format, as bytes, which no optimizer, cast or partition changes.
 
     Whole, the bytes are the buffer ``packed``, saved like any other. In ``shards``, each rank has
-    one of equal parts, and all ranks of the world gather them together whenever the weight is used:
-    then they must use the same weights in the same order. Shards are not saved: a loaded model has
-    those that it was made with.
+    one of equal parts of rank 0's bytes, and all ranks of the world gather them together whenever
+    the weight is used: then they must make and use the same weights in the same order. Shards are
+    not saved: a loaded model has those that it was made with.
 
     Args:
         weight: [out, in], floating.
@@ -50,11 +50,16 @@ class StoredWeight(nn.Module):
             raise ConfigError(f"the weight {list(weight.shape)} holds numbers that are not finite")
         self.format, self.shape, self.dtype = format, weight.shape, weight.dtype
         self.shards = _shards(shards)
-        whole = _joined(format.pack(weight), self._layout())
+        # Before what packing needs for a while, which would else leave holes between weights.
+        whole = torch.empty(format.bytes(weight.shape), dtype=torch.uint8, device=weight.device)
+        views, packed = self._views(whole), format.pack(weight)
+        for name, view in views.items():
+            view.copy_(packed[name])
         self._own: torch.Tensor | None = None
         if self.shards == 1:
             self.register_buffer("packed", whole)
         else:
+            dist.broadcast(whole, 0)  # as an engine does with what each rank has whole
             padded = nn.functional.pad(whole, (0, -len(whole) % self.shards))
             self._own = padded.chunk(self.shards)[dist.get_rank()].clone()
 
@@ -80,6 +85,9 @@ class StoredWeight(nn.Module):
         if self._own is not None:
             whole = torch.empty(len(self._own) * self.shards, dtype=torch.uint8, device=self.device)
             _all_gather(whole, self._own)
+        return self._views(whole)
+
+    def _views(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
         found, at = {}, 0
         for name, shape, dtype in self._layout():
             size = torch.Size(shape).numel() * dtype.itemsize
@@ -152,11 +160,3 @@ def _shards(wanted: int) -> int:
             f"rank{'s' * (world != 1)}; it is 1 or their number{hint}"
         )
     return wanted
-
-
-def _joined(
-    parts: dict[str, torch.Tensor], layout: list[tuple[str, Sequence[int], torch.dtype]]
-) -> torch.Tensor:
-    return torch.cat(
-        [parts[name].to(dtype).contiguous().view(-1).view(torch.uint8) for name, _, dtype in layout]
-    )
