@@ -395,8 +395,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "plugins.silnt: no plugin of that name is installed; did you me",
     ),
     (
-        {"plugins": {"autotuning": True}},
-        "plugins.autotuning: served by drivetrain-autotuning, which is not released yet",
+        {"plugins": {"hybrid_engine": True}},
+        "plugins.hybrid_engine: served by drivetrain-hybrid-engine, which is not released yet",
     ),
     (
         {"plugins": {"silent": 1}},
