@@ -37,6 +37,9 @@ class DilocoPlugin(Plugin):
     def _section(self) -> DilocoSection:
         return self.section(DilocoSection)
 
+    def enabled(self) -> bool:
+        return self._section.replicas > 1
+
     def conflicts(self) -> Sequence[Conflict]:
         why = "replicas differ on purpose between averages, so their weights never have equal bits"
         return [Conflict(PATH, None, "exact", None, why)]

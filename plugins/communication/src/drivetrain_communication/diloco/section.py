@@ -28,7 +28,9 @@ class DilocoSection(Section):
     """Replicas that train apart and average how far they have come (arXiv:2311.08105)."""
 
     replicas: PositiveInt = Field(
-        description="Replicas that the run begins with, and shares that its data is dealt out in."
+        default=1,
+        description="Replicas that the run begins with, and shares that its data is dealt out in; "
+        "with 1 there is nobody to meet, and the section does nothing.",
     )
     replica: Int | None = Field(
         default=None,
