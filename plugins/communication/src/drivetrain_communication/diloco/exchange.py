@@ -71,7 +71,7 @@ class Exchange:
 
     def hand_over(self, tensors: Sequence[torch.Tensor], source: int) -> None:
         """Overwrite ``tensors`` with those of the replica at place ``source``."""
-        for tensor in tensors:
+        for tensor in (tensor for tensor in tensors if tensor.numel()):
             options = dist.BroadcastOptions()
             options.rootRank, options.rootTensor = source, 0
             self._group.broadcast([tensor], options).wait()

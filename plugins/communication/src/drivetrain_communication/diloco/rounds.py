@@ -176,31 +176,32 @@ class Rounds:
         values: Sequence[torch.Tensor],
     ) -> Outcome:
         members, fragment = record["members"], record["fragment"]
-        founding = fragment == FOUNDING
-        outgoing, codec = (None, None) if founding else send(fragment)
-        if len(members) == 1:
-            return Outcome(record, outgoing)
-        host = self._where[0]
+        mean, codec = (None, None) if fragment == FOUNDING else send(fragment)
+        handed = [value.clone() for value in values] if record["adopting"] else []
+        # A rank that counts nothing as its own has counterparts that do not, either. Whoever
+        # connected all the same might be gone before the others have.
+        gives = mean is not None and mean.numel() > 0
+        if len(members) > 1 and (gives or any(value.numel() for value in handed)):
+            exchange = self._connect(record)
+            if mean is not None and codec is not None:
+                mean = exchange.mean(mean, codec, [members.index(r) for r in record["givers"]])
+            exchange.hand_over(handed, members.index(record["source"]))
+            self.sent_bytes += exchange.sent_bytes
+        adopts = self._replica in record["adopting"] and record["source"] != self._replica
+        return Outcome(record, mean, handed if adopts else None)
+
+    def _connect(self, record: dict[str, Any]) -> Exchange:
+        members, host = record["members"], self._where[0]
         meeting = store_at(host, int(record["store"]), self._patience)
         prefix = f"diloco/{record['generation']}/{self._job.rank}"
         route = route_to(host)
-        exchange = Exchange(
+        return Exchange(
             PrefixStore(prefix, meeting),
             members.index(self._replica),
             len(members),
             route.own if route is not None else host,
             timedelta(seconds=self._patience),
         )
-        mean = None
-        if outgoing is not None and codec is not None:
-            mean = exchange.mean(outgoing, codec, [members.index(r) for r in record["givers"]])
-        handed: list[torch.Tensor] | None = None
-        if record["adopting"]:
-            handed = [value.clone() for value in values]
-            exchange.hand_over(handed, members.index(record["source"]))
-        self.sent_bytes += exchange.sent_bytes
-        adopts = self._replica in record["adopting"] and record["source"] != self._replica
-        return Outcome(record, mean, handed if adopts else None)
 
 
 class _Board:
