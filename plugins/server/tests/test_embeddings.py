@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import concurrent.futures
+import socket
+import subprocess
+import sys
 
 import openai
 import pytest
 import tiny_model
 import torch
 from drivetrain_server import Server
+from drivetrain_server.workers.wire import packed
 from served import client_of, settings
 from transformers import BertConfig, BertModel
 
@@ -114,3 +118,15 @@ def test_a_model_of_vectors_generates_nothing(client):
         client.completions.create(model="tiny", prompt="a")
     assert caught.value.status_code == 501
     assert [model.id for model in client.models.list().data] == ["tiny"]
+
+
+def test_a_worker_ends_with_its_server(encoder):
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "drivetrain_server.workers.worker", str(theirs.fileno())]
+    with ours, subprocess.Popen(command, pass_fds=(theirs.fileno(),)) as process:
+        theirs.close()
+        order = {"do": "load", "model": str(encoder[0]), "engine": "", "config": None}
+        ours.sendall(packed({**order, "dtype": "", "weights": "", "threads": 1}))
+        assert ours.recv(1)  # it serves
+        ours.close()
+        assert process.wait(60) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import threading
 from queue import SimpleQueue
 from typing import Any
@@ -61,6 +62,7 @@ class VectorWorker:
             elif kind == "close":
                 self._orders.put(None)
                 return
+        os._exit(1)  # nobody is left to compute for
 
     def _compute(self, orders: list[Message]) -> None:
         taken: list[tuple[int, list[list[int]]]] = []
