@@ -185,18 +185,22 @@ def _start(name: str, model: str, section: Mapping[str, Any], options: list[str]
             stderr=log,
             start_new_session=True,
         )
-        while True:
-            said = file.with_suffix(".log").read_text("utf-8", errors="replace")
-            served = re.search(r"is served at (\S+)", said)
-            if served:
-                break
-            if process.poll() is not None:
-                lines = said.strip().splitlines()
-                raise DeploymentError(
-                    f"the server of {name} ended with status {process.returncode}: "
-                    + " | ".join(lines[-3:])
-                )
-            time.sleep(_LOOK_SECONDS)
+        try:
+            while True:
+                said = file.with_suffix(".log").read_text("utf-8", errors="replace")
+                served = re.search(r"is served at (\S+)", said)
+                if served:
+                    break
+                if process.poll() is not None:
+                    lines = said.strip().splitlines()
+                    raise DeploymentError(
+                        f"the server of {name} ended with status {process.returncode}: "
+                        + " | ".join(lines[-3:])
+                    )
+                time.sleep(_LOOK_SECONDS)
+        except BaseException:  # nobody knows of it yet, so nobody could end it
+            process.terminate()
+            raise
     born = _born(process.pid)
     found = Deployment(name, model, served[1], key, process.pid, born)
     whole = file.with_suffix(".new")
