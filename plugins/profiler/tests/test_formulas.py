@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from drivetrain_profiler import FlopsProfiler, get_model_profile, register_formula
-from drivetrain_profiler.counter import ModuleHooks, OperationCounter
+from drivetrain_profiler.counter import OperationCounter
+from drivetrain_profiler.places import ModuleHooks
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from drivetrain_profiler.counter import ModuleHooks, OperationCounter, in_backward
+from drivetrain_profiler.counter import OperationCounter
 from drivetrain_profiler.formulas import NOTHING, Cost
+from drivetrain_profiler.places import ModuleHooks, in_backward
 
 
 class ModuleTimer:

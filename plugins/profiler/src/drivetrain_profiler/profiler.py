@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from drivetrain.errors import TrainingError
-from drivetrain_profiler.counter import ModuleHooks, OperationCounter
+from drivetrain_profiler.counter import OperationCounter
 from drivetrain_profiler.measured import ModuleFigures, ModuleTimer, figures, watched
+from drivetrain_profiler.places import ModuleHooks
 from drivetrain_profiler.report import Summary, duration, profile_text, scaled
 
 

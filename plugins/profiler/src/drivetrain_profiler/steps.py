@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from drivetrain.contracts import Purpose, Tag
-from drivetrain_profiler.counter import ModuleHooks, OperationCounter
+from drivetrain_profiler.counter import OperationCounter
 from drivetrain_profiler.measured import ModuleFigures, ModuleTimer, figures
+from drivetrain_profiler.places import ModuleHooks
 from drivetrain_profiler.profiler import write
 from drivetrain_profiler.report import Summary, duration, profile_text, scaled
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from drivetrain.job.spans import Ledger, Span
-from drivetrain_profiler.counter import in_backward
+from drivetrain_profiler.places import in_backward
 
 START, IDLE, COMPUTE, DATA = "start", "idle", "compute", "data"
 COLUMNS = {
