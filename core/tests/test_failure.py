@@ -16,6 +16,7 @@ import pytest
 import torch.distributed as dist
 from bare_jobs import plan, total
 
+from drivetrain.communication import failure
 from drivetrain.errors import CommunicationError
 from drivetrain.job.job import Job
 from drivetrain.testing import RanksFailedError, run_distributed
@@ -125,6 +126,43 @@ def test_a_rank_that_left_is_not_called_dead():
     assert first.startswith("CommunicationError: all_reduce of control/test over 'world' (3 ranks)")
     assert first.endswith("; rank 1 had closed the job before")
     assert "died" not in first + second
+
+
+def closes_first(folder: str, patience: float, raises: bool) -> bool:
+    """On rank 1, whether rank 0 was about to close when rank 1's close was through."""
+    failure._PARTING_SECONDS = patience
+    about, closed = Path(folder, "about"), Path(folder, "closed")
+    job = Job.open(plan())
+    total(job)
+    if job.rank == 1:
+        try:
+            if raises:
+                raise ValueError
+            job.close()
+        except ValueError:
+            job.close()
+        closed.touch()
+        return about.exists()
+    while patience < 1 and not closed.exists():
+        time.sleep(0.02)
+    time.sleep(0.5)
+    about.touch()
+    job.close()
+    return True
+
+
+def test_a_rank_closes_its_job_when_the_others_do(tmp_path: Path):
+    assert run_distributed(closes_first, 2, str(tmp_path), 60.0, False) == [True, True]
+
+
+def test_a_rank_waits_for_others_to_close_but_not_for_long(tmp_path: Path):
+    assert run_distributed(closes_first, 2, str(tmp_path), 0.1, False) == [True, False]
+
+
+def test_a_rank_that_closes_its_job_for_an_error_waits_for_nobody(tmp_path: Path):
+    started = time.monotonic()
+    run_distributed(closes_first, 2, str(tmp_path), 300.0, True)
+    assert time.monotonic() - started < 200
 
 
 def all_finish(raise_on: int) -> str:

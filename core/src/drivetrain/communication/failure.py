@@ -49,6 +49,9 @@ _DIED = "died without an error of its own: it was killed, crashed, or left its s
 _FAREWELL_SECONDS = 5.0
 """How long rank 0 stays for the others to read the cause, and a rank tries to say that it goes."""
 
+_PARTING_SECONDS = 3.0
+"""How long a rank that closes its job waits for the others to get there."""
+
 _POLL_SECONDS = 0.02
 
 _STORE_IS_GONE = (dist.DistError,)
@@ -177,6 +180,21 @@ class FailureBoard:
                 if time.monotonic() > deadline or self._all_informed():
                     return
                 time.sleep(_POLL_SECONDS)
+
+    def part(self, *, wait: bool) -> None:
+        """Be counted, and wait until every rank is, one has failed, or some seconds have passed.
+
+        A rank may be through with a collective that others still read. Closing a connection takes
+        from it what the other end has not read yet, and breaks the collective there.
+        """
+        deadline = time.monotonic() + _PARTING_SECONDS
+        with suppress(*_STORE_IS_GONE):
+            if self.store.add("parting", 1) == self._world_size:
+                self.store.set("parted", "")
+            while wait and time.monotonic() < deadline and self.first() is None:
+                with suppress(dist.DistStoreError):  # these milliseconds are over
+                    self.store.wait(["parted"], timedelta(milliseconds=200))
+                    return
 
     def leave(self) -> None:
         """Say that this rank has closed its job, and needs to be told of nothing any more."""

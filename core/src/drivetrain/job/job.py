@@ -199,10 +199,15 @@ class Job:
             failures.farewell()
 
     def close(self) -> None:
-        """Release what the job has created. May be called repeatedly."""
+        """Release what the job has created. May be called repeatedly.
+
+        Waits some seconds for the other ranks to close it, too, unless an exception is handled.
+        """
         if not self._open:
             return
         try:
+            if self.failures is not None:
+                self.failures.part(wait=not _ends_badly(sys.exc_info()[1]))
             self._release()
         finally:
             if self.failures is not None:
@@ -218,7 +223,7 @@ class Job:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is not None and not (isinstance(error, SystemExit) and not error.code):
+        if error is not None and _ends_badly(error):
             self.fail(error)
         self.close()
 
@@ -259,6 +264,10 @@ class Job:
             self._open = False
             unwatch(self)
             self._resources.close()
+
+
+def _ends_badly(error: BaseException | None) -> bool:
+    return error is not None and not (isinstance(error, SystemExit) and not error.code)
 
 
 def _register(hub: Hub, accelerator: Accelerator) -> None:
