@@ -13,6 +13,7 @@ from drivetrain_inference import (
     SamplingParams,
     serve,
 )
+from drivetrain_inference.loading import load_tokenizer
 from tiny_decoders import VOCABULARY, decoder
 
 from drivetrain.errors import ConfigError
@@ -170,3 +171,18 @@ def test_an_error_of_the_thread_reaches_every_task():
         await served.close()
 
     asyncio.run(main())
+
+
+def test_code_of_a_tokenizer_is_neither_run_nor_asked_for(tmp_path, monkeypatch, caplog):
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "y")
+    trace = tmp_path / "was_run"
+    (tmp_path / "evil.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}'
+    )
+    assert load_tokenizer(tmp_path) is None
+    assert "has no tokenizer that loads" in caplog.text
+    assert asked == []
+    assert not trace.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from drivetrain_inference.models.choice import Formats
     from drivetrain_inference.sampling.speculation import Drafter
     from drivetrain_inference.section import InferenceSection
+
+logger = logging.getLogger("drivetrain.inference")
 
 DEFAULT_CONTEXT = 2048
 _TOKENIZER = re.compile(r"^(tokenizer|vocab|merges|spiece|sentencepiece|tekken)|[.](model|spm)$")
@@ -98,14 +101,20 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
     where = _source(path)
     try:
         if empty:
-            known = AutoConfig.from_pretrained(**where, local_files_only=True)
+            known = AutoConfig.from_pretrained(
+                **where, local_files_only=True, trust_remote_code=False
+            )
             with _EmptyOnMeta():
                 factory: Any = AutoModelForCausalLM
                 module: nn.Module = factory.from_config(known, dtype=dtype)
             return _without_memory(module.eval())
         kind = dtype or ("auto" if path.is_dir() else torch.float32)
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=kind, local_files_only=True, use_safetensors=path.is_dir() or None
+            **where,
+            dtype=kind,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=path.is_dir() or None,
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be loaded as a language model: {error}") from error
@@ -114,14 +123,21 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
 
 
 def load_tokenizer(path: Path) -> Any | None:
-    """The tokenizer beside the weights; ``None`` if there is none."""
+    """The tokenizer beside the weights; ``None``, with a warning, if there is none that loads.
+
+    One that needs code of the folder does not: such code is never run, and nobody is asked for it.
+    """
     from transformers import AutoTokenizer
 
     if path.is_dir() and not any(_TOKENIZER.search(each.name) for each in path.iterdir()):
         return None  # Transformers would make one without words
     try:
-        return AutoTokenizer.from_pretrained(**_source(path), local_files_only=True)
-    except (OSError, ValueError, KeyError):
+        return AutoTokenizer.from_pretrained(
+            **_source(path), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        logger.warning("%s has no tokenizer that loads, so it takes tokens only: %s", path, reason)
         return None
 
 

@@ -81,7 +81,9 @@ class MIIClient:
         path = Path(self.deployment.model)
         where = {"gguf_file": path.name} if path.is_file() else {}
         folder = path.parent if path.is_file() else path
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **where)
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **where
+        )
 
     @cached_property
     def _context(self) -> int:

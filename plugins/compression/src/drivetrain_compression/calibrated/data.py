@@ -101,7 +101,9 @@ def _from_text(path: Path, tokenizer_of: Path | None, length: int) -> torch.Tens
             "gguf_file": tokenizer_of.name,
         }
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            **where, local_files_only=True, trust_remote_code=False
+        )
         texts = _texts(path)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"calibration data {path} cannot be read: {error}") from error

@@ -166,7 +166,9 @@ def _empty(folder: Path) -> nn.Module:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
         kind = architecture(config)
         dtype = getattr(config, "dtype", None) or torch.float32
         with _NothingDrawn():
@@ -197,7 +199,7 @@ def of_gguf(path: Path) -> nn.Module:
             "gguf_file": path.name,
         }
         module: nn.Module = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.bfloat16, local_files_only=True
+            **where, dtype=torch.bfloat16, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"{path} cannot be opened as a model: {error}") from error

@@ -173,7 +173,9 @@ def _tokenizer_of_gguf(path: Path | None, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     where: Any = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    AutoTokenizer.from_pretrained(**where, local_files_only=True).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(
+        **where, local_files_only=True, trust_remote_code=False
+    ).save_pretrained(folder)
 
 
 def _number(path: Path) -> int:

@@ -51,8 +51,14 @@ def _by_transformers(folder: Path) -> nn.Module:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        options: dict[str, Any] = {"dtype": "auto", "local_files_only": True}
+        config = AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        options: dict[str, Any] = {
+            "dtype": "auto",
+            "local_files_only": True,
+            "trust_remote_code": False,
+        }
         found: nn.Module = architecture(config).from_pretrained(str(folder), **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"{folder} cannot be opened as a model: {error}") from error
@@ -62,7 +68,7 @@ def _by_transformers(folder: Path) -> nn.Module:
 def _blank(folder: Path) -> nn.Module:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     dtype = getattr(config, "dtype", None) or torch.float32
     made: nn.Module = architecture(config)._from_config(config, dtype=dtype)
     return made

@@ -108,7 +108,11 @@ def _load(folder: Path, dtype: torch.dtype | None, *, classifies: bool) -> nn.Mo
     factory: Any = AutoModelForSequenceClassification if classifies else AutoModel
     try:
         module: nn.Module = factory.from_pretrained(
-            str(folder), dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+            str(folder),
+            dtype=dtype or "auto",
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ConfigError(f"{folder} cannot be loaded as an encoder: {error}") from error
