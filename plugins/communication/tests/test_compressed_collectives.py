@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,10 @@ def sums(how: dict[str, Any], kind: str, dtype: torch.dtype) -> tuple[list[torch
         return results, log.total(Purpose.GRADIENT).sent_bytes
 
 
+def all_sums(cases: list[tuple[Any, ...]]) -> list[Any]:
+    return [sums(*case) for case in cases]
+
+
 def moves(format: str) -> dict[str, Any]:
     """A gather of weights, exchanges of activations and of experts' tokens."""
     how = {"method": format, "minimum_bytes": 0}
@@ -71,6 +76,10 @@ def moves(format: str) -> dict[str, Any]:
         settled = comm.reads_settled(whole, "data")
         joined = comm.joined_buffer(1 << 16, torch.float32, "data"), comm.joined_page("data")
         return {"whole": whole, "even": even, "came": came, "read": (settled, *joined)}
+
+
+def all_moves(formats: list[str]) -> list[dict[str, Any]]:
+    return [moves(name) for name in formats]
 
 
 def left_alone() -> list[torch.Tensor]:
@@ -95,6 +104,10 @@ def overflow(how: dict[str, Any]) -> list[bool]:
         for tensor in (first, second):
             job.communicator.all_reduce(tensor, "data", GRADIENT)
         return [bool(torch.isfinite(first).all()), bool(torch.isfinite(second).all())]
+
+
+def all_overflows(methods: list[str]) -> list[list[bool]]:
+    return [overflow({"method": method, "error_feedback": True}) for method in methods]
 
 
 # -- references -------------------------------------------------------------------------------
@@ -138,17 +151,54 @@ def all_reduced(world: int, format: str, *, feedback: bool) -> list[np.ndarray]:
 # -- claims -----------------------------------------------------------------------------------
 
 BLOCKS = ["int8", "int4", "fp8_e4m3", "fp8_e5m2"]
+METHODS = [*BLOCKS, "powersgd", "top_k"]
+GRIDS = [(name, feedback) for name in BLOCKS for feedback in (False, True)]
+CASES: dict[tuple[str, ...], tuple[Any, ...]] = {
+    **{
+        ("grid", name, str(feedback)): (
+            {"method": name, "error_feedback": feedback},
+            "all_reduce",
+            torch.float32,
+        )
+        for name, feedback in GRIDS
+    },
+    **{("scatter", name): ({"method": name}, "reduce_scatter", torch.bfloat16) for name in BLOCKS},
+    **{
+        ("long", name): (
+            {"method": name, "error_feedback": True, "density": 0.2},
+            "all_reduce",
+            torch.float32,
+        )
+        for name in METHODS
+    },
+}
+
+
+@cache
+def of_all_ranks(world: int) -> dict[tuple[str, ...], list[Any]]:
+    """What each rank brings in each case; the ranks start once for all of them."""
+    cases = {key: case for key, case in CASES.items() if world == 2 or key[0] == "grid"}
+    ranks = run_distributed(all_sums, world, list(cases.values()))
+    return dict(zip(cases, zip(*ranks, strict=True), strict=True))
+
+
+@cache
+def moved(world: int) -> list[list[dict[str, Any]]]:
+    return run_distributed(all_moves, world, BLOCKS)
+
+
+@cache
+def overflowed() -> list[list[list[bool]]]:
+    return run_distributed(all_overflows, 2, METHODS)
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("format", BLOCKS)
-@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize(("format", "feedback"), GRIDS)
 def test_a_quantised_all_reduce_is_that_of_the_grids(
     world: int, format: str, feedback: bool
 ) -> None:
-    how = {"method": format, "error_feedback": feedback}
     expected = all_reduced(world, format, feedback=feedback)
-    answers = run_distributed(sums, world, how, "all_reduce", torch.float32)
+    answers = of_all_ranks(world)["grid", format, str(feedback)]
     step = np.abs(expected[0]).max() / {"int4": 7, "fp8_e5m2": 4}.get(format, 16)
     for results, _ in answers:
         for mine, first, reference in zip(results, answers[0][0], expected, strict=True):
@@ -161,9 +211,8 @@ def test_a_quantised_all_reduce_is_that_of_the_grids(
 
 @pytest.mark.parametrize("format", BLOCKS)
 def test_a_reduce_scatter_sends_half_of_an_all_reduce_and_keeps_a_slice(format: str) -> None:
-    world, how = 2, {"method": format}
-    answers = run_distributed(sums, world, how, "reduce_scatter", torch.bfloat16)
-    for rank, (results, sent) in enumerate(answers):
+    world = 2
+    for rank, (results, sent) in enumerate(of_all_ranks(world)["scatter", format]):
         own = slice(rank * NUMEL // world, (rank + 1) * NUMEL // world)
         for turn, mine in enumerate(results):
             exact = sum(values(r, turn).bfloat16().double() for r in range(world))[own]
@@ -174,11 +223,10 @@ def test_a_reduce_scatter_sends_half_of_an_all_reduce_and_keeps_a_slice(format: 
         assert sent == 4 * blocks + codes
 
 
-@pytest.mark.parametrize("method", [*BLOCKS, "powersgd", "top_k"])
+@pytest.mark.parametrize("method", METHODS)
 def test_with_feedback_nothing_is_lost_in_the_long_run(method: str) -> None:
     """The mean of what was sent comes near the mean of what was meant, which no single sum does."""
-    how = {"method": method, "error_feedback": True, "density": 0.2}
-    results, _ = run_distributed(sums, 2, how, "all_reduce", torch.float32)[0]
+    results, _ = of_all_ranks(2)["long", method][0]
     exact = [sum(values(rank, turn) for rank in range(2)) for turn in range(ROUNDS)]
     errors = [(a - b).norm() for a, b in zip(results, exact, strict=True)]
     together = (sum(results) - sum(exact)).norm()
@@ -191,7 +239,7 @@ def test_with_feedback_nothing_is_lost_in_the_long_run(method: str) -> None:
 @pytest.mark.parametrize("format", BLOCKS)
 def test_gathers_and_exchanges_bring_the_rounded_numbers(format: str) -> None:
     world = 3
-    answers = run_distributed(moves, world, format)
+    answers = [rank[BLOCKS.index(format)] for rank in moved(world)]
     tolerance = {"int8": 0.02, "int4": 0.3, "fp8_e4m3": 0.15, "fp8_e5m2": 0.3}[format]
     for rank, found in enumerate(answers):
         assert torch.equal(found["whole"], answers[0]["whole"])
@@ -215,15 +263,13 @@ def test_what_is_no_sum_of_gradients_travels_as_it_is() -> None:
     assert torch.equal(small, values(0, numel=10) + values(1, numel=10))
 
 
-@pytest.mark.parametrize("method", ["int8", "int4", "fp8_e4m3", "powersgd", "top_k"])
+@pytest.mark.parametrize("method", METHODS)
 def test_an_overflow_is_seen_by_all_ranks_and_not_fed_back(method: str) -> None:
-    how = {"method": method, "error_feedback": True}
-    assert run_distributed(overflow, 2, how) == [[False, True]] * 2
+    assert [rank[METHODS.index(method)] for rank in overflowed()] == [[False, True]] * 2
 
 
 @pytest.mark.parametrize(("format", "bits"), [("int8", 8), ("int4", 4), ("fp8_e5m2", 8)])
 def test_bytes_are_codes_and_a_scale_for_each_block(format: str, bits: int) -> None:
-    how = {"method": format}
-    _, sent = run_distributed(sums, 2, how, "all_reduce", torch.float32)[0]
+    _, sent = of_all_ranks(2)["grid", format, "False"][0]
     chunk = 512  # half of 1000, in whole blocks of 256
     assert sent == 2 * (chunk * bits // 8 + 4 * chunk // 256)  # one message of each of two hops

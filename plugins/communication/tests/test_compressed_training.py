@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from drivetrain.plan.plan import Plan
 from drivetrain.testing import run_distributed
 from drivetrain.testing.models import mlp
 
-STEPS = 80
+STEPS = 60
 METHODS: dict[str, dict[str, Any]] = {
     "int8": {"method": "int8"},
     "int4": {"method": "int4", "error_feedback": True, "block": 32},
@@ -66,6 +67,15 @@ def trained(method: str | None, optimizer: str) -> tuple[list[float], torch.Tens
     return answer
 
 
+def all_trained(methods: list[str | None], optimizer: str) -> list[Any]:
+    return [trained(method, optimizer) for method in methods]
+
+
+def both_ways(methods: list[str], folder: str) -> list[torch.Tensor]:
+    """Weights of unbroken runs, then of those that were resumed."""
+    return [resumed(method, f"{folder}/{method}", stop) for stop in (None, 7) for method in methods]
+
+
 def resumed(method: str, folder: str, stop: int | None) -> torch.Tensor:
     engine = make(METHODS[method])
     if stop is not None:
@@ -88,7 +98,7 @@ def loaded_elsewhere(folder: str) -> bool:
     return all(torch.isfinite(torch.tensor(losses)))
 
 
-def ends(answers: list[Any]) -> list[list[float]]:
+def ends(answers: Sequence[Any]) -> list[list[float]]:
     return [losses[-20:] for losses, *_ in answers]
 
 
@@ -98,23 +108,22 @@ def _mean(rows: list[list[float]]) -> float:
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 def test_compressed_gradients_train_nearly_as_plain_ones(optimizer: str) -> None:
-    plain = run_distributed(trained, 2, None, optimizer)
+    runs: list[str | None] = [None, *METHODS]
+    plain, *others = zip(*run_distributed(all_trained, 2, runs, optimizer), strict=True)
     begin, end = _mean([losses[:5] for losses, *_ in plain]), _mean(ends(plain))
     assert end < 0.9 * begin
-    for method in METHODS:
-        answers = run_distributed(trained, 2, method, optimizer)
+    for method, answers in zip(METHODS, others, strict=True):
         assert torch.equal(answers[0][1], answers[1][1])
         share = 0.1 if method in ("int8", "int4", "fp8_e4m3") else 0.4
         assert _mean(ends(answers)) < end + share * (begin - end), method
         assert answers[0][2] < plain[0][2], method  # bytes
 
 
-@pytest.mark.parametrize("method", ["int4", "powersgd", "top_k"])
-def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path: Path, method: str) -> None:
-    unbroken = run_distributed(resumed, 2, method, str(tmp_path), None)
-    again = run_distributed(resumed, 2, method, str(tmp_path), 7)
-    for one, other in zip(again, unbroken, strict=True):
-        assert torch.equal(one, other)
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path: Path) -> None:
+    methods = ["int4", "powersgd", "top_k"]
+    for found in run_distributed(both_ways, 2, methods, str(tmp_path)):
+        for method, unbroken, again in zip(methods, found[:3], found[3:], strict=True):
+            assert torch.equal(unbroken, again), method
 
 
 def test_on_another_number_of_ranks_errors_start_from_zero(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -219,10 +220,14 @@ class _Rank:
 
 
 class _Pool:
-    """Ranks that wait for work, and the server that forks more of them."""
+    """Ranks that wait for work, and the server that forks more of them.
+
+    Several threads may use it, as tests of jobs that meet do.
+    """
 
     def __init__(self) -> None:
         self.owner = os.getpid()
+        self._lock = threading.RLock()
         self._idle: list[_Rank] = []
         # torch asks for the name of every address that it is connected to, even of this host's
         # own, and the resolver waits five seconds for a name server that does not answer.
@@ -244,14 +249,16 @@ class _Pool:
 
     def take(self, number: int) -> list[_Rank]:
         """That many ranks, idle ones first."""
-        while len(self._idle) < number:
-            self._idle.append(self._start())
-        taken, self._idle = self._idle[:number], self._idle[number:]
-        return taken
+        with self._lock:
+            while len(self._idle) < number:
+                self._idle.append(self._start())
+            taken, self._idle = self._idle[:number], self._idle[number:]
+            return taken
 
     def give_back(self, ranks: Sequence[_Rank]) -> None:
         """Keep ranks for the next call, which finds those with warm caches first."""
-        self._idle[:0] = ranks
+        with self._lock:
+            self._idle[:0] = ranks
 
     def stacks(self, rank: _Rank) -> str:
         """Where the threads of a running rank are."""
@@ -293,8 +300,9 @@ class _Pool:
         return _Rank(pid, Connection(ours.detach()), reader)
 
     def _request(self, descriptors: Sequence[int] = (), **request: object) -> int:
-        socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
-        answer = self._socket.recv(4096)
+        with self._lock:  # the next answer has to be that of this request
+            socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
+            answer = self._socket.recv(4096)
         if not answer:
             raise RuntimeError("the process that starts ranks has died; its error is on stderr")
         value: int = json.loads(answer)
@@ -308,10 +316,12 @@ def start_anew() -> None:
 
 
 _pools: list[_Pool] = []
+_choosing = threading.Lock()
 
 
 def _pool() -> _Pool:
     """The pool of this process; a fork of the process gets its own."""
-    if not _pools or _pools[-1].owner != os.getpid():
-        _pools.append(_Pool())
-    return _pools[-1]
+    with _choosing:
+        if not _pools or _pools[-1].owner != os.getpid():
+            _pools.append(_Pool())
+        return _pools[-1]
