@@ -58,7 +58,8 @@ def test_its_order_is_used_and_resumed(tmp_path: Any) -> None:
             config={
                 "train_batch_size": 4,
                 "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
-                "data_efficiency": {"enabled": True, "seed": 3, "data_sampling": {"enabled": True}},
+                "seed": 3,
+                "data_efficiency": {"enabled": True, "data_sampling": {"enabled": True}},
             },
             registry=Registry.installed().with_plugins(DataEfficiency),
         )

@@ -163,4 +163,6 @@ def test_a_sampler_and_a_stream_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="Stream is a stream"):
         engine.deepspeed_io(Stream())
+    with pytest.raises(ConfigError, match="DataLoader is a stream or a loader"):
+        engine.deepspeed_io(torch.utils.data.DataLoader(Numbers(60)))
     engine.destroy()

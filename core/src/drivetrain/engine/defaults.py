@@ -63,9 +63,9 @@ class Defaults(Plugin):
 
     @hookimpl
     def build_loader(self, job: Job, request: LoaderRequest) -> Any:
-        from drivetrain.engine.loader import DataLoader
+        from drivetrain.engine.loader import default_loader
 
-        return DataLoader(request)
+        return default_loader(request)
 
     @hookimpl
     def prepare_inputs(

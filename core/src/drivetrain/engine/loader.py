@@ -2,67 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import count, islice
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader as TorchLoader
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from drivetrain.contracts.loop.loading import LoaderRequest
+from drivetrain.engine.dealing import (
+    Deal,
+    DealtStream,
+    SeededCollate,
+    SeededSamples,
+    generator_of,
+    rounds_of,
+)
 from drivetrain.errors import CheckpointError, ConfigError, TrainingError
 from drivetrain.sections.data import DataloaderDropLast, Seed
 
 if TYPE_CHECKING:
     from drivetrain.contracts.loop.batch import Batch
     from drivetrain.job.job import Job
-
-
-@dataclass(frozen=True)
-class _Deal:
-    """How a stream of samples is dealt out: each round, every shard gets one micro-batch.
-
-    The order of samples depends on neither shards nor workers, so a position in it (a number of
-    samples) means the same whatever their numbers are.
-    """
-
-    batch_size: int
-    shard: int
-    num_shards: int
-    drop_last: bool
-
-    @property
-    def round_size(self) -> int:
-        return self.batch_size * self.num_shards
-
-    @property
-    def alone(self) -> _Deal:
-        """For a stream that holds this shard's samples only."""
-        return replace(self, shard=0, num_shards=1)
-
-    def rounds(self, total: int) -> int:
-        """Rounds in which ``total`` samples are dealt out."""
-        return total // self.round_size if self.drop_last else -(-total // self.round_size)
-
-    def batch(self, samples: Sequence[Any]) -> Sequence[Any] | None:
-        """This shard's part of one round; the last may be incomplete.
-
-        Every shard gets as many samples: what is missing is repeated from the round itself.
-        """
-        size = self.batch_size
-        if len(samples) < self.round_size:
-            if self.drop_last or not len(samples):
-                return None
-            size = -(-len(samples) // self.num_shards)
-        begin = self.shard * size
-        if begin + size <= len(samples):
-            return samples[begin : begin + size]
-        return [samples[index % len(samples)] for index in range(begin, begin + size)]
 
 
 class DataLoader:
@@ -73,13 +36,14 @@ class DataLoader:
     :meth:`load_state_dict`, which also ends a pass that is under way.
 
     Map-style datasets are dealt out exactly once per epoch (the last round aside, see
-    ``drop_last``). Of an ``IterableDataset`` every worker of every shard reads the whole stream and
-    keeps its own micro-batches; a dataset that does better has a method
+    ``drop_last``), in the order that a method ``sample_order(seed)`` of the dataset returns, if it
+    has one. Of an ``IterableDataset`` every worker of every shard reads the whole stream, as if it
+    were alone, and keeps its own micro-batches; a dataset that does better has a method
     ``set_shard(index, count)``, called in each worker before each pass, and then yields only that
     share, as many samples on every shard. Samplers and datasets with ``set_epoch(epoch)`` are told
     the epoch. A position is resumed without loading what comes before it, but an
-    ``IterableDataset`` has to be read past it, unless it has ``state_dict`` and ``load_state_dict``
-    and is loaded without workers.
+    ``IterableDataset`` without ``state_dict`` and ``load_state_dict`` has to be read past it. A
+    stream that shards itself is resumed on as many shards and workers only.
 
     Workers draw random numbers (``torch``, ``random``, NumPy) from a seed for each micro-batch, so
     that they are the same after a resume, and do not repeat. Generators of a dataset's own are its
@@ -98,12 +62,12 @@ class DataLoader:
         self.batch_size = request.batch_size
         self.epoch = 0
         self._request = request
-        self._deal = _Deal(request.batch_size, request.shard, request.num_shards, request.drop_last)
+        self._deal = Deal(request.batch_size, request.shard, request.num_shards, request.drop_last)
         self._iterable = isinstance(request.dataset, IterableDataset)
         self._consumed = 0  # samples of this epoch handed out on all shards together
         self._left_early = False
         self._resets = 0
-        self._dataset_state: Any = None
+        self._dataset_states: dict[str, Any] = {}  # reader -> its state after its latest round
 
     def __len__(self) -> int:
         """Micro-batches of a whole epoch; ``TypeError`` if the dataset has no length."""
@@ -140,8 +104,8 @@ class DataLoader:
     def state_dict(self) -> dict[str, Any]:
         """The position after the micro-batch handed out last, the same on every shard."""
         state: dict[str, Any] = {"epoch": self.epoch, "consumed": self._consumed}
-        if self._keeps_own_state():
-            state["dataset"] = self.dataset.state_dict()
+        if self._iterable:
+            state |= {"readers": self._readers, "dataset": dict(self._dataset_states)}
         if self._request.order is not None:
             state["order"] = self._request.order.state_dict(self.epoch, self._consumed)
         return state
@@ -150,9 +114,15 @@ class DataLoader:
         """Continue from a position, also one that was saved with another number of shards.
 
         Raises:
-            CheckpointError: the dataset is shorter than the position.
+            CheckpointError: the dataset is shorter than the position, or shards itself otherwise.
         """
-        consumed = int(state["consumed"])
+        consumed, readers = int(state["consumed"]), state.get("readers", self._readers)
+        if consumed and self._iterable and readers != self._readers:
+            raise CheckpointError(
+                f"{type(self.dataset).__name__} shards itself (set_shard), and was read by "
+                f"{readers} shards x workers, now {self._readers}: other samples would come; go on "
+                "with as many, or use a dataset that leaves sharding to the loader"
+            )
         if not self._iterable and self._request.sampler is None and consumed > len(self._dealt):
             raise CheckpointError(
                 f"the saved loader had consumed {consumed} samples of its epoch, but the dataset "
@@ -162,13 +132,14 @@ class DataLoader:
             self._request.order.load_state_dict(state.get("order"))
         self._start_epoch(int(state["epoch"]))
         self._consumed = consumed
-        self._dataset_state = state.get("dataset")
+        self._dataset_states = dict(state.get("dataset") or {})
         self._resets += 1
 
     def _start_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         self._consumed = 0
         self._left_early = False
+        self._dataset_states = {}
 
     def _epoch_is_over(self) -> bool:
         if self._iterable or self._request.sampler is not None:
@@ -181,9 +152,11 @@ class DataLoader:
         """What has as many items as an epoch."""
         return self.dataset if self._request.order is None else self._request.order
 
-    def _keeps_own_state(self) -> bool:
-        able = hasattr(self.dataset, "state_dict") and hasattr(self.dataset, "load_state_dict")
-        return self._iterable and able and self._request.num_workers == 0
+    @property
+    def _readers(self) -> int:
+        """Between how many a stream shards itself; 1 if it leaves that to the loader."""
+        own = hasattr(self.dataset, "set_shard")
+        return self._deal.num_shards * max(1, self._request.num_workers) if own else 1
 
     def _batches(self) -> Iterator[Any]:
         """Micro-batches from the position to the end of the epoch."""
@@ -197,22 +170,26 @@ class DataLoader:
             "num_workers": request.num_workers,
             "pin_memory": request.pin_memory and torch.accelerator.is_available(),
             # Seeds workers; without it every pass would draw from the global stream.
-            "generator": _generator("workers", *self._place(), self._consumed),
+            "generator": generator_of("workers", *self._place(), self._consumed),
         }
         if self._iterable:
-            skip = self._consumed
-            if self._keeps_own_state() and self._dataset_state is not None:
-                self.dataset.load_state_dict(self._dataset_state)
-                self._dataset_state, skip = None, 0
-            stream = _DealtStream(self.dataset, self._deal, skip, self._place())
+            states = dict(self._dataset_states)
+            stream = DealtStream(self.dataset, self._deal, self._consumed, self._place(), states)
             collate = request.collate_fn or torch.utils.data.default_collate
-            options["collate_fn"] = _SeededCollate(collate, self._place())
-            return iter(TorchLoader(stream, batch_size=None, **options))
+            options["collate_fn"] = SeededCollate(collate, self._place())
+            return self._noted(TorchLoader(stream, batch_size=None, **options))
         done = self._consumed // self._deal.round_size
         # torch's types are a list of indices, and a dataset that takes one
         batches: Any = enumerate(self._indices(), start=done)
-        samples: Any = _SeededSamples(self.dataset, self._place())
+        samples: Any = SeededSamples(self.dataset, self._place())
         return iter(TorchLoader(samples, batch_sampler=batches, **options))
+
+    def _noted(self, marked: Iterable[Any]) -> Iterator[Any]:
+        """Micro-batches of a stream; keeps the state that comes with each."""
+        for batch, (reader, state) in marked:
+            if state is not None:
+                self._dataset_states[reader] = state
+            yield batch
 
     def _place(self) -> tuple[int, int, int]:
         """What random numbers of workers depend on, beside the micro-batch."""
@@ -221,125 +198,91 @@ class DataLoader:
     def _indices(self) -> Iterator[Any]:
         request, deal = self._request, self._deal
         if request.order is not None:
-            items = _rounds(iter(request.order.items(self.epoch, self._consumed)), deal)
+            items = rounds_of(iter(request.order.items(self.epoch, self._consumed)), deal)
             return ([index for item in batch for index in item] for batch in items)
         if request.sampler is not None:
             own = islice(iter(request.sampler), self._consumed // deal.num_shards, None)
-            return _rounds(own, deal.alone)
+            return rounds_of(own, deal.alone)
         total = len(self.dataset)
-        shuffle = request.route == "train" if request.shuffle is None else request.shuffle
-        generator = _generator("order", request.seed, self.epoch)
+        shuffle = _shuffles(request)
+        generator = generator_of("order", request.seed, self.epoch)
         order = torch.randperm(total, generator=generator) if shuffle else torch.arange(total)
         starts = range(self._consumed, total, deal.round_size)
         rounds = (deal.batch(order[start : start + deal.round_size].tolist()) for start in starts)
         return (batch for batch in rounds if batch is not None)
 
 
-class _SeededSamples:
-    """A map-style dataset that takes (number, indices) of a micro-batch at once.
+class StatefulLoader:
+    """A script's own loader that knows its position, such as torchdata's ``StatefulDataLoader``.
 
-    Workers draw the random numbers of each micro-batch, also those of ``collate_fn``, from a seed
-    of its own. So they depend neither on the workers nor on where a resumed run has begun. Without
-    workers they come from the process's generators, which checkpoints save.
+    It decides which samples come, for each shard by itself. So its state is each rank's own, and
+    goes on on the same shard of as many.
+
+    Args:
+        request: its dataset is the loader.
+
+    Raises:
+        ConfigError: every shard would get the same samples, or micro-batches have another size.
     """
 
-    def __init__(self, dataset: Any, place: tuple[int, ...]) -> None:
-        self._dataset = dataset
-        self._place = place
-
-    def __getitems__(self, batch: tuple[int, Sequence[Any]]) -> Any:
-        number, indices = batch
-        if get_worker_info() is not None:
-            _seed_process("samples", *self._place, number)
-        several = getattr(self._dataset, "__getitems__", None)
-        return several(indices) if several else [self._dataset[index] for index in indices]
+    def __init__(self, request: LoaderRequest) -> None:
+        self.loader, self.batch_size, self.epoch = request.dataset, request.batch_size, 0
+        self._place = [request.shard, request.num_shards]
+        self._resets, self._under_way, self._resumed = 0, False, False
+        kind, size = type(self.loader).__name__, getattr(self.loader, "batch_size", None)
+        if size not in (None, request.batch_size) or request.collate_fn or request.order:
+            raise ConfigError(
+                f"a {kind} makes micro-batches itself, of {size} samples, and the config's have "
+                f"{request.batch_size}: set train_micro_batch_size_per_gpu, collate_fn there, or "
+                "give its dataset instead"
+            )
+        alike = (torch.utils.data.RandomSampler, torch.utils.data.SequentialSampler)
+        if request.num_shards > 1 and isinstance(getattr(self.loader, "sampler", None), alike):
+            raise ConfigError(
+                f"the {kind} would give each of {request.num_shards} data shards the same samples: "
+                "give it a StatefulDistributedSampler, or give its dataset instead"
+            )
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.loader)
 
-
-class _SeededCollate:
-    """Makes a micro-batch of (number, samples); workers draw from a seed of its own for each."""
-
-    def __init__(self, collate: Callable[[Any], Any], place: tuple[int, ...]) -> None:
-        self._collate = collate
-        self._place = place
-
-    def __call__(self, batch: tuple[int, Sequence[Any]]) -> Any:
-        number, samples = batch
-        if get_worker_info() is not None:
-            _seed_process("collate", *self._place, number)
-        return self._collate(samples)
-
-
-class _DealtStream(IterableDataset[Any]):
-    """This worker's micro-batches of a dataset's stream, as (number, samples).
-
-    A worker draws random numbers of each round from a seed of its own, also while it reads past
-    rounds. Where several read one stream they draw alike, so that a shuffle in it is the same.
-    """
-
-    def __init__(self, dataset: Any, deal: _Deal, skip: int, place: tuple[int, ...]) -> None:
-        self._dataset = dataset
-        self._deal = deal
-        self._skip = skip
-        self._place = place
-
-    def __iter__(self) -> Iterator[tuple[int, Sequence[Any]]]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        deal = self._deal
-        # torch takes micro-batches from workers in turn, from the first; whoever's turn it was at
-        # the position is played by the first.
-        done, head = divmod(self._skip, deal.round_size)
-        role = (worker + done) % workers
-        if hasattr(self._dataset, "set_shard"):
-            given = done // workers + (role < done % workers)
-            self._dataset.set_shard(deal.shard * workers + role, deal.num_shards * workers)
-            rounds = self._rounds(deal.alone, count(role, workers), self._place)
-            yield from islice(rounds, given, None)
-        else:
-            # Other shards have left a position inside of a round of these.
-            rounds = self._rounds(deal, count(), self._place[:-1], head)
-            yield from islice(rounds, done + worker, None, workers)
-
-    def _rounds(
-        self, deal: _Deal, numbers: Iterable[int], place: tuple[int, ...], head: int = 0
-    ) -> Iterator[tuple[int, Sequence[Any]]]:
-        stream = iter(self._dataset)
-        for number in numbers:
-            if get_worker_info() is not None:
-                _seed_process("stream", *place, number)
-            list(islice(stream, head))
-            head = 0
-            batch = deal.batch(list(islice(stream, deal.round_size)))
-            if batch is None:
+    def __iter__(self) -> Iterator[Any]:
+        if self._under_way:  # left early
+            self.epoch += 1
+        self._under_way, resets = True, self._resets
+        resumed, self._resumed = self._resumed, False
+        for one in (self.loader, getattr(self.loader, "sampler", None)):
+            if hasattr(one, "set_epoch"):
+                one.set_epoch(self.epoch)
+        for batch in self.loader:
+            resumed = False
+            yield batch
+            if resets != self._resets:
                 return
-            yield number, batch
+        self.epoch, self._under_way = self.epoch + 1, False
+        if resumed:  # the position was the end of its epoch
+            yield from self
 
+    def state_dict(self) -> dict[str, Any]:
+        """The position of this shard after the micro-batch handed out last."""
+        return {"epoch": self.epoch, "place": self._place, "loader": self.loader.state_dict()}
 
-def _rounds(stream: Iterator[Any], deal: _Deal) -> Iterator[Sequence[Any]]:
-    while (batch := deal.batch(list(islice(stream, deal.round_size)))) is not None:
-        yield batch
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from the position of the same shard.
 
-
-def _generator(*place: str | int) -> torch.Generator:
-    """A stream of its own for every place."""
-    return torch.Generator().manual_seed(_seed(*place))
-
-
-def _seed_process(*place: str | int) -> None:
-    """Have everything that draws without a generator of its own draw from a place's stream."""
-    seed = _seed(*place)
-    random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)
-
-
-def _seed(*place: str | int) -> int:
-    """A number for every place; torch's generators tell only 32 bits apart, as do NumPy's."""
-    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:4], "little")
+        Raises:
+            CheckpointError: it is that of another shard, or of another kind of loader.
+        """
+        if list(state.get("place", ())) != self._place:
+            shard, count = self._place
+            raise CheckpointError(
+                f"the checkpoint has no position of a {type(self.loader).__name__} for shard "
+                f"{shard} of {count}, but for {state.get('place', 'a loader of another kind')}; go "
+                "on with as many, or give its dataset, which goes on on any number"
+            )
+        self.loader.load_state_dict(state["loader"])
+        self.epoch, self._under_way, self._resumed = int(state["epoch"]), False, True
+        self._resets += 1
 
 
 class RepeatingLoader:
@@ -405,6 +348,22 @@ def _check(request: LoaderRequest) -> None:
             f"the dataset has {items} samples, fewer than micro-batch {request.batch_size} "
             f"x {request.num_shards} data shards, so dropping the incomplete round leaves nothing"
         )
+
+
+def default_loader(request: LoaderRequest) -> DataLoader | StatefulLoader:
+    """The loader of a request that no plugin has an answer to."""
+    dataset = request.dataset
+    able = all(hasattr(dataset, n) for n in ("__iter__", "state_dict", "load_state_dict"))
+    if able and not isinstance(dataset, IterableDataset) and not hasattr(dataset, "__getitem__"):
+        return StatefulLoader(request)
+    order = getattr(dataset, "sample_order", None)
+    if order is not None and _shuffles(request) and not (request.order or request.sampler):
+        request = replace(request, order=order(request.seed))
+    return DataLoader(request)
+
+
+def _shuffles(request: LoaderRequest) -> bool:
+    return request.route == "train" if request.shuffle is None else request.shuffle
 
 
 def build_loader(job: Job, dataset: Any, batch: Batch, **options: Any) -> DataLoader:

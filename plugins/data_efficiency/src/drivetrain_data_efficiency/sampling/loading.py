@@ -80,16 +80,15 @@ def build_loader(
         return None
     chosen = section.curriculum or section.batching
     if chosen is None:
-        own = getattr(request.dataset, "sample_order", None)
-        return None if own is None else DataLoader(replace(request, order=own(section.seed)))
+        return None
     name = "curriculum_learning" if section.curriculum else "dynamic_batching"
     path = f"data_efficiency.data_sampling.{name}"
     if request.sampler is not None:
         raise ConfigError(f"{path} decides which samples come when, so a sampler has no place")
-    if isinstance(request.dataset, IterableDataset):
+    if isinstance(request.dataset, IterableDataset) or not hasattr(request.dataset, "__getitem__"):
         raise ConfigError(
             f"{path} needs a data set with numbered samples (__len__ and __getitem__), and "
-            f"{type(request.dataset).__name__} is a stream"
+            f"{type(request.dataset).__name__} is a stream or a loader"
         )
     sampling = section.data_sampling
     fields: dict[str, Any] = {"num_workers": request.num_workers or sampling.num_workers}
