@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drivetrain_data_efficiency.deepspeed import analyzer, indexed, routing, scheduling
-from metric_files import Numbers
+from drivetrain_data_efficiency import CurriculumOrder
+from drivetrain_data_efficiency.deepspeed import analyzer, indexed, routing, sampler, scheduling
+from drivetrain_data_efficiency.section import DataEfficiencySection
+from metric_files import Numbers, write_metric
 from torch import nn
 
-from drivetrain.errors import ConfigError
+from drivetrain.errors import CheckpointError, ConfigError
 
 LINEAR = {
     "min_difficulty": 2,
@@ -142,3 +144,54 @@ def test_layers_are_chosen_by_class_and_names_stay() -> None:
     assert routing.save_without_random_ltd(model).keys() == {"0.weight", "0.bias"}
     theirs = {"layers.3.random_ltd_layer.weight": 1, "head.bias": 2}
     assert routing.remove_random_ltd_state_dict(theirs) == {"layers.3.weight": 1, "head.bias": 2}
+
+
+def sampler_config(folder: Path) -> dict[str, Any]:
+    metric = {**LINEAR, **write_metric(folder, "m", [i % 10 + 1 for i in range(40)])}
+    learning = {"enabled": True, "curriculum_metrics": {"m": metric}}
+    sampling = {"enabled": True, "num_epochs": 2, "curriculum_learning": learning}
+    return {"enabled": True, "seed": 3, "data_sampling": sampling}
+
+
+def test_the_sampler_gives_ranks_their_parts_of_the_curriculums_order(tmp_path: Path) -> None:
+    config = sampler_config(tmp_path)
+    section = DataEfficiencySection.model_validate(config).curriculum
+    assert section is not None
+    order = CurriculumOrder(section, 40, batch_size=12, num_epochs=2, seed=3)
+    expected = [sample for (sample,) in order.items(0, 0)]
+
+    def samplers(ranks: int, micro: int, steps: int, **keys: Any) -> list[Any]:
+        made = sampler.DeepSpeedDataSampler
+        return [made(config, 40, micro, r, ranks, None, steps, r, **keys) for r in range(ranks)]
+
+    found: list[int] = []
+    first = samplers(2, 3, 2)
+    for batches in list(zip(*first, strict=True))[:5]:
+        found += [sample for batch in batches for sample in batch]
+    assert found == expected[:30]
+    assert len(first[0]) == 80
+    assert first[0].consumed_samples == 78  # of 80, the last two fill no round
+
+    one, other = samplers(2, 3, 2)[0], samplers(3, 2, 2)
+    iterator = iter(one)
+    for _ in range(5):
+        next(iterator)
+    assert one.curriculum_step == 3
+    assert one.current_difficulties == {"m": order.difficulties(3)["m"]}
+    for each in other:
+        each.load_state_dict(one.state_dict())
+    rest = [sample for batches in zip(*other, strict=True) for batch in batches for sample in batch]
+    assert rest == expected[30:78]
+    last = [len(list(each)[-1]) for each in samplers(2, 3, 2, drop_last=False)]
+    assert last == [1, 1]
+
+
+def test_a_sampler_without_a_curriculum_or_with_deepspeeds_state_is_refused(tmp_path: Path) -> None:
+    config = sampler_config(tmp_path)
+    with pytest.raises(CheckpointError, match="the sampler's state is one of DeepSpeed"):
+        sampler.DeepSpeedDataSampler(config, 40, 4, 0, 1).load_state_dict({"np_rng_state": None})
+    with pytest.raises(ConfigError, match="there is no rank 2 of 2"):
+        sampler.DeepSpeedDataSampler(config, 40, 4, 2, 2)
+    config["data_sampling"]["enabled"] = False
+    with pytest.raises(ConfigError, match="the section has none enabled"):
+        sampler.DeepSpeedDataSampler(config, 40, 4, 0, 1)

@@ -251,7 +251,8 @@ class StatefulLoader:
             self.epoch += 1
         self._under_way, resets = True, self._resets
         resumed, self._resumed = self._resumed, False
-        for one in (self.loader, getattr(self.loader, "sampler", None)):
+        told: list[Any] = [self.loader, getattr(self.loader, "sampler", None)]
+        for one in told:
             if hasattr(one, "set_epoch"):
                 one.set_epoch(self.epoch)
         for batch in self.loader:

@@ -1,4 +1,4 @@
-"""The same quality from less data: curricula, analysis, token dropping, batches by tokens.
+"""The same quality from less data: curricula, analysis, token dropping, batches by tokens, shards.
 
 Names are imported when they are first used, so that a config can be checked without torch.
 """
@@ -20,5 +20,10 @@ __getattr__, __dir__, __all__ = lazy_names(
         "sampling.loading": "current_difficulties set_custom_curriculum_learning_schedule "
         "set_data_post_process_func",
         "section": "DataEfficiencySection",
+        "streaming.index": "ShardIndex index_shards",
+        "streaming.order": "ShardOrder",
+        "streaming.parquet": "ParquetShards",
+        "streaming.sharded": "ShardedDataset",
+        "streaming.tar": "TarShards",
     },
 )

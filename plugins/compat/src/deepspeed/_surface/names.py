@@ -234,6 +234,7 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "remove_random_ltd_state_dict save_without_random_ltd",
         "runtime.data_pipeline.data_routing.scheduler": "RandomLTDScheduler",
         "runtime.data_pipeline.data_sampling.data_analyzer": "DataAnalyzer DistributedDataAnalyzer",
+        "runtime.data_pipeline.data_sampling.data_sampler": "DeepSpeedDataSampler",
         "runtime.data_pipeline.data_sampling.indexed_dataset": "MMapIndexedDataset "
         "MMapIndexedDatasetBuilder data_file_path dataset_exists index_file_path "
         "infer_dataset_impl make_builder make_dataset",
@@ -310,13 +311,34 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
 """Package -> module -> names that it serves, or is to serve."""
 
 INSTEAD: Mapping[str, str] = {
+    "runtime.data_pipeline.config.get_data_efficiency_config": "the config's section "
+    "data_efficiency, which is read and checked as a whole",
     "runtime.data_pipeline.data_routing.basic_layer.RandomLayerTokenDrop": "the config's "
     "data_efficiency.data_routing.random_ltd, for which layers are not replaced",
-    "runtime.data_pipeline.data_sampling.data_sampler.DeepSpeedDataSampler": "training_data of "
-    "initialize, whose loader has the config's order",
-    "runtime.data_pipeline.data_sampling.variable_batch_size_and_lr."
-    "get_dataloader_and_lr_scheduler_for_variable_batch_size_deepspeed": "training_data of "
-    "initialize, with the config's data_efficiency.data_sampling.dynamic_batching",
+    "runtime.data_pipeline.data_routing.scheduler.BaseScheduler": "RandomLTDScheduler, or the "
+    "config's random_ltd_schedule",
+    "runtime.data_pipeline.data_sampling.indexed_dataset.IndexedCachedDataset": "MMapIndexedDataset"
+    ", for the mmap format alone; write older files again with MMapIndexedDatasetBuilder",
+    "runtime.data_pipeline.data_sampling.indexed_dataset.IndexedDataset": "MMapIndexedDataset, for "
+    "the mmap format alone; write older files again with MMapIndexedDatasetBuilder",
+    "runtime.data_pipeline.data_sampling.indexed_dataset.IndexedDatasetBuilder": "make_builder or "
+    "MMapIndexedDatasetBuilder",
+    "runtime.data_pipeline.data_sampling.utils.split_dataset": "DataAnalyzer, which shares out "
+    "samples itself",
+    "runtime.data_pipeline.data_sampling.utils.split_index": "DataAnalyzer, which shares out "
+    "samples itself",
+    **{
+        f"runtime.data_pipeline.data_sampling.variable_batch_size_and_lr.{name}": "training_data "
+        "of initialize, with the config's data_efficiency.data_sampling.dynamic_batching"
+        for name in (
+            "VariableBatchLRScheduler",
+            "dataloader_for_variable_batch_size",
+            "get_dataloader_and_lr_scheduler_for_variable_batch_size",
+            "get_dataloader_and_lr_scheduler_for_variable_batch_size_deepspeed",
+            "lr_scheduler_for_variable_batch_size",
+        )
+    },
+    "runtime.progressive_layer_drop.ProgressiveLayerDrop": "the config's progressive_layer_drop",
     "runtime.zero.offload_states.get_state_devices": "drivetrain_offload.state_devices(engine)",
     "checkpoint.DeepSpeedCheckpoint": "drivetrain checkpoint inspect FOLDER",
     "compat.get_accelerator": "deepspeed.accelerator.get_accelerator",

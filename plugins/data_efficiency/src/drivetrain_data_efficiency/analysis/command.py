@@ -1,4 +1,4 @@
-"""``drivetrain data``: analyze a data set, look at its metrics, join analyses and data sets."""
+"""``drivetrain data``: analyze, look at metrics, join analyses and data sets, index shards."""
 
 from __future__ import annotations
 
@@ -125,6 +125,30 @@ def merge(target: Path, sources: tuple[Path, ...]) -> None:
         writer.merge_file_(source)
     writer.finalize(indexed.index_file(target))
     click.echo(f"{len(indexed.IndexedDataset(target)):,} items in {target}")
+
+
+@data.command()
+@click.argument("prefix", type=_PATH)
+@click.argument("shards", nargs=-1, required=True)
+@click.option("-w", "--workers", default=0, help="Processes; 0 reads in this one.")
+def index(prefix: Path, shards: tuple[str, ...], workers: int) -> None:
+    """Index SHARDS, tar files in WebDataset's layout or Parquet files, for TarShards and
+    ParquetShards.
+
+    Of tar files headers are read, of Parquet files footers. The index is PREFIX.json, PREFIX.bin
+    and PREFIX.idx; names of shards beside or below it are kept relative to it.
+    """
+    from drivetrain_data_efficiency.streaming.index import index_shards
+
+    found = index_shards(prefix, shards, workers)
+    rows = found.rows
+    tar = found.kind == "tar"
+    samples = int(rows.sizes.sum()) - len(rows) if tar else int(rows.flat.sum())
+    size = sum(size for _, size in found.files)
+    click.echo(
+        f"{len(found.files):,} {found.kind} shards, {samples:,} samples, {size / 2**30:,.2f} GiB: "
+        f"{prefix}.json"
+    )
 
 
 def _named(text: str) -> Any:
