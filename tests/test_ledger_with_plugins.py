@@ -54,8 +54,8 @@ def test_a_throttled_disk_is_a_stall_of_offload(tmp_path: Path) -> None:
     run_distributed(offloaded, 1, tmp_path, 0.8)
     slow = read_run(tmp_path / "ledger")[0].ranks[0].steps
     for step in slow[1:3]:  # one bucket is written in every step
-        assert 0.76 <= step.seconds["offload"] < 1.4
-        assert step.seconds["compute"] < 0.7
+        assert step.seconds["offload"] >= 0.76
+        assert step.seconds["compute"] < step.seconds["offload"]
     of(tmp_path / "ledger")
 
 
