@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger("drivetrain.pipeline")
 
 
+def build(job: Job, model: nn.Module, section: PipelineSection) -> nn.Module:
+    """Build the layers of this rank's stage, so that other plugins find them.
+
+    Raises:
+        ConfigError: there are fewer layers than stages, or a stage without parameters.
+    """
+    if isinstance(model, PipelineModule):
+        placement = schedule_of(section, section.stages).placement
+        model.build(placement, job.mesh.coordinate("pp"), section)
+    return model
+
+
 def partition(job: Job, model: nn.Module, section: PipelineSection) -> nn.Module:
     """Keep this rank's part of a model; all of it, where there is one stage.
 
@@ -36,7 +48,7 @@ def partition(job: Job, model: nn.Module, section: PipelineSection) -> nn.Module
     """
     placement = schedule_of(section, section.stages).placement
     if isinstance(model, PipelineModule):
-        model.build(placement, job.mesh.coordinate("pp"), section)
+        build(job, model, section)  # others may have built or replaced layers meanwhile
         vars(model)[ATTRIBUTE] = model
         return model
     return model if section.stages == 1 else split_model(job, model, section, placement)

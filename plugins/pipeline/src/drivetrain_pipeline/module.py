@@ -84,6 +84,7 @@ class PipelineModule(nn.Module):
         self._seed = base_seed if seed_layers else torch.initial_seed()
         self._seed_fn = seed_fn or torch.manual_seed
         self._begun: tuple[int, Any, Any, bool] | None = None
+        self._is_whole = False
         self.holders: MutableMapping[nn.Parameter, set[int]] = WeakTensorKeyDictionary()
         self.own_parts: list[nn.Module] = []
         self.layers, self.tied_modules = nn.ModuleDict(), nn.ModuleDict()
@@ -119,7 +120,7 @@ class PipelineModule(nn.Module):
             for i, layer in enumerate(self._specs)
         ]
         self._bounds = cut(facts, len(placement), method, section)
-        self._placement = tuple(placement)
+        self._placement, self._is_whole = tuple(placement), False
         own = [i for i in range(len(self._specs)) if self.stage_owner(i) == stage]
         specs = [self._specs[i] for i in own]
         keys = {spec.key for spec in specs if isinstance(spec, TiedLayerSpec)}
@@ -135,6 +136,17 @@ class PipelineModule(nn.Module):
             )
         self._describe_holders(stage)
 
+    def drivetrain_whole(self) -> None:
+        """Build the layers of other stages, too, on the meta device, until the next ``build``.
+
+        For plugins that decide by the whole model what this rank has of a layer. Until then
+        ``forward`` runs all layers.
+        """
+        with torch.device("meta"):
+            for number in range(len(self._specs)):
+                self._build_layer(number)
+        self._is_whole = True
+
     def _count(self, layer: Layer, method: str) -> int:
         """Parameters of a layer, where they decide anything."""
         return count_parameters(layer) if method.lower() in ("parameters", "auto", "best") else 0
@@ -149,9 +161,11 @@ class PipelineModule(nn.Module):
                     if isinstance(other, TiedLayerSpec) and other.key == spec.key
                 )
                 self.tied_modules[spec.key] = self._seeded(first)
+        elif str(number) in self.layers:
+            pass  # maybe another than was given: plugins replace layers
         elif isinstance(spec, nn.Module):
             self.layers[str(number)] = spec
-        elif isinstance(spec, LayerSpec) and str(number) not in self.layers:
+        elif isinstance(spec, LayerSpec):
             self.layers[str(number)] = self._seeded(number)
 
     def _seeded(self, number: int) -> nn.Module:
@@ -252,7 +266,7 @@ class PipelineModule(nn.Module):
         """
         begun, self._begun = self._begun, None
         if begun is None:
-            if len(set(self._placement)) > 1:
+            if len(set(self._placement)) > 1 and not self._is_whole:
                 raise TrainingError(
                     "this model is one stage of a pipeline, which runs whole batches: call "
                     "engine.train_batch(batches) or engine.eval_batch(batches)"

@@ -49,11 +49,14 @@ class Pipeline(Plugin):
     @hookimpl
     def transform_module(self, job: Job, module: nn.Module) -> Sequence[Transform]:
         from drivetrain_pipeline.agreement import check_same_file
-        from drivetrain_pipeline.building import partition
+        from drivetrain_pipeline.building import build, partition
 
         section = self._settled(job)
         check_same_file(job, section)
-        return [Transform(Phase.PARTITION, lambda model: partition(job, model, section))]
+        return [
+            Transform(Phase.ADAPT, lambda model: build(job, model, section)),
+            Transform(Phase.PARTITION, lambda model: partition(job, model, section)),
+        ]
 
     @hookimpl
     def describe_parameters(self, job: Job, module: nn.Module) -> None:

@@ -53,11 +53,10 @@ class TensorParallel(Plugin):
 
     @hookimpl
     def transform_module(self, job: Job, module: torch.nn.Module) -> Sequence[Transform]:
-        from drivetrain_tensor.megatron import is_parallel
         from drivetrain_tensor.work import Work
 
         work = Work(job, self.section(TensorParallelSection), module)
-        if job.mesh.size("tp") == 1 or is_parallel(module):
+        if job.mesh.size("tp") == 1:
             return []
         # Stages come after the cut; from then on no rank can run the whole model.
         compared = Phase.RECOMPUTE if job.mesh.size("pp") == 1 else Phase.PARTITION

@@ -326,11 +326,13 @@ def _few(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def _guesses(
     model: nn.Module, products: Sequence[Product]
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    needed = [
+    places = [
         p
         for p in inspect.signature(model.forward).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
+    # Where nothing is needed, ``forward(x=None)``, the model still computes with something.
+    needed = [p for p in places if p.default is p.empty] or places[:1]
     widths = list(dict.fromkeys(p.inputs for p in products if p.kind != "embedding"))[:3]
     tokens = torch.arange(TOKENS)[None] % min(
         [p.inputs for p in products if p.kind == "embedding"] + [3]

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from drivetrain.checkpoint.agreement import same_everywhere, worst
+from drivetrain.checkpoint.agreement import any_rank, same_everywhere, worst
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.modules.materialize import has_meta
 from drivetrain_tensor.analysis import Analysis, analyse
 from drivetrain_tensor.comparing import difference
+from drivetrain_tensor.megatron import is_parallel
 from drivetrain_tensor.probing import evaluating, tensors_of
 from drivetrain_tensor.rules import Rules
 from drivetrain_tensor.scripts import claim
@@ -47,12 +48,17 @@ class Work:
         self._before: dict[str, list[torch.Tensor]] = {}
 
     def cut(self, module: nn.Module) -> nn.Module:
-        """Keep this rank's part of ``module``.
+        """Keep this rank's part of ``module``, unless its own layers are such parts already.
 
         Raises:
             ConfigError: it cannot be cut; on every rank.
         """
         problem: str | None = None
+        if any_rank(self._job, [is_parallel(module)])[0]:  # a stage may have none of these layers
+            return module
+        if (complete := getattr(module, "drivetrain_whole", None)) is not None:
+            complete()  # this rank has built its stage alone
+            self._job.parameters.register(module, reduction="data")
         rules = Rules(self._section.partition_config, module)
         try:
             self._analysis = analyse(
