@@ -1,12 +1,15 @@
 """Train a small GPT on twenty layouts, print one hash for each and the price of a step.
 
     python benchmarks/exact_layouts.py
-    python benchmarks/exact_layouts.py --steps 100 --plain
+    python benchmarks/exact_layouts.py --hashes
+    python benchmarks/exact_layouts.py --hashes --plain
+    python benchmarks/exact_layouts.py --price
 
 Every layout trains for the same steps on the same global batch: 1, 2, 3 and 4 ranks, each without
 ZeRO, at stages 1 to 3, and at stage 2 with states in host memory. With ``--plain`` the section
 ``exact`` is left out, to see how many hashes there are then. The price is the median time of a
-step of two ranks with the section over that without it, in turn in one process each.
+step of two ranks with the section over that without it, in turn in one process each; bytes are
+those that a rank sends in a step. ``--hashes`` and ``--price`` ask for one of these alone.
 """
 
 from __future__ import annotations
@@ -61,8 +64,8 @@ def samples() -> list[dict[str, torch.Tensor]]:
     return [{"tokens": row[:-1], "targets": row[1:]} for row in drawn]
 
 
-def train(home: str, exact: bool, steps: int, width: int) -> tuple[str, float]:
-    """The hash of all states, and the median seconds of a step."""
+def train(home: str, exact: bool, steps: int, width: int) -> tuple[str, float, float]:
+    """The hash of all states, the median seconds of a step, and the bytes that it sends."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.manual_seed(0)
     model = GPT(CONTEXT, layers=2, width=width, heads=4)
@@ -71,14 +74,41 @@ def train(home: str, exact: bool, steps: int, width: int) -> tuple[str, float]:
     )[0]
     from drivetrain_exact import state_hash
 
+    engine.train_batch()  # whose set-up sends more
+    sent = sum(traffic.sent_bytes for _, traffic in engine.job.byte_log.items())
     seconds = []
-    for _ in range(steps):
+    for _ in range(steps - 1):
         begin = time.perf_counter()
         engine.train_batch()
         seconds.append(time.perf_counter() - begin)
+    sent = sum(traffic.sent_bytes for _, traffic in engine.job.byte_log.items()) - sent
     found = state_hash(engine)
     engine.destroy()
-    return found, statistics.median(seconds)
+    return found, statistics.median(seconds), sent / (steps - 1)
+
+
+def hashes(steps: int, width: int, *, exact: bool) -> dict[str, Any]:
+    """The hash of each layout, and how many different ones there are."""
+    found = {}
+    for world, home in product((1, 2, 3, 4), HOMES):
+        found[f"{world} ranks, {home}"] = run_distributed(train, world, home, exact, steps, width)[
+            0
+        ][0]
+    return {"hashes": found, "steps": steps, "different": len(set(found.values()))}
+
+
+def price() -> dict[str, Any]:
+    """Time and bytes of a step of two ranks at stage 2, as parts of those of a plain one."""
+    ratios, sent = [], []
+    for _ in range(5):
+        pair = [run_distributed(train, 2, "stage 2", e, 20, 256)[0] for e in (True, False)]
+        ratios.append(pair[0][1] / pair[1][1])
+        sent.append(pair[0][2] / pair[1][2])
+    return {
+        "price": round(statistics.median(ratios), 3),
+        "prices": [round(ratio, 3) for ratio in sorted(ratios)],
+        "bytes": round(max(sent), 3),
+    }
 
 
 def main() -> None:
@@ -86,21 +116,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--hashes", action="store_true")
+    parser.add_argument("--price", action="store_true")
     given = parser.parse_args()
-    hashes = {}
-    for world, home in product((1, 2, 3, 4), HOMES):
-        run = run_distributed(train, world, home, not given.plain, given.steps, given.width)
-        hashes[f"{world} ranks, {home}"] = run[0][0]
-    ratios = []
-    for _ in range(5):
-        pair = [run_distributed(train, 2, "stage 2", e, 20, 256)[0][1] for e in (True, False)]
-        ratios.append(pair[0] / pair[1])
-    shown = {
-        "hashes": hashes,
-        "different": len(set(hashes.values())),
-        "price": round(statistics.median(ratios), 3),
-        "prices": [round(ratio, 3) for ratio in sorted(ratios)],
-    }
+    shown: dict[str, Any] = {}
+    if not given.price:
+        shown |= hashes(given.steps, given.width, exact=not given.plain)
+    if not given.hashes:
+        shown |= price()
     print(json.dumps(shown, indent=1))
 
 

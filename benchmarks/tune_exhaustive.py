@@ -1,96 +1,107 @@
-"""Every config of a space, and how many of them the tuner needs to come close to the best.
+"""Every config of a space, and how many of them the tuner needs to come close to the best, as JSON.
 
     python benchmarks/tune_exhaustive.py
-    python benchmarks/tune_exhaustive.py --folder F --seconds 280
+    python benchmarks/tune_exhaustive.py --clock wall
 
-A GPT trains on two ranks of one thread each (tune_worker.py). ``drivetrain tune`` tries every
-config once in a random order, then a tuner by a model begins anew, with trials of its own and a
-quarter of the configs. ``share of the best``: the samples a second of the config that it chose
-over those of the best one, both as the search of all measured them. Trials are timed by the clock:
-the machine should do nothing else. With --folder a later call goes on where the last one ended, and
---seconds ends a call between two trials.
+A GPT of four blocks (1.4 million parameters) trains for some steps on two ranks of one thread each,
+with every combination of micro-batch, accumulation, ZeRO stage, place of optimizer states and
+recomputation, in a random order. Then the tuner's search begins anew three times, each time with
+trials of its own and a quarter of the configs. ``share of the best``: the samples a second of the
+config that it chose over those of the best one, both as the search of all measured them; the worst
+of the three. Seconds are those of the processor, of the rank that took most, for the machine may do
+other work; with ``--clock wall`` they are those of the clock. Trials run in processes that are kept,
+not in a new one each, as ``drivetrain tune`` does, so that the search of all takes minutes.
 
 ``replayed`` says what luck had to do with it: the same search over the measured figures, each
-shaken by 3 % at random, 200 times: the part of them that come within 5 % of the best.
+shaken by 3 % at random, 100 times: the part of them that come within 5 % of the best.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import subprocess
+import statistics
 import sys
-import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from drivetrain_autotuning.search import search
+from drivetrain_autotuning.section import AutotuningSection
+from drivetrain_autotuning.space import Choice, choices_in, config_of, name_of, possible
 
-RANKS, NOISE, REPLAYS, CLOSE = 2, 0.03, 200, 0.95
+import drivetrain
+from drivetrain.testing import run_distributed
+from drivetrain.testing.models import TinyGPT
+
+RANKS, WORDS, LENGTH, STEPS = 2, 512, 64, 4
+NOISE, REPLAYS, RUNS, CLOSE = 0.03, 100, 3, 0.95
+
+GIVEN: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 1,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+}
 
 SPACE: dict[str, list[Any]] = {
-    "train_micro_batch_size_per_gpu": [2, 4, 8],
+    "train_micro_batch_size_per_gpu": [1, 2, 4, 8],
     "gradient_accumulation_steps": [1, 4],
-    "zero_optimization.stage": [1, 3],
+    "zero_optimization.stage": [0, 1, 3],
     "zero_optimization.offload_optimizer.device": ["none", "cpu"],
     "activation_checkpointing.recompute": ["none", "all"],
 }
 
 
-def config(folder: Path, name: str, **keys: Any) -> Path:
-    """A config that is tuned, with its trials in a folder of its own."""
-    file = folder / f"{name}.json"
-    section = {
-        "enabled": True,
-        "space": SPACE,
-        "start_profile_step": 2,
-        "end_profile_step": 4,
-        "results_dir": str(folder / f"{name}-results"),
-        "exps_dir": str(folder / f"{name}-trials"),
-        **keys,
-    }
-    given = {
-        "train_micro_batch_size_per_gpu": 1,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-        "zero_optimization": {"stage": 0},
-        "autotuning": section,
-    }
-    file.write_text(json.dumps(given, indent=1), "utf-8")
-    return file
+def trial(config: dict[str, Any]) -> tuple[float, float]:
+    """Seconds of a step on this rank, after the first: of the clock, and of the processor."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = TinyGPT(WORDS, 160, 4, positions=LENGTH)
+    engine, *_ = drivetrain.initialize(model=model, config=config)
+    samples = engine.train_micro_batch_size_per_gpu()
+    wall, processor = [], []
+    for _ in range(STEPS):
+        begun, used = time.perf_counter(), time.process_time()
+        for _ in range(engine.gradient_accumulation_steps()):
+            tokens = torch.randint(WORDS, (samples, LENGTH), device=engine.device)
+            engine.backward(engine(tokens, tokens))
+            engine.step()
+        wall.append(time.perf_counter() - begun)
+        processor.append(time.process_time() - used)
+    engine.destroy()
+    engine.job.close()
+    return statistics.median(wall[1:]), statistics.median(processor[1:])
 
 
-def tune(file: Path, seconds: float | None) -> None:
-    """Run the tuner; what it tried stays where it ended."""
-    script = str(Path(__file__).with_name("tune_worker.py"))
-    command = [sys.executable, "-m", "drivetrain.cli", "tune", "--nproc", str(RANKS), str(file)]
-    process = subprocess.Popen(
-        [*command, script, "--config", "{config}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=sys.stderr,
-    )
-    try:
-        code = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        raise SystemExit("ended between trials: call it again with the same --folder") from None
-    if code:
-        raise SystemExit(f"drivetrain tune ended with {code}")
+class Trials:
+    """Runs trials, and keeps their scores.
+
+    Args:
+        clock: which seconds count.
+    """
+
+    def __init__(self, clock: str) -> None:
+        self.scores: dict[Choice, float | None] = {}
+        self._place = ("wall", "processor").index(clock)
+
+    def run(self, choice: Choice) -> float | None:
+        """Samples a second; ``None`` if it fails."""
+        config = config_of(GIVEN, choice)
+        try:
+            ranks = run_distributed(trial, RANKS, config)
+        except Exception as error:  # noqa: BLE001 - what fails is a result
+            print(f"{name_of(choice)}: {error}", file=sys.stderr, flush=True)
+            return None
+        seconds = max(rank[self._place] for rank in ranks)
+        values = dict(choice)
+        batch = values["train_micro_batch_size_per_gpu"] * values["gradient_accumulation_steps"]
+        score = self.scores[choice] = RANKS * batch / seconds
+        print(f"{len(self.scores):3} {name_of(choice)}: {score:.2f}", file=sys.stderr, flush=True)
+        return score
 
 
-def trials(folder: Path, name: str) -> dict[tuple[tuple[str, Any], ...], float | None]:
-    """Choice -> samples a second; ``None`` where it failed."""
-    found = {}
-    for file in sorted((folder / f"{name}-trials").glob("*.json")):
-        trial = json.loads(file.read_text("utf-8"))
-        found[tuple(trial["choice"].items())] = None if trial["error"] else trial["throughput"]
-    return found
-
-
-def replayed(every: dict[Any, float | None], most: int) -> float:
+def replayed(every: dict[Choice, float | None], most: int) -> float:
     """Part of the searches over shaken figures that come close to the best."""
     choices, best = list(every), max(score for score in every.values() if score)
     close = 0
@@ -105,35 +116,33 @@ def replayed(every: dict[Any, float | None], most: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--folder", type=Path, help="Keep trials here, and go on from them.")
-    parser.add_argument("--seconds", type=float, help="End after so many.")
+    parser.add_argument("--clock", choices=["processor", "wall"], default="processor")
+    parser.add_argument("--keep", type=Path, help="File for the figures of all configs, JSON.")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="drivetrain-tune-") as made:
-        folder = given.folder or Path(made)
-        folder.mkdir(parents=True, exist_ok=True)
-        enough = 10_000
-        how = {"tuner_num_trials": enough, "tuner_early_stopping": enough}
-        tune(config(folder, "all", tuner_type="random", **how), given.seconds)
-        every = trials(folder, "all")
-        most = len(every) // 4
-        how = {"tuner_num_trials": most, "tuner_early_stopping": most}
-        tune(config(folder, "tuner", **how), given.seconds)
-        few = trials(folder, "tuner")
-        best = max(every, key=lambda choice: every[choice] or 0.0)
-        chosen = max(few, key=lambda choice: few[choice] or 0.0)
-        scores = sorted((score for score in every.values() if score), reverse=True)
-        shown = {
-            "configs": len(every),
-            "failed": sum(score is None for score in every.values()),
-            "within 5 % of the best": sum(s >= CLOSE * scores[0] for s in scores),
-            "median over the best": round(scores[len(scores) // 2] / scores[0], 3),
-            "best": dict(best),
-            "trials": len(few),
-            "trials over configs": round(len(few) / len(every), 3),
-            "chosen": dict(chosen),
-            "share of the best": round((every[chosen] or 0.0) / scores[0], 3),
-            "replayed": replayed(every, most),
-        }
+    choices, _ = possible(GIVEN, choices_in(SPACE), RANKS, AutotuningSection())
+    all_, enough = Trials(given.clock), len(choices)
+    every = search(choices, all_.run, how="random", most=enough, patience=enough)
+    if given.keep:
+        given.keep.write_text(json.dumps(list(every.items())), "utf-8")
+    most = len(choices) // 4
+    runs = []
+    for _ in range(RUNS):
+        few = search(choices, Trials(given.clock).run, how="model_based", most=most, patience=most)
+        runs.append((len(few), max(few, key=lambda choice: few[choice] or 0.0)))
+    scores = sorted((score for score in every.values() if score), reverse=True)
+    shares = [(every[chosen] or 0.0) / scores[0] for _, chosen in runs]
+    shown = {
+        "configs": len(every),
+        "failed": sum(score is None for score in every.values()),
+        "within 5 % of the best": sum(score >= CLOSE * scores[0] for score in scores),
+        "median over the best": round(scores[len(scores) // 2] / scores[0], 3),
+        "best": name_of(max(every, key=lambda choice: every[choice] or 0.0)),
+        "chosen": [name_of(chosen) for _, chosen in runs],
+        "trials over configs": round(max(count for count, _ in runs) / len(every), 3),
+        "shares": [round(share, 3) for share in shares],
+        "share of the best": round(min(shares), 3),
+        "replayed": replayed(every, most),
+    }
     print(json.dumps(shown, indent=1))
 
 

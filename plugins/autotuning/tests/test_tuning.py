@@ -6,10 +6,12 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from drivetrain_autotuning import Autotuner
 from drivetrain_autotuning.search import search
 from drivetrain_autotuning.section import AutotuningSection
 from drivetrain_autotuning.space import choices_in, config_of, possible, space_of
@@ -17,9 +19,13 @@ from drivetrain_autotuning.trial import told
 from pydantic import ValidationError
 
 from drivetrain.cli import main
+from drivetrain.errors import ConfigError
+from drivetrain.plan.registry import Registry
 
 SCRIPT = """
-import argparse, sys, time
+import argparse, time
+now = [0.0]
+time.perf_counter = lambda: now[0]  # steps take what the script says, on a busy machine, too
 import torch, drivetrain
 parser = argparse.ArgumentParser()
 parser.add_argument("--config")
@@ -32,7 +38,7 @@ engine, *_ = drivetrain.initialize(model=torch.nn.Linear(8, 8), config=given.con
 for _ in range(given.steps):
     samples = engine.train_micro_batch_size_per_gpu()
     for _ in range(engine.gradient_accumulation_steps()):
-        time.sleep(0.02 if samples < 8 else 0.1)
+        now[0] += 0.02 if samples < 8 else 0.1
         engine.backward(engine(torch.randn(samples, 8)).square().mean())
         engine.step()
 """
@@ -71,7 +77,8 @@ def test_the_fastest_config_is_written_and_goes_on(folder: Path) -> None:
     result = run()
     assert result.exit_code == 0, result.output
     best = json.loads((folder / "autotuning_results" / "ds_config_optimal.json").read_text())
-    assert best["train_micro_batch_size_per_gpu"] == 4  # 200 samples/s against 80 and 100
+    assert best["train_micro_batch_size_per_gpu"] == 4
+    assert "200.00 samples/s, 0.0200 s a step" in result.output  # against 80 and 100
     assert "autotuning" not in best
     command = (folder / "autotuning_results" / "cmd_optimal.txt").read_text()
     assert command.startswith("drivetrain run --nproc 1 train.py --config ")
@@ -173,6 +180,70 @@ def test_usual_spaces_have_the_stages_that_the_config_names() -> None:
         "zero_optimization.stage": [0, 1, 2, 3],
     }
     assert space_of({}, section).keys() == {"train_micro_batch_size_per_gpu"}
+
+
+def test_slow_searches_also_try_accumulation_and_axes_that_the_config_names() -> None:
+    section = AutotuningSection(num_tuning_micro_batch_sizes=1, fast=False)
+    installed = {*Registry.installed().names("plugins")}
+    named = {
+        "tensor_parallel": {"tp": {"tp_size": 2}},
+        "pipeline": {"stages": 1},
+        "sequence_parallel_size": 2,
+        "moe": {},
+        "gradient_accumulation_steps": 3,
+    }
+    space = space_of(named, section, ranks=6)
+    assert space["gradient_accumulation_steps"] == [3, 6, 12]
+    paths = {
+        "tensor_parallel": "tensor_parallel.tp.tp_size",
+        "pipeline": "pipeline.stages",
+        "sequence_parallel_size": "sequence_parallel_size",
+        "moe": "moe.ep_size",
+    }
+    for owner, path in paths.items():
+        assert space.get(path) == ([1, 2, 3, 6] if owner in installed else None)
+    assert not {*paths.values()} & {*space_of(named, section, ranks=1)}
+    assert not {*paths.values()} & {*space_of({}, section, ranks=6)}
+    assert "gradient_accumulation_steps" not in space_of({"train_batch_size": 8}, section)
+
+
+# -- from a script ------------------------------------------------------------------------------
+
+
+def arguments(*words: str) -> SimpleNamespace:
+    return SimpleNamespace(user_script="train.py", user_args=list(words))
+
+
+def test_a_script_tunes_by_itself(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = SCRIPT.replace('"--config"', '"--deepspeed_config", dest="config"')
+    (folder / "train.py").write_text(text + "\nprint('trained with', samples)\n")
+    tuner = Autotuner(arguments("--deepspeed_config", "job.json"), {"localhost": [0]})
+    assert tuner.metric() == "throughput"
+    tuner.tune()
+    tuner.print_tuning_results()
+    tuner.write_optimal_config()
+    best = json.loads((folder / tuner.results_dir / "ds_config_optimal.json").read_text())
+    assert best["train_micro_batch_size_per_gpu"] == 4
+    assert tuner.run_after_tuning() == 0
+    shown = capfd.readouterr().out
+    rows = [line.split() for line in shown.splitlines() if line.endswith(("tmbspg4", "tmbspg8"))]
+    assert rows[-2][-1] == "tmbspg4"  # the best first
+    assert "trained with 4" in shown
+
+
+def test_a_script_is_told_what_does_not_work(folder: Path) -> None:
+    given = arguments("--deepspeed_config=job.json", "--fails", "no flux")
+    with pytest.raises(ConfigError, match="trials run on one host"):
+        Autotuner(given, {"a": [0], "b": [0]})
+    with pytest.raises(ConfigError, match="no devices"):
+        Autotuner(given, {"a": []})
+    with pytest.raises(ConfigError, match="none of --deepspeed_config"):
+        Autotuner(arguments("--deepspeed"), {"a": [0]})
+    tuner = Autotuner(given, {"a": [0]})
+    with pytest.raises(ConfigError, match="call tune"):
+        tuner.write_optimal_config()
+    with pytest.raises(ConfigError, match=r"(?s)no config works:.*3 x "):
+        tuner.tune()
 
 
 # -- the search --------------------------------------------------------------------------------

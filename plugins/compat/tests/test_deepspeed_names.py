@@ -74,9 +74,9 @@ def test_a_name_is_the_same_object_in_every_module_that_shows_it(one, other):
 
 def test_imports_that_fail_say_why():
     with pytest.raises(
-        ImportError, match=r"autotuning\.Autotuner needs drivetrain-autotuning, which"
+        ImportError, match=r"DeepSpeedHybridEngine needs drivetrain-hybrid-engine, which"
     ):
-        from deepspeed.autotuning import Autotuner  # noqa: F401
+        from deepspeed.runtime.hybrid_engine import DeepSpeedHybridEngine  # noqa: F401
     with pytest.raises(ImportError, match="has no name 'FusedAdamm'; did you mean 'FusedAdam'"):
         from deepspeed.ops.adam import FusedAdamm  # noqa: F401
     with pytest.raises(ModuleNotFoundError, match="Drivetrain's deepspeed has no name 'nothing'"):

@@ -63,11 +63,11 @@ def tune(
     best = tuning.best()
     if best is None:
         raise click.ClickException(tuning.failures())
-    command = tuning.write(best)
+    tuning.write(best)
     click.echo(f"best: {best.name}, {tuning.score(best):,.2f} by {section.metric}")
     click.echo(f"config, command and picture are in {section.results_dir}")
     if run_best:
-        sys.exit(subprocess.run(command, check=False).returncode)
+        sys.exit(tuning.run_best(best))
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Tuning:
         if self.section.overwrite:
             shutil.rmtree(self.section.exps_dir, ignore_errors=True)
         Path(self.section.exps_dir).mkdir(parents=True, exist_ok=True)
-        every = choices_in(space_of(self.config, self.section))
+        every = choices_in(space_of(self.config, self.section, self.ranks))
         choices, self.refused = possible(self.config, every, self.ranks, self.section)
         if not choices:
             raise click.ClickException(self.failures())
@@ -132,6 +132,24 @@ class Tuning:
         lines = [f"  {count} x {error}" for error, count in found.most_common()]
         return "\n".join(["no config works:", *lines])
 
+    def table(self) -> str:
+        """What was tried, the best first."""
+        failed = [trial for trial in self.trials if trial.error]
+        worked = [trial for trial in self.trials if not trial.error]
+        lines = [f"{'score':>12}  {'samples/s':>12}  {'s a step':>10}  config"]
+        lines += [
+            f"{self.score(t):12,.4g}  {t.throughput:12,.2f}  {t.seconds:10.4f}  {t.name}"
+            for t in sorted(worked, key=self.score, reverse=True)
+        ]
+        lines += [f"{'failed':>12}  {t.name}: {t.error}" for t in failed]
+        return "\n".join(lines)
+
+    def run_best(self, best: Any) -> int:
+        """Run the script with the best config; return its exit code."""
+        _, *words = self.write(best)
+        command = [sys.executable, "-m", "drivetrain.cli", *words]
+        return subprocess.run(command, check=False).returncode
+
     def write(self, best: Any) -> list[str]:
         """Write config, command, table and picture; return the command."""
         from drivetrain_autotuning.picture import picture
@@ -148,12 +166,8 @@ class Tuning:
         words = told(self.script, config, self.section.arg_mappings)
         command += [word.replace(_PLACE, str(file)) for word in words]
         (folder / "cmd_optimal.txt").write_text(shlex.join(command) + "\n", "utf-8")
-        rows = [
-            f"{trial.name}\t{trial.error or f'{self.score(trial):.4g}'}" for trial in self.trials
-        ]
-        (folder / "summary.txt").write_text(
-            "\n".join([*rows, f"best: {best.name}, {self.section.metric}"]) + "\n", "utf-8"
-        )
+        end = f"best: {best.name}, {self.section.metric}"
+        (folder / "summary.txt").write_text(f"{self.table()}\n{end}\n", "utf-8")
         drawn = [(t.name, 0.0 if t.error else self.score(t), t.error) for t in self.trials]
         text = picture(drawn, best.name, self.section.metric)
         (folder / "tried.svg").write_text(text, "utf-8")

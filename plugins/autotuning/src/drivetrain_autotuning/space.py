@@ -18,14 +18,32 @@ Choice = tuple[tuple[str, Any], ...]
 
 MICRO = "train_micro_batch_size_per_gpu"
 STAGE = "zero_optimization.stage"
+STEPS = "gradient_accumulation_steps"
 _BUCKETS = (50_000_000, 500_000_000)
 
+_AXES = {
+    "tensor_parallel": "autotp_size",
+    "pipeline": "stages",
+    "sequence_parallel_size": "",
+    "expert_parallel": "autoep_size",
+    "moe": "ep_size",
+}
+"""Key of a config that shares out a model -> the key in it that says over how many ranks."""
 
-def space_of(config: Mapping[str, Any], section: AutotuningSection) -> dict[str, list[Any]]:
+
+def space_of(
+    config: Mapping[str, Any], section: AutotuningSection, ranks: int = 1
+) -> dict[str, list[Any]]:
     """Config path -> values to try.
 
-    Stages are those that the config names: a number, a list, or ``"all"``. What belongs to packages
-    that are not installed is left out.
+    Stages are those that the config names: a number, a list, or ``"all"``. Models are shared out
+    only along axes that the config names, since scripts have to be made for that. What belongs to
+    packages that are not installed is left out.
+
+    Args:
+        config: of the user.
+        section: its section.
+        ranks: processes of a trial.
     """
     if section.space:
         return {path: list(values) for path, values in section.space.items()}
@@ -38,12 +56,31 @@ def space_of(config: Mapping[str, Any], section: AutotuningSection) -> dict[str,
             [0, 1, 2, 3] if stage == "all" else list(stage) if isinstance(stage, list) else [stage]
         )
     if not section.fast:
+        if "train_batch_size" not in config:  # else it follows from the micro-batch
+            given = config.get(STEPS)
+            space[STEPS] = [(given if isinstance(given, int) else 1) * times for times in (1, 2, 4)]
+        space |= _axes(config, registry, ranks)
         if registry.find("plugins", "activation_checkpointing") is not None:
             space["activation_checkpointing.recompute"] = ["none", "all"]
         if stage is not None:
             space["zero_optimization.reduce_bucket_size"] = list(_BUCKETS)
             if registry.find("plugins", "zero_optimization.offload_optimizer") is not None:
                 space["zero_optimization.offload_optimizer.device"] = ["none", "cpu"]
+    return space
+
+
+def _axes(config: Mapping[str, Any], registry: Registry, ranks: int) -> dict[str, list[Any]]:
+    """Over how many ranks the model is shared out, along each axis that the config names."""
+    sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
+    space: dict[str, list[Any]] = {}
+    for section, key in _AXES.items():
+        found = config.get(section)
+        if found is None or len(sizes) == 1 or registry.find("plugins", section) is None:
+            continue
+        if section == "tensor_parallel" and isinstance(found, Mapping):
+            key = next((k for k in ("tp_size", "tp") if k in found), key)
+            key = "tp.tp_size" if key == "tp" else key
+        space[f"{section}.{key}".rstrip(".")] = sizes
     return space
 
 

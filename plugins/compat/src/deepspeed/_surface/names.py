@@ -187,6 +187,7 @@ SAME: Mapping[str, str] = {
     "PipelineEngine": "runtime.pipe.engine.PipelineEngine",
     "PipelineModule": "pipe.PipelineModule",
     "get_accelerator": "accelerator.get_accelerator",
+    "autotuning.autotuner.Autotuner": "autotuning.Autotuner",
     "init_distributed": "comm.init_distributed",
     "log_dist": "utils.log_dist",
     "logger": "utils.logger",
