@@ -9,8 +9,8 @@ recomputation, in a random order. Then the tuner's search begins anew three time
 trials of its own and a quarter of the configs. ``share of the best``: the samples a second of the
 config that it chose over those of the best one, both as the search of all measured them; the worst
 of the three. Seconds are those of the processor, of the rank that took most, for the machine may do
-other work; with ``--clock wall`` they are those of the clock. Trials run in processes that are kept,
-not in a new one each, as ``drivetrain tune`` does, so that the search of all takes minutes.
+other work; with ``--clock wall`` they are those of the clock. Trials run in processes that are
+kept, not in a new one each, as ``drivetrain tune`` does, so that the search of all takes minutes.
 
 ``replayed`` says what luck had to do with it: the same search over the measured figures, each
 shaken by 3 % at random, 100 times: the part of them that come within 5 % of the best.

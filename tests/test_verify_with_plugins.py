@@ -114,11 +114,23 @@ def test_a_micro_batch_that_one_shard_loses_is_found() -> None:
         run_distributed(losing, 2, zero(3))
 
 
-@pytest.mark.parametrize("axis", ["pipeline", "tensor_parallel"])
-def test_plans_that_share_out_the_model_are_refused_by_name(axis: str) -> None:
-    keys = {"pipeline": {"stages": 2}} if axis == "pipeline" else {axis: {"autotp_size": 2}}
+@pytest.mark.parametrize(
+    ("keys", "axis"),
+    [
+        ({"pipeline": {"stages": 2}}, "pp"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tp"),
+        ({"sequence_parallel_size": 2}, "sp"),
+        ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "ep"),
+        ({"moe": {"ep_size": 2}}, "ep"),
+    ],
+    ids=["pipeline", "tensor", "sequence", "experts", "experts of layers"],
+)
+def test_plans_that_share_out_the_model_are_refused_by_name(
+    keys: dict[str, Any], axis: str
+) -> None:
     from drivetrain.plan.plan import Plan
 
     config = {"train_micro_batch_size_per_gpu": 1, "verify": {}, **keys}
-    with pytest.raises(ConfigError, match=r"verify\.enabled: compares data-parallel plans"):
+    words = rf"verify\.enabled: compares data-parallel plans: .* shares out {axis} "
+    with pytest.raises(ConfigError, match=words):
         Plan.build(config, world_size=2)

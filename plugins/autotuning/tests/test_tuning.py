@@ -82,7 +82,10 @@ def test_the_fastest_config_is_written_and_goes_on(folder: Path) -> None:
     assert "autotuning" not in best
     command = (folder / "autotuning_results" / "cmd_optimal.txt").read_text()
     assert command.startswith("drivetrain run --nproc 1 train.py --config ")
-    assert (folder / "autotuning_results" / "tried.svg").read_text().count("<rect") == 4
+    drawn = (folder / "autotuning_results" / "tried.svg").read_text()
+    assert drawn.count("<rect") == 4
+    assert "3 trials in their order, samples a second" in drawn
+    assert ">tmbspg: train_micro_batch_size_per_gpu<" in drawn
     kept = {file.name: file.read_text() for file in (folder / "autotuning_exps").glob("*.json")}
     assert len(kept) == 3
     (folder / "train.py").write_text("raise SystemExit('must not run')")

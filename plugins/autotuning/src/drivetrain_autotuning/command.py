@@ -153,7 +153,7 @@ class Tuning:
     def write(self, best: Any) -> list[str]:
         """Write config, command, table and picture; return the command."""
         from drivetrain_autotuning.picture import picture
-        from drivetrain_autotuning.space import config_of
+        from drivetrain_autotuning.space import config_of, initials_of
         from drivetrain_autotuning.trial import told
 
         folder = Path(self.section.results_dir)
@@ -169,7 +169,8 @@ class Tuning:
         end = f"best: {best.name}, {self.section.metric}"
         (folder / "summary.txt").write_text(f"{self.table()}\n{end}\n", "utf-8")
         drawn = [(t.name, 0.0 if t.error else self.score(t), t.error) for t in self.trials]
-        text = picture(drawn, best.name, self.section.metric)
+        keys = {initials_of(path): path for path in best.choice}
+        text = picture(drawn, best.name, self.section.metric, keys)
         (folder / "tried.svg").write_text(text, "utf-8")
         return command
 

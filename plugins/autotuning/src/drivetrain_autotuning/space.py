@@ -138,8 +138,10 @@ def possible(
 
 def name_of(choice: Choice) -> str:
     """A name for files and tables: initials of keys and values, such as ``s3_tmbspg8``."""
-    parts = []
-    for path, value in choice:
-        initials = "".join(word[0] for word in path.split(".")[-1].split("_") if word)
-        parts.append(f"{initials}{value}")
+    parts = [f"{initials_of(path)}{value}" for path, value in choice]
     return "_".join(parts).replace("/", "-")
+
+
+def initials_of(path: str) -> str:
+    """The letters that stand for a config path in names."""
+    return "".join(word[0] for word in path.split(".")[-1].split("_") if word)
