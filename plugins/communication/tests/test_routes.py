@@ -1,12 +1,24 @@
-"""Collectives in two levels bring what those of one hop bring, and cross hosts less."""
+"""Collectives go the way that rules or a table say, and bring the same numbers on every way."""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from drivetrain_communication.routes.hierarchy import Hierarchical, find_levels
+from drivetrain_communication.routes.through_host import ThroughHost
+from interleaved import KINDS, TAG, one, open_job, run_all
+from interleaved import values as drawn
 
 from drivetrain.communication.process_group import Ranks
 from drivetrain.contracts import (
@@ -16,16 +28,12 @@ from drivetrain.contracts import (
     Handle,
     Kind,
     Op,
-    Purpose,
     SubAxis,
-    Tag,
 )
 from drivetrain.errors import ConfigError
-from drivetrain.job.job import Job
 from drivetrain.plan.plan import Plan
 from drivetrain.testing import run_distributed
 
-TAG = Tag(Purpose.GRADIENT, "k")
 HOSTS = {"blocks": [0, 0, 1, 1], "turns": [0, 1, 0, 1]}
 
 
@@ -41,11 +49,6 @@ class Recorder(CommunicatorWrapper):
         return super().run(collective)
 
 
-def open_job(**routes: Any) -> Job:
-    config = {"train_micro_batch_size_per_gpu": 1, "communication": {"routes": routes}}
-    return Job.open(Plan.build(config, world_size=Ranks.current().world_size))
-
-
 def values(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
     generator = torch.Generator().manual_seed(rank)
     return torch.randint(-50, 50, (numel,), generator=generator).to(dtype)
@@ -54,7 +57,7 @@ def values(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
 def collectives(layout: str) -> list[Any]:
     with open_job(hierarchical=False) as job:
         recorder = Recorder(job.communicator)
-        comm = Hierarchical(recorder, job.mesh.ranks, HOSTS[layout], 0)
+        comm = Hierarchical(recorder, job.mesh.ranks, HOSTS[layout])
         found: list[Any] = []
         for numel in (1, 2, 3, 8, 1001):
             for dtype in (torch.float32, torch.int64):
@@ -120,3 +123,179 @@ def test_hosts_that_do_not_divide_the_ranks_are_refused() -> None:
             {"train_batch_size": 4, "communication": {"routes": {"ranks_per_host": 3}}},
             world_size=4,
         )
+
+
+def chosen() -> list[str]:
+    """Which route each of several collectives takes, by rules alone."""
+    from drivetrain_communication.routes.plugin import routers
+
+    rules = [
+        {"collective": "all_reduce", "below_bytes": 1000, "route": "gloo"},
+        {"collective": "all_reduce", "at_least_bytes": 4000, "route": "two_levels"},
+        {"axis": "world", "route": "gloo"},
+        {"collective": "all_gather", "route": "two_levels"},  # which cannot carry it
+    ]
+    with open_job(rules=rules, ranks_per_host=2, hierarchical=False) as job:
+        found = []
+        for kind, axis, numel in ASKED:
+            tensors = (torch.empty(numel),) * 2
+            found.append(routers[job].route_of(Collective(kind, tensors, axis, TAG)))
+        return found
+
+
+ASKED: list[tuple[Kind, str, int]] = [
+    (Kind.ALL_REDUCE, "data", 200),
+    (Kind.ALL_REDUCE, "data", 500),
+    (Kind.ALL_REDUCE, "data", 1000),
+    (Kind.ALL_TO_ALL, "world", 1000),
+    (Kind.ALL_TO_ALL, "data", 1000),
+    (Kind.ALL_GATHER, "data", 1000),
+]
+
+
+def test_the_first_rule_that_fits_and_can_carry_it_decides() -> None:
+    expected = ["gloo", "job", "two_levels", "gloo", "job", "job"]
+    assert run_distributed(chosen, 4) == [expected] * 4
+
+
+def many_at_once(turns: int) -> tuple[list[str], list[str]]:
+    from drivetrain_communication.routes.plugin import routers
+
+    rules = [
+        {"collective": "all_reduce", "at_least_bytes": 2000, "route": "two_levels"},
+        {"collective": "all_gather", "route": "gloo"},
+        {"collective": "all_to_all", "route": "two_levels"},
+    ]
+    with open_job(rules=rules, ranks_per_host=2) as job:
+        wrong = run_all(job, turns)
+        return wrong, sorted({route for _, _, route in routers[job].taken})
+
+
+def test_ranks_that_wait_in_other_orders_never_hang_and_get_the_right_numbers() -> None:
+    for wrong, routes in run_distributed(many_at_once, 4, 150):
+        assert wrong == []
+        assert routes == ["gloo", "job", "two_levels"]
+
+
+def tuned(folder: str) -> list[Any]:
+    """Measure, use the table, then find out which of others are refused."""
+    from drivetrain_communication.routes.plugin import routers
+    from drivetrain_communication.routes.table import Shape
+    from drivetrain_communication.routes.tune import tune
+
+    path, rank = Path(folder, "routes.json"), Ranks.current().rank
+    with open_job(ranks_per_host=2) as job:
+        kinds = ["all_reduce", "all_gather"]
+        table = tune(job, routers[job], ["world", "data"], kinds, [1024, 65536], 1e-4)
+        shapes = {shape for _, shape in table.best}
+        # That of the world, and those of its two levels.
+        assert shapes == {Shape(4, 2), Shape(2, 1), Shape(2, 2)}
+        routes = {name for row in table.measured for name in row["seconds"]}
+        assert {"job", "gloo", "two_levels"} <= routes
+        # What is measured is noise; what is written below is known.
+        table.best["all_reduce", Shape(4, 2)] = [(0, "gloo"), (4096, "two_levels")]
+        if rank == 0:
+            path.write_text(table.dumps())
+            other = replace(table, cluster={**table.cluster, "ranks_of_hosts": [4]})
+            Path(folder, "other.json").write_text(other.dumps())
+            Path(folder, "broken.json").write_text('{"format": 3}')
+        job.communicator.barrier("world", TAG)
+    found: list[Any] = []
+    with open_job(ranks_per_host=2, table=str(path)) as job:
+        for numel in (10, 1 << 20):
+            tensor = drawn(rank, numel, 0)
+            c = Collective(Kind.ALL_REDUCE, (tensor,), "data", TAG)
+            found.append(routers[job].route_of(c))
+            job.communicator.run(c)
+            found.append(
+                torch.equal(tensor, torch.stack([drawn(r, numel, 0) for r in range(4)]).sum(0))
+            )
+    for name in ("other.json", "broken.json", "none.json"):
+        with pytest.raises(ConfigError) as caught:
+            open_job(ranks_per_host=2, table=f"{folder}/{name}")
+        found.append(str(caught.value))
+    return found
+
+
+def test_a_measured_table_decides_and_one_of_another_cluster_is_refused(tmp_path: Path) -> None:
+    for rank in run_distributed(tuned, 4, str(tmp_path)):
+        assert rank[:4] == ["gloo", True, "two_levels", True]
+        other, broken, none = rank[4:]
+        assert "was measured on another cluster, 4 ranks on hosts of" in other
+        assert "this one is 2 + 2 ranks on hosts of" in other
+        assert "drivetrain comm tune" in other
+        assert "broken.json: its format is 3" in broken
+        assert "none.json: No such file" in none
+
+
+def not_here(route: str, others: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        open_job(others, rules=[{"route": route}])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("route", "why"),
+    [
+        ("nccl", "NCCL moves tensors of GPUs, and this job is on cpu"),
+        ("mpi", "mpi4py cannot be used|MPI knows of 1 ranks and the job has 2"),
+    ],
+)
+def test_a_route_that_does_not_exist_here_is_refused_on_every_rank(route: str, why: str) -> None:
+    for message in run_distributed(not_here, 2, route, {}):
+        assert f"communication.routes: there is no route '{route}' here: " in message
+        assert re.search(why, message)
+
+
+def through_the_host() -> list[bool]:
+    """A device's tensors are copied; here those of the host are, which nothing else would do."""
+    with open_job(hierarchical=False) as job:
+        comm = ThroughHost(job.communicator, always=True)
+        size, rank, found = job.world_size, job.rank, []
+        for turn, kind in enumerate(KINDS):
+            handle, is_right = one(comm, rank, kind, "world", list(range(size)), 64, turn)
+            handle.wait()
+            found.append(is_right())
+        return found
+
+
+def test_tensors_of_devices_travel_through_the_host() -> None:
+    assert run_distributed(through_the_host, 2) == [[True] * len(KINDS)] * 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"route": "carrier pigeon"}, "route"),
+        ({"route": "gloo", "axis": "no such"}, r"rules\[0\].axis"),
+        ({"route": "gloo", "at_least_bytes": 10, "below_bytes": 10}, "so no size fits"),
+        ({"route": "gloo", "operation": "all_reduce"}, "operation"),
+    ],
+)
+def test_wrong_rules_are_refused(rule: dict[str, Any], message: str) -> None:
+    config = {"train_batch_size": 4, "communication": {"routes": {"rules": [rule]}}}
+    with pytest.raises(ConfigError, match=message):
+        Plan.build(config, world_size=4)
+
+
+@pytest.mark.skipif(
+    shutil.which("mpirun") is None or find_spec("mpi4py") is None,
+    reason="needs mpirun and mpi4py",
+)
+def test_mpi_carries_collectives_among_those_of_other_routes() -> None:
+    script = Path(__file__).with_name("interleaved.py")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "4"]
+    done = subprocess.run(
+        [*launcher, sys.executable, str(script), "80"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("rank"))
+    routes = ["gloo", "job", "mpi", "two_levels"]
+    assert lines == [f"rank {rank}: [] by {routes}" for rank in range(4)]

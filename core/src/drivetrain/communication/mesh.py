@@ -38,9 +38,10 @@ class _Shared:
     imported: bool = False
 
 
-# Groups by their ranks, for as long as the default group lives that they were made from. Equal
-# meshes of one process share them.
-_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], _Shared]] = WeakKeyDictionary()
+# Groups by backend, where it is not that of the default group, and ranks, for as long as the
+# default group lives that they were made from. Equal meshes of one process share them.
+_Members = tuple[str | None, tuple[int, ...]]
+_groups: WeakKeyDictionary[dist.ProcessGroup, dict[_Members, _Shared]] = WeakKeyDictionary()
 
 
 class Mesh:
@@ -55,6 +56,7 @@ class Mesh:
         device_type: torch's type of the device that :meth:`device_mesh` is for.
         timeout: of collectives in the groups created here; torch's default when not given.
         meet: called as ``meet(name, ranks)`` before a group is created, to wait for the others.
+        backend: of groups created here; by default that of the default group.
     """
 
     def __init__(
@@ -65,12 +67,14 @@ class Mesh:
         device_type: str = "cpu",
         timeout: timedelta | None = None,
         meet: Callable[[str, int], None] | None = None,
+        backend: str | None = None,
     ) -> None:
         self.layout = layout
         self.rank = rank
         self._device_type = device_type
         self._timeout = timeout
         self._meet = meet
+        self._backend = backend
         self._used: dict[tuple[int, ...], _Shared] = {}
 
     def size(self, axis: Axis) -> int:
@@ -144,7 +148,7 @@ class Mesh:
                     f"lays out {list(mesh.ranks(axis))}; atoms nest as pp, dp, sp, tp"
                 )
             if len(ranks) > 1:
-                shared = _world_groups().setdefault(ranks, _Shared(group, imported=True))
+                shared = _world_groups().setdefault((None, ranks), _Shared(group, imported=True))
                 shared.users += 1
                 mesh._used[ranks] = shared
         return mesh
@@ -161,7 +165,7 @@ class Mesh:
     def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
         used = self._used.get(ranks)
         if used is None:
-            used = _world_groups().setdefault(ranks, _Shared())
+            used = _world_groups().setdefault((self._backend, ranks), _Shared())
             if used.group is None:
                 used.group = self._create(ranks, used.created)
                 used.created += 1
@@ -172,14 +176,15 @@ class Mesh:
 
     def _create(self, ranks: tuple[int, ...], generation: int) -> dist.ProcessGroup:
         default = _default_group()
-        if len(ranks) == dist.get_world_size():
+        if self._backend is None and len(ranks) == dist.get_world_size():
             return default
         # ``new_group(use_local_synchronization=True)`` derives the group's name from how many
         # groups *this* rank has, so ranks with different numbers of groups would wait for each
         # other for ever. The name must depend on the members alone.
         digest = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-        name = f"drivetrain/{digest}/{generation}"
+        name = f"drivetrain/{self._backend or ''}{digest}/{generation}"
         backend, store = c10d._world.pg_map[default]
+        backend = self._backend or backend
         timeout = self._timeout or c10d._get_default_timeout(c10d.Backend(backend))
         if self._meet is not None and len(ranks) > 1:
             self._meet(name, len(ranks))
@@ -205,7 +210,7 @@ def _default_group() -> dist.ProcessGroup:
     return group
 
 
-def _world_groups() -> dict[tuple[int, ...], _Shared]:
+def _world_groups() -> dict[_Members, _Shared]:
     return _groups.setdefault(_default_group(), {})
 
 

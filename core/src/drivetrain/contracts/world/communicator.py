@@ -50,7 +50,12 @@ class Communicator(ABC):
     With ``asynchronous=True`` a method returns at once, and the tensors must not be touched before
     ``handle.wait()``; otherwise the handle is already finished. All ranks of the axis must issue
     the same collectives in the same order.
+
+    Attributes:
+        route: what configs call a way of its own to carry data; empty for what has none.
     """
+
+    route = ""
 
     @abstractmethod
     def size(self, axis: Axis) -> int:

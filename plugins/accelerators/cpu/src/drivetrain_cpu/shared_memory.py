@@ -148,6 +148,8 @@ class SharedMemoryCommunicator(CommunicatorWrapper):
         issued: answers what given ranks compare when they wait for long, if they can.
     """
 
+    route = "shared_memory"
+
     def __init__(
         self,
         inner: Communicator,

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from drivetrain_communication.bench.measure import Row
 
 _UNITS = {"k": 10, "m": 20, "g": 30}
-_NAMES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "send_receive")
+COLLECTIVES = (
+    "all_reduce",
+    "reduce_scatter",
+    "all_gather",
+    "all_to_all",
+    "broadcast",
+    "send_receive",
+)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
@@ -42,7 +49,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4
     "--op",
     "kinds",
     multiple=True,
-    type=click.Choice(_NAMES),
+    type=click.Choice(COLLECTIVES),
     help="Which collective; may be repeated. All, if not given.",
 )
 @click.option(
@@ -91,29 +98,40 @@ def comm_bench(
     the slowest rank. Each size is four times the one before.
     """
     if ranks is not None:
-        raise SystemExit(_started(ranks))
+        raise SystemExit(started(ranks, "bench", "comm"))
     from drivetrain.job.job import Job
     from drivetrain.plan.plan import Plan
     from drivetrain_communication.bench.measure import DTYPES, sweep
 
-    if largest < smallest:
-        raise click.BadParameter("is below --smallest", param_hint="--largest")
-    sizes = [smallest]
-    while sizes[-1] * 4 <= largest:
-        sizes.append(sizes[-1] * 4)
+    sizes = sizes_between(smallest, largest)
     plan = Plan.build({} if config is None else config, batch_required=False)
     with Job.open(plan) as job:
         if job.mesh.size(axis) == 1:
             raise click.ClickException(
                 f"axis {axis!r} has one rank here: start several, as with drivetrain run -n 4"
             )
-        rows = list(sweep(job, axis, kinds or _NAMES, sizes, DTYPES[dtype], seconds))
+        rows = list(sweep(job, axis, kinds or COLLECTIVES, sizes, DTYPES[dtype], seconds))
         if job.rank == 0:
             _show(job, rows, axis, dtype, as_json=as_json, file=picture)
 
 
-def _started(ranks: int) -> int:
-    """Run this command with the same options on ``ranks`` processes; return its exit code."""
+def sizes_between(smallest: int, largest: int) -> list[int]:
+    """Sizes to measure, each four times the one before."""
+    if largest < smallest:
+        raise click.BadParameter("is below --smallest", param_hint="--largest")
+    sizes = [smallest]
+    while sizes[-1] * 4 <= largest:
+        sizes.append(sizes[-1] * 4)
+    return sizes
+
+
+def started(ranks: int, *name: str) -> int:
+    """Run a command with the options of this one on ``ranks`` processes; return its exit code.
+
+    Args:
+        ranks: how many.
+        name: words of the command.
+    """
     if "WORLD_SIZE" in os.environ:
         raise click.ClickException("a launcher has started this rank; leave out --ranks")
     context = click.get_current_context()
@@ -127,7 +145,7 @@ def _started(ranks: int) -> int:
                 w for v in found for w in ([option.opts[0]] + ([] if v is True else [str(v)]))
             ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, "--nproc-per-node", str(ranks), "-m", "drivetrain.cli", "bench", "comm"]
+    command = [*launcher, "--nproc-per-node", str(ranks), "-m", "drivetrain.cli", *name]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.run([*command, *words], env=environment, check=False).returncode
 

@@ -102,15 +102,31 @@ def sweep(
     ranks = job.communicator.size(axis)
     for kind in kinds:
         for size in sizes:
-            slice_ = max(1, -(-size // (dtype.itemsize * ranks)))
-            whole = job.communicator.buffer(slice_ * ranks, dtype, axis)
-            other = torch.zeros_like(whole)
+            whole, other = _tensors(job, axis, size, dtype)
             own = _time(job, axis, _ours(job, axis, Kind(kind), whole, other), seconds)
             theirs = None
             call = _backends(job, axis, Kind(kind), whole, other)
             if call is not None:
                 theirs = _time(job, axis, call, seconds)
             yield Row(kind, whole.nbytes, own, theirs, ranks)
+
+
+def time_of(
+    job: Job, axis: Axis, kind: Kind, nbytes: int, dtype: torch.dtype, seconds: float
+) -> float:
+    """Median of what the slowest rank takes for one collective. Collective over ``axis``."""
+    whole, other = _tensors(job, axis, nbytes, dtype)
+    return _time(job, axis, _ours(job, axis, kind, whole, other), seconds)
+
+
+def _tensors(
+    job: Job, axis: Axis, nbytes: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensor that a collective is about, in the job's memory for that, and another like it."""
+    ranks = job.communicator.size(axis)
+    slice_ = max(1, -(-nbytes // (dtype.itemsize * ranks)))
+    whole = job.communicator.buffer(slice_ * ranks, dtype, axis)
+    return whole, torch.zeros_like(whole)
 
 
 def _ours(

@@ -96,7 +96,6 @@ class Hierarchical(CommunicatorWrapper):
         inner: carries the hops.
         ranks: answers the global ranks along an axis.
         hosts: the host of every rank of the world.
-        minimum_bytes: smaller tensors take one hop.
     """
 
     def __init__(
@@ -104,26 +103,32 @@ class Hierarchical(CommunicatorWrapper):
         inner: Communicator,
         ranks: Callable[[Axis], Sequence[int]],
         hosts: Sequence[int],
-        minimum_bytes: int,
     ) -> None:
         super().__init__(inner)
         self._ranks = ranks
         self._hosts = hosts
-        self._minimum_bytes = minimum_bytes
         self._levels: dict[Axis, Levels | None] = {}
 
     def run(self, collective: Collective) -> Handle:
-        c, even = collective, collective.input_splits is None and collective.output_splits is None
-        wanted = c.kind is Kind.ALL_REDUCE or (c.kind is Kind.ALL_TO_ALL and even)
-        if not wanted or c.input.is_meta or c.input.nbytes < self._minimum_bytes:
-            return self.inner.run(c)
-        levels = self._levels_of(c.axis)
-        if levels is None or c.flaw(self.size(c.axis), self.rank(c.axis)) is not None:
-            return self.inner.run(c)  # which says what is wrong
-        run = self._all_reduce if c.kind is Kind.ALL_REDUCE else self._all_to_all
-        return run(c, levels)
+        if not self.carries(collective):
+            return self.inner.run(collective)  # which says what is wrong, if anything is
+        levels = self.levels_of(collective.axis)
+        assert levels is not None
+        all_reduces = collective.kind is Kind.ALL_REDUCE
+        return (self._all_reduce if all_reduces else self._all_to_all)(collective, levels)
 
-    def _levels_of(self, axis: Axis) -> Levels | None:
+    def carries(self, c: Collective) -> bool:
+        """Whether ``c`` can be taken apart; all ranks come to the same answer."""
+        even = c.input_splits is None and c.output_splits is None
+        if not (c.kind is Kind.ALL_REDUCE or (c.kind is Kind.ALL_TO_ALL and even)):
+            return False
+        if c.input.is_meta or self.levels_of(c.axis) is None:
+            return False
+        size = self.size(c.axis)  # of fewer elements than ranks, some levels would get none
+        return c.input.numel() >= size and c.flaw(size, self.rank(c.axis)) is None
+
+    def levels_of(self, axis: Axis) -> Levels | None:
+        """The two levels of ``axis``; ``None`` where one hop is as good."""
         if axis not in self._levels:
             hosts = [self._hosts[rank] for rank in self._ranks(axis)]
             found = find_levels(axis, hosts, self.rank(axis))
