@@ -282,6 +282,7 @@ class MpiCommunicator(CommunicatorWrapper):
                 return came + [group.Isend(self._bytes(t), dest=p) for t, p in pairs[: c.sends]]
             case Kind.BARRIER:
                 return [group.Ibarrier()]
+        raise AssertionError(f"{c.kind} is made of another one")
 
     def _op(self, c: Collective) -> Any:
         return {Op.SUM: self._mpi.SUM, Op.MAX: self._mpi.MAX, Op.MIN: self._mpi.MIN}[c.op]
