@@ -212,3 +212,44 @@ def test_small_helpers(tmp_path, caplog):
         see_memory_usage("after the first step", force=True)
     (line,) = [r.getMessage() for r in caplog.records]
     assert line.startswith("after the first step: device ")
+
+
+def with_switches():
+    from deepspeed.comm import torch as switches
+
+    from drivetrain.contracts import Purpose, Tag
+    from drivetrain.errors import CommunicationError
+
+    with pytest.raises(CommunicationError, match="all_reduce_comm_off needs an open job"):
+        switches.all_reduce_comm_off(True)
+    torch.manual_seed(0)
+    engine, *_ = deepspeed.initialize(
+        model=torch.nn.Linear(2, 2),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        },
+    )
+    rank, found = comm.get_rank(), []
+    for flag in (False, True, False):
+        switches.backward_comm_off(flag)
+        with torch.no_grad():
+            engine.module.weight.fill_(1.0)
+        engine.backward((engine(torch.full((1, 2), float(rank))) * 2).sum())
+        engine.step()
+        found.append(engine.module.weight[0, 0].item())
+    switches.broadcast_comm_off(True)
+    tensors = [torch.tensor([float(rank)]) for _ in range(2)]
+    for tensor, purpose in zip(tensors, (Purpose.STATE, Purpose.CONTROL), strict=True):
+        engine.job.communicator.broadcast(tensor, "world", Tag(purpose), source=1)
+    engine.destroy()
+    return found, [tensor.item() for tensor in tensors]
+
+
+def test_a_kind_of_collective_can_be_switched_off_to_see_what_it_costs():
+    (first, kept), (second, _) = run_distributed(with_switches, 2)
+    # The gradient of rank r is 2 r; their mean is 1. Without a sum each divides its own by two.
+    assert first == pytest.approx([0.9, 1.0, 0.9])
+    assert second == pytest.approx([0.9, 0.9, 0.9])
+    assert kept == [0.0, 1.0]  # ranks still agree on what they have to

@@ -46,6 +46,10 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "reduce_scatter_tensor scatter send",
         "torch.distributed.device_mesh": "initialize_mesh_device=init_device_mesh",
     },
+    "comm.torch": {
+        "deepspeed._parts.comm_switches": "all_gather_comm_off all_reduce_comm_off "
+        "backward_comm_off broadcast_comm_off reduce_scatter_comm_off",
+    },
     "elasticity": {"deepspeed._parts.small": "elasticity_enabled"},
     "elasticity.config": {
         "drivetrain.errors": "ElasticityConfigError=ConfigError ElasticityError=ConfigError "
@@ -342,6 +346,19 @@ INSTEAD: Mapping[str, str] = {
     "runtime.progressive_layer_drop.ProgressiveLayerDrop": "the config's progressive_layer_drop",
     "runtime.zero.offload_states.get_state_devices": "drivetrain_offload.state_devices(engine)",
     "checkpoint.DeepSpeedCheckpoint": "drivetrain checkpoint inspect FOLDER",
+    "comm.backend.Backend": "the config's communication.routes, which chooses among backends",
+    "comm.ccl.CCLBackend": "init_distributed(dist_backend='ccl') with oneCCL's bindings for torch",
+    "comm.enable_symm_mem_for_group": "nothing: on CPUs ranks of a host share memory by themselves",
+    "comm.get_logged_comm_ops": "engine.job.byte_log.items()",
+    "comm.torch.TorchBackend": "torch.distributed, or engine.job.communicator",
+    "comm.torch.reduce_comm_off": "all_reduce_comm_off: nothing is reduced to one rank alone",
+    "runtime.comm.coalesced_collectives.all_to_all_loco_quant_reduce": "the config's "
+    "zero_optimization.zero_quantized_gradients with zeropp_loco_param",
+    "runtime.comm.coalesced_collectives.all_to_all_quant_reduce": "the config's "
+    "zero_optimization.zero_quantized_gradients",
+    "runtime.comm.coalesced_collectives.reduce_scatter_coalesced": "comm.reduce_scatter_tensor of "
+    "one flat tensor, as the engine does",
+    "runtime.comm.hccl.HcclBackend": "runtime.comm.compressed.CompressedBackend, on any device",
     "compat.get_accelerator": "deepspeed.accelerator.get_accelerator",
     "elasticity.ensure_immutable_elastic_config": "nothing: ranks compare their configs",
     "io.FastFileWriter": "the config's checkpoint.background, which saves while training goes on",
