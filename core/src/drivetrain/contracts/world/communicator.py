@@ -50,12 +50,7 @@ class Communicator(ABC):
     With ``asynchronous=True`` a method returns at once, and the tensors must not be touched before
     ``handle.wait()``; otherwise the handle is already finished. All ranks of the axis must issue
     the same collectives in the same order.
-
-    Attributes:
-        route: what configs call a way of its own to carry data; empty for what has none.
     """
-
-    route = ""
 
     @abstractmethod
     def size(self, axis: Axis) -> int:
@@ -279,7 +274,8 @@ class CommunicatorPhase(IntEnum):
     """Where a decorator sits, from the inside out.
 
     Routes carry data by ways of their own, so they are inside the byte log (core's), which counts
-    what travels whichever way it goes, after compression.
+    what travels whichever way it goes, after compression. A route that configs may choose says in
+    its attribute ``route`` what they call it.
     """
 
     ROUTE = 0

@@ -214,7 +214,7 @@ def flaw_of(route: str, job: Job, inner: Communicator) -> str:
     if route in (JOB, TWO_LEVELS, _backend()):
         return ""
     if route == "shared_memory":
-        if any(layer.route == route for layer in layers(inner)):
+        if any(getattr(layer, "route", "") == route for layer in layers(inner)):
             return ""
         return "ranks share memory on CPUs, with drivetrain-cpu and cpu.shared_memory"
     if route == "mpi":
