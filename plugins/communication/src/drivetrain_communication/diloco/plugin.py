@@ -74,14 +74,16 @@ class DilocoPlugin(Plugin):
 
     @hookimpl
     def prepare_inputs(self, engine: Engine) -> None:
-        if engine.optimizer is not None and engine.module.training:
+        # Stages pass here one after another, and come together at their step alone.
+        alike = engine.job.mesh.size("pp") == 1
+        if alike and engine.optimizer is not None and engine.module.training:
             self._of(engine).come()
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, engine: Engine) -> Generator[None, bool, bool]:
-        applied = yield
         diloco = self._of(engine)
-        diloco.come()  # a runner may not pass through the engine's forward
+        diloco.come()  # a runner, as that of stages, may not pass through the engine's forward
+        applied = yield
         diloco.stepped()
         return applied
 
