@@ -50,6 +50,15 @@ CASES = [
     pytest.param(
         (2, 2, 2), {"stage": 2, "gradient_clipping": CLIPPING, "cpu": MESSAGES}, id="eight ranks"
     ),
+    pytest.param(
+        (2, 2, 1),
+        {
+            "stage": 1,
+            "pipeline": {"schedule": "zb_h1"},
+            "tensor_parallel": {"autotp_size": 2, "tp_overlap_comm": True},
+        },
+        id="weights' gradients in backward",
+    ),
 ]
 MORE = [
     pytest.param((4, 2, 1), {"stage": 1}, id="four stages"),

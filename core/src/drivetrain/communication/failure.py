@@ -187,14 +187,15 @@ class FailureBoard:
         A rank may be through with a collective that others still read. Closing a connection takes
         from it what the other end has not read yet, and breaks the collective there.
         """
-        deadline = time.monotonic() + _PARTING_SECONDS
+        deadline, pause = time.monotonic() + _PARTING_SECONDS, 0.001
         with suppress(*_STORE_IS_GONE):
             if self.store.add("parting", 1) == self._world_size:
                 self.store.set("parted", "")
-            while wait and time.monotonic() < deadline and self.first() is None:
-                with suppress(dist.DistStoreError):  # these milliseconds are over
-                    self.store.wait(["parted"], timedelta(milliseconds=200))
+            while wait and not self.store.check(["parted"]):
+                if time.monotonic() > deadline or self.first() is not None:
                     return
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
 
     def leave(self) -> None:
         """Say that this rank has closed its job, and needs to be told of nothing any more."""

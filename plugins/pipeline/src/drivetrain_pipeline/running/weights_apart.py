@@ -5,7 +5,8 @@ a chunk's inputs first, since the stage before waits for it, and that of weights
 time. In training, linear layers keep what the gradient of their weight is made of instead of making
 it in backward: the layer's input, and the gradient of its output. So do layers that are made of
 linear ones and multiply by their weight in a forward of their own, as those do that ranks share
-out. All other parameters (norms, biases, embeddings) get theirs in backward, as they cost little.
+out. All other parameters (norms, biases, embeddings) get theirs in backward, as they cost little,
+and so do weights that a layer multiplies by with an operator of its own.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class WeightsApart:
         self._stored: list[_Entry] = []
         self._kept: dict[tuple[int, int], list[_Entry]] = {}
         self._left: Counter[int] = Counter()
+        self._came: set[nn.Parameter] = set()
         for part in self._linear:
             vars(part)["forward"] = _Forward(self, part)
 
@@ -53,6 +55,7 @@ class WeightsApart:
     def begin(self, stream: Sequence[Instruction]) -> None:
         """Begin a window with these instructions."""
         self._kept.clear()
+        self._came.clear()
         self._left = Counter(i.chunk for i in stream if i.kind == "W")
         if self._left:
             self._engine.states.defer(self.weights)
@@ -91,6 +94,10 @@ class WeightsApart:
             self._engine.gradients_ready([weight], last=last)
             if not last:
                 self._engine.states.defer([weight])
+        self._came.update(by_weight)
+        if not self._left.total():
+            in_backward = [weight for weight in self.weights if weight not in self._came]
+            self._engine.gradients_ready(in_backward, last=True)
 
 
 def _separate(module: nn.Module, tied: set[int]) -> list[nn.Linear]:
