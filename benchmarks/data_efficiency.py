@@ -1,11 +1,14 @@
-"""Train the quickstart's GPT plainly and with less tokens; prints JSON, and draws the curves.
+"""Train the quickstart's GPT plainly and with fewer tokens; prints JSON, and draws the curves.
 
-    python benchmarks/data_efficiency.py --seeds 3 --picture plugins/data_efficiency/docs/tokens.svg
+    python benchmarks/data_efficiency.py --seeds 3 --runs runs.jsonl --picture tokens.svg
+    python benchmarks/data_efficiency.py --designs plain short same-steps convex
 
-The fixed recipe: sequences grow from 64 to 256 bytes over the first 70 % of the steps, and the two
-inner layers of four see 192 of 256 tokens at first, all of them at half of the steps. Both runs
-have the same steps, batch, optimizer and schedule (examples/gpt.json), one process, and are scored
-on the same held-out windows. Tokens are those that the model was given, after truncation.
+Every design has the batch, the optimizer and the peak rates of examples/gpt.json, one process, and
+is scored on the same held-out windows. Tokens are those that the model was given, after truncation;
+layer tokens also leave out what random-LTD drops. ``efficient`` is the fixed recipe: so many steps
+that the tokens are 0.75 of the plain run's, of which sequences grow from 32 to 256 bytes over the
+first 90 %, two of the four layers see 192 of 256 tokens at first and all of them at half of the
+steps, and the rate decays by layer tokens. The other designs are those that were tried.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,49 +36,137 @@ import drivetrain  # noqa: E402
 CONTEXT = 256
 
 
-def recipe(steps: int) -> dict[str, Any]:
-    """The section ``data_efficiency`` for so many steps."""
-    lengths = {
-        "clustering_type": "single_cluster",
-        "min_difficulty": 64,
-        "max_difficulty": CONTEXT,
-        "schedule_type": "fixed_linear",
-        "schedule_config": {"total_curriculum_step": int(0.7 * steps), "difficulty_step": 8},
-        "truncate": True,
-    }
-    dropping = {
-        "enabled": True,
-        "random_ltd_schedule": {
-            "min_value": 192,
-            "max_value": CONTEXT,
-            "schedule_config": {"require_steps": steps // 2, "seq_per_step": 8},
-        },
-    }
-    learning = {"enabled": True, "curriculum_metrics": {"seqlen": lengths}}
-    return {
-        "enabled": True,
-        "data_sampling": {"enabled": True, "curriculum_learning": learning},
-        "data_routing": {"enabled": True, "random_ltd": dropping},
-    }
+LAYERS = 4
+
+BATCH = 16
+
+SHARE = 0.75
+"""Of the plain run's tokens, that the others may take."""
 
 
-def train(kind: str, seed: int, steps: int, every: int) -> list[dict[str, float]]:
+@dataclass(frozen=True)
+class Design:
+    """How sequences grow, how many tokens inner layers see, and what the rate decays by.
+
+    Args:
+        first: length at the beginning, in bytes; ``None`` for whole sequences.
+        part: of the steps, until sequences are whole.
+        degree: of the root by which they grow; below 1 slowly at first.
+        kept: tokens that inner layers see at first; ``None`` for all.
+        kept_part: of the steps, until they see all.
+        by_tokens: decay by layer tokens instead of steps.
+        share: of the plain run's tokens; ``None`` for as many steps.
+    """
+
+    first: int | None = None
+    part: float = 0.9
+    degree: float = 1.0
+    kept: int | None = 192
+    kept_part: float = 0.5
+    by_tokens: bool = True
+    share: float | None = SHARE
+
+    def length(self, step: int, steps: int) -> int:
+        """Bytes of a sequence at a step, from 1."""
+        if self.first is None:
+            return CONTEXT
+        grown = (step / int(self.part * steps)) ** (1 / self.degree)
+        raw = math.floor(grown * (CONTEXT - self.first) + self.first)
+        return min(max(raw - raw % 8, self.first), CONTEXT)
+
+    def tokens(self, steps: int) -> int:
+        """Tokens of so many steps."""
+        return BATCH * sum(self.length(step, steps) for step in range(1, steps + 1))
+
+    def layer_tokens(self, steps: int) -> int:
+        """Tokens that layers see in so many steps, summed over layers."""
+        total = 0
+        for step in range(1, steps + 1):
+            length, kept = self.length(step, steps), CONTEXT
+            if self.kept is not None:
+                raw = int((step - 1) / int(self.kept_part * steps) * (CONTEXT - self.kept))
+                kept = min(self.kept + raw - (self.kept + raw) % 8, CONTEXT)
+            total += BATCH * (min(kept, length) * 2 + length * (LAYERS - 2))
+        return total
+
+    def steps(self, plain: int) -> int:
+        """The steps that the design may take beside a plain run."""
+        if self.share is None:
+            return plain
+        allowed, steps = self.share * plain * BATCH * CONTEXT, 1
+        while self.tokens(steps + 1) <= allowed:
+            steps += 1
+        return steps
+
+    def section(self, steps: int) -> dict[str, Any]:
+        """The section ``data_efficiency`` for so many steps."""
+        section: dict[str, Any] = {"enabled": True}
+        if self.first is not None:
+            growth = {"total_curriculum_step": int(self.part * steps), "difficulty_step": 8}
+            lengths = {
+                "clustering_type": "single_cluster",
+                "min_difficulty": self.first,
+                "max_difficulty": CONTEXT,
+                "schedule_type": "fixed_root",
+                "schedule_config": {**growth, "root_degree": self.degree},
+                "truncate": True,
+            }
+            learning = {"enabled": True, "curriculum_metrics": {"seqlen": lengths}}
+            section["data_sampling"] = {"enabled": True, "curriculum_learning": learning}
+        if self.kept is not None:
+            total = self.layer_tokens(steps)
+            dropping: dict[str, Any] = {
+                "enabled": True,
+                "random_ltd_schedule": {
+                    "min_value": self.kept,
+                    "max_value": CONTEXT,
+                    "schedule_config": {
+                        "require_steps": int(self.kept_part * steps),
+                        "seq_per_step": 8,
+                    },
+                },
+                "layer_token_lr_schedule": {
+                    "enabled": self.by_tokens,
+                    "total_layer_tokens": total,
+                    "warmup_layer_tokens": total // 50,
+                },
+            }
+            section["data_routing"] = {"enabled": True, "random_ltd": dropping}
+        return section
+
+
+DESIGNS = {
+    "plain": Design(kept=None, by_tokens=False, share=None),
+    "efficient": Design(first=32),
+    "short": Design(kept=None, by_tokens=False),  # plainly, with the tokens of the others
+    "same-steps": Design(first=64, part=0.7, by_tokens=False, share=None),
+    "by-steps": Design(first=32, kept=None, by_tokens=False),
+    "convex": Design(first=16, part=1.0, degree=0.5, kept=None, by_tokens=False),
+    "from-64": Design(first=64),
+    "early": Design(first=32, part=0.7),
+}
+
+
+def train(kind: str, seed: int, plain: int, every: int) -> dict[str, Any]:
     """Train once; returns tokens, layer tokens, seconds and held-out bits per byte as it goes."""
     training, held_out = split(standard_library(), CONTEXT)
+    design = DESIGNS[kind]
+    steps = design.steps(plain)
     torch.manual_seed(seed)
-    overlays = [f"scheduler.params.total_num_steps={steps}", f"seed={seed}"]
-    overlays += [f"scheduler.params.warmup_num_steps={steps // 10}", "zero_optimization.stage=0"]
-    if kind == "efficient":
-        overlays.append(f"data_efficiency={json.dumps(recipe(steps))}")
+    by_steps = (steps, steps // 10) if not design.by_tokens else (10**9, 1)
+    overlays = [f"scheduler.params.total_num_steps={by_steps[0]}", f"seed={seed}"]
+    overlays += [f"scheduler.params.warmup_num_steps={by_steps[1]}", "zero_optimization.stage=0"]
+    if kind not in ("plain", "short"):
+        overlays.append(f"data_efficiency={json.dumps(design.section(steps))}")
     engine, _, loader, _ = drivetrain.initialize(
-        model=GPT(CONTEXT, 4, 128, 4),
+        model=GPT(CONTEXT, LAYERS, 128, 4),
         training_data=training,
         config=ROOT / "examples" / "gpt.json",
         overlays=overlays,
     )
     assert loader is not None
     validation = list(engine.deepspeed_io(held_out.at_most(128), route="eval"))
-    found, begin, evaluated = [], time.perf_counter(), 0.0
+    points, begin, evaluated = [], time.perf_counter(), 0.0
     for step in range(1, steps + 1):
         engine.train_batch()
         if step % every == 0 or step == steps:
@@ -81,11 +174,13 @@ def train(kind: str, seed: int, steps: int, every: int) -> list[dict[str, float]
             bits = score(engine, validation)
             evaluated += time.perf_counter() - pause
             spent = time.perf_counter() - begin - evaluated
-            found.append({"step": step, "tokens": engine.progress.tokens, "bits": bits,
-                          "seconds": spent})  # fmt: skip
-            sys.stderr.write(f"{kind} seed {seed} {found[-1]}\n")
+            points.append({"step": step, "tokens": engine.progress.tokens, "bits": bits,
+                           "seconds": spent})  # fmt: skip
+            sys.stderr.write(f"{kind} seed {seed} {points[-1]}\n")
     engine.destroy()
-    return found
+    assert points[-1]["tokens"] == design.tokens(steps)
+    run: dict[str, Any] = {"kind": kind, "seed": seed, "plain_steps": plain, "points": points}
+    return {**run, "layer_tokens": design.layer_tokens(steps) // LAYERS}
 
 
 @torch.no_grad()
@@ -97,7 +192,7 @@ def score(engine: drivetrain.Engine, batches: list[Any]) -> float:
     return sum(losses) / len(losses) / math.log(2)
 
 
-def picture(runs: dict[str, list[list[dict[str, float]]]]) -> str:
+def picture(runs: dict[str, list[Any]]) -> str:
     """Held-out bits per byte over tokens, one line for each run, as SVG."""
     width, height, left, top = 720, 380, 60, 30
     points = [p for many in runs.values() for one in many for p in one]
@@ -133,29 +228,58 @@ def picture(runs: dict[str, list[list[dict[str, float]]]]) -> str:
     return "\n".join([*rows, "</svg>\n"])
 
 
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each design and seed: bits, and ratios to the plain run of that seed."""
+    plain = {run["seed"]: run for run in runs if run["kind"] == "plain"}
+    rows: dict[str, Any] = {}
+    for run in runs:
+        last, base = run["points"][-1], plain[run["seed"]]
+        end = base["points"][-1]
+        rows.setdefault(run["kind"], {})[f"seed {run['seed']}"] = {
+            "bits": round(last["bits"], 4),
+            "bits_ratio": round(last["bits"] / end["bits"], 4),
+            "token_ratio": round(last["tokens"] / end["tokens"], 4),
+            "layer_token_ratio": round(run["layer_tokens"] / base["layer_tokens"], 4),
+            "time_ratio": round(last["seconds"] / end["seconds"], 3),
+        }
+    for seeds in rows.values():
+        for key in ("bits", "bits_ratio"):
+            seeds[f"mean_{key}"] = round(
+                statistics.mean(row[key] for row in seeds.values() if isinstance(row, dict)), 4
+            )
+    return rows
+
+
 def main() -> None:
-    """Run all seeds of both kinds."""
+    """Run all seeds of the designs, but for those that are in the file of runs."""
     parser = argparse.ArgumentParser(description="Quality by tokens of the quickstart's GPT.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=25)
+    parser.add_argument("--designs", nargs="+", default=["plain", "efficient"], choices=DESIGNS)
+    parser.add_argument("--runs", type=Path, help="JSON lines of runs that are done, added to")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
-    runs: dict[str, list[list[dict[str, float]]]] = {"plain": [], "efficient": []}
-    rows = {}
+    runs = []
+    if options.runs is not None and options.runs.is_file():
+        runs = [json.loads(line) for line in options.runs.read_text("utf-8").splitlines()]
+    done = {(run["kind"], run["seed"], run["plain_steps"]) for run in runs}
     for seed in range(1, options.seeds + 1):
-        for kind, many in runs.items():
-            many.append(train(kind, seed, options.steps, options.every))
-        plain, ours = runs["plain"][-1][-1], runs["efficient"][-1][-1]
-        rows[f"seed {seed}"] = {
-            "plain_bits": round(plain["bits"], 4),
-            "bits": round(ours["bits"], 4),
-            "token_ratio": round(ours["tokens"] / plain["tokens"], 4),
-            "time_ratio": round(ours["seconds"] / plain["seconds"], 3),
+        for kind in options.designs:
+            if (kind, seed, options.steps) in done:
+                continue
+            runs.append(train(kind, seed, options.steps, options.every))
+            if options.runs is not None:
+                with options.runs.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(runs[-1]) + "\n")
+    runs = [run for run in runs if run["plain_steps"] == options.steps]
+    print(json.dumps(summary(runs)))
+    if options.picture is not None:
+        shown = {
+            kind: [run["points"] for run in runs if run["kind"] == kind]
+            for kind in ("plain", "efficient")
         }
-        print(json.dumps(rows), flush=True)
-        if options.picture is not None:
-            options.picture.write_text(picture(runs), "utf-8")
+        options.picture.write_text(picture(shown), "utf-8")
 
 
 if __name__ == "__main__":

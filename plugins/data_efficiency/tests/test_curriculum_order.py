@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,24 @@ def test_files_of_another_data_set_and_difficulties_that_open_nothing_are_refuse
         order_of(curriculum(tmp_path, m={**LINEAR, **files, "index_to_sample_path": merged}))
     with pytest.raises(ConfigError, match="is no indexed data set"):
         order_of(curriculum(tmp_path, m={**LINEAR, **files, "index_to_sample_path": "/nowhere"}))
+
+
+def test_a_data_set_shorter_than_a_batch_is_refused(tmp_path: Path) -> None:
+    section = curriculum(tmp_path, length={**LINEAR, **write_metric(tmp_path, "m", VALUES)})
+    order_of(section, batch=SAMPLES)
+    with pytest.raises(ConfigError, match="has 60 samples, fewer than a global batch of 61"):
+        order_of(section, batch=SAMPLES + 1)
+
+
+def test_difficulties_never_fall_below_the_first(tmp_path: Path) -> None:
+    """Rounding down to a multiple of ``difficulty_step`` would give 0 at first."""
+    metric = {**LINEAR, "min_difficulty": 3, **write_metric(tmp_path, "m", VALUES)}
+    metric["schedule_config"] = {"total_curriculum_step": 10, "difficulty_step": 5}
+    order = order_of(curriculum(tmp_path, m=metric))
+    found = [order.difficulties(step)["m"] for step in range(1, 12)]
+    assert found == [3, 3, 5, 5, 5, 5, 5, 5, 5, 10, 10]
+    first = [sample for (sample,) in itertools.islice(order.items(0, 0), 8)]
+    assert all(VALUES[sample] <= 3 for sample in first)
 
 
 def test_a_custom_schedule_is_a_function_within_the_bounds(tmp_path: Path) -> None:

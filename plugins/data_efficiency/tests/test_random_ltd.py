@@ -12,7 +12,7 @@ import torch
 from drivetrain_data_efficiency import DataEfficiency
 from drivetrain_data_efficiency.routing import random_ltd, tokens
 from drivetrain_data_efficiency.routing.draw import draw, kept_tokens
-from drivetrain_data_efficiency.section import LayerTokenRate, LtdSchedule
+from drivetrain_data_efficiency.section import LtdSchedule
 from torch import nn
 
 import drivetrain
@@ -299,10 +299,11 @@ def test_the_rate_follows_layer_tokens() -> None:
         "warmup_layer_tokens": per_step[0] * 2,
         "decay_type": "linear",
     }
-    section = LayerTokenRate.model_validate(rate)
     factors, before = [], 0
     for tokens_of_step in per_step:
-        factors.append(random_ltd.layer_token_factor(before, section))
+        warmup = 2 * per_step[0]
+        part = (before - warmup) / (total - warmup)
+        factors.append(before / warmup if before < warmup else max(0.0, 1.0 - part))
         before += tokens_of_step
     assert factors[:2] == [0.0, 0.5]
     assert factors[-1] == 0.0

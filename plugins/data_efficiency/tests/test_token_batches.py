@@ -209,6 +209,48 @@ def test_by_default_the_rate_is_meant_for_the_mean() -> None:
         scale_rate(1.0, 2, 1, "log")
 
 
+def scheduled(folder: str, by: str, total: int, load: bool) -> list[float]:
+    """How far each of three steps moves the weight, of a gradient of 1."""
+    batching = {"lr_scaling_method": "none", "sequence_picking_order": "random"}
+    rate = {"enabled": True, "by": by, "total": total, "warmup": total // 4, "decay_type": "linear"}
+    sampling = {
+        "enabled": True,
+        "dynamic_batching": {"enabled": True, "max_tokens": 40, **batching},
+    }
+    sampling["dynamic_batching"]["pack"] = True
+    keys = {"enabled": True, "data_sampling": sampling, "lr_schedule": rate}
+    engine = start(Rows(), {}, data_efficiency=keys)
+    if load:
+        engine.load_checkpoint(folder)
+    moved = []
+    for _ in range(3):
+        before = engine.module.weight.item()
+        engine.train_batch()
+        moved.append(before - engine.module.weight.item())
+    engine.save_checkpoint(folder)
+    engine.destroy()
+    return moved
+
+
+@pytest.mark.parametrize("by", ["steps", "samples", "tokens"])
+def test_a_schedule_counts_steps_samples_or_tokens_of_all_ranks(tmp_path: Path, by: str) -> None:
+    own = section(sequence_picking_order="random")
+    batches = TokenBatches(LENGTHS, own, per_step=4, seed=1234)
+    rows = list(batches.items(0, 0))
+    steps = [[s for part in rows[first : first + 4] for s in part] for first in range(0, 24, 4)]
+    counts = {"steps": lambda step: 1, "samples": len, "tokens": lambda s: int(LENGTHS[s].sum())}
+    done, total, expected = 0, sum(counts[by](step) for step in steps), []
+    warmup = total // 4
+    for step in steps:
+        part = done / warmup if done < warmup else 1 - (done - warmup) / (total - warmup)
+        expected.append(0.5 * part)
+        done += counts[by](step)
+    first = run_distributed(scheduled, 2, str(tmp_path), by, total, False)
+    [rest] = run_distributed(scheduled, 1, str(tmp_path), by, total, True)
+    assert first[0] == first[1]
+    assert first[0] + rest == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
 def test_lengths_come_from_the_analyzer_or_the_data_set(tmp_path: Path) -> None:
     Analyzer(Rows(), [length()], tmp_path, progress=False).run()
     engine = start(Rows(told=False), {"metrics_path": str(tmp_path)})

@@ -78,11 +78,19 @@ class DataEfficiency(Plugin):
         dropping = self._dropping(engine)
         consumed = 0 if dropping is None else dropping.consumed
         writer.put(f"{PATH}/consumed_layer_tokens", consumed)
+        if self._section.batching is not None:
+            from drivetrain_data_efficiency.rates import packed_until
+
+            writer.put(f"{PATH}/packed", packed_until.get(engine.job, {}))
 
     @hookimpl
     def load_state(self, engine: Engine, reader: StateReader) -> None:
         if (dropping := self._dropping(engine)) is not None:
             dropping.consumed = int(reader.get(f"{PATH}/consumed_layer_tokens", 0))
+        if counts := reader.get(f"{PATH}/packed"):
+            from drivetrain_data_efficiency.rates import packed_until
+
+            packed_until[engine.job] = {name: int(count) for name, count in counts.items()}
 
     def _dropping(self, engine: Engine) -> Any | None:
         if self._section.dropping is None:

@@ -260,6 +260,32 @@ class LayerTokenRate(Section):
         return self
 
 
+class RateSchedule(Section):
+    """A factor on the learning rate that counts steps, samples or tokens."""
+
+    enabled: Bool = Field(default=False, description="Multiply the rate by it.")
+    by: Literal["steps", "samples", "tokens"] = Field(
+        default="tokens",
+        description="What is counted, over all ranks: steps, samples, or tokens after sequences "
+        "were cut.",
+    )
+    total: PositiveInt | None = Field(
+        default=None, description="Count after which the factor is 0; required."
+    )
+    warmup: NonNegativeInt = Field(default=0, description="Count of the warm-up, which is linear.")
+    decay_type: Literal["linear", "cosine", "none"] = Field(
+        default="cosine", description="Shape after the warm-up."
+    )
+
+    @model_validator(mode="after")
+    def _ends_later(self) -> RateSchedule:
+        if self.enabled and self.total is None:
+            raise ValueError("needs total")
+        if self.total is not None and self.warmup >= self.total:
+            raise ValueError(f"warmup {self.warmup} must be less than total {self.total}")
+        return self
+
+
 class RandomLtdSection(Section):
     """Layers see a random part of each sequence's tokens; the others pass them by."""
 
@@ -331,6 +357,11 @@ class DataEfficiencySection(Section):
     data_routing: DataRoutingSection = Field(
         default=DataRoutingSection(), description="Which tokens which layers see."
     )
+    lr_schedule: RateSchedule = Field(
+        default=RateSchedule(),
+        description="A factor on the learning rate by what was consumed; with it, leave the "
+        "scheduler constant.",
+    )
 
     @model_validator(mode="after")
     def _switches_are_said(self) -> DataEfficiencySection:
@@ -361,6 +392,7 @@ class DataEfficiencySection(Section):
         under = [*top, (f"{PATH}.data_sampling", sampling)]
         yield sampling.curriculum_learning, under
         yield sampling.dynamic_batching, under
+        yield self.lr_schedule, top
         yield routing.random_ltd, [*top, (f"{PATH}.data_routing", routing)]
 
     @property
@@ -379,6 +411,11 @@ class DataEfficiencySection(Section):
         """The section of dynamic batching, if all switches above it are on."""
         section = self.data_sampling.dynamic_batching
         return section if self.samples and section.enabled else None
+
+    @property
+    def rate(self) -> RateSchedule | None:
+        """The schedule of the rate, if it and the switch above it are on."""
+        return self.lr_schedule if self.enabled and self.lr_schedule.enabled else None
 
     @property
     def dropping(self) -> RandomLtdSection | None:

@@ -7,7 +7,6 @@ Large-scale Transformers", https://arxiv.org/abs/2211.11586.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -17,6 +16,7 @@ import torch
 from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.states.units import Unit, units
+from drivetrain_data_efficiency.decay import rate_at
 from drivetrain_data_efficiency.routing.arguments import Cut, Forward, unbatched
 from drivetrain_data_efficiency.routing.draw import draw, kept_tokens
 from drivetrain_data_efficiency.routing.tokens import gather_tokens, scatter_tokens
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from drivetrain.job.job import Job
-    from drivetrain_data_efficiency.section import LayerTokenRate, RandomLtdSection
+    from drivetrain_data_efficiency.section import RandomLtdSection
 
 PATH = "data_efficiency.data_routing.random_ltd"
 
@@ -164,7 +164,11 @@ class RandomLtd:
     def rate_factor(self) -> float:
         """Factor on the learning rate of the step under way, by layer tokens before it."""
         rate = self._section.layer_token_lr_schedule
-        return layer_token_factor(self.consumed, rate) if rate.enabled else 1.0
+        if not rate.enabled:
+            return 1.0
+        assert rate.total_layer_tokens is not None
+        total, warmup = rate.total_layer_tokens, rate.warmup_layer_tokens
+        return rate_at(self.consumed, total=total, warmup=warmup, decay=rate.decay_type)
 
     def end_step(self) -> None:
         """Add what the layers of all data shards have seen; collective if sizes vary."""
@@ -177,25 +181,6 @@ class RandomLtd:
             self.consumed += int(total)
         else:
             self.consumed += own * self._job.mesh.size("dp")
-
-
-def layer_token_factor(tokens: int, rate: LayerTokenRate) -> float:
-    """From 0 to 1 in the warm-up, then to 0 at ``total_layer_tokens``.
-
-    Args:
-        tokens: layer tokens before the step.
-        rate: shape and bounds; enabled.
-    """
-    assert rate.total_layer_tokens is not None
-    if tokens < rate.warmup_layer_tokens:
-        return tokens / rate.warmup_layer_tokens
-    if rate.decay_type == "none":
-        return 1.0
-    span = rate.total_layer_tokens - rate.warmup_layer_tokens
-    progress = min(1.0, (tokens - rate.warmup_layer_tokens) / span)
-    if rate.decay_type == "linear":
-        return 1.0 - progress
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def _layers(module: nn.Module) -> list[Unit]:

@@ -50,6 +50,9 @@ class CurriculumOrder:
         batch_size: samples of a step over all ranks.
         num_epochs: the pass ends after so many times the data set.
         seed: of the order.
+
+    Raises:
+        ConfigError: files of another data set, or a data set shorter than a batch.
     """
 
     def __init__(
@@ -61,6 +64,11 @@ class CurriculumOrder:
         num_epochs: int,
         seed: int,
     ) -> None:
+        if samples < batch_size:
+            raise ConfigError(
+                f"the data set has {samples} samples, fewer than a global batch of {batch_size}, "
+                "so every step would have some of them twice: lower train_batch_size"
+            )
         self._samples, self._batch, self._epochs = samples, batch_size, num_epochs
         self._seed = seed
         metrics = section.curriculum_metrics

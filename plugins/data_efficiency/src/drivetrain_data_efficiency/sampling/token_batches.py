@@ -76,6 +76,7 @@ class TokenBatches:
                 section.max_tokens,
             )
         self._order = order[fits]
+        self._tokens = np.concatenate([[0], np.cumsum(lengths[self._order], dtype=np.int64)])
         self._places = divide(
             lengths[self._order],
             section.max_tokens,
@@ -107,12 +108,16 @@ class TokenBatches:
         shuffled = Permutation(len(self._places), "micro-batches", self._seed, epoch)
         return shuffled.part(start, stop)
 
-    def step_samples(self, epoch: int, start: int) -> int:
-        """Samples of the step, over all ranks, that a position belongs to."""
+    def step_counts(self, epoch: int, start: int) -> tuple[int, int]:
+        """Samples and tokens of the step, over all ranks, that a position belongs to."""
         first = start - start % self._per_step
         numbers = self._numbers(epoch, first, first + self._per_step)
-        places = self._places[numbers]
-        return int((places[:, 1] - places[:, 0]).sum())
+        begins, ends = self._places[numbers].T
+        return int((ends - begins).sum()), int((self._tokens[ends] - self._tokens[begins]).sum())
+
+    def step_samples(self, epoch: int, start: int) -> int:
+        """Samples of the step, over all ranks, that a position belongs to."""
+        return self.step_counts(epoch, start)[0]
 
     @property
     def mean_samples(self) -> float:
@@ -204,3 +209,9 @@ def rate_factor(engine: Engine, section: DynamicBatchingSection) -> float:
         return 1.0
     base = section.base_batch_size or order.mean_samples
     return scale_rate(1.0, order.step_samples(*order.latest), base, section.lr_scaling_method)
+
+
+def step_under_way(engine: Engine) -> tuple[int, int] | None:
+    """Samples and tokens of the step under way; ``None`` if the engine has no such loader."""
+    order = _of_job.get(engine.job)
+    return None if order is None else order.step_counts(*order.latest)
