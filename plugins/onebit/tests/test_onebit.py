@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +265,59 @@ def test_wrong_parameters_are_refused(params: dict[str, Any], message: str) -> N
     config = {"train_batch_size": 1, "optimizer": {"type": "OneBitAdam", "params": params}}
     with pytest.raises(ConfigError, match=message):
         drivetrain.initialize(model=module, model_parameters=module.parameters(), config=config)
+
+
+def of_another_world(folder: str) -> tuple[list[str], list[float]]:
+    """What loading says, and the weights after some more steps."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("drivetrain")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    engine = make(freeze_step=3)
+    try:
+        engine.load_checkpoint(folder)
+        train(engine, range(7, 10))
+        return said, weights(engine)
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        engine.destroy()
+
+
+def test_on_another_number_of_ranks_errors_start_from_zero_and_loading_says_so(
+    tmp_path: Path,
+) -> None:
+    run_distributed(resume, 2, str(tmp_path), 7)
+    answers = run_distributed(of_another_world, 3, str(tmp_path))
+    said = " ".join(answers[0][0])
+    assert "worker_error belongs to a rank and starts afresh" in said
+    assert all(found == answers[0][1] for _, found in answers)
+    assert all(math.isfinite(weight) for weight in answers[0][1])
+
+
+def test_a_warm_up_longer_than_training_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    config = {
+        "train_batch_size": 1,
+        "optimizer": {"type": "OneBitAdam", "params": {"freeze_step": 1000}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 1000}},
+    }
+    with caplog.at_level(logging.WARNING, logger="drivetrain"):
+        engine, *_ = drivetrain.initialize(model=mlp(), config=config)
+    engine.destroy()
+    assert "freeze_step is 1000, and scheduler.params.total_num_steps is 1000" in caplog.text
+    assert "training ends before anything is compressed" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["OneBitAdam", "OneBitLamb", "ZeroOneAdam"])
+def test_sparse_gradients_are_refused_by_name(kind: str) -> None:
+    module = nn.Sequential(nn.Embedding(4, 2, sparse=True), nn.Linear(2, 1))
+    config = {
+        "train_batch_size": 1,
+        "sparse_gradients": True,
+        "optimizer": {"type": kind, "params": {}},
+    }
+    with pytest.raises(ConfigError, match=r"gradient of parameter 0\.weight is sparse"):
+        drivetrain.initialize(model=module, config=config)
