@@ -20,7 +20,7 @@ SECTION = {
 
 def llama() -> torch.nn.Module:
     config = LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
         initializer_range=0.2, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
@@ -29,7 +29,7 @@ def llama() -> torch.nn.Module:
         return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("form", ["", "w8a8", "q4_1"])
+@pytest.mark.parametrize("form", ["", "w8a8", "q4_1", "int8"])
 def test_the_invariant_mode_gives_the_same_bits_in_every_batch(form: str) -> None:
     config = {**SECTION, "weight_format": form}
     params = SamplingParams(max_new_tokens=12, logprobs=3)

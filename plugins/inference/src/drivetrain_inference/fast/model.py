@@ -6,11 +6,14 @@ token of each sequence counts.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from drivetrain_kernels.ops.decoder import ADD_RMS_NORM, GATED_ACTIVATION, ROTARY_TO_CACHE
 from drivetrain_kernels.ops.paged_attention import PAGED_ATTENTION
+from torch import nn
 
 from drivetrain.contracts import WeightFormat
 from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
@@ -28,7 +31,7 @@ class _Layer:
     down: Projection
 
     @classmethod
-    def of(cls, block: Block, form: WeightFormat | None) -> _Layer:
+    def of(cls, block: Block, project: Callable[[Sequence[nn.Linear]], Projection]) -> _Layer:
         query, key, value, output = block.attention
         gate, up, down = block.gated
         first, second = block.norms
@@ -36,10 +39,10 @@ class _Layer:
         return cls(
             weights,
             (norm_eps(first), norm_eps(second)),
-            query_key_value=joined((query, key, value), form),
-            output=joined((output,), form),
-            gate_up=joined((gate, up), form),
-            down=joined((down,), form),
+            query_key_value=project((query, key, value)),
+            output=project((output,)),
+            gate_up=project((gate, up)),
+            down=project((down,)),
         )
 
 
@@ -52,6 +55,7 @@ class FastModel:
         context: positions that rotations are made for.
         form: format of the blocks' matrices; ``None``: as they are.
         head: whether the matrix that makes logits has that format, too.
+        invariant: a row's bits must not depend on how many other rows there are.
 
     Raises:
         UnlikeError: attention is of a kind that this way does not know.
@@ -65,6 +69,7 @@ class FastModel:
         context: int,
         form: WeightFormat | None = None,
         head: bool = False,
+        invariant: bool = False,
     ) -> None:
         if len(layers) != len(structure.blocks):
             raise UnlikeError(f"{len(layers)} modules attend in {len(structure.blocks)} layers")
@@ -76,9 +81,10 @@ class FastModel:
         self._padding = structure.embedding.padding_idx
         self.dtype, self.device = self._embedding.dtype, self._embedding.device
         self._cosine, self._sine = _rotations(structure, self._embedding, context)
-        self._blocks = [_Layer.of(block, form) for block in structure.blocks]
+        project = partial(joined, form=form, invariant=invariant)
+        self._blocks = [_Layer.of(block, project) for block in structure.blocks]
         self._norm, self._eps = _detached(structure.norm), norm_eps(structure.norm)
-        self._head = joined((structure.head,), form if head else None)
+        self._head = joined((structure.head,), form if head else None, invariant=invariant)
         self._kind = structure.activation
         kind = self.device.type
         self._add_norm = ADD_RMS_NORM.function(kind)

@@ -17,12 +17,15 @@ Projection = Callable[[torch.Tensor], torch.Tensor]
 """[rows, in] -> [rows, out]."""
 
 
-def joined(linears: Sequence[nn.Linear], form: WeightFormat | None) -> Projection:
+def joined(
+    linears: Sequence[nn.Linear], form: WeightFormat | None, *, invariant: bool = False
+) -> Projection:
     """One projection that computes several layers of the same input, one after another.
 
     Args:
         linears: the layers.
         form: how to pack the weight; ``None`` keeps its numbers.
+        invariant: a row's bits must not depend on how many other rows there are.
     """
     weight = torch.cat([each.weight.detach() for each in linears])
     biases = [getattr(each, "bias", None) for each in linears]
@@ -32,7 +35,7 @@ def joined(linears: Sequence[nn.Linear], form: WeightFormat | None) -> Projectio
         rows = [z if own is None else own.detach() for z, own in zip(zeros, biases, strict=True)]
         bias = torch.cat(rows)
     if form is not None:
-        return _in_format(form, weight, bias)
+        return _in_format(form, weight, bias, invariant)
     device = weight.device.type
     if PACKED_LINEAR.provider(device) != REFERENCE and weight.dtype != torch.float64:
         return _packed(weight, bias)
@@ -45,10 +48,12 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
     return lambda x: multiply(x, panels, bias, outputs)
 
 
-def _in_format(form: WeightFormat, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
+def _in_format(
+    form: WeightFormat, weight: torch.Tensor, bias: torch.Tensor | None, invariant: bool
+) -> Projection:
     packed, outputs = form.pack(weight), len(weight)
     if isinstance(form, BoundFormat):
-        product = form.bind(packed, outputs)
+        product = form.bind(packed, outputs, invariant=invariant)
     else:
 
         def product(x: torch.Tensor) -> torch.Tensor:

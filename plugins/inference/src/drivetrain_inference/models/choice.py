@@ -124,7 +124,14 @@ def _fast(
     # A format changes numbers on purpose, so the structure is what was checked.
     if formats.blocks is None:
         return exact
-    return FastModel(structure, layers, context=context, form=formats.blocks, head=formats.head)
+    return FastModel(
+        structure,
+        layers,
+        context=context,
+        form=formats.blocks,
+        head=formats.head,
+        invariant=formats.batch_invariant,
+    )
 
 
 def difference(model: Model, tokens: list[int], reference: torch.Tensor) -> float:

@@ -62,7 +62,7 @@ class BlockFormat(BoundFormat):
     def multiply(self, x: torch.Tensor, packed: Packed, outputs: int) -> torch.Tensor:
         return block_linear(x, packed["codes"], packed["parameters"], self.bits, outputs)
 
-    def bind(self, packed: Packed, outputs: int) -> Product:
+    def bind(self, packed: Packed, outputs: int, *, invariant: bool) -> Product:
         codes, parameters, bits = packed["codes"], packed["parameters"], self.bits
         function = BLOCK_LINEAR.function(codes.device.type)
         return lambda x: function(x, codes, parameters, bits, outputs)

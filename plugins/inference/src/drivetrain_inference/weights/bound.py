@@ -21,5 +21,11 @@ class BoundFormat(WeightFormat):
     """
 
     @abstractmethod
-    def bind(self, packed: Packed, outputs: int) -> Product:
-        """The function that :meth:`multiply` is for ``packed``; arguments are not checked."""
+    def bind(self, packed: Packed, outputs: int, *, invariant: bool) -> Product:
+        """The function that :meth:`multiply` is for ``packed``; arguments are not checked.
+
+        Args:
+            packed: one weight.
+            outputs: rows of that weight.
+            invariant: a row's bits must not depend on how many other rows there are.
+        """

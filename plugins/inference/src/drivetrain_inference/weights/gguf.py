@@ -81,8 +81,8 @@ class FileFormat(BoundFormat):
     def multiply(self, x: torch.Tensor, packed: Packed, outputs: int) -> torch.Tensor:
         return _form_of(packed).multiply(x, packed, outputs)
 
-    def bind(self, packed: Packed, outputs: int) -> Product:
-        return _form_of(packed).bind(packed, outputs)
+    def bind(self, packed: Packed, outputs: int, *, invariant: bool) -> Product:
+        return _form_of(packed).bind(packed, outputs, invariant=invariant)
 
     def _found(self, weight: torch.Tensor) -> tuple[str, torch.Tensor] | None:
         places = [self._rows.get(key) for key in _keys(weight.detach().to(self._dtype))]

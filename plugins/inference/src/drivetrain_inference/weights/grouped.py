@@ -9,18 +9,24 @@ from typing import ClassVar
 import torch
 from drivetrain_kernels import dequantize, quantize, quantized_linear
 
-from drivetrain.contracts import Packed, WeightFormat
+from drivetrain.contracts import Packed
 from drivetrain.errors import ConfigError
+from drivetrain_inference.weights.bound import BoundFormat, Product
+
+_SLICE = 1 << 19
+"""Elements of a weight that are unpacked at once: they stay in a processor's cache."""
 
 GROUPS = (128, 64, 32)
 """Elements of a row that share a scale: the first that divides it."""
 
 
-class _Grouped(WeightFormat):
+class _Grouped(BoundFormat):
     """Codes and parameters of ``drivetrain_kernels.quantize``; groups never cross rows."""
 
     code: ClassVar[str]
     symmetric: ClassVar[bool]
+    few_rows: ClassVar[int]
+    """Up to so many the fused product is quicker on a CPU: it unpacks for each few rows anew."""
 
     def tensors(self, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, columns = shape
@@ -61,6 +67,28 @@ class _Grouped(WeightFormat):
             outputs=outputs,
         )
 
+    def bind(self, packed: Packed, outputs: int, *, invariant: bool) -> Product:
+        few = math.inf if invariant else self.few_rows
+
+        def product(x: torch.Tensor) -> torch.Tensor:
+            if len(x) <= few or x.device.type != "cpu":
+                return self.multiply(x, packed, outputs)
+            return self._multiply_many(x, packed, outputs)
+
+        return product
+
+    def _multiply_many(self, x: torch.Tensor, packed: Packed, outputs: int) -> torch.Tensor:
+        """The product with a weight that is unpacked once, in the dtype of ``x``, by slices."""
+        columns, y = x.shape[1], x.new_empty(len(x), outputs)
+        sizes = {name: len(tensor) // outputs for name, tensor in packed.items()}
+        step = max(1, _SLICE // columns)
+        for start in range(0, outputs, step):
+            stop = min(start + step, outputs)
+            own = {name: t[start * sizes[name] : stop * sizes[name]] for name, t in packed.items()}
+            weight = self.unpack(own, (stop - start, columns), x.dtype)
+            y[:, start:stop] = torch.nn.functional.linear(x, weight)
+        return y
+
     def _group(self, columns: int) -> int:
         for group in GROUPS:
             if columns % group == 0:
@@ -74,10 +102,10 @@ class _Grouped(WeightFormat):
 class Int8(_Grouped):
     """8 bits and a scale a group: 8.25 bits a weight in groups of 128."""
 
-    code, symmetric = "int8", True
+    code, symmetric, few_rows = "int8", True, 8
 
 
 class Int4(_Grouped):
     """4 bits, a scale and an offset a group: 4.5 bits a weight in groups of 128."""
 
-    code, symmetric = "int4", False
+    code, symmetric, few_rows = "int4", False, 16

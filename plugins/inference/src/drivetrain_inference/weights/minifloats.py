@@ -50,7 +50,7 @@ class _Minifloat(BoundFormat):
     def multiply(self, x: torch.Tensor, packed: Packed, outputs: int) -> torch.Tensor:
         return minifloat_linear(x, packed["codes"], packed["scales"], self.code)
 
-    def bind(self, packed: Packed, outputs: int) -> Product:
+    def bind(self, packed: Packed, outputs: int, *, invariant: bool) -> Product:
         codes, scales, code = packed["codes"], packed["scales"], self.code
         function = MINIFLOAT_LINEAR.function(codes.device.type)
         return lambda x: function(x, codes, scales, code)
