@@ -1,11 +1,16 @@
 """Plans beside what jobs then do: peak memory, processor time of a step, and their ranking.
 
-Usage: plan.py [--only N] [--limit] RESULTS.json
+Usage: plan.py memory|ranks|time|thousand [--results FILE] [--seconds N] [--only N]
 
-24 configurations of ZeRO stage, place of states, precision, accumulation, recomputation and model
-run as one rank of one thread. Memory is the resident set, less that after a training of no size.
-Times are of the processor, for the machine may be shared. With --limit each plan's memory is also
-the most that the process may map (RLIMIT_DATA) beside what it has, and it must not run out.
+Prints JSON. ``memory``: 24 configurations of ZeRO stage, place of states, precision, accumulation,
+recomputation and model, as one rank of one thread. Memory is the resident set, less that after a
+training of no size. What the plan needs is also the most that the process may map (RLIMIT_DATA)
+beside what it has, and it must not run out. ``ranks``: configurations on two and four ranks, with
+parallel axes. ``time``: processor seconds of a step of the 24, for the machine may be shared.
+``thousand``: how long it takes to plan 1.3 billion parameters on 1,024 ranks.
+
+With --results what is measured is kept in a file, and what is there is not measured again. After
+--seconds nothing is begun any more, so that a long measurement can be made in slices.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -31,94 +37,143 @@ from drivetrain_cli.planning.machine_table import MachineTable
 from drivetrain_cli.planning.measuring import measure_machine, time_operators
 from drivetrain_cli.planning.overhead import overhead_of
 from drivetrain_cli.planning.price import price_of
-from drivetrain_cli.planning.rehearsed import rehearse
+from drivetrain_cli.planning.rehearsed import Rehearsed, rehearse
 from drivetrain_cli.planning.subject import Subject
 from drivetrain_cli.stand_in import without_memory
 
 from drivetrain.job.accelerator_choice import choose_accelerator
 
 SEQUENCE, STEPS = 128, 4
+WAYS = [(1, False), (2, True), (2, False), (1, True)]
+"""Micro-batches of a window, and whether all blocks are recomputed."""
 
-CASES = [
-    (stage, away, precision, steps, again, model)
-    for number, (stage, away, precision, model) in enumerate(
-        [
-            *(
-                (stage, False, p, m)
-                for stage in range(4)
-                for p in ("fp32", "bf16")
-                for m in ("gpt", "wide")
-            ),
-            *(
-                (stage, True, p, m)
-                for stage in (2, 3)
-                for p in ("fp32", "bf16")
-                for m in ("gpt", "wide")
-            ),
-        ]
-    )
-    for steps, again in [[(1, False), (2, True), (2, False), (1, True)][number % 4]]
+ROWS = [
+    *(
+        (stage, False, p, m)
+        for stage in range(4)
+        for p in ("fp32", "bf16")
+        for m in ("gpt", "wide")
+    ),
+    *((stage, True, p, m) for stage in (2, 3) for p in ("fp32", "bf16") for m in ("gpt", "wide")),
 ]
+CASES = {
+    f"stage {stage}, {'offload, ' if away else ''}{precision}, {steps} micro-batch"
+    f"{'es' if steps > 1 else ''}{', recompute' if again else ''}, {model}": (
+        {
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_accumulation_steps": steps,
+            "optimizer": {"type": "AdamW"},
+            "bf16": {"enabled": precision == "bf16"},
+            "zero_optimization": {"stage": stage}
+            | ({"offload_optimizer": {"device": "cpu"}} if away else {}),
+            **({"activation_checkpointing": {"recompute": "all"}} if again else {}),
+        },
+        model,
+        1,
+    )
+    for number, (stage, away, precision, model) in enumerate(ROWS)
+    for steps, again in [WAYS[number % 4]]
+}
+"""Name -> config, model and ranks."""
+
+PLAIN: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "AdamW"}}
+BF16: dict[str, Any] = {"bf16": {"enabled": True}}
+ON_RANKS: dict[str, tuple[dict[str, Any], str, int]] = {
+    **{
+        f"stage {stage}, {precision}, {model}, 2 ranks": (
+            {**PLAIN, **more, "zero_optimization": {"stage": stage}},
+            model,
+            2,
+        )
+        for stage in range(4)
+        for precision, more, model in (("fp32", {}, "gpt"), ("bf16", BF16, "wide"))
+    },
+    "tp 2": ({**PLAIN, "tensor_parallel": {"autotp_size": 2}}, "gpt", 2),
+    "pp 2": ({**PLAIN, "gradient_accumulation_steps": 4, "mesh": {"pp": 2}}, "gpt", 2),
+    "sp 2": ({**PLAIN, "mesh": {"sp": 2}}, "gpt", 2),
+}
 
 
-def config(case: tuple[Any, ...]) -> dict[str, Any]:
-    stage, away, precision, steps, again, _ = case
-    zero: dict[str, Any] = {"stage": stage}
-    if away:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": steps,
-        "optimizer": {"type": "AdamW"},
-        "bf16": {"enabled": precision == "bf16"},
-        "zero_optimization": zero,
-        **({"activation_checkpointing": {"recompute": "all"}} if again else {}),
-    }
+def subject_of(model: str) -> Subject:
+    make = getattr(plan_models, model)
+    return Subject(lambda: without_memory(make, model), model, SEQUENCE, None, [])
 
 
-def worked(given: dict[str, Any], model: str, limit: int | None) -> dict[str, Any]:
-    """What the worker measures; ``None`` in ``peak`` where it ran out of memory."""
+def planned(given: dict[str, Any], model: str, ranks: int) -> Rehearsed:
+    """The rank that needs most: of a pipeline the first one of each stage counts."""
+    where = Ranks(ranks, 1, True)
+    first = rehearse(given, subject_of(model), where)
+    others = (
+        rehearse(given, subject_of(model), where, rank=stage * ranks // first.stages)
+        for stage in range(1, first.stages)
+    )
+    return max((first, *others), key=lambda found: found.needs)
+
+
+def worked(
+    given: dict[str, Any], model: str, ranks: int, steps: int, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """What the worker measures on each rank; empty if one ran out of memory.
+
+    Raises:
+        SystemExit: it failed for another reason.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "config.json")
         file.write_text(json.dumps(given))
         worker = str(Path(__file__).with_name("plan_worker.py"))
-        command = [sys.executable, worker, str(file), model, str(SEQUENCE), str(STEPS), folder]
-        command += [] if limit is None else [str(limit)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command = [sys.executable, *(launcher if ranks > 1 else []), worker, str(file), model]
+        command += [str(SEQUENCE), str(steps), folder] + ([] if limit is None else [str(limit)])
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            return {"peak": None, "error": done.stderr[-400:]}
-        return json.loads(Path(folder, "rank0.json").read_text())
+            if limit is not None and "memory" in done.stderr.lower():
+                return []
+            raise SystemExit(f"{given}: {done.stderr[-2000:]}")
+        files = [Path(folder, f"rank{rank}.json") for rank in range(ranks)]
+        return [json.loads(file.read_text()) for file in files]
 
 
-def one(case: tuple[Any, ...], table: MachineTable, limits: bool) -> dict[str, Any]:
-    given, model = config(case), case[-1]
-    make = getattr(plan_models, model)
-    subject = Subject(lambda: without_memory(make, model), model, SEQUENCE, None, [])
+def memory_of(given: dict[str, Any], model: str, ranks: int) -> dict[str, Any]:
+    found = planned(given, model, ranks)
+    within = worked(given, model, ranks, 3, found.needs)
+    peaks = [each["peak"] for each in within or worked(given, model, ranks, 3)]
+    return {
+        "in_use_bytes": found.in_use,
+        "planned_bytes": found.reserved,
+        "limit_bytes": found.needs,
+        "measured_bytes": max(peaks),
+        "ratio": found.reserved / max(peaks),
+        "limit_ratio": found.needs / max(peaks),
+        "ran_out": not within,
+    }
+
+
+def time_of(given: dict[str, Any], model: str, ranks: int, table: MachineTable) -> dict[str, Any]:
     begin = time.process_time()
-    found = rehearse(given, subject, Ranks(1, 1, True))
+    found = planned(given, model, ranks)
     planning = time.process_time() - begin
     missing = [o for o in found.operators.found.values() if o.signature not in table.operators]
     accelerator = choose_accelerator()
     table.operators |= time_operators(missing, accelerator, 0.03, now=time.process_time)
     price = price_of(found, table, on_cpu=True)
-    measured = worked(given, model, None)
-    if measured["peak"] is None:
-        raise SystemExit(f"{case}: {measured['error']}")
-    row = {
-        "case": case,
-        "planned_bytes": found.needs,
-        "measured_bytes": measured["peak"],
-        "memory": found.needs / measured["peak"],
+    (measured,) = worked(given, model, ranks, STEPS)
+    seconds = statistics.median(measured["cpu"][1:])
+    return {
         "planned_seconds": price.seconds,
-        "measured_seconds": statistics.median(measured["cpu"][1:]),
+        "measured_seconds": seconds,
         "planning_seconds": planning,
+        "ratio": price.seconds / seconds,
     }
-    row["time"] = row["planned_seconds"] / row["measured_seconds"]
-    if limits:
-        row["runs_within"] = worked(given, model, found.needs)["peak"] is not None
-    print(json.dumps(row), flush=True)
-    return row
+
+
+def timing() -> Callable[..., dict[str, Any]]:
+    """:func:`time_of` with a table of this machine."""
+    accelerator = choose_accelerator()
+    table = measure_machine(accelerator, 0.02)
+    table.overhead = overhead_of(accelerator, 0.02)
+    return lambda *case: time_of(*case, table)
 
 
 def kendall(rows: list[dict[str, Any]]) -> float:
@@ -127,35 +182,83 @@ def kendall(rows: list[dict[str, Any]]) -> float:
     for one_, other in combinations(rows, 2):
         real = one_["measured_seconds"] - other["measured_seconds"]
         if abs(real) > 0.02 * one_["measured_seconds"]:
-            planned = one_["planned_seconds"] - other["planned_seconds"]
-            agree += 1 if real * planned > 0 else -1
+            planned_ = one_["planned_seconds"] - other["planned_seconds"]
+            agree += 1 if real * planned_ > 0 else -1
             count += 1
     return agree / max(1, count)
 
 
+def worst(ratios: list[float]) -> float:
+    return max(ratios, key=lambda ratio: abs(ratio - 1))
+
+
+def summary_of(part: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    ratios = [row["ratio"] for row in rows]
+    if part == "time":
+        return {
+            "configurations": len(rows),
+            "time_within_20_percent": sum(abs(ratio - 1) <= 0.2 for ratio in ratios),
+            "time_worst": worst(ratios),
+            "kendall_tau": kendall(rows),
+        }
+    return {
+        "configurations": len(rows),
+        "memory_within_10_percent": sum(abs(ratio - 1) <= 0.1 for ratio in ratios),
+        "memory_worst": worst(ratios),
+        "limit_largest": max(row["limit_ratio"] for row in rows),
+        "ran_within_the_limit": sum(not row["ran_out"] for row in rows),
+    }
+
+
+def thousand() -> dict[str, Any]:
+    """Wall seconds to plan a large job on many ranks, in a process that has loaded all it needs."""
+    given = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "AdamW"},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3},
+    }
+    begin = time.perf_counter()
+    found = rehearse(given, subject_of("billion"), Ranks(8, 128, False))
+    taken = time.perf_counter() - begin
+    return {"parameters": found.parameters, "ranks": 1024, "seconds": taken}
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    """Rows of a part by name, as far as time allows."""
+    begin = time.monotonic()
+    kept: Path | None = options.results
+    rows: dict[str, Any] = json.loads(kept.read_text()) if kept and kept.exists() else {}
+    cases = ON_RANKS if options.part == "ranks" else CASES
+    step = max(1, len(cases) // options.only)
+    wanted = dict(list(cases.items())[::step][: options.only])
+    run: Callable[..., dict[str, Any]] | None = None if options.part == "time" else memory_of
+    for name, case in wanted.items():
+        if name in rows:
+            continue
+        if options.seconds and time.monotonic() - begin > options.seconds:
+            break
+        run = run or timing()
+        rows[name] = run(*case)
+        print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
+        if kept:
+            kept.write_text(json.dumps(rows, indent=1))
+    return {name: rows[name] for name in wanted if name in rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["memory", "ranks", "time", "thousand"])
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--seconds", type=float)
     parser.add_argument("--only", type=int, default=len(CASES))
-    parser.add_argument("--limit", action="store_true")
-    parser.add_argument("results", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    accelerator = choose_accelerator()
-    table = measure_machine(accelerator, 0.02)
-    table.overhead = overhead_of(accelerator, 0.02)
-    step = max(1, len(CASES) // options.only)
-    rows = [one(case, table, options.limit) for case in CASES[::step][: options.only]]
-    summary = {
-        "configurations": len(rows),
-        "memory_within_10_percent": sum(abs(r["memory"] - 1) <= 0.1 for r in rows),
-        "memory_worst": max((r["memory"] for r in rows), key=lambda ratio: abs(ratio - 1)),
-        "time_within_20_percent": sum(abs(r["time"] - 1) <= 0.2 for r in rows),
-        "time_worst": max((r["time"] for r in rows), key=lambda ratio: abs(ratio - 1)),
-        "kendall_tau": kendall(rows),
-        "ran_out": sum(not r.get("runs_within", True) for r in rows),
-    }
-    options.results.write_text(json.dumps({"summary": summary, "rows": rows}, indent=1))
-    print(json.dumps(summary, indent=1))
+    if options.part == "thousand":
+        print(json.dumps(thousand(), indent=1))
+        return
+    rows = measured(options)
+    print(json.dumps(summary_of(options.part, list(rows.values())), indent=1))
 
 
 if __name__ == "__main__":

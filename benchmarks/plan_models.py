@@ -20,3 +20,8 @@ def gpt() -> nn.Module:
 def wide() -> nn.Module:
     """29 million parameters: two blocks of width 1024."""
     return TinyGPT(vocabulary=2048, width=1024, layers=2, heads=8, positions=512)
+
+
+def billion() -> nn.Module:
+    """1.3 billion parameters: 24 blocks of width 2048, as GPT-3 XL (arXiv:2005.14165)."""
+    return TinyGPT(vocabulary=50_257, width=2048, layers=24, heads=16, positions=2048)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from drivetrain_cli.memory import Ranks
+from drivetrain_cli.planning.allocators import heap_peak
 from drivetrain_cli.planning.fitting import needed
 from drivetrain_cli.planning.machine_table import MachineTable, seconds_at
 from drivetrain_cli.planning.plan_command import Bytes
@@ -52,6 +53,12 @@ def layers():
 def rows(samples, sequence):
     return torch.zeros(samples, 256)
 
+def script():
+    return nn.Linear(256, 256)
+
+if __name__ == "__main__":
+    raise SystemExit("was run")
+
 def looks():
     found = gpt()
     found.scale = float(torch.ones(1)[0].numpy())
@@ -75,6 +82,8 @@ def rehearsed(config: dict[str, Any], ranks: int = 1, on_cpu: bool = True) -> Re
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "of_mine.py").write_text(MODULE)
+    (tmp_path / "lacks.py").write_text("import no_such_package\n")
+    (tmp_path / "breaks.py").write_text("raise RuntimeError('not today')\n")
     (tmp_path / "job.json").write_text(json.dumps(CONFIG))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -241,11 +250,31 @@ def test_a_curve_is_straight_between_logarithms() -> None:
     )
 
 
+# -- what an allocator holds -------------------------------------------------------------------
+
+
+def test_a_block_of_equal_size_does_not_fit_where_one_was_just_freed() -> None:
+    """Beside the first block lies a small object of other code; the second one is behind it."""
+    block = 1 << 20
+    requests = [(0, 4 * block), (0, -4 * block)]  # from here on so large ones come from the heap
+    requests += [(1, block), (2, block), (1, -block), (3, block)]
+    assert heap_peak(requests[:-1]) == pytest.approx(4 * block, rel=0.1)
+    assert heap_peak(requests) - heap_peak([*requests[:2]]) < 0.1 * block
+    more = [*requests, (4, block), (5, block)]
+    assert heap_peak(more) == pytest.approx(5 * block, rel=0.1)  # 4 in use, and a hole
+
+
+def test_large_blocks_have_pages_of_their_own() -> None:
+    block = 40 << 20
+    found = heap_peak([(1, block), (1, -block), (2, block), (2, -block), (3, block)])
+    assert found == pytest.approx(block, abs=8192)
+
+
 # -- what fits ---------------------------------------------------------------------------------
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(folder: Path) -> None:
-    limit = 8 << 20  # states, and activations of several hundred samples
+    limit = 28 << 20  # 16 MiB stay free; states, and activations of several hundred samples
     options = ("job.json", "--model", "of_mine:layers", "--inputs", "of_mine:rows")
     result = drivetrain(*options, "--memory", limit, "--device", "cpu", "--json")
     largest = json.loads(result.stdout)["largest_micro_batch"]
@@ -258,10 +287,10 @@ def test_what_does_not_fit_is_said_with_what_would(folder: Path) -> None:
     """4096 samples save 20 MiB, states take 4."""
     options = ("job.json", "--model", "of_mine:layers", "--inputs", "of_mine:rows")
     options += ("--set", "train_micro_batch_size_per_gpu=4096", "--device", "cpu")
-    result = drivetrain(*options, "--memory", "8M")
+    result = drivetrain(*options, "--memory", "28M")
     assert result.exit_code == 1
     text = " ".join(result.output.split())
-    assert re.search(r"does not fit: a device needs [23]\d\.", text)
+    assert re.search(r"does not fit into 28.00 MiB: a rank needs [3-6]\d\.", text)
     assert "this would fit: --set train_micro_batch_size_per_gpu=1" in text
     result = drivetrain(*options, "--memory", "1M")
     assert result.exit_code == 1
@@ -282,10 +311,29 @@ def test_the_command_says_what_it_found(folder: Path) -> None:
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
     assert "train_batch_size │ 128 │ derived from the others" in text
-    assert "fits: a device needs" in text
+    assert "fits into 80.00 GiB: a device needs" in text
     assert "largest micro-batch that fits:" in text
     assert "samples of 2048 tokens are assumed" in text
     assert "no table of the machine" in text
+
+
+def test_a_script_is_a_model_and_is_not_run(folder: Path) -> None:
+    (folder / "elsewhere").mkdir()
+    (folder / "of_mine.py").rename(folder / "elsewhere" / "of_mine.py")
+    options = ("--model", "elsewhere/of_mine.py:script")
+    options += ("--inputs", "elsewhere/of_mine.py:rows", "--json")
+    found = json.loads(drivetrain("job.json", *options).stdout)
+    assert found["parameters"] == 256 * 256 + 256
+
+
+def test_a_section_whose_package_is_not_installed_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRIVETRAIN_PLUGINS", "drivetrain-cli")
+    options = ("job.json", "--model", "of_mine:gpt", "--set", "zero_optimization.stage=2")
+    result = drivetrain(*options)
+    assert result.exit_code == 2
+    assert "drivetrain-zero" in result.output
 
 
 def test_a_page_has_a_picture_and_stands_alone(folder: Path) -> None:
@@ -315,6 +363,11 @@ def test_a_measured_machine_gives_times(folder: Path) -> None:
         (["--model", "no_such:thing"], "MODULE:FUNCTION"),
         (["--model", "of_mine:layers"], "give --inputs MODULE:FUNCTION"),
         (["--model", "of_mine:looks"], "could not make a model of tensors without memory"),
+        (["--model", "of_mine.py"], "names no function"),
+        (["--model", "other.py:gpt"], "there is no file other.py"),
+        (["--model", "of_mine.py:nothing"], "no 'of_mine.py:nothing'"),
+        (["--model", "lacks.py:gpt"], "lacks.py imports no_such_package, which is not installed"),
+        (["--model", "breaks.py:gpt"], "breaks.py cannot be imported: RuntimeError: not today"),
         (["--model", "of_mine:gpt", "--inputs", "of_mine:nothing"], "--inputs: no"),
         (["--model", "no.json"], "no.json"),
         (["--model", "of_mine:gpt", "--machine", "job.json"], "no table of a machine"),

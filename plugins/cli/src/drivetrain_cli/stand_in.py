@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pkgutil import resolve_name
 
 import torch
 from torch import nn
 
 from drivetrain.errors import ConfigError
+from drivetrain_cli.named import named
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 _VOCABULARY = 32_000
@@ -115,7 +115,8 @@ def without_memory(make: Callable[[], object], what: str) -> nn.Module:
     except Exception as error:
         raise ConfigError(
             f"{what} could not make a model of tensors without memory: {type(error).__name__}: "
-            f"{error}; give --parameters instead"
+            f"{error}; drivetrain report --memory --parameters N counts the states of a model of "
+            "that size"
         ) from error
     if not isinstance(module, nn.Module):
         raise ConfigError(f"{what} made a {type(module).__name__}, expected a torch.nn.Module")
@@ -123,16 +124,14 @@ def without_memory(make: Callable[[], object], what: str) -> nn.Module:
 
 
 def model_of(path: str) -> nn.Module:
-    """What ``MODULE:FUNCTION``, called without arguments, makes; see :func:`without_memory`.
+    """What ``MODULE:FUNCTION`` or ``FILE.py:FUNCTION``, called without arguments, makes.
+
+    See :func:`without_memory`.
 
     Raises:
         ConfigError: there is no such function, or it does not make a model.
     """
-    try:
-        make = resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--model: no {path!r}, expected MODULE:FUNCTION: {error}") from error
-    return without_memory(make, f"--model {path}")
+    return without_memory(named(path, "--model"), f"--model {path}")
 
 
 def block_activations(hidden: int, tokens: int, width: int) -> int:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterable
 
 _MIB = 1 << 20
+_PAGE = 4096
+_LEAST, _MOST = 128 << 10, 32 << 20
+"""glibc maps a block by itself from the first size on; up to the second one, from the size of the
+largest that was mapped and freed."""
+
+_ASKED_MORE, _BEFORE = 96, 48
+_OUTLIVING = 60
+"""Blocks that are freed before what lies beside one of them goes as well."""
 
 Request = tuple[int, int]
 """Which piece of memory, and how many bytes more (or, all of it, fewer) it has."""
@@ -52,14 +61,91 @@ class _Free:
         return begin
 
 
-def heap_peak(most: int) -> int:
-    """Bytes that a process takes for ``most`` bytes of tensors at once.
+class _Heap:
+    """The C library's ``malloc`` (glibc 2.36), as torch asks it for memory that begins at 64 bytes.
 
-    The C library's heap keeps what is free between what is not. With each tensor in pages of its
-    own a job takes what is in use within 2 % (measured); with the heap's defaults 7 to 14 % more,
-    of which this is the middle.
+    What is free is joined with free neighbours and serves the smallest request that it holds. A
+    request asks for 96 bytes more than it keeps, for the sake of its beginning; what is left over
+    of them, before and behind the block, is small enough for objects of other code, which outlive
+    the block for some time. So a block of equal size does not fit where one has just been freed,
+    and the heap grows to more than is ever in use.
     """
-    return int(1.1 * most)
+
+    def __init__(self) -> None:
+        self._free = _Free()
+        self._top = self._end = self._mapped = 0
+        self._threshold = self._trim = _LEAST
+        self._where: dict[int, tuple[int | None, int]] = {}
+        self._late: deque[tuple[int, int]] = deque()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the process has for it."""
+        return self._end + self._mapped
+
+    def allocate(self, piece: int, nbytes: int) -> None:
+        """Serve a request of torch's."""
+        size = -(-(nbytes + 8) // 16) * 16
+        asked = size + _ASKED_MORE
+        begin = self._free.take(asked)
+        if begin is None and asked > self._end - self._top and asked >= self._threshold:
+            whole = -(-(asked + 8) // _PAGE) * _PAGE
+            self._mapped += whole
+            self._where[piece] = (None, whole)
+            return
+        if begin is None:
+            begin = self._top
+            self._top += asked
+            if self._top > self._end:
+                self._end = -(-(self._top + _LEAST) // _PAGE) * _PAGE
+        self._where[piece] = (begin + _BEFORE, size)
+        self._release(begin + _BEFORE + size, asked - size - _BEFORE)
+
+    def free(self, piece: int) -> None:
+        """End what :meth:`allocate` has served."""
+        begin, size = self._where.pop(piece, (None, 0))
+        if begin is not None:
+            self._release(begin, size)
+            self._late.append((begin - _BEFORE, _BEFORE))
+            if len(self._late) > _OUTLIVING:
+                self._release(*self._late.popleft())
+        else:
+            self._mapped -= size
+            if self._threshold < size <= _MOST:
+                self._threshold, self._trim = size, 2 * size
+
+    def _release(self, begin: int, size: int) -> None:
+        begin, size = self._free.add(begin, size)
+        if begin + size == self._top:
+            self._free.remove(begin)
+            self._top = begin
+            if self._end - self._top >= self._trim:
+                self._end = -(-(self._top + _LEAST) // _PAGE) * _PAGE
+
+
+def heap_peak(requests: Iterable[Request]) -> int:
+    """Most bytes that the C library's heap has for tensors of a process, by playing back requests.
+
+    How long small objects stay beside blocks is fitted to what 24 jobs took, which this meets
+    within 7 %; what is in use at once, as a sum, is up to 13 % less than they took.
+    """
+    heap, most = _Heap(), 0
+    for piece, change in requests:
+        if change > 0:
+            heap.allocate(piece, change)
+            most = max(most, heap.nbytes)
+        else:
+            heap.free(piece)
+    return most
+
+
+def heap_allowance(most: int) -> int:
+    """Bytes to leave free beside ``most`` where memory has a limit that must not be reached.
+
+    For how a heap is cut up differs a little from run to run; and for what kernels keep for
+    themselves, code that they generate and memory that they compute in.
+    """
+    return most // 33 + (16 << 20)
 
 
 def caching_peak(requests: Iterable[Request]) -> int:

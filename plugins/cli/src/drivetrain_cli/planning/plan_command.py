@@ -42,7 +42,8 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
     "--model",
     required=True,
     metavar="M",
-    help="MODULE:FUNCTION that makes it, or the folder or JSON file of a config of Transformers.",
+    help="MODULE:FUNCTION or FILE.py:FUNCTION that makes it, or the folder or JSON file of a "
+    "config of Transformers.",
 )
 @click.option("--inputs", metavar="MODULE:FUNCTION", help="Makes a batch of (samples, tokens).")
 @click.option("--sequence", type=click.IntRange(1), help="Tokens of a sample.")

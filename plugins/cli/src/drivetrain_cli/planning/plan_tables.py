@@ -42,9 +42,12 @@ def headline(verdict: Verdict) -> str:
     """The answer in one sentence."""
     memory = verdict.question.memory
     needs = f"a device needs {amount(verdict.needs)}"
+    if verdict.question.ranks.on_cpu:
+        needs = f"a rank needs {amount(verdict.needs)} beside what it has before there is a model"
     if memory is None:
         return needs
-    return f"{'fits' if verdict.fits else 'does not fit'}: {needs} of {amount(memory)}"
+    fits = "fits" if verdict.fits else "does not fit"
+    return f"{fits} into {amount(memory)}: {needs}"
 
 
 def show_plan(verdict: Verdict) -> None:
@@ -124,7 +127,10 @@ def memory_table(verdict: Verdict) -> Table:
         totals = [moment.total(place) for moment in peaks.values()]
         if any(totals):
             table.add_row("total", place, *(amount(n) for n in totals))
-    table.add_row("allocator's slack", "device", *([""] * (len(peaks) - 1)), amount(found.slack))
+    blank = [""] * (len(peaks) - 1)
+    table.add_row("allocator's slack", "device", *blank, amount(found.slack))
+    if found.allowance:
+        table.add_row("to leave free", "device", *blank, amount(found.allowance))
     return table
 
 
@@ -185,7 +191,9 @@ def as_data(verdict: Verdict) -> dict[str, Any]:
         "fits": verdict.fits,
         "needs": verdict.needs,
         "memory": question.memory,
+        "reserved": found.reserved,
         "slack": found.slack,
+        "allowance": found.allowance,
         "parameters": found.parameters,
         "world_size": question.world,
         "micro_batch": found.micro_batch,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from drivetrain.errors import DrivetrainError
 from drivetrain_cli.memory import held_rows
-from drivetrain_cli.planning.allocators import caching_peak, heap_peak
+from drivetrain_cli.planning.allocators import caching_peak, heap_allowance, heap_peak
 from drivetrain_cli.planning.fused_attention import fused_attention
 from drivetrain_cli.planning.walk import Walk, walking
 from drivetrain_cli.rehearsal import rehearsal
@@ -91,8 +91,11 @@ class Rehearsed:
         samples: of all ranks in one step.
         parameters: number of them in the whole model.
         explained: what the plan decides, and why.
+        on_cpu: whether the device's memory is the host's.
         pinned: bytes of the host that are page-locked.
-        reserved: most bytes of the device that the allocator holds.
+        reserved: most bytes of the device that the allocator holds; of a CPU's process, the
+            resident set beside what it has before there is a model.
+        allowance: bytes to leave free beside them, for what differs from run to run.
         notes: what was assumed.
     """
 
@@ -107,19 +110,28 @@ class Rehearsed:
     samples: int
     parameters: int
     explained: Explanation
+    on_cpu: bool
     pinned: int = 0
     reserved: int = 0
+    allowance: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
     def needs(self) -> int:
-        """Bytes that the device has to have."""
-        return max(self.reserved, self.peak())
+        """Bytes that the device has to have, so that the job does not run out."""
+        return self.reserved + self.allowance
 
     @property
     def slack(self) -> int:
-        """Bytes of :attr:`needs` that the allocator holds without use."""
-        return self.needs - self.peak()
+        """Bytes that the allocator holds without use."""
+        return self.reserved - self.in_use
+
+    @property
+    def in_use(self) -> int:
+        """Most bytes in use at once in the memory that the device's allocator serves."""
+        if self.on_cpu:
+            return max(m.total("device") + m.total("host") for m in self.peaks.values())
+        return self.peak()
 
     def peak(self, place: str = "device") -> int:
         """Most bytes in one place, over all phases."""
@@ -171,7 +183,7 @@ def rehearse(
         plan = engine.job.plan
         assert plan.batch is not None
         moments, peaks = _replay(walk, elsewhere)
-        return Rehearsed(
+        found = Rehearsed(
             rank=rank,
             micro_batch=plan.batch.micro_batch_size,
             accumulation=plan.batch.accumulation_steps,
@@ -184,9 +196,12 @@ def rehearse(
             parameters=parameters,
             explained=plan.explain(),
             pinned=pinned,
-            reserved=_reserved(walk, peaks, ranks.on_cpu),
+            on_cpu=ranks.on_cpu,
             notes=list(subject.notes),
         )
+    found.reserved = _reserved(walk, found)
+    found.allowance = heap_allowance(found.reserved) if ranks.on_cpu else 0
+    return found
 
 
 def _windows(engine: Engine, subject: Subject, walk: Walk) -> list[Sent]:
@@ -325,12 +340,14 @@ def _replay(walk: Walk, elsewhere: Mapping[Kind, int]) -> tuple[list[Moment], di
     return [_with(moment, elsewhere, host) for moment in moments], fixed
 
 
-def _reserved(walk: Walk, peaks: Mapping[str, Moment], on_cpu: bool) -> int:
+def _reserved(walk: Walk, found: Rehearsed) -> int:
     """Most bytes that the device's allocator holds."""
-    if on_cpu:
-        return heap_peak(max(m.total("device") + m.total("host") for m in peaks.values()))
+    if found.on_cpu:
+        played = heap_peak((change.piece, change.nbytes) for change in walk.changes)
+        unseen = found.in_use - walk.most()  # what plugins say that they hold beside tensors
+        return played + max(0, unseen)
     there = (c for c in walk.changes if walk.kinds.get(c.piece, ("", "device"))[1] == "device")
-    return caching_peak((change.piece, change.nbytes) for change in there)
+    return max(found.in_use, caching_peak((c.piece, c.nbytes) for c in there))
 
 
 def _with(moment: Moment, elsewhere: Mapping[Kind, int], host: int) -> Moment:

@@ -7,13 +7,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import nn
 
 from drivetrain.errors import ConfigError
+from drivetrain_cli.named import named
 from drivetrain_cli.stand_in import model_of, without_memory
 
 _LONGEST = 2048
@@ -87,14 +87,15 @@ def subject_of(model: str, inputs: str | None, sequence: int | None) -> Subject:
     """What ``--model`` names.
 
     Args:
-        model: ``MODULE:FUNCTION``, or the folder or JSON file of a config of Transformers.
-        inputs: ``MODULE:FUNCTION`` that makes a batch.
+        model: ``MODULE:FUNCTION``, ``FILE.py:FUNCTION``, or the folder or JSON file of a config
+            of Transformers.
+        inputs: ``MODULE:FUNCTION`` or ``FILE.py:FUNCTION`` that makes a batch.
         sequence: tokens of a sample.
 
     Raises:
         ConfigError: there is no such thing, or a package that it needs is not installed.
     """
-    makes = None if inputs is None else _resolved(inputs)
+    makes = None if inputs is None else named(inputs, "--inputs")
     path = Path(model)
     if path.is_dir() or path.suffix == ".json":
         config = _transformers_config(path)
@@ -105,14 +106,6 @@ def subject_of(model: str, inputs: str | None, sequence: int | None) -> Subject:
     if sequence is None:
         notes.append(f"samples of {_LONGEST} tokens are assumed where they have tokens: --sequence")
     return Subject(lambda: model_of(model), model, sequence or _LONGEST, makes, notes)
-
-
-def _resolved(path: str) -> Callable[[int, int], Any]:
-    try:
-        found: Callable[[int, int], Any] = resolve_name(path)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--inputs: no {path!r}, expected MODULE:FUNCTION: {error}") from error
-    return found
 
 
 def _transformers_config(path: Path) -> Any:

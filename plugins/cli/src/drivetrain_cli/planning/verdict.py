@@ -55,7 +55,7 @@ class Verdict:
         question: to what.
         ranks: those that may need most: one, or one of each stage of a pipeline.
         price: of the slowest of them; ``None`` without a table.
-        needs: bytes of a device, with the allocator's slack.
+        needs: bytes of a device, with the allocator's slack; see :attr:`Rehearsed.needs`.
         fits: whether there are as many; true where that is not known.
         largest: largest micro-batch that fits and bytes that it needs; ``None`` if not asked for.
         ways_out: what makes it fit, where it does not.
@@ -75,8 +75,8 @@ class Verdict:
 
     @property
     def heaviest(self) -> Rehearsed:
-        """The rank whose device holds most."""
-        return max(self.ranks, key=lambda rank: rank.peak())
+        """The rank whose device has to have most."""
+        return max(self.ranks, key=lambda rank: rank.needs)
 
 
 def answer(

@@ -12,10 +12,11 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from drivetrain_cli.planning.operators import Operators
 
@@ -144,6 +145,10 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
             moment = self.operators.moment
             self.changes.append(Change(piece, nbytes, self.phase, self.window, moment))
 
+    def most(self) -> int:
+        """Most bytes at once, in all places."""
+        return max(accumulate(change.nbytes for change in self.changes), default=0)
+
     def kind_of(self, change: Change, born: dict[int, str]) -> tuple[str, str]:
         """What the memory of ``change`` is and where; ``born``: piece -> phase, kept here."""
         phase = born.setdefault(change.piece, change.phase)
@@ -155,6 +160,7 @@ def walking() -> Iterator[Walk]:
     """Walk with everything that runs in the context, on threads that begin in it, too."""
     walk = Walk()
     run, resize = threading.Thread.run, torch.UntypedStorage.resize_
+    use = torch.Tensor.set_
 
     def run_walked(thread: threading.Thread) -> None:
         with walk:
@@ -165,14 +171,21 @@ def walking() -> Iterator[Walk]:
         walk.resized(storage)
         return found
 
+    def use_walked(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Torch never frees a storage that a dispatch mode was given as an argument.
+        with _disable_current_modes():  # type: ignore[no-untyped-call]
+            return use(tensor, *args, **kwargs)
+
     with _readable(), walk:
         threading.Thread.run = run_walked  # type: ignore[method-assign, assignment]
         torch.UntypedStorage.resize_ = resize_walked  # type: ignore[method-assign, assignment]
+        torch.Tensor.set_ = use_walked  # type: ignore[method-assign, assignment]
         try:
             yield walk
         finally:
             threading.Thread.run = run  # type: ignore[method-assign]
             torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+            torch.Tensor.set_ = use  # type: ignore[method-assign]
 
 
 @contextmanager

@@ -55,16 +55,25 @@ def offload_activations(
     job: Job, module: nn.Module, section: ActivationOffloadSection
 ) -> nn.Module:
     """Move the activations of ``module`` off the device of ``job`` until the job closes."""
-    if section.device == "cpu" and job.device.type == "cpu":
+    if section.device == "cpu" and job.accelerator.device_type == "cpu":
         if job.rank == 0:
             logger.info("activation_offload: nothing to do, the device is the CPU")
         return module
-    if job.device.type == "meta":
-        return module  # nothing will run
+    if section.device != "cpu" and job.device.type == "meta":
+        job.on_close(module.register_forward_pre_hook(_no_files).remove)
+        return module
     memory = _memory(job, section)
     job.on_close(ActivationOffloader(module, memory, section).close)
     note_memory(job, memory.rows)
     return module
+
+
+def _no_files(_module: nn.Module, _inputs: object) -> None:
+    raise TrainingError(
+        "activation_offload.device: nvme cannot be rehearsed on tensors without memory, for these "
+        "have nothing to write to files; plan it with device: cpu, which takes the same of the "
+        "device, and on the host what would be in files"
+    )
 
 
 def _memory(job: Job, section: ActivationOffloadSection) -> ActivationMemory:

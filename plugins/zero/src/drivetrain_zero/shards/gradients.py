@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from drivetrain_zero.shards.bucket import ShardedBucket
 
 _KEPT = 2
-"""Buffers of each kind: one is filled while another travels."""
+"""Buffers of each kind: one is filled while another travels. Where nothing travels, one is kept."""
 
 
 class GradientMemory:
@@ -36,7 +36,13 @@ class GradientMemory:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers that :meth:`make` allocates."""
-        return _KEPT * sum(numel * dtype.itemsize for (dtype, *_), numel in self._wanted.items())
+        return sum(
+            self._kept(axis) * numel * dtype.itemsize
+            for (dtype, axis, _), numel in self._wanted.items()
+        )
+
+    def _kept(self, axis: Axis) -> int:
+        return _KEPT if self._communicator.size(axis) > 1 else 1
 
     def announce(self, numel: int, dtype: torch.dtype, axis: Axis, device: torch.device) -> None:
         """A bucket will borrow ``numel`` elements."""
@@ -50,7 +56,7 @@ class GradientMemory:
                 torch.empty(numel, dtype=dtype, device=device)
                 if device.type == "meta" or self._communicator.size(axis) == 1
                 else self._communicator.buffer(numel, dtype, axis)
-                for _ in range(_KEPT)
+                for _ in range(self._kept(axis))
             ]
 
     def borrow(
@@ -75,7 +81,7 @@ class GradientMemory:
     def give_back(self, buffer: torch.Tensor, axis: Axis) -> None:
         """End a loan."""
         kind = (buffer.dtype, axis, buffer.device)
-        if buffer.numel() == self._wanted.get(kind) and len(self._free[kind]) < _KEPT:
+        if buffer.numel() == self._wanted.get(kind) and len(self._free[kind]) < self._kept(axis):
             self._free[kind].append(buffer)
 
 
