@@ -5,8 +5,8 @@ Usage: plan.py memory|ranks|time|thousand [--results FILE] [--seconds N] [--only
 Prints JSON. ``memory``: 24 configurations of ZeRO stage, place of states, precision, accumulation,
 recomputation and model, as one rank of one thread. Memory is the resident set, less that after a
 training of no size. What the plan needs is also the most that the process may map (RLIMIT_DATA)
-beside what it has, and it must not run out. ``ranks``: configurations on two and four ranks, with
-parallel axes. ``time``: processor seconds of a step of the 24, for the machine may be shared.
+beside what it has, and it must not run out. ``ranks``: the same on two ranks. ``time``: processor
+seconds of a step of the 24, for the machine may be shared.
 ``thousand``: how long it takes to plan 1.3 billion parameters on 1,024 ranks.
 
 With --results what is measured is kept in a file, and what is there is not measured again. After
@@ -89,8 +89,6 @@ ON_RANKS: dict[str, tuple[dict[str, Any], str, int]] = {
         for precision, more, model in (("fp32", {}, "gpt"), ("bf16", BF16, "wide"))
     },
     "tp 2": ({**PLAIN, "tensor_parallel": {"autotp_size": 2}}, "gpt", 2),
-    "pp 2": ({**PLAIN, "gradient_accumulation_steps": 4, "mesh": {"pp": 2}}, "gpt", 2),
-    "sp 2": ({**PLAIN, "mesh": {"sp": 2}}, "gpt", 2),
 }
 
 
@@ -100,14 +98,8 @@ def subject_of(model: str) -> Subject:
 
 
 def planned(given: dict[str, Any], model: str, ranks: int) -> Rehearsed:
-    """The rank that needs most: of a pipeline the first one of each stage counts."""
-    where = Ranks(ranks, 1, True)
-    first = rehearse(given, subject_of(model), where)
-    others = (
-        rehearse(given, subject_of(model), where, rank=stage * ranks // first.stages)
-        for stage in range(1, first.stages)
-    )
-    return max((first, *others), key=lambda found: found.needs)
+    """One rank of a job."""
+    return rehearse(given, subject_of(model), Ranks(ranks, 1, True))
 
 
 def worked(

@@ -15,6 +15,7 @@ import torch
 from drivetrain_cli.memory import Ranks
 from drivetrain_cli.planning.rehearsed import Rehearsed, rehearse
 from drivetrain_cli.planning.subject import Subject
+from drivetrain_cli.planning.verdict import Question, answer
 from drivetrain_cli.stand_in import without_memory
 
 import drivetrain
@@ -82,6 +83,24 @@ def test_a_step_sends_what_was_planned(stage: int, more: dict[str, Any]) -> None
             expected[each.purpose, each.op] = (calls + each.calls, nbytes + each.sent)
     found = run_distributed(sent, RANKS, given)[0]
     assert found == expected
+
+
+def test_ranks_that_share_layers_are_planned_to_hold_a_part_of_them() -> None:
+    """Of blocks half; embeddings, norms and what is added behind are whole on each rank."""
+    whole, half = (
+        planned(config(0, **more)).peaks["forward"].held["parameters", "device"]
+        for more in ({}, {"tensor_parallel": {"autotp_size": 2}})
+    )
+    blocks = 4 * sum(p.numel() for p in gpt().blocks.parameters() if p.dim() > 1)
+    assert whole - half >= 0.49 * blocks
+
+
+def test_a_pipeline_is_refused_by_name() -> None:
+    subject = Subject(lambda: without_memory(gpt, "gpt"), "gpt", SEQUENCE, None, [])
+    given = config(0, pipeline={"stages": 2})
+    question = Question(given, subject, Ranks(RANKS, 1, True), RANKS, None, None, largest=False)
+    with pytest.raises(DrivetrainError, match="a pipeline of 2 stages, which cannot be planned"):
+        answer(question)
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])

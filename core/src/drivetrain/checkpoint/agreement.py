@@ -76,7 +76,7 @@ def _encoded(text: str) -> bytes:
 
 
 def _max(job: Job, values: torch.Tensor, axes: Sequence[Axis] = ("world",)) -> torch.Tensor:
-    values = values.to(job.device)
+    united = values.to(job.device)
     for axis in axes:
-        job.communicator.all_reduce(values, axis, _TAG, op=Op.MAX)
-    return values.cpu()
+        job.communicator.all_reduce(united, axis, _TAG, op=Op.MAX)
+    return values if united.is_meta else united.cpu()  # ranks in a rehearsal are as this one

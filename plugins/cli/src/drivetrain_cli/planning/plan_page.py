@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from html import escape
 from importlib import resources
 from string import Template
@@ -18,12 +18,15 @@ from drivetrain_cli.planning.plan_tables import (
     time_rows,
     traffic,
 )
+from drivetrain_cli.planning.rehearsed import FIRST
 
 if TYPE_CHECKING:
     from drivetrain_cli.planning.rehearsed import Moment
     from drivetrain_cli.planning.verdict import Verdict
 
 _WIDTH, _HEIGHT, _LEFT, _TOP = 960, 320, 70, 16
+_NAMES = {"step": "update"}
+"""What phases are called in the picture, whose steps are those of training."""
 
 
 def page(verdict: Verdict, title: str) -> str:
@@ -57,17 +60,24 @@ def page(verdict: Verdict, title: str) -> str:
             (label, duration(s)) for label, s in [*time_rows(price), ("a step", price.seconds)]
         ),
         traffic=_table(
-            (axis, purpose, op, f"{calls:,}", amount(sent))
-            for (axis, purpose, op), (_, calls, _, sent) in traffic(found).items()
+            (
+                (axis, purpose, op, f"{calls:,}", amount(sent))
+                for (axis, purpose, op), (_, calls, _, sent) in traffic(found).items()
+            ),
+            *("axis", "purpose", "collective", "calls", "sent by a rank"),
         ),
-        values=_table((name, str(value), source) for name, (value, source) in values.items()),
+        values=_table(
+            ((name, str(value), source) for name, (value, source) in values.items()),
+            *("value", "is", "from"),
+        ),
         notes="".join(f"<li>{escape(note)}</li>" for note in verdict.notes) or "<li>none</li>",
     )
 
 
-def _table(rows: Iterable[tuple[str, ...]]) -> str:
+def _table(rows: Iterable[tuple[str, ...]], *names: str) -> str:
     cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
-    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+    head = "".join(f"<th>{name}</th>" for name in names)
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def _memory(peaks: list[Moment]) -> str:
@@ -99,7 +109,8 @@ def timeline(moments: list[Moment], memory: int | None) -> str:
     kinds = kinds_of(peaks)
     most = max((m.total("device") for m in moments), default=1) or 1
     top = memory if memory is not None and memory < 2 * most else most
-    top = max(top, most)
+    grid = _grid(max(top, most))
+    top = grid[-1]
     first, last = moments[0].at, max(moments[-1].at, moments[0].at + 1)
 
     def x(at: int) -> float:
@@ -108,7 +119,7 @@ def timeline(moments: list[Moment], memory: int | None) -> str:
     def y(nbytes: int) -> float:
         return _TOP + _HEIGHT * (1 - nbytes / top)
 
-    parts = [_axis(y, top), *_bands(moments, x)]
+    parts = [_axis(grid), *_bands(moments, x), *_steps(moments, x)]
     below = [0] * len(moments)
     for number, kind in enumerate(kinds):
         if kind[1] != "device":
@@ -129,25 +140,48 @@ def timeline(moments: list[Moment], memory: int | None) -> str:
             f"class='limit'/><text x='{_WIDTH}' y='{y(memory) - 4:.1f}' text-anchor='end'>"
             f"{amount(memory)}</text>"
         )
-    size = f"0 0 {_WIDTH + 10} {_HEIGHT + _TOP + 30}"
+    size = f"0 0 {_WIDTH + 24} {_HEIGHT + _TOP + 46}"
     return f"<svg viewBox='{size}' role='img' aria-label='memory over time'>{''.join(parts)}</svg>"
 
 
-def _axis(y: object, top: int) -> str:
+def _grid(most: int) -> list[int]:
+    """Round sizes from 0 to at least ``most``, which are named by one unit."""
+    step = 1
+    while most > 6 * step:
+        step *= 2
+    return [step * number for number in range(-(-most // step) + 1)]
+
+
+def _axis(grid: list[int]) -> str:
     marks = []
-    for quarter in range(5):
-        height = _TOP + _HEIGHT * (1 - quarter / 4)
+    for nbytes in grid:
+        height = _TOP + _HEIGHT * (1 - nbytes / grid[-1])
         marks.append(
-            f"<line x1='{_LEFT}' x2='{_WIDTH}' y1='{height}' y2='{height}' class='grid'/>"
-            f"<text x='{_LEFT - 6}' y='{height + 4}' text-anchor='end'>"
-            f"{amount(top * quarter / 4)}</text>"
+            f"<line x1='{_LEFT}' x2='{_WIDTH}' y1='{height:.1f}' y2='{height:.1f}' class='grid'/>"
+            f"<text x='{_LEFT - 6}' y='{height + 4:.1f}' text-anchor='end'>{_round(nbytes)}</text>"
         )
     return "".join(marks)
 
 
-def _bands(moments: list[Moment], x: object) -> Iterable[str]:
-    """A label under each stretch of one phase."""
-    assert callable(x)
+def _round(nbytes: int) -> str:
+    number, _, unit = amount(nbytes).partition(" ")
+    return f"{float(number.replace(',', '')):g} {unit}"
+
+
+def _steps(moments: list[Moment], x: Callable[[int], float]) -> Iterable[str]:
+    """A line where the second step begins, and the names of both."""
+    second = next((m.at for m in moments if m.window > FIRST), None)
+    first = next((m.at for m in moments if m.window), None)
+    for name, at in (("first step", first), ("second step", second)):
+        if at is not None:
+            yield (
+                f"<line x1='{x(at):.1f}' x2='{x(at):.1f}' y1='0' y2='{_TOP + _HEIGHT}' "
+                f"class='step'/><text x='{x(at) + 4:.1f}' y='10'>{name}</text>"
+            )
+
+
+def _bands(moments: list[Moment], x: Callable[[int], float]) -> Iterable[str]:
+    """A label under each stretch of one phase, in two rows, since some stretches are short."""
     begin = 0
     for at in range(1, len(moments) + 1):
         ends = at == len(moments)
@@ -161,10 +195,10 @@ def _bands(moments: list[Moment], x: object) -> Iterable[str]:
                 f"<rect x='{left:.1f}' y='{_TOP}' width='{max(0, right - left):.1f}' "
                 f"height='{_HEIGHT}' class='band{shade}'/>"
             )
-            if right - left > 45:
-                middle, height = (left + right) / 2, _TOP + _HEIGHT + 18
+            if right - left > 6:
+                middle, height = (left + right) / 2, _TOP + _HEIGHT + (32 if shade else 16)
                 yield (
                     f"<text x='{middle:.1f}' y='{height}' text-anchor='middle'>"
-                    f"{moments[begin].phase}</text>"
+                    f"{_NAMES.get(moments[begin].phase, moments[begin].phase)}</text>"
                 )
             begin = at

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from drivetrain.errors import DrivetrainError
 from drivetrain_cli.planning.fitting import (
     Change,
     largest_micro_batch,
@@ -53,7 +54,7 @@ class Verdict:
 
     Args:
         question: to what.
-        ranks: those that may need most: one, or one of each stage of a pipeline.
+        ranks: those that may need most.
         price: of the slowest of them; ``None`` without a table.
         needs: bytes of a device, with the allocator's slack; see :attr:`Rehearsed.needs`.
         fits: whether there are as many; true where that is not known.
@@ -121,7 +122,11 @@ def answer(
 
 
 def _all_stages(question: Question, overlays: Sequence[str]) -> Sequence[Rehearsed]:
-    """Rank 0, and the first rank of each other stage of a pipeline."""
+    """Rank 0, as all ranks do the same.
+
+    Raises:
+        DrivetrainError: they do not, as they are stages of a pipeline.
+    """
     go = partial(
         rehearse,
         question.config,
@@ -131,5 +136,10 @@ def _all_stages(question: Question, overlays: Sequence[str]) -> Sequence[Rehears
         overlays=overlays,
     )
     first = go(rank=0)
-    others = range(1, first.stages)
-    return [first, *(go(rank=stage * question.world // first.stages) for stage in others)]
+    if first.stages > 1:
+        raise DrivetrainError(
+            f"the config makes a pipeline of {first.stages} stages, which cannot be planned yet: "
+            "what a stage gets is only known to the one before it; drivetrain report --memory "
+            "counts what the first one keeps"
+        )
+    return [first]

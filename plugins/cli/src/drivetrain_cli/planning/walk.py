@@ -173,7 +173,7 @@ def walking() -> Iterator[Walk]:
 
     def use_walked(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # Torch never frees a storage that a dispatch mode was given as an argument.
-        with _disable_current_modes():  # type: ignore[no-untyped-call]
+        with _disable_current_modes():
             return use(tensor, *args, **kwargs)
 
     with _readable(), walk:
