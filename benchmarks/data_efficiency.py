@@ -186,6 +186,9 @@ def score(engine: drivetrain.Engine, batches: list[Any]) -> float:
     return sum(losses) / len(losses) / math.log(2)
 
 
+COLORS = ("#888888", "#c0392b", "#2980b9", "#27ae60", "#8e44ad", "#d35400")
+
+
 def picture(runs: dict[str, list[Any]]) -> str:
     """Held-out bits per byte over tokens, one line for each run, as SVG."""
     width, height, left, top = 720, 380, 60, 30
@@ -205,12 +208,13 @@ def picture(runs: dict[str, list[Any]]) -> str:
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="{left}" y="18" font-size="14">held-out bits per byte over tokens</text>',
     ]
-    for color, (name, many) in zip(("#888888", "#c0392b"), runs.items(), strict=True):
+    for number, (name, many) in enumerate(runs.items()):
+        color = COLORS[number % len(COLORS)]
         for one in many:
             line = " ".join(f"{x(p['tokens']):.1f},{max(y(p['bits']), top):.1f}" for p in one)
             rows.append(f'<polyline points="{line}" fill="none" stroke="{color}" '
                         'stroke-width="1.5"/>')  # fmt: skip
-        place = 40 + 18 * (name == "efficient")
+        place = 40 + 18 * number
         rows.append(f'<text x="{width - 160}" y="{place}" fill="{color}">{name}</text>')
     for number in range(5):
         bits, tokens = high - (high - low) * number / 4, most * number / 4
@@ -268,10 +272,9 @@ def main() -> None:
     runs = [run for run in runs if run["plain_steps"] == options.steps]
     print(json.dumps(summary(runs)))
     if options.picture is not None:
-        shown = {
-            kind: [run["points"] for run in runs if run["kind"] == kind]
-            for kind in ("plain", "efficient")
-        }
+        shown: dict[str, list[Any]] = {}
+        for run in runs:
+            shown.setdefault(run["kind"], []).append(run["points"])
         options.picture.write_text(picture(shown), "utf-8")
 
 

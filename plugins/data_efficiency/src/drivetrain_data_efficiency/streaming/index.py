@@ -32,13 +32,15 @@ class ShardIndex:
     Args:
         prefix: path of the index without ``.json``.
         kind: ``tar`` or ``parquet``.
-        files: path or URL of each, and its bytes.
+        files: name of each in the index, and its bytes.
+        root: folder or URL that names are relative to.
         rows: an item for each file; read when it is asked for.
     """
 
     prefix: str
     kind: str
     files: Sequence[tuple[str, int]]
+    root: str
     rows: IndexedDataset
 
     @classmethod
@@ -74,13 +76,14 @@ class ShardIndex:
                 "again with drivetrain data index"
             )
         base = os.fspath(root) if root is not None else str(path.parent)
-        return cls(os.fspath(prefix), kind, [(_joined(base, n), s) for n, s in files], rows)
+        return cls(os.fspath(prefix), kind, files, base, rows)
 
-
-def _joined(base: str, name: str) -> str:
-    if "://" in name or Path(name).is_absolute():
-        return name
-    return f"{base.rstrip('/')}/{name}" if "://" in base else str(Path(base) / name)
+    def path(self, number: int) -> str:
+        """Path or URL of a file."""
+        name, base = self.files[number][0], self.root
+        if "://" in name or Path(name).is_absolute():
+            return name
+        return f"{base.rstrip('/')}/{name}" if "://" in base else str(Path(base) / name)
 
 
 def index_shards(

@@ -14,8 +14,8 @@ from drivetrain_data_efficiency.sampling.permutation import Permutation
 
 Numbers = npt.NDArray[np.int64]
 
-_AT_ONCE = 1 << 14
-"""Samples whose order is computed at a time."""
+_FIRST, _AT_ONCE = 1 << 9, 1 << 14
+"""Samples whose order is computed at first, so that a resume begins soon, and at a time at last."""
 
 
 class ShardOrder:
@@ -66,11 +66,11 @@ class ShardOrder:
 
     def items(self, epoch: int, start: int) -> Iterator[Sequence[int]]:
         """Samples of an epoch from a position on, each an item of its own."""
-        chunk = max(_AT_ONCE, 4 * self._lanes * self._run)
+        chunk, most = _FIRST, max(_AT_ONCE, 4 * self._lanes * self._run)
         while start < self._total:
             stop = min(start + chunk, self._total)
             yield from ([sample] for sample in self.samples(epoch, start, stop).tolist())
-            start = stop
+            start, chunk = stop, min(2 * chunk, most)
 
     def samples(self, epoch: int, start: int, stop: int) -> Numbers:
         """The samples at positions ``[start, stop)`` of an epoch, int64."""

@@ -88,7 +88,7 @@ class ParquetShards(ShardedDataset):
             return self._tables[group]
         shard = int(np.searchsorted(self._group_ends, group, side="right"))
         first = int(self._group_ends[shard] - self.index.rows.sizes[shard])
-        name = self.index.files[shard][0]
+        name = self.index.path(shard)
         try:
             table = self.file(shard).read_row_group(group - first, columns=self._columns)
         except (OSError, ValueError, KeyError, IndexError) as error:

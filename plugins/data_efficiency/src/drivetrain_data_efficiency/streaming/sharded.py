@@ -78,7 +78,7 @@ class ShardedDataset(Dataset[Any]):
         if number in self._files:
             self._files.move_to_end(number)
             return self._files[number]
-        name, size = self.index.files[number]
+        name, size = self.index.path(number), self.index.files[number][1]
         try:
             file = open_shard(name)
         except ConfigError as error:

@@ -71,14 +71,14 @@ class TarShards(ShardedDataset):
     def __getitem__(self, number: int) -> Any:
         shard, row = self.place(number)
         begin, end = (int(place) for place in self.index.rows.get(shard, row, 2))
-        sample = self._parsed(self._bytes(shard, begin, end), self.index.files[shard][0])
+        sample = self._parsed(self._bytes(shard, begin, end), self.index.path(shard))
         if self._handlers:
-            sample = self._decoded(sample, self.index.files[shard][0])
+            sample = self._decoded(sample, self.index.path(shard))
         return sample if self._transform is None else self._transform(sample)
 
     def _bytes(self, shard: int, begin: int, end: int) -> bytes:
         file = self.file(shard)
-        if "://" not in self.index.files[shard][0]:
+        if "://" not in self.index.path(shard):
             return os.pread(file.fileno(), end - begin, begin)
         file.seek(begin)
         data: bytes = file.read(end - begin)
