@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from drivetrain_data_efficiency import DataEfficiency
+from drivetrain_data_efficiency import DataEfficiency, consumed_layer_tokens
 from drivetrain_data_efficiency.routing import random_ltd, tokens
 from drivetrain_data_efficiency.routing.draw import draw, kept_tokens
 from drivetrain_data_efficiency.section import LtdSchedule
@@ -275,7 +275,7 @@ def test_recomputation_keeps_the_same_tokens_and_counts_once() -> None:
     engine = start(Recomputed().double(), config((1, 2)))
     losses = run(engine, 0, 5)
     assert losses == pytest.approx(by_hand("plain", 5, 8, (1, 2))[0], rel=1e-10)
-    assert random_ltd.of_job[engine.job].consumed == sum(8 * (k * 2 + 24) for k in KEPT[:5])
+    assert consumed_layer_tokens(engine) == sum(8 * (k * 2 + 24) for k in KEPT[:5])
     engine.destroy()
 
 

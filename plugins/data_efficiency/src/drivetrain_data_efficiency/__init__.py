@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "analysis.metrics": "Metric gradient_norm length model_loss near_duplicates vocabulary "
         "vocabulary_rarity",
         "plugin": "DataEfficiency",
+        "routing.random_ltd": "consumed_layer_tokens",
         "sampling.curriculum": "CurriculumOrder",
         "sampling.loading": "current_difficulties set_custom_curriculum_learning_schedule "
         "set_data_post_process_func",

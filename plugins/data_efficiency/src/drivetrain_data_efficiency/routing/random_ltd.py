@@ -24,6 +24,7 @@ from drivetrain_data_efficiency.routing.tokens import gather_tokens, scatter_tok
 if TYPE_CHECKING:
     from torch import nn
 
+    from drivetrain.engine.engine import Engine
     from drivetrain.job.job import Job
     from drivetrain_data_efficiency.section import RandomLtdSection
 
@@ -181,6 +182,12 @@ class RandomLtd:
             self.consumed += int(total)
         else:
             self.consumed += own * self._job.mesh.size("dp")
+
+
+def consumed_layer_tokens(engine: Engine) -> int:
+    """Layer tokens of all steps of an engine, over all ranks; 0 if it drops no tokens."""
+    dropping = of_job.get(engine.job)
+    return 0 if dropping is None else dropping.consumed
 
 
 def _layers(module: nn.Module) -> list[Unit]:
