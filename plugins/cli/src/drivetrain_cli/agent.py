@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
 
 from drivetrain_cli.rank import end_with_parent
+
+WANTED = "DRIVETRAIN_SPARE_WANTED"
+"""Set where ranks are to be copies of a spare."""
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -29,6 +33,8 @@ def main() -> int:
     for name in ("torch", "torch.distributed"):  # which log to our standard error by themselves
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
+    if os.environ.get(WANTED):
+        _start_spare()
     options = run.parse_args(arguments)  # type: ignore[no-untyped-call]
     RollCall.start_for(options)
     try:
@@ -48,6 +54,17 @@ def main() -> int:
         (folder / "agent.error.json").write_text(json.dumps(message, indent=2), "utf-8")
         return 1
     return 0
+
+
+def _start_spare() -> None:
+    """Start the spare, and tell ranks where it listens, and that this process owns their keeper."""
+    from drivetrain_cli.spare import VARIABLE, SpareStarter
+
+    starter = SpareStarter()
+    os.environ[VARIABLE] = starter.name_of_socket
+    # Ranks are the spare's children; what outlives them belongs to the process that restarts them.
+    os.environ.setdefault("DRIVETRAIN_KEEPER_OWNER", str(os.getpid()))
+    starter.start()
 
 
 def _log_to(path: Path) -> None:

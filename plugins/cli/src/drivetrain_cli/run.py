@@ -33,6 +33,7 @@ from drivetrain.plan.registry import Registry
     help="Time that ranks have to end after a signal; then they are killed.",
 )
 @click.option("--max-restarts", default=0, show_default=True, help="Restarts after a failure.")
+@click.option("--spare", is_flag=True, help="Start ranks as copies of a process with torch loaded.")
 @click.option("--log-dir", type=UserPath(path_type=Path), help="Run folder; default: under runs/.")
 @click.option("--bind-cores", is_flag=True, help="Give each rank cores of its own.")
 @click.option("--core-list", default="", metavar="LIST", help="Cores to share out: 0-15,32-47.")
@@ -56,6 +57,7 @@ def run(
     rdzv_id: str,
     grace: float,
     max_restarts: int,
+    spare: bool,
     log_dir: Path | None,
     bind_cores: bool,
     core_list: str,
@@ -82,12 +84,15 @@ def run(
     nodes.check_port()
     folder = _run_folder(log_dir, script, alone=nodes.alone)
     kind = "module" if module else "script"
-    worker = ["--module", "drivetrain_cli.rank", kind, script, *arguments]
+    rank = "drivetrain_cli.warm_rank" if spare else "drivetrain_cli.rank"
+    worker = ["--module", rank, kind, script, *arguments]
     agent = [sys.executable, "-m", "drivetrain_cli.agent", str(folder)]
     # Without a folder of its own torchrun leaves one in the system's temporary folder at every run.
     own = ["--nproc-per-node", str(ranks), "--log-dir", str(folder / "torchrun")]
     command = [*agent, *meeting, *own, *worker]
     environment = {**_environment(ranks, nodes.interface()), FOLDER_VARIABLE: str(folder)}
+    if spare:
+        environment |= _spare_variables()
     if bind_cores or core_list:
         environment |= core_variables(ranks, core_list)
     code = run_agent(command, environment, folder / FIRST_LOG, grace)
@@ -111,6 +116,19 @@ def _environment(ranks: int, interface: str) -> dict[str, str]:
     if interface:
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     return environment
+
+
+def _spare_variables() -> dict[str, str]:
+    """What makes the agent start a spare.
+
+    Raises:
+        DrivetrainError: this system cannot have one.
+    """
+    from drivetrain_cli.agent import WANTED
+
+    if not hasattr(os, "pidfd_open"):
+        raise DrivetrainError("--spare needs a system with descriptors of processes (Linux)")
+    return {WANTED: "1"}
 
 
 def _ranks(nproc: str) -> int:
