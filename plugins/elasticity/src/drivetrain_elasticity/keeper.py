@@ -4,6 +4,10 @@ It holds open descriptors of anonymous memory (memfd) that workers have written 
 and passes them back to those that ask. So it copies nothing, and when it ends nothing is left: no
 file, no shared memory. It ends with the process that owns it, the agent that restarts workers.
 
+In a job on several hosts each has a keeper. A file that a worker hands over is also sent to the
+next host's keeper before the worker is answered, and one that is not here is asked for there
+(:mod:`~drivetrain_elasticity.peers`); so a host may be lost with all that it has.
+
 Requests and answers are packets of JSON over a socket in the abstract namespace of Unix sockets;
 both sides accept only processes of the same user.
 """
@@ -12,178 +16,114 @@ from __future__ import annotations
 
 import json
 import os
-import selectors
+import secrets
+import select
 import socket
 import struct
-import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from drivetrain_elasticity.files import Files
+from drivetrain_elasticity.peers import Address, Neighbours
+
 OWNER = "DRIVETRAIN_KEEPER_OWNER"
 """Variable with the process that the keeper ends with, where it is not the parent of workers."""
 
-_START_SECONDS = 60.0
-_POLL_SECONDS = 0.05
-_PACKET = 1 << 17
-
-
-class KeeperError(OSError):
-    """The keeper cannot be reached, or has refused."""
+PACKET = 1 << 17
 
 
 class Keeper:
-    """The process: files by name.
-
-    Args:
-        listener: accepts workers.
-        owner: a descriptor that becomes readable when the owner has ended.
-    """
-
-    def __init__(self, listener: socket.socket, owner: int) -> None:
-        self._files: dict[str, int] = {}
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ, self._accept)
-        self._selector.register(owner, selectors.EVENT_READ, None)
-
-    def serve(self) -> None:
-        """Answer until the owner ends."""
-        while True:
-            for key, _ in self._selector.select():
-                if key.data is None:
-                    return
-                key.data(key.fileobj)
-
-    def _accept(self, listener: socket.socket) -> None:
-        worker, _ = listener.accept()
-        if _user_of(worker) == os.getuid():
-            self._selector.register(worker, selectors.EVENT_READ, self._answer)
-        else:
-            worker.close()
-
-    def _answer(self, worker: socket.socket) -> None:
-        data, files, _, _ = b"", list[int](), 0, None
-        with suppress(OSError):
-            data, files, _, _ = socket.recv_fds(worker, _PACKET, 1)
-        if not data:
-            self._selector.unregister(worker)
-            worker.close()
-            return
-        request = json.loads(data)
-        answer, sent = self._do(request["do"], request["path"], files)
-        with suppress(OSError):  # it has gone meanwhile
-            socket.send_fds(worker, [json.dumps(answer).encode()], sent)
-
-    def _do(self, what: str, path: str, files: list[int]) -> tuple[Any, list[int]]:
-        if what == "put":
-            self._remove(path)
-            self._files[path] = files[0]
-            return None, []
-        if what == "get":
-            found = [self._files[path]] if path in self._files else []
-            return bool(found), found
-        if what == "remove":
-            self._remove(path)
-            return None, []
-        start = f"{path}/" if path else ""
-        below = (name.removeprefix(start) for name in self._files if name.startswith(start))
-        return sorted({name.partition("/")[0] for name in below}), []
-
-    def _remove(self, path: str) -> None:
-        if path in self._files:
-            os.close(self._files.pop(path))
-
-
-class Client:
-    """A worker's connection to the keeper of its agent, which is started if need be.
-
-    Raises:
-        KeeperError: the system has no memory files, or the keeper does not start.
-    """
+    """The process: files by name, and the keepers of other hosts."""
 
     def __init__(self) -> None:
-        if not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open"):
-            raise KeeperError("memory that outlives a process needs Linux")
-        self._lock = threading.Lock()
-        owner = owner_of_workers()
-        self._socket = _connect(_name(owner), lambda: _start(owner))
+        self._id = secrets.token_hex(8)
+        self._files = Files()
+        self._neighbours = Neighbours(self._files)
 
-    def ask(self, what: str, path: str, file: int | None = None) -> tuple[Any, int | None]:
-        """The answer to one request, and a descriptor, which is the caller's."""
-        packet = json.dumps({"do": what, "path": path}).encode()
-        with self._lock:
-            try:
-                socket.send_fds(self._socket, [packet], [] if file is None else [file])
-                data, files, _, _ = socket.recv_fds(self._socket, _PACKET, 1)
-            except OSError as error:
-                raise KeeperError(f"the keeper of memory checkpoints is gone: {error}") from error
-        if not data:
-            raise KeeperError("the keeper of memory checkpoints has ended")
-        return json.loads(data), files[0] if files else None
+    def serve(self, listener: socket.socket) -> None:
+        """Answer every worker in a thread of its own, for ever."""
+        while True:
+            worker, _ = listener.accept()
+            if user_of(worker) == os.getuid():
+                threading.Thread(target=self._serve, args=(worker,), daemon=True).start()
+            else:
+                worker.close()
 
+    def _serve(self, worker: socket.socket) -> None:
+        with worker, suppress(OSError):  # it has gone
+            while True:
+                data, files, _, _ = socket.recv_fds(worker, PACKET, 1)
+                if not data:
+                    return
+                try:
+                    answer, sent = self._do(json.loads(data), files)
+                except OSError as error:
+                    answer, sent = {"error": str(error)}, None
+                try:
+                    packet = [json.dumps(answer).encode()]
+                    socket.send_fds(worker, packet, [] if sent is None else [sent])
+                finally:
+                    if sent is not None:
+                        os.close(sent)
 
-def owner_of_workers() -> int:
-    """The process that restarts workers: torchrun's agent, or this one where there is none."""
-    if OWNER in os.environ:
-        return int(os.environ[OWNER])
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    def _do(self, request: dict[str, Any], files: list[int]) -> tuple[Any, int | None]:
+        """The answer, and a descriptor that goes with it and is closed then."""
+        what, path = request["do"], request.get("path", "")
+        if what == "put":
+            self._files.put(path, files[0])
+            with self._files.opened(path) as file:
+                if file is not None:
+                    self._neighbours.copy(path, file, request["everywhere"])
+        elif what == "open":
+            with self._files.opened(path) as file:
+                return file is not None, None if file is None else os.dup(file)
+        elif what == "read":
+            return self._neighbours.read(path, request["offset"], request["count"])
+        elif what == "size":
+            own = self._files.size(path)
+            return (self._neighbours.size(path) if own is None else own), None
+        elif what == "remove":
+            self._files.remove(path)
+            if not request["here"]:
+                self._neighbours.remove(path)
+        elif what == "names":
+            found = self._files.names(path)
+            return sorted(found if request["here"] else found | self._neighbours.names(path)), None
+        elif what == "id":
+            return self._id, None
+        elif what == "listen":
+            return self._neighbours.listen(request["host"]), None
+        elif what == "join":
+            addresses = [Address(*each) for each in request["addresses"]]
+            self._neighbours.join(request["token"], self._id, addresses)
+        return None, None
 
 
 def main() -> None:
-    """Serve; ``sys.argv`` has the owner's process."""
+    """Serve until the owner ends; ``sys.argv`` has its process."""
     owner = int(sys.argv[1])
     try:
         watched = os.pidfd_open(owner)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener.bind(_name(owner))
+        listener.bind(name_of(owner))
     except OSError:  # the owner has gone, or another rank was faster
         return
     listener.listen(256)
-    Keeper(listener, watched).serve()
+    threading.Thread(target=Keeper().serve, args=(listener,), daemon=True).start()
+    select.select([watched], [], [])
 
 
-def _start(owner: int) -> None:
-    command = [sys.executable, "-m", "drivetrain_elasticity.keeper", str(owner)]
-    subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # an agent ends workers with all of their session
-    )
-
-
-def _connect(name: str, start: Callable[[], None]) -> socket.socket:
-    deadline, started = time.monotonic() + _START_SECONDS, False
-    while True:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            connection.connect(name)
-        except ConnectionRefusedError:
-            connection.close()
-            if time.monotonic() > deadline:
-                raise KeeperError("the keeper of memory checkpoints does not start") from None
-            if not started:
-                start()
-                started = True
-            time.sleep(_POLL_SECONDS)
-            continue
-        if _user_of(connection) != os.getuid():
-            raise KeeperError("another user listens where the keeper should be")
-        return connection
-
-
-def _name(owner: int) -> str:
+def name_of(owner: int) -> str:
     """Where the keeper listens; the owner's start makes its number unique."""
     text = Path(f"/proc/{owner}/stat").read_text("utf-8", errors="replace")
     return f"\0drivetrain-keeper-{owner}-{text.rpartition(')')[2].split()[19]}"
 
 
-def _user_of(connection: socket.socket) -> int:
+def user_of(connection: socket.socket) -> int:
+    """The user whose process is at the other end."""
     size = struct.calcsize("3i")
     found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
     return int(struct.unpack("3i", found)[1])

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from drivetrain.checkpoint.agreement import text_of
 from drivetrain.checkpoint.format import index
-from drivetrain.checkpoint.format.storage import open_storage
+from drivetrain.checkpoint.format.storage import Storage, open_storage
 from drivetrain.errors import CheckpointError
-from drivetrain_elasticity.keeper import KeeperError
-from drivetrain_elasticity.survival import PLACE, refuse_several_hosts
+from drivetrain_elasticity.client import KeeperError
+from drivetrain_elasticity.hosts import join_hosts
+from drivetrain_elasticity.survival import PLACE
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
@@ -34,10 +35,10 @@ def resume(
         Path and client state of what was loaded; ``(None, None)`` if there was nothing.
 
     Raises:
-        CheckpointError: on every rank: what there is cannot be loaded.
-        ConfigError: the ranks are on several hosts.
+        CheckpointError: on every rank: what there is cannot be loaded, or a host's keeper does not
+            start or cannot be reached by the others.
     """
-    refuse_several_hosts(engine.job)
+    join_hosts(engine.job)
     found = ""
     if engine.job.rank == 0:
         copy, disk = _steps(PLACE), -1 if save_dir is None else _steps(save_dir)
@@ -56,8 +57,25 @@ def _steps(place: str | os.PathLike[str]) -> int:
             tag = storage.get(index.LATEST, 1 << 16).decode()
             path = f"{tag}/{index.MANIFEST}"
             manifest = index.unseal(storage.get(path, index.MANIFEST_LIMIT), storage.where(path))
+            if place == PLACE:
+                _check_whole(storage, tag, manifest)
             return int(manifest["step"])
     except (*index.MALFORMED, CheckpointError, KeeperError, OSError) as error:
         # Loading finds out more about one that is damaged; a copy that is none is not needed.
         logger.warning("%s cannot be looked at: %s", os.fspath(place), error)
         return -1 if place == PLACE else 0
+
+
+def _check_whole(storage: Storage, tag: str, manifest: dict[str, Any]) -> None:
+    """Refuse a copy of which parts have gone with hosts that are lost.
+
+    Raises:
+        CheckpointError: parts of it are missing.
+    """
+    ranks = range(manifest["world_size"])
+    files = {rank: f"{tag}/{index.data_file(rank, manifest['id'])}" for rank in ranks}
+    if lost := [str(rank) for rank, path in files.items() if storage.size(path) is None]:
+        raise CheckpointError(
+            f"the copy of step {manifest['step']} lacks what ranks {', '.join(lost)} had: more "
+            "hosts were lost at once than one and its neighbour"
+        )

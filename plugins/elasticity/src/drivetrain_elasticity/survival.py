@@ -12,7 +12,6 @@ from drivetrain_elasticity.section import SurvivalSection
 if TYPE_CHECKING:
     from drivetrain.contracts import StepReport
     from drivetrain.engine.engine import Engine
-    from drivetrain.job.job import Job
     from drivetrain.plan.plan import Plan
     from drivetrain_elasticity.spikes import Spikes
 
@@ -25,8 +24,9 @@ class Survival(Plugin):
     """Owns ``survival``.
 
     A copy is a checkpoint like any other, made of fragments by all ranks and committed as a whole;
-    only its files are in memory, in a process that is no worker. So a rank that is lost takes
-    nothing with it, and a job goes on with another number of ranks as it does from a disk.
+    only its files are in memory, in a process that is no worker, and on several hosts also in that
+    of the next host. So a rank or a host that is lost takes nothing with it, and a job goes on with
+    another number of ranks as it does from a disk.
     """
 
     name = "survival"
@@ -54,7 +54,9 @@ class Survival(Plugin):
             if spikes.go_back_after(engine, report.loss):
                 return
         if engine.global_steps % section.every == 0:
-            refuse_several_hosts(engine.job)
+            from drivetrain_elasticity.hosts import join_hosts
+
+            join_hosts(engine.job)
             engine.save_checkpoint(PLACE, TAG)
 
     def features(self) -> Mapping[str, object]:
@@ -63,18 +65,3 @@ class Survival(Plugin):
 
 found: WeakKeyDictionary[Engine, Spikes] = WeakKeyDictionary()
 """The losses of every engine that is looked at."""
-
-
-def refuse_several_hosts(job: Job) -> None:
-    """Refuse a job whose ranks have several keepers, none of which has the whole.
-
-    Raises:
-        ConfigError: on every rank.
-    """
-    from drivetrain.errors import ConfigError
-
-    if job.ranks.ranks_on_host != job.world_size:
-        raise ConfigError(
-            f"survival keeps copies in the memory of one host, but of {job.world_size} ranks "
-            f"{job.ranks.ranks_on_host} are on this one; save checkpoints to a disk that all see"
-        )
