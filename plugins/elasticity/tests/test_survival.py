@@ -175,3 +175,39 @@ def test_background_saves_are_refused_beside_it() -> None:
         pytest.skip("drivetrain-checkpoint-tools is not installed")
     with pytest.raises(ConfigError, match=r"cannot be combined with checkpoint\.background"):
         Plan.build(config, registry=REGISTRY)
+
+
+def poisoned() -> tuple[list[int], list[int], bool]:
+    """Steps and samples handed out after each batch, where one sample makes one rank's loss NaN."""
+    samples = list(zip(*data.vectors(32), strict=True))
+    samples[7] = (samples[7][0] * float("nan"), samples[21][1])
+    config = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+        "survival": {"every": 2, "spike": {"factor": 5.0, "window": 4}},
+    }
+    engine = drivetrain.initialize(
+        model=mlp(), config=config, training_data=samples, registry=REGISTRY
+    )[0]
+    steps, consumed = [], []
+    for _ in range(8):  # an epoch
+        engine.train_batch()
+        steps.append(engine.global_steps)
+        assert engine.training_dataloader is not None
+        consumed.append(engine.training_dataloader.state_dict()["consumed"])
+    weights = engine.module_state_dict()
+    finite = all(bool(torch.isfinite(weight).all()) for weight in weights.values())
+    engine.destroy()
+    engine.job.close()
+    return steps, consumed, finite
+
+
+def test_a_loss_that_is_no_number_on_one_rank_makes_all_go_back(owner: str) -> None:
+    found = run_distributed(poisoned, 2, env={OWNER: owner})
+    assert found[0] == found[1]
+    steps, consumed, finite = found[0]
+    at = next(n for n in range(1, 8) if steps[n] <= steps[n - 1])  # the batch of that sample
+    back = at // 2 * 2  # there are copies of even steps
+    assert steps == [*range(1, at + 1), *range(back, back + 8 - at)]
+    assert consumed[:7] == [4 * n for n in range(1, 8)]
+    assert finite

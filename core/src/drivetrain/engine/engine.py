@@ -255,7 +255,8 @@ class Engine(EngineSettings, nn.Module):
         self.progress.end_micro_batches(micro_batches - 1)
         if self.is_gradient_accumulation_boundary():
             optimizer.refuse_other_groups()
-            self._losses.check(self.loss_scaler.dynamic, self.progress)
+            normal = self.loss_scaler.dynamic or not self.precision.check_loss
+            self._losses.check(normal, self.progress)
             rates = tuple(float(group.get("lr", "nan")) for group in optimizer.param_groups)
             with self.job.span("step"):
                 self._applied = bool(self.job.hub.optimizer_step(self))

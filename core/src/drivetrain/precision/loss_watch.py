@@ -69,7 +69,7 @@ class LossWatch:
         """Refuse to train on from a loss or gradients that are not finite.
 
         Args:
-            overflow_is_normal: dynamic loss scaling deals with it by itself.
+            overflow_is_normal: dynamic loss scaling, or a plugin, deals with it by itself.
             progress: tells the step for the message.
 
         Raises:

@@ -44,7 +44,9 @@ def join_hosts(job: Job) -> None:
     _agree(job, problem)
     assert storage is not None
     ids = texts_along(job, "world", storage.keeper_id())
-    if len(set(ids)) > 1:
+    if len(set(ids)) == 1:
+        storage.join("", [])  # others, of which it may know, are no part of the job any more
+    else:
         _join(job, storage, first_of_host=ids.index(ids[job.rank]) == job.rank)
 
 

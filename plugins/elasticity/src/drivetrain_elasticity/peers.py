@@ -192,15 +192,15 @@ class Neighbours:
         """Work with these keepers from now on; again with the same token changes nothing.
 
         Args:
-            token: that the job's ranks have agreed on.
+            token: that the job's ranks have agreed on; empty where there is one keeper.
             own: id of this keeper.
-            addresses: all of them, in the order of their hosts.
+            addresses: all of them, in the order of their hosts; none where this is the only one.
         """
         with self._lock:
             if token == self._token:
                 return
             before, self._token = self._peers, token
-            at = next(n for n, address in enumerate(addresses) if address.id == own)
+            at = [address.id for address in addresses].index(own) if addresses else 0
             ring = [*addresses[at + 1 :], *addresses[:at]]
             self._peers = [Peer(address, token) for address in ring]
         for peer in before:

@@ -13,6 +13,8 @@ from drivetrain.checkpoint.format.storage import Storage, open_storage
 from drivetrain.errors import CheckpointError
 from drivetrain_elasticity.client import KeeperError
 from drivetrain_elasticity.hosts import join_hosts
+from drivetrain_elasticity.section import SurvivalSection
+from drivetrain_elasticity.spikes import watch_losses
 from drivetrain_elasticity.survival import PLACE
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ def resume(
         CheckpointError: on every rank: what there is cannot be loaded, or a host's keeper does not
             start or cannot be reached by the others.
     """
+    spike = engine.job.plan.section(SurvivalSection).spike
+    if spike is not None:  # the very first loss may be one to go back from
+        watch_losses(engine, spike)
     join_hosts(engine.job)
     found = ""
     if engine.job.rank == 0:

@@ -6,7 +6,9 @@ import logging
 import math
 import statistics
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from drivetrain.errors import TrainingError
 from drivetrain_elasticity.section import SpikeSection
@@ -18,6 +20,20 @@ if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
 
 logger = logging.getLogger("drivetrain.survival")
+
+
+_watched: WeakKeyDictionary[Engine, Spikes] = WeakKeyDictionary()
+
+
+def watch_losses(engine: Engine, section: SpikeSection) -> Spikes:
+    """The losses of an engine, which from now on goes back after one that is not finite.
+
+    Core would end the job with an error instead, on the rank whose loss it is.
+    """
+    if engine not in _watched:
+        _watched[engine] = Spikes(section)
+        engine.precision = replace(engine.precision, check_finite=True, check_loss=False)
+    return _watched[engine]
 
 
 class Spikes:

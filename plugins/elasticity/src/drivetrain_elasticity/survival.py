@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
-from weakref import WeakKeyDictionary
 
 from drivetrain.contracts import Plugin, Problem, Sections, hookimpl
 from drivetrain_elasticity.section import SurvivalSection
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
     from drivetrain.contracts import StepReport
     from drivetrain.engine.engine import Engine
     from drivetrain.plan.plan import Plan
-    from drivetrain_elasticity.spikes import Spikes
 
 PLACE = "keeper://survival"
 TAG = "copy"
@@ -48,10 +46,9 @@ class Survival(Plugin):
             return
         section = self.section(SurvivalSection)
         if section.spike is not None:
-            from drivetrain_elasticity.spikes import Spikes
+            from drivetrain_elasticity.spikes import watch_losses
 
-            spikes = found.setdefault(engine, Spikes(section.spike))
-            if spikes.go_back_after(engine, report.loss):
+            if watch_losses(engine, section.spike).go_back_after(engine, report.loss):
                 return
         if engine.global_steps % section.every == 0:
             from drivetrain_elasticity.hosts import join_hosts
@@ -61,7 +58,3 @@ class Survival(Plugin):
 
     def features(self) -> Mapping[str, object]:
         return {"survival.enabled": self.section(SurvivalSection).enabled}
-
-
-found: WeakKeyDictionary[Engine, Spikes] = WeakKeyDictionary()
-"""The losses of every engine that is looked at."""
