@@ -5,12 +5,13 @@
 
 Four ranks train a small GPT with ``survival`` and ``exact``; every ``--between`` seconds one of
 them, chosen at random, is killed by SIGKILL. ``recovery_*`` are the seconds from the kill to the
-end of the first step of the ranks that were started again; ``without_spare`` has those of a second
-run in which ranks begin with Python. ``files_opened`` and ``disk_bytes`` are counted on all ranks
-while they resume. Then a job without kills trains as many steps: it is told to leave (SIGTERM), and
-goes on from its checkpoint, on 4, 3, 2 and 4 ranks. ``equal`` says whether all weights of both are
-the same bits. ``left`` are files in /dev/shm and keepers that are there afterwards and were not
-before.
+end of the first step of the ranks that were started again; ``moments_median`` when on this way
+their script began, they had an engine, and the copy was loaded. ``without_spare`` has those of a
+second run in which ranks begin with Python. ``files_opened`` and ``disk_bytes`` are counted on all
+ranks while they resume. Then a job without kills trains as many steps: it is told to leave
+(SIGTERM), and goes on from its checkpoint, on 4, 3, 2 and 4 ranks. ``equal`` says whether all
+weights of both are the same bits. ``left`` are files in /dev/shm and keepers that are there
+afterwards and were not before.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def killed(options: argparse.Namespace, folder: Path, *, spare: bool) -> tuple[d
     try:
         awaited(process, folder / "0.started.json")
         end, start, ranks = time.monotonic() + 60 * options.minutes, 0, list[int]()
+        parts = list[dict[str, float]]()
         due = time.monotonic() + options.between
         while due < end:
             time.sleep(max(0.0, due - time.monotonic()))
@@ -114,7 +116,8 @@ def killed(options: argparse.Namespace, folder: Path, *, spare: bool) -> tuple[d
             os.kill(victim, signal.SIGKILL)
             start += 1
             facts = awaited(process, folder / f"{start}.started.json")
-            seconds.append(facts["time"] - moment)
+            seconds.append(facts["moments"]["stepped"] - moment)
+            parts.append({k: round(v - moment, 2) for k, v in facts["moments"].items()})
             ranks.append(rank)
             assert facts["from"].startswith("keeper://"), facts
             due = max(due + options.between, time.monotonic() + 1)
@@ -131,6 +134,9 @@ def killed(options: argparse.Namespace, folder: Path, *, spare: bool) -> tuple[d
         "ranks_killed": ranks,
         "recovery_median": round(statistics.median(seconds), 2),
         "recovery_longest": round(max(seconds), 2),
+        "moments_median": {
+            name: round(statistics.median(each[name] for each in parts), 2) for name in parts[0]
+        },
         "resumes": len(reads),
         "files_opened": sorted({name for facts in reads for name in facts["opened"]}),
         "disk_bytes": sum(facts["disk_bytes"] for facts in reads),

@@ -59,17 +59,19 @@ def main() -> None:
     """Train to the end."""
     order: dict[str, Any] = json.loads(sys.argv[1])
     folder = Path(order["folder"])
-    opened = Opened()
+    opened, moments = Opened(), {"started": time.time()}
     torch.manual_seed(0)
     samples = list(zip(*data.tokens(600), strict=True))
     engine: Any = drivetrain.initialize(
         model=TinyGPT(64, 64, 4), config=order["config"], training_data=samples
     )[0]
+    moments["initialized"] = time.time()
     rank, start = engine.job.rank, int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     (folder / f"{start}-rank{rank}.pid").write_text(str(os.getpid()), "utf-8")
     before = disk_bytes()
     with opened.counting():
         place, _ = resume(engine, order["save_dir"])
+    moments["resumed"] = time.time()
     facts = {"opened": opened.names, "disk_bytes": disk_bytes() - before}
     (folder / f"{start}-rank{rank}.read.json").write_text(json.dumps(facts), "utf-8")
     first = True
@@ -79,7 +81,8 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         engine.train_batch()
         if first and rank == 0:
-            facts = {"from": place, "step": engine.global_steps - 1, "time": time.time()}
+            moments["stepped"] = time.time()
+            facts = {"from": place, "step": engine.global_steps - 1, "moments": moments}
             aside = folder / "aside"
             aside.write_text(json.dumps(facts), "utf-8")
             aside.rename(folder / f"{start}.started.json")
