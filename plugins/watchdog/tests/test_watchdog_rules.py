@@ -157,3 +157,19 @@ def test_a_collective_in_words() -> None:
     splits = [1, 1]
     exchange = Collective(Kind.ALL_TO_ALL, tensors[1:] * 2, "dp", TAG, input_splits=splits)
     assert text_of(exchange).endswith("float32 [-1, 1]")
+
+
+def test_a_rank_that_has_come_and_is_not_heard_of_any_more_is_cut_off() -> None:
+    away = {**COME, "silent": 20.0}
+    assert cause([WAITING, COME, away], patience=30.0) == (-1, False, "")
+    rank, certain, text = cause([WAITING, COME, away], patience=15.0)
+    assert (rank, certain) == (2, True)
+    assert "to which rank 2 has come, but that gives no sign of life for 20 s, last seen at" in text
+    assert cause([WAITING, COME, away], patience=0.0) == (-1, False, "")
+
+
+def test_a_silent_rank_is_the_cause_though_it_waited_when_it_was_last_heard_of() -> None:
+    behind = record({"0..2/1": 4}, {"0..2/1": 5}, silent=20.0)
+    rank, certain, text = cause([WAITING, COME, behind], patience=15.0)
+    assert (rank, certain) == (2, True)
+    assert "which gives no sign of life for 20 s" in text

@@ -87,7 +87,34 @@ def find_cause(
                 slow = slow or Cause(peer, text, is_certain=False)
             elif peer != rank and len(known) <= _MOST:
                 ways.append((peer, (*way, step), through))
-    return slow
+    return slow or _silent(rank, own, record_of, patience, order)
+
+
+def _silent(
+    rank: int,
+    own: Record,
+    record_of: Callable[[int], Record | None],
+    patience: float,
+    order: Order,
+) -> Cause | None:
+    """One who has come to what ``rank`` waits in, and is not heard of since: its host is cut off.
+
+    Then what has been sent does not arrive, though nobody is missing.
+    """
+    for name in own["wait"]["needs"]:
+        for peer in order(rank, members(name)):
+            record = record_of(peer) if peer != rank else None
+            if record is not None and 0 < patience <= record["silent"] and not record["left"]:
+                text = f"rank {rank} {said(own['wait'])}, to which rank {peer} has come, but that "
+                return Cause(peer, text + _without_life(record), is_certain=True)
+    return None
+
+
+def _without_life(record: Record) -> str:
+    return (
+        f"gives no sign of life for {record['silent']:.0f} s, last seen "
+        f"{place(record)}{caught(record)}"
+    )
 
 
 def _missing(
@@ -121,12 +148,12 @@ def _verdict(
         return f"has closed its job{last}{caught(record)}", True
     if record["stopped"]:
         return f"is stopped (SIGSTOP, or a debugger), last seen {place(record)}", True
+    if 0 < patience <= record["silent"]:  # whatever it waited in then
+        return _without_life(record), True
     if record["wait"] is not None:
         return None
-    still = max(record["still"], record["silent"])
-    if 0 < patience <= still:
-        what = "gives no sign of life" if record["silent"] > record["still"] else "stands still"
-        return f"{what} for {still:.0f} s {place(record)}{caught(record)}", True
+    if 0 < patience <= record["still"]:
+        return f"stands still for {record['still']:.0f} s {place(record)}{caught(record)}", True
     return f"is {place(record)}{caught(record)}", False
 
 
