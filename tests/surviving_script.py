@@ -2,7 +2,8 @@
 
 Arguments: a JSON object with ``config``, ``steps``, ``kills`` (one [step, rank] for each start of
 the workers, the first ones) and ``weights`` (file that rank 0 writes at the end); ``parts`` is
-[start, step, rank] where one rank meets nobody.
+[start, step, rank] where one rank meets nobody; ``waits`` is [start, step, file] where all write a
+mark into the folder ``marks`` and wait for the file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +41,10 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         if [start, engine.global_steps, engine.job.rank] == order.get("parts"):
             engine.job.communicator.barrier("world", Tag(Purpose.CONTROL, site="alone"))
+        if [start, engine.global_steps] == order.get("waits", [])[:2]:
+            (Path(order["marks"]) / f"waits-{engine.job.rank}").touch()
+            while not Path(order["waits"][2]).exists():
+                time.sleep(0.05)
         engine.train_batch()
     weights = engine.module_state_dict()
     if engine.job.rank == 0:

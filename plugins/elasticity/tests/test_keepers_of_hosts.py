@@ -164,6 +164,12 @@ def test_a_file_is_on_the_next_host_when_the_write_has_ended(
     assert (found, one.size("copy/data"), one.names("copy")) == (b"3456", 10, ["data"])
     with pytest.raises(CheckpointError, match="it ends at byte 10, but 12 are needed"):
         one.read("copy/data", 8, bytearray(4))
+    whole = os.urandom(16 << 20)  # more than the buffers of a connection hold
+    one.put("copy/whole", whole)
+    assert two.names_here("copy") == ["data", "whole"]
+    one.remove_here("copy/whole")
+    assert one.get("copy/whole", 1 << 30) == whole
+    one.remove("copy/whole")
     one.remove("copy/data")
     one.put("copy/end", b"")  # what is removed goes the same way, before this
     assert two.names_here("copy") == ["end"]
@@ -174,7 +180,7 @@ def test_a_copy_that_no_other_host_takes_is_an_error(
 ) -> None:
     one, _, _, end = pair
     end("")
-    with pytest.raises(KeeperError, match="no keeper of another host has taken a copy of survival"):
+    with pytest.raises(KeeperError, match="no other host has taken a copy of survival/copy/data: the kee"):
         one.put("copy/data", b"0123")
 
 

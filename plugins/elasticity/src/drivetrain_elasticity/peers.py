@@ -50,9 +50,9 @@ def send(connection: socket.socket, message: dict[str, Any], file: int | None = 
     size = 0 if file is None else os.fstat(file).st_size
     data = json.dumps({**message, "bytes": size}).encode()
     connection.sendall(len(data).to_bytes(8, "big") + data)
-    sent = 0
-    while file is not None and sent < size:
-        sent += os.sendfile(connection.fileno(), file, sent, size - sent)
+    if file is not None and size:
+        with os.fdopen(file, "rb", closefd=False) as contents:
+            connection.sendfile(contents, 0, size)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], int | None]:
@@ -230,7 +230,7 @@ class Neighbours:
             if not everywhere:
                 break
         if peers and not taken:
-            raise GoneError(f"no keeper of another host has taken a copy of {path}") from error
+            raise GoneError(f"no other host has taken a copy of {path}: {error}") from error
 
     def remove(self, path: str) -> None:
         """Have all remove a file."""
