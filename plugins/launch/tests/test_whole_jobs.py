@@ -6,10 +6,12 @@ themselves, where they are installed.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +36,13 @@ exec sh -c "$line"
 
 def launch(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     (folder / "train.py").write_text(SCRIPT, "utf-8")
-    command = [sys.executable, "-m", "drivetrain.cli", "launch", "--log-dir", "logs", *arguments]
+    return launch_command(folder, "--log-dir", "logs", *arguments, **variables)
+
+
+def launch_command(
+    folder: Path, *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "drivetrain.cli", "launch", *arguments]
     environment = {**os.environ, "FAILS": "2", **variables}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
@@ -133,11 +141,16 @@ def test_ranks_of_openmpi(tmp_path: Path) -> None:
     assert "error: host localhost: rank 1 failed: ValueError: no good" in done.stderr
 
 
+def slurm(*words: str) -> str:
+    """What a command of Slurm says; skips the test where there is no Slurm."""
+    if shutil.which(words[0]) is None or subprocess.run(["sinfo"], capture_output=True).returncode:
+        pytest.skip("no Slurm here that answers")
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.long
 def test_a_step_of_slurm(tmp_path: Path) -> None:
-    answer = shutil.which("sinfo") and subprocess.run(["sinfo"], capture_output=True).returncode
-    if answer != 0:
-        pytest.skip("no Slurm here that answers")
+    slurm("sinfo")
     (tmp_path / "train.py").write_text(SCRIPT, "utf-8")
     inside = [
         sys.executable,
@@ -157,6 +170,65 @@ def test_a_step_of_slurm(tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
+    assert done.returncode == 2
+    assert "rank 0 of 2 ['fail']" in done.stdout
+    assert "rank 1 failed: ValueError: no good" in done.stderr
+
+
+LEAVES = """
+import os, signal, sys
+from pathlib import Path
+rank = os.environ["RANK"]
+def leave(*_):
+    Path(f"saved{rank}").touch()
+    sys.exit(0)
+if Path(f"saved{rank}").exists():
+    Path("aside" + rank).write_text(os.environ["SLURM_RESTART_COUNT"])
+    Path("aside" + rank).rename(f"finished{rank}")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, leave)
+Path(f"up{rank}").touch()
+while True: signal.pause()
+"""
+
+
+@pytest.mark.long
+def test_a_job_of_slurm_s_queue_saves_when_it_is_preempted_and_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "gpu" not in slurm("sinfo", "-h", "-o", "%G"):
+        pytest.skip("Slurm's hosts have no gpu here, and a batch script asks for some")
+    (tmp_path / "train.py").write_text(LEAVES, "utf-8")
+    done = launch_command(
+        tmp_path, "--sbatch", "job.sh", "--num-nodes", "1", "--num-gpus", "2", "train.py"
+    )
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    folder = str(Path(sys.executable).parent)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    number = slurm("sbatch", "--parsable", "job.sh").strip()
+
+    def awaited(what: str) -> None:
+        while not all((tmp_path / f"{what}{rank}").exists() for rank in (0, 1)):
+            assert slurm("squeue", "-h", "-j", number), "the job has ended"
+            time.sleep(0.5)
+
+    try:
+        awaited("up")
+        slurm("scontrol", "requeue", number)  # as preemption does
+        awaited("saved")
+        awaited("finished")  # Slurm lets the job wait for two minutes
+    finally:
+        subprocess.run(["scancel", number], check=False)
+    assert [(tmp_path / f"finished{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+
+
+@pytest.mark.long
+def test_hosts_of_ray(tmp_path: Path) -> None:
+    if importlib.util.find_spec("ray") is None or "RAY_ADDRESS" not in os.environ:
+        pytest.skip("no Ray here, or no cluster of it (RAY_ADDRESS)")
+    arguments = ["--launcher", "ray", "--num-nodes", "1", "--num-gpus", "2", "--export", "FAILS"]
+    done = launch(tmp_path, *arguments, "train.py", "fail", FAILS="1")
     assert done.returncode == 2
     assert "rank 0 of 2 ['fail']" in done.stdout
     assert "rank 1 failed: ValueError: no good" in done.stderr

@@ -52,6 +52,7 @@ class Options:
     core_list: str
     grace: float
     max_restarts: int
+    spare: bool
     log_dir: Path | None
     join: bool
     sbatch: Path | None
@@ -83,6 +84,7 @@ class Options:
 @click.option("--core-list", default="", help="Cores to share out, such as 0-15,32-47.")
 @click.option("--grace", default=30.0, show_default=True, help="Seconds to end after a signal.")
 @click.option("--max-restarts", default=0, show_default=True, help="Restarts after a failure.")
+@click.option("--spare", is_flag=True, help="Start ranks as copies of a process with torch loaded.")
 @click.option("--log-dir", type=UserPath(path_type=Path), help="Run folder; default: under runs/.")
 @click.option("--join", is_flag=True, help="Be one host of a job that a scheduler has started.")
 @click.option("--sbatch", type=UserPath(path_type=Path), help="Write a batch script for Slurm.")
@@ -231,6 +233,8 @@ def make_world(options: Options, hosts: list[Host]) -> World:
 def _run_options(options: Options) -> tuple[str, ...]:
     """Those that ``drivetrain run`` takes as well."""
     found = ["--grace", str(options.grace), "--max-restarts", str(options.max_restarts)]
+    if options.spare:
+        found.append("--spare")
     if options.bind_cores or options.core_list:
         found.append("--bind-cores")
     if options.core_list:
