@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from drivetrain_elasticity import resume
+from drivetrain_elasticity.client import owner_of_workers
 
 import drivetrain
 from drivetrain.contracts import Purpose, Tag
@@ -35,6 +36,7 @@ def main() -> None:
     start = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if engine.job.rank == 0:
         sys.stdout.write(f"start {start}: from {place} at step {engine.global_steps}\n")
+        sys.stdout.write(f"keeper of {owner_of_workers()}\n")
     kills = dict(enumerate(order["kills"]))
     while engine.global_steps < order["steps"]:
         if kills.get(start) == [engine.global_steps, engine.job.rank]:
