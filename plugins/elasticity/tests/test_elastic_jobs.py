@@ -49,8 +49,12 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks(
 
 def test_batch_sizes_beside_the_section_are_refused_or_overruled() -> None:
     config: dict[str, Any] = {"elasticity": ELASTIC, "train_batch_size": 8}
-    with pytest.raises(ConfigError, match="the config gives train_batch_size: leave them out"):
+    with pytest.raises(ConfigError) as caught:
         Plan.build(config, world_size=2, registry=REGISTRY)
+    assert (
+        "(12 = 3 micro-batch x 2 accumulation x 2 data shards), but the config gives "
+        "train_batch_size 8: leave them out"
+    ) in str(caught.value)
     config["elasticity"] = {**ELASTIC, "ignore_non_elastic_batch_info": True}
     batch = Plan.build(config, world_size=2, registry=REGISTRY).batch
     assert batch is not None

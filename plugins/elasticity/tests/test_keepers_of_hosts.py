@@ -180,7 +180,9 @@ def test_a_copy_that_no_other_host_takes_is_an_error(
 ) -> None:
     one, _, _, end = pair
     end("")
-    with pytest.raises(KeeperError, match="no other host has taken a copy of survival/copy/data: the kee"):
+    with pytest.raises(
+        KeeperError, match="no other host has taken a copy of survival/copy/data: the kee"
+    ):
         one.put("copy/data", b"0123")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from drivetrain_launch import watch
 from drivetrain_launch.command import launch
 from drivetrain_launch.ssh_command import ssh
 from drivetrain_launch.world import World
@@ -103,6 +104,39 @@ def test_ssh_tells_each_host_its_place_and_the_job_through_the_connection(
             *("--master-addr", "worker-0", "--master-port", "29500", "--failure-format", "json"),
             *("--grace", "30.0", "--max-restarts", "0", "train.py", "--lr", "1"),
         ]
+
+
+VANISHES = f"""#!{sys.executable}
+import sys
+host = sys.argv[-2]
+if host == "worker-1":
+    sys.stderr.write("Timeout, server worker-1 not responding.\\n")
+    sys.exit(255)
+if not sys.argv[-1].startswith("tar "):
+    sys.stdin.readline()
+    sys.stdin.read()  # until it is asked to end
+"""
+
+
+def test_a_host_that_vanishes_during_launch_is_named_and_the_others_end(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded.program("ssh")
+    (recorded.folder / "bin" / "ssh").write_text(VANISHES, "utf-8")
+    monkeypatch.setattr(watch, "_SETTLE_SECONDS", 0.0)
+    with pytest.raises(DrivetrainError) as caught:
+        recorded.launch("-H", "hosts", "--grace", "60", "train.py")
+    assert str(caught.value).startswith(
+        "host worker-1 cannot be reached by ssh without a password, or its connection broke: "
+        "Timeout, server worker-1 not responding."
+    )
+
+
+def test_a_spare_is_asked_for_on_every_host(recorded: Recorded) -> None:
+    recorded.program("ssh")
+    recorded.launch("-H", "hosts", "--spare", "--max-restarts", "3", "train.py")
+    for call in recorded.calls:
+        assert World.of_text(call["stdin"]).options[-2:] == ("3", "--spare")
 
 
 def test_a_setup_command_comes_first(recorded: Recorded) -> None:

@@ -17,6 +17,7 @@ from drivetrain.contracts import (
     Sections,
     hookimpl,
 )
+from drivetrain.errors import ConfigError
 from drivetrain_elasticity.batches import solve
 from drivetrain_elasticity.section import ElasticitySection
 
@@ -45,9 +46,10 @@ class Elasticity(Plugin):
             if plan.config.get(path) is not None and path not in plan.autos
         ]
         if given and not section.ignore_non_elastic_batch_info:
+            stated = ", ".join(f"{path} {plan.config[path]}" for path in given)
             reason = (
-                f"derives the batch sizes, but the config gives {', '.join(given)}: leave them "
-                "out, or set ignore_non_elastic_batch_info to have them overruled"
+                f"derives the batch sizes{_derived(section, plan)}, but the config gives {stated}: "
+                "leave them out, or set ignore_non_elastic_batch_info to have them overruled"
             )
             problems.append(Problem("elasticity", reason))
         return [*problems, *_scheduler_problems(section)]
@@ -65,6 +67,22 @@ class Elasticity(Plugin):
 
     def features(self) -> Mapping[str, object]:
         return {"elasticity.enabled": self.section(ElasticitySection).enabled}
+
+
+def _derived(section: ElasticitySection, plan: Plan) -> str:
+    """The arithmetic, for messages; empty where nothing fits, which is another problem."""
+    try:
+        found = solve(section, plan.world_size)
+    except ConfigError:
+        return ""
+    micro = found.micro_batch_size
+    assert micro is not None, "a number of ranks was given"
+    shards = plan.world_size // section.model_parallel_size
+    steps = found.train_batch_size // (micro * shards)
+    return (
+        f" ({found.train_batch_size} = {micro} micro-batch x {steps} accumulation x {shards} "
+        "data shards)"
+    )
 
 
 def _scheduler_problems(section: ElasticitySection) -> list[Problem]:

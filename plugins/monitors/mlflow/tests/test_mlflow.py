@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -135,3 +136,32 @@ def refused() -> str:
 def test_a_missing_client_is_named_with_what_to_install() -> None:
     (message,) = run_distributed(refused, 1)
     assert "pip install 'drivetrain-mlflow[client]'" in message
+
+
+def dead(method: str) -> tuple[int, list[str]]:
+    """Calls of a method that fails as when nobody listens at the endpoint; what is said."""
+    clients: list[Client] = []
+    calls: list[str] = []
+    said: list[str] = []
+
+    def refuse(_client: Client, *_arguments: object) -> None:
+        calls.append(method)
+        raise ConnectionError("nobody answers at http://127.0.0.1:9")
+
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("drivetrain.monitor").addHandler(handler)
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in(patch, clients)
+        patch.setattr(Client, method, refuse)
+        patch.setattr(MLflow, "most_steps", 1)  # every step is sent
+        train({"tracking_uri": "http://127.0.0.1:9"})
+    return len(calls), said
+
+
+@pytest.mark.parametrize("method", ["get_experiment_by_name", "log_batch"])
+def test_a_dead_endpoint_is_said_once_and_training_goes_on(method: str) -> None:
+    ((calls, said),) = run_distributed(dead, 1, method)
+    words = "mlflow shows nothing more, training goes on: ConnectionError: nobody answers"
+    assert calls == 1
+    assert [message.startswith(words) for message in said] == [True]
