@@ -255,8 +255,7 @@ class Engine(EngineSettings, nn.Module):
         self.progress.end_micro_batches(micro_batches - 1)
         if self.is_gradient_accumulation_boundary():
             optimizer.refuse_other_groups()
-            normal = self.loss_scaler.dynamic or not self.precision.check_loss
-            self._losses.check(normal, self.progress)
+            self._losses.check(self.loss_scaler.dynamic or self.precision.lenient, self.progress)
             rates = tuple(float(group.get("lr", "nan")) for group in optimizer.param_groups)
             with self.job.span("step"):
                 self._applied = bool(self.job.hub.optimizer_step(self))

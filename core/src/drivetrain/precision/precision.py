@@ -48,8 +48,7 @@ class Precision:
         lower: dtype of ``torch.autocast`` around forward; ``None`` for none.
         safe_modules: modules whose gradients travel in ``lower``.
         check_finite: skip updates whose gradients are not finite.
-        check_loss: refuse to train on from a loss that is not finite; a plugin that goes back to
-            earlier states then turns it off.
+        lenient: train on from a loss that is not finite, as a plugin that goes back wants it.
     """
 
     parameter: torch.dtype | None = None
@@ -62,7 +61,7 @@ class Precision:
     lower: torch.dtype | None = None
     safe_modules: tuple[type[nn.Module], ...] = ()
     check_finite: bool = False
-    check_loss: bool = True
+    lenient: bool = False
 
     @classmethod
     def of(cls, plan: Plan) -> Precision:

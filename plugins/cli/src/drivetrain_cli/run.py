@@ -75,7 +75,7 @@ def run(
     from drivetrain_cli.failures import explain_failure
     from drivetrain_cli.launch import run_agent
     from drivetrain_cli.nodes import Nodes
-    from drivetrain_cli.rank import FIRST_LOG, FOLDER_VARIABLE
+    from drivetrain_cli.rank import FIRST_LOG
 
     nodes = Nodes(nnodes, node_rank, master_addr, master_port, rdzv_endpoint, rdzv_id, max_restarts)
     meeting = nodes.arguments()
@@ -84,15 +84,11 @@ def run(
     nodes.check_port()
     folder = _run_folder(log_dir, script, alone=nodes.alone)
     kind = "module" if module else "script"
-    rank = "drivetrain_cli.warm_rank" if spare else "drivetrain_cli.rank"
-    worker = ["--module", rank, kind, script, *arguments]
-    agent = [sys.executable, "-m", "drivetrain_cli.agent", str(folder)]
+    worker = ["--module", f"drivetrain_cli.{_start(spare)}", kind, script, *arguments]
     # Without a folder of its own torchrun leaves one in the system's temporary folder at every run.
     own = ["--nproc-per-node", str(ranks), "--log-dir", str(folder / "torchrun")]
-    command = [*agent, *meeting, *own, *worker]
-    environment = {**_environment(ranks, nodes.interface()), FOLDER_VARIABLE: str(folder)}
-    if spare:
-        environment |= _spare_variables()
+    command = [sys.executable, "-m", "drivetrain_cli.agent", str(folder), *meeting, *own, *worker]
+    environment = _environment(ranks, nodes.interface(), folder, spare=spare)
     if bind_cores or core_list:
         environment |= core_variables(ranks, core_list)
     code = run_agent(command, environment, folder / FIRST_LOG, grace)
@@ -108,14 +104,23 @@ def run(
         sys.exit(2)
 
 
-def _environment(ranks: int, interface: str) -> dict[str, str]:
+def _environment(ranks: int, interface: str, folder: Path, *, spare: bool) -> dict[str, str]:
     """Our own, with what ranks need where the user has not set it."""
-    environment = dict(os.environ)
+    from drivetrain_cli.rank import FOLDER_VARIABLE
+
+    environment = {**os.environ, FOLDER_VARIABLE: str(folder)}
+    if spare:
+        environment |= _spare_variables()
     environment.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // ranks)))
     environment.setdefault("PYTHONUNBUFFERED", "1")
     if interface:
         environment.setdefault("GLOO_SOCKET_IFNAME", interface)
     return environment
+
+
+def _start(spare: bool) -> str:
+    """The module that torchrun starts for a rank."""
+    return "warm_rank" if spare else "rank"
 
 
 def _spare_variables() -> dict[str, str]:

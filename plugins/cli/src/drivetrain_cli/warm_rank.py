@@ -49,8 +49,8 @@ def main() -> None:
         if "status" in message:
             _end_like(message["status"])
         rank_process = message["pid"]
-        for number in early:
-            send_signal(rank_process, number)
+        for waiting in early:
+            send_signal(rank_process, waiting)
     sys.stderr.write("the spare process has ended, and this rank with it\n")
     os._exit(1)
 

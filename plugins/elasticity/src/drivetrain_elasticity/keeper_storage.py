@@ -59,8 +59,8 @@ class KeeperStorage(Storage):
         found, file = self._client.ask("open", path=self._path(path))
         start, end = offset, offset + len(rest)
         if not found:  # of another host's keeper only what is needed
-            there = {"path": self._path(path), "offset": offset, "count": len(rest)}
-            found, file = self._client.ask("read", **there)
+            there = self._path(path)
+            found, file = self._client.ask("read", path=there, offset=offset, count=len(rest))
             start = 0
         if not found:
             raise CheckpointError(f"checkpoint file {self.where(path)} is missing")

@@ -32,7 +32,7 @@ def watch_losses(engine: Engine, section: SpikeSection) -> Spikes:
     """
     if engine not in _watched:
         _watched[engine] = Spikes(section)
-        engine.precision = replace(engine.precision, check_finite=True, check_loss=False)
+        engine.precision = replace(engine.precision, check_finite=True, lenient=True)
     return _watched[engine]
 
 
