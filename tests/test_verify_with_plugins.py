@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_zero.shards.gradients import ReduceScatterBucket
+from drivetrain_zero.shards.whole import GatheredWhole
 from torch import nn
 
 import drivetrain
@@ -107,6 +108,25 @@ def test_states_in_files_agree_with_plain_torch(tmp_path: Path) -> None:
 
 def losing(keys: dict[str, Any]) -> None:
     trained(keys, lose=True)
+
+
+def stale(keys: dict[str, Any]) -> None:
+    """One unit is gathered as it was before the first update."""
+    right, old = GatheredWhole._complete, {}
+
+    def complete(self: GatheredWhole) -> None:
+        arrives = self._handle is not None
+        right(self)
+        if arrives and "blocks.1" in self._layout.key:
+            self.flat.copy_(old.setdefault(id(self), self.flat.clone()))
+
+    GatheredWhole._complete = complete  # type: ignore[method-assign]
+    trained(keys)
+
+
+def test_a_stale_gather_is_found_in_the_step_after() -> None:
+    with pytest.raises(RanksFailedError, match=r"of parameter \S+ in step 2 is off by"):
+        run_distributed(stale, 2, zero(3))
 
 
 def test_a_micro_batch_that_one_shard_loses_is_found() -> None:

@@ -15,7 +15,7 @@ from drivetrain_autotuning import Autotuner
 from drivetrain_autotuning.search import search
 from drivetrain_autotuning.section import AutotuningSection
 from drivetrain_autotuning.space import choices_in, config_of, possible, space_of
-from drivetrain_autotuning.trial import told
+from drivetrain_autotuning.trial import Trial, told
 from pydantic import ValidationError
 
 from drivetrain.cli import main
@@ -289,6 +289,31 @@ def test_a_search_ends_early(how: str) -> None:
     assert len(tried) == 5 if how != "model_based" else len(tried) <= 5
     grid = search(choices, lambda _: 1.0, how="gridsearch", most=3, patience=9)
     assert list(grid) == choices[:3]
+
+
+@pytest.mark.parametrize(("most", "chosen"), [(12, 2), (4, 1)])
+def test_the_best_few_are_tried_again_where_trials_are_left(most: int, chosen: int) -> None:
+    """One choice is lucky when it is tried first."""
+    choices = choices_in({"a": [0, 1, 2, 3]})
+    measured = {0: [50.0], 1: [109.0, 91.0], 2: [105.0, 105.0], 3: [60.0]}
+    seen: dict[int, list[float]] = {value: [] for value in measured}
+
+    def score(choice: Any) -> float:
+        value = dict(choice)["a"]
+        seen[value].append(measured[value][len(seen[value])])
+        return sum(seen[value]) / len(seen[value])
+
+    tried = search(choices, score, how="model_based", most=most, patience=20)
+    assert dict(max(tried, key=lambda choice: tried[choice] or 0.0))["a"] == chosen
+    assert sum(map(len, seen.values())) == (6 if most == 12 else 4)
+
+
+def test_two_trials_of_one_config_are_one_result() -> None:
+    trial = Trial("x", {}, seconds=1.0, throughput=8.0, peak=5)
+    trial.add(Trial("x", {}, seconds=3.0, throughput=4.0, peak=7))
+    assert (trial.seconds, trial.throughput, trial.peak, trial.runs) == (2.0, 6.0, 7, 2)
+    trial.add(Trial("x", {}, error="out of memory"))
+    assert (trial.seconds, trial.throughput, trial.error) == (2.0, 6.0, "")
 
 
 def test_a_search_of_failures_tries_others() -> None:

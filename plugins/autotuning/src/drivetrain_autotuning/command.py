@@ -180,14 +180,26 @@ class Tuning:
 
         name, folder = name_of(choice), Path(self.section.exps_dir)
         config = config_of(self.config, choice)
-        planned = self._planned(config, folder / name)
-        trial = Trial.read(folder, name)
-        if trial is None or trial.choice != dict(choice):
-            trial = Trial(name, dict(choice), error=planned)
+
+        def run(planned: str = "") -> Trial:
+            made = Trial(name, dict(choice), error=planned)
             if not planned:
                 options: dict[str, Any] = {"ranks": self.ranks, "timeout": self.section.timeout}
                 words = told(self.script, config, self.section.arg_mappings)
-                run_trial(trial, config, words, folder=folder / name, **options)
+                run_trial(made, config, words, folder=folder / name, **options)
+            return made
+
+        before = next((trial for trial in self.trials if trial.name == name), None)
+        if before is not None:
+            if before.runs == 1:
+                before.add(run())
+                before.write(folder)
+                click.echo(f"     {name}, again: {before.throughput:,.2f} samples/s in the mean")
+            return self.score(before)
+        planned = self._planned(config, folder / name)
+        trial = Trial.read(folder, name)
+        if trial is None or trial.choice != dict(choice):
+            trial = run(planned)
             trial.write(folder)
         self.trials.append(trial)
         line = trial.error or f"{trial.throughput:,.2f} samples/s, {trial.seconds:.4f} s a step"

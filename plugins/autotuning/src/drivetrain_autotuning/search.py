@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from drivetrain_autotuning.space import Choice
 
 _SEEDS = 3
-_LITTLE = 0.01
+_LITTLE = 0.003
 """Improvement in the logarithm of the score that is not worth another trial."""
+
+_CLOSE, _FINALISTS = 0.9, 3
+"""Choices whose scores are at least this part of the best are tried again: so many at most."""
 
 
 def search(
@@ -29,9 +32,13 @@ def search(
 ) -> dict[Choice, float | None]:
     """Try choices until there is little to gain; returns those tried with their scores.
 
+    By a model, the best few are then tried once more, as far as there are trials left: of several
+    measurements the largest is one that was lucky.
+
     Args:
         choices: all of them.
-        score: tries one: larger is better and above 0; ``None`` if it fails.
+        score: tries one: larger is better and above 0; ``None`` if it fails. Of one that is tried
+            again it returns what both trials say together.
         how: ``gridsearch``, ``random`` or ``model_based``.
         most: trials.
         patience: trials without a better one, after which it ends.
@@ -51,6 +58,12 @@ def search(
         result = tried[chosen] = score(chosen)
         better = result is not None and result > best
         best, since = (max(best, result or 0.0)), 0 if better else since + 1
+    if how == "model_based":
+        close = [choice for choice, found in tried.items() if (found or 0.0) >= _CLOSE * best]
+        close.sort(key=lambda choice: -(tried[choice] or 0.0))
+        if len(close) > 1:
+            for choice in close[: min(_FINALISTS, most - len(tried))]:
+                tried[choice] = score(choice)
     return tried
 
 

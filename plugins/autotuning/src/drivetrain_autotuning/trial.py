@@ -55,6 +55,7 @@ class Trial:
         throughput: samples a second.
         peak: bytes of rank 0's device.
         error: why there are none; empty if there are.
+        runs: how often it was run; figures are means.
     """
 
     name: str
@@ -63,6 +64,15 @@ class Trial:
     throughput: float = 0.0
     peak: int = 0
     error: str = ""
+    runs: int = 1
+
+    def add(self, other: Trial) -> None:
+        """Take in what another run of the same choice says; where it failed, nothing."""
+        if other.seconds is not None and self.seconds is not None:
+            self.seconds = (self.seconds + other.seconds) / 2
+            self.throughput = (self.throughput + other.throughput) / 2
+            self.peak = max(self.peak, other.peak)
+        self.runs += 1
 
     def write(self, folder: Path) -> None:
         """Keep it for a later run."""
