@@ -1,4 +1,4 @@
-"""Plant delays in a run of two ranks, and see in which column of its ledger they are, as JSON.
+"""Plant delays in a run, and see in which column of its ledger they are, as JSON.
 
     python benchmarks/ledger_planted.py
 
@@ -6,10 +6,11 @@ Each delay is a sleep whose real length is taken where it is planted, so a busy 
 sleepers late makes no error. ``error`` is how far the column is from it, as a part of it:
 
 - ``data``: 200 ms before each micro-batch.
-- ``slow rank``: 250 ms in each forward of rank 1. ``waiting`` is what rank 0 waits more than rank 1
+- ``slow rank``: 500 ms in each forward of rank 1. ``waiting`` is what rank 0 waits more than rank 1
   in communication, ``computing`` what rank 1 computes more.
-- ``disk``: each fsync of a checkpoint takes 250 ms more than in the checkpoint before.
-- ``compile``: a compiler's back end takes 2 s, over another compilation in the same process.
+- ``disk``: each fsync of a checkpoint takes 1 s more than in the checkpoint before, on one rank, as
+  several would wait for each other's disks.
+- ``compile``: a compiler's back end takes 8 s, over another compilation in the same process.
 
 ``sum`` is the largest distance of the sum of all columns from a run's wall time, as a part of it.
 """
@@ -118,11 +119,13 @@ def main() -> None:
     errors: dict[str, float] = {}
     sums: list[float] = []
 
-    def planted(kind: str, seconds: float) -> tuple[list[float], Summary, list[Step]]:
+    def planted(
+        kind: str, seconds: float, ranks: int = 2
+    ) -> tuple[list[float], Summary, list[Step]]:
         """What each rank slept, the summary of the ledger, and the steps of rank 0."""
         own = Path(folder, kind)
         own.mkdir()
-        slept = run_distributed(run, 2, own, kind, seconds)
+        slept = run_distributed(run, ranks, own, kind, seconds)
         attempts = read_run(own / "ledger")
         found = summary(attempts)
         sums.extend(abs(sum(each.values()) / found.wall - 1) for each in found.ranks.values())
@@ -135,16 +138,16 @@ def main() -> None:
         slept, found, _ = planted("data", 0.2)
         error("data", found.ranks[0]["data"], slept[0])
 
-        slept, found, _ = planted("rank", 0.25)
+        slept, found, _ = planted("rank", 0.5)
         first, second = found.ranks[0], found.ranks[1]
         error("slow rank, computing", second["compute"] - first["compute"], slept[1])
         error("slow rank, waiting", waited(first) - waited(second), slept[1])
 
-        slept, _, steps = planted("disk", 0.25)
+        slept, _, steps = planted("disk", 1.0, ranks=1)
         plain, throttled = (steps[STEPS + n].seconds["checkpoint"] for n in (0, 1))
         error("disk", throttled - plain, slept[0])
 
-        slept, _, steps = planted("compile", 2.0)
+        slept, _, steps = planted("compile", 8.0)
         plain, long = (steps[n].seconds["compile"] for n in (2, 3))
         error("compile", long - plain, slept[0])
     shown = {
