@@ -5,10 +5,11 @@
 
 Every design has the batch, the optimizer and the peak rates of examples/gpt.json, one process, and
 is scored on the same held-out windows. Tokens are those that the model was given, after truncation;
-layer tokens also leave out what random-LTD drops. ``efficient`` is the fixed recipe: so many steps
-that the tokens are 0.75 of the plain run's, of which sequences grow from 32 to 256 bytes over the
-first 90 %, two of the four layers see 24 tokens at first and all of them at the end, and the rate
-decays by tokens. The other designs are those that were tried.
+layer tokens also leave out what random-LTD drops. ``by-tokens`` is
+the fixed recipe of the curriculum: so many steps that the tokens are 0.75 of the plain run's, of
+which sequences grow from 32 to 256 bytes over the first 90 %, and a rate that decays by tokens.
+``efficient`` adds random-LTD: two of the four layers see 24 tokens at first, all at the end.
+The other designs are those that were tried.
 """
 
 from __future__ import annotations
