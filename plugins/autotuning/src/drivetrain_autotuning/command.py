@@ -191,7 +191,7 @@ class Tuning:
 
         before = next((trial for trial in self.trials if trial.name == name), None)
         if before is not None:
-            if before.runs == 1:
+            if before.runs == 1 and not before.error:
                 before.add(run())
                 before.write(folder)
                 click.echo(f"     {name}, again: {before.throughput:,.2f} samples/s in the mean")
