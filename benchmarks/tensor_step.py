@@ -35,14 +35,14 @@ LAYERS, WIDTH, HEADS, TOKENS, ROWS, VOCABULARY = 4, 256, 8, 128, 4, 512
 STEPS = 5
 
 
-def config_of() -> Any:
+def config_of(width: int) -> Any:
     """A decoder of Llama's kind."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
@@ -50,13 +50,13 @@ def config_of() -> Any:
     )
 
 
-def make(ranks: int, section: dict[str, Any]) -> Engine:
+def make(ranks: int, section: dict[str, Any], width: int) -> Engine:
     """An engine that trains it."""
     from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
     engine, *_ = drivetrain.initialize(
-        model=LlamaForCausalLM(config_of()),
+        model=LlamaForCausalLM(config_of(width)),
         config={
             "train_micro_batch_size_per_gpu": ROWS,
             "gradient_clipping": 0,
@@ -80,9 +80,9 @@ def step(engine: Engine, number: int) -> None:
     engine.step()
 
 
-def measure(ranks: int, section: dict[str, Any]) -> dict[str, float]:
+def measure(ranks: int, section: dict[str, Any], width: int) -> dict[str, float]:
     """Seconds of a step and of its all-reduces alone, and bytes; runs on every rank."""
-    engine = make(ranks, section)
+    engine = make(ranks, section, width)
     step(engine, 0)
     engine.job.byte_log.reset()
     seconds, processor = [], []
@@ -92,7 +92,7 @@ def measure(ranks: int, section: dict[str, Any]) -> dict[str, float]:
         seconds.append(time.perf_counter() - begin)
         processor.append(time.process_time() - used)
     total = engine.job.byte_log.total(Purpose.ACTIVATION, "tp")
-    alone = _alone(engine, total.calls // STEPS) if ranks > 1 else (0.0, 0.0)
+    alone = _alone(engine, total.calls // STEPS, width) if ranks > 1 else (0.0, 0.0)
     engine.destroy()
     return {
         "seconds": statistics.median(seconds),
@@ -103,9 +103,9 @@ def measure(ranks: int, section: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _alone(engine: Engine, calls: int) -> tuple[float, float]:
+def _alone(engine: Engine, calls: int, width: int) -> tuple[float, float]:
     """Seconds, and those of the processor, that as many all-reduces take by themselves."""
-    x = torch.zeros(ROWS, TOKENS, WIDTH)
+    x = torch.zeros(ROWS, TOKENS, width)
     tag = Tag(Purpose.CONTROL, site="benchmark")
     times, processor = [], []
     for _ in range(STEPS):
@@ -117,14 +117,16 @@ def _alone(engine: Engine, calls: int) -> tuple[float, float]:
     return statistics.median(times), statistics.median(processor)
 
 
-def beside_tp_plan(folder: str, pairs: int, section: dict[str, Any]) -> list[tuple[float, ...]]:
+def beside_tp_plan(
+    folder: str, pairs: int, section: dict[str, Any], width: int
+) -> list[tuple[float, ...]]:
     """Seconds of a step, ours and that of Transformers' own layers, in turn; on every rank.
 
     Then seconds of the processor, which other programs disturb less.
     """
     from transformers import LlamaForCausalLM
 
-    engine = make(2, section)
+    engine = make(2, section, width)
     model = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     found = []
@@ -142,14 +144,14 @@ def beside_tp_plan(folder: str, pairs: int, section: dict[str, Any]) -> list[tup
     return found[2:]
 
 
-def peer(pairs: int, section: dict[str, Any]) -> dict[str, Any]:
+def peer(pairs: int, section: dict[str, Any], width: int) -> dict[str, Any]:
     """Medians over rounds in which both took a step."""
     from transformers import LlamaForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        LlamaForCausalLM(config_of()).save_pretrained(folder)
-        found, _ = run_distributed(beside_tp_plan, 2, folder, pairs, section)
+        LlamaForCausalLM(config_of(width)).save_pretrained(folder)
+        found, _ = run_distributed(beside_tp_plan, 2, folder, pairs, section, width)
     ratios = sorted(ours / theirs for ours, theirs, _, _ in found)
     processor = statistics.median(ours / theirs for _, _, ours, theirs in found)
     return {
@@ -160,13 +162,13 @@ def peer(pairs: int, section: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def bound(pairs: int, section: dict[str, Any]) -> dict[str, Any]:
+def bound(pairs: int, section: dict[str, Any], width: int) -> dict[str, Any]:
     """Bytes in relation to the formula, and time to half of one process and the sums alone."""
-    formula = 4 * LAYERS * ROWS * TOKENS * WIDTH * 4
+    formula = 4 * LAYERS * ROWS * TOKENS * width * 4
     found: list[dict[str, Any]] = []
     for _ in range(pairs):
-        (one,) = run_distributed(measure, 1, 1, {})
-        two, _ = run_distributed(measure, 2, 2, section)
+        (one,) = run_distributed(measure, 1, 1, {}, width)
+        two, _ = run_distributed(measure, 2, 2, section, width)
         least = one["seconds"] / 2 + two["alone"]
         found.append(
             {
@@ -195,6 +197,7 @@ def main() -> None:
     parser.add_argument("--sequence", action="store_true", help="share out sequences")
     parser.add_argument("--overlap", action="store_true", help="overlap sums in backward")
     parser.add_argument("--domino", action="store_true", help="compute in halves of the batch")
+    parser.add_argument("--width", type=int, default=WIDTH, help="features of a token")
     options = parser.parse_args()
     section = {
         "vocabulary": options.vocabulary or options.peer,
@@ -203,7 +206,7 @@ def main() -> None:
         "domino": options.domino,
     }
     run = peer if options.peer else bound
-    print(json.dumps({"step": run(options.pairs, section)}, indent=1))
+    print(json.dumps({"step": run(options.pairs, section, options.width)}, indent=1))
 
 
 if __name__ == "__main__":
