@@ -105,14 +105,20 @@ class DilocoPlugin(Plugin):
     @hookimpl(tryfirst=True)
     def carry_out_save(self, engine: Engine, pending: PendingSave) -> bool | None:
         """Refuse a folder that another replica saves into; then leave the save to others."""
-        own, names = f"{_MARK}{self._section.which()}", pending.storage.names()
-        others = sorted(name for name in names if name.startswith(_MARK) and name != own)
-        if others:  # every rank looks, so that none waits for one that has left
-            raise CheckpointError(
-                f"{pending.place} holds checkpoints of replica "
-                f"{others[0].removeprefix(_MARK)}; give each replica a folder of its own, for "
-                "example with the variable DRIVETRAIN_REPLICA in its name"
-            )
+        from drivetrain.checkpoint.agreement import worst
+
+        own, problem = f"{_MARK}{self._section.which()}", None
+        if pending.rank == 0:  # alone: others might see the mark while it is being written
+            names = pending.storage.names()
+            others = sorted(name for name in names if name.startswith(_MARK) and name != own)
+            if others:
+                problem = (
+                    f"{pending.place} holds checkpoints of replica "
+                    f"{others[0].removeprefix(_MARK)}; give each replica a folder of its own, for "
+                    "example with the variable DRIVETRAIN_REPLICA in its name"
+                )
+        if (found := worst(engine.job, problem)) is not None:
+            raise CheckpointError(found)
         if pending.rank == 0:
             pending.storage.put(own, b"")
         return None
