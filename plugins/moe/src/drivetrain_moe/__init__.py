@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "layer": "MoE",
         "routing": "Routed Routing route",
         "section": "ExpertParallelSection MoESection",
+        "upcycling": "FoundMLP UpcycledMLP find_mlps upcycle",
         "utils": "configure_moe_param_groups get_expert_data_parallel_group "
         "get_expert_parallel_group get_expert_parallel_rank get_expert_parallel_world_size "
         "has_moe_layers is_moe_param "

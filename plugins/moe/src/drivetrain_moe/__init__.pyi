@@ -9,6 +9,10 @@ from drivetrain_moe.routing import Routing as Routing
 from drivetrain_moe.routing import route as route
 from drivetrain_moe.section import ExpertParallelSection as ExpertParallelSection
 from drivetrain_moe.section import MoESection as MoESection
+from drivetrain_moe.upcycling import FoundMLP as FoundMLP
+from drivetrain_moe.upcycling import UpcycledMLP as UpcycledMLP
+from drivetrain_moe.upcycling import find_mlps as find_mlps
+from drivetrain_moe.upcycling import upcycle as upcycle
 from drivetrain_moe.utils import configure_moe_param_groups as configure_moe_param_groups
 from drivetrain_moe.utils import get_expert_data_parallel_group as get_expert_data_parallel_group
 from drivetrain_moe.utils import get_expert_parallel_group as get_expert_parallel_group
