@@ -1,4 +1,4 @@
-"""Upcycled models train with experts on two ranks as one process does, and reload by name."""
+"""Upcycled models train with experts on two ranks as one process does, and load on others."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from drivetrain_moe import upcycle
 from torch import nn
 
 import drivetrain
+from drivetrain.engine.engine import Engine
 from drivetrain.testing import run_distributed
 
 transformers = pytest.importorskip("transformers")
@@ -64,27 +65,42 @@ def loss_of(model: Any, step: int, shard: int) -> torch.Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), words[:, 1:].flatten())
 
 
-def train(kind: str, folder: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-    engine, *_ = drivetrain.initialize(
-        model=upcycled(kind, ep=2),
+def make(kind: str, ep: int, stage: int) -> Engine:
+    return drivetrain.initialize(
+        model=upcycled(kind, ep),
         config={
             "train_micro_batch_size_per_gpu": 2,
             "gradient_clipping": 0.0,
             "optimizer": {"type": "SGD", "params": {"lr": RATE}},
-            "zero_optimization": {"stage": 2},
+            "zero_optimization": {"stage": stage},
         },
-    )
-    losses = []
+    )[0]
+
+
+def train(kind: str, folder: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    engine, losses = make(kind, 2, 2), []
     for step in range(STEPS):
         loss = loss_of(engine, step, engine.job.rank)
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
     engine.save_checkpoint(folder)
-    with drivetrain.whole(engine.module):
-        state = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+    state = state_of(engine)
     engine.destroy()
     return losses, state
+
+
+def load(kind: str, folder: str) -> dict[str, torch.Tensor]:
+    engine = make(kind, 1, 0)
+    engine.load_checkpoint(folder)
+    state = state_of(engine)
+    engine.destroy()
+    return state
+
+
+def state_of(engine: Engine) -> dict[str, torch.Tensor]:
+    with drivetrain.whole(engine.module):
+        return {n: p.detach().clone() for n, p in engine.module.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", ["gpt", "llama"])
@@ -105,3 +121,7 @@ def test_upcycled_experts_on_two_ranks_train_as_one_process(kind: str, tmp_path:
             torch.testing.assert_close(value, wanted[name], rtol=1e-8, atol=1e-10, msg=name)
     assert set(ranks[0][1]) | set(ranks[1][1]) == set(wanted)
     assert set(ranks[0][1]) != set(wanted)  # a rank had its own experts only
+    (loaded,) = run_distributed(load, 1, kind, str(tmp_path))
+    assert set(loaded) == set(wanted)
+    for name, value in loaded.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-8, atol=1e-10, msg=name)

@@ -216,9 +216,12 @@ def wrong(model: nn.Module, *arguments: Any, **options: Any) -> str:
 
 def test_what_cannot_be_upcycled_is_refused_and_the_model_stays() -> None:
     model = Dense()
-    assert "layers: stem (Linear) has 1 matrices; a feed-forward" in wrong(model, 4, layers="stem")
+    message = wrong(model, 4, layers="stem")
+    assert "layers: stem (Linear) has 1 matrices; a feed-forward" in message
     message = wrong(model, 4, layers="mixer")
-    assert message.startswith("upcycle: layers: mixer (Mixer) does not compute each token by itself")
+    assert message.startswith(
+        "upcycle: layers: mixer (Mixer) does not compute each token by itself"
+    )
     message = wrong(model, 4, layers="mlp.*")
     assert "no module of Dense has a name that matches 'mlp.*'; feed-forward layers are" in message
     assert message.endswith("ffn.0, ffn.1, ffn.2")
