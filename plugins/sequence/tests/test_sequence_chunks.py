@@ -208,6 +208,21 @@ def said_of_losses(custom: bool, x: torch.Tensor) -> str:
     return refused(model, x)
 
 
+def test_what_communication_lets_go_of_late_is_no_loss_of_a_hook(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may hold what it has sent until its thread gets a processor."""
+    model, kept = Model(causal=True), list[torch.Tensor]()
+    monkeypatch.setattr(
+        "drivetrain_sequence.chunks.escapes.time.sleep",
+        lambda seconds: kept.clear() if seconds else None,
+    )
+    model.blocks[1].project.register_forward_hook(lambda *given: kept.append(given[2]))
+    engine = engine_of(model, sequence_parallel={"chunk": 8, "probe": False})
+    engine.backward(engine(torch.randn(ROWS, LENGTH, 8, dtype=torch.float64)))
+    engine.destroy()
+
+
 def test_losses_of_routers_are_refused_and_their_absence_is_not() -> None:
     said = refused(tiny("mixtral", output_router_logits=True), **batch(0, "plain"))
     assert "that was computed inside of model.layers.0" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,6 +15,10 @@ from torch.utils._pytree import tree_leaves
 from drivetrain.errors import TrainingError
 
 _KEY = "drivetrain.sequence.chunk"
+
+_PAUSES = (0.0, 0.001, 0.01, 0.1, 0.5, 1.0, 3.0)
+"""Seconds between looks: threads of communication let go of tensors after a collective is through,
+and may not get a processor at once."""
 
 
 class _Mark:
@@ -70,9 +75,11 @@ class Escapes(TorchFunctionMode):
         Raises:
             TrainingError: something of the graph is left.
         """
-        if self._left() is None:
-            return
-        gc.collect()  # an exception that was caught may be a cycle
+        for pause in _PAUSES:
+            if (left := self._left()) is None:
+                return
+            time.sleep(pause)
+            gc.collect()  # an exception that was caught may be a cycle
         if (left := self._left()) is not None:
             raise TrainingError(
                 f"something keeps {left} that was computed inside of {self._name}, as hooks do "
