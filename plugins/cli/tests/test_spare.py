@@ -146,3 +146,83 @@ def test_another_spare_is_started_when_one_has_ended(
     starter = spare.SpareStarter()
     starter.run()
     assert (tmp_path / "started").read_text().split() == [starter.name_of_socket] * 3
+
+
+LOUD = "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+
+LOADED = """
+import sys
+print([n for n in ("loud", "quiet", "quiet.needed", "foreign") if f"drivetrain_{n}" in sys.modules])
+print("torch.distributed.pipelining" in sys.modules)
+"""
+
+
+class LoneSpare:
+    """A spare without an agent, in whose environment two plugins are installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name, source in (("loud", LOUD), ("quiet", ""), ("foreign", "")):
+            (folder / f"drivetrain_{name}").mkdir()
+            (folder / f"drivetrain_{name}" / "__init__.py").write_text(source, "utf-8")
+            if name == "foreign":  # which offers nothing to Drivetrain
+                continue
+            facts = folder / f"drivetrain_{name}-1.dist-info"
+            facts.mkdir()
+            (facts / "METADATA").write_text(f"Name: drivetrain-{name}\nVersion: 1\n", "utf-8")
+            entry = f"[drivetrain.plugins]\n{name} = drivetrain_{name}.plugin:Plugin\n"
+            (facts / "entry_points.txt").write_text(entry, "utf-8")
+        (folder / "drivetrain_quiet" / "needed.py").touch()
+        variables = {
+            spare.VARIABLE: f"drivetrain-spare-{os.getpid()}-{folder.name}",
+            FOLDER_VARIABLE: str(folder),
+            "PYTHONPATH": str(folder),
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+        }
+        self._environment = {**os.environ, **variables}
+        command = [sys.executable, "-m", "drivetrain_cli.spare"]
+        self.process = subprocess.Popen(command, env=self._environment)
+        listening = f"@{variables[spare.VARIABLE]}"
+        while listening not in Path("/proc/net/unix").read_text():
+            assert self.process.poll() is None
+            time.sleep(0.05)
+
+    def rank(self, source: str) -> list[str]:
+        """What a rank prints."""
+        (self.folder / "train.py").write_text(source, "utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "drivetrain_cli.warm_rank", "script", "train.py"],
+            cwd=self.folder,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout.splitlines()
+
+    def threads(self) -> int:
+        return len(list(Path(f"/proc/{self.process.pid}/task").iterdir()))
+
+
+def test_what_ranks_have_imported_is_loaded_in_those_after_a_failure(tmp_path: Path) -> None:
+    lone = LoneSpare(tmp_path)
+    try:
+        assert lone.rank(LOADED) == ["[]", "False"]
+        threads = lone.threads()
+        lone.rank(
+            "import drivetrain_loud, drivetrain_foreign, drivetrain_quiet.needed\n"
+            "import torch.distributed.pipelining\n"
+            "try: import drivetrain_quiet.not_there\n"
+            "except ImportError: pass\n"
+        )
+        # When ranks are quiet the spare loads package by package, in the order of the ranks' own.
+        deadline = time.monotonic() + 100
+        while lone.rank(LOADED)[1] == "False" and time.monotonic() < deadline:
+            time.sleep(0.2)
+        # Copies of a process with another thread would lack it, so "loud" is left to the ranks.
+        assert lone.rank(LOADED) == ["['quiet', 'quiet.needed']", "True"]
+        assert lone.threads() == threads
+    finally:
+        lone.process.kill()
+        lone.process.wait()

@@ -31,6 +31,18 @@ MVAPICH = {name.replace("OMPI", "MV2"): value for name, value in OPENMPI.items()
         ),
         (
             {
+                "AZUREML_RUN_ID": "calm_sun_1",
+                "NODE_RANK": "1",
+                "RANK": "1",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "10.0.0.4",
+                "MASTER_PORT": "6105",
+            },
+            Place("Azure ML", 1, 2, 0, 1, "10.0.0.4", 6105),
+        ),
+        (
+            {
                 "PMI_RANK": "3",
                 "PMI_SIZE": "4",
                 "MPI_LOCALRANKID": "1",
@@ -92,3 +104,9 @@ def test_the_first_host_of_slurm_s_list_is_the_master() -> None:
     assert first_slurm_host("gpu[3-5,9]", names) == "gpu3"
     assert first_slurm_host("gpu3") == "gpu3"
     assert first_slurm_host("") == ""
+
+
+def test_several_processes_on_a_node_of_azure_are_refused() -> None:
+    variables = {"AZUREML_RUN_ID": "a", "NODE_RANK": "1", "RANK": "9", "LOCAL_RANK": "1"}
+    with pytest.raises(DrivetrainError, match="set process_count_per_instance to 1"):
+        discover({**variables, "WORLD_SIZE": "16", "MASTER_ADDR": "10.0.0.4"})

@@ -250,6 +250,32 @@ def test_a_batch_script_asks_for_hosts_and_starts_again_after_preemption(
     assert lines[-1].endswith("train.py --name 'a b'")
 
 
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_a_job_on_the_cpu_asks_slurm_for_no_gpus(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    if how == "variable":
+        monkeypatch.setenv("DRIVETRAIN_ACCELERATOR", "cpu")
+    option = ["--accelerator", "cpu"] if how == "option" else []
+    recorded.launch(
+        *("--sbatch", "job.sh", "--num-nodes", "2", "--num-gpus", "4", *option, "train.py"),
+    )
+    lines = (recorded.folder / "job.sh").read_text("utf-8").splitlines()
+    assert "#SBATCH --nodes=2" in lines
+    assert not [line for line in lines if "gpu" in line and line.startswith("#SBATCH")]
+    # four ranks on each host, as before, and on the accelerator that was named
+    assert lines[-1].startswith("exec drivetrain launch --num-gpus 4 ")
+    assert ("--accelerator cpu" in lines[-1]) == (how == "option")
+
+
+def test_an_accelerator_that_is_not_installed_is_named(recorded: Recorded) -> None:
+    with pytest.raises(DrivetrainError, match="abacus"):
+        recorded.launch(
+            "--sbatch", "job.sh", "--num-nodes", "2", "--accelerator", "abacus", "train.py"
+        )
+    assert not (recorded.folder / "job.sh").exists()
+
+
 def test_kubernetes_gets_a_trainjob_whose_pods_join(recorded: Recorded) -> None:
     recorded.program("kubectl")
     recorded.launch(
@@ -272,6 +298,173 @@ def test_kubernetes_gets_a_trainjob_whose_pods_join(recorded: Recorded) -> None:
     names = {variable["name"] for variable in trainer["env"]}
     assert "NCCL_DEBUG" in names
     assert "WANDB_API_KEY" not in names
+
+
+def test_a_trainjob_on_the_cpu_asks_for_no_gpus_and_has_a_name_that_the_api_takes(
+    recorded: Recorded,
+) -> None:
+    recorded.program("kubectl")
+    recorded.launch(
+        *("--launcher", "kubernetes", "--num-nodes", "2", "--num-gpus", "4", "--image", "i"),
+        *("--accelerator", "cpu", "--log-dir", "logs", "-m", "7_Steps"),
+    )
+    job = json.loads((recorded.folder / "logs" / "trainjob.json").read_text("utf-8"))
+    name = job["metadata"]["generateName"] + "x7k2p"  # as the API server completes it
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
+    assert len(name) <= 63
+    trainer = job["spec"]["trainer"]
+    assert "resourcesPerNode" not in trainer
+    assert {"name": "DRIVETRAIN_ACCELERATOR", "value": "cpu"} in trainer["env"]
+    assert trainer["command"][5:7] == ["--num-gpus", "4"]
+
+
+FIELDS = {
+    "": {"apiVersion", "kind", "metadata", "spec", "status"},
+    "spec": {
+        *("runtimeRef", "initializer", "trainer", "runtimePatches", "suspend"),
+        *("activeDeadlineSeconds", "managedBy"),
+    },
+    "spec.runtimeRef": {"name", "apiGroup", "kind"},
+    "spec.trainer": {
+        *("image", "command", "args", "env", "numNodes", "resourcesPerNode", "numProcPerNode"),
+    },
+    "spec.trainer.resourcesPerNode": {"limits", "requests", "claims"},
+}
+"""Of the CRD ``trainjobs.trainer.kubeflow.org`` in Kubeflow Trainer 2.3.0, version v1alpha1."""
+
+
+def test_a_trainjob_has_no_field_that_the_api_does_not_have(recorded: Recorded) -> None:
+    recorded.program("kubectl")
+    recorded.launch("--launcher", "kubernetes", "--image", "i", "--log-dir", "logs", "train.py")
+    job = json.loads((recorded.folder / "logs" / "trainjob.json").read_text("utf-8"))
+    for path, known in FIELDS.items():
+        part = job
+        for name in filter(None, path.split(".")):
+            part = part[name]
+        assert part.keys() <= known, path
+    reserved = {f"PET_{n}" for n in ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_ADDR")}
+    assert not reserved & {variable["name"] for variable in job["spec"]["trainer"]["env"]}
+
+
+RAY = """
+import json, os, sys, types
+def record(**facts):
+    with open(os.environ["RECORD"], "a") as file:
+        file.write(json.dumps(facts) + "\\n")
+OPTIONS = {
+    "accelerator_type", "enable_task_events", "fallback_strategy", "label_selector", "max_calls",
+    "max_retries", "memory", "name", "num_cpus", "num_gpus", "num_returns", "resources",
+    "retry_exceptions", "runtime_env", "scheduling_strategy",
+}
+class Task:
+    def __init__(self, function, options):
+        assert options.keys() <= OPTIONS, options.keys()
+        self.function, self._options = function, options
+    def options(self, **more):
+        return Task(self.function, {**self._options, **more})
+    def remote(self, *arguments):
+        shown = {k: v for k, v in self._options.items() if k != "scheduling_strategy"}
+        bundle = self._options["scheduling_strategy"].placement_group_bundle_index
+        name = self.function.__name__
+        record(task=name, options=shown, bundle=bundle, arguments=arguments)
+        return f"10.0.0.{bundle + 1}" if name == "get_node_ip_address" else 3 * bundle
+def remote(**options):
+    return lambda function: Task(function, options)
+def init(address=None, *, num_cpus=None, num_gpus=None, log_to_driver=None, runtime_env=None):
+    record(init=address, log_to_driver=log_to_driver)
+def get(object_refs, *, timeout=None):
+    return object_refs
+def cluster_resources():
+    return {"CPU": 16.0, "GPU": float(os.environ["GPUS"])}
+def shutdown():
+    record(shutdown=True)
+class Group:
+    def wait(self, timeout_seconds=30):
+        return os.environ.get("FULL") is None
+def placement_group(bundles, strategy=None, name="", lifetime=None):
+    assert strategy in ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
+    record(bundles=bundles, strategy=strategy)
+    return Group()
+def remove_placement_group(placement_group):
+    record(removed=True)
+class PlacementGroupSchedulingStrategy:
+    def __init__(self, placement_group, placement_group_bundle_index=-1,
+                 placement_group_capture_child_tasks=None):
+        self.placement_group_bundle_index = placement_group_bundle_index
+def get_node_ip_address():
+    raise AssertionError("only on the nodes")
+def module(name, **content):
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update(content)
+    return sys.modules[name]
+util = module("ray.util", get_node_ip_address=get_node_ip_address)
+module("ray.util.placement_group", placement_group=placement_group,
+       remove_placement_group=remove_placement_group)
+module("ray.util.scheduling_strategies",
+       PlacementGroupSchedulingStrategy=PlacementGroupSchedulingStrategy)
+"""
+"""Ray with the signatures and options of its manual (2.60, API reference of Core): records."""
+
+
+@pytest.fixture
+def ray(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    (recorded.folder / "fake").mkdir()
+    (recorded.folder / "fake" / "ray.py").write_text(RAY, "utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(recorded.folder / "fake"))
+    monkeypatch.syspath_prepend(str(recorded.folder / "fake"))
+    monkeypatch.setenv("GPUS", "16")
+    return recorded
+
+
+def told(recorded: Recorded) -> list[dict]:
+    return [json.loads(line) for line in (recorded.folder / "record").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("option", "gpus", "needs", "options"),
+    [
+        ([], "16", {"GPU": 8}, {"num_cpus": 0, "num_gpus": 8, "max_retries": 0}),
+        ([], "0", {"CPU": 8}, {"num_cpus": 0, "max_retries": 0}),
+        (["--accelerator", "cpu"], "16", {"CPU": 8}, {"num_cpus": 0, "max_retries": 0}),
+    ],
+)
+def test_ray_gets_one_task_for_each_of_distinct_nodes(
+    ray: Recorded,
+    monkeypatch: pytest.MonkeyPatch,
+    option: list[str],
+    gpus: str,
+    needs: dict[str, int],
+    options: dict[str, int],
+) -> None:
+    monkeypatch.setenv("GPUS", gpus)
+    with pytest.raises(DrivetrainError, match="ray exited with code 3"):  # as the second task did
+        ray.launch(
+            *("--launcher", "ray", "--num-nodes", "2", "--num-gpus", "8", *option),
+            *("--log-dir", "logs", "train.py", "--lr", "1"),
+        )
+    began, group, first, second, *hosts, removed, ended = told(ray)
+    assert began == {"init": "auto", "log_to_driver": True}
+    assert group == {"bundles": [needs, needs], "strategy": "STRICT_SPREAD"}
+    for bundle, task in enumerate((first, second)):
+        assert task["task"] == "get_node_ip_address"
+        assert (task["bundle"], task["options"]) == (bundle, {"num_cpus": 0})
+    for rank, task in enumerate(hosts):
+        assert (task["bundle"], task["options"]) == (rank, options)
+        assert task["arguments"][0] == rank
+        world = World.of_text(task["arguments"][1])
+        assert [host.name for host in world.hosts] == ["10.0.0.1", "10.0.0.2"]
+        assert (world.master_addr, world.arguments) == ("10.0.0.1", ("--lr", "1"))
+        assert "WANDB_API_KEY" not in world.variables
+    assert (len(hosts), removed, ended) == (2, {"removed": True}, {"shutdown": True})
+
+
+def test_a_cluster_of_ray_without_room_is_said(
+    ray: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FULL", "1")
+    with pytest.raises(DrivetrainError, match=r"Ray has not 2 nodes with \{'GPU': 8\} each"):
+        ray.launch("--launcher", "ray", "--num-nodes", "2", "--num-gpus", "8", "train.py")
+    assert told(ray)[-2:] == [{"removed": True}, {"shutdown": True}]
 
 
 def test_a_pod_joins_with_what_its_variables_say(

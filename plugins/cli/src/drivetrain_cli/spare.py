@@ -34,8 +34,11 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from typing import Any
+
+from drivetrain_cli import spare_modules
 
 VARIABLE = "DRIVETRAIN_SPARE"
 """Where the spare of this run listens."""
@@ -43,11 +46,9 @@ VARIABLE = "DRIVETRAIN_SPARE"
 PACKET = 1 << 20
 """Bytes that a message has at most: the environment of a process, mostly."""
 
-MODULES = (
-    *("torch", "torch.distributed", "torch._dynamo", "numpy"),
-    *("drivetrain", "drivetrain.contracts", "drivetrain.engine.compose", "drivetrain.checkpoint"),
-)
-"""What ranks need. ``torch._dynamo`` is what the first optimizer imports, and half of all of it."""
+LULL_SECONDS = 1.0
+"""The spare loads what ranks need when they have told nothing for so long, as they need the
+processors themselves while they start."""
 
 
 def listener_at(name: str) -> socket.socket:
@@ -80,16 +81,27 @@ class Spare:
         self._selector.register(listener, selectors.EVENT_READ, self._accept)
         self._selector.register(agent, selectors.EVENT_READ, None)
         self._ranks: dict[socket.socket, tuple[int, int]] = {}  # to process and its descriptor
+        self._packages = spare_modules.packages()
+        self._wanted: dict[str, dict[str, None]] = {}  # package -> modules that ranks looked for
+        self._trying, self._told = False, 0.0
 
     def serve(self) -> tuple[dict[str, Any], list[int]] | None:
         """What to be, in a copy; ``None`` in the spare itself, when the agent has ended."""
         while True:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(self._patience()):
                 if key.data is None:
                     return None
                 request = key.data(key.fileobj)
                 if request is not None:
                     return request  # type: ignore[no-any-return]
+            if self._patience() == 0:
+                self._try_next()
+
+    def _patience(self) -> float | None:
+        """Seconds until there is something to load; ``None`` for: not before something is told."""
+        if not self._wanted or self._trying:
+            return None
+        return max(0.0, self._told + LULL_SECONDS - time.monotonic())
 
     def _accept(self, listener: socket.socket) -> None:
         connection, _ = listener.accept()
@@ -110,11 +122,17 @@ class Spare:
             if connection not in self._ranks:
                 connection.close()
             return None
+        heard, told = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = os.fork()
         if process == 0:
             os.setsid()
             self._let_go()
+            heard.close()
+            told.setblocking(False)
+            sys.meta_path.insert(0, spare_modules.Reporter(told, self._packages))
             return json.loads(data), streams
+        told.close()
+        self._selector.register(heard, selectors.EVENT_READ, self._hear)
         for stream in streams:
             os.close(stream)
         ended = os.pidfd_open(process)
@@ -132,16 +150,42 @@ class Spare:
             self._selector.unregister(connection)
         connection.close()
 
+    def _hear(self, heard: socket.socket) -> None:
+        """Note the module that a rank looks for; or the end of that rank."""
+        name = heard.recv(PACKET).decode()
+        if not name:
+            self._selector.unregister(heard)
+            heard.close()
+        elif name not in sys.modules:
+            self._wanted.setdefault(name.partition(".")[0], {})[name] = None
+            self._told = time.monotonic()
+
+    def _try_next(self) -> None:
+        """Have a copy import what ranks needed of one package, to see what comes of it."""
+        names: list[str] = []
+        while self._wanted and not names:
+            names = spare_modules.missing(self._wanted.pop(next(iter(self._wanted))))
+        if not names:
+            return
+        process = spare_modules.try_in_a_copy(names)
+        ended = os.pidfd_open(process)
+        self._trying = True
+
+        def load(_: object) -> None:
+            self._trying = False
+            self._selector.unregister(ended)
+            os.close(ended)
+            if os.waitpid(process, 0)[1] == 0:
+                spare_modules.load(names)
+                gc.freeze()  # as before: what is new is shared, too
+
+        self._selector.register(ended, selectors.EVENT_READ, load)
+
     def _let_go(self) -> None:
         """Close, in a copy, what belongs to the spare."""
-        self._listener.close()
-        for _, ended in self._ranks.values():
-            os.close(ended)
         for key in list(self._selector.get_map().values()):
-            if isinstance(key.fileobj, socket.socket):
-                key.fileobj.close()
+            os.close(key.fd) if isinstance(key.fileobj, int) else key.fileobj.close()  # type: ignore[attr-defined]
         self._selector.close()
-        os.close(self._agent)
 
     def _send(self, connection: socket.socket, message: dict[str, int]) -> None:
         with suppress(OSError):  # it has gone; its end is seen where connections are read
@@ -185,7 +229,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ranks get their own, and have own handlers
     # Those who ask early wait for the imports here, as they would for their own.
     listener = listener_at(os.environ[VARIABLE])
-    for name in MODULES:
+    for name in spare_modules.MODULES:
         importlib.import_module(name)
     gc.freeze()  # so that collecting garbage does not copy the memory that copies share
     found = Spare(listener, agent).serve()

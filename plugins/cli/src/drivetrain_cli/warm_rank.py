@@ -44,7 +44,7 @@ def main() -> None:
 
     for number in _FORWARDED:
         signal.signal(number, forward)
-    while data := connection.recv(PACKET):
+    while data := _heard(connection):
         message = json.loads(data)
         if "status" in message:
             _end_like(message["status"])
@@ -69,6 +69,14 @@ def _asked() -> socket.socket | None:
         pass
     connection.close()
     return None
+
+
+def _heard(connection: socket.socket) -> bytes:
+    """What the spare says next; nothing when it has ended."""
+    try:
+        return connection.recv(PACKET)
+    except ConnectionResetError:  # it has ended before it read our request
+        return b""
 
 
 def _end_like(status: int) -> None:

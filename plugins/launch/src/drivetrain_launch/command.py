@@ -47,6 +47,7 @@ class Options:
     setup: str
     python: str
     image: str
+    accelerator: str
     elastic: str
     bind_cores: bool
     core_list: str
@@ -79,6 +80,7 @@ class Options:
 @click.option("--setup", default="", help="Shell command that comes first on every host.")
 @click.option("--python", default=sys.executable, help="Interpreter on every host. Default: this.")
 @click.option("--image", default="", help="Container image, for Kubernetes.")
+@click.option("--accelerator", default="", help="Of the ranks; cpu asks no scheduler for GPUs.")
 @click.option("--elastic", default="", metavar="MIN:MAX", help="Go on with so many hosts.")
 @click.option("--bind-cores", is_flag=True, help="Give each rank cores of its own.")
 @click.option("--core-list", default="", help="Cores to share out, such as 0-15,32-47.")
@@ -209,7 +211,6 @@ def _all(names: Any) -> str:
 
 def make_world(options: Options, hosts: list[Host]) -> World:
     """The description of the job that its hosts get."""
-    from drivetrain_launch.variables import exported
     from drivetrain_launch.world import World, own_versions
 
     folder = Path.cwd()
@@ -224,10 +225,19 @@ def make_world(options: Options, hosts: list[Host]) -> World:
         arguments=options.arguments,
         module=options.module,
         options=_run_options(options),
-        variables=exported(os.environ, options.export, folder, Path.home()),
+        variables=_variables(options, folder),
         nodes=options.elastic,
         versions=own_versions(),
     )
+
+
+def _variables(options: Options, folder: Path) -> dict[str, str]:
+    """Those that the hosts of a job get."""
+    from drivetrain_launch.devices import ACCELERATOR
+    from drivetrain_launch.variables import exported
+
+    found = exported(os.environ, options.export, folder, Path.home())
+    return {**found, ACCELERATOR: options.accelerator} if options.accelerator else found
 
 
 def _run_options(options: Options) -> tuple[str, ...]:
@@ -271,6 +281,7 @@ def _make_folder(folder: Path) -> None:
 
 def _join(options: Options) -> None:
     """Become ``drivetrain run`` with what the variables of a scheduler say of this host."""
+    from drivetrain_launch.devices import ACCELERATOR
     from drivetrain_launch.discovery import discover
 
     place = discover(os.environ)
@@ -295,23 +306,27 @@ def _join(options: Options) -> None:
     if options.dry_run:
         click.echo(shlex.join(command))
         return
+    if options.accelerator:
+        os.environ[ACCELERATOR] = options.accelerator
     os.execv(command[0], command)  # noqa: S606 - no shell, as it should be
 
 
 def _write_batch_script(options: Options, path: Path) -> None:
+    from drivetrain_launch.devices import needs_devices
     from drivetrain_launch.launchers.slurm import batch_script
 
     if options.num_nodes is None:
         raise DrivetrainError("--sbatch needs --num-nodes: how many hosts to ask Slurm for")
     slots = options.num_gpus or 1
     command = ["--num-gpus", str(slots), "--master-port", str(options.master_port)]
+    command += ["--accelerator", options.accelerator] if options.accelerator else []
     command += [part for wanted in options.export for part in ("--export", wanted)]
     command += [*_run_options(options), *(["--module"] if options.module else []), options.script]
     job = Path(options.script).stem
     text = batch_script(
         job,
         options.num_nodes,
-        slots,
+        slots if needs_devices(_variables(options, Path.cwd())) else 0,
         [*command, *options.arguments],
         shlex.split(options.launcher_args),
         f"{job}-%j.log",

@@ -88,7 +88,20 @@ def _sagemaker(env: Mapping[str, str]) -> Place | None:
 
 
 def _azure(env: Mapping[str, str]) -> Place | None:
-    """Azure ML starts by OpenMPI and says who the master is."""
+    """Azure ML starts by OpenMPI and says who the master is, or sets what PyTorch reads.
+
+    The latter is its distribution ``pytorch``: with one process for each node, ``RANK`` and
+    ``WORLD_SIZE`` count nodes.
+    """
+    if "AZUREML_RUN_ID" in env and "NODE_RANK" in env and "OMPI_COMM_WORLD_RANK" not in env:
+        number = _reader(env, "")
+        if number("LOCAL_RANK") or number("RANK") != number("NODE_RANK"):
+            raise ValueError(
+                "several processes on a node: set process_count_per_instance to 1, since each "
+                "of them starts the ranks of its node"
+            )
+        size, port = number("WORLD_SIZE"), int(env.get("MASTER_PORT", _PORT))
+        return Place("Azure ML", number("RANK"), size, 0, 1, env.get("MASTER_ADDR", ""), port)
     if "AZ_BATCH_MASTER_NODE" in env:
         address, _, port = env["AZ_BATCH_MASTER_NODE"].partition(":")
         return _of_openmpi("Azure ML", env, address, int(port or _AZURE_PORT))

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from drivetrain.errors import DrivetrainError
 from drivetrain.plan.registry import Registry
+from drivetrain_launch.devices import ACCELERATOR
 from drivetrain_launch.discovery import discover
 from drivetrain_launch.watch import FAILURE
 from drivetrain_launch.world import World, compare_versions, own_versions
@@ -102,7 +103,10 @@ def visible_devices(
     """
     found = {}
     registry = Registry.installed()
+    chosen = environment.get(ACCELERATOR)
     for name in registry.names("accelerators"):
+        if chosen and name != chosen:  # a job on the CPU may have more ranks than there are GPUs
+            continue
         accelerator = registry.load("accelerators", name)()
         variable = accelerator.visible_devices_variable
         if variable is None or accelerator.probe():  # what probe answers is why it cannot be used

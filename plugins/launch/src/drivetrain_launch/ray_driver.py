@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 
 from drivetrain.errors import DrivetrainError
+from drivetrain_launch.devices import needs_devices
 from drivetrain_launch.hosts import Host
 from drivetrain_launch.world import World
 
@@ -28,9 +29,10 @@ def main() -> int:
     )
 
     world = World.of_text(sys.stdin.readline())
-    ray.init(log_to_driver=True)
+    # Without "auto" Ray would start a cluster of this host alone where it finds none.
+    ray.init(address="auto", log_to_driver=True)  # RAY_ADDRESS comes first
     slots = len(world.hosts[0].slots)
-    gpus = ray.cluster_resources().get("GPU", 0) > 0
+    gpus = needs_devices(world.variables) and ray.cluster_resources().get("GPU", 0) > 0
     needs = {"GPU": slots} if gpus else {"CPU": slots}
     group = placement_group([needs] * len(world.hosts), strategy="STRICT_SPREAD")
     try:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from drivetrain.errors import DrivetrainError
+from drivetrain_launch.devices import ACCELERATOR, needs_devices
 from drivetrain_launch.launchers.base import Launcher
 from drivetrain_launch.variables import without_secrets
 from drivetrain_launch.watch import Start
 from drivetrain_launch.world import World
+
+_RESOURCES = {"rocm": "amd.com/gpu"}
+"""Accelerator -> what the device plugin of its vendor calls a device, where that is not NVIDIA."""
 
 
 class Kubernetes(Launcher):
@@ -42,12 +46,15 @@ class Kubernetes(Launcher):
         """The ``TrainJob`` (trainer.kubeflow.org/v1alpha1), as Kubernetes takes it."""
         variables = without_secrets(world.variables, self.settings.named)
         slots = str(len(world.hosts[0].slots))
+        limits = {_resource(variables): slots} if needs_devices(variables) else {}
         command = [
             *("python", "-m", "drivetrain.cli", "launch", "--join", "--num-gpus", slots),
             *(*world.options, *(["--module"] if world.module else []), world.target),
             *world.arguments,
         ]
-        name = re.sub(r"[^a-z0-9]+", "-", Path(world.target).stem.lower())
+        name = re.sub(r"[^a-z0-9]+", "-", Path(world.target).stem.lower()).strip("-")
+        if not name[:1].isalpha():  # as the API wants it (a label of RFC 1035)
+            name = f"job-{name}"
         return {
             "apiVersion": "trainer.kubeflow.org/v1alpha1",
             "kind": "TrainJob",
@@ -59,7 +66,7 @@ class Kubernetes(Launcher):
                     "numNodes": len(world.hosts),
                     "command": command,
                     "env": [{"name": k, "value": v} for k, v in sorted(variables.items())],
-                    "resourcesPerNode": {"limits": {"nvidia.com/gpu": slots}},
+                    **({"resourcesPerNode": {"limits": limits}} if limits else {}),
                 },
             },
         }
@@ -70,3 +77,7 @@ class Kubernetes(Launcher):
 
     def collect(self, world: World, logs: Path) -> str:
         return f"kubectl logs of the job's pods; its manifest: {logs / 'trainjob.json'}"
+
+
+def _resource(variables: Mapping[str, str]) -> str:
+    return _RESOURCES.get(variables.get(ACCELERATOR, ""), "nvidia.com/gpu")

@@ -41,14 +41,14 @@ class Slurm(Launcher):
 
 
 def batch_script(
-    job: str, nodes: int, slots: int, command: Sequence[str], options: Sequence[str], log: str
+    job: str, nodes: int, devices: int, command: Sequence[str], options: Sequence[str], log: str
 ) -> str:
     """A script for ``sbatch`` that runs a job on whole hosts and starts again after preemption.
 
     Args:
         job: its name.
         nodes: number of hosts.
-        slots: devices of each.
+        devices: GPUs of each; with 0 none is asked for, which a cluster without any would refuse.
         command: arguments of ``drivetrain launch``.
         options: further ``#SBATCH`` options.
         log: file of its output; ``%j`` is the number of the job.
@@ -57,7 +57,7 @@ def batch_script(
         f"--job-name={job}",
         f"--nodes={nodes}",
         "--ntasks-per-node=1",
-        f"--gpus-per-node={slots}",
+        *([f"--gpus-per-node={devices}"] if devices else []),
         "--exclusive",
         "--requeue",  # after preemption or the loss of a host it waits in the queue again
         "--signal=TERM@120",  # so long before the time limit the steps are asked to end
