@@ -41,7 +41,7 @@ TRIAL_SECONDS = 60
 
 
 def packages() -> frozenset[str]:
-    """Those below every plugin, and those of this environment that offer something to Drivetrain."""
+    """Those below every plugin, and those installed that offer something to Drivetrain."""
     registry = Registry.installed()
     offered = [entry for group in get_args(Group) for entry in registry.entries(group)]
     return frozenset({*FOUNDATIONS, *(re.split("[.:]", e.value)[0] for e in offered)})
