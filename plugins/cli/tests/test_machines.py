@@ -7,12 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from drivetrain_cli.nodes import Nodes
+from torch.distributed import TCPStore
 
 from drivetrain.cli import main
 
@@ -101,6 +103,50 @@ def test_the_first_machine_is_that_of_the_master_address(monkeypatch) -> None:
     assert (
         "--node-rank 0 runs on the machine of --master-addr, but 127.0.0.1 (127.0.0.1)" in message
     )
+
+
+def hang_up(server: socket.socket) -> None:
+    """Answer connections as a program does that speaks another protocol."""
+    while True:
+        try:
+            connection, _ = server.accept()
+        except OSError:  # closed: the test is over
+            return
+        connection.recv(9, socket.MSG_WAITALL)
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        connection.close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_where_another_program_listens_is_no_place_to_meet(host: str) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        threading.Thread(target=hang_up, args=(server,), daemon=True).start()
+        port = server.getsockname()[1]
+        message = refuse("--nnodes", "1:2", "--rdzv-endpoint", f"{host}:{port}")
+        server.shutdown(socket.SHUT_RDWR)
+    assert message.splitlines()[-1] == (
+        f"error: port {port} of --rdzv-endpoint cannot be used (Address already in use), and what "
+        "listens on it is no other machine's run; give another port, the same on every machine"
+    )
+
+
+def test_the_port_of_a_master_that_is_taken_is_refused_on_the_first_machine_alone() -> None:
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        message = refuse(*MASTER, str(port), "--node-rank", "0")
+        assert f"error: port {port} cannot be used (Address already in use)" in message
+        assert "give another --master-port" in message
+        nodes(master_port=port, rank=1).check_port()
+
+
+def test_a_run_joins_the_one_that_has_opened_the_meeting() -> None:
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    found = nodes(rdzv_endpoint=f"localhost:{store.port}", count="1:2").arguments()
+    assert found[found.index("--rdzv-conf") + 1] == "is_host=false"
 
 
 def test_torchrun_is_told_who_hosts_the_meeting_and_how_this_machine_is_reached(

@@ -66,7 +66,7 @@ hardware = "2 cores"
 date = 2026-11-21
 
 [figures]
-"step > ratio" = 2.0
+"step > ratio" = {stated}
 ```
 """
 
@@ -82,7 +82,11 @@ def checkout(tmp_path: Path) -> Path:
         ("core-more", 9.0, "higher"),
         ("core-silent", "silent", "higher"),
         ("core-broken", "broken", "higher"),
+        ("core-zero", 0, "lower"),
+        ("core-nearly", 1e-9, "lower"),
+        ("core-below", -1e-9, "higher"),
     ]
+    nothing = ("core-zero", "core-nearly", "core-below")
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "core").mkdir()
     (tmp_path / "benchmarks/step.py").write_text(
@@ -91,7 +95,10 @@ def checkout(tmp_path: Path) -> Path:
         "if said == 'broken': sys.exit('no disk')\n"
         "print(json.dumps({} if said == 'silent' else {'step': {'ratio': float(said)}}))\n"
     )
-    texts = [RECEIPT.format(id=name, said=said, better=better) for name, said, better in claims]
+    texts = [
+        RECEIPT.format(id=name, said=said, better=better, stated=0 if name in nothing else 2.0)
+        for name, said, better in claims
+    ]
     (tmp_path / "core/BENCHMARKS.md").write_text("# Core\n\n" + "\n".join(texts))
     return tmp_path
 
@@ -111,6 +118,10 @@ def asked(*arguments: Any) -> Result:
         ("core-more", 0, "here 9: holds"),
         ("core-silent", 3, "not measured: the command printed no such figure"),
         ("core-broken", 3, "not measured: the command ended with exit code 1"),
+        # a part of nothing is nothing: where 0 is stated, only 0 or what is better holds
+        ("core-zero", 0, "stated 0, here 0: holds"),
+        ("core-nearly", 1, "stated 0, here 1e-09: does NOT hold"),
+        ("core-below", 1, "stated 0, here -1e-09: does NOT hold"),
     ],
 )
 def test_a_figure_holds_if_it_is_better_or_within_its_tolerance(
@@ -129,14 +140,14 @@ def test_all_are_measured_and_told_as_json(checkout: Path, monkeypatch) -> None:
     assert answer.exit_code == 3
     outcomes = json.loads(answer.stdout)
     assert [one["claim"] for one in outcomes if one["holds"]] == [
-        *("core-same", "core-better", "core-near", "core-more"),
+        *("core-same", "core-better", "core-near", "core-more", "core-zero"),
     ]
     assert outcomes[0]["measured"] == 2.0
 
 
 def test_claims_are_listed(checkout: Path) -> None:
     assert "core-far" in asked("--root", checkout).output
-    assert len(json.loads(asked("--root", checkout, "--json").output)) == 8
+    assert len(json.loads(asked("--root", checkout, "--json").output)) == 11
 
 
 def test_a_command_that_does_not_end_is_ended(checkout: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import secrets
 import socket
+import struct
 from dataclasses import dataclass
 
 import click
@@ -13,6 +15,12 @@ from drivetrain.errors import DrivetrainError
 
 _DEFAULT_PORT = 29400
 """Of torchrun's endpoints."""
+
+_PING = 13
+"""Of the queries that torch's store answers."""
+
+_STORE_SECONDS = 30.0
+"""How long the store of a busy machine may take to answer; another program mostly hangs up."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,12 @@ class Nodes:
 
     def _at_an_endpoint(self, host: str, port: int) -> list[str]:
         route = _route("--rdzv-endpoint", host)
+        problem = _taken(port)
+        if problem is not None and is_own(route.other) and not _is_store(host, port):
+            raise DrivetrainError(
+                f"port {port} of --rdzv-endpoint cannot be used ({problem}), and what listens "
+                "on it is no other machine's run; give another port, the same on every machine"
+            )
         endpoint = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
         meeting += ["--rdzv-id", self.rdzv_id]
@@ -109,7 +123,7 @@ class Nodes:
         # Torchrun compares names to find out whether it hosts the meeting; what they resolve to
         # may differ from machine to machine, so it is told. Of several runs on the machine of the
         # endpoint the first one does.
-        hosts = is_own(route.other) and _taken(port) is None
+        hosts = is_own(route.other) and problem is None
         own = host if is_own(route.other) else route.own
         return [*meeting, "--rdzv-conf", f"is_host={str(hosts).lower()}", "--local-addr", own]
 
@@ -172,6 +186,23 @@ def _warn_of_loopback(host: str, option: str) -> None:
         f"give {option} an address that all of them can reach"
     )
     click.secho(message, fg="yellow", err=True)
+
+
+def _is_store(host: str, port: int) -> bool:
+    """Whether torch's store, through which runs meet, listens on a port of this machine.
+
+    It answers a ping with the number that came with it; who connects first says the magic number of
+    the protocol (``torch/csrc/distributed/c10d/TCPStoreBackend.hpp``).
+    """
+    nonce = secrets.token_bytes(4)
+    hello = struct.pack("=BI", 0, 0x3C85F7CE) + struct.pack("=B", _PING) + nonce
+    try:
+        with socket.create_connection((host, port), timeout=_STORE_SECONDS) as connection:
+            connection.sendall(hello)
+            answer = connection.recv(4, socket.MSG_WAITALL)
+    except OSError:  # it hangs up, or says nothing
+        return False
+    return answer == nonce
 
 
 def _taken(port: int) -> str | None:
