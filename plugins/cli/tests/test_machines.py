@@ -194,7 +194,8 @@ def test_machines_wait_in_words_and_logs_bear_global_ranks(tmp_path: Path) -> No
     assert second.communicate(timeout=300)[0] == "rank 1\n"
     assert (first.returncode, second.returncode) == (0, 0)
     assert (tmp_path / "machine0" / "rank0.log").read_text().endswith("rank 0\n")
-    assert (tmp_path / "machine1" / "rank1.log").read_text().endswith("rank 1\n")
+    # which torch may add to, when the store of the first machine ends first
+    assert "rank 1" in (tmp_path / "machine1" / "rank1.log").read_text().splitlines()
     assert not (tmp_path / "machine1" / "rank0.log").exists()
 
 
