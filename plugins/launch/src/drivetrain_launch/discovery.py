@@ -100,8 +100,8 @@ def _azure(env: Mapping[str, str]) -> Place | None:
                 "several processes on a node: set process_count_per_instance to 1, since each "
                 "of them starts the ranks of its node"
             )
-        size, port = number("WORLD_SIZE"), int(env.get("MASTER_PORT", _PORT))
-        return Place("Azure ML", number("RANK"), size, 0, 1, env.get("MASTER_ADDR", ""), port)
+        place = Place("Azure ML", number("RANK"), number("WORLD_SIZE"), 0, 1)
+        return _completed(place, env)
     if "AZ_BATCH_MASTER_NODE" in env:
         address, _, port = env["AZ_BATCH_MASTER_NODE"].partition(":")
         return _of_openmpi("Azure ML", env, address, int(port or _AZURE_PORT))
