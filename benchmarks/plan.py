@@ -1,12 +1,14 @@
 """Plans beside what jobs then do: peak memory, processor time of a step, and their ranking.
 
-Usage: plan.py memory|ranks|time|thousand [--results FILE] [--seconds N] [--only N]
+Usage: plan.py memory|others|ranks|time|thousand [--results FILE] [--seconds N] [--only N]
 
 Prints JSON. ``memory``: 24 configurations of ZeRO stage, place of states, precision, accumulation,
 recomputation and model, as one rank of one thread. Memory is the resident set, less that after a
 training of no size. What the plan needs is also the most that the process may map (RLIMIT_DATA)
-beside what it has, and it must not run out. ``ranks``: the same on two ranks. ``time``: processor
-seconds of a step of the 24, for the machine may be shared.
+beside what it has, and it must not run out. ``others``: the same of 12 configurations of other
+models, to which nothing was fitted. ``ranks``: the same on two ranks, of whose resident set the
+other one's part of what they share is taken away. ``time``: processor seconds of a step of the 24,
+for the machine may be shared.
 ``thousand``: how long it takes to plan 1.3 billion parameters on 1,024 ranks.
 
 With --results what is measured is kept in a file, and what is there is not measured again. After
@@ -44,6 +46,9 @@ from drivetrain_cli.stand_in import without_memory
 from drivetrain.job.accelerator_choice import choose_accelerator
 
 SEQUENCE, STEPS = 128, 4
+RAN_OUT = ("memory", "could not create a primitive")
+"""What torch, and what oneDNN says that gets no pages for its code."""
+
 WAYS = [(1, False), (2, True), (2, False), (1, True)]
 """Micro-batches of a window, and whether all blocks are recomputed."""
 
@@ -76,6 +81,49 @@ CASES = {
 }
 """Name -> config, model and ranks."""
 
+KEPT_BACK = [
+    ("deep", 0, False, "fp32", 8, 1, False),
+    ("deep", 3, False, "bf16", 2, 2, True),
+    ("deep", 2, True, "fp32", 5, 2, True),
+    ("middling", 1, False, "fp32", 16, 1, False),
+    ("middling", 2, True, "bf16", 6, 3, False),
+    ("middling", 2, False, "fp32", 24, 1, True),
+    ("broad", 0, False, "bf16", 1, 1, False),
+    ("broad", 3, True, "fp32", 2, 1, True),
+    ("encoder", 0, False, "fp32", 8, 1, False),
+    ("encoder", 2, False, "bf16", 4, 2, False),
+    ("encoder", 1, False, "fp32", 12, 1, True),
+    ("encoder", 3, True, "bf16", 3, 1, True),
+    ("deep", 1, False, "bf16", 3, 2, True),
+    ("deep", 3, False, "fp32", 1, 3, True),
+    ("deep", 2, False, "bf16", 12, 1, False),
+    ("middling", 0, False, "fp32", 3, 2, True),
+    ("middling", 3, True, "bf16", 10, 1, True),
+    ("broad", 2, False, "bf16", 3, 2, False),
+    ("encoder", 0, False, "bf16", 2, 1, True),
+    ("encoder", 3, False, "fp32", 6, 2, False),
+]
+"""How the heap is played back was fitted to none of these, and how much stays free to the first 12:
+model, stage, offload, precision, samples, micro-batches of a window, recompute."""
+
+OTHERS: dict[str, tuple[dict[str, Any], str, int]] = {
+    f"{model}, stage {stage}, {'offload, ' if away else ''}{precision}, {steps} x {samples}"
+    f"{', recompute' if again else ''}": (
+        {
+            "train_micro_batch_size_per_gpu": samples,
+            "gradient_accumulation_steps": steps,
+            "optimizer": {"type": "AdamW"},
+            "bf16": {"enabled": precision == "bf16"},
+            "zero_optimization": {"stage": stage}
+            | ({"offload_optimizer": {"device": "cpu"}} if away else {}),
+            **({"activation_checkpointing": {"recompute": "all"}} if again else {}),
+        },
+        model,
+        1,
+    )
+    for model, stage, away, precision, samples, steps, again in KEPT_BACK
+}
+
 PLAIN: dict[str, Any] = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "AdamW"}}
 BF16: dict[str, Any] = {"bf16": {"enabled": True}}
 ON_RANKS: dict[str, tuple[dict[str, Any], str, int]] = {
@@ -88,7 +136,14 @@ ON_RANKS: dict[str, tuple[dict[str, Any], str, int]] = {
         for stage in range(4)
         for precision, more, model in (("fp32", {}, "gpt"), ("bf16", BF16, "wide"))
     },
-    "tp 2": ({**PLAIN, "tensor_parallel": {"autotp_size": 2}}, "gpt", 2),
+    **{
+        f"stage {stage}, fp32, gpt, 2 ranks, gloo": (
+            {**PLAIN, "zero_optimization": {"stage": stage}, "cpu": {"shared_memory": False}},
+            "gpt",
+            2,
+        )
+        for stage in range(4)
+    },
 }
 
 
@@ -120,7 +175,7 @@ def worked(
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            if limit is not None and "memory" in done.stderr.lower():
+            if limit is not None and any(word in done.stderr.lower() for word in RAN_OUT):
                 return []
             raise SystemExit(f"{given}: {done.stderr[-2000:]}")
         files = [Path(folder, f"rank{rank}.json") for rank in range(ranks)]
@@ -130,12 +185,14 @@ def worked(
 def memory_of(given: dict[str, Any], model: str, ranks: int) -> dict[str, Any]:
     found = planned(given, model, ranks)
     within = worked(given, model, ranks, 3, found.needs)
-    peaks = [each["peak"] for each in within or worked(given, model, ranks, 3)]
+    ran = within or worked(given, model, ranks, 3)
+    peaks = [each["peak"] for each in ran]
     return {
         "in_use_bytes": found.in_use,
         "planned_bytes": found.reserved,
         "limit_bytes": found.needs,
         "measured_bytes": max(peaks),
+        "resident_bytes": max(each["resident"] for each in ran),
         "ratio": found.reserved / max(peaks),
         "limit_ratio": found.needs / max(peaks),
         "ran_out": not within,
@@ -221,7 +278,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     begin = time.monotonic()
     kept: Path | None = options.results
     rows: dict[str, Any] = json.loads(kept.read_text()) if kept and kept.exists() else {}
-    cases = ON_RANKS if options.part == "ranks" else CASES
+    cases = {"ranks": ON_RANKS, "others": OTHERS}.get(options.part, CASES)
     step = max(1, len(cases) // options.only)
     wanted = dict(list(cases.items())[::step][: options.only])
     run: Callable[..., dict[str, Any]] | None = None if options.part == "time" else memory_of
@@ -240,7 +297,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["memory", "ranks", "time", "thousand"])
+    parser.add_argument("part", choices=["memory", "others", "ranks", "time", "thousand"])
     parser.add_argument("--results", type=Path)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--only", type=int, default=len(CASES))

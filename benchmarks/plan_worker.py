@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -23,16 +24,25 @@ import torch
 import drivetrain
 
 
-def status(key: str) -> int:
-    """Bytes that ``/proc/self/status`` tells."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def status(key: str, file: str = "status") -> int:
+    """Bytes that a file of ``/proc/self`` tells."""
+    for line in Path("/proc/self", file).read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) << 10
     raise KeyError(key)
 
 
-def train(model: torch.nn.Module, config: dict, sequence: int, steps: int) -> dict[str, list]:
-    """Wall and processor seconds of each step."""
+def of_others() -> int:
+    """Bytes of the resident set that are other ranks' part of what is shared.
+
+    Each of n processes that map a page counts it whole. As 1/n of a page in each, what ranks have
+    adds up to what the host needs.
+    """
+    return status("RssShmem") - status("Pss_Shmem", "smaps_rollup")
+
+
+def train(model: torch.nn.Module, config: dict, sequence: int, steps: int) -> dict[str, Any]:
+    """Wall and processor seconds of each step, and :func:`of_others` when all have run."""
     engine, *_ = drivetrain.initialize(model=model, config=config)
     samples = engine.train_micro_batch_size_per_gpu()
     wall, cpu = [], []
@@ -46,8 +56,12 @@ def train(model: torch.nn.Module, config: dict, sequence: int, steps: int) -> di
             engine.step()
         wall.append(time.perf_counter() - begin)
         cpu.append(time.process_time() - used)
+    # What is shared is made by the first step, and is there until the engine ends on any rank.
+    others = of_others()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     engine.destroy()
-    return {"wall": wall, "cpu": cpu}
+    return {"wall": wall, "cpu": cpu, "others": others}
 
 
 def main() -> None:
@@ -62,7 +76,8 @@ def main() -> None:
         most = status("VmData") + int(limit[0])
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     found = train(getattr(plan_models, name)(), config, int(sequence), int(steps))
-    found |= {"peak": status("VmHWM") - before, "shared": status("RssShmem")}
+    found["resident"] = status("VmHWM") - before
+    found["peak"] = found["resident"] - found["others"]
     rank = os.environ.get("RANK", "0")
     Path(results, f"rank{rank}.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():

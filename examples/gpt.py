@@ -118,6 +118,11 @@ class GPT(nn.Module):
         return bytes(text)
 
 
+def small() -> GPT:
+    """What train_gpt.py trains unless it is told otherwise: 0.85 million parameters."""
+    return GPT(context=256, layers=4, width=128, heads=4)
+
+
 def rotation_table(length: int, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine, each [length, channels / 2], of the angle of every position and pair."""
     speeds = 10_000.0 ** -torch.linspace(0, 1, channels // 2)

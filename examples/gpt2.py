@@ -24,6 +24,23 @@ import drivetrain
 VOCABULARY, LENGTH, ROWS = 64, 16, 2
 
 
+def network() -> transformers.GPT2LMHeadModel:
+    """Four layers of width 32, without dropout."""
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=LENGTH,
+        n_embd=32,
+        n_layer=4,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
 def batches(engine: drivetrain.Engine) -> Iterator[dict[str, torch.Tensor]]:
     """Sequences that count upwards, the same global batch on any number of ranks."""
     mesh = engine.job.mesh
@@ -44,20 +61,7 @@ def main() -> None:
     parser.add_argument("--set", dest="overlays", action="append", default=[])
     args = parser.parse_args()
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=LENGTH,
-        n_embd=32,
-        n_layer=4,
-        n_head=4,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = transformers.GPT2LMHeadModel(config)
-    engine, *_ = drivetrain.initialize(model=model, config=args.config, overlays=args.overlays)
+    engine, *_ = drivetrain.initialize(model=network(), config=args.config, overlays=args.overlays)
     data = batches(engine)
     for _ in range(args.steps):
         loss = engine.train_batch(data).item()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from drivetrain_cli.memory import Ranks
 from drivetrain_cli.planning.rehearsed import Rehearsed, rehearse
 from drivetrain_cli.planning.subject import Subject
@@ -19,6 +23,7 @@ from drivetrain_cli.planning.verdict import Question, answer
 from drivetrain_cli.stand_in import without_memory
 
 import drivetrain
+from drivetrain.cli import main
 from drivetrain.errors import DrivetrainError
 from drivetrain.testing import run_distributed
 from drivetrain.testing.models import TinyGPT
@@ -95,12 +100,145 @@ def test_ranks_that_share_layers_are_planned_to_hold_a_part_of_them() -> None:
     assert whole - half >= 0.49 * blocks
 
 
+@pytest.mark.parametrize(
+    ("ranks", "more", "joined"),
+    [
+        (Ranks(2, 1, True), {}, True),
+        (Ranks(2, 1, True), {"cpu": {"shared_memory": False}}, False),
+        (Ranks(1, 2, True), {}, False),  # on two machines
+        (Ranks(2, 1, False), {}, False),
+    ],
+    ids=["one host", "switched off", "two hosts", "devices"],
+)
+def test_ranks_that_share_memory_are_planned_to_gather_no_parameters(
+    ranks: Ranks, more: dict[str, Any], joined: bool
+) -> None:
+    """Each reads the others' parts where they lie, and has half of what all of them take."""
+
+    def make() -> TinyGPT:
+        return TinyGPT(vocabulary=128, width=256, layers=3, positions=SEQUENCE)
+
+    subject = Subject(lambda: without_memory(make, "gpt"), "gpt", SEQUENCE, None, [])
+    held = rehearse(config(3, **more), subject, ranks).peaks["backward"].held
+    blocks = 4 * sum(p.numel() for p in make().blocks.parameters())
+    whole = 4 * sum(p.numel() for p in make().parameters())
+    gathered = held.get(("gathered parameters", "device"), 0)
+    assert gathered < blocks / 10 if joined else gathered > blocks / 4
+    assert held["parameters", "device"] == pytest.approx(whole / 2, rel=0.1)
+
+
+def benchmark() -> ModuleType:
+    """``benchmarks/plan.py``."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module("plan")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "stage 3, bf16, wide, 2 ranks",
+        pytest.param("stage 1, fp32, gpt, 2 ranks", marks=pytest.mark.long),
+        pytest.param("stage 2, fp32, gpt, 2 ranks", marks=pytest.mark.long),
+    ],
+)
+def test_ranks_of_one_host_take_what_was_planned(case: str) -> None:
+    """Within 10 %, where a page that both map counts half in each, so that both add up."""
+    plan = benchmark()
+    given, model, ranks = plan.ON_RANKS[case]
+    expected = plan.planned(given, model, ranks)
+    found = plan.worked(given, model, ranks, 2, expected.needs)
+    assert len(found) == ranks
+    for each in found:
+        assert each["others"] > 0
+        assert each["peak"] == pytest.approx(expected.reserved, rel=0.1)
+
+
 def test_a_pipeline_is_refused_by_name() -> None:
     subject = Subject(lambda: without_memory(gpt, "gpt"), "gpt", SEQUENCE, None, [])
     given = config(0, pipeline={"stages": 2})
     question = Question(given, subject, Ranks(RANKS, 1, True), RANKS, None, None, largest=False)
     with pytest.raises(DrivetrainError, match="a pipeline of 2 stages, which cannot be planned"):
         answer(question)
+
+
+EXAMPLES = BENCHMARKS.with_name("examples")
+PLANNED = {
+    "gpt.py:small": [
+        "gpt.json",
+        "gpt_host.json",
+        "gpt_nvme.json",
+        "gpt_zero1.json",
+        "gpt_zero3.json",
+        "plain.json",
+        "tensor_gpt.json",
+    ],
+    "gpt2.py:network": ["gpt2_tensor.json"],
+}
+"""Model -> configs of the examples that are planned with it."""
+
+STAGES = "a pipeline of 2 stages, which cannot be planned"
+REFUSED = {
+    "pipeline_gpt.json": ("gpt.py:small", STAGES),
+    "pipeline_tensor_gpt.json": ("gpt.py:small", STAGES),
+    "gpt2_pipeline.json": ("gpt2.py:network", STAGES),
+    "gpt2_pipeline_tensor.json": ("gpt2.py:network", STAGES),
+    # What replicas hold for each other is only known where they meet.
+    "diloco_gpt.json": ("gpt.py:small", "diloco.replica: which replica is this job?"),
+}
+"""Config -> model and what is said, of those that cannot be planned."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to be in, in which nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
+    yield tmp_path
+    assert not list(tmp_path.iterdir())
+
+
+def example(model: str, name: str) -> Result:
+    """``drivetrain plan`` of a config of the examples."""
+    file = EXAMPLES / model
+    length = "256" if model.startswith("gpt.py") else "16"
+    options = ["plan", str(EXAMPLES / name), "--model", str(file), "--sequence", length]
+    options += ["--gpus", "4", "--device", "cpu", "--memory", "2G", "--no-largest", "--json"]
+    return CliRunner().invoke(main, options)
+
+
+def test_every_config_of_the_examples_is_planned_or_refused_below() -> None:
+    names = [*REFUSED, *(name for names in PLANNED.values() for name in names)]
+    assert sorted(names) == sorted(file.name for file in EXAMPLES.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(model, name) for model, names in PLANNED.items() for name in names]
+)
+@pytest.mark.usefixtures("folder")
+def test_configs_of_the_examples_can_be_planned(model: str, name: str) -> None:
+    result = example(model, name)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["fits"]
+    assert found["world_size"] == 4
+    assert found["samples_per_step"] % found["micro_batch"] == 0
+    assert set(found["peaks"]) >= {"forward", "backward", "step"}
+    assert found["traffic"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.usefixtures("folder")
+def test_what_cannot_be_planned_of_the_examples_is_refused_by_name(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DRIVETRAIN_REPLICA", raising=False)
+    model, hint = REFUSED[name]
+    result = example(model, name)
+    assert result.exit_code != 0
+    assert hint in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])

@@ -162,6 +162,17 @@ def test_a_walk_sees_memory_come_and_go() -> None:
     assert [change.nbytes for change in walk.changes] == [4000, 4000, -4000, -4000]
 
 
+def test_of_what_ranks_share_a_walk_counts_one_part() -> None:
+    with walking() as walk:
+        with walk.shared_by(4):
+            row = torch.zeros(1000, device="meta")
+        own = row[:250]
+        row.untyped_storage().resize_(2000)
+        del own, row
+    assert [change.nbytes for change in walk.changes] == [1000, -500, -500]
+    assert walk.shared == {walk.changes[0].piece}
+
+
 def test_attention_stores_no_scores() -> None:
     subject = Subject(
         lambda: _on_meta(lambda: TinyGPT(vocabulary=64, width=64, layers=1)), "gpt", 1024, None, []
@@ -269,11 +280,20 @@ def test_large_blocks_have_pages_of_their_own() -> None:
     assert found == pytest.approx(block, abs=8192)
 
 
+def test_what_others_map_is_no_part_of_the_heap() -> None:
+    """Pages of their own; that they are freed does not make the heap take larger blocks."""
+    block = 1 << 20
+    requests = [(0, 5000), (1, 4 * block), (1, -4 * block), (2, block), (2, -block), (3, block)]
+    found = heap_peak(requests, apart={0, 1})
+    assert found == 8192 + 4 * block
+    assert heap_peak(requests[:1], apart={0}) == 8192
+
+
 # -- what fits ---------------------------------------------------------------------------------
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(folder: Path) -> None:
-    limit = 28 << 20  # 16 MiB stay free; states, and activations of several hundred samples
+    limit = 44 << 20  # 32 MiB stay free; states, and activations of several hundred samples
     options = ("job.json", "--model", "of_mine:layers", "--inputs", "of_mine:rows")
     result = drivetrain(*options, "--memory", limit, "--device", "cpu", "--json")
     largest = json.loads(result.stdout)["largest_micro_batch"]
@@ -286,10 +306,10 @@ def test_what_does_not_fit_is_said_with_what_would(folder: Path) -> None:
     """4096 samples save 20 MiB, states take 4."""
     options = ("job.json", "--model", "of_mine:layers", "--inputs", "of_mine:rows")
     options += ("--set", "train_micro_batch_size_per_gpu=4096", "--device", "cpu")
-    result = drivetrain(*options, "--memory", "28M")
+    result = drivetrain(*options, "--memory", "44M")
     assert result.exit_code == 1
     text = " ".join(result.output.split())
-    assert re.search(r"does not fit into 28.00 MiB: a rank needs [3-6]\d\.", text)
+    assert re.search(r"does not fit into 44.00 MiB: a rank needs [5-9]\d\.", text)
     assert "this would fit: --set train_micro_batch_size_per_gpu=1" in text
     result = drivetrain(*options, "--memory", "1M")
     assert result.exit_code == 1

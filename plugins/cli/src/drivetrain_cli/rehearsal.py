@@ -10,18 +10,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from drivetrain.communication.process_group import Ranks
-from drivetrain.contracts import Accelerator
+from drivetrain.contracts import Accelerator, hookimpl
 from drivetrain.errors import DrivetrainError
 from drivetrain.job.job import Job
 from drivetrain.plan.plan import Plan
 from drivetrain.plan.registry import Registry
 from drivetrain.sections.optimization import OptimizerSection
+from drivetrain_cli.rehearsed_host import SharedBy, nobody_asks, rehearsed_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from drivetrain.contracts import CommunicatorLayer
     from drivetrain.engine.engine import Engine
 
 _NAME = "rehearsal"
@@ -79,9 +82,21 @@ class RehearsedDevice(Accelerator):
 
 
 class RehearsedHost(RehearsedDevice):
-    """A device whose memory is the host's."""
+    """A device whose memory is the host's.
+
+    Args:
+        shared_by: is told how many ranks share what is made in its context.
+    """
 
     device_type = "cpu"
+
+    def __init__(self, shared_by: SharedBy) -> None:
+        self._shared_by = shared_by
+
+    @hookimpl
+    def wrap_communicator(self, job: Job) -> Sequence[CommunicatorLayer]:
+        """Share memory between ranks of one host, and take what gloo would between others."""
+        return rehearsed_layers(job, self._shared_by)
 
 
 @contextmanager
@@ -95,6 +110,7 @@ def rehearsal(
     overlays: Sequence[str] = (),
     rank: int = 0,
     batch_required: bool = False,
+    shared_by: SharedBy = nobody_asks,
 ) -> Iterator[Engine]:
     """The engine of one rank, ended with the context.
 
@@ -110,6 +126,7 @@ def rehearsal(
         overlays: ``path=value`` assignments on top of the config.
         rank: which rank's.
         batch_required: whether a config without batch size is refused.
+        shared_by: is told how many ranks share memory that is made in its context.
 
     Raises:
         ConfigError: the config is not one that a job would run.
@@ -118,7 +135,9 @@ def rehearsal(
     if dist.is_initialized():
         raise DrivetrainError("a process that is a rank of a job cannot rehearse another one")
     registry = Registry.installed().choosing({})
-    registry.add("accelerators", _NAME, RehearsedHost if on_cpu else RehearsedDevice)
+    registry.add(
+        "accelerators", _NAME, partial(RehearsedHost, shared_by) if on_cpu else RehearsedDevice
+    )
     options: dict[str, Any] = {
         "world_size": ranks,
         "registry": registry,

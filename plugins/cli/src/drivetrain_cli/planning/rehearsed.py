@@ -175,6 +175,7 @@ def rehearse(
             overlays=overlays,
             rank=rank,
             batch_required=True,
+            shared_by=walk.shared_by,
         ) as engine,
     ):
         sent = _windows(engine, subject, walk)
@@ -343,7 +344,8 @@ def _replay(walk: Walk, elsewhere: Mapping[Kind, int]) -> tuple[list[Moment], di
 def _reserved(walk: Walk, found: Rehearsed) -> int:
     """Most bytes that the device's allocator holds."""
     if found.on_cpu:
-        played = heap_peak((change.piece, change.nbytes) for change in walk.changes)
+        requests = ((change.piece, change.nbytes) for change in walk.changes)
+        played = heap_peak(requests, walk.shared)
         unseen = found.in_use - walk.most()  # what plugins say that they hold beside tensors
         return played + max(0, unseen)
     there = (c for c in walk.changes if walk.kinds.get(c.piece, ("", "device"))[1] == "device")

@@ -12,6 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -50,6 +51,23 @@ class Change(NamedTuple):
     moment: int
 
 
+@dataclass
+class _Living:
+    """Memory that is there.
+
+    Args:
+        piece: see :class:`Change`.
+        nbytes: of the whole of it.
+        reference: to what it belongs to.
+        ranks: how many share it; each has one part.
+    """
+
+    piece: int
+    nbytes: int
+    reference: weakref.ref[Any]
+    ranks: int
+
+
 class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes memory and operators of everything that runs while it is entered, on any thread.
 
@@ -59,6 +77,7 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         outer: phase outside of autograd's backward.
         window: see :class:`Change`.
         kinds: piece -> (kind, place), of those that are known.
+        shared: pieces that are this rank's part of what several ranks map.
     """
 
     def __init__(self) -> None:
@@ -67,7 +86,9 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operators = Operators()
         self.kinds: dict[int, tuple[str, str]] = {}
         self.outer, self.window = "build", 0
-        self._live: dict[int, tuple[int, int, weakref.ref[Any]]] = {}  # storage: piece, bytes
+        self.shared: set[int] = set()
+        self._live: dict[int, _Living] = {}  # by storage
+        self._ranks = 1
         self._pieces = 0
         self._lock = threading.RLock()
 
@@ -80,7 +101,17 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def piece_of(self, storage: torch.UntypedStorage) -> int | None:
         """The number of the memory that a storage stands for now."""
         found = self._live.get(storage._cdata)
-        return None if found is None else found[0]
+        return None if found is None else found.piece
+
+    @contextmanager
+    def shared_by(self, ranks: int) -> Iterator[None]:
+        """Of memory that is first seen in the context, this rank has one of so many parts."""
+        with self._lock:
+            self._ranks = ranks
+            try:
+                yield
+            finally:
+                self._ranks = 1
 
     def __torch_dispatch__(
         self,
@@ -110,13 +141,12 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = self._live.get(storage._cdata)
             if found is None:
                 return
-            piece, before, reference = found
-            now = storage.nbytes()
+            before, now = found.nbytes, storage.nbytes()
             if now != before:
-                self._live[storage._cdata] = (piece, now, reference)
-                self._change(piece, now - before)
+                found.nbytes = now
+                self._change(found.piece, now // found.ranks - before // found.ranks)
                 if not (before and now):
-                    self.kinds.setdefault(piece, (RELEASED, "device"))
+                    self.kinds.setdefault(found.piece, (RELEASED, "device"))
 
     def _see(self, tensor: torch.Tensor) -> None:
         if tensor.device.type not in ("meta", "cpu"):
@@ -125,20 +155,23 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         found = self._live.get(key)
         if found is not None:
-            if found[1] != storage.nbytes():
+            if found.nbytes != storage.nbytes():
                 self.resized(storage)
             return
         self._pieces += 1
         piece, nbytes = self._pieces, storage.nbytes()
-        self._live[key] = (piece, nbytes, weakref.ref(storage, lambda _: self._gone(key)))
+        reference = weakref.ref(storage, lambda _: self._gone(key))
+        self._live[key] = _Living(piece, nbytes, reference, self._ranks)
+        if self._ranks > 1:
+            self.shared.add(piece)
         if tensor.device.type == "cpu":
             self.kinds[piece] = ("on the host", "host")
-        self._change(piece, nbytes)
+        self._change(piece, nbytes // self._ranks)
 
     def _gone(self, key: int) -> None:
         with self._lock:
-            piece, nbytes, _ = self._live.pop(key)
-            self._change(piece, -nbytes)
+            found = self._live.pop(key)
+            self._change(found.piece, -(found.nbytes // found.ranks))
 
     def _change(self, piece: int, nbytes: int) -> None:
         if nbytes:

@@ -100,6 +100,9 @@ class KeptParameters(ParameterHome):
     def adopt(self, parameters: torch.Tensor, originals: torch.Tensor) -> None:
         if parameters.is_meta:  # of a job that is only planned
             self._states.adopt(parameters, originals)
+            if not self.stays_near:
+                self._work = torch.empty_like(parameters)
+                self._release()
             return
         if isinstance(self._store, HostStore) and self.stays_near:
             self._work = self._store.values

@@ -93,7 +93,8 @@ class FileStore(ParameterStore):
     """Keeps parameters in a file.
 
     Args:
-        file: of ``numel`` elements; this store owns it. None in a job that is only planned.
+        file: of ``numel`` elements; this store owns it. None in a job that is only planned, whose
+            reads and writes of all parameters do nothing.
         numel: number of parameters.
         dtype: theirs.
     """
@@ -113,6 +114,8 @@ class FileStore(ParameterStore):
 
     def begin_read(self, into: torch.Tensor) -> Finish:
         self.finish_write()
+        if self._maybe_file is None:
+            return lambda: None
         if into.device.type == "cpu":
             return self._file.read(into).wait
         near = aligned_empty(self._numel, self._dtype)
@@ -126,6 +129,8 @@ class FileStore(ParameterStore):
 
     def begin_write(self, values: torch.Tensor) -> None:
         self.finish_write()
+        if self._maybe_file is None:
+            return
         near = values if values.device.type == "cpu" else values.cpu()
         self._write = self._file.write(near)
 

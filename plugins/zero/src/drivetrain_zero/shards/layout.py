@@ -57,7 +57,8 @@ class Layout:
 
     def joined_shards(self) -> torch.Tensor | None:
         """Allocate all shards as one row that ranks share, if they share memory. Collective."""
-        page = self.communicator.joined_page(self.axis) if self.device.type == "cpu" else 0
+        on_host = self.device.type in ("cpu", "meta")  # the latter in rehearsals
+        page = self.communicator.joined_page(self.axis) if on_host else 0
         if not page or self.packing.shard * self.dtype.itemsize % page:
             return None
         return self.communicator.joined_buffer(self.packing.shard, self.dtype, self.axis)
