@@ -127,6 +127,21 @@ def test_ranks_that_share_memory_are_planned_to_gather_no_parameters(
     assert held["parameters", "device"] == pytest.approx(whole / 2, rel=0.1)
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_ranks_that_share_no_memory_are_planned_to_hold_what_gloo_copies(shares: bool) -> None:
+    """A whole bucket of parameters, on one of its threads, and one of gradients."""
+
+    def make() -> TinyGPT:
+        return TinyGPT(vocabulary=128, width=256, layers=3, positions=SEQUENCE)
+
+    subject = Subject(lambda: without_memory(make, "gpt"), "gpt", SEQUENCE, None, [])
+    given = config(1, cpu={"shared_memory": shares})
+    found = rehearse(given, subject, Ranks(2, 1, True)).reserved
+    without = rehearse(config(1), subject, Ranks(2, 1, True)).reserved
+    whole = 4 * sum(p.numel() for p in make().parameters())
+    assert (found - without == 0) if shares else (found - without > 0.9 * whole)
+
+
 def benchmark() -> ModuleType:
     """``benchmarks/plan.py``."""
     sys.path.insert(0, str(BENCHMARKS))

@@ -289,6 +289,15 @@ def test_what_others_map_is_no_part_of_the_heap() -> None:
     assert heap_peak(requests[:1], apart={0}) == 8192
 
 
+def test_what_a_thread_has_had_stays_in_its_heap() -> None:
+    """And serves that thread again, but nobody else."""
+    block = 8 << 20
+    there = [(0, block), (0, -block), (1, block), (1, -block), (2, block), (2, -block)]
+    assert heap_peak(there, threads=dict.fromkeys(range(3), 1)) < 1.1 * block
+    found = heap_peak([*there, (3, block)], threads=dict.fromkeys(range(3), 1))
+    assert 2 * block <= found < 2.1 * block
+
+
 # -- what fits ---------------------------------------------------------------------------------
 
 

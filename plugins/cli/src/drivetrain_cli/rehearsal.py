@@ -23,7 +23,7 @@ from drivetrain.job.job import Job
 from drivetrain.plan.plan import Plan
 from drivetrain.plan.registry import Registry
 from drivetrain.sections.optimization import OptimizerSection
-from drivetrain_cli.rehearsed_host import SharedBy, nobody_asks, rehearsed_layers
+from drivetrain_cli.rehearsed_host import Counter, NobodyCounts, rehearsed_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -85,18 +85,18 @@ class RehearsedHost(RehearsedDevice):
     """A device whose memory is the host's.
 
     Args:
-        shared_by: is told how many ranks share what is made in its context.
+        counter: is told of memory that is not simply this rank's own.
     """
 
     device_type = "cpu"
 
-    def __init__(self, shared_by: SharedBy) -> None:
-        self._shared_by = shared_by
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
 
     @hookimpl
     def wrap_communicator(self, job: Job) -> Sequence[CommunicatorLayer]:
         """Share memory between ranks of one host, and take what gloo would between others."""
-        return rehearsed_layers(job, self._shared_by)
+        return rehearsed_layers(job, self._counter)
 
 
 @contextmanager
@@ -110,7 +110,7 @@ def rehearsal(
     overlays: Sequence[str] = (),
     rank: int = 0,
     batch_required: bool = False,
-    shared_by: SharedBy = nobody_asks,
+    counter: Counter | None = None,
 ) -> Iterator[Engine]:
     """The engine of one rank, ended with the context.
 
@@ -126,7 +126,7 @@ def rehearsal(
         overlays: ``path=value`` assignments on top of the config.
         rank: which rank's.
         batch_required: whether a config without batch size is refused.
-        shared_by: is told how many ranks share memory that is made in its context.
+        counter: is told of memory that is not simply this rank's own.
 
     Raises:
         ConfigError: the config is not one that a job would run.
@@ -136,7 +136,9 @@ def rehearsal(
         raise DrivetrainError("a process that is a rank of a job cannot rehearse another one")
     registry = Registry.installed().choosing({})
     registry.add(
-        "accelerators", _NAME, partial(RehearsedHost, shared_by) if on_cpu else RehearsedDevice
+        "accelerators",
+        _NAME,
+        partial(RehearsedHost, counter or NobodyCounts()) if on_cpu else RehearsedDevice,
     )
     options: dict[str, Any] = {
         "world_size": ranks,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -21,13 +21,30 @@ if TYPE_CHECKING:
     from drivetrain.contracts import Axis, Collective, Communicator, Handle
     from drivetrain.job.job import Job
 
-SharedBy = Callable[[int], AbstractContextManager[None]]
-"""Number of ranks -> context; of memory that is made in it each of them has one part."""
+_THREADS = 2
+"""That gloo's collectives run on, in turns (torch's default)."""
 
 
-def nobody_asks(_ranks: int) -> AbstractContextManager[None]:
-    """Where nobody counts memory."""
-    return nullcontext()
+class Counter(Protocol):
+    """Who counts memory is told of what is not simply this rank's own."""
+
+    def shared_by(self, ranks: int) -> AbstractContextManager[None]:
+        """Of memory that is made in the context each of so many ranks has one part."""
+
+    def on_thread(self, number: int) -> AbstractContextManager[None]:
+        """Memory that is made in the context comes from the heap of a thread, from 1 on."""
+
+
+class NobodyCounts:
+    """Where memory is not counted."""
+
+    def shared_by(self, ranks: int) -> AbstractContextManager[None]:
+        """See :class:`Counter`."""
+        return nullcontext()
+
+    def on_thread(self, number: int) -> AbstractContextManager[None]:
+        """See :class:`Counter`."""
+        return nullcontext()
 
 
 class RehearsedSharedMemory(CommunicatorWrapper):
@@ -36,14 +53,14 @@ class RehearsedSharedMemory(CommunicatorWrapper):
     Args:
         inner: the collectives, of ranks that do not exist.
         on_one_host: whether the ranks of an axis are several, and share memory.
-        shared_by: see :data:`SharedBy`.
+        counter: is told of it.
     """
 
     def __init__(
-        self, inner: Communicator, on_one_host: Callable[[Axis], bool], shared_by: SharedBy
+        self, inner: Communicator, on_one_host: Callable[[Axis], bool], counter: Counter
     ) -> None:
         super().__init__(inner)
-        self._on_one_host, self._shared_by = on_one_host, shared_by
+        self._on_one_host, self._counter = on_one_host, counter
 
     def joined_page(self, axis: Axis) -> int:
         return mmap.PAGESIZE if self._on_one_host(axis) else 0
@@ -52,7 +69,7 @@ class RehearsedSharedMemory(CommunicatorWrapper):
         if not self._on_one_host(axis):
             return None
         ranks = self.size(axis)
-        with self._shared_by(ranks):
+        with self._counter.shared_by(ranks):
             return torch.zeros(ranks * numel, dtype=dtype, device="meta")
 
 
@@ -70,32 +87,42 @@ class _Holding:
 class RehearsedGloo(CommunicatorWrapper):
     """Takes the memory that collectives between ranks take that share none.
 
-    An all-gather of gloo's puts together a second whole, and a reduce-scatter receives the slices
+    An all-gather of gloo's puts together a second whole, on one of its threads, whose heap keeps
+    what it has had. A reduce-scatter receives the slices
     of all ranks before it adds them up (:mod:`drivetrain.communication.torch_communicator`). What
     others take, some MiB, is the same for all sizes.
 
     Args:
         inner: see :class:`RehearsedSharedMemory`.
         shares: whether the ranks of an axis share memory.
+        counter: is told where it is.
     """
 
-    def __init__(self, inner: Communicator, shares: Callable[[Axis], bool]) -> None:
+    def __init__(
+        self, inner: Communicator, shares: Callable[[Axis], bool], counter: Counter
+    ) -> None:
         super().__init__(inner)
-        self._shares = shares
+        self._shares, self._counter, self._gathers = shares, counter, 0
 
     def run(self, collective: Collective) -> Handle:
         kind, axis = collective.kind, collective.axis
         takes = kind in (Kind.ALL_GATHER, Kind.REDUCE_SCATTER)
         if not takes or self.size(axis) == 1 or self._shares(axis):
             return super().run(collective)
-        whole = collective.output if kind is Kind.ALL_GATHER else collective.input
-        handle = _Holding(super().run(collective), torch.empty_like(whole))
+        if kind is Kind.ALL_GATHER:
+            self._gathers += 1
+            with self._counter.on_thread(self._gathers % _THREADS + 1):
+                memory = torch.empty_like(collective.output)
+        else:
+            memory = torch.empty_like(collective.input)
+        handle = _Holding(super().run(collective), memory)
+        del memory
         if not collective.asynchronous:
             handle.wait()
         return handle
 
 
-def rehearsed_layers(job: Job, shared_by: SharedBy) -> list[CommunicatorLayer]:
+def rehearsed_layers(job: Job, counter: Counter) -> list[CommunicatorLayer]:
     """The layers of a job on CPUs.
 
     Ranks of one host share memory if what does it is installed and not switched off.
@@ -109,7 +136,7 @@ def rehearsed_layers(job: Job, shared_by: SharedBy) -> list[CommunicatorLayer]:
         return bool(wanted) and len(ranks) > 1 and len({rank // hosts for rank in ranks}) == 1
 
     def wrap(inner: Communicator) -> Communicator:
-        gloo = RehearsedGloo(inner, on_one_host)
-        return RehearsedSharedMemory(gloo, on_one_host, shared_by)
+        gloo = RehearsedGloo(inner, on_one_host, counter)
+        return RehearsedSharedMemory(gloo, on_one_host, counter)
 
     return [CommunicatorLayer(CommunicatorPhase.ROUTE, wrap)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import deque
-from collections.abc import Container, Iterable
+from collections import defaultdict, deque
+from collections.abc import Container, Iterable, Mapping
 
 _MIB = 1 << 20
 _PAGE = 4096
@@ -69,10 +69,14 @@ class _Heap:
     of them, before and behind the block, is small enough for objects of other code, which outlive
     the block for some time. So a block of equal size does not fit where one has just been freed,
     and the heap grows to more than is ever in use.
+
+    Args:
+        outliving: number of blocks that are freed meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outliving: int = _OUTLIVING) -> None:
         self._free = _Free()
+        self._outliving = outliving
         self._top = self._end = self._mapped = 0
         self._threshold = self._trim = _LEAST
         self._where: dict[int, tuple[int | None, int]] = {}
@@ -117,7 +121,7 @@ class _Heap:
         if begin is not None:
             self._release(begin, size)
             self._late.append((begin - _BEFORE, _BEFORE))
-            if len(self._late) > _OUTLIVING:
+            if len(self._late) > self._outliving:
                 self._release(*self._late.popleft())
         else:
             self._mapped -= size
@@ -133,19 +137,30 @@ class _Heap:
                 self._end = -(-(self._top + _LEAST) // _PAGE) * _PAGE
 
 
-def heap_peak(requests: Iterable[Request], apart: Container[int] = ()) -> int:
-    """Most bytes that the C library's heap has for tensors of a process, by playing back requests.
-
-    Pieces that are ``apart`` are pages that other code has mapped; they count, too.
+def heap_peak(
+    requests: Iterable[Request],
+    apart: Container[int] = (),
+    threads: Mapping[int, int] | None = None,
+) -> int:
+    """Most bytes that the C library's heaps have for a process's tensors, by playing back requests.
 
     How long small objects stay beside blocks is fitted to what 24 jobs took, which this meets
     within 7 %; what is in use at once, as a sum, is up to 13 % less than they took.
+
+    Args:
+        requests: in order.
+        apart: pieces that are pages which other code has mapped; they count, too.
+        threads: piece -> thread that asks, where that is not the first one. Each has a heap.
     """
-    heap, most = _Heap(), 0
+    # What other threads have is asked for by nobody else there, so nothing small lies between.
+    heaps: defaultdict[int, _Heap] = defaultdict(lambda: _Heap(outliving=0))
+    heaps[0] = _Heap()
+    threads, most = threads or {}, 0
     for piece, change in requests:
+        heap = heaps[threads.get(piece, 0)]
         if change > 0:
             (heap.map if piece in apart else heap.allocate)(piece, change)
-            most = max(most, heap.nbytes)
+            most = max(most, sum(each.nbytes for each in heaps.values()))
         else:
             heap.free(piece)
     return most

@@ -175,7 +175,7 @@ def rehearse(
             overlays=overlays,
             rank=rank,
             batch_required=True,
-            shared_by=walk.shared_by,
+            counter=walk,
         ) as engine,
     ):
         sent = _windows(engine, subject, walk)
@@ -200,9 +200,7 @@ def rehearse(
             on_cpu=ranks.on_cpu,
             notes=list(subject.notes),
         )
-    found.reserved = _reserved(walk, found)
-    found.allowance = heap_allowance(found.reserved) if ranks.on_cpu else 0
-    return found
+    return _with_allocator(found, walk)
 
 
 def _windows(engine: Engine, subject: Subject, walk: Walk) -> list[Sent]:
@@ -341,11 +339,18 @@ def _replay(walk: Walk, elsewhere: Mapping[Kind, int]) -> tuple[list[Moment], di
     return [_with(moment, elsewhere, host) for moment in moments], fixed
 
 
+def _with_allocator(found: Rehearsed, walk: Walk) -> Rehearsed:
+    """With what the device's allocator holds, and what is to be left free."""
+    found.reserved = _reserved(walk, found)
+    found.allowance = heap_allowance(found.reserved) if found.on_cpu else 0
+    return found
+
+
 def _reserved(walk: Walk, found: Rehearsed) -> int:
     """Most bytes that the device's allocator holds."""
     if found.on_cpu:
         requests = ((change.piece, change.nbytes) for change in walk.changes)
-        played = heap_peak(requests, walk.shared)
+        played = heap_peak(requests, walk.shared, walk.threads)
         unseen = found.in_use - walk.most()  # what plugins say that they hold beside tensors
         return played + max(0, unseen)
     there = (c for c in walk.changes if walk.kinds.get(c.piece, ("", "device"))[1] == "device")

@@ -78,6 +78,7 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         window: see :class:`Change`.
         kinds: piece -> (kind, place), of those that are known.
         shared: pieces that are this rank's part of what several ranks map.
+        threads: piece -> number of the thread whose heap it is from, of others than this one's.
     """
 
     def __init__(self) -> None:
@@ -88,7 +89,8 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.outer, self.window = "build", 0
         self.shared: set[int] = set()
         self._live: dict[int, _Living] = {}  # by storage
-        self._ranks = 1
+        self.threads: dict[int, int] = {}
+        self._ranks, self._thread = 1, 0
         self._pieces = 0
         self._lock = threading.RLock()
 
@@ -112,6 +114,16 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 yield
             finally:
                 self._ranks = 1
+
+    @contextmanager
+    def on_thread(self, number: int) -> Iterator[None]:
+        """Memory that is first seen in the context is from the heap of that thread."""
+        with self._lock:
+            self._thread = number
+            try:
+                yield
+            finally:
+                self._thread = 0
 
     def __torch_dispatch__(
         self,
@@ -164,6 +176,8 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live[key] = _Living(piece, nbytes, reference, self._ranks)
         if self._ranks > 1:
             self.shared.add(piece)
+        if self._thread:
+            self.threads[piece] = self._thread
         if tensor.device.type == "cpu":
             self.kinds[piece] = ("on the host", "host")
         self._change(piece, nbytes // self._ranks)
