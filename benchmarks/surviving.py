@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--without-spare", action="store_true", help="measure that, too")
     options = parser.parse_args()
     before = left_over()
-    with tempfile.TemporaryDirectory(dir=".") as place:
+    with tempfile.TemporaryDirectory(prefix="surviving_") as place:
         folder = Path(place).resolve()
         found, steps = killed(options, folder / "killed", spare=True)
         if options.without_spare:
