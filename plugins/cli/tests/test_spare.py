@@ -217,9 +217,9 @@ def test_what_ranks_have_imported_is_loaded_in_those_after_a_failure(tmp_path: P
             "except ImportError: pass\n"
         )
         # When ranks are quiet the spare loads package by package, in the order of the ranks' own.
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 240
         while lone.rank(LOADED)[1] == "False" and time.monotonic() < deadline:
-            time.sleep(0.2)
+            time.sleep(3 * spare.LULL_SECONDS)  # a rank that looks is not quiet itself
         # Copies of a process with another thread would lack it, so "loud" is left to the ranks.
         assert lone.rank(LOADED) == ["['quiet', 'quiet.needed']", "True"]
         assert lone.threads() == threads
