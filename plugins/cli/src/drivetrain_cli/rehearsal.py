@@ -23,7 +23,7 @@ from drivetrain.job.job import Job
 from drivetrain.plan.plan import Plan
 from drivetrain.plan.registry import Registry
 from drivetrain.sections.optimization import OptimizerSection
-from drivetrain_cli.rehearsed_host import Counter, NobodyCounts, rehearsed_layers
+from drivetrain_cli.rehearsed_host import Counter, rehearsed_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -85,18 +85,18 @@ class RehearsedHost(RehearsedDevice):
     """A device whose memory is the host's.
 
     Args:
-        counter: is told of memory that is not simply this rank's own.
+        counter: is told of memory that is not simply this rank's own; without one there is none.
     """
 
     device_type = "cpu"
 
-    def __init__(self, counter: Counter) -> None:
+    def __init__(self, counter: Counter | None) -> None:
         self._counter = counter
 
     @hookimpl
     def wrap_communicator(self, job: Job) -> Sequence[CommunicatorLayer]:
         """Share memory between ranks of one host, and take what gloo would between others."""
-        return rehearsed_layers(job, self._counter)
+        return [] if self._counter is None else rehearsed_layers(job, self._counter)
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def rehearsal(
         overlays: ``path=value`` assignments on top of the config.
         rank: which rank's.
         batch_required: whether a config without batch size is refused.
-        counter: is told of memory that is not simply this rank's own.
+        counter: is told of memory that is not simply this rank's own; without one there is none.
 
     Raises:
         ConfigError: the config is not one that a job would run.
@@ -138,7 +138,7 @@ def rehearsal(
     registry.add(
         "accelerators",
         _NAME,
-        partial(RehearsedHost, counter or NobodyCounts()) if on_cpu else RehearsedDevice,
+        partial(RehearsedHost, counter) if on_cpu else RehearsedDevice,
     )
     options: dict[str, Any] = {
         "world_size": ranks,

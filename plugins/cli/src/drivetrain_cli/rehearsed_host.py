@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -33,18 +33,6 @@ class Counter(Protocol):
 
     def on_thread(self, number: int) -> AbstractContextManager[None]:
         """Memory that is made in the context comes from the heap of a thread, from 1 on."""
-
-
-class NobodyCounts:
-    """Where memory is not counted."""
-
-    def shared_by(self, ranks: int) -> AbstractContextManager[None]:
-        """See :class:`Counter`."""
-        return nullcontext()
-
-    def on_thread(self, number: int) -> AbstractContextManager[None]:
-        """See :class:`Counter`."""
-        return nullcontext()
 
 
 class RehearsedSharedMemory(CommunicatorWrapper):
