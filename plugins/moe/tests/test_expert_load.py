@@ -17,9 +17,8 @@ from drivetrain_moe.history import LoadHistory
 
 import drivetrain
 from drivetrain.cli import main
-from drivetrain.errors import DrivetrainError
+from drivetrain.errors import ConfigError, DrivetrainError
 from drivetrain.testing import PluginConformance, run_distributed
-from drivetrain.testing.distributed import RanksFailedError
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -60,13 +59,18 @@ def test_each_step_is_a_line_with_the_share_of_each_expert(tmp_path: Path) -> No
     assert (layer.name, layer.experts, list(layer.steps)) == ("moe", EXPERTS, [1, 2, 3])
 
 
-def test_a_file_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+def refused(file: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        train(file, 1)
+    return str(caught.value)
+
+
+def test_a_file_that_cannot_be_written_is_refused_on_every_rank(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    refused = (
-        r"rank 0 of 2 failed first: ConfigError: moe\.load\.file: .*cannot be written: File exists"
-    )
-    with pytest.raises(RanksFailedError, match=refused):
-        run_distributed(train, 2, str(tmp_path / "file" / "load.jsonl"), 1)
+    for path, why in ((tmp_path / "file" / "load.jsonl", "File exists"), (tmp_path, "directory")):
+        for message in run_distributed(refused, 2, str(path)):
+            assert f"moe.load.file: {path} cannot be written by rank 0: " in message
+            assert why in message
 
 
 # -- the picture -----------------------------------------------------------------------------------

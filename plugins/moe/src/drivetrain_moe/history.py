@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import logging
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, ClassVar
 from weakref import WeakKeyDictionary
 
 from pydantic import Field
 
-from drivetrain.contracts import PathText, Plugin, Section, Sections, hookimpl
+from drivetrain.contracts import PathText, Plugin, Purpose, Section, Sections, Tag, hookimpl
 from drivetrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from drivetrain.contracts import StepReport
+    import torch
+
+    from drivetrain.contracts import StepReport, Transform
     from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
 
 LOAD = "moe.load"
 
@@ -48,20 +53,53 @@ class LoadHistory(Plugin):
         return self.section(LoadSection).file is not None
 
     @hookimpl
+    def transform_module(
+        self, job: Job, module: torch.nn.Module, training: bool
+    ) -> Sequence[Transform]:
+        """Refuse a file that cannot be written, on every rank, before anything is built."""
+        if training and job.device.type != "meta":  # which is no job, but its rehearsal
+            _refuse_unwritable(job, self._path(len(job.engines)))
+        return []
+
+    @hookimpl
     def step_end(self, engine: Engine, report: StepReport) -> None:
-        file = self.section(LoadSection).file
-        if engine.job.rank or file is None:
+        if engine.job.rank:
             return
         if engine not in _writers:
-            number, path = engine.job.engines.index(engine), Path(file)
-            if number:
-                path = path.with_name(f"{path.stem}.{number}{path.suffix}")
-            _writers[engine] = _Writer(path)
+            _writers[engine] = _Writer(self._path(engine.job.engines.index(engine)))
             engine.job.on_close(_writers[engine].close)
         _writers[engine].add(report)
 
+    def _path(self, number: int) -> Path:
+        """The file of the engine with this number in its job."""
+        path = Path(self.section(LoadSection).file or "")
+        return path.with_name(f"{path.stem}.{number}{path.suffix}") if number else path
+
     def features(self) -> Mapping[str, object]:
         return {f"{LOAD}.file": self.section(LoadSection).file is not None}
+
+
+def _opened(path: Path) -> IO[str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a", encoding="utf-8")
+
+
+def _refuse_unwritable(job: Job, path: Path) -> None:
+    """Have rank 0 try to open ``path``, and raise on every rank if it cannot. Collective."""
+    import torch
+
+    code = 0
+    if job.rank == 0:
+        try:
+            _opened(path).close()
+        except OSError as error:
+            code = error.errno or errno.EIO
+    flaw = torch.tensor([code], dtype=torch.int64, device=job.device)
+    job.communicator.broadcast(flaw, "world", Tag(Purpose.CONTROL, site=LOAD))
+    if int(flaw):
+        raise ConfigError(
+            f"{LOAD}.file: {path.absolute()} cannot be written by rank 0: {os.strerror(int(flaw))}"
+        )
 
 
 class _Writer:
@@ -70,13 +108,11 @@ class _Writer:
     def __init__(self, path: Path) -> None:
         self._waiting: list[StepReport] = []
         self._written_at = time.monotonic()
+        self._file: IO[str] | None = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] | None = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"{LOAD}.file: {path.absolute()} cannot be written: {error.strerror}"
-            ) from error
+            self._file = _opened(path)
+        except OSError as error:  # it could be written when the job began
+            logger.warning("%s writes nothing, training goes on: %s", LOAD, error)
         atexit.register(self.close)
 
     def add(self, report: StepReport) -> None:
