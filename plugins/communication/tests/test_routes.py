@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,31 @@ from drivetrain.testing import run_distributed
 HOSTS = {"blocks": [0, 0, 1, 1], "turns": [0, 1, 0, 1]}
 
 
+@dataclass(frozen=True)
+class Moved:
+    """Positions between which a hop goes, its bytes, and those that leave this rank."""
+
+    positions: tuple[int, ...]
+    nbytes: int
+    leaving: int = 0
+
+
 class Recorder(CommunicatorWrapper):
     """Notes which ranks take part in what."""
 
     def __init__(self, inner: Communicator) -> None:
         super().__init__(inner)
         self.seen: list[tuple[str, int]] = []
+        self.moved: list[Moved] = []
 
     def run(self, collective: Collective) -> Handle:
         self.seen.append((str(collective.kind), self.size(collective.axis)))
+        if isinstance(collective.axis, SubAxis):
+            self.moved.append(Moved(collective.axis.positions, collective.input.nbytes))
+            if collective.input_splits:
+                own = collective.input_splits[self.rank(collective.axis)]
+                kept = collective.input[:own].nbytes
+                self.moved[-1] = replace(self.moved[-1], leaving=collective.input.nbytes - kept)
         return super().run(collective)
 
 
@@ -72,6 +88,59 @@ def collectives(layout: str) -> list[Any]:
         came = torch.empty_like(rows)
         comm.all_to_all(came, rows, "world", TAG, asynchronous=True).wait()
         return [found, came, recorder.seen]
+
+
+def sent_rows(source: int, target: int) -> torch.Tensor:
+    """What one rank has for another: other numbers of rows, and none for some."""
+    count = (source * 3 + target * 5) % 4
+    return torch.arange(count * 2).view(count, 2) + 100 * source + 1000 * target
+
+
+def unequal(layout: str) -> list[Any]:
+    with open_job(hierarchical=False) as job:
+        recorder = Recorder(job.communicator)
+        comm = Hierarchical(recorder, job.mesh.ranks, HOSTS[layout])
+        rank, found = job.rank, []
+        for asynchronous in (True, False):
+            recorder.seen.clear()
+            recorder.moved.clear()
+            rows = torch.cat([sent_rows(rank, target) for target in range(4)])
+            to = [len(sent_rows(rank, target)) for target in range(4)]
+            of = [len(sent_rows(source, rank)) for source in range(4)]
+            came = rows.new_empty(sum(of), 2)
+            handle = comm.all_to_all(
+                *(came, rows, "world", TAG),
+                output_splits=of,
+                input_splits=to,
+                asynchronous=asynchronous,
+            )
+            handle.wait()
+            handle.wait()
+            found.append(came)
+        return [found, recorder.seen, recorder.moved]
+
+
+@pytest.mark.parametrize("layout", HOSTS)
+def test_slices_of_other_sizes_take_two_levels_and_no_more_bytes_between_hosts(layout: str) -> None:
+    hosts, between = HOSTS[layout], 0
+    for rank, (found, seen, moved) in enumerate(run_distributed(unequal, 4, layout)):
+        for came in found:
+            assert torch.equal(came, torch.cat([sent_rows(source, rank) for source in range(4)]))
+        # Counts and rows inside the host, then rows between ranks of the same place.
+        assert seen == [(str(Kind.ALL_TO_ALL), 2)] * 3
+        counts, inside, across = moved
+        assert counts.nbytes == 2 * 2 * 8  # for each place on this host, and each host
+        assert [hosts[position] for position in inside.positions] == [hosts[rank]] * 2
+        assert inside.nbytes == sum(sent_rows(rank, target).nbytes for target in range(4))
+        assert [hosts[position] for position in across.positions] == [0, 1]
+        between += across.leaving
+    # Together, ranks send each row for another host to it once.
+    assert between == sum(
+        sent_rows(source, target).nbytes
+        for source in range(4)
+        for target in range(4)
+        if hosts[source] != hosts[target]
+    )
 
 
 def through_the_config(minimum: int) -> torch.Tensor:

@@ -5,8 +5,10 @@ sums of slices over each host (reduce-scatter), sums of these over hosts (all-re
 of the same place), and a gather on each host. Of n bytes each rank sends at most 2 n / places over
 the network, whatever the number of hosts, and all places of a host send at the same time. An
 exchange goes to the place of its target first, and then to its host, in messages that are as many
-times larger as a host has places. These are the all-reduce of Horovod's hierarchical mode and the
-all-to-all of DeepSpeed-MoE (arXiv:2201.05596, section 5.3).
+times larger as a host has places. In one of unequal slices the ranks of a host first tell each
+other how many rows come to each place for each host; the last hop's rows are known to the rank that
+gets them. Bytes between hosts are those of one hop. These are the all-reduce of Horovod's
+hierarchical mode and the all-to-all of DeepSpeed-MoE (arXiv:2201.05596, section 5.3).
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ def hosts_of(job: Job, ranks_per_host: int | None) -> list[int]:
 
 
 class Hierarchical(CommunicatorWrapper):
-    """Splits all-reduces and even all-to-alls into two levels; see [Note: two levels].
+    """Splits all-reduces and all-to-alls into two levels; see [Note: two levels].
 
     All hops but the last are waited for at once, so that all ranks begin the next in one order, and
     nothing can hang that did not before.
@@ -114,18 +116,20 @@ class Hierarchical(CommunicatorWrapper):
             return self.inner.run(collective)  # which says what is wrong, if anything is
         levels = self.levels_of(collective.axis)
         assert levels is not None
-        all_reduces = collective.kind is Kind.ALL_REDUCE
-        return (self._all_reduce if all_reduces else self._all_to_all)(collective, levels)
+        if collective.kind is Kind.ALL_REDUCE:
+            return self._all_reduce(collective, levels)
+        return (self._all_to_all if _is_even(collective) else self._exchange)(collective, levels)
 
     def carries(self, c: Collective) -> bool:
         """Whether ``c`` can be taken apart; all ranks come to the same answer."""
-        even = c.input_splits is None and c.output_splits is None
-        if not (c.kind is Kind.ALL_REDUCE or (c.kind is Kind.ALL_TO_ALL and even)):
+        if c.kind not in (Kind.ALL_REDUCE, Kind.ALL_TO_ALL):
             return False
         if c.input.is_meta or self.levels_of(c.axis) is None:
             return False
-        size = self.size(c.axis)  # of fewer elements than ranks, some levels would get none
-        return c.input.numel() >= size and c.flaw(size, self.rank(c.axis)) is None
+        size = self.size(c.axis)
+        # Of fewer elements than ranks, some levels would get none; slices may be empty.
+        enough = not _is_even(c) or c.input.numel() >= size
+        return enough and c.flaw(size, self.rank(c.axis)) is None
 
     def levels_of(self, axis: Axis) -> Levels | None:
         """The two levels of ``axis``; ``None`` where one hop is as good."""
@@ -161,6 +165,82 @@ class Hierarchical(CommunicatorWrapper):
         # [place of the source, host of the target] -> one message for each host.
         by_host = came.transpose(0, 1).contiguous()
         arrived = torch.empty_like(by_host)
-        self.inner.all_to_all(arrived.view(-1), by_host.view(-1), levels.across, c.tag)
-        c.output.view(hosts * places, -1)[order] = arrived.view(hosts * places, -1)
-        return DONE
+        handle = self.inner.all_to_all(
+            *(arrived.view(-1), by_host.view(-1), levels.across, c.tag),
+            asynchronous=c.asynchronous,
+        )
+
+        def finish() -> None:
+            c.output.view(hosts * places, -1)[order] = arrived.view(hosts * places, -1)
+
+        return _then(handle, finish, later=c.asynchronous)
+
+    def _exchange(self, c: Collective, levels: Levels) -> Handle:
+        hosts, places = len(levels.hosts), len(levels.hosts[0])
+        to = _rows(c.input, c.input_splits, hosts * places)
+        of = _rows(c.output, c.output_splits, hosts * places)
+        # Slices for all hosts of one place, then those for the next place.
+        targets = [levels.hosts[host][place] for place in range(places) for host in range(hosts)]
+        slices = torch.split(c.input, to)
+        sent = torch.cat([slices[target] for target in targets])
+        counts = torch.tensor([to[target] for target in targets], device=c.input.device)
+        came = torch.empty_like(counts)
+        tag = Tag(Purpose.CONTROL, c.tag.key, c.tag.site)
+        self.inner.all_to_all(came, counts, levels.inside, tag)
+        table = came.view(places, hosts)  # rows of each place's rank here for each host
+        here = c.input.new_empty(int(came.sum()), *c.input.shape[1:])
+        self.inner.all_to_all(
+            *(here, sent, levels.inside, c.tag),
+            output_splits=table.sum(1).tolist(),
+            input_splits=counts.view(places, hosts).sum(1).tolist(),
+        )
+        # [place of the source, host of the target] -> one message for each host.
+        pieces = torch.split(here, came.tolist())
+        by_host = torch.cat([piece for host in range(hosts) for piece in pieces[host::hosts]])
+        order = [position for row in levels.hosts for position in row]
+        in_order = order == sorted(order)
+        arrived = c.output if in_order else torch.empty_like(c.output)
+        handle = self.inner.all_to_all(
+            *(arrived, by_host, levels.across, c.tag),
+            output_splits=[sum(of[position] for position in row) for row in levels.hosts],
+            input_splits=table.sum(0).tolist(),
+            asynchronous=c.asynchronous,
+        )
+
+        def finish() -> None:
+            slices = torch.split(arrived, [of[position] for position in order])
+            into = torch.split(c.output, of)
+            for position, piece in zip(order, slices, strict=True):
+                into[position].copy_(piece)
+
+        return handle if in_order else _then(handle, finish, later=c.asynchronous)
+
+
+class _Then:
+    """A last hop, and what is to be done with what it brings."""
+
+    def __init__(self, handle: Handle, finish: Callable[[], None]) -> None:
+        self._handle = handle
+        self._finish: Callable[[], None] | None = finish
+
+    def wait(self) -> None:
+        self._handle.wait()
+        finish, self._finish = self._finish, None  # repeated waits are allowed
+        if finish is not None:
+            finish()
+
+
+def _then(handle: Handle, finish: Callable[[], None], *, later: bool) -> Handle:
+    if later:
+        return _Then(handle, finish)
+    finish()
+    return DONE
+
+
+def _is_even(c: Collective) -> bool:
+    return c.input_splits is None and c.output_splits is None
+
+
+def _rows(tensor: torch.Tensor, splits: Sequence[int] | None, size: int) -> list[int]:
+    """Rows of ``tensor`` that go to, or come from, each rank."""
+    return [len(tensor) // size] * size if splits is None else list(splits)
