@@ -23,6 +23,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "top2_2nd_expert_sampling": False,
     },
     "residual": {"k": 1, "use_rts": False, "use_residual": True, "min_capacity": 1},
+    "shared": {"k": 1, "use_rts": False, "use_residual": True, "drop_tokens": False},
     "sigmoid in groups": {
         "k": 2,
         "score": "sigmoid",
@@ -55,6 +56,8 @@ class Model(nn.Module):
         options = {**KINDS[kind], **changes}
         expert = GroupedMLP(EXPERTS, WIDTH, 8, bias=True) if kind == "grouped" else Expert()
         self.stem = nn.Linear(3, WIDTH)
+        if kind == "shared":
+            options["shared_expert"] = Expert()
         self.moe = MoE(WIDTH, expert, EXPERTS, ep, **options)
         self.head = nn.Linear(WIDTH, 1)
         generator = torch.Generator().manual_seed(1)
@@ -87,6 +90,8 @@ class Dense(Model):
         if self.moe.residual is not None:
             share = self.moe.coefficient(hidden).softmax(-1)
             out = out * share[:, :1] + self.moe.residual(hidden) * share[:, 1:]
+        if self.moe.shared_expert is not None:
+            out = out + self.moe.shared_expert(hidden)
         return self.loss(hidden + out, y) + BALANCE * balance
 
     def expert(self, number: int, x: torch.Tensor) -> torch.Tensor:

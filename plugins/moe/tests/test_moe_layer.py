@@ -39,10 +39,10 @@ def held(engine: Engine) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in engine.module.named_parameters()}
 
 
-def train(kinds: list[str], ep: int) -> dict[str, Any]:
+def train(kinds: list[str], ep: int, changes: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for kind in kinds:
-        engine = make(kind, ep)
+        engine = make(kind, ep, **changes)
         losses = step_through(engine, kind, 0, STEPS)
         with drivetrain.whole(engine.module):
             state = held(engine)
@@ -66,7 +66,15 @@ def test_outside_of_a_job_the_layer_equals_a_dense_loop() -> None:
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (4, 4), (4, 1)])
 def test_shared_out_experts_train_like_a_dense_loop(world: int, ep: int) -> None:
     kinds = list(KINDS) if (world, ep) in ((2, 2), (4, 4)) else ["dropless top-2", "grouped"]
-    ranks = run_distributed(train, world, kinds, ep)
+    claim(kinds, world, ep, {})
+
+
+def test_tokens_that_travel_in_halves_give_what_a_dense_loop_gives() -> None:
+    claim(["top-2", "shared", "idle experts", "dropless top-1"], 2, 2, {"moe": {"halves": True}})
+
+
+def claim(kinds: list[str], world: int, ep: int, changes: dict[str, Any]) -> None:
+    ranks = run_distributed(train, world, kinds, ep, changes)
     for kind in kinds:
         losses, state = train_dense(kind, STEPS, world)
         got = torch.tensor([f[kind][0] for f in ranks], dtype=torch.float64).mean(0).tolist()

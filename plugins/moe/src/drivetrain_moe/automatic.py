@@ -17,17 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from drivetrain.communication.functional import functional
-from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import ConfigError
-from drivetrain_moe.exchange import through_experts
+from drivetrain_moe.exchange import HERE, Way, of_all_shares, through_experts, way_of
 from drivetrain_moe.experts import keep_rows
 from drivetrain_moe.load import Load
 from drivetrain_moe.routing import Routed
 from drivetrain_moe.section import EXPERT_PARALLEL, ExpertParallelSection
 
 if TYPE_CHECKING:
-    from drivetrain.communication.functional import Functional
     from drivetrain.job.job import Job
     from drivetrain_moe.axes import ExpertAxes
 
@@ -81,7 +78,12 @@ def find_experts(model: nn.Module, pattern: str | None = None) -> list[FoundExpe
 
 
 def share_out(
-    job: Job, model: nn.Module, section: ExpertParallelSection, axes: ExpertAxes
+    job: Job,
+    model: nn.Module,
+    section: ExpertParallelSection,
+    axes: ExpertAxes,
+    *,
+    halves: bool = False,
 ) -> nn.Module:
     """Leave each rank its part of the experts of every layer, and have tokens travel.
 
@@ -108,8 +110,7 @@ def share_out(
             setattr(experts.module, experts.counter, experts.count // axes.size)
             if expected is not None:
                 shared.compare(*expected)
-            tag = Tag(Purpose.ACTIVATION, experts.name, "experts")
-            shared.axis = functional(job.communicator, axes.experts, tag)
+            shared.way = way_of(job, experts.name, axes, halves=halves)
         experts.module.forward = shared
         job.on_close(shared.leave)
     return model
@@ -126,7 +127,7 @@ class SharedExperts:
 
     def __init__(self, found: FoundExperts, load: Load, rate: float) -> None:
         self.load: Load | None = load
-        self.axis: Functional | None = None
+        self.way = HERE
         self.module = found.module
         self.rate = rate
         self.bias = _correction_bias(found) if rate else None
@@ -149,10 +150,10 @@ class SharedExperts:
             chosen = index.reshape(-1)
             real = chosen[chosen < self._found.count]
             self.load.add(torch.bincount(real, minlength=self._found.count))
-        if self.axis is None:
+        if self.way is HERE:
             return self._inner(*bound.args, **bound.kwargs)
         x = hidden.reshape(-1, hidden.shape[-1])
-        return self._through(x, index, weights, swapped, self.axis).reshape(hidden.shape)
+        return self._through(x, index, weights, swapped, self.way).reshape(hidden.shape)
 
     def compare(self, x: torch.Tensor, index: torch.Tensor, expected: torch.Tensor) -> None:
         """Compute ``x`` with this rank's experts, and compare with what all experts gave.
@@ -161,7 +162,7 @@ class SharedExperts:
             ConfigError: they differ.
         """
         with torch.no_grad():
-            got = self._through(x, index, torch.ones_like(index, dtype=x.dtype), False, None)
+            got = self._through(x, index, torch.ones_like(index, dtype=x.dtype), False, HERE)
         limit = TOLERANCE.get(x.dtype, 3e-2) * float(expected.abs().max())
         worst = float((got - expected).abs().max())
         if not worst <= limit:
@@ -174,7 +175,7 @@ class SharedExperts:
     def leave(self) -> None:
         """Stop counting for a job that has closed; a module with all experts is as it was."""
         self.load = None
-        if self.axis is None and self.module.__dict__.get("forward") is self:
+        if self.way is HERE and self.module.__dict__.get("forward") is self:
             del self.module.forward
             if self._own is not None:
                 self.module.forward = self._own
@@ -185,11 +186,13 @@ class SharedExperts:
         index: torch.Tensor,
         weights: torch.Tensor,
         swapped: bool,
-        axis: Functional | None,
+        way: Way,
     ) -> torch.Tensor:
-        count = self._found.count if axis is not None else getattr(self.module, self._found.counter)
+        count = getattr(self.module, self._found.counter) if way is HERE else self._found.count
         if weights.shape != index.shape:  # of all experts
             weights = weights.gather(1, index)
+        if way.alike is not None:
+            weights = of_all_shares(weights, way.alike)
         expert, weight = index.reshape(-1), weights.reshape(-1)
         # Some routers mask choices with a number beyond the last expert.
         order = expert.argsort(stable=True)[: int((expert < count).sum())]
@@ -205,7 +208,9 @@ class SharedExperts:
             answers = self._inner(rows, *(part.unsqueeze(1) for part in pair))
             return answers.reshape(rows.shape)  # some put a dimension of sequences in between
 
-        return through_experts(x, routed, count, compute, axis, tuple(self.module.parameters()))
+        return through_experts(
+            x, routed, count, compute, way, tuple(self.module.parameters())
+        ).output
 
 
 def _counter(module: nn.Module) -> tuple[str, str]:

@@ -3,22 +3,79 @@
 One exchange of counts tells each rank how many tokens come for each of its experts; one all-to-all
 of uneven rows brings them, and one brings the answers back. Backward runs the same two exchanges
 the other way round, on every rank, whether or not it had any tokens.
+
+[Note: order of issue] Exchanges are started and waited for later. In between a rank computes what
+does not need them: shared experts, and the experts' answers for the other half of its tokens.
+Backward goes through the nodes of the graph last made first, so what lies between a start and its
+wait in forward lies between the adjoint's start and wait in backward, without further code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
-from drivetrain.communication.functional import Functional
+from drivetrain.communication.functional import Functional, Started, functional
+from drivetrain.contracts import Purpose, Tag
 from drivetrain_moe.routing import Routed
+
+if TYPE_CHECKING:
+    from drivetrain.job.job import Job
+    from drivetrain_moe.axes import ExpertAxes
 
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Takes tokens [n, d] in order of this rank's experts, and their numbers [experts here] on the
 device; returns [n, d]."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """Between which ranks tokens travel, and how.
+
+    Args:
+        experts: over ranks that have other experts; ``None`` if this rank has all of them.
+        alike: over ranks that have the same tokens, each of which sends a share of them; ``None``
+            where every rank has tokens of its own.
+        halves: whether tokens travel in two halves, of which one travels while experts compute the
+            other.
+    """
+
+    experts: Functional | None = None
+    alike: Functional | None = None
+    halves: bool = False
+
+
+HERE = Way()
+"""Tokens stay on their rank, which has all experts."""
+
+
+def way_of(job: Job, name: str, axes: ExpertAxes, *, halves: bool) -> Way:
+    """The way of the tokens of the layer ``name`` in a job."""
+    tag = Tag(Purpose.ACTIVATION, name, "experts")
+    shared = bool(axes.alike) and job.mesh.size(axes.alike) > 1
+    return Way(
+        functional(job.communicator, axes.experts, tag),
+        functional(job.communicator, axes.alike, tag) if shared else None,
+        halves,
+    )
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What :func:`through_experts` returns.
+
+    Args:
+        output: [S, d], the weighted sum of the experts' answers for each token.
+        beside: results of ``meanwhile``, in its order.
+    """
+
+    output: torch.Tensor
+    beside: list[torch.Tensor]
 
 
 def through_experts(
@@ -26,34 +83,111 @@ def through_experts(
     routed: Routed,
     experts: int,
     compute: Compute,
-    axis: Functional | None,
+    way: Way = HERE,
     answers: Iterable[nn.Parameter] = (),
-) -> torch.Tensor:
-    """Have experts compute their tokens; returns the weighted sum for each token, [S, d].
+    meanwhile: Sequence[Callable[[], torch.Tensor]] = (),
+) -> Mixed:
+    """Have experts compute their tokens.
 
     Args:
         x: [S, d].
         routed: which tokens go where.
-        experts: how many there are, on all ranks of ``axis``.
+        experts: how many there are, on all ranks of ``way.experts``.
         compute: this rank's experts.
-        axis: whose ranks have the other experts; ``None`` if this rank has all.
+        way: between which ranks tokens travel.
         answers: parameters of this rank's experts.
+        meanwhile: what else is to be computed: the first while tokens travel, all others while
+            answers do. See [Note: order of issue].
     """
+    if way.alike is None:
+        return _mixed(x, routed, experts, compute, way, answers, meanwhile)
+    first, share = share_of(len(x), way.alike)
+    padded = pad(x, (0, 0, 0, share * way.alike.size - len(x)))
+    part = routed.between(first, first + share)
+    own = _mixed(way.alike.split(padded), part, experts, compute, way, answers, meanwhile)
+    return replace(own, output=way.alike.gather(own.output)[: len(x)])
+
+
+def share_of(tokens: int, alike: Functional) -> tuple[int, int]:
+    """The first token of this rank's share of ``tokens``, and how many a share has at most."""
+    share = -(-tokens // alike.size)
+    return share * alike.rank, share
+
+
+def of_all_shares(values: torch.Tensor, alike: Functional) -> torch.Tensor:
+    """``values`` [S, n] of equal tokens, whose gradients come from the ranks of their shares.
+
+    A rank computes gradients of its own share alone; in backward they are gathered, so that every
+    rank has all of them.
+    """
+    first, share = share_of(len(values), alike)
+    own = alike.split(pad(values, (0, 0, 0, share * alike.size - len(values))))
+    kept, real = values.detach(), max(0, min(share, len(values) - first))
+    return torch.cat([kept[:first], own[:real], kept[first + real :]])
+
+
+def _mixed(
+    x: torch.Tensor,
+    routed: Routed,
+    experts: int,
+    compute: Compute,
+    way: Way,
+    answers: Iterable[nn.Parameter],
+    meanwhile: Sequence[Callable[[], torch.Tensor]],
+) -> Mixed:
+    travels = way.experts is not None and way.experts.size > 1
+    place, parts = routed.expert, 1
+    if travels and way.halves:
+        half = (2 * routed.token >= len(x)).long()
+        routed, parts = routed.ordered(half.argsort(stable=True)), 2
+        place = half.sort().values * experts + routed.expert
     rows = x.index_select(0, routed.token)
-    counts = torch.bincount(routed.expert, minlength=experts)
-    if axis is None or axis.size == 1:
-        back = _computed(rows, counts, compute, answers)
+    counts = torch.bincount(place, minlength=parts * experts)
+    if way.experts is not None and travels:
+        counts = counts.view(parts, way.experts.size, -1)
+        back, beside = _travelled(rows, counts, way.experts, compute, answers, meanwhile)
     else:
-        sent = axis.counts(counts.view(axis.size, -1), len(rows))
-        came = axis.exchange(rows, sent.received, sent.sent)
-        order = _by_expert(sent.table)
-        done = _computed(came.index_select(0, order), sent.table.sum(0), compute, answers)
-        # Where row i came to lie, so that answers go back in the order in which tokens came.
-        done = done.index_select(0, order.argsort())
-        back = axis.exchange(done, sent.sent, sent.received)
+        back = _computed(rows, counts, compute, answers)
+        beside = [one() for one in meanwhile]
     weighted = back.to(routed.weight.dtype) * routed.weight.unsqueeze(-1)
     out = weighted.new_zeros(len(x), back.shape[-1])
-    return out.index_add(0, routed.token, weighted).to(back.dtype)
+    return Mixed(out.index_add(0, routed.token, weighted).to(back.dtype), beside)
+
+
+def _travelled(
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    axis: Functional,
+    compute: Compute,
+    answers: Iterable[nn.Parameter],
+    meanwhile: Sequence[Callable[[], torch.Tensor]],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Answers of all ranks' experts for ``rows``, and results of ``meanwhile``.
+
+    ``rows`` are in order of parts, then of experts; ``counts`` [parts, ranks, experts of a rank]
+    says how many there are of each.
+    """
+    parts = len(counts)
+    sent = axis.counts(counts.transpose(0, 1).reshape(axis.size, -1), len(rows))
+    table = sent.table.view(axis.size, parts, -1)
+    splits = [(sent.sent, sent.received)]
+    if parts > 1:
+        splits = torch.stack([counts.sum(2), table.sum(2).t()], 1).tolist()
+    answers, returning = tuple(answers), list[Started]()
+    pieces = torch.split(rows, [sum(to) for to, _ in splits])
+    outgoing = [
+        axis.start_exchange(piece, of, to) for piece, (to, of) in zip(pieces, splits, strict=True)
+    ]
+    beside = [one() for one in meanwhile[:1]]
+    for part, (started, (to, of)) in enumerate(zip(outgoing, splits, strict=True)):
+        came = started.wait()
+        order = _by_expert(table[:, part])
+        done = _computed(came.index_select(0, order), table[:, part].sum(0), compute, answers)
+        # Where row i came to lie, so that answers go back in the order in which tokens came.
+        done = done.index_select(0, order.argsort())
+        returning.append(axis.start_exchange(done, to, of))
+    beside += [one() for one in meanwhile[1:]]
+    return torch.cat([started.wait() for started in returning]), beside
 
 
 def _by_expert(table: torch.Tensor) -> torch.Tensor:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from drivetrain.communication.functional import Functional, functional
-from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import ConfigError, TrainingError
-from drivetrain_moe.exchange import through_experts
+from drivetrain_moe.exchange import HERE, of_all_shares, through_experts, way_of
 from drivetrain_moe.experts import ExpertList, GroupedMLP
 from drivetrain_moe.load import Load
-from drivetrain_moe.routing import Priority, Routing, Score, jittered, route, router_logits
+from drivetrain_moe.routing import Priority, Routed, Routing, Score, jittered, route, router_logits
 
 if TYPE_CHECKING:
     from drivetrain.job.job import Job
     from drivetrain_moe.axes import ExpertAxes
+    from drivetrain_moe.section import MoESection
 
 
 class MoE(nn.Module):
@@ -114,7 +114,7 @@ class MoE(nn.Module):
         self.balance_loss, self.z_loss = balance_loss, z_loss
         self.bias_update_rate = bias_update_rate
         self.load: Load | None = None
-        self._axis: Functional | None = None
+        self._way = HERE
         self._name = type(self).__name__
 
     def forward(
@@ -139,17 +139,11 @@ class MoE(nn.Module):
         logits = router_logits(jittered(x) if jitters else x, self.gate.weight)
         if x.device.type == "cpu" and not bool(torch.isfinite(logits).all()):
             raise TrainingError(f"the router of {self._name} has logits that are not finite")
-        bias = self.bias
-        routed = route(logits, routing, training=self.training, bias=bias, used=used_token)
-        answers = tuple(self.experts.parameters())
-        out = through_experts(x, routed, self.num_experts, self.experts, self._axis, answers)
-        if self.residual is not None and self.coefficient is not None:
-            dense = self.residual(x)
-            dense = dense[0] if isinstance(dense, tuple) else dense
-            share = self.coefficient(x).softmax(-1)
-            out = out * share[:, :1] + dense * share[:, 1:]
-        if self.shared_expert is not None:
-            out = out + self.shared_expert(x)
+        options: dict[str, Any] = {"bias": self.bias, "used": used_token}
+        if self._way.alike is not None:
+            options["together"] = partial(of_all_shares, alike=self._way.alike)
+        routed = route(logits, routing, training=self.training, **options)
+        out = self._through_experts(x, routed)
         balance = routed.balance
         if self.load is not None and self.training:
             self.load.add(routed.wanted, routed.dropped, balance)
@@ -159,10 +153,25 @@ class MoE(nn.Module):
             balance = balance.detach()
         return out.reshape(hidden_states.shape), balance, routed.wanted
 
-    def join(self, job: Job, name: str, axes: ExpertAxes, *, reports: bool) -> None:
+    def _through_experts(self, x: torch.Tensor, routed: Routed) -> torch.Tensor:
+        """The answers of all experts, also of those that compute every token, [S, d]."""
+        dense = [one for one in (self.shared_expert, self.residual) if one is not None]
+        mixed = through_experts(
+            *(x, routed, self.num_experts, self.experts, self._way),
+            answers=self.experts.parameters(),
+            meanwhile=[partial(_one_output, one, x) for one in dense],
+        )
+        out, beside = mixed.output, iter(mixed.beside)
+        shared = next(beside) if self.shared_expert is not None else None
+        if self.residual is not None and self.coefficient is not None:
+            share = self.coefficient(x).softmax(-1)
+            out = out * share[:, :1] + next(beside) * share[:, 1:]
+        return out if shared is None else out + shared
+
+    def join(self, job: Job, name: str, axes: ExpertAxes, section: MoESection) -> None:
         """Take part in a job: share out experts, report under ``name``."""
         self._name = name
-        self.load = Load(job, name, self.num_experts, reports=reports)
+        self.load = Load(job, name, self.num_experts, reports=section.report)
         self.load.follows = self.bias_update_rate > 0
         if axes.size > 1:
             if self.num_experts % axes.size:
@@ -171,13 +180,12 @@ class MoE(nn.Module):
                     f"ep_size = {axes.size} ranks: {self.num_experts} / {axes.size} leaves "
                     f"{self.num_experts % axes.size}"
                 )
-            tag = Tag(Purpose.ACTIVATION, name, "experts")
-            self._axis = functional(job.communicator, axes.experts, tag)
+            self._way = way_of(job, name, axes, halves=section.halves)
             self.experts.keep(job, axes)
 
     def leave(self) -> None:
         """Forget the job."""
-        self.load = self._axis = None
+        self.load, self._way = None, HERE
 
     def _build(self, hidden_size: int, expert: nn.Module, use_residual: bool) -> None:
         self.gate = nn.Linear(hidden_size, self.num_experts, bias=False)
@@ -217,3 +225,10 @@ class MoE(nn.Module):
         for wrong, reason in reasons:
             if wrong:
                 raise ConfigError(f"MoE: {reason}")
+
+
+def _one_output(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What an expert returns; some return a bias beside it."""
+    output = module(x)
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found

@@ -70,11 +70,12 @@ class MixtureOfExperts(Plugin):
             axes, section = self.axes(job.plan), self.section(MoESection)
             for name, layer in _layers(model):
                 size = section.ep_size or layer.ep_size
-                layer.join(job, name or type(layer).__name__, axes[size], reports=section.report)
+                layer.join(job, name or type(layer).__name__, axes[size], section)
                 job.on_close(layer.leave)
             experts = self.section(ExpertParallelSection)
             if experts.enabled:
-                automatic.share_out(job, model, experts, axes[experts.autoep_size])
+                own = axes[experts.autoep_size]
+                automatic.share_out(job, model, experts, own, halves=section.halves)
             return model
 
         return [Transform(Phase.PARTITION, share_out)]
@@ -137,7 +138,7 @@ class MixtureOfExperts(Plugin):
 
     def axes(self, plan: Plan) -> dict[int, ExpertAxes]:
         """Number of ranks that share out experts -> axes."""
-        return expert_axes(self._sizes(plan))
+        return expert_axes(self._sizes(plan), over_tensor=self.section(MoESection).over_tensor)
 
 
 def axes_of(plan: Plan) -> dict[int, ExpertAxes]:

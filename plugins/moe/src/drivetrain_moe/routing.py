@@ -11,7 +11,8 @@ Shapes: S tokens, E experts, k choices of a token. Scores and weights are in flo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -102,6 +103,16 @@ class Routed:
     balance: torch.Tensor
     z: torch.Tensor
 
+    def ordered(self, order: torch.Tensor) -> Routed:
+        """The assignments with the numbers ``order``."""
+        assignments = (self.token[order], self.expert[order], self.weight[order])
+        return replace(self, **dict(zip(("token", "expert", "weight"), assignments, strict=True)))
+
+    def between(self, first: int, end: int) -> Routed:
+        """The assignments of tokens from ``first`` to before ``end``, numbered from ``first``."""
+        found = self.ordered(((self.token >= first) & (self.token < end)).nonzero().squeeze(1))
+        return replace(found, token=found.token - first)
+
 
 def jittered(x: torch.Tensor) -> torch.Tensor:
     """``x`` times uniform noise around 1."""
@@ -115,6 +126,7 @@ def route(
     training: bool,
     bias: torch.Tensor | None = None,
     used: torch.Tensor | None = None,
+    together: Callable[[torch.Tensor], torch.Tensor] = lambda scores: scores,
 ) -> Routed:
     """Assign tokens to experts.
 
@@ -124,11 +136,13 @@ def route(
         training: whether noise is added.
         bias: [E], added to scores for the choice alone.
         used: [S], 0 for tokens that no expert computes; ``None`` for all.
+        together: returns scores as they are, for weights alone; where ranks share out equal tokens,
+            it gathers their gradients.
     """
     scores = logits.softmax(-1) if routing.score == "softmax" else logits.sigmoid()
     z = logits.logsumexp(-1).square().sum() / max(1, logits.shape[0])
     if routing.chooses == "expert":
-        return _experts_choose(scores, routing, z, used)
+        return _experts_choose(scores, together(scores), routing, z, used)
     index = _choices(scores, logits, routing, training, bias)
     # Choice-major: all first choices come before all second ones.
     expert, token = index.t().reshape(-1), torch.arange(len(index), device=index.device)
@@ -137,7 +151,7 @@ def route(
     if used is not None:
         taken = used.reshape(-1).bool()[token]
     balance = _balance(scores, expert, taken, routing)
-    gate = scores.gather(1, index).t().reshape(-1)
+    gate = together(scores).gather(1, index).t().reshape(-1)
     wanted = torch.bincount(expert[taken], minlength=routing.experts)
     kept = taken & _fits(expert, gate, taken, routing, len(index)) if routing.drops else taken
     order = expert.masked_fill(~kept, routing.experts).argsort(stable=True)[: int(kept.sum())]
@@ -225,7 +239,11 @@ def _fits(
 
 
 def _experts_choose(
-    scores: torch.Tensor, routing: Routing, z: torch.Tensor, used: torch.Tensor | None
+    scores: torch.Tensor,
+    gate: torch.Tensor,
+    routing: Routing,
+    z: torch.Tensor,
+    used: torch.Tensor | None,
 ) -> Routed:
     """Each expert takes the tokens that score it highest, as many as its capacity."""
     tokens = len(scores)
@@ -237,7 +255,7 @@ def _experts_choose(
     kept = (best.values >= 0).reshape(-1)
     token = best.indices.reshape(-1)[kept]
     expert = torch.arange(routing.experts, device=token.device).repeat_interleave(room)[kept]
-    weight = scores[token, expert] * routing.scale
+    weight = gate[token, expert] * routing.scale
     none = scores.sum() * 0
     wanted = torch.bincount(expert, minlength=routing.experts)
     return Routed(token, expert, weight, wanted, torch.zeros_like(wanted[:1]).sum(), none, z)

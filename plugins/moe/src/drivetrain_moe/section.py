@@ -34,6 +34,16 @@ class MoESection(Section):
         description="Put load of experts, its entropy and dropped tokens into the report of a "
         "step, by layer.",
     )
+    over_tensor: Bool = Field(
+        default=True,
+        description="Where layers are tensor-parallel, share out experts over these ranks first. "
+        "They have the same tokens, so each sends a share of them. Without, each sends all.",
+    )
+    halves: Bool = Field(
+        default=False,
+        description="Have tokens travel in two halves: one travels while experts compute the "
+        "other. For links that take as long as experts do.",
+    )
 
 
 class ExpertParallelSection(Section):

@@ -1,0 +1,257 @@
+"""In which order exchanges are issued, and experts over ranks that have the same tokens."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from dense_experts import (
+    EXPERTS,
+    KINDS,
+    RATE,
+    TOKENS,
+    WIDTH,
+    Expert,
+    Model,
+    count_of,
+    tokens,
+    train_dense,
+)
+from drivetrain_moe import MoE
+from torch import nn
+
+import drivetrain
+from drivetrain.contracts import (
+    Atom,
+    AxisRequest,
+    Collective,
+    CommunicatorWrapper,
+    Handle,
+    Plugin,
+    PositiveInt,
+    Purpose,
+    Section,
+    Sections,
+    hookimpl,
+)
+from drivetrain.errors import ConfigError
+from drivetrain.plan.registry import Registry
+from drivetrain.testing import run_distributed
+
+
+class AlikeSection(Section):
+    ranks: PositiveInt = 1
+
+
+class Alike(Plugin):
+    """Ranks along ``tp`` that have the same tokens; every layer is whole on each of them."""
+
+    name = "alike"
+    sections: ClassVar[Sections] = {"alike": AlikeSection}
+
+    @hookimpl
+    def mesh_axes(self) -> list[AxisRequest]:
+        return [Atom("tp", self.section(AlikeSection).ranks)]
+
+
+def engine_of(model: nn.Module, tp: int = 1, **changes: Any) -> Any:
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+        "alike": {"ranks": tp},
+        **changes,
+    }
+    registry = Registry.installed().with_plugins(Alike)
+    return drivetrain.initialize(model=model, config=config, registry=registry)[0]
+
+
+# -- what overlaps ---------------------------------------------------------------------------------
+
+
+class Noting(CommunicatorWrapper):
+    """Notes when exchanges of rows start, and when they are waited for."""
+
+    def __init__(self, inner: Any, notes: list[str]) -> None:
+        super().__init__(inner)
+        self.notes = notes
+
+    def run(self, collective: Collective) -> Handle:
+        handle = super().run(collective)
+        if collective.input_splits is None:  # of counts
+            return handle
+        assert collective.asynchronous
+        number = sum(note.startswith("start") for note in self.notes)
+        self.notes.append(f"start {number}")
+        return Noted(handle, self.notes, f"wait {number}")
+
+
+class Noted:
+    def __init__(self, handle: Handle, notes: list[str], note: str) -> None:
+        self.handle, self.notes, self.note = handle, notes, note
+
+    def wait(self) -> None:
+        self.notes.append(self.note)
+        self.handle.wait()
+
+
+class Passing(torch.autograd.Function):
+    """The identity, noted both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, name: str, notes: list[str]) -> torch.Tensor:
+        ctx.name, ctx.notes = name, notes
+        notes.append(name)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        ctx.notes.append(ctx.name)
+        return gradient, None, None
+
+
+class Named(nn.Module):
+    def __init__(self, name: str, notes: list[str]) -> None:
+        super().__init__()
+        self.expert, self.name, self.notes = Expert(), name, notes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = Passing.apply(self.expert(x), self.name, self.notes)
+        return found
+
+
+def noted(halves: bool) -> list[list[str]]:
+    notes: list[str] = []
+    layer = MoE(WIDTH, Expert(), EXPERTS, 2, 2, drop_tokens=False, use_residual=True)
+    layer.residual, layer.shared_expert = Named("residual", notes), Named("shared", notes)
+    engine = engine_of(layer.double(), moe={"halves": halves})
+    assert layer._way.experts is not None
+    layer._way.experts.communicator = Noting(layer._way.experts.communicator, notes)
+    for expert in list(layer.experts.values())[:1]:
+        expert.register_forward_hook(lambda *_: notes.append("experts"))
+    x = torch.randn(TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
+    loss = engine(x)[0].square().mean()
+    forward = notes.copy()
+    notes.clear()
+    engine.backward(loss)
+    engine.destroy()
+    return [forward, notes]
+
+
+def test_dense_experts_compute_while_tokens_and_answers_travel() -> None:
+    for forward, backward in run_distributed(noted, 2, False):
+        assert forward == [
+            *("start 0", "shared", "wait 0", "experts"),
+            *("start 1", "residual", "wait 1"),
+        ]
+        assert backward == ["start 0", "residual", "wait 0", "start 1", "shared", "wait 1"]
+
+
+def test_one_half_travels_while_experts_compute_the_other() -> None:
+    for forward, backward in run_distributed(noted, 2, True):
+        assert forward == [
+            *("start 0", "start 1", "shared"),
+            *("wait 0", "experts", "start 2"),
+            *("wait 1", "experts", "start 3"),
+            *("residual", "wait 2", "wait 3"),
+        ]
+        # The answers' adjoints start, then those of the tokens: each while the other half computes.
+        assert backward == [
+            *("start 0", "start 1", "residual"),
+            *("wait 0", "start 2", "wait 1", "start 3"),
+            *("shared", "wait 2", "wait 3"),
+        ]
+
+
+# -- ranks that have the same tokens ---------------------------------------------------------------
+
+
+def train(kinds: list[str], tp: int, ep: int, changes: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for kind in kinds:
+        engine = engine_of(Model(kind, ep), tp, **changes)
+        shard, losses = engine.job.mesh.coordinate("dp"), []
+        for step in range(2):
+            loss = engine(*tokens(step, shard, count_of(kind, shard)))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        own = sum(1 for name, _ in engine.module.named_parameters() if "experts." in name)
+        with drivetrain.whole(engine.module):
+            state = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+        found[kind] = losses, state, own
+        engine.destroy()
+    return found
+
+
+def claim(kinds: list[str], world: int, tp: int, ep: int, **changes: Any) -> None:
+    ranks = run_distributed(train, world, kinds, tp, ep, changes)
+    for kind in kinds:
+        losses, state = train_dense(kind, 2, world // tp)
+        got = torch.tensor([found[kind][0] for found in ranks], dtype=torch.float64).mean(0)
+        assert got.tolist() == pytest.approx(losses, rel=1e-9), kind
+        for found in ranks:
+            assert kind == "grouped" or found[kind][2] == 4 * EXPERTS // ep
+            for name, value in found[kind][1].items():
+                torch.testing.assert_close(
+                    value, state[name], rtol=1e-8, atol=1e-10, msg=f"{kind} {name}"
+                )
+
+
+def test_experts_over_ranks_with_the_same_tokens_train_like_a_dense_loop() -> None:
+    claim(list(KINDS), 2, 2, 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize(("tp", "ep"), [(2, 2), (2, 4), (4, 2), (4, 4)])
+def test_so_they_do_beside_data_shards_and_copies(tp: int, ep: int, stage: int) -> None:
+    kinds = ["top-2", "dropless top-2", "grouped", "shared", "experts choose"]
+    zero = {"zero_optimization": {"stage": stage}}
+    claim(kinds, 4, tp, ep, moe={"halves": stage == 2}, **zero)
+
+
+@pytest.mark.long
+def test_so_they_do_where_each_rank_sends_all_of_its_tokens() -> None:
+    claim(["top-2", "grouped"], 4, 2, 2, moe={"over_tensor": False})
+
+
+def moved(kind: str) -> tuple[dict[str, int], list[int]]:
+    engine = engine_of(Model(kind, 2), 2)
+    log, (x, y) = engine.job.byte_log, tokens(0, 0, 7)
+    wanted = engine.module.moe(torch.tanh(engine.module.stem(x)))[2]
+    log.reset()
+    loss = engine(x, y)
+    asked = {"ep": log.total(Purpose.ACTIVATION, "ep", key="moe").payload_bytes}
+    asked["tp"] = log.total(Purpose.ACTIVATION, "tp", key="moe").payload_bytes
+    engine.backward(loss)
+    asked["ep both"] = log.total(Purpose.ACTIVATION, "ep", key="moe").payload_bytes
+    asked["tp both"] = log.total(Purpose.ACTIVATION, "tp", key="moe").payload_bytes
+    asked["counts"] = log.total(Purpose.CONTROL, "ep", key="moe").payload_bytes
+    engine.destroy()
+    return asked, wanted.tolist()
+
+
+def test_each_of_these_ranks_sends_its_share_and_results_are_gathered_once() -> None:
+    (first, wanted), (second, again) = run_distributed(moved, 2, "dropless top-2")
+    assert wanted == again
+    assert sum(wanted) == 2 * 7
+    # Both ranks together send every choice of a token once, there and back, and once more each way
+    # in backward. Without shares both would send all of them.
+    assert first["ep"] + second["ep"] == 2 * 2 * 7 * WIDTH * 8
+    assert first["ep both"] + second["ep both"] == 2 * 2 * 2 * 7 * WIDTH * 8
+    for found in (first, second):
+        assert found["counts"] == 2 * (EXPERTS // 2 + 1) * 8
+        assert found["tp"] == 8 * WIDTH * 8  # 7 tokens, padded to shares of 4
+        # In backward, gradients of tokens and of the router's scores.
+        assert found["tp both"] == found["tp"] + 8 * (WIDTH + EXPERTS) * 8
+
+
+def test_ranks_that_do_not_nest_say_what_they_are_made_of() -> None:
+    registry = Registry.installed().with_plugins(Alike)
+    config = {"train_batch_size": 3, "alike": {"ranks": 2}, "moe": {"ep_size": 3}}
+    with pytest.raises(ConfigError, match="ep 3 does not nest in tp 2 x sp 1 x dp 3 = 6 ranks"):
+        drivetrain.Plan.build(config, world_size=6, registry=registry)
+    config["moe"] = {"ep_size": 3, "over_tensor": False}
+    drivetrain.Plan.build(config, world_size=6, registry=registry)
