@@ -12,6 +12,7 @@ from sequence_models import LENGTH, batch, engine_of, plain, tiny, train
 from torch.utils.flop_counter import FlopCounterMode
 
 from drivetrain.errors import ConfigError, TrainingError
+from drivetrain.plan.plan import Plan
 from drivetrain.testing import run_distributed
 
 CASES = [
@@ -138,6 +139,46 @@ class Convolved(torch.nn.Module):
         return x + torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
 
 
+class Aside(torch.nn.Module):
+    """Attention of a model's own, which asks nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(32, 96).double()
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        q, k, v = self.project(hidden_states).unflatten(2, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return y.transpose(1, 2).flatten(2), None
+
+
+class Own(torch.nn.Module):
+    """A model of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Linear(4, 4).double()
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return self.weight(x).mean()
+
+
+def two_sequences(name: str) -> Any:
+    """A model whose encoder and decoder have a sequence each."""
+    import transformers
+
+    if name == "t5":
+        t5 = transformers.T5Config(
+            vocab_size=40, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4
+        )
+        return transformers.T5ForConditionalGeneration(t5).double()
+    bart = transformers.BartConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=16, decoder_ffn_dim=16,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(bart).double()
+
+
 def refused_or_not() -> list[str]:
     """What is said of batches and models that cannot be shared out."""
     found = []
@@ -156,6 +197,17 @@ def refused_or_not() -> list[str]:
     model.model.norm = torch.nn.Sequential(model.model.norm, Convolved())
     wrong.append((model, plain_))
     wrong.append((tiny("mixtral", output_router_logits=True), plain_))
+    aside = tiny("llama")
+    aside.model.layers[1].self_attn = Aside()
+    numbered = (packed.pop("position_ids").diff(dim=1, prepend=torch.zeros(2, 1)) < 1).cumsum(1)
+    wrong += [
+        (aside, plain_),
+        (tiny("llama"), {**packed, "attention_mask": numbered}),
+        (tiny("llama"), {**packed, "cu_seq_lens_q": torch.tensor([0, 5, 24])}),
+        (tiny("llama"), {**plain_, "attention_mask": torch.ones(2, LENGTH - 1)}),
+        (tiny("llama", num_attention_heads=1, num_key_value_heads=1), plain_),
+        (Own(), {"x": torch.ones(2, LENGTH - 1, 4, dtype=torch.float64)}),
+    ]
     for model, inputs in wrong:
         engine = engine_of(model, sequence_parallel_size=2)
         try:
@@ -164,6 +216,10 @@ def refused_or_not() -> list[str]:
         except (ConfigError, TrainingError) as error:
             found.append(str(error))
         engine.destroy()
+    for name in ("t5", "bart"):
+        with pytest.raises(ConfigError) as raised:  # before the run
+            engine_of(two_sequences(name), sequence_parallel_size=2)
+        found.append(str(raised.value))
     return found
 
 
@@ -177,10 +233,24 @@ def test_what_cannot_be_shared_out_is_refused_by_name_on_every_rank() -> None:
         "a batch without input_ids or inputs_embeds cannot be cut",
         "LlamaForCausalLM computes something else when ranks share its sequences",
         "MixtralForCausalLM adds something of its own to the loss of its tokens",
+        "(model.layers.1, a LlamaDecoderLayer, called none)",
+        "an attention_mask has other values than 0 and 1",
+        "cu_seq_lens_q say that rows are packed, and position_ids are missing",
+        "an attention_mask of shape (2, 23) cannot be cut",
+        "2 ranks cannot share out 1 heads",
+        "23 tokens cannot be cut into 2 equal parts",
+        "T5ForConditionalGeneration has an encoder and a decoder with sequences of their own",
+        "BartForConditionalGeneration has an encoder and a decoder",
     ]
     for found in run_distributed(refused_or_not, 2):
         for said, begin in zip(found, expected, strict=True):
-            assert begin in said
+            assert begin in said, said
+
+
+def test_ranks_of_a_ring_are_a_part_of_those_of_a_sequence() -> None:
+    config = {"sequence_parallel_size": 4, "sequence_parallel": {"ring_size": 3}}
+    with pytest.raises(ConfigError, match=r"3 ranks cannot be a part of 4 .*give a divisor of it"):
+        Plan.build(config, world_size=4, batch_required=False)
 
 
 def test_more_ranks_than_heads_need_a_ring() -> None:

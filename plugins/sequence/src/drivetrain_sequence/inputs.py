@@ -23,6 +23,8 @@ _ONLY_WHOLE = {
     "encoder_hidden_states": "states of an encoder",
 }
 
+_ENDS = {"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
+"""Arguments of Transformers that say where the packed sequences of a row begin."""
 
 Labels = Literal["next", "same"]
 """Labels of the token after each, as causal models have them, or of the token itself."""
@@ -196,6 +198,13 @@ def _refuse(given: dict[str, Any]) -> None:
                 f"{name}: {what} cannot be cut along the sequence, which several ranks share "
                 "(sequence_parallel_size): leave it out"
             )
+    told = sorted(_ENDS & given.keys())
+    if told and "position_ids" not in given:
+        raise TrainingError(
+            f"{' and '.join(told)} say that rows are packed, and position_ids are missing, by "
+            "which ranks tell where each of their sequences begins (sequence_parallel_size): give "
+            "position_ids that begin again at each packed sequence"
+        )
     if isinstance(kept := given.get("logits_to_keep", 0), torch.Tensor) or kept:
         raise TrainingError("logits_to_keep picks tokens of whole sequences: leave it out")
 
@@ -211,6 +220,12 @@ def _layout(
             f"an attention_mask of shape {tuple(real.shape)} cannot be cut: give one for "
             f"{length} tokens of {batch} rows, or position_ids that begin again at each packed "
             "sequence"
+        )
+    if real is not None and not _is_padding(real):
+        raise TrainingError(
+            "an attention_mask has other values than 0 and 1, as masks do that number packed "
+            "sequences, and these would see each other: give position_ids that begin again at each "
+            "packed sequence, and a mask of 0 and 1 or none"
         )
     if positions is not None and positions.shape not in ((batch, length), (1, length)):
         raise TrainingError(
@@ -232,6 +247,13 @@ def _layout(
         segments = _padded(segments, missing, -1)
         return Layout(real, padded.expand(batch, -1), segments, added), padded
     return (None if real is None else Layout(real, added=added)), padded
+
+
+def _is_padding(mask: torch.Tensor) -> bool:
+    """Whether a mask says no more than which tokens are real; one without values is taken to."""
+    if mask.dtype == torch.bool or mask.is_meta:
+        return True
+    return bool(((mask == 0) | (mask == 1)).all())
 
 
 def _padded(x: torch.Tensor, missing: int, value: float) -> torch.Tensor:

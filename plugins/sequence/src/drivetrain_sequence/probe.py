@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from drivetrain.errors import ConfigError
+from drivetrain.states.units import units
 from drivetrain_sequence.inputs import Cutter
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def probe(
         return
     length = next(few[name] for name in cutter.tokens if name in few).shape[1]
     training, in_forward, cut = model.training, turn.in_forward, turn.cut
+    asked: set[nn.Module] = set()
     if cut.chunk is not None:  # two of them
         turn.cut = cutter.cut = replace(cut, chunk=max(1, length // cut.ranks // 2) * cut.ranks)
     model.eval()
@@ -56,10 +58,11 @@ def probe(
             turn.in_forward = False
             cache = {"use_cache": False} if "use_cache" in in_parts else {}
             whole = _result(model(**{**few, **cache}), length)
-            turn.in_forward = True
+            turn.in_forward, turn.asked = True, asked
             part = _result(model(**in_parts), length // line.size)
     finally:
         model.train(training)
+        turn.asked = None
         turn.in_forward, turn.cut, cutter.cut = in_forward, cut, cut
     if whole is None or part is None:
         return
@@ -76,10 +79,21 @@ def probe(
             f"{type(model).__name__} computes something else when ranks share its sequences: "
             f"results of {length} tokens differ by {worst:.1g} of the largest one. Something in it "
             "looks at other tokens, or numbers them, without attention that plugins can reach "
-            "(Transformers' attention interface, drivetrain.attention) and position_ids, so it "
-            "cannot be trained with sequence_parallel_size; sequence_parallel.probe: false trains "
-            "it all the same"
+            "(Transformers' attention interface, drivetrain.attention) and position_ids"
+            f"{_without(model, asked)}, so it cannot be trained with sequence_parallel_size; "
+            "sequence_parallel.probe: false trains it all the same"
         )
+
+
+def _without(model: nn.Module, asked: set[nn.Module]) -> str:
+    """Which repeated blocks have called no attention, in words; nothing if all have."""
+    blocks = [unit for unit in units(model) if unit.module is not model]
+    silent = [unit for unit in blocks if not asked & set(unit.module.modules())]
+    if not silent:
+        return ""
+    first = silent[0]
+    others = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+    return f" ({first.name}, a {type(first.module).__name__},{others} called none)"
 
 
 def _few(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from drivetrain_sequence.layout import Cut
 
@@ -23,11 +24,13 @@ class Turn:
         cut: how sequences are shared out.
         in_forward: whether the engine's forward is under way.
         work: of the block that is computed by chunks now.
+        asked: modules that have called attention, while they are noted.
     """
 
     cut: Cut
     in_forward: bool = False
     work: Work | None = None
+    asked: set[nn.Module] | None = None
 
     @property
     def in_parts(self) -> bool:

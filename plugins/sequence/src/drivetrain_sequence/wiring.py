@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
-from drivetrain.contracts import Attention, AttentionLayer, AttentionPhase, Phase, Transform
+from drivetrain.contracts import (
+    Attention,
+    AttentionFacts,
+    AttentionLayer,
+    AttentionPhase,
+    Phase,
+    Transform,
+)
 from drivetrain.errors import ConfigError
 from drivetrain.modules.attention import torch_attention
 from drivetrain.states.units import units
@@ -63,15 +71,33 @@ def attention_layers(job: Job, section: SequenceParallelSection) -> list[Attenti
             key = "ring_size: ranks of a ring" if cut.ring > 1 else "chunk: blocks in chunks"
             raise ConfigError(
                 f"{PATH}.{key} compute attention themselves, so no other section of the config can "
-                "change how it is computed: leave out that section (sparse_attention is one), or "
-                "this key"
+                "change how it is computed: leave out that section (sparse_attention and inference "
+                "are such), or this key"
             )
         by_blocks = pass_keys_on(inner, ring, turn)
         if line is None:
-            return by_blocks
-        return exchange_heads(inner, by_blocks, attend_by_chunks(turn), line, turn)
+            return noted(by_blocks, turn)
+        chunks = attend_by_chunks(turn)
+        return noted(exchange_heads(inner, by_blocks, chunks, line, turn), turn)
 
     return [AttentionLayer(AttentionPhase.SEQUENCE, shared)]
+
+
+def noted(attention: Attention, turn: Turn) -> Attention:
+    """``attention``, which says who calls it while that is asked."""
+
+    def attend(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        facts: AttentionFacts,
+    ) -> torch.Tensor:
+        if turn.asked is not None:
+            turn.asked.add(module)
+        return attention(module, query, key, value, facts)
+
+    return attend
 
 
 def transforms(job: Job, section: SequenceParallelSection) -> list[Transform]:
