@@ -6,7 +6,8 @@ the longest sequence whose processes stay below so many MiB each, all that Pytho
 included, or, with ``--lengths``, whether those do; ``RLIMIT_DATA`` holds each to that, so what is
 too long fails as it would in a cgroup.
 ``--shapes-only`` leaves out the arithmetic of fused attention, and makes its results as zeros:
-memory is the same, and time grows with the length instead of its square. Prints JSON; ``--picture
+memory is the same, and time grows with the length instead of its square. ``--predict`` ways are not
+run: a rehearsal of their job foretells them, for any number of ranks. Prints JSON; ``--picture
 FILE`` draws it as well. ``--one WAY --trace FILE`` draws the memory of one step over time.
 """
 
@@ -73,6 +74,17 @@ def model_of(length: int, tied: bool) -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
+def config_of(way: str) -> dict[str, Any]:
+    """The config of a way of Drivetrain."""
+    name, ranks = ranks_of(way)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
+        "sequence_parallel_size": ranks,
+        **WAYS[name],
+    }
+
+
 def trainer(way: str, length: int, tied: bool, folder: str) -> Callable[[Any], None]:
     """A function that trains on one batch of tokens."""
     import torch
@@ -89,13 +101,7 @@ def trainer(way: str, length: int, tied: bool, folder: str) -> Callable[[Any], N
         return alone
     import drivetrain
 
-    name, ranks = ranks_of(way)
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
-        "sequence_parallel_size": ranks,
-        **WAYS[name],
-    }
+    config = config_of(way)
     if "activation_offload" in config:
         config["activation_offload"] = {**config["activation_offload"], "nvme_path": folder}
     engine, *_ = drivetrain.initialize(model=model_of(length, tied), config=config)
@@ -180,7 +186,33 @@ def free_port() -> int:
         return port
 
 
-def measure(way: str, length: int, options: argparse.Namespace) -> dict[str, float] | None:
+def foretold(way: str, length: int, tied: bool) -> float:
+    """MiB of one step of a rank, by a rehearsal: what it needs beyond a step of 64 tokens."""
+    import torch
+    from drivetrain_cli.memory import Ranks
+    from drivetrain_cli.planning.rehearsed import rehearse
+    from drivetrain_cli.planning.subject import Subject
+    from drivetrain_cli.stand_in import without_memory
+
+    def inputs(samples: int, tokens: int) -> dict[str, Any]:
+        ids = torch.zeros(samples, tokens, dtype=torch.int64)
+        return {"input_ids": ids, "labels": ids.clone(), "use_cache": False}
+
+    def mib(tokens: int) -> float:
+        subject = Subject(
+            lambda: without_memory(lambda: model_of(tokens, tied), "llama"),
+            "llama",
+            tokens,
+            inputs,
+            [],
+        )
+        _, ranks = ranks_of(way)
+        return rehearse(config_of(way), subject, Ranks(ranks, 1, True)).reserved / 2**20
+
+    return round(mib(length) - mib(64), 1)
+
+
+def measure(way: str, length: int, options: argparse.Namespace) -> dict[str, Any] | None:
     """The largest of the ranks' figures; ``None`` if the step does not fit into memory."""
     _, ranks = ranks_of(way)
     command = [sys.executable, __file__, "--one", way, "--lengths", str(length)]
@@ -191,21 +223,26 @@ def measure(way: str, length: int, options: argparse.Namespace) -> dict[str, flo
     base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
     base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     base |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        return None
+    with tempfile.TemporaryFile("w+") as errors:
+        processes = [
+            subprocess.Popen(
+                command,
+                env={**base, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        outputs = [process.communicate()[0] for process in processes]
+        if any(process.returncode for process in processes):
+            errors.seek(0)
+            said = errors.read().strip().splitlines()
+            print(way, length, *said[-1:], sep=": ", file=sys.stderr, flush=True)
+            return None
     found = [json.loads(output.splitlines()[-1]) for output in outputs]
-    return {key: max(each[key] for each in found) for key in ("step", "process", "seconds")}
+    most = {key: max(each[key] for each in found) for key in ("step", "process", "seconds")}
+    return most | {"trace": found[0]["trace"]}
 
 
 def longest(way: str, options: argparse.Namespace) -> dict[str, float]:
@@ -218,7 +255,7 @@ def longest(way: str, options: argparse.Namespace) -> dict[str, float]:
     length, low = 2048, 0
     for _ in range(6):
         found = measure(way, length, options)
-        print(way, length, found, file=sys.stderr, flush=True)
+        _show(way, length, found)
         points[length] = limit * 2 if found is None else found["process"]
         low = max([n for n, mib in points.items() if mib <= limit], default=0)
         if len(points) == 1:
@@ -234,8 +271,17 @@ def longest(way: str, options: argparse.Namespace) -> dict[str, float]:
     return {"tokens": low, "process": points.get(low, 0.0)}
 
 
-def draw(found: dict[str, dict[str, float | None]], path: str) -> None:
-    """A picture of all ways."""
+def _show(way: str, length: int, found: dict[str, Any] | None) -> None:
+    figures = found and {name: value for name, value in found.items() if name != "trace"}
+    print(way, length, figures, file=sys.stderr, flush=True)
+
+
+def draw(
+    found: dict[str, dict[str, float | None]],
+    expected: dict[str, dict[str, float]],
+    path: str,
+) -> None:
+    """A picture of all ways; what is foretold is dashed."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
@@ -244,6 +290,9 @@ def draw(found: dict[str, dict[str, float | None]], path: str) -> None:
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), marker="o", label=way)
+    for way, foretold_by_length in expected.items():
+        known = [(int(length), mib) for length, mib in foretold_by_length.items()]
+        axes.plot(*zip(*known, strict=True), "--", marker=".", label=f"{way}, foretold")
     axes.set(xlabel="tokens of a sequence", ylabel="MiB of one step, per rank", yscale="log")
     axes.set_xscale("log", base=2)
     axes.legend()
@@ -269,13 +318,17 @@ def main() -> None:
     parser.add_argument("--limit", type=float, help="MiB of a process")
     parser.add_argument("--shapes-only", action="store_true", help="no arithmetic of attention")
     parser.add_argument("--tied", action="store_true", help="one matrix for embedding and head")
+    parser.add_argument(
+        "--predict", nargs="+", choices=NAMES[1:], default=[], help="ways to foretell"
+    )
     parser.add_argument("--picture", help="draw what is measured into this file")
     parser.add_argument("--trace", help="draw the memory of --one over time into this file")
     options = parser.parse_args()
     if options.one:
-        one = step(options.one, options.lengths[0], options)
-        if options.trace:
-            draw_trace(one["trace"], options.trace)
+        run = measure if options.trace else step
+        one = run(options.one, options.lengths[0], options)
+        if one is not None and options.trace:
+            draw_trace(one.pop("trace"), options.trace)
         print(json.dumps(one))
         return
     if options.limit is not None and options.lengths is None:
@@ -290,16 +343,20 @@ def main() -> None:
     for way in options.ways:
         for length in options.lengths or LENGTHS:
             one = measure(way, length, options)
-            print(way, length, one, file=sys.stderr, flush=True)
+            _show(way, length, one)
             found[way][str(length)] = None if one is None else one["step"]
     ratios = {
         length: plain / tiled
         for length, plain in found.get("plain", {}).items()
         if plain is not None and (tiled := found.get("tiles", {}).get(length))
     }
-    print(json.dumps({"mib": found, "plain_over_tiles": ratios}, indent=1))
+    expected = {
+        way: {str(n): foretold(way, n, options.tied) for n in options.lengths or LENGTHS}
+        for way in options.predict
+    }
+    print(json.dumps({"mib": found, "plain_over_tiles": ratios, "foretold": expected}, indent=1))
     if options.picture:
-        draw(found, options.picture)
+        draw(found, expected, options.picture)
 
 
 if __name__ == "__main__":
