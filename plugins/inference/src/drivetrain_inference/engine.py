@@ -19,6 +19,7 @@ from drivetrain_inference.cache.blocks import BlockManager
 from drivetrain_inference.cache.host import HostBlocks
 from drivetrain_inference.cache.paged import PagedCache
 from drivetrain_inference.models import choice
+from drivetrain_inference.models.shared import SharedTokens
 from drivetrain_inference.ragged import RaggedEngine, SchedulingResult
 from drivetrain_inference.requests import Completion, Progress, SamplingParams
 from drivetrain_inference.results import Result, best_of
@@ -49,6 +50,7 @@ class InferenceEngine:
         section: limits and choices.
         request: tokenizer and stop tokens.
         formats: how weights lie in memory.
+        shared: the ranks that share out the tokens of each forward; ``None`` for one.
 
     Raises:
         ConfigError: the module cannot be served over a paged cache, or the cache would be too
@@ -62,14 +64,13 @@ class InferenceEngine:
         request: InferenceRequest,
         *,
         formats: choice.Formats | None = None,
+        shared: SharedTokens | None = None,
     ) -> None:
         self.module, self.section, self.tokenizer = module, section, request.tokenizer
         self.context = loading.context_of(module, request.context, section.max_context)
         self.stop_tokens = loading.stop_tokens_of(module) | set(request.stop_tokens)
-        self._formats = formats or choice.Formats()
-        model, self._plain = choice.choose(
-            module, section.fast_path, context=self.context, formats=self._formats
-        )
+        self._formats, self._shared = formats or choice.Formats(), shared
+        model, self._plain = self._chosen()
         size = section.block_size
         blocks = BlockManager(
             self._number_of_blocks(model), size, prefix_caching=section.prefix_caching
@@ -277,9 +278,7 @@ class InferenceEngine:
         if self.busy or self.ragged.tables:
             raise ConfigError("weights can be updated between requests only; some are running")
         self._plain.close()
-        self.ragged.model, self._plain = choice.choose(
-            self.module, self.section.fast_path, context=self.context, formats=self._formats
-        )
+        self.ragged.model, self._plain = self._chosen()
         self.scheduler.blocks.forget()
 
     def close(self) -> None:
@@ -304,6 +303,15 @@ class InferenceEngine:
         self.close()
 
     # -- inside -------------------------------------------------------------------------------
+
+    def _chosen(self) -> tuple[choice.Model, choice.PlainModel]:
+        return choice.choose(
+            self.module,
+            self.section.fast_path,
+            context=self.context,
+            formats=self._formats,
+            shared=self._shared,
+        )
 
     def _host_blocks(self, model: choice.Model) -> HostBlocks | None:
         each = PagedCache.bytes_per_block(model.layers, self.section.block_size, model.dtype)

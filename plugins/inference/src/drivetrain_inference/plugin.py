@@ -26,10 +26,12 @@ class Inference(Plugin):
     ) -> Generates:
         from drivetrain_inference.engine import InferenceEngine
         from drivetrain_inference.loading import drafter_of, formats_of
+        from drivetrain_inference.models.shared import SharedTokens
 
         section = self.section(InferenceSection)
         formats = formats_of(job, module, section)
-        engine = InferenceEngine(module, section, request, formats=formats)
+        shared = SharedTokens.of(job)
+        engine = InferenceEngine(module, section, request, formats=formats, shared=shared)
         engine.lockstep = job.mesh.size("world") > 1
         job.on_close(engine.close)
         drafter = drafter_of(engine)

@@ -62,11 +62,13 @@ def exchange_heads(
         value: torch.Tensor,
         facts: AttentionFacts,
     ) -> torch.Tensor:
-        if not turn.in_parts:
+        if not (turn.in_parts or facts.shared):
             return inner(module, query, key, value, facts)
         heads = query.shape[1]
         own = HeadShare.of(heads, key.shape[1], line.size).queries[line.rank]
-        if len(turn.cut.chunks(query.shape[2] * line.size)) > 1 or turn.work is not None:
+        if facts.shared:
+            compute, whole_of = inner, whole_facts
+        elif len(turn.cut.chunks(query.shape[2] * line.size)) > 1 or turn.work is not None:
             compute, whole_of = by_chunks, part_facts
         elif turn.cut.ring > 1 or (plain and _is_large(facts, line, query)):
             compute, whole_of = by_blocks, part_facts

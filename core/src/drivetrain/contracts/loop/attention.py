@@ -65,6 +65,9 @@ class AttentionFacts:
         sinks: [h], one more score per head that takes weight and has no value.
         slopes: [h], subtracted from scores times the distance of query and key in places (ALiBi,
             arXiv 2108.12409).
+        shared: query, key and value are this rank's part of all tokens, whatever the engine's
+            forward has cut: the ranks of ``sp`` have equal parts of them, in order. An engine that
+            generates says so of tokens that it has cut itself.
     """
 
     mask: torch.Tensor | MaskRule | None = None
@@ -78,6 +81,7 @@ class AttentionFacts:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     slopes: torch.Tensor | None = None
+    shared: bool = False
 
 
 class Attention(Protocol):

@@ -138,7 +138,8 @@ def wrap_attention(job: Job) -> Sequence[AttentionLayer]:
     """Put layers around the function that computes attention.
 
     Collect; layers are folded inside out by phase. Once per engine, on every rank, after the module
-    was partitioned; may create process groups through ``job.mesh``, the same ones on every rank.
+    was partitioned, and again for one that generates with an attention of its own; may create
+    process groups through ``job.mesh``, the same ones on every rank.
     The function is what ``drivetrain.attention`` calls, and the attention of every model of
     Transformers in the module, until the engine is destroyed. Without any layer nothing is changed.
     """

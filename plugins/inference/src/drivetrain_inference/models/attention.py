@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from drivetrain_kernels import paged_attention
 from torch import nn
 
+from drivetrain.contracts import AttentionFacts
 from drivetrain.errors import ConfigError
 from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
+
+if TYPE_CHECKING:
+    from drivetrain_inference.models.shared import SharedTokens
 
 _numbers = count()
 _HARMLESS = ("dropout", "is_causal", "position_ids", "cache_position", "output_attentions")
@@ -26,12 +30,13 @@ class PagedAttention:
 
     Args:
         module: a model of Transformers, or one that looks its attention up as they do.
+        shared: the ranks of which each has a part of the tokens; ``None`` for one.
 
     Raises:
         ConfigError: the module does not choose its attention by name.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, shared: SharedTokens | None = None) -> None:
         config = getattr(module, "config", None)
         if not hasattr(config, "_attn_implementation"):
             raise ConfigError(
@@ -44,6 +49,8 @@ class PagedAttention:
         self.layers: list[LayerSpec] = []
         self._module, self._order = module, dict[nn.Module, int]()
         self._compute: Callable[..., torch.Tensor] = self._record
+        self._shared = shared is not None
+        self._chain = self._innermost if shared is None else shared.around(self._innermost)
         AttentionInterface.register(self.name, self)
 
     def close(self) -> None:
@@ -94,17 +101,34 @@ class PagedAttention:
             raise ConfigError(f"{kind} has a mask that is not causal; a paged cache has none")
         if unknown and (bias := [name for name in unknown if "bias" in name]):
             raise ConfigError(f"{kind} adds {bias[0]} to its scores, which paged attention cannot")
-        output = self._compute(
+        facts = AttentionFacts(
+            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
+            causal=True,
+            window=sliding_window or None,
+            softcap=softcap or None,
+            sinks=s_aux,
+            shared=self._shared,
+        )
+        return self._chain(module, query, key, value, facts), None
+
+    def _innermost(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        facts: AttentionFacts,
+    ) -> torch.Tensor:
+        return self._compute(
             module,
             query,
             key,
             value,
-            scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-            window=sliding_window or 0,
-            softcap=softcap or 0.0,
-            sinks=s_aux,
+            scale=facts.scale,
+            window=facts.window or 0,
+            softcap=facts.softcap or 0.0,
+            sinks=facts.sinks,
         )
-        return output, None
 
     def _run(self, compute: Callable[..., torch.Tensor], run: Callable[[], Any]) -> Any:
         configs = {id(c): c for m in self._module.modules() if (c := getattr(m, "config", None))}
@@ -139,11 +163,15 @@ class PagedAttention:
     ) -> torch.Tensor:  # fmt: skip
         keys, values = cache.keys[layer], cache.values[layer]
         block, place = (batch.slots // cache.size).long(), (batch.slots % cache.size).long()
-        keys[block, :, place] = key[0].transpose(0, 1).to(keys.dtype)
-        values[block, :, place] = value[0].transpose(0, 1).to(values.dtype)
+        tokens = len(batch.slots)  # what comes after them makes parts of ranks equal
+        own_query, own_key, own_value = (
+            x[0, :, :tokens].transpose(0, 1).to(keys.dtype) for x in (query, key, value)
+        )
+        keys[block, :, place] = own_key
+        values[block, :, place] = own_value
         sinks = facts.pop("sinks")
         output = paged_attention(
-            query[0].transpose(0, 1).contiguous().to(keys.dtype),
+            own_query.contiguous(),
             keys,
             values,
             batch.tables,
@@ -152,6 +180,9 @@ class PagedAttention:
             sinks=None if sinks is None else sinks.detach().float(),
             **facts,
         )
+        rest = query.shape[2] - tokens
+        if rest:
+            output = nn.functional.pad(output, (0, 0, 0, 0, 0, rest))
         return output[None].to(query.dtype)
 
 

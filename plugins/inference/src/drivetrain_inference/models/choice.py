@@ -19,6 +19,7 @@ from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
 from drivetrain_inference.fast.model import FastModel
 from drivetrain_inference.fast.structure import UnlikeError, recognise
 from drivetrain_inference.models.plain import PlainModel
+from drivetrain_inference.models.shared import SharedTokens
 
 logger = logging.getLogger("drivetrain.inference")
 
@@ -56,21 +57,35 @@ class Formats:
 
 
 def choose(
-    module: nn.Module, fast_path: FastPath, *, context: int, formats: Formats
+    module: nn.Module,
+    fast_path: FastPath,
+    *,
+    context: int,
+    formats: Formats,
+    shared: SharedTokens | None = None,
 ) -> tuple[Model, PlainModel]:
     """The way to compute ``module``, and the plain way, which is checked in any case.
+
+    Args:
+        module: a causal language model.
+        fast_path: whether it may run without its own code.
+        context: most tokens of a sequence.
+        formats: how weights lie in memory.
+        shared: the ranks that share out the tokens of each forward; these run the module's code.
 
     Raises:
         ConfigError: the module gives other logits over a paged cache than by itself; or the fast
             path is wanted (by ``always``, or for a weight format) and cannot be had.
     """
-    plain, form = PlainModel(module), formats.blocks
+    plain, form = PlainModel(module, shared), formats.blocks
     try:
         tokens = _probe(module)
         reference = plain.reference(tokens)
         _check_plain(plain, tokens, reference)
         if fast_path == "never" and form is None and not formats.batch_invariant:
             return plain, plain
+        if shared is not None:
+            raise UnlikeError("several ranks share its tokens (sequence_parallel_size)")
         if formats.batch_invariant:
             _check_invariance(plain)
         fast = _fast(module, plain.layers, context, formats, tokens, reference)

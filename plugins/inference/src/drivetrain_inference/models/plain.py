@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
 from drivetrain_inference.models.attention import PagedAttention
+
+if TYPE_CHECKING:
+    from drivetrain_inference.models.shared import SharedTokens
 
 
 class PlainModel:
@@ -18,27 +21,29 @@ class PlainModel:
     Args:
         module: a causal language model; its parameters are read at every forward, so it may go on
             training in between.
+        shared: the ranks that share out the tokens of each forward; ``None`` for one.
 
     Raises:
         ConfigError: its attention does not go through Transformers' interface, or needs a mask.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, shared: SharedTokens | None = None) -> None:
         self.module = module
-        self._attention = PagedAttention(module)
+        self._shared = shared
+        self._attention = PagedAttention(module, shared)
         self._picks = "logits_to_keep" in inspect.signature(module.forward).parameters
         weight = next(module.parameters())
         self.device = weight.device
         self.dtype = self._embedding_dtype(weight)
         self.layers: list[LayerSpec] = self._attention.record(
-            lambda: self._forward(self._whole([0, 0]), self._whole([0, 1]), None)
+            lambda: self._in_parts(self._whole([0, 0]), self._whole([0, 1]), None)
         )
 
     def __call__(self, cache: PagedCache, batch: RaggedBatch) -> torch.Tensor:
         """Logits [sequences, vocabulary] of the last token of each; float32."""
 
         def run() -> torch.Tensor:
-            return self._forward(batch.tokens, batch.positions, batch.last)
+            return self._in_parts(batch.tokens, batch.positions, batch.last)
 
         logits: torch.Tensor = self._attention.over(cache, batch, run)
         return logits.float()
@@ -51,6 +56,20 @@ class PlainModel:
     def close(self) -> None:
         """Leave Transformers as it was."""
         self._attention.close()
+
+    @torch.no_grad()
+    def _in_parts(
+        self, tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Logits of ``rows``, by all ranks that share the tokens; of this rank's tokens without."""
+        shared = self._shared
+        if shared is None:
+            return self._forward(tokens, positions, rows)
+        parts = shared.own(tokens), shared.own(positions)
+        if rows is None:
+            return self._forward(*parts, None)
+        mine, places = shared.rows(rows, len(tokens))
+        return shared.joined(self._forward(*parts, places), mine)
 
     @torch.no_grad()
     def _forward(
