@@ -19,6 +19,7 @@ from drivetrain_inference.cache.blocks import BlockManager
 from drivetrain_inference.cache.host import HostBlocks
 from drivetrain_inference.cache.paged import PagedCache
 from drivetrain_inference.models import choice
+from drivetrain_inference.models.plain import PlainModel
 from drivetrain_inference.models.shared import SharedTokens
 from drivetrain_inference.ragged import RaggedEngine, SchedulingResult
 from drivetrain_inference.requests import Completion, Progress, SamplingParams
@@ -304,7 +305,7 @@ class InferenceEngine:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _chosen(self) -> tuple[choice.Model, choice.PlainModel]:
+    def _chosen(self) -> tuple[choice.Model, PlainModel]:
         return choice.choose(
             self.module,
             self.section.fast_path,
