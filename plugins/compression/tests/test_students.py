@@ -127,6 +127,113 @@ def test_terms_of_a_teacher_are_added_to_the_loss(accumulation: int) -> None:
     assert not student._forward_pre_hooks
 
 
+MOS = [
+    {"student": "head", "loss": "kl", "weight": 0.5, "temperature": 2.0, "until_step": 2},
+    {"student": "layers.1", "teacher": "layers.3", "until_step": 4, "decay_steps": 3},
+]
+WEIGHTS = ([0.5, 0.5, 0, 0, 0, 0], [1, 1, 2 / 3, 1 / 3, 0, 0])
+"""Of both terms in each step, worked out by hand."""
+
+
+def distilled(terms: list[dict[str, Any]] = MOS, **keys: Any) -> dict[str, Any]:
+    own = {**reduction(**keys)["compression_training"]}
+    return {
+        **BASE,
+        "compression_training": {**own, "distillation": {"enabled": True, "terms": terms}},
+    }
+
+
+def test_a_teacher_is_followed_until_a_step_and_runs_no_longer() -> None:
+    teacher, student, reference = net(layers=4), net(), net()
+    with torch.no_grad():
+        teacher.embed.weight.mul_(1.5)
+    for target in (student, reference):
+        init_compression(target, reduction(), teacher_model=teacher)
+        redundancy_clean(target)
+    ran: list[int] = []
+    config = distilled()
+    init_compression(student, config, teacher_model=teacher)
+    engine = drivetrain.initialize(model=student, config=config)[0]
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.3)
+
+    def through(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = model.embed(tokens)
+        for layer in model.layers:
+            x = layer(x)
+        return x, model.head(x)
+
+    for step, (tokens, targets) in enumerate(batches(6)):
+        with torch.no_grad():
+            given, wanted = through(teacher, tokens)
+        note = teacher.register_forward_pre_hook(lambda *_, step=step: ran.append(step))
+        engine.backward(engine(tokens, targets))
+        engine.step()
+        note.remove()
+        own, logits = through(reference, tokens)
+        logs = F.log_softmax(logits / 2, -1)
+        soft = F.kl_div(logs, F.softmax(wanted / 2, -1), reduction="none").sum(-1).mean() * 4
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = loss + WEIGHTS[0][step] * soft + WEIGHTS[1][step] * (own - given).square().mean()
+        assert engine.last_report.loss == pytest.approx(loss.item(), rel=1e-6)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, a), b in zip(student.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-10, atol=1e-12, msg=name)
+    assert ran == [0, 1, 2, 3]
+    engine.destroy()
+    redundancy_clean(student)
+    assert not student._forward_pre_hooks
+
+
+def test_a_run_that_goes_on_follows_its_teacher_for_the_steps_that_are_left(tmp_path: Path) -> None:
+    teacher, ends = net(layers=4), []
+    for resumes in (False, True):
+        student = init_compression(net(), distilled(), teacher_model=teacher)
+        engine = drivetrain.initialize(model=student, config=distilled())[0]
+        if resumes:
+            engine.load_checkpoint(str(tmp_path))
+        for step, (tokens, targets) in enumerate(batches(6)):
+            if resumes and step < 3:
+                continue
+            engine.backward(engine(tokens, targets))
+            engine.step()
+            if not resumes and step == 2:
+                engine.save_checkpoint(str(tmp_path))
+        ends.append([p.detach().clone() for p in student.parameters()])
+        engine.destroy()
+    for a, b in zip(*ends, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ([], "it is enabled, so terms are required"),
+        ([{"student": "head", "decay_steps": 2}], "decay_steps is 2, but until_step: there is no"),
+        ([{"student": "head", "until_step": 2, "decay_steps": 3}], "is 3, but until_step: 2"),
+        ([{"student": "head", "loss": "l1"}], "'mse', 'soft_cross_entropy' or 'kl'"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(terms: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        drivetrain.Plan.build(distilled(terms))
+    with pytest.raises(ConfigError, match=message):
+        init_compression(net(), distilled(terms), teacher_model=net(layers=4))
+
+
+def test_distillation_needs_a_teacher_that_is_whole() -> None:
+    config = distilled(enabled=False)
+    with pytest.raises(ConfigError, match="distillation is enabled, so teacher_model is required"):
+        init_compression(net(), config)
+    with pytest.raises(ConfigError, match=r"compression_training.distillation needs a teacher"):
+        drivetrain.initialize(model=net(), config=config)
+    plan = {**config, "pipeline": {"stages": 2}}
+    pytest.importorskip("drivetrain_pipeline")
+    with pytest.raises(ConfigError, match="distillation: a stage has part of the student"):
+        drivetrain.Plan.build(plan, world_size=2)
+
+
 class Attends(nn.Module):
     """Returns its attention scores beside its output, as models of Transformers do."""
 

@@ -63,6 +63,10 @@ class Compression(Plugin):
                     f"it lets bits of {PATH}.weight_quantization fall more slowly, which is off",
                 )
             ]
+        stages = plan.layout.size("pp")
+        if self._section.distillation.enabled and stages > 1:
+            text = f"a stage has part of the student (pp has {stages} ranks); switch one of the two"
+            return [Problem(f"{PATH}.distillation", f"{text} off")]
         reasons = {"pp": "a stage has part of the layers", "tp": "a rank has part of each weight"}
         return [
             Problem(
@@ -84,11 +88,12 @@ class Compression(Plugin):
 
             session = session_of(module)
             if session is None:
-                if self._section.layer_reduction.enabled:
-                    raise ConfigError(
-                        f"{PATH}.layer_reduction needs a teacher: call drivetrain_compression."
-                        "init_compression(model, config, teacher_model=...) before initialize"
-                    )
+                for key in ("layer_reduction", "distillation"):
+                    if getattr(self._section, key).enabled:
+                        raise ConfigError(
+                            f"{PATH}.{key} needs a teacher: call drivetrain_compression."
+                            "init_compression(model, config, teacher_model=...) before initialize"
+                        )
                 session = Session(module, modifiers_of(self._section))
             session.use(job)
             self._session_of_job[job] = session

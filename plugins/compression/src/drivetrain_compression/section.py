@@ -14,6 +14,7 @@ from drivetrain.contracts import (
     PositiveInt,
     Section,
 )
+from drivetrain_compression.students.terms import DistillationSection
 
 PATH = "compression_training"
 EIGENVALUE = "eigenvalue"
@@ -285,6 +286,9 @@ class EigenvalueSection(Section):
 class CompressionSection(Section):
     """Compression while a model trains."""
 
+    distillation: DistillationSection = Field(
+        default=DistillationSection(), description="Terms of the loss from a teacher's outputs."
+    )
     layer_reduction: LayerReductionSection = Field(
         default=LayerReductionSection(), description="Fewer layers, begun from a teacher's."
     )

@@ -3,49 +3,35 @@
 Terms are extra losses of the student's micro-batch, so accumulation, loss scale, weights and ranks
 treat them as they treat the loss. Soft cross entropy with a temperature: Hinton et al. 2015,
 arXiv:1503.02531, section 2. Hidden states and attention scores by mean squared error, as in Wu et
-al. 2022, "XTC", arXiv:2206.01859, section 4.
+al. 2022, "XTC", arXiv:2206.01859, section 4. Terms that end before training does, and the
+Kullback-Leibler divergence of logits: Rajbhandari et al. 2022, "DeepSpeed-MoE", arXiv:2201.05596,
+section 4.2, where a mixture of experts with fewer layers (Mixture-of-Students) learns from its
+teacher for the first part of its training and from the text alone in the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
-from pydantic import Field
 from torch import nn
 
-from drivetrain.contracts import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.job.job import open_jobs
+from drivetrain_compression.students.terms import TermConfig
 
-
-class TermConfig(Section):
-    """One term: an output of a module of the student should be like one of the teacher's."""
-
-    student: str = Field(description="Path of the student's module; empty for the model.")
-    teacher: str | None = Field(
-        default=None, description="Path of the teacher's module; the student's by default."
-    )
-    output: NonNegativeInt | str = Field(
-        default=0, description="Which output: place in a tuple, or key; 0 for a single tensor."
-    )
-    loss: Literal["mse", "soft_cross_entropy"] = Field(
-        default="mse",
-        description="Mean squared error, or cross entropy with the teacher's softmax.",
-    )
-    weight: NonNegativeFloat = Field(default=1.0, description="Of the term in the loss.")
-    temperature: PositiveFloat = Field(
-        default=1.0, description="Divides logits; the term is times its square."
-    )
+if TYPE_CHECKING:
+    from drivetrain.engine.engine import Engine
 
 
 class Distillation:
     """Terms between two models that see the same inputs; removed by :meth:`close`.
 
     The teacher runs right before the student, on the student's arguments, in evaluation and without
-    gradients. Where its layers are sharded it runs as an engine of its own.
+    gradients. Where its layers are sharded it runs as an engine of its own. Once no term has a
+    weight any more (``until_step``), it runs no longer.
 
     Args:
         student: the model that an engine trains.
@@ -57,12 +43,16 @@ class Distillation:
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, terms: Sequence[Mapping[str, Any]]
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        terms: Sequence[Mapping[str, Any] | TermConfig],
     ) -> None:
         self._teacher = teacher
         self.terms = [TermConfig.model_validate(term) for term in terms]
         if not self.terms:
             raise ConfigError("distillation has no terms: give at least one")
+        self._found: Engine | None = None
         self._given: dict[int, torch.Tensor] = {}
         self._student = student
         hooks = [student.register_forward_pre_hook(self._teach, prepend=True, with_kwargs=True)]
@@ -80,12 +70,15 @@ class Distillation:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._found = None
         self._given.clear()
 
     def _teach(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self._student.training and torch.is_grad_enabled()):
             return
         self._given.clear()
+        if not self._is_due():
+            return
         training = self._teacher.training
         self._teacher.eval()
         try:
@@ -110,17 +103,37 @@ class Distillation:
                     f"distillation: {term.student or 'the model'} returns {list(own.shape)} and "
                     f"the teacher {list(given.shape)}; choose modules of one shape"
                 )
+            engine = self._engine()
+            weight = term.weight_at(engine.progress.steps)
+            if not weight:
+                return None
             value = _loss(own, given, term)
             # It rides on what the loss depends on; attention scores lead nowhere.
-            return _carried(outputs, lambda t: self._job().losses.add(t, value, term.weight))
+            return _carried(outputs, lambda t: engine.job.losses.add(t, value, weight))
 
         return learn
 
-    def _job(self) -> Any:
-        parameters = list(self._student.parameters())
+    def _is_due(self) -> bool:
+        """Whether any term has a weight in this step."""
+        if all(term.until_step is None for term in self.terms):
+            return True
+        steps = self._engine().progress.steps
+        return any(term.weight_at(steps) for term in self.terms)
+
+    def _engine(self) -> Engine:
+        """The engine that trains the student.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        if self._found is not None and self._found.job in open_jobs():
+            return self._found
+        own = {id(parameter) for parameter in self._student.parameters()}
         for job in reversed(open_jobs()):
-            if any(parameter in job.parameters for parameter in parameters):
-                return job
+            for engine in job.engines:
+                if any(id(parameter) in own for parameter in engine.module.parameters()):
+                    self._found = engine
+                    return engine
         raise TrainingError(
             "distillation adds to the losses of an engine, and the student has none"
         )
@@ -133,7 +146,10 @@ def _loss(own: torch.Tensor, given: torch.Tensor, term: TermConfig) -> torch.Ten
         return F.mse_loss(own, given)
     t = term.temperature
     wanted = F.softmax(given / t, dim=-1)
-    return -(wanted * F.log_softmax(own / t, dim=-1)).sum(-1).mean() * t**2
+    found = -(wanted * F.log_softmax(own / t, dim=-1)).sum(-1).mean() * t**2
+    if term.loss == "kl":
+        found = found + torch.xlogy(wanted, wanted).sum(-1).mean() * t**2
+    return found
 
 
 def _chosen(outputs: Any, term: TermConfig, who: str) -> torch.Tensor:

@@ -17,6 +17,7 @@ from drivetrain_compression.training.base import TrainingModifier
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
     from drivetrain.job.job import Job
+    from drivetrain_compression.students.distilling import Distillation
 
 AnyTraining = TrainingModifier[Any]
 
@@ -38,6 +39,7 @@ class Session:
         self.modifiers = list(modifiers)
         self.at = -1
         """Applied optimizer steps that modifiers have been told of; -1 before any."""
+        self.distillation: Distillation | None = None
         self._checked = False
         assigned: Any = assign(modifiers, model)
         self._assigned: list[tuple[AnyTraining, list[CompressionUnit]]] = assigned
@@ -117,6 +119,8 @@ class Session:
             modifier.finish(units)
             if isinstance(modifier, Removing):
                 lines += modifier.remove(model, kept)
+        if self.distillation is not None:
+            self.distillation.close()
         if _of_model.get(model) is self:
             del _of_model[model]
         return lines
