@@ -107,6 +107,7 @@ def used(path: str) -> bool:
     [
         (["tune", "--smallest", "1M", "--largest", "1k"], "below --smallest"),
         (["tune", "--op", "gather_all"], "--op"),
+        (["tune", "--route", "pigeons"], "--route"),
         (["tune"], "one rank has nobody to talk to"),
     ],
 )

@@ -11,11 +11,13 @@ import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from drivetrain_communication.routes.hierarchy import Hierarchical, find_levels
+from drivetrain_communication.routes.presence import missing
 from drivetrain_communication.routes.through_host import ThroughHost
 from interleaved import KINDS, TAG, one, open_job, run_all
 from interleaved import values as drawn
@@ -268,6 +270,7 @@ def tuned(folder: str) -> list[Any]:
             other = replace(table, cluster={**table.cluster, "ranks_of_hosts": [4]})
             Path(folder, "other.json").write_text(other.dumps())
             Path(folder, "broken.json").write_text('{"format": 3}')
+            Path(folder, "doves.json").write_text(table.dumps().replace('"gloo"', '"doves"'))
         job.communicator.barrier("world", TAG)
     found: list[Any] = []
     with open_job(ranks_per_host=2, table=str(path)) as job:
@@ -279,7 +282,7 @@ def tuned(folder: str) -> list[Any]:
             found.append(
                 torch.equal(tensor, torch.stack([drawn(r, numel, 0) for r in range(4)]).sum(0))
             )
-    for name in ("other.json", "broken.json", "none.json"):
+    for name in ("other.json", "broken.json", "none.json", "doves.json"):
         with pytest.raises(ConfigError) as caught:
             open_job(ranks_per_host=2, table=f"{folder}/{name}")
         found.append(str(caught.value))
@@ -289,12 +292,13 @@ def tuned(folder: str) -> list[Any]:
 def test_a_measured_table_decides_and_one_of_another_cluster_is_refused(tmp_path: Path) -> None:
     for rank in run_distributed(tuned, 4, str(tmp_path)):
         assert rank[:4] == ["gloo", True, "two_levels", True]
-        other, broken, none = rank[4:]
+        other, broken, none, doves = rank[4:]
         assert "was measured on another cluster, 4 ranks on hosts of" in other
         assert "this one is 2 + 2 ranks on hosts of" in other
         assert "drivetrain comm tune" in other
         assert "broken.json: its format is 3" in broken
         assert "none.json: No such file" in none
+        assert "doves.json: it names a route that does not exist: doves" in doves
 
 
 def not_here(route: str, others: dict[str, Any]) -> str:
@@ -314,6 +318,36 @@ def test_a_route_that_does_not_exist_here_is_refused_on_every_rank(route: str, w
     for message in run_distributed(not_here, 2, route, {}):
         assert f"communication.routes: there is no route '{route}' here: " in message
         assert re.search(why, message)
+
+
+def on_one_rank_only() -> list[Any]:
+    """What a job says of MPI where rank 1 lacks it, and whether rank 0 has started it."""
+    touched: list[str] = []
+
+    class Library(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            touched.append(name)
+            raise AttributeError(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        package = ModuleType("mpi4py")
+        vars(package)["rc"] = SimpleNamespace(initialize=True)
+        lacks = Ranks.current().rank == 1
+        patch.setitem(sys.modules, "mpi4py", package)
+        patch.setitem(sys.modules, "mpi4py.MPI", None if lacks else Library("mpi4py.MPI"))  # type: ignore[arg-type]
+        said = not_here("mpi", {})
+        with open_job(hierarchical=False) as job:
+            absent = missing(job, job.communicator, ["mpi", "two_levels", "gloo"])
+        return [said, absent, [name for name in touched if not name.startswith("__")]]
+
+
+def test_a_route_of_some_ranks_is_refused_by_all_before_any_starts_it() -> None:
+    first, second = run_distributed(on_one_rank_only, 2)
+    assert first == second
+    said, absent, touched = first
+    assert "no route 'mpi' here: on rank 1 of 2, mpi4py cannot be used" in said
+    assert list(absent) == ["mpi"]
+    assert touched == []
 
 
 def through_the_host() -> list[bool]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drivetrain_onebit.compression import average_, chunk_size
+from drivetrain_onebit.compression import average_, chunk_size, message_bytes
 from torch import nn
 
 import drivetrain
@@ -88,7 +88,7 @@ def compressed(steps: int) -> tuple[list[float], list[float], dict[str, int]]:
     log = engine.job.byte_log
     log.reset()
     losses += train(engine, range(WARM_UP, WARM_UP + steps))
-    sent = {purpose.value: log.total(purpose).payload_bytes for purpose in Purpose}
+    sent = {purpose.value: log.total(purpose).sent_bytes for purpose in Purpose}
     answer = weights(engine)
     engine.destroy()
     return losses, answer, sent
@@ -237,13 +237,14 @@ def test_after_the_warm_up_ranks_agree_and_go_on_learning(world: int) -> None:
     assert losses[-10:].mean() < 0.9 * losses[WARM_UP - 10 : WARM_UP].mean()
 
 
-def test_after_the_warm_up_one_bit_per_element_travels() -> None:
+def test_after_the_warm_up_bytes_are_those_of_the_formula() -> None:
     steps = 10
     numel = sum(p.numel() for p in mlp().parameters())
     for _, _, sent in run_distributed(compressed, 2, steps):
         assert sent["gradient"] == 0
-        # Both collectives carry the whole tensor's signs once; a dense all-reduce carries floats.
-        assert sent["state"] < 2 * steps * (numel / 8 + 64)
+        # Signs and a scale to the other rank, twice; a dense all-reduce sends 4 bytes per element.
+        assert sent["state"] == steps * message_bytes(numel, 2)
+        assert message_bytes(numel, 2) == 2 * (4 + -(-numel // 16))
 
 
 @pytest.mark.parametrize("stop", [2, 7])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from drivetrain.cli import UserPath
 from drivetrain_communication.bench.comm_bench import COLLECTIVES, Size, sizes_between, started
-from drivetrain_communication.routes.section import PATH
+from drivetrain_communication.routes.section import PATH, RouteName
 
 if TYPE_CHECKING:
     from drivetrain_communication.routes.table import Table
@@ -49,7 +49,11 @@ def comm() -> None:
     help="Which collective; may be repeated. All, if not given.",
 )
 @click.option(
-    "--route", "routes", multiple=True, help="Try this route; may be repeated. Default: all."
+    "--route",
+    "routes",
+    multiple=True,
+    type=click.Choice(get_args(RouteName)),
+    help="Try this route; may be repeated. Default: all that exist here.",
 )
 @click.option("--smallest", type=Size(), default="1k", show_default=True, help="Smallest size.")
 @click.option("--largest", type=Size(), default="16M", show_default=True, help="Largest size.")

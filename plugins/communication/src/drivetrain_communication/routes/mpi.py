@@ -8,6 +8,7 @@ process issues everything that goes to MPI, in the order of the calls, and asks 
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -55,20 +56,38 @@ _PAUSES = (0.0, 2e-5, 1e-3)
 """Seconds that the thread sleeps: never while something comes, then a little, then longer."""
 
 
-def load_mpi(job: Job) -> Any:
-    """``mpi4py.MPI``, if it serves the ranks of ``job``.
+def find_mpi() -> Any:
+    """``mpi4py.MPI``, without starting MPI, which may wait for all ranks that mpirun has started.
 
     Raises:
-        ConfigError: it is not there, it may not be called from threads, or MPI has not started
-            these ranks.
+        ConfigError: mpi4py or the library of an MPI is not there.
     """
     try:
-        mpi = import_module("mpi4py.MPI")
+        options = import_module("mpi4py").rc
+        given = options.initialize
+        options.initialize = False  # read when the module below is imported for the first time
+        try:
+            return import_module("mpi4py.MPI")
+        finally:
+            options.initialize = given
     except (ImportError, RuntimeError) as error:  # the second where there is no library of MPI
         raise ConfigError(
             f"route mpi: mpi4py cannot be used ({error}); install an MPI and "
             "drivetrain-communication[mpi]"
         ) from None
+
+
+def load_mpi(job: Job) -> Any:
+    """``mpi4py.MPI`` with MPI started, if it serves the ranks of ``job``. Collective.
+
+    Raises:
+        ConfigError: it is not there, it may not be called from threads, or MPI has not started
+            these ranks.
+    """
+    mpi = find_mpi()
+    if not mpi.Is_initialized():
+        mpi.Init_thread(mpi.THREAD_MULTIPLE)
+        atexit.register(_finalize, mpi)
     if mpi.Query_thread() < mpi.THREAD_SERIALIZED:
         raise ConfigError("route mpi: this MPI may be called from one thread only")
     size = mpi.COMM_WORLD.Get_size()
@@ -78,6 +97,11 @@ def load_mpi(job: Job) -> Any:
             "ranks by mpirun, or leave this route out"
         )
     return mpi
+
+
+def _finalize(mpi: Any) -> None:
+    if not mpi.Is_finalized():
+        mpi.Finalize()
 
 
 class _Thread:

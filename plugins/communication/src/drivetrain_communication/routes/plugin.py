@@ -58,6 +58,7 @@ class Routes(Plugin):
     @hookimpl(trylast=True)  # around what accelerators bring, which is one of the ways
     def wrap_communicator(self, job: Job) -> Sequence[CommunicatorLayer]:
         from drivetrain_communication.routes.hierarchy import hosts_of
+        from drivetrain_communication.routes.presence import require
         from drivetrain_communication.routes.router import Router
         from drivetrain_communication.routes.table import read_table
 
@@ -67,12 +68,13 @@ class Routes(Plugin):
 
         def wrap(inner: Communicator) -> Communicator:
             router = routers[job] = Router(inner, job, self.config, hosts)
-            for rule in self.config.rules:
-                router.way(rule.route)  # or it is refused, before any work
+            wanted = [rule.route for rule in self.config.rules]
             if self.config.table is not None:
                 router.table = read_table(job, self.config.table, inner, hosts)
-                for route in router.table.routes():
-                    router.way(route)
+                wanted += router.table.routes()
+            require(job, inner, wanted)  # on all ranks, before any of them opens one
+            for route in wanted:
+                router.way(route)
             return router
 
         return (CommunicatorLayer(CommunicatorPhase.ROUTE, wrap),)

@@ -11,11 +11,10 @@ in any order, and no rank is kept from issuing what another one waits for. What 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from drivetrain.communication.mesh import Mesh
 from drivetrain.communication.torch_communicator import TorchCommunicator
@@ -30,9 +29,9 @@ from drivetrain.contracts import (
     SubAxis,
     Tag,
 )
-from drivetrain.errors import ConfigError
 from drivetrain_communication.routes.hierarchy import Hierarchical, Levels
-from drivetrain_communication.routes.section import ANY, PATH, RoutesSection, Rule
+from drivetrain_communication.routes.presence import JOB, TWO_LEVELS, backend, innermost
+from drivetrain_communication.routes.section import ANY, RoutesSection, Rule
 from drivetrain_communication.routes.table import Shape, Table
 from drivetrain_communication.routes.through_host import ThroughHost
 
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 _TRIAL = Tag(Purpose.ACTIVATION, site="tune")
 
 logger = logging.getLogger("drivetrain.communication")
-
-JOB, TWO_LEVELS = "job", "two_levels"
 
 
 class Router(CommunicatorWrapper):
@@ -91,15 +88,8 @@ class Router(CommunicatorWrapper):
         return next((name for name in self._wanted(c) if self._carries(name, c)), JOB)
 
     def way(self, route: str) -> Communicator:
-        """The communicator of a route, opened when it is first asked for.
-
-        Raises:
-            ConfigError: it does not exist here; says why.
-        """
+        """The communicator of a route that exists here, opened when it is first asked for."""
         if route not in self._ways:
-            flaw = flaw_of(route, self._job, self.inner)
-            if flaw:
-                raise ConfigError(f"{PATH}: there is no route {route!r} here: {flaw}")
             self._ways[route] = self._open(route)
         return self._ways[route]
 
@@ -149,15 +139,15 @@ class Router(CommunicatorWrapper):
         return self._carries(route, Collective(kind, (tensor,), axis, _TRIAL))
 
     def _open(self, route: str) -> Communicator:
-        job, backend = self._job, innermost(self.inner)
+        job, plain = self._job, innermost(self.inner)
         if route == "shared_memory":
             return self.inner
-        if route == _backend():
-            return backend
+        if route == backend():
+            return plain
         if route == "mpi":
             from drivetrain_communication.routes.mpi import MpiCommunicator
 
-            mpi = MpiCommunicator(backend, job)
+            mpi = MpiCommunicator(plain, job)
             job.on_close(mpi.close)
             return ThroughHost(mpi)
         meet = None if job.failures is None else job.failures.meet
@@ -194,53 +184,3 @@ def fits(rule: Rule, c: Collective, nbytes: int) -> bool:
     if rule.collective not in (ANY, str(c.kind)) or rule.axis not in (ANY, c.axis):
         return False
     return rule.at_least_bytes <= nbytes and (rule.below_bytes is None or nbytes < rule.below_bytes)
-
-
-def layers(communicator: Communicator) -> Iterator[Communicator]:
-    """A communicator and all inside it."""
-    found: Communicator | None = communicator
-    while found is not None:
-        yield found
-        found = found.inner if isinstance(found, CommunicatorWrapper) else None
-
-
-def innermost(communicator: Communicator) -> Communicator:
-    """What moves data where no decorator does."""
-    return list(layers(communicator))[-1]
-
-
-def flaw_of(route: str, job: Job, inner: Communicator) -> str:
-    """Why a route does not exist for ``job``; empty if it does."""
-    if route in (JOB, TWO_LEVELS, _backend()):
-        return ""
-    if route == "shared_memory":
-        if any(getattr(layer, "route", "") == route for layer in layers(inner)):
-            return ""
-        return "ranks share memory on CPUs, with drivetrain-cpu and cpu.shared_memory"
-    if route == "mpi":
-        from drivetrain_communication.routes.mpi import load_mpi
-
-        return _why(lambda: load_mpi(job)).removeprefix("route mpi: ")
-    if route == "nccl":
-        if job.device.type != "cuda":
-            return f"NCCL moves tensors of GPUs, and this job is on {job.device.type}"
-        return "" if dist.is_nccl_available() else "this torch has no NCCL"
-    return "" if dist.is_gloo_available() else "this torch has no gloo"
-
-
-def existing(job: Job, inner: Communicator) -> dict[str, str]:
-    """Every route with why it does not exist here, or an empty text."""
-    names = [JOB, "shared_memory", "gloo", "nccl", "mpi", TWO_LEVELS]
-    return {name: flaw_of(name, job, inner) for name in names}
-
-
-def _why(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def _backend() -> str:
-    return str(dist.get_backend()) if dist.is_initialized() else ""

@@ -8,21 +8,20 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from drivetrain.contracts import Kind, Purpose, Tag
+from drivetrain.contracts import Kind
 from drivetrain.errors import ConfigError
-from drivetrain_communication.routes.section import PATH
+from drivetrain_communication.routes.section import PATH, RouteName
+from drivetrain_communication.routes.texts import text_of_first, texts_of_ranks
 
 if TYPE_CHECKING:
     from drivetrain.contracts import Communicator
     from drivetrain.job.job import Job
 
 _FORMAT = "drivetrain-routes-1"
-
-_TAG = Tag(Purpose.CONTROL, site="routes")
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -100,11 +99,14 @@ class Table:
                 )
                 for row in found["best"]
             }
-            return cls(dict(found["cluster"]), best, list(found["measured"]))
+            table = cls(dict(found["cluster"]), best, list(found["measured"]))
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"it is no table of `drivetrain comm tune` ({type(error).__name__}: {error})"
             ) from None
+        if unknown := set(table.routes()) - set(get_args(RouteName)):
+            raise ValueError(f"it names a route that does not exist: {', '.join(sorted(unknown))}")
+        return table
 
 
 def cluster_of(job: Job, inner: Communicator, hosts: Sequence[int]) -> dict[str, Any]:
@@ -115,24 +117,11 @@ def cluster_of(job: Job, inner: Communicator, hosts: Sequence[int]) -> dict[str,
         inner: carries what they tell each other.
         hosts: the host of each rank.
     """
-    own = f"{_processor()}; {_device(job)}".encode()[:_WIDTH]
-    row = torch.zeros(_WIDTH, dtype=torch.uint8)
-    row[: len(own)] = torch.tensor(list(own), dtype=torch.uint8)
-    row = row.to(job.device)
-    rows = torch.empty(job.world_size * _WIDTH, dtype=torch.uint8, device=job.device)
-    inner.all_gather(rows, row, "world", _TAG)
-    texts = [
-        bytes(r.tolist()).rstrip(b"\0").decode(errors="replace")
-        for r in rows.cpu().view(job.world_size, _WIDTH)
-    ]
+    texts = texts_of_ranks(job, inner, f"{_processor()}; {_device(job)}")
     members: dict[int, int] = {}
     for host in hosts:
         members[host] = members.get(host, 0) + 1
     return {"ranks_of_hosts": list(members.values()), "machines": sorted(set(texts))}
-
-
-_WIDTH = 256
-"""Bytes of a machine's description."""
 
 
 def _processor() -> str:
@@ -166,7 +155,7 @@ def read_table(job: Job, path: str, inner: Communicator, hosts: Sequence[int]) -
             Table.loads(text)
         except (OSError, ValueError) as error:
             flaw = f"{error.strerror}" if isinstance(error, OSError) else str(error)
-    text, flaw = _from_first(job, inner, text), _from_first(job, inner, flaw)
+    text, flaw = text_of_first(job, inner, text), text_of_first(job, inner, flaw)
     if flaw:
         raise ConfigError(f"{PATH}.table: cannot use {path}: {flaw}")
     table, here = Table.loads(text), cluster_of(job, inner, hosts)
@@ -181,16 +170,3 @@ def read_table(job: Job, path: str, inner: Communicator, hosts: Sequence[int]) -
 def _told(cluster: Mapping[str, Any]) -> str:
     ranks = " + ".join(map(str, cluster.get("ranks_of_hosts", ["?"])))
     return f"{ranks} ranks on hosts of {', '.join(cluster.get('machines', ['?']))}"
-
-
-def _from_first(job: Job, inner: Communicator, text: str) -> str:
-    """Rank 0's text, on every rank."""
-    body = text.encode()
-    length = torch.tensor([len(body)], dtype=torch.int64, device=job.device)
-    inner.broadcast(length, "world", _TAG)
-    data = torch.zeros(max(1, int(length)), dtype=torch.uint8)
-    if job.rank == 0 and body:
-        data.copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8))
-    data = data.to(job.device)
-    inner.broadcast(data, "world", _TAG)
-    return bytes(data.cpu().tolist())[: int(length)].decode()

@@ -9,7 +9,8 @@ import torch
 
 from drivetrain.contracts import Axis, Kind
 from drivetrain_communication.bench.measure import time_of
-from drivetrain_communication.routes.router import JOB, Router, existing
+from drivetrain_communication.routes.presence import JOB, ROUTES, missing, require
+from drivetrain_communication.routes.router import Router
 from drivetrain_communication.routes.table import Table, cluster_of
 
 if TYPE_CHECKING:
@@ -38,8 +39,13 @@ def tune(
         sizes: bytes of the whole tensor, ascending.
         seconds: about how long to measure each collective of each size and route.
         wanted: routes to try; all that exist here, if none are given.
+
+    Raises:
+        ConfigError: (on every rank) one of ``wanted`` does not exist on every rank.
     """
-    names = [name for name, flaw in existing(job, router.inner).items() if not flaw]
+    require(job, router.inner, wanted)
+    absent = missing(job, router.inner, ROUTES)
+    names = [name for name in ROUTES if name not in absent]
     names = [name for name in names if not wanted or name in (JOB, *wanted)]
     table = Table(cluster_of(job, router.inner, router.hosts))
     seen = set()
