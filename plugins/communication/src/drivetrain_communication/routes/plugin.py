@@ -68,7 +68,7 @@ class Routes(Plugin):
 
         def wrap(inner: Communicator) -> Communicator:
             router = routers[job] = Router(inner, job, self.config, hosts)
-            wanted = [rule.route for rule in self.config.rules]
+            wanted: list[str] = [rule.route for rule in self.config.rules]
             if self.config.table is not None:
                 router.table = read_table(job, self.config.table, inner, hosts)
                 wanted += router.table.routes()
