@@ -42,6 +42,7 @@ class AfterTraining(Modifier[ConfigT], Generic[ConfigT]):
 
     Class attributes:
         gathers: ``"gram"``, ``"sizes"``, or ``""``: needs no data.
+        batches: how many of the data it has to see; ``None``: all.
 
     Attributes:
         results: what was chosen for layers of the current block, by name.
@@ -49,6 +50,7 @@ class AfterTraining(Modifier[ConfigT], Generic[ConfigT]):
     """
 
     gathers: ClassVar[str] = ""
+    batches: ClassVar[int | None] = None
     watch: Watch
 
     def __init__(self, config: ConfigT, label: str) -> None:

@@ -87,7 +87,7 @@ def pairs(unit: CompressionUnit, call: Call, *, norms_only: bool = False) -> lis
         norms_only: leave out pairs of two layers.
     """
     block = copy.deepcopy(unit.module).double()
-    small = _shortened(call)
+    small = shortened(call)
     found = []
     with torch.no_grad():
         names = {id(m): n for n, m in unit.module.named_modules()}
@@ -116,7 +116,7 @@ def _candidates(
 ) -> Iterator[tuple[str, list[str]]]:
     """Sources, and what takes their output or (for a layer) could depend on it."""
     order: list[tuple[str, torch.Tensor, torch.Tensor]] = []
-    with _leaves(block, order):
+    with leaves(block, order):
         output_of(block, call)
     for at, (name, _, output) in enumerate(order):
         module: Any = block.get_submodule(name)
@@ -137,9 +137,9 @@ def _candidates(
 
 
 @contextmanager
-def _leaves(
-    block: nn.Module, order: list[tuple[str, torch.Tensor, torch.Tensor]]
-) -> Iterator[None]:
+def leaves(block: nn.Module, order: list[tuple[str, torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """Note path, first input and output of each module without children, as they run."""
+
     def hook(name: str) -> Any:
         def see(module: nn.Module, args: Any, output: Any) -> None:
             if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
@@ -171,7 +171,7 @@ def _cancels(block: nn.Module, call: Call, pair: Pair) -> bool:
     return bool(far < 1e-9)
 
 
-def _shortened(call: Call) -> Call:
+def shortened(call: Call) -> Call:
     """One row of at most 16 tokens, in float64.
 
     Dimensions as long as the row's tokens are cut; a mask or rotation has such dimensions.

@@ -24,10 +24,14 @@ class Source(ABC):
     Attributes:
         module: the model, in eval mode.
         folder: where its config and tokenizer are; ``None`` if it came as a module.
+        keeps: whether what was changed stays so, when it is dropped and loaded again.
+        untied: whether weights that were one are several now.
     """
 
     module: nn.Module
     folder: Path | None = None
+    keeps = False
+    untied = False
 
     @abstractmethod
     def load(self, names: Iterable[str]) -> None:
@@ -37,6 +41,18 @@ class Source(ABC):
     def drop(self, names: Iterable[str]) -> None:
         """Free what :meth:`load` brought."""
 
+    def untie(self, name: str) -> None:
+        """Give the loaded parameter ``name`` values of its own, if another one shares them."""
+        path, _, attribute = name.rpartition(".")
+        part = self.module.get_submodule(path)
+        weight: torch.Tensor = getattr(part, attribute)
+        if sum(p is weight for _, p in self.module.named_parameters(remove_duplicate=False)) < 2:
+            return
+        setattr(part, attribute, nn.Parameter(weight.detach().clone(), requires_grad=False))
+        self.untied = True
+        for config in _configs(self.module):
+            config.tie_word_embeddings = False
+
     def owned(self, module: nn.Module, prefix: str) -> list[str]:
         """Names of all parameters and saved buffers of a part of the model at ``prefix``."""
         dot = f"{prefix}." if prefix else ""
@@ -45,6 +61,8 @@ class Source(ABC):
 
 class InMemory(Source):
     """A module that has all its values; it is changed in place."""
+
+    keeps = True
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module.eval()
@@ -95,6 +113,19 @@ class OnDisk(Source):
             if old.is_meta:
                 self._set(key, self._read(self._stored[key], old))
 
+    def untie(self, name: str) -> None:
+        path, _, attribute = name.rpartition(".")
+        part, old = self.module.get_submodule(path), self._key[name]
+        mine = [place for place in self._places[old] if place[:2] == (part, attribute)]
+        super().untie(name)
+        if len(self._places[old]) == len(mine):
+            return
+        own = getattr(part, attribute)
+        self._alive.append(own)
+        self._places[old] = [place for place in self._places[old] if place not in mine]
+        self._key[name], self._places[id(own)] = id(own), mine
+        self._stored[id(own)] = self._stored[old]
+
     def drop(self, names: Iterable[str]) -> None:
         for name in names:
             key = self._key.get(name)
@@ -125,6 +156,13 @@ class OnDisk(Source):
         new = nn.Parameter(tensor, requires_grad=False)
         for part, attribute, parameter in self._places[key]:
             setattr(part, attribute, new if parameter else tensor)
+
+
+def _configs(module: nn.Module) -> list[Any]:
+    """Those configs of Transformers that say whether embeddings are tied."""
+    config: Any = getattr(module, "config", None)
+    text = getattr(config, "get_text_config", lambda: None)()
+    return list({id(c): c for c in (config, text) if c is not None}.values())
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from drivetrain.states.units import Unit, units
 from drivetrain_compression.calibrated.activations import Activations
 from drivetrain_compression.calibrated.first_inputs import Batch, Entered, entering
 from drivetrain_compression.calibrated.modifiers import AfterTraining
+from drivetrain_compression.calibrated.outside import Outside, ReadsOutside
 from drivetrain_compression.calibrated.results import Rounded
 from drivetrain_compression.calibrated.sources import Source
 from drivetrain_compression.recipe.modifier import CompressionUnit, Progress
@@ -76,6 +77,8 @@ class Walk:
         model = self.source.module
         blocks = units(model)
         assigned = self._assigned(blocks)
+        self._outer = _Outer(self.work, self.recipe)
+        self._outer.check(blocks, assigned)
         chain = bool(blocks[0].name)
         data = any(isinstance(m, AfterTraining) and m.gathers for m, _ in assigned.every())
         if data and not self.batches:
@@ -123,11 +126,12 @@ class Walk:
             modifier.notes.clear()
             modifier.begin([unit])
             if modifier.gathers:
-                for index in range(len(self.batches)):
+                number_seen = min(modifier.batches or len(self.batches), len(self.batches))
+                for index in range(number_seen):
                     modifier.watch.kept = stage.kept(index)
                     stage.forward(block, number, index)
-                    modifier.step(Progress(index + 1, len(self.batches)))
-                    self.report(f"{block.name} {modifier.label}", index + 1, len(self.batches))
+                    modifier.step(Progress(index + 1, number_seen))
+                    self.report(f"{block.name} {modifier.label}", index + 1, number_seen)
             modifier.finish([unit])
             rounded |= modifier.results
             notes += [f"{modifier.label}: {note}" for note in modifier.notes]
@@ -145,6 +149,7 @@ class Walk:
         every = self.source.owned(self.source.module, "")
         names = [n for n in every if not any(n.startswith(prefix) for prefix in inside)]
         self.source.load(names)
+        self._outer.change(self.source)
         state = self.source.module.state_dict()
         seen: dict[int, str] = {}
         tensors = {}
@@ -166,6 +171,43 @@ class Walk:
             file.flush()
             os.fsync(file.fileno())
         new.rename(self.work / STATE)
+
+
+class _Outer:
+    """Methods that change what is outside of blocks: embeddings, the last norm, the head."""
+
+    def __init__(self, work: Path, recipe: Recipe) -> None:
+        self._methods = [m for m in recipe.modifiers if isinstance(m, ReadsOutside)]
+        self._work, self._changed = work, False
+
+    def check(self, blocks: Sequence[Unit], assigned: _Assigned) -> None:
+        """Make sure that methods find work in every block, as what they change concerns all."""
+        for method in self._methods:
+            for block in blocks:
+                if not any(method is known for known, _ in assigned.of(block.name)):
+                    raise ConfigError(
+                        f"{method.label}: {block.name or 'the model'} "
+                        f"({type(block.module).__name__}) has no linear layers in repeated blocks"
+                    )
+
+    def find(self, source: Source, blocks: Sequence[Unit], batch: Batch, tuples: bool) -> None:
+        """Note what is to be changed, also for a job that goes on when all blocks are done."""
+        for number, method in enumerate(self._methods):
+            method.outside(source.module, blocks, batch, tuples).write(self._path(number))
+
+    def change(self, source: Source) -> None:
+        """Change what has been loaded, unless it is changed already."""
+        if self._changed and source.keeps:
+            return
+        for number, method in enumerate(self._methods):
+            found = Outside.read(self._path(number))
+            for name in found.untied:
+                source.untie(f"{name}.weight")
+            method.change_outside(source.module, found)
+        self._changed = True
+
+    def _path(self, number: int) -> Path:
+        return self._work / f"outside-{number}.json"
 
 
 class _Assigned:
@@ -204,6 +246,8 @@ class _Stage:
         source.load([*rest, *first])
         tuples = self._tuples()
         source.drop(first)
+        walk._outer.find(source, blocks, walk.batches[0], tuples)
+        walk._outer.change(source)
         hidden: list[torch.Tensor] = []
         before: Entered | None = None
         for index, batch in enumerate(walk.batches):

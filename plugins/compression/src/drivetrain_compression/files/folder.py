@@ -161,9 +161,14 @@ def _configs(source: Source, folder: Path, entry: Mapping[str, Any] | None) -> N
         config.save_pretrained(folder)
         _tokenizer_of_gguf(source.folder, folder)
     path = folder / "config.json"
-    if entry is not None and path.exists():
+    if (entry is not None or source.untied) and path.exists():
         data = json.loads(path.read_text("utf-8"))
-        data["quantization_config"] = entry
+        if entry is not None:
+            data["quantization_config"] = entry
+        if source.untied:
+            data["tie_word_embeddings"] = False
+            if "tie_word_embeddings" in data.get("text_config", ()):
+                data["text_config"]["tie_word_embeddings"] = False
         _write(path, json.dumps(data, indent=2).encode())
 
 
