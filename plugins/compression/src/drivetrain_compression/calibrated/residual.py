@@ -277,7 +277,8 @@ def _turn_outputs(layer: Any, turned: Rotation) -> None:
 
 def _added(block: nn.Module, call: Call) -> torch.Tensor:
     """What a block adds to its hidden states, which are often much larger."""
-    return output_of(block, call) - call.args[0]
+    hidden: torch.Tensor = call.args[0]
+    return output_of(block, call) - hidden
 
 
 def _close(found: torch.Tensor, wanted: torch.Tensor) -> bool:

@@ -184,7 +184,7 @@ class _Outer:
         """Make sure that methods find work in every block, as what they change concerns all."""
         for method in self._methods:
             for block in blocks:
-                if not any(method is known for known, _ in assigned.of(block.name)):
+                if not any(known.label == method.label for known, _ in assigned.of(block.name)):
                     raise ConfigError(
                         f"{method.label}: {block.name or 'the model'} "
                         f"({type(block.module).__name__}) has no linear layers in repeated blocks"

@@ -132,7 +132,7 @@ def compare(
 @click.argument("file", type=UserPath(path_type=Path))
 @click.option(
     "--rest",
-    type=click.Choice(["BF16", "F16", "Q8_0", "Q4_0", "Q4_1"]),
+    type=click.Choice(["BF16", "F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K"]),
     default="BF16",
     show_default=True,
     help="Kind of matrices that are on no grid of GGUF.",

@@ -2,7 +2,7 @@
 
 Layers on integers in groups of 32 become blocks with the very numbers that were chosen: Q4_0 and
 Q8_0 (symmetric, 4 and 8 bits), Q4_1 (4 bits with zero points). What else is large is rounded to
-Q8_0, F16 or BF16 as asked.
+Q8_0, Q4_K, F16 or BF16 as asked.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from drivetrain.errors import ConfigError
 from drivetrain_compression.calibrated.grids import Integers
 from drivetrain_compression.calibrated.results import Rounded
-from drivetrain_compression.files import own
+from drivetrain_compression.files import own, super_blocks
 
 BLOCK = 32
 _INTERLEAVED = ("llama",)
@@ -34,7 +34,8 @@ def write_gguf(folder: Path, file: Path, *, rest: str = "BF16", pre: str = "defa
         folder: in the layout ``drivetrain`` or ``plain``, with a config of Transformers.
         file: must not exist.
         rest: kind of matrices that are not on a grid of a block: ``BF16``, ``F16``, ``Q8_0``,
-            ``Q4_0`` or ``Q4_1``.
+            ``Q4_0``, ``Q4_1`` or ``Q4_K``; as in llama.cpp, rows that are no multiple of 256 become
+            Q5_0 in place of Q4_K.
         pre: name of llama.cpp for how the tokenizer splits text.
 
     Raises:
@@ -119,7 +120,12 @@ def _add(gguf: Any, writer: Any, name: str, made: Any, order: Any, rest: str) ->
     if values.ndim < 2:
         writer.add_tensor(name, values)
         return
+    if rest == "Q4_K" and values.shape[-1] % super_blocks.BLOCK:
+        rest = "Q5_0"
     kind = gguf.GGMLQuantizationType[rest]
+    if rest == "Q4_K":  # which the package unpacks only
+        writer.add_tensor(name, super_blocks.q4_k(torch.from_numpy(values)), raw_dtype=kind)
+        return
     writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
 
