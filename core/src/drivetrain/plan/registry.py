@@ -36,6 +36,7 @@ Group = Literal[
     "methods",
     "deepspeed",
     "weight_formats",
+    "model_folders",
     "engines",
 ]
 """An entry point group of ours, without the prefix ``drivetrain.``."""
@@ -58,8 +59,8 @@ class Entry:
         group: what kind of thing.
         name: the config path; the accelerator's, optimizer's, schedule's, command's or benchmark's
             name; the title of a table in ``drivetrain report`` or ``explain``; how an engine calls
-            a method; or the name under which scripts for DeepSpeed import it, without
-            ``deepspeed.``.
+            a method; a file that marks a folder with a model; or the name under which scripts for
+            DeepSpeed import it, without ``deepspeed.``.
         distribution: who offers it; for objects added in this process, their module.
         version: the distribution's version, or ``"in-process"``.
         value: ``"module:attribute"``, or ``"module"``.

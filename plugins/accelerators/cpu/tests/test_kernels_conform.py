@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from drivetrain_cpu.instruction_sets import selected
-from drivetrain_kernels import implementations, ops
+from drivetrain_kernels import dequantize, implementations, ops, quantize
 from drivetrain_kernels.report import report_rows
 
 from drivetrain.testing.kernels import KernelConformance
@@ -12,6 +13,15 @@ from drivetrain.testing.kernels import KernelConformance
 class TestNativeKernels(KernelConformance):
     ops = ops()
     provider = "drivetrain-cpu"
+
+
+def test_float64_is_left_to_the_reference():
+    values = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    codes, scales = quantize(values, "int8", block=10)
+    found = dequantize(codes, scales, "int8", numel=100, block=10, dtype=torch.float64)
+    assert found.dtype == torch.float64
+    near = dequantize(codes, scales, "int8", numel=100, block=10)
+    torch.testing.assert_close(found, near.double())
 
 
 def test_the_report_names_the_kernels_that_calls_reach():

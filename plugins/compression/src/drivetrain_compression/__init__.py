@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "compressing": "compress compress_module",
         "files.loading": "load_compressed",
+        "files.packed": "load_packed",
         "plugin": "Compression",
         "recipe.modifier": "CompressionUnit Modifier ModifierConfig Place Progress Target",
         "recipe.recipe": "Recipe",

@@ -1,6 +1,7 @@
 from drivetrain_compression.compressing import compress as compress
 from drivetrain_compression.compressing import compress_module as compress_module
 from drivetrain_compression.files.loading import load_compressed as load_compressed
+from drivetrain_compression.files.packed import load_packed as load_packed
 from drivetrain_compression.plugin import Compression as Compression
 from drivetrain_compression.recipe.modifier import CompressionUnit as CompressionUnit
 from drivetrain_compression.recipe.modifier import Modifier as Modifier

@@ -18,6 +18,7 @@ from drivetrain.contracts import InferenceRequest
 from drivetrain.errors import ConfigError
 from drivetrain.job.job import Job
 from drivetrain.plan.plan import Plan
+from drivetrain.plan.registry import Registry
 
 if TYPE_CHECKING:
     from drivetrain_inference.engine import InferenceEngine
@@ -99,6 +100,8 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = _source(path)
+    if not empty and (opened := _opened_by_others(path, dtype)) is not None:
+        return opened.eval()
     try:
         if empty:
             known = AutoConfig.from_pretrained(
@@ -109,8 +112,9 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
                 module: nn.Module = factory.from_config(known, dtype=dtype)
             return _without_memory(module.eval())
         kind = dtype or ("auto" if path.is_dir() else torch.float32)
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **where,
+            output_loading_info=True,
             dtype=kind,
             local_files_only=True,
             trust_remote_code=False,
@@ -118,8 +122,26 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be loaded as a language model: {error}") from error
+    model: nn.Module = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):  # which Transformers draws at random
+        raise ConfigError(f"{path} lacks weights of the model: {', '.join(missing[:6])}")
     _SOURCES[model] = path
     return model.eval()
+
+
+def _opened_by_others(path: Path, dtype: torch.dtype | None) -> nn.Module | None:
+    """The model in a folder that an installed package knows by a file in it, such as packed ones.
+
+    The entry point group ``drivetrain.model_folders`` has the file's name, and a function of path
+    and dtype that returns the module, or ``None`` where Transformers is to read the folder.
+    """
+    registry = Registry.installed()
+    for name in registry.names("model_folders") if path.is_dir() else ():
+        entry = registry.find("model_folders", name)
+        if entry is not None and (path / name).is_file():
+            module: nn.Module | None = entry.load()(path, dtype)
+            return module
+    return None
 
 
 def load_tokenizer(path: Path) -> Any | None:

@@ -100,7 +100,12 @@ class ZeroQuant(Round):
         kind = self.config.activations
         if not kind:
             return []
-        return [t.module.register_forward_pre_hook(RoundedInputs(kind)) for t in unit.targets]
+        hooks = []
+        for target in unit.targets:
+            weight: Any = target.module.weight
+            known = self.input_scale(self.watch.of(target.name), weight.dtype)
+            hooks.append(target.module.register_forward_pre_hook(RoundedInputs(kind, known)))
+        return hooks
 
     def _rounded(self, master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         grid = self.config.grid()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from dataclasses import replace
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from drivetrain.errors import ConfigError
@@ -23,7 +24,7 @@ from drivetrain_compression.calibrated.grids import (
     stored,
     weight_of,
 )
-from drivetrain_compression.calibrated.results import Rounded, exact_products, put
+from drivetrain_compression.calibrated.results import ACTIVATIONS, Rounded, exact_products, put
 from drivetrain_compression.calibrated.statistics import Inputs, Watch
 from drivetrain_compression.recipe.modifier import (
     CompressionUnit,
@@ -110,10 +111,21 @@ class GridConfig(ModifierConfig):
     activations: Literal["", "int8", "e4m3"] = Field(
         default="", description="Round inputs, too, with a scale for each token when it comes."
     )
+    activation_scales: Literal["token", "static"] = Field(
+        default="token",
+        description="Scales of inputs: each token's own, or one a layer, from the largest on the "
+        "data (ZeroQuant-HERO's static scheme).",
+    )
     scale_ratios: Literal["", "m1", "m2"] = Field(
         default="", description="Small floats: scales (m1) or their ratios (m2) are powers of two."
     )
     low_rank: int = Field(default=0, ge=0, description="Rank of a term for what was lost (LoRC).")
+
+    @model_validator(mode="after")
+    def _static_inputs_are_rounded(self) -> Self:
+        if self.activation_scales == "static" and not self.activations:
+            raise ValueError("activation_scales: static needs activations to round, and has none")
+        return self
 
     def grid(self) -> Grid:
         """The numbers."""
@@ -130,6 +142,11 @@ class Quantiser(AfterTraining[GridConfigT], Generic[GridConfigT]):
 
     place = Place.QUANTISE
     claims = "weight bits"
+
+    def __init__(self, config: GridConfigT, label: str) -> None:
+        super().__init__(config, label)
+        if config.activation_scales == "static" and not self.gathers:
+            self.gathers = "sizes"  # type: ignore[misc]
 
     def change(self, unit: CompressionUnit) -> None:
         groups = self.together(unit) if self.gathers else [[t] for t in unit.targets]
@@ -159,11 +176,20 @@ class Quantiser(AfterTraining[GridConfigT], Generic[GridConfigT]):
             part = Scales(scales.scale[rows], scales.zero[rows], scales.group)
             found = self._with_rest(weight[rows], Rounded(numbers[rows], part, grid))
             lost = None if hessian is None else _error(weight[rows], found, hessian)
-            found = Rounded(
-                found.numbers, part, grid, self.config.activations, found.low_rank, lost
+            known = None if inputs is None else self.input_scale(inputs, dtype)
+            found = replace(
+                found, activations=self.config.activations, error=lost, input_scale=known
             )
             put(module, found)
             self.results[target.name] = found
+
+    def input_scale(self, inputs: Inputs, dtype: torch.dtype) -> float | None:
+        """The scale of all inputs, as a file has it in ``dtype``; ``None``: each token its own."""
+        if self.config.activation_scales == "token":
+            return None
+        top = inputs.top.amax()
+        scale, _ = ACTIVATIONS[self.config.activations].ranges(-top, top)
+        return float(scale.to(dtype))
 
     def _with_rest(self, weight: torch.Tensor, found: Rounded) -> Rounded:
         if not self.config.low_rank:
@@ -187,7 +213,8 @@ class Round(Quantiser[RoundConfig]):
 
     def __init__(self, config: RoundConfig, label: str) -> None:
         super().__init__(config, label)
-        self.gathers = "gram" if config.clip else ""  # type: ignore[misc]
+        if config.clip:
+            self.gathers = "gram"  # type: ignore[misc]
 
     def numbers(
         self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, hessian: torch.Tensor | None

@@ -29,6 +29,7 @@ class Rounded:
         activations: a key of :data:`ACTIVATIONS`, or ``""``: inputs are not rounded.
         low_rank: factors [out, r] and [r, in] whose product is added to the weight.
         error: of the layer's output on the data, relative; ``None`` if no data was used.
+        input_scale: of all inputs, known beforehand; ``None``: each token has its own.
     """
 
     numbers: torch.Tensor
@@ -37,6 +38,7 @@ class Rounded:
     activations: str = ""
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
     error: float | None = None
+    input_scale: float | None = None
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that a layer of ``dtype`` computes with."""
@@ -47,9 +49,17 @@ class Rounded:
         return whole.to(dtype)
 
 
-def rounded_tokens(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """``x`` [..., in] on the grid ``kind`` with a scale for each token, in the dtype of ``x``."""
+def rounded_tokens(x: torch.Tensor, kind: str, known: float | None = None) -> torch.Tensor:
+    """``x`` [..., in] on the grid ``kind``, in the dtype of ``x``.
+
+    Args:
+        x: tokens.
+        kind: a key of :data:`ACTIVATIONS`.
+        known: scale of all; by default each token has its own. What lies beyond is cut.
+    """
     grid = ACTIVATIONS[kind]
+    if known is not None:
+        return grid.nearest(x / known) * known
     top = x.abs().amax(-1, keepdim=True)
     scale, _ = grid.ranges(-top, top)
     return grid.nearest(x / scale) * scale
@@ -58,12 +68,12 @@ def rounded_tokens(x: torch.Tensor, kind: str) -> torch.Tensor:
 class RoundedInputs:
     """A hook before a layer that rounds what comes."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, known: float | None = None) -> None:
+        self.kind, self.known = kind, known
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         x = inputs[0]
-        return (straight_through(x, rounded_tokens(x.detach(), self.kind)), *inputs[1:])
+        return (straight_through(x, rounded_tokens(x.detach(), self.kind, self.known)), *inputs[1:])
 
 
 def put(module: nn.Linear, found: Rounded) -> None:
@@ -73,7 +83,7 @@ def put(module: nn.Linear, found: Rounded) -> None:
     with torch.no_grad():
         module.weight.copy_(found.weight(module.weight.dtype))
     if found.activations:
-        module.register_forward_pre_hook(RoundedInputs(found.activations))
+        module.register_forward_pre_hook(RoundedInputs(found.activations, found.input_scale))
 
 
 @contextmanager

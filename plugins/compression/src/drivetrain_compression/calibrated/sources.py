@@ -187,7 +187,7 @@ def opened(model: nn.Module | str | os.PathLike[str]) -> Iterator[Source]:
         raise ConfigError(f"{path} is neither a folder with config.json nor a GGUF file")
     with ExitStack() as stack:
         weights = stack.enter_context(weights_at(path))
-        yield OnDisk(_empty(path), weights, path)
+        yield OnDisk(empty(path), weights, path)
 
 
 def architecture(config: Any) -> Any:
@@ -200,7 +200,12 @@ def architecture(config: Any) -> Any:
     return transformers.AutoModel
 
 
-def _empty(folder: Path) -> nn.Module:
+def empty(folder: Path) -> nn.Module:
+    """The model that a folder's config describes, with parameters on the meta device.
+
+    Raises:
+        ConfigError: Transformers cannot make it; says why.
+    """
     from transformers import AutoConfig
 
     try:

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from drivetrain.errors import ConfigError
-from drivetrain_compression.calibrated.grids import Floats, Integers
+from drivetrain.errors import CheckpointError, ConfigError
+from drivetrain_compression.calibrated.grids import Floats, Grid, Integers, Scales
 from drivetrain_compression.calibrated.results import Rounded
-from drivetrain_compression.files.packing import pack_words
+from drivetrain_compression.files.packing import pack_words, unpack_words
 
 NAME = "compressed-tensors"
+KINDS = ("pack-quantized", "int-quantized", "float-quantized")
+"""Formats of layers that are written and read here."""
 
 
 def tensors_of(name: str, found: Rounded, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -26,6 +28,8 @@ def tensors_of(name: str, found: Rounded, dtype: torch.dtype) -> dict[str, torch
     """
     kind, grid = _kind(name, found), found.grid
     scale = {f"{name}.weight_scale": found.scales.scale.to(dtype)}
+    if found.input_scale is not None:
+        scale[f"{name}.input_scale"] = torch.tensor([found.input_scale], dtype=dtype)
     if kind == "float-quantized":
         return {f"{name}.weight": found.numbers.to(torch.float8_e4m3fn), **scale}
     assert isinstance(grid, Integers)
@@ -101,9 +105,9 @@ def _inputs(found: Rounded) -> dict[str, Any] | None:
         "num_bits": 8,
         "type": kind,
         "symmetric": True,
-        "strategy": "token",
-        "dynamic": True,
-        "observer": None,
+        "strategy": "token" if found.input_scale is None else "tensor",
+        "dynamic": found.input_scale is None,
+        "observer": None if found.input_scale is None else "minmax",
     }
 
 
@@ -132,3 +136,66 @@ def _kind(name: str, found: Rounded) -> str:
             raise ConfigError(f"{name}: {NAME} has W8A8 with one scale an output only; group: 0")
         return "int-quantized"
     return "pack-quantized"
+
+
+def read(name: str, group: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Rounded:
+    """The layer ``name``, from a group of ``config_groups`` and tensors of a file.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape.
+        ConfigError: the layout of the group is not known here.
+    """
+
+    def part(kind: str) -> torch.Tensor:
+        found = tensors.get(f"{name}.{kind}")
+        if found is None:
+            raise CheckpointError(f"{name}.{kind} is missing")
+        return found
+
+    weights, kind = group["weights"], group.get("format")
+    if kind not in KINDS or not weights["symmetric"] or weights.get("actorder"):
+        raise ConfigError(
+            f"{name}: {kind} (symmetric: {weights['symmetric']}, actorder: "
+            f"{weights.get('actorder')}) cannot be read here; {', '.join(KINDS)} without zero "
+            "points and order can"
+        )
+    scale = part("weight_scale").float()
+    grid: Grid
+    if kind == "pack-quantized":
+        rows, columns = (int(each) for each in part("weight_shape"))
+        grid, words = Integers(int(weights["num_bits"])), part("weight_packed")
+        if list(words.shape) != [rows, -(-columns * grid.bits // 32)]:
+            raise CheckpointError(f"{name}: codes {list(words.shape)} of [{rows}, {columns}]")
+        numbers = unpack_words(words, grid.bits, columns).float() + grid.low
+    else:
+        numbers = part("weight").float()
+        grid = Integers(8) if kind == "int-quantized" else Floats("e4m3")
+    rows, columns = numbers.shape
+    size = weights.get("group_size") or columns
+    if list(scale.shape) != [rows, columns // size]:
+        raise CheckpointError(
+            f"{name}: scales {list(scale.shape)}, expected [{rows}, {columns // size}]"
+        )
+    scales = Scales(scale, torch.zeros_like(scale), size)
+    inputs = group.get("input_activations")
+    kind = _rounding(name, inputs)
+    known = None
+    if inputs is not None and not inputs["dynamic"]:
+        known = float(part("input_scale"))
+    return Rounded(numbers, scales, grid, kind, input_scale=known)
+
+
+def _rounding(name: str, inputs: Mapping[str, Any] | None) -> str:
+    if inputs is None:
+        return ""
+    known = {("int", 8): "int8", ("float", 8): "e4m3"}
+    found = known.get((inputs["type"], inputs["num_bits"]))
+    scheme = (inputs["strategy"], bool(inputs["dynamic"]))
+    known_scheme = scheme in (("token", True), ("tensor", False)) and inputs["symmetric"]
+    if found is None or not known_scheme:
+        raise ConfigError(
+            f"{name}: inputs of {inputs['num_bits']} bits ({inputs['type']}), by "
+            f"{inputs['strategy']}, cannot be rounded here; 8 bits with a scale for each token, or "
+            "one that is known, can"
+        )
+    return found

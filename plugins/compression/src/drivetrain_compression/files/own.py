@@ -43,6 +43,7 @@ def facts(name: str, found: Rounded) -> dict[str, Any]:
         "group": found.scales.group,
         "activations": found.activations,
         "low_rank": found.low_rank is not None,
+        "input_scale": found.input_scale,
     }
 
 
@@ -81,7 +82,8 @@ def read(name: str, fact: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
         scales = Scales(scale, zero, fact["group"])
         numbers = codes.float() + grid.low - scales.spread(columns)[1]
     rest = (part("left"), part("right")) if fact["low_rank"] else None
-    return Rounded(numbers, scales, grid, fact["activations"], rest)
+    known = fact.get("input_scale")
+    return Rounded(numbers, scales, grid, fact["activations"], rest, input_scale=known)
 
 
 def _grid(fact: Mapping[str, Any]) -> Grid:

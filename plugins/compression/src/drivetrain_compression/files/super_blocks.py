@@ -57,9 +57,10 @@ def _packed(x: torch.Tensor, search: int) -> torch.Tensor:
     d, e = (_half(each.amax(1) / 63) for each in (scale, offset))
     scales, offsets = _six_bits(scale, d), _six_bits(offset, e)
     codes = _codes(x, d, e, scales, offsets)
-    again = tuple(_half(each) for each in _fitted(x, weight, codes, scales, offsets))
-    better = _error(x, weight, *again, scales, offsets) < _error(x, weight, d, e, scales, offsets)
-    d, e = torch.where(better, again[0], d), torch.where(better, again[1], e)
+    d2, e2 = (_half(each) for each in _fitted(x, weight, codes, scales, offsets))
+    before = _error(x, weight, d, e, scales, offsets)
+    better = _error(x, weight, d2, e2, scales, offsets) < before
+    d, e = torch.where(better, d2, d), torch.where(better, e2, e)
     codes = _codes(x, d, e, scales, offsets).to(torch.uint8)
     head = torch.stack([d, e], 1).half().view(torch.uint8).view(-1, 4)
     pairs = codes.view(-1, _PARTS // 2, 2, _PART)  # 64 weights: low halves of bytes, then high ones

@@ -34,6 +34,16 @@ class StoredLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.register_parameter("bias", bias)
 
+    @classmethod
+    def over(cls, weight: StoredWeight, bias: nn.Parameter | None) -> StoredLinear:
+        """A layer over a weight that is packed already."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.weight = weight
+        made.out_features, made.in_features = weight.shape
+        made.register_parameter("bias", bias)
+        return made
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]."""
         product = self.weight.product(x)

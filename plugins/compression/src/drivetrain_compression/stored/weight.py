@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,26 @@ class StoredWeight(nn.Module):
             padded = nn.functional.pad(whole, (0, -len(whole) % self.shards))
             self._own = padded.chunk(self.shards)[dist.get_rank()].clone()
 
+    @classmethod
+    def of(
+        cls,
+        format: WeightFormat,
+        parts: Mapping[str, torch.Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+    ) -> StoredWeight:
+        """A weight of ``shape`` [out, in] that ``format`` has packed into ``parts`` already."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.format, made.shape, made.dtype = format, torch.Size(shape), dtype
+        made.shards, made._own = 1, None
+        device = next(iter(parts.values())).device
+        whole = torch.empty(format.bytes(shape), dtype=torch.uint8, device=device)
+        for name, view in made._views(whole).items():
+            view.copy_(parts[name])
+        made.register_buffer("packed", whole)
+        return made
+
     def _layout(self) -> list[tuple[str, Sequence[int], torch.dtype]]:
         """Parts in their order in memory: larger numbers first, so that all are aligned."""
         parts = self.format.tensors(self.shape).items()
@@ -73,6 +93,11 @@ class StoredWeight(nn.Module):
     def stored(self) -> torch.Tensor:
         """The bytes that this rank keeps, uint8."""
         return self.packed if self._own is None else self._own
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether products round what they multiply with, so that small differences may grow."""
+        return bool(getattr(self.format, "activations", ""))
 
     @property
     def device(self) -> torch.device:

@@ -19,8 +19,10 @@ WORTH_A_THREAD = 32768
 
 
 def all_native(arguments: Sequence[Any]) -> bool:
-    """Whether no tensor is float64, which only the references compute in."""
+    """Whether no tensor is float64, nor is to be; only the references compute in it."""
     for value in arguments:
+        if value is torch.float64:
+            return False
         for tensor in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
                 return False

@@ -1,0 +1,168 @@
+"""Compressed models whose weights stay packed, for serving."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from drivetrain.errors import CheckpointError, ConfigError
+from drivetrain_compression.calibrated.results import Rounded
+from drivetrain_compression.calibrated.sources import empty
+from drivetrain_compression.files import compressed_tensors, own
+from drivetrain_compression.files.folder import DESCRIPTION, PLAIN
+from drivetrain_compression.stored.kept import kept
+from drivetrain_compression.stored.linear import StoredLinear
+from drivetrain_compression.stored.weight import StoredWeight
+
+
+def load_packed(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """The model in a folder that ``drivetrain compress`` has written, weights as they lie there.
+
+    Compressed layers are :class:`StoredLinear`, whose products unpack a weight or multiply with its
+    codes; there is never more in memory than the files hold and one layer.
+
+    Args:
+        path: the folder; in the format ``compressed-tensors`` or ``drivetrain``.
+        dtype: of what is not packed, and of what packed weights become; the files' by default.
+
+    Raises:
+        ConfigError: it is no such folder, or holds a layer in a way that is not known here.
+        CheckpointError: something is missing, or has another shape.
+    """
+    folder = Path(path)
+    summary = _json(folder / DESCRIPTION)
+    module = empty(folder)
+    fill = _Fill(module, dtype)
+    layers = _layers(folder, summary, module)
+    for tensors in _parts(folder):
+        parts = {name: name.rpartition(".") for name in tensors}
+        packed = {
+            name: base
+            for name, (base, _, end) in parts.items()
+            if base in layers and (end.startswith("weight") or end == "input_scale")
+        }
+        for name in dict.fromkeys(packed.values()):
+            fill.layer(name, layers[name](name, tensors))
+        for name in tensors.keys() - packed.keys():
+            fill.plain(name, tensors[name])
+    fill.check(folder)
+    return module.eval()
+
+
+def packed_or_none(path: Path, dtype: torch.dtype | None) -> nn.Module | None:
+    """What serves the model of a folder; ``None`` if it has ordinary weights.
+
+    Raises:
+        ConfigError, CheckpointError: see :func:`load_packed`.
+    """
+    if _json(Path(path) / DESCRIPTION).get("format") == PLAIN:
+        return None
+    return load_packed(path, dtype)
+
+
+class _Fill:
+    """Gives a module on the meta device its values."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
+        self._module, self._dtype = module, dtype
+        self._tied: dict[int, list[tuple[nn.Module, str]]] = {}
+        for part in module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                self._tied.setdefault(id(parameter), []).append((part, name))
+        self._alive = list(module.parameters())  # so that ids stay theirs
+
+    def layer(self, name: str, found: Rounded) -> None:
+        """Exchange the linear layer ``name`` for one over packed numbers."""
+        path, _, attribute = name.rpartition(".")
+        parent = self._module.get_submodule(path)
+        old = getattr(parent, attribute)
+        if not isinstance(old, nn.Linear) or tuple(old.weight.shape) != tuple(found.numbers.shape):
+            shape = list(getattr(getattr(old, "weight", None), "shape", ()))
+            raise CheckpointError(
+                f"{name} has numbers {list(found.numbers.shape)}, and in the model it is a "
+                f"{type(old).__name__} {shape}"
+            )
+        dtype = self._dtype or old.weight.dtype
+        form = kept(found, dtype)
+        weight = StoredWeight.of(form, form.packed(found), tuple(found.numbers.shape), dtype)
+        new = StoredLinear.over(weight, old.bias)
+        setattr(parent, attribute, new)
+        if old.bias is not None:
+            self._tied[id(old.bias)] = [(new, "bias")]
+
+    def plain(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor where it belongs; all that are tied to it get it."""
+        path, _, attribute = name.rpartition(".")
+        try:
+            old = getattr(self._module.get_submodule(path), attribute)
+        except AttributeError:
+            raise CheckpointError(f"the model has no {name}") from None
+        if tuple(old.shape) != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{name} has shape {list(tensor.shape)}, and {list(old.shape)} in the model"
+            )
+        if not isinstance(old, nn.Parameter):
+            old.copy_(tensor)
+            return
+        wanted = self._dtype or old.dtype
+        new = nn.Parameter(tensor.to(wanted), requires_grad=False)
+        for part, own_name in self._tied[id(old)]:
+            setattr(part, own_name, new)
+
+    def check(self, folder: Path) -> None:
+        """Make sure that nothing is without values."""
+        if lost := [n for n, p in self._module.named_parameters() if p.is_meta]:
+            raise CheckpointError(f"{folder} lacks {', '.join(lost[:10])}")
+
+
+def _layers(folder: Path, summary: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """Readers of compressed layers by name."""
+    if summary["format"] == own.NAME:
+        facts = summary["layers"]
+        return {name: lambda n, tensors: own.read(n, facts[n], tensors) for name in facts}
+    if summary["format"] != compressed_tensors.NAME:
+        raise ConfigError(
+            f"{folder} is in the format {summary['format']}, which has nothing packed"
+        )
+    entry = _json(folder / "config.json").get("quantization_config") or {}
+    found = {}
+    for group in entry.get("config_groups", {}).values():
+        for name, part in module.named_modules():
+            wanted = any(_targets(target, name) for target in group["targets"])
+            if wanted and isinstance(part, nn.Linear) and name not in entry.get("ignore", ()):
+                found[name] = _reader(group)
+    return found
+
+
+def _reader(group: Mapping[str, Any]) -> Any:
+    return lambda name, tensors: compressed_tensors.read(name, group, tensors)
+
+
+def _targets(target: str, name: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target[3:], name) is not None
+    return target in ("Linear", name)
+
+
+def _parts(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors of all files, a file at a time; a block's lie in one."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{folder} has no safetensors files")
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            yield {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ConfigError(f"{path} is missing")
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
