@@ -249,11 +249,8 @@ class Registry:
         entry = self.find(group, name)
         if entry is None:
             reason, kind = self.missing(group, name), group.removesuffix("s")
-            raise PluginError(
-                f"{kind} {name!r} is {reason}"
-                if reason
-                else f"no {kind} is named {name!r}{did_you_mean(name, self.names(group))}"
-            )
+            unknown = f"no {kind} is named {name!r}{did_you_mean(name, self.names(group))}"
+            raise PluginError(f"{kind} {name!r} is {reason}" if reason else unknown)
         return entry.load()
 
     def missing(self, group: Group, name: str) -> str | None:
