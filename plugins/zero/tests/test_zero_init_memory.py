@@ -105,11 +105,12 @@ print(json.dumps(run_distributed(check_peak, 4)))
     assert done.returncode == 0, done.stderr
     megabyte = 1 << 20
     for constructing, adopting, left in json.loads(done.stdout):
-        # 64 MiB in all, in blocks of one; a rank keeps 16.
-        # Some of it may lie in memory that the rank had let go of before.
-        assert 8 * megabyte < constructing < 22 * megabyte
-        # 16 of gradient shards come, those of zero.Init go; the engine's 16 lie in memory that
-        # ranks share, if they do.
+        # 64 MiB in all, in blocks of one; a rank keeps 16. Holding them twice would be 32.
+        # Some of it may lie in memory that the rank had let go of before, and what allocator and
+        # connections keep beside it differs by some MiB from kernel to kernel.
+        assert 8 * megabyte < constructing < 26 * megabyte
+        # 16 of gradient shards come, those of zero.Init go, or there would be 16 more; the
+        # engine's 16 lie in memory that ranks share, if they do.
         own = 0 if SHARE_MEMORY else 16 * megabyte
-        assert adopting < own + 8 * megabyte
-        assert left < own + 7 * megabyte
+        assert adopting < own + 13 * megabyte
+        assert left < own + 12 * megabyte
