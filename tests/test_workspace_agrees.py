@@ -22,7 +22,7 @@ from tools import check_imports, run_suite, workspace
 
 WORKSPACE = workspace.load()
 DISTRIBUTIONS = list(WORKSPACE.values())
-SHARED = {"checkpoints", "frameworks", "integration"}
+SHARED = {"checkpoints", "examples", "frameworks", "integration"}
 """Environments with tests that belong to no distribution."""
 each_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda d: d.name)
 

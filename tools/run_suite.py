@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import budgets, workspace
 
-ALONE = ("core", "checkpoints", "frameworks", "integration")
+ALONE = ("core", "checkpoints", "frameworks", "examples", "integration")
 """Environments whose tests start several processes each and take minutes."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def losses(ranks: int, *arguments: str, logs: Path) -> list[float]:
@@ -29,7 +29,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "config", ["gpt2_pipeline.json", "gpt2_tensor.json", "gpt2_pipeline_tensor.json"]
+    "config",
+    [
+        "gpt2_pipeline_tensor.json",
+        pytest.param("gpt2_pipeline.json", marks=pytest.mark.long),
+        pytest.param("gpt2_tensor.json", marks=pytest.mark.long),
+    ],
 )
 def test_two_by_two_ranks_have_the_losses_of_one(
     alone: list[float], config: str, tmp_path: Path

@@ -101,7 +101,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 # -- long sequences ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["gpt", "llama"])
+@pytest.mark.parametrize("model", ["gpt", pytest.param("llama", marks=pytest.mark.long)])
 def test_two_ranks_that_share_sequences_have_the_curve_of_one(run, model) -> None:
     small = ["--model", model, "--context", 64, "--steps", 4]
     alone = run("long_sequence.py", *small, ranks=1)
@@ -168,7 +168,11 @@ LAYOUTS = [*SMALL, "--layers", 2, "--heads", 2, "--steps", 6]
 
 @pytest.mark.parametrize(
     ("config", "ranks"),
-    [("pipeline_gpt.json", 4), ("tensor_gpt.json", 2), ("pipeline_tensor_gpt.json", 4)],
+    [
+        ("pipeline_tensor_gpt.json", 4),
+        pytest.param("pipeline_gpt.json", 4, marks=pytest.mark.long),
+        pytest.param("tensor_gpt.json", 2, marks=pytest.mark.long),
+    ],
 )
 def test_stages_and_shared_layers_have_the_curve_of_one_process(
     run, tmp_path, curve_alone, config, ranks
@@ -243,7 +247,7 @@ def test_any_text_will_do_on_any_number_of_ranks(run, tmp_path) -> None:
 # -- interrupted -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_an_interrupted_run_ends_cleanly_and_can_go_on(start, root, tmp_path, number) -> None:
     flags = [*SMALL, "--steps", 100_000, "--save-every", 10, "--out", tmp_path]
     process = start("train_gpt.py", *flags)

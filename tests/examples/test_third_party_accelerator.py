@@ -86,6 +86,7 @@ def test_its_own_tests_pass_which_are_the_kits(with_lantern: Run, root: Path) ->
     assert "skipped" not in shown
 
 
+@pytest.mark.long
 def test_the_kit_runs_from_the_shell(with_lantern: Run) -> None:
     shown = with_lantern("-m", "drivetrain.cli", "test-plugin", "lantern")
     assert "accelerator 'lantern' (lantern-drivetrain 0.1.0)" in shown

@@ -24,7 +24,7 @@ from drivetrain.plan.plan import Plan
 from drivetrain.testing import run_distributed
 from drivetrain.testing.models import mlp
 
-PAGE = Path(__file__).parents[1] / "docs" / "howto" / "communication.md"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "communication.md"
 BLOCKS: list[dict[str, Any]] = [
     json.loads(block)
     for block in re.findall(r"^```json\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
