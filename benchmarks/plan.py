@@ -1,13 +1,14 @@
 """Plans beside what jobs then do: peak memory, processor time of a step, and their ranking.
 
-Usage: plan.py memory|others|ranks|time|thousand [--results FILE] [--seconds N] [--only N]
+Usage: plan.py memory|others|ranks|stages|time|thousand [--results FILE] [--seconds N] [--only N]
 
 Prints JSON. ``memory``: 24 configurations of ZeRO stage, place of states, precision, accumulation,
 recomputation and model, as one rank of one thread. Memory is the resident set, less that after a
 training of no size. What the plan needs is also the most that the process may map (RLIMIT_DATA)
 beside what it has, and it must not run out. ``others``: the same of 12 configurations of other
 models, to which nothing was fitted. ``ranks``: the same on two ranks, of whose resident set the
-other one's part of what they share is taken away. ``time``: processor seconds of a step of the 24,
+other one's part of what they share is taken away. ``stages``: the same of pipelines of two stages,
+each beside its own plan. ``time``: processor seconds of a step of the 24,
 for the machine may be shared.
 ``thousand``: how long it takes to plan 1.3 billion parameters on 1,024 ranks.
 
@@ -41,6 +42,7 @@ from drivetrain_cli.planning.overhead import overhead_of
 from drivetrain_cli.planning.price import price_of
 from drivetrain_cli.planning.rehearsed import Rehearsed, rehearse
 from drivetrain_cli.planning.subject import Subject
+from drivetrain_cli.planning.verdict import Question, answer
 from drivetrain_cli.stand_in import without_memory
 
 from drivetrain.job.accelerator_choice import choose_accelerator
@@ -146,6 +148,28 @@ ON_RANKS: dict[str, tuple[dict[str, Any], str, int]] = {
     },
 }
 
+ON_STAGES: dict[str, tuple[dict[str, Any], str, int]] = {
+    f"{schedule}, stage {stage}, {precision}, {model}, {steps} micro-batches": (
+        {
+            **PLAIN,
+            **(BF16 if precision == "bf16" else {}),
+            "gradient_accumulation_steps": steps,
+            "zero_optimization": {"stage": stage},
+            "pipeline": {"stages": 2, "schedule": schedule},
+        },
+        model,
+        2,
+    )
+    for schedule, stage, precision, model, steps in (
+        ("1f1b", 0, "fp32", "gpt", 4),
+        ("1f1b", 1, "bf16", "deep", 8),
+        ("gpipe", 0, "fp32", "deep", 4),
+        ("interleaved", 1, "fp32", "gpt", 4),
+        ("zb_h1", 0, "fp32", "gpt", 4),
+        ("zb_v", 0, "bf16", "middling", 6),
+    )
+}
+
 
 def subject_of(model: str) -> Subject:
     make = getattr(plan_models, model)
@@ -155,6 +179,27 @@ def subject_of(model: str) -> Subject:
 def planned(given: dict[str, Any], model: str, ranks: int) -> Rehearsed:
     """One rank of a job."""
     return rehearse(given, subject_of(model), Ranks(ranks, 1, True))
+
+
+def stages_of(given: dict[str, Any], model: str, ranks: int) -> dict[str, Any]:
+    """Each stage's plan and its peak, as the one that is farthest from its plan has them."""
+    question = Question(given, subject_of(model), Ranks(ranks, 1, True), ranks, None, None, False)
+    found = answer(question)
+    within = worked(given, model, ranks, 3, found.needs)
+    ran = within or worked(given, model, ranks, 3)
+    rows = [
+        {
+            "planned_bytes": plan.reserved,
+            "limit_bytes": plan.needs,
+            "measured_bytes": each["peak"],
+            "resident_bytes": each["resident"],
+            "ratio": plan.reserved / each["peak"],
+            "limit_ratio": plan.needs / each["peak"],
+            "ran_out": not within,
+        }
+        for plan, each in zip(found.ranks, ran, strict=True)
+    ]
+    return max(rows, key=lambda row: abs(row["ratio"] - 1))
 
 
 def worked(
@@ -278,10 +323,12 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     begin = time.monotonic()
     kept: Path | None = options.results
     rows: dict[str, Any] = json.loads(kept.read_text()) if kept and kept.exists() else {}
-    cases = {"ranks": ON_RANKS, "others": OTHERS}.get(options.part, CASES)
+    parts = {"ranks": ON_RANKS, "others": OTHERS, "stages": ON_STAGES}
+    cases = parts.get(options.part, CASES)
     step = max(1, len(cases) // options.only)
     wanted = dict(list(cases.items())[::step][: options.only])
     run: Callable[..., dict[str, Any]] | None = None if options.part == "time" else memory_of
+    run = stages_of if options.part == "stages" else run
     for name, case in wanted.items():
         if name in rows:
             continue
@@ -297,7 +344,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["memory", "others", "ranks", "time", "thousand"])
+    parser.add_argument("part", choices=["memory", "others", "ranks", "stages", "time", "thousand"])
     parser.add_argument("--results", type=Path)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--only", type=int, default=len(CASES))

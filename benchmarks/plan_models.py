@@ -11,7 +11,7 @@ from drivetrain.testing.models import TinyGPT
 
 def TINY() -> nn.Module:  # noqa: N802 - one of the names on the command line
     """A model of no size, whose steps load what steps load."""
-    return TinyGPT(vocabulary=100, width=32, layers=2, positions=8)
+    return TinyGPT(vocabulary=100, width=32, layers=4, positions=8)
 
 
 def gpt() -> nn.Module:

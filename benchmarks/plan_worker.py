@@ -41,6 +41,12 @@ def of_others() -> int:
     return status("RssShmem") - status("Pss_Shmem", "smaps_rollup")
 
 
+def micro_batch(samples: int, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and the tokens that follow them."""
+    tokens = torch.randint(0, 100, (samples, sequence + 1))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
 def train(model: torch.nn.Module, config: dict, sequence: int, steps: int) -> dict[str, Any]:
     """Wall and processor seconds of each step, and :func:`of_others` when all have run."""
     engine, *_ = drivetrain.initialize(model=model, config=config)
@@ -48,9 +54,13 @@ def train(model: torch.nn.Module, config: dict, sequence: int, steps: int) -> di
     wall, cpu = [], []
     for _ in range(steps):
         begin, used = time.perf_counter(), time.process_time()
-        for _ in range(engine.gradient_accumulation_steps()):
-            tokens = torch.randint(0, 100, (samples, sequence + 1), device=engine.device)
-            loss = engine(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        micro_batches = (
+            micro_batch(samples, sequence) for _ in range(engine.gradient_accumulation_steps())
+        )
+        if engine.job.mesh.size("pp") > 1:
+            engine.train_batch(micro_batches)
+        for inputs in micro_batches:  # those that no pipeline has taken
+            loss = engine(*inputs)
             engine.backward(loss)
             del loss
             engine.step()

@@ -20,6 +20,7 @@ from drivetrain_cli.memory import Ranks
 from drivetrain_cli.planning.rehearsed import Rehearsed, rehearse
 from drivetrain_cli.planning.subject import Subject
 from drivetrain_cli.planning.verdict import Question, answer
+from drivetrain_cli.rehearsed_messages import Post
 from drivetrain_cli.stand_in import without_memory
 
 import drivetrain
@@ -171,12 +172,38 @@ def test_ranks_of_one_host_take_what_was_planned(case: str) -> None:
         assert each["peak"] == pytest.approx(expected.reserved, rel=0.1)
 
 
-def test_a_pipeline_is_refused_by_name() -> None:
-    subject = Subject(lambda: without_memory(gpt, "gpt"), "gpt", SEQUENCE, None, [])
-    given = config(0, pipeline={"stages": 2})
-    question = Question(given, subject, Ranks(RANKS, 1, True), RANKS, None, None, largest=False)
-    with pytest.raises(DrivetrainError, match="a pipeline of 2 stages, which cannot be planned"):
-        answer(question)
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
+def test_each_stage_of_a_pipeline_is_planned_to_send_what_it_sends(schedule: str) -> None:
+    """Shapes come from the stage before, both ways where chunks go to and fro (``zb_v``)."""
+
+    def make() -> TinyGPT:
+        return TinyGPT(vocabulary=128, width=64, layers=8, positions=SEQUENCE)
+
+    given = config(1, pipeline={"stages": 2, "schedule": schedule}, gradient_accumulation_steps=4)
+    subject = Subject(lambda: without_memory(make, "gpt"), "gpt", SEQUENCE, None, [])
+    found = answer(Question(given, subject, Ranks(4, 1, True), 4, None, None, largest=False))
+    first, last = found.ranks
+    # A rank for each stage: 0 and the one that it sends to, with two copies of each stage.
+    assert (first.rank, last.rank, first.stages) == (0, 2, 2)
+    value = 4 * SAMPLES * SEQUENCE * 64
+    edges = {"1f1b": [(1, 0), (0, 1)], "zb_v": [(1, 1), (1, 1)]}[schedule]
+    for stage, (values, gradients) in zip((first, last), edges, strict=True):
+        sent = sum(s.sent for s in stage.sent if (s.purpose, s.axis) == ("activation", "pp"))
+        assert sent == 4 * (values + gradients) * value
+    # Embedding and head are on one stage each, and blocks are halved.
+    parameters = sum(p.numel() for p in make().parameters())
+    held = [stage.peaks["step"].held["parameters", "device"] for stage in found.ranks]
+    assert sum(held) == pytest.approx(4 * parameters, rel=0.1)
+
+
+def test_ranks_that_wait_for_each_other_are_told_and_not_rehearsed_for_ever() -> None:
+    post = Post()
+
+    def wait(rank: int) -> None:
+        post.receive(torch.zeros(1), 1 - rank, rank)
+
+    with pytest.raises(DrivetrainError, match=r"rank \d waits for a message of rank \d"):
+        post.rehearse(wait)
 
 
 EXAMPLES = BENCHMARKS.with_name("examples")
@@ -187,19 +214,18 @@ PLANNED = {
         "gpt_nvme.json",
         "gpt_zero1.json",
         "gpt_zero3.json",
+        "pipeline_gpt.json",
+        "pipeline_tensor_gpt.json",
         "plain.json",
         "tensor_gpt.json",
     ],
-    "gpt2.py:network": ["gpt2_tensor.json"],
+    "gpt2.py:network": ["gpt2_pipeline.json", "gpt2_pipeline_tensor.json", "gpt2_tensor.json"],
 }
 """Model -> configs of the examples that are planned with it."""
 
-STAGES = "a pipeline of 2 stages, which cannot be planned"
+LONG = ("gpt2_pipeline.json", "gpt2_pipeline_tensor.json", "pipeline_gpt.json")
+
 REFUSED = {
-    "pipeline_gpt.json": ("gpt.py:small", STAGES),
-    "pipeline_tensor_gpt.json": ("gpt.py:small", STAGES),
-    "gpt2_pipeline.json": ("gpt2.py:network", STAGES),
-    "gpt2_pipeline_tensor.json": ("gpt2.py:network", STAGES),
     # What replicas hold for each other is only known where they meet.
     "diloco_gpt.json": ("gpt.py:small", "diloco.replica: which replica is this job?"),
 }
@@ -230,7 +256,12 @@ def test_every_config_of_the_examples_is_planned_or_refused_below() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [(model, name) for model, names in PLANNED.items() for name in names]
+    ("model", "name"),
+    [
+        pytest.param(model, name, marks=[pytest.mark.long] if name in LONG else [])
+        for model, names in PLANNED.items()
+        for name in names
+    ],
 )
 @pytest.mark.usefixtures("folder")
 def test_configs_of_the_examples_can_be_planned(model: str, name: str) -> None:

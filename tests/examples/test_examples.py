@@ -247,7 +247,9 @@ def test_any_text_will_do_on_any_number_of_ranks(run, tmp_path) -> None:
 # -- interrupted -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_an_interrupted_run_ends_cleanly_and_can_go_on(start, root, tmp_path, number) -> None:
     flags = [*SMALL, "--steps", 100_000, "--save-every", 10, "--out", tmp_path]
     process = start("train_gpt.py", *flags)

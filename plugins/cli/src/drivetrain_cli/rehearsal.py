@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 
 from drivetrain.communication.process_group import Ranks
-from drivetrain.contracts import Accelerator, hookimpl
+from drivetrain.contracts import Accelerator, CommunicatorLayer, CommunicatorPhase, hookimpl
 from drivetrain.errors import DrivetrainError
 from drivetrain.job.job import Job
 from drivetrain.plan.plan import Plan
 from drivetrain.plan.registry import Registry
 from drivetrain.sections.optimization import OptimizerSection
 from drivetrain_cli.rehearsed_host import Counter, rehearsed_layers
+from drivetrain_cli.rehearsed_messages import Post, RehearsedMessages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,14 +33,18 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from drivetrain.contracts import CommunicatorLayer
     from drivetrain.engine.engine import Engine
 
 _NAME = "rehearsal"
 
 
 class RehearsedDevice(Accelerator):
-    """A device with memory of its own, none of which is ever used."""
+    """A device with memory of its own, none of which is ever used.
+
+    Args:
+        counter: is told of memory that is not simply this rank's own; without one there is none.
+        post: carries messages of other ranks that are rehearsed; without one they go nowhere.
+    """
 
     name = _NAME
     device_type = "meta"
@@ -50,8 +55,14 @@ class RehearsedDevice(Accelerator):
     def communication_backend(self) -> str:
         return "fake"
 
+    def __init__(self, counter: Counter | None, post: Post | None) -> None:
+        self._counter, self._post = counter, post
+
     def device(self, local_rank: int) -> torch.device:
         return torch.device("meta")
+
+    def control_device(self, local_rank: int) -> torch.device:
+        return torch.device("cpu")
 
     def start(self, local_rank: int, ranks_on_host: int) -> None:
         pass
@@ -80,23 +91,25 @@ class RehearsedDevice(Accelerator):
     def on_stream(self, stream: Any | None) -> AbstractContextManager[Any]:
         return nullcontext()
 
+    @hookimpl
+    def wrap_communicator(self, job: Job) -> Sequence[CommunicatorLayer]:
+        """Carry messages between ranks that are rehearsed one after the other."""
+        if self._post is None:
+            return []
+        messages = partial(RehearsedMessages, job=job, post=self._post)
+        return [CommunicatorLayer(CommunicatorPhase.ROUTE, messages)]
+
 
 class RehearsedHost(RehearsedDevice):
-    """A device whose memory is the host's.
-
-    Args:
-        counter: is told of memory that is not simply this rank's own; without one there is none.
-    """
+    """A device whose memory is the host's."""
 
     device_type = "cpu"
-
-    def __init__(self, counter: Counter | None) -> None:
-        self._counter = counter
 
     @hookimpl
     def wrap_communicator(self, job: Job) -> Sequence[CommunicatorLayer]:
         """Share memory between ranks of one host, and take what gloo would between others."""
-        return [] if self._counter is None else rehearsed_layers(job, self._counter)
+        memory = [] if self._counter is None else rehearsed_layers(job, self._counter)
+        return [*memory, *super().wrap_communicator(job)]
 
 
 @contextmanager
@@ -111,6 +124,7 @@ def rehearsal(
     rank: int = 0,
     batch_required: bool = False,
     counter: Counter | None = None,
+    post: Post | None = None,
 ) -> Iterator[Engine]:
     """The engine of one rank, ended with the context.
 
@@ -126,7 +140,8 @@ def rehearsal(
         overlays: ``path=value`` assignments on top of the config.
         rank: which rank's.
         batch_required: whether a config without batch size is refused.
-        counter: is told of memory that is not simply this rank's own; without one there is none.
+        counter: see :class:`RehearsedDevice`.
+        post: likewise.
 
     Raises:
         ConfigError: the config is not one that a job would run.
@@ -138,7 +153,7 @@ def rehearsal(
     registry.add(
         "accelerators",
         _NAME,
-        partial(RehearsedHost, counter) if on_cpu else RehearsedDevice,
+        partial(RehearsedHost if on_cpu else RehearsedDevice, counter, post),
     )
     options: dict[str, Any] = {
         "world_size": ranks,

@@ -57,6 +57,10 @@ class Accelerator(ABC):
             return torch.device("cpu")
         return torch.device(self.device_type, local_rank % max(1, self.device_count()))
 
+    def control_device(self, local_rank: int) -> torch.device:
+        """Where messages lie that ranks read at once, such as shapes; the backend takes both."""
+        return self.device(local_rank)
+
     def start(self, local_rank: int, ranks_on_host: int) -> None:
         """Make the device current; called once per process before any tensor is created on it."""
         if self.device_type != "cpu":

@@ -90,6 +90,8 @@ def price_of(found: Rehearsed, table: MachineTable, *, on_cpu: bool) -> Price:
     hidden = 0.0 if on_cpu else min(total, 0.8 * phases["backward"])
     own = sum(phases.values()) + overhead + total - hidden
     waiting = own * (found.stages - 1) / found.accumulation if found.stages > 1 else 0.0
+    if waiting:
+        notes.append("waiting for other stages is that of 1F1B whose stages take equally long")
     computing = sum(phases.values())
     return Price(
         dict(phases),

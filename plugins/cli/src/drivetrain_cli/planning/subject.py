@@ -16,6 +16,9 @@ from drivetrain.errors import ConfigError
 from drivetrain_cli.named import named
 from drivetrain_cli.stand_in import model_of, without_memory
 
+_ANSWERS = ("labels", "targets")
+"""What models call an argument with which they return their loss."""
+
 _LONGEST = 2048
 """Tokens of a sample where neither the command nor the model says."""
 
@@ -156,6 +159,10 @@ def _guessed(
     ]
     embeds = any(isinstance(part, nn.Embedding) for part in module.modules())
     if embeds and 1 <= len(positional) <= 2:
+        required = [p.name for p in positional]
+        answers = [name for name in _ANSWERS if name in taken and name not in required]
+        if answers:
+            return (), {name: torch.zeros_like(tokens) for name in (*required, *answers)}
         return tuple(torch.zeros_like(tokens) for _ in positional), {}
     names = ", ".join(p.name for p in positional)
     raise ConfigError(

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from drivetrain.errors import DrivetrainError
 from drivetrain_cli.planning.fitting import (
     Change,
     largest_micro_batch,
@@ -16,6 +15,7 @@ from drivetrain_cli.planning.fitting import (
 )
 from drivetrain_cli.planning.price import Price, price_of
 from drivetrain_cli.planning.rehearsed import Rehearsed, rehearse
+from drivetrain_cli.rehearsed_messages import Post
 
 if TYPE_CHECKING:
     from drivetrain_cli.memory import Ranks
@@ -122,24 +122,16 @@ def answer(
 
 
 def _all_stages(question: Question, overlays: Sequence[str]) -> Sequence[Rehearsed]:
-    """Rank 0, as all ranks do the same.
-
-    Raises:
-        DrivetrainError: they do not, as they are stages of a pipeline.
-    """
-    go = partial(
-        rehearse,
-        question.config,
-        question.subject,
-        question.ranks,
-        world=question.world,
-        overlays=overlays,
-    )
-    first = go(rank=0)
-    if first.stages > 1:
-        raise DrivetrainError(
-            f"the config makes a pipeline of {first.stages} stages, which cannot be planned yet: "
-            "what a stage gets is only known to the one before it; drivetrain report --memory "
-            "counts what the first one keeps"
+    """Rank 0, and those of other stages of its pipeline; all ranks beside them do the same."""
+    post = Post()
+    return post.rehearse(
+        lambda rank: rehearse(
+            question.config,
+            question.subject,
+            question.ranks,
+            world=question.world,
+            overlays=overlays,
+            rank=rank,
+            post=post,
         )
-    return [first]
+    )

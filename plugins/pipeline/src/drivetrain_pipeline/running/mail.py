@@ -57,6 +57,7 @@ class Mail:
     def __init__(self, job: Job, *, always: bool) -> None:
         self._communicator = job.communicator
         self._device = job.device
+        self._reading = job.accelerator.control_device(job.ranks.local_rank)
         self._always = always
         self._known: dict[Kind, Layout] = {}
         self._sending: list[tuple[Handle, Sequence[torch.Tensor]]] = []
@@ -151,18 +152,18 @@ class Mail:
         if not sends and not receives:
             return
         texts = [bytearray(layout.to_bytes()) for _, _, layout in sends]
-        lengths = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in receives]
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self._reading) for _ in receives]
         self._move(
-            [torch.tensor([len(text)], device=self._device) for text in texts],
+            [torch.tensor([len(text)], device=self._reading) for text in texts],
             [message.target for message, _, _ in sends],
             lengths,
             [message.source for message, _ in receives],
         )
         bodies = [
-            torch.empty(int(length), dtype=torch.uint8, device=self._device) for length in lengths
+            torch.empty(int(length), dtype=torch.uint8, device=self._reading) for length in lengths
         ]
         self._move(
-            [torch.frombuffer(text, dtype=torch.uint8).to(self._device) for text in texts],
+            [torch.frombuffer(text, dtype=torch.uint8).to(self._reading) for text in texts],
             [message.target for message, _, _ in sends],
             bodies,
             [message.source for message, _ in receives],

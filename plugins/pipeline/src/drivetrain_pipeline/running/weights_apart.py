@@ -161,10 +161,16 @@ def _cast(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Do what autocast does to a linear layer; ``None`` for a weight that stays as it is."""
-    if not torch.is_autocast_enabled(x.device.type):
+    kind = _autocast_kind(x)
+    if not torch.is_autocast_enabled(kind):
         return x, None, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), weight.detach().to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _autocast_kind(x: torch.Tensor) -> str:
+    """The kind of device whose autocast counts; tensors without memory have none of their own."""
+    return "cpu" if x.is_meta else x.device.type
 
 
 class _WithoutWeight(torch.autograd.Function):
@@ -181,7 +187,7 @@ class _WithoutWeight(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.cast, ctx.apart = weight, cast, apart
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(_autocast_kind(x), enabled=False):
             return nn.functional.linear(x, weight if cast is None else cast, bias)
 
     @staticmethod

@@ -94,6 +94,7 @@ class SplitModel:
         self._bounds = tuple(bounds)
         self._own = tuple(own)
         self._forward = model.forward
+        self._device = device
         self._call: _Call | None = None
         self._sent: dict[Any, list[str]] = {}
         self._gated: list[nn.Module] = []
@@ -267,15 +268,7 @@ class SplitModel:
             else (self._enter_side(part, call))
         )
         if not is_own:
-            device = next(
-                (
-                    t.device
-                    for t in pytree.tree_leaves((args, dict(kwargs)))
-                    if isinstance(t, torch.Tensor) and not t.is_meta
-                ),
-                torch.device("cpu"),
-            )
-            output = stand_in(args, kwargs, device)
+            output = stand_in(args, kwargs, self._device)
             if call.tracking is not None:
                 call.tracking.note_unknown(output)
             return output
