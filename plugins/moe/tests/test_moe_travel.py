@@ -200,7 +200,70 @@ def claim(kinds: list[str], world: int, tp: int, ep: int, **changes: Any) -> Non
 
 
 def test_experts_over_ranks_with_the_same_tokens_train_like_a_dense_loop() -> None:
+    kinds = ["top-1", "dropless top-2", "shared", "sigmoid in groups", "experts choose", "grouped"]
+    claim(kinds, 2, 2, 2)
+
+
+@pytest.mark.long
+def test_so_does_every_kind_of_routing() -> None:
     claim(list(KINDS), 2, 2, 2)
+
+
+def train_transformers(
+    families: list[str], tp: int, ep: int, changes: dict[str, Any]
+) -> dict[str, Any]:
+    import test_automatic_experts as automatic
+
+    found = {}
+    for family in families:
+        engine = engine_of(
+            automatic.build(family),
+            tp,
+            train_micro_batch_size_per_gpu=2,
+            optimizer={"type": "SGD", "params": {"lr": automatic.RATE}},
+            expert_parallel={"enabled": True, "autoep_size": ep},
+            **changes,
+        )
+        for step in range(automatic.STEPS):
+            shard = engine.job.mesh.coordinate("dp")
+            engine.backward(engine(**automatic.batch(step, shard)).loss)
+            engine.step()
+        with drivetrain.whole(engine.module):
+            found[family] = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+        engine.destroy()
+    return found
+
+
+def claim_transformers(families: list[str], world: int, tp: int, ep: int, **changes: Any) -> None:
+    automatic = pytest.importorskip("test_automatic_experts")
+    ranks = run_distributed(train_transformers, world, families, tp, ep, changes)
+    for family in families:
+        _, state = automatic.reference(family, world // tp)
+        for found in ranks:
+            assert set(found[family]) == set(state)
+            for name, value in found[family].items():
+                torch.testing.assert_close(
+                    value, state[name], rtol=1e-4, atol=1e-6, msg=f"{family} {name}"
+                )
+
+
+def test_experts_of_transformers_do_so_in_halves() -> None:
+    claim_transformers(["mixtral"], 2, 2, 2, moe={"halves": True})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("tp", "ep"), [(1, 2), (2, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize("halves", [False, True])
+def test_all_kinds_of_transformers_do_so(tp: int, ep: int, halves: bool) -> None:
+    claim_transformers(["mixtral", "deepseek_v3", "gpt_oss"], 4, tp, ep, moe={"halves": halves})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_so_they_do_beside_layers_that_are_cut(in_parts: bool) -> None:
+    pytest.importorskip("drivetrain_tensor")
+    cut = {"autotp_size": 2, "sequence_parallel": in_parts}
+    claim_transformers(["mixtral"], 2, 2, 2, tensor_parallel=cut)
 
 
 @pytest.mark.long

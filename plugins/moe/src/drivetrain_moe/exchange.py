@@ -149,7 +149,8 @@ def _mixed(
     else:
         back = _computed(rows, counts, compute, answers)
         beside = [one() for one in meanwhile]
-    weighted = back.to(routed.weight.dtype) * routed.weight.unsqueeze(-1)
+    dtype = torch.promote_types(back.dtype, routed.weight.dtype)  # routers are float32 at least
+    weighted = back.to(dtype) * routed.weight.unsqueeze(-1)
     out = weighted.new_zeros(len(x), back.shape[-1])
     return Mixed(out.index_add(0, routed.token, weighted).to(back.dtype), beside)
 
