@@ -9,8 +9,8 @@ is scored on the same held-out windows. Tokens are those that the model was give
 layer tokens also leave out what random-LTD drops. ``efficient`` is the fixed recipe: so many steps
 that the tokens are 0.75 of the plain run's, of which sequences grow from 32 to 256 bytes, slowly at
 first; the second of the four layers sees half of the tokens at first, nearly all in the middle, and
-232 of 256 at the end; the rate decays by tokens. ``by-tokens`` is a curriculum alone. The others are
-those that were tried.
+232 of 256 at the end; the rate decays by tokens. ``by-tokens`` is a curriculum alone. The others
+are those that were tried.
 """
 
 from __future__ import annotations
