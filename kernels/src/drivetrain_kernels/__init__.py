@@ -20,6 +20,7 @@ from drivetrain_kernels.ops import (
     cast_copy,
     dequantize,
     dequantize_reduce_quantize,
+    fake_quantize,
     flatten,
     gated_activation,
     lamb,
@@ -27,6 +28,7 @@ from drivetrain_kernels.ops import (
     mean_signs,
     minifloat_linear,
     norm_squared,
+    pack_codes,
     pack_panels,
     pack_signs,
     packed_linear,
@@ -36,6 +38,7 @@ from drivetrain_kernels.ops import (
     rotary_to_cache,
     sgd,
     unflatten,
+    unpack_codes,
 )
 from drivetrain_kernels.provider import Provider
 from drivetrain_kernels.registry import Implementation, Registry, implementations, ops, registry
@@ -61,6 +64,7 @@ __all__ = [
     "cast_copy",
     "dequantize",
     "dequantize_reduce_quantize",
+    "fake_quantize",
     "flatten",
     "gated_activation",
     "implementations",
@@ -70,6 +74,7 @@ __all__ = [
     "minifloat_linear",
     "norm_squared",
     "ops",
+    "pack_codes",
     "pack_panels",
     "pack_signs",
     "packed_linear",
@@ -80,4 +85,5 @@ __all__ = [
     "rotary_to_cache",
     "sgd",
     "unflatten",
+    "unpack_codes",
 ]

@@ -9,8 +9,10 @@ from drivetrain_kernels.ops.block_sparse_attention import (
     block_sparse_attention,
     block_sparse_attention_backward,
 )
+from drivetrain_kernels.ops.codes import pack_codes, unpack_codes
 from drivetrain_kernels.ops.copy import cast_copy, flatten, unflatten
 from drivetrain_kernels.ops.decoder import add_rms_norm, gated_activation, rotary_to_cache
+from drivetrain_kernels.ops.fake_quantize import fake_quantize
 from drivetrain_kernels.ops.lamb import lamb
 from drivetrain_kernels.ops.linear import pack_panels, packed_linear, quantized_linear
 from drivetrain_kernels.ops.minifloat_linear import minifloat_linear
@@ -33,6 +35,7 @@ __all__ = [
     "cast_copy",
     "dequantize",
     "dequantize_reduce_quantize",
+    "fake_quantize",
     "flatten",
     "gated_activation",
     "lamb",
@@ -40,6 +43,7 @@ __all__ = [
     "mean_signs",
     "minifloat_linear",
     "norm_squared",
+    "pack_codes",
     "pack_panels",
     "pack_signs",
     "packed_linear",
@@ -49,4 +53,5 @@ __all__ = [
     "rotary_to_cache",
     "sgd",
     "unflatten",
+    "unpack_codes",
 ]

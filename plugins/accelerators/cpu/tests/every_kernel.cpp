@@ -56,6 +56,9 @@ int dt_dequantize_reduce_quantize(const uint8_t*, const float*, int64_t, int, in
                                   float, uint8_t*, float*, int);
 void dt_pack_signs(const float*, float, float*, uint8_t*, int64_t, int);
 void dt_mean_signs(const uint8_t*, const float*, int64_t, int64_t, float*, int);
+void dt_pack_codes(const uint8_t*, int64_t, int64_t, int, int32_t*, int);
+void dt_unpack_codes(const int32_t*, int64_t, int64_t, int, uint8_t*, int);
+void dt_fake_quantize(const void*, int, int64_t, int64_t, int, int, void*, int);
 }
 
 constexpr int64_t kSizes[] = {1, 65, 555};
@@ -251,6 +254,26 @@ void signs() {
   }
 }
 
+void codes() {
+  for (int bits = 2; bits <= 8; ++bits) {
+    for (int64_t size : kSizes) {
+      std::vector<uint8_t> from(2 * size), to(2 * size);
+      for (size_t i = 0; i < from.size(); ++i) from[i] = static_cast<uint8_t>(37 * i + bits);
+      std::vector<int32_t> words(2 * ((size * bits + 31) / 32));
+      dt_pack_codes(from.data(), 2, size, bits, words.data(), kThreads);
+      dt_unpack_codes(words.data(), 2, size, bits, to.data(), kThreads);
+      print("codes", hash_of(to, kStart));
+      for (int dtype : {kFloat32, kBFloat16, kFloat16}) {
+        Values values(dtype, size, 1), rounded(dtype, size, 2);
+        for (int symmetric : {0, 1}) {
+          dt_fake_quantize(values.data(), dtype, 1, size, bits, symmetric, rounded.data(), kThreads);
+          print("fake_quantize", rounded.hash(kStart));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -259,4 +282,5 @@ int main() {
   copies();
   quantization();
   signs();
+  codes();
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from drivetrain_kernels import pack_codes, unpack_codes
 
 
 def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -15,26 +16,9 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     Returns:
         int32 [rows, ceil(n * bits / 32)]; bits that are left over are 0.
     """
-    rows, count = codes.shape
-    whole = -(-count * bits // 32)
-    wide = torch.nn.functional.pad(codes.to(torch.int64), (0, -count % 32))
-    wide = wide.view(rows, -1, 32)
-    words = torch.zeros(rows, wide.shape[1], bits + 1, dtype=torch.int64)
-    for at in range(32):
-        word, shift = divmod(at * bits, 32)
-        spread = wide[:, :, at] << shift
-        words[:, :, word] |= spread & 0xFFFFFFFF
-        words[:, :, word + 1] |= spread >> 32
-    flat = words[:, :, :bits].flatten(1)[:, :whole]
-    return torch.where(flat >= 2**31, flat - 2**32, flat).to(torch.int32)
+    return pack_codes(codes.to(torch.uint8).contiguous(), bits)
 
 
 def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Codes [rows, count], int64, of :func:`pack_words`."""
-    wide = words.to(torch.int64) & 0xFFFFFFFF
-    wide = torch.nn.functional.pad(wide, (0, -wide.shape[1] % bits + 1))
-    start = torch.arange(count) * bits
-    word, shift = start // 32, start % 32
-    pair = wide[:, word] | (wide[:, word + 1] << 32)
-    codes: torch.Tensor = (pair >> shift) & (2**bits - 1)
-    return codes
+    return unpack_codes(words.contiguous(), bits, count).to(torch.int64)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from drivetrain_kernels import fake_quantize
 
 from drivetrain.errors import ConfigError
 
@@ -44,6 +45,11 @@ def _safe(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
+def _fake(groups: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
+    flat = groups.detach().reshape(-1, groups.shape[-1])
+    return fake_quantize(flat, bits, symmetric=symmetric).view(groups.shape)
+
+
 def symmetric_scale(groups: torch.Tensor, bits: int) -> torch.Tensor:
     """The step of each group, [G, 1]: ``2 max|w| / 2^bits``."""
     return 2 * groups.abs().amax(dim=-1, keepdim=True) / (1 << bits)
@@ -59,6 +65,8 @@ def symmetric_codes(
 
 def symmetric(groups: torch.Tensor, bits: int, noise: Noise = None) -> torch.Tensor:
     """``s * clamp(round(w / s), -2^(b-1), 2^(b-1) - 1)`` with ``s = 2 max|w| / 2^b``."""
+    if noise is None and bits > 1:
+        return _fake(groups, bits, True)
     scale = symmetric_scale(groups, bits)
     return scale * symmetric_codes(groups, scale, bits, noise)
 
@@ -94,6 +102,8 @@ def asymmetric_codes(
 
 def asymmetric(groups: torch.Tensor, bits: int, noise: Noise = None) -> torch.Tensor:
     """``s * clamp(round((w - z) / s), 0, 2^b - 1) + z`` with ``z = round(min / s) * s``."""
+    if noise is None and bits > 1:
+        return _fake(groups, bits, False)
     scale, zero = asymmetric_scale(groups, bits)
     return scale * asymmetric_codes(groups, scale, zero, bits, noise) + zero
 

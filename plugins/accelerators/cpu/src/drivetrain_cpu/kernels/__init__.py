@@ -13,7 +13,15 @@ from drivetrain_kernels import Op, Provider, ops
 from drivetrain_kernels.native import NativeLibrary
 
 from drivetrain_cpu.instruction_sets import InstructionSet, compilable, selected
-from drivetrain_cpu.kernels import block_sparse, copies, quantization, serving, signs, updates
+from drivetrain_cpu.kernels import (
+    block_sparse,
+    codes,
+    copies,
+    quantization,
+    serving,
+    signs,
+    updates,
+)
 from drivetrain_cpu.kernels.call import Bind, all_native
 from drivetrain_cpu.openmp import share_openmp
 
@@ -25,7 +33,9 @@ SOURCES = (
     "quantization",
     "attention",
     "block_sparse",
+    "codes",
     "decoder",
+    "fake_quantization",
     "integers",
     "linear",
     "signs",
@@ -48,6 +58,7 @@ FLAGS = (
 
 _BINDINGS: dict[str, Bind] = {
     **block_sparse.BINDINGS,
+    **codes.BINDINGS,
     **copies.BINDINGS,
     **quantization.BINDINGS,
     **serving.BINDINGS,
