@@ -1,8 +1,14 @@
-"""What a module was given in each micro-batch, and the gradients that came back for its outputs."""
+"""What a module was given in each micro-batch, and the gradients that came back for its outputs.
+
+Beside it the first parameter that had another value, when the module used it, than the weights that
+the window began with: of a unit that is gathered too early, say, whose error reaches the gradients
+of all parameters before it.
+"""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +24,27 @@ if TYPE_CHECKING:
     from drivetrain.job.job import Job
 
 
+ROUNDINGS = 4.0
+"""A weight may differ from its master by so many roundings of its own dtype."""
+
+
+@dataclass(frozen=True)
+class Used:
+    """A parameter whose value was another one than it should have been.
+
+    Args:
+        parameter: its name.
+        error: norm of the difference.
+        bound: what rounding to its dtype explains.
+        scale: norm of what it should have been.
+    """
+
+    parameter: str
+    error: float
+    bound: float
+    scale: float
+
+
 @dataclass
 class MicroBatch:
     """One forward of a module that trains.
@@ -28,6 +55,7 @@ class MicroBatch:
         random: state of the generator that dropout drew from, before it did.
         outputs: each tensor among the outputs, on the host.
         gradients: of each of them, of the scaled loss; ``None`` without one.
+        wrong: the first parameter that was used with a wrong value.
     """
 
     args: tuple[Any, ...]
@@ -35,6 +63,7 @@ class MicroBatch:
     random: torch.Tensor
     outputs: list[torch.Tensor] = field(default_factory=list)
     gradients: list[torch.Tensor | None] = field(default_factory=list)
+    wrong: Used | None = None
 
     @property
     def has_gradients(self) -> bool:
@@ -53,6 +82,19 @@ class Recorder:
         self.micro_batches: list[MicroBatch] = []
         self._device = device
         self._hooks: list[RemovableHandle] = []
+        self._weights: Mapping[str, torch.Tensor] = {}
+        self._name_of: Callable[[nn.Parameter], str] | None = None
+
+    def expect(
+        self, weights: Mapping[str, torch.Tensor], name_of: Callable[[nn.Parameter], str]
+    ) -> None:
+        """Say which weights the next window is to use.
+
+        Args:
+            weights: name -> whole tensor in float64, on the host.
+            name_of: name of a parameter of the module.
+        """
+        self._weights, self._name_of = weights, name_of
 
     def follow(self, module: nn.Module) -> nn.Module:
         """Record what ``module`` does from now on."""
@@ -62,6 +104,9 @@ class Recorder:
             module.register_forward_pre_hook(before, with_kwargs=True),
             module.register_forward_hook(after),
         ]
+        for part in module.modules():
+            if part._parameters:
+                self._hooks.append(part.register_forward_pre_hook(self._use))
         return module
 
     def stop(self) -> None:
@@ -70,6 +115,7 @@ class Recorder:
             hook.remove()
         self._hooks.clear()
         self.micro_batches.clear()
+        self._weights = {}
 
     def take(self) -> list[MicroBatch]:
         """The window's micro-batches that had a backward; the next ones begin another window."""
@@ -81,6 +127,24 @@ class Recorder:
         if module.training and torch.is_grad_enabled():
             args, kwargs = pytree.tree_map(_kept, (args, kwargs))
             self.micro_batches.append(MicroBatch(args, kwargs, _random_state(self._device)))
+
+    def _use(self, part: nn.Module, _args: object) -> None:
+        """Compare the parameters that a part is about to use."""
+        if not (part.training and torch.is_grad_enabled() and self.micro_batches):
+            return
+        record = self.micro_batches[-1]
+        for parameter in part.parameters(recurse=False):
+            if record.wrong is not None or self._name_of is None:
+                return
+            name = self._name_of(parameter)
+            expected = self._weights.get(name)
+            if expected is None or expected.shape != parameter.shape:
+                continue  # frozen, or this rank has no more than a part of it
+            scale = float(expected.norm())
+            bound = ROUNDINGS * torch.finfo(parameter.dtype).eps * scale
+            error = float((parameter.detach().cpu().double() - expected).norm())
+            if not error <= bound:
+                record.wrong = Used(name, error, bound, scale)
 
     def _after(self, module: nn.Module, _args: object, outputs: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):

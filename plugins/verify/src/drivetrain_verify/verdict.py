@@ -22,8 +22,8 @@ class Finding:
     Args:
         step: number of the step, from 1.
         parameter: its name.
-        kind: ``"gradient"``, ``"weight"`` (what the update made of it), or ``"output"``, where
-            ``parameter`` says which one.
+        kind: ``"use"`` (its value in a forward), ``"gradient"``, ``"weight"`` (what the update
+            made of it), or ``"output"``, where ``parameter`` says which one.
         error: norm of the difference to the reference.
         bound: what rounding explains.
         scale: norm of the reference.
@@ -44,7 +44,7 @@ class Finding:
         return not self.error <= self.bound
 
     def __str__(self) -> str:
-        what = "gradient" if self.kind == "gradient" else "update"
+        what = {"gradient": "gradient", "use": "value in forward"}.get(self.kind, "update")
         looks = f"; {self.looks}" if self.looks else ""
         name = self.parameter if self.kind == "output" else f"{what} of parameter {self.parameter}"
         return (
@@ -91,6 +91,21 @@ class Verdict:
         """The same as plain data."""
         worst = [{**asdict(found), "share": _share(found)} for found in self.worst.values()]
         return {"steps": self.steps, "worst": worst}
+
+
+def wrong_uses(step: int, ranks: Sequence[Sequence[MicroBatch]]) -> Iterator[Finding]:
+    """Parameters that a forward used with other values than those that the step began with."""
+    for rank, batches in enumerate(ranks):
+        for number, batch in enumerate(batches):
+            if batch.wrong is not None:
+                used = batch.wrong
+                looks = (
+                    f"micro-batch {number + 1} of rank {rank} did not use the weights that the "
+                    "step began with"
+                )
+                yield Finding(
+                    step, used.parameter, "use", used.error, used.bound, used.scale, looks
+                )
 
 
 def compare_gradients(

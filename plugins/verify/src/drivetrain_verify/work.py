@@ -28,6 +28,7 @@ from drivetrain_verify.verdict import (
     compare_gradients,
     compare_outputs,
     compare_weights,
+    wrong_uses,
 )
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ class Work:
                 i.name: torch.Size(i.whole_shape) for i, _ in named if i.name in trained
             }
         weights = whole_weights(engine, self._shapes)
+        self._recorder.expect(weights, lambda p: self._job.parameters.info(p).name)
         if self._job.rank == 0:
             if self._shadows is None:
                 assert self._client is not None
@@ -168,6 +170,10 @@ class Work:
         chance = exact.chance(ranks, divisor) if self.verdict.steps == 1 else ""
         if chance:
             return chance
+        used = next(wrong_uses(step, ranks), None)
+        if used is not None:
+            self.verdict.add(used)
+            return str(used)
         gradients = exact.gradients(ranks, divisor), plain.gradients(ranks, divisor)
         made = engine.precision.lower or engine.precision.parameter or torch.float32
         findings: list[Finding] = []
