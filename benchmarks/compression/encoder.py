@@ -25,6 +25,8 @@ from torch import nn
 METHODS: dict[str, list[dict[str, Any]]] = {
     "gptq-64": [{"gptq": {"group": 64}}],
     "gptq-32": [{"gptq": {"group": 32}}],
+    "gptq-16": [{"gptq": {"group": 16}}],
+    "gptq-32-zeros": [{"gptq": {"group": 32, "symmetric": False}}],
     "w8a8": [{"gptq": {"bits": 8, "activations": "int8"}}],
     "w8a8-rtn": [{"round": {"bits": 8, "activations": "int8"}}],
     "hqq-64": [{"hqq": {"group": 64}}],
@@ -32,6 +34,8 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "awq-gptq-64": [{"awq": {"group": 64}}, {"gptq": {"group": 64}}],
     "awq-64": [{"awq": {"group": 64}}, {"round": {"group": 64, "clip": True}}],
 }
+OWN = ("gptq-32-zeros",)
+"""Methods whose numbers only Drivetrain's own format holds."""
 
 
 def folder() -> Path:
@@ -96,7 +100,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name, modifiers in METHODS.items():
         out, began = options.out / name, time.perf_counter()
-        compress(where, {"modifiers": modifiers}, calibration, out)
+        layout = "drivetrain" if name in OWN else "compressed-tensors"
+        compress(where, {"modifiers": modifiers}, calibration, out, format=layout)
         took = time.perf_counter() - began
         vectors = embedded(load_compressed(out), held)
         kept = spearman((vectors @ vectors.T)[pairs[0], pairs[1]], wanted)
