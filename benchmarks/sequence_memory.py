@@ -295,7 +295,7 @@ def draw(
         axes.plot(*zip(*known, strict=True), "--", marker=".", label=f"{way}, foretold")
     axes.set(xlabel="tokens of a sequence", ylabel="MiB of one step, per rank", yscale="log")
     axes.set_xscale("log", base=2)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, bbox_inches="tight")
 
 
