@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -19,15 +20,19 @@ from dense_experts import (
     train_dense,
 )
 from drivetrain_moe import MoE
+from drivetrain_moe.axes import ExpertAxes
+from drivetrain_moe.exchange import way_of
 from torch import nn
 
 import drivetrain
 from drivetrain.contracts import (
     Atom,
     AxisRequest,
+    Box,
     Collective,
     CommunicatorWrapper,
     Handle,
+    Placement,
     Plugin,
     PositiveInt,
     Purpose,
@@ -35,6 +40,7 @@ from drivetrain.contracts import (
     Sections,
     hookimpl,
 )
+from drivetrain.contracts.state.parameters import ParameterTable
 from drivetrain.errors import ConfigError
 from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
@@ -62,6 +68,7 @@ def engine_of(model: nn.Module, tp: int = 1, **changes: Any) -> Any:
         "optimizer": {"type": "SGD", "params": {"lr": RATE}},
         "alike": {"ranks": tp},
         **changes,
+        "moe": {"over_tensor": True, **changes.get("moe", {})},
     }
     registry = Registry.installed().with_plugins(Alike)
     return drivetrain.initialize(model=model, config=config, registry=registry)[0]
@@ -313,8 +320,19 @@ def test_each_of_these_ranks_sends_its_share_and_results_are_gathered_once() -> 
 
 def test_ranks_that_do_not_nest_say_what_they_are_made_of() -> None:
     registry = Registry.installed().with_plugins(Alike)
-    config = {"train_batch_size": 3, "alike": {"ranks": 2}, "moe": {"ep_size": 3}}
+    config: dict[str, Any] = {"train_batch_size": 3, "alike": {"ranks": 2}, "moe": {"ep_size": 3}}
+    config["moe"]["over_tensor"] = True
     with pytest.raises(ConfigError, match="ep 3 does not nest in tp 2 x sp 1 x dp 3 = 6 ranks"):
         drivetrain.Plan.build(config, world_size=6, registry=registry)
-    config["moe"] = {"ep_size": 3, "over_tensor": False}
+    config["moe"] = {"ep_size": 3}
     drivetrain.Plan.build(config, world_size=6, registry=registry)
+
+
+def test_ranks_that_have_parts_of_an_expert_cannot_have_other_experts() -> None:
+    expert, table = nn.Linear(2, 2), ParameterTable()
+    table.register(expert, "data")
+    boxes = (Box((0, 0), (2, 2), 0),)
+    table.info(expert.weight).placement = Placement((4, 2), boxes, "tp")
+    job: Any = SimpleNamespace(parameters=table, mesh=SimpleNamespace(size=lambda _axis: 2))
+    with pytest.raises(ConfigError, match=r"moe.over_tensor: ranks along tp have parts of a\.wei"):
+        way_of(job, "a", ExpertAxes(2, "ep", "edp", "tp"), expert, halves=False)

@@ -110,7 +110,7 @@ def share_out(
             setattr(experts.module, experts.counter, experts.count // axes.size)
             if expected is not None:
                 shared.compare(*expected)
-            shared.way = way_of(job, experts.name, axes, halves=halves)
+            shared.way = way_of(job, experts.name, axes, experts.module, halves=halves)
         experts.module.forward = shared
         job.on_close(shared.leave)
     return model

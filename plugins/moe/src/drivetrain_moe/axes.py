@@ -26,7 +26,7 @@ class ExpertAxes:
     alike: str = ""
 
 
-def expert_axes(sizes: Iterable[int], *, over_tensor: bool = True) -> dict[int, ExpertAxes]:
+def expert_axes(sizes: Iterable[int], *, over_tensor: bool = False) -> dict[int, ExpertAxes]:
     """Name the axes for each number of ranks: ``ep`` and ``edp`` for the largest.
 
     Args:

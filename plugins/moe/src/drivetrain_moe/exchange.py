@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 
 from drivetrain.communication.functional import Functional, Started, functional
 from drivetrain.contracts import Purpose, Tag
+from drivetrain.errors import ConfigError
 from drivetrain_moe.routing import Routed
 
 if TYPE_CHECKING:
@@ -54,10 +55,21 @@ HERE = Way()
 """Tokens stay on their rank, which has all experts."""
 
 
-def way_of(job: Job, name: str, axes: ExpertAxes, *, halves: bool) -> Way:
-    """The way of the tokens of the layer ``name`` in a job."""
+def way_of(job: Job, name: str, axes: ExpertAxes, experts: nn.Module, *, halves: bool) -> Way:
+    """The way of the tokens of the layer ``name`` with ``experts`` in a job.
+
+    Raises:
+        ConfigError: ranks have parts of an expert, and should have other experts, too.
+    """
     tag = Tag(Purpose.ACTIVATION, name, "experts")
     shared = bool(axes.alike) and job.mesh.size(axes.alike) > 1
+    for part, parameter in experts.named_parameters() if shared else ():
+        if parameter in job.parameters and job.parameters.info(parameter).placement is not None:
+            raise ConfigError(
+                f"moe.over_tensor: ranks along {axes.alike} have parts of {name}.{part}, so they "
+                "compute each expert together and cannot have other experts: leave it false, or "
+                "use GroupedMLP, which stays whole"
+            )
     return Way(
         functional(job.communicator, axes.experts, tag),
         functional(job.communicator, axes.alike, tag) if shared else None,

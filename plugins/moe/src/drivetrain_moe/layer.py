@@ -180,7 +180,7 @@ class MoE(nn.Module):
                     f"ep_size = {axes.size} ranks: {self.num_experts} / {axes.size} leaves "
                     f"{self.num_experts % axes.size}"
                 )
-            self._way = way_of(job, name, axes, halves=section.halves)
+            self._way = way_of(job, name, axes, self.experts, halves=section.halves)
             self.experts.keep(job, axes)
 
     def leave(self) -> None:

@@ -35,9 +35,10 @@ class MoESection(Section):
         "step, by layer.",
     )
     over_tensor: Bool = Field(
-        default=True,
+        default=False,
         description="Where layers are tensor-parallel, share out experts over these ranks first. "
-        "They have the same tokens, so each sends a share of them. Without, each sends all.",
+        "They have the same tokens, so each sends a share of them. Without, each sends all. For "
+        "experts that are whole on each rank, as fused ones are.",
     )
     halves: Bool = Field(
         default=False,
