@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from drivetrain_kernels.gpu import copies, quantization, signs, updates
+from drivetrain_kernels.gpu import codes, copies, quantization, signs, updates
 from drivetrain_kernels.gpu.call import Kernels, Streams, all_native, current_stream
 from drivetrain_kernels.native import NativeLibrary, Toolchain
 from drivetrain_kernels.op import Op
@@ -26,10 +26,11 @@ from drivetrain_kernels.registry import ops
 __all__ = ["BINDINGS", "Kernels", "current_stream", "gpu_library", "offer"]
 
 NATIVE = Path(__file__).parent / "native"
-SOURCES = ("optimizers", "lamb", "norms", "copies", "quantization", "signs")
+SOURCES = ("optimizers", "lamb", "norms", "copies", "quantization", "signs", "codes")
 HEADERS = ("portability", "values", "update", "tensors")
 
 BINDINGS = {
+    **codes.BINDINGS,
     **copies.BINDINGS,
     **quantization.BINDINGS,
     **signs.BINDINGS,
