@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from drivetrain_compression.quantisers import floating, integer
 from drivetrain_compression.quantisers.grouping import in_blocks, in_groups
 from drivetrain_compression.quantisers.straight_through import straight_through
+from drivetrain_compression.training.activations import (
+    ActivationQuantisationConfig,
+    ActivationStep,
+)
 
 from drivetrain.errors import ConfigError
 
@@ -63,6 +68,27 @@ def test_integers_are_the_formulas_bit_for_bit(name: str, bits: int) -> None:
     found = getattr(integer, name)(values, bits)
     expected = [globals()[name](row, bits) for row in values.tolist()]
     assert found.tolist() == expected
+
+
+VIEWS = {
+    "one token of each row": lambda x: x[:, 0],
+    "some features": lambda x: x[..., :5],
+    "transposed": lambda x: x[0].t(),
+    "a chunk": lambda x: x.chunk(2, dim=-1)[1],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_views_are_rounded_as_copies_of_them_are(kind: str, view: Any) -> None:
+    values = view(weights(4, 24).view(4, 2, 12))
+    assert not values.is_contiguous()
+    config = ActivationQuantisationConfig(bits=4, quantization_type=kind)
+    step, layer = ActivationStep("", config), torch.nn.Linear(1, 1)
+    assert torch.equal(step.inputs(layer, values), step.inputs(layer, values.contiguous()))
+    rows = values.flatten(0, -2) if values.dim() > 2 else values
+    wanted = [globals()[kind](row, 4) for row in rows.tolist()]
+    assert getattr(integer, kind)(in_groups(rows, 0), 4).tolist() == wanted
 
 
 @pytest.mark.parametrize("name", ["ternary", "binary"])

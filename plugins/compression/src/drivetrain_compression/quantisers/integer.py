@@ -46,7 +46,8 @@ def _safe(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _fake(groups: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
-    flat = groups.detach().reshape(-1, groups.shape[-1])
+    # A slice or a transposed tensor stays a view in reshape, and kernels take plain memory.
+    flat = groups.detach().reshape(-1, groups.shape[-1]).contiguous()
     return fake_quantize(flat, bits, symmetric=symmetric).view(groups.shape)
 
 
