@@ -201,6 +201,7 @@ def gpt2():
         (gpt2, r"transformer\.h\.0 \(GPT2Block\) has no linear layers"),
         (Chain, "Chain has no norm and head behind"),
         (lambda: llama().model, "LlamaModel has no norm and head"),
+        (lambda: llama(num_hidden_layers=1), "LlamaForCausalLM has no repeated blocks"),
     ],
 )
 def test_models_that_change_are_refused(make, message):
@@ -212,26 +213,53 @@ def test_models_that_change_are_refused(make, message):
 
 
 class Leaky(nn.Module):
-    """Adds what its norm makes to hidden states, too, so it computes something else when turned."""
+    """May add what its norm makes to hidden states, too; computes something else turned then."""
 
-    def __init__(self):
+    def __init__(self, leak):
         super().__init__()
+        self.leak = leak
         self.norm, self.up = nn.RMSNorm(16), nn.Linear(16, 32)
         self.down = nn.Linear(32, 16)
 
     def forward(self, x):
         normed = self.norm(x)
-        return x + self.down(self.up(normed).relu()) + normed.abs()
+        return x + self.down(self.up(normed).relu()) + (normed.abs() if self.leak else 0)
 
 
-def test_a_block_that_changes_is_refused_by_name():
+def refusing():
+    """Blocks of which only the last cannot be turned, and a head that is tied."""
     model = Chain()
-    model.layers = nn.ModuleList(Leaky() for _ in range(2))
+    model.layers = nn.ModuleList(Leaky(leak) for leak in (False, False, True))
     model.head = nn.Sequential(nn.RMSNorm(16), nn.Linear(16, 90))
+    model.head[1].weight = model.embed.weight
+    return model
+
+
+def test_a_block_that_changes_is_refused_by_name_and_the_model_stays_as_it_was():
+    model = refusing()
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(
-        ConfigError, match=r"layers\.0 does not compute the same.*norm as norms.*down"
+        ConfigError, match=r"layers\.2 does not compute the same.*norm as norms.*down"
     ):
         compress_module(model, ROTATE, rows())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.head[1].weight is model.embed.weight
+    model.layers[2].leak = False
+    wanted = model(rows()[0]).detach()
+    compress_module(model, ROTATE, rows())
+    torch.testing.assert_close(model(rows()[0]), wanted, rtol=1e-4, atol=1e-4)
+    assert model.head[1].weight is not model.embed.weight
+
+
+def test_weights_that_no_method_takes_are_refused_before_a_block_is_turned():
+    model = refusing()
+    model.layers[2].leak = False
+    model.layers[2].up.weight.data[0, 0] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigError, match=r"layers\.2\.up has NaN"):
+        compress_module(model, {"modifiers": [{"rotate": {}}, {"round": {}}]}, rows())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
 
 
 def test_patterns_are_refused():

@@ -45,7 +45,9 @@ def compress_module(
         what was chosen, by the names of blocks; values of tensors are those of the module.
 
     Raises:
-        ConfigError: the recipe is wrong, or does not fit the module or the data.
+        ConfigError: the recipe is wrong, or does not fit the module or the data. Whatever is
+            known of weights, and whether blocks can be rotated, is found out before anything is
+            changed; what only the data of a later block shows leaves earlier blocks changed.
     """
     found: dict[str, Finished] = {}
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from drivetrain.states.units import Unit
+from drivetrain_compression.calibrated.pairs import Call
 from drivetrain_compression.calibrated.residual import Norm
 
 
@@ -67,6 +68,21 @@ class ReadsOutside(ABC):
 
         Raises:
             ConfigError: the method cannot be applied; says what is in the way.
+        """
+
+    @abstractmethod
+    def try_block(self, block: Unit, call: Call) -> None:
+        """Find out whether a block can be changed; nothing is, neither inside nor outside.
+
+        Called for every block before the first change, if the model has no other copy of its
+        values. In other cases a method finds out when it changes the block.
+
+        Args:
+            block: of a model that is as it was.
+            call: how it is called; [rows, tokens, hidden] first.
+
+        Raises:
+            ConfigError: it cannot; says what is in the way.
         """
 
     @abstractmethod

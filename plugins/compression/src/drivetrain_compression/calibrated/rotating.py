@@ -65,6 +65,7 @@ class Rotate(AfterTraining[RotateConfig], ReadsOutside):
                 "leave out modules and exclude"
             )
         self._turned: Rotation | None = None
+        self._tried: dict[str, Layout] = {}
 
     def begin(self, units: Sequence[CompressionUnit]) -> None:
         super().begin(units)
@@ -74,11 +75,13 @@ class Rotate(AfterTraining[RotateConfig], ReadsOutside):
         self._called.close()
         call = self._called.first
         assert call is not None
-        small = shortened(call)
-        turned = self._of(small.args[0].shape[-1])
-        # What comes is turned already: block by block from the embedding on.
-        small = Call((turned.back(small.args[0]), *small.args[1:]), small.kwargs)
-        found = self._checked(unit, small, turned)
+        turned = self._of(call.args[0].shape[-1])
+        found = self._tried.pop(unit.name, None)
+        if found is None:
+            small = shortened(call)
+            # What comes is turned already: block by block from the embedding on.
+            small = Call((turned.back(small.args[0]), *small.args[1:]), small.kwargs)
+            found = self._checked(unit, small, turned)
         heads = None
         if self.config.heads and found.heads is not None:
             seed = zlib.crc32(unit.name.encode()) + self.config.seed
@@ -90,12 +93,14 @@ class Rotate(AfterTraining[RotateConfig], ReadsOutside):
     def outside(
         self, model: nn.Module, blocks: Sequence[Unit], batch: Mapping[str, Any], tuples: bool
     ) -> Outside:
-        if not blocks[0].name:
-            raise ConfigError(f"{self.label}: {type(model).__name__} has no repeated blocks")
         with _passing(blocks, tuples), torch.no_grad():
             found = _ends(model, blocks, batch, self.label)
             self._same(model, found, blocks, batch)
         return found
+
+    def try_block(self, block: Unit, call: Call) -> None:
+        turned = self._of(call.args[0].shape[-1])
+        self._tried[block.name] = self._checked(block, shortened(call), turned)
 
     def change_outside(self, model: nn.Module, found: Outside) -> None:
         turned = self._of(found.width)
@@ -111,7 +116,7 @@ class Rotate(AfterTraining[RotateConfig], ReadsOutside):
             self._turned = Rotation.random(width, self.config.seed)
         return self._turned
 
-    def _checked(self, unit: CompressionUnit, call: Call, turned: Rotation) -> Layout:
+    def _checked(self, unit: CompressionUnit | Unit, call: Call, turned: Rotation) -> Layout:
         block = copy.deepcopy(unit.module).double()
         with torch.no_grad():
             found = layout_of(block, call)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from drivetrain.errors import ConfigError
 from drivetrain.states.units import Unit, units
@@ -17,6 +18,7 @@ from drivetrain_compression.calibrated.activations import Activations
 from drivetrain_compression.calibrated.first_inputs import Batch, Entered, entering
 from drivetrain_compression.calibrated.modifiers import AfterTraining
 from drivetrain_compression.calibrated.outside import Outside, ReadsOutside
+from drivetrain_compression.calibrated.pairs import Call, output_of
 from drivetrain_compression.calibrated.results import Rounded
 from drivetrain_compression.calibrated.sources import Source
 from drivetrain_compression.recipe.modifier import CompressionUnit, Progress
@@ -83,6 +85,8 @@ class Walk:
         data = any(isinstance(m, AfterTraining) and m.gathers for m, _ in assigned.every())
         if data and not self.batches:
             raise ConfigError("the recipe needs calibration data, and there is none: give --data")
+        if self.source.keeps:
+            assigned.check()
         done = self._done()
         stage = _Stage(self, blocks, chain and data)  # what no method looks at need not pass
         if done < len(blocks):
@@ -181,19 +185,45 @@ class _Outer:
         self._work, self._changed = work, False
 
     def check(self, blocks: Sequence[Unit], assigned: _Assigned) -> None:
-        """Make sure that methods find work in every block, as what they change concerns all."""
+        """Make sure that methods find work in every block, as what they change concerns all.
+
+        Raises:
+            ConfigError: the model has no blocks, or one of them no linear layers.
+        """
         for method in self._methods:
             for block in blocks:
+                kind = type(block.module).__name__
+                if not block.name:
+                    raise ConfigError(f"{method.label}: {kind} has no repeated blocks")
                 if not any(known.label == method.label for known, _ in assigned.of(block.name)):
                     raise ConfigError(
-                        f"{method.label}: {block.name or 'the model'} "
-                        f"({type(block.module).__name__}) has no linear layers in repeated blocks"
+                        f"{method.label}: {block.name} ({kind}) has no linear layers in repeated "
+                        "blocks"
                     )
 
     def find(self, source: Source, blocks: Sequence[Unit], batch: Batch, tuples: bool) -> None:
         """Note what is to be changed, also for a job that goes on when all blocks are done."""
         for number, method in enumerate(self._methods):
             method.outside(source.module, blocks, batch, tuples).write(self._path(number))
+
+    def try_blocks(
+        self, model: nn.Module, blocks: Sequence[Unit], batch: Batch, tuples: bool
+    ) -> None:
+        """Let methods look at all blocks; where values are all there is, no change can be undone.
+
+        Raises:
+            ConfigError: a method refuses a block; nothing has been changed.
+        """
+        if not self._methods:
+            return
+        entered = entering(model, blocks, batch, tuples, None)
+        hidden = entered.hidden
+        for block, call in zip(blocks, entered.calls, strict=True):
+            whole = Call((hidden, *call.args), call.kwargs)
+            for method in self._methods:
+                method.try_block(block, whole)
+            with torch.no_grad():
+                hidden = output_of(block.module, whole)
 
     def change(self, source: Source) -> None:
         """Change what has been loaded, unless it is changed already."""
@@ -222,6 +252,17 @@ class _Assigned:
     def of(self, name: str) -> list[tuple[AfterTraining[Any], CompressionUnit]]:
         return self._of.get(name, [])
 
+    def check(self) -> None:
+        """Refuse layers that methods cannot change, before any of them is changed.
+
+        Raises:
+            ConfigError: says which and why.
+        """
+        for pairs in self._of.values():
+            for modifier, unit in pairs:
+                for target in unit.targets:
+                    modifier.check(target)
+
     def every(self) -> list[tuple[AnyModifier, CompressionUnit]]:
         return [pair for pairs in self._of.values() for pair in pairs]
 
@@ -247,6 +288,8 @@ class _Stage:
         tuples = self._tuples()
         source.drop(first)
         walk._outer.find(source, blocks, walk.batches[0], tuples)
+        if source.keeps:
+            walk._outer.try_blocks(source.module, blocks, walk.batches[0], tuples)
         walk._outer.change(source)
         hidden: list[torch.Tensor] = []
         before: Entered | None = None
