@@ -189,7 +189,7 @@ class Quantiser(AfterTraining[GridConfigT], Generic[GridConfigT]):
             return None
         top = inputs.top.amax()
         scale, _ = ACTIVATIONS[self.config.activations].ranges(-top, top)
-        return float(scale.to(dtype))
+        return max(float(scale.to(dtype)), _least(dtype))
 
     def _with_rest(self, weight: torch.Tensor, found: Rounded) -> Rounded:
         if not self.config.low_rank:
@@ -277,6 +277,15 @@ class Gptq(Quantiser[GptqConfig]):
         if inverse.damping > config.damping:
             self.notes.append(f"damped by {inverse.damping:g} instead of {config.damping:g}")
         return gptq(weight, inverse, grid, scales, order=order, block=config.block), scales
+
+
+def _least(dtype: torch.dtype) -> float:
+    """The smallest positive number of ``dtype`` that is a normal number of float32, too.
+
+    Devices may take subnormal numbers of float32 for 0, and 0 / 0 is NaN.
+    """
+    info = torch.finfo(dtype)
+    return max(info.smallest_normal * info.eps, torch.finfo(torch.float32).smallest_normal)
 
 
 def _error(weight: torch.Tensor, found: Rounded, hessian: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from drivetrain.errors import ConfigError
+from drivetrain.errors import CheckpointError, ConfigError
 from drivetrain_compression.calibrated.grids import Floats, Grid, Integers, Scales, weight_of
 from drivetrain_compression.quantisers.straight_through import straight_through
 
@@ -47,6 +48,19 @@ class Rounded:
             left, right = self.low_rank
             whole = whole + left.float() @ right.float()
         return whole.to(dtype)
+
+
+def stored_scale(name: str, value: object) -> float:
+    """The scale of all inputs of the layer ``name``, as a file says it.
+
+    Raises:
+        CheckpointError: it is no finite number above 0.
+    """
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, int | float) and 0 < value < math.inf:
+        return float(value)
+    raise CheckpointError(f"{name}: input_scale is {value}, and has to be a finite number above 0")
 
 
 def rounded_tokens(x: torch.Tensor, kind: str, known: float | None = None) -> torch.Tensor:

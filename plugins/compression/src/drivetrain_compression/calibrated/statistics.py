@@ -94,13 +94,18 @@ class Watch:
         """The inputs of the layer ``name``.
 
         Raises:
-            ConfigError: no token came to it.
+            ConfigError: no token came to it, or one with NaN or infinity.
         """
         found = self._of.get(self._leader.get(name, name))
         if found is None or found.tokens == 0:
             raise ConfigError(
                 f"no token of the calibration data came to {name}; give more or other data, or "
                 "exclude it"
+            )
+        if not torch.isfinite(found.top).all():
+            raise ConfigError(
+                f"the inputs of {name} have NaN or infinity on the calibration data; look at the "
+                "data and the model's dtype, or exclude it"
             )
         return found
 

@@ -12,7 +12,7 @@ import torch
 
 from drivetrain.errors import CheckpointError, ConfigError
 from drivetrain_compression.calibrated.grids import Floats, Grid, Integers, Scales
-from drivetrain_compression.calibrated.results import Rounded
+from drivetrain_compression.calibrated.results import Rounded, stored_scale
 from drivetrain_compression.files.packing import pack_words, unpack_words
 
 NAME = "compressed-tensors"
@@ -142,7 +142,8 @@ def read(name: str, group: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
     """The layer ``name``, from a group of ``config_groups`` and tensors of a file.
 
     Raises:
-        CheckpointError: a tensor is missing, or has another shape.
+        CheckpointError: a tensor is missing or has another shape, or the scale of inputs is not
+            a finite number above 0.
         ConfigError: the layout of the group is not known here.
     """
 
@@ -181,7 +182,7 @@ def read(name: str, group: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
     kind = _rounding(name, inputs)
     known = None
     if inputs is not None and not inputs["dynamic"]:
-        known = float(part("input_scale"))
+        known = stored_scale(name, part("input_scale"))
     return Rounded(numbers, scales, grid, kind, input_scale=known)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from drivetrain.errors import CheckpointError
 from drivetrain_compression.calibrated.grids import Floats, Grid, Integers, Scales
-from drivetrain_compression.calibrated.results import Rounded
+from drivetrain_compression.calibrated.results import Rounded, stored_scale
 from drivetrain_compression.files.packing import pack_words, unpack_words
 
 NAME = "drivetrain"
@@ -51,7 +51,8 @@ def read(name: str, fact: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
     """The layer ``name``, from its facts and tensors.
 
     Raises:
-        CheckpointError: a tensor is missing, or has another shape.
+        CheckpointError: a tensor is missing or has another shape, or the scale of inputs is not
+            a finite number above 0.
     """
 
     def part(kind: str) -> torch.Tensor:
@@ -82,7 +83,8 @@ def read(name: str, fact: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
         scales = Scales(scale, zero, fact["group"])
         numbers = codes.float() + grid.low - scales.spread(columns)[1]
     rest = (part("left"), part("right")) if fact["low_rank"] else None
-    known = fact.get("input_scale")
+    stored = fact.get("input_scale")
+    known = None if stored is None else stored_scale(name, stored)
     return Rounded(numbers, scales, grid, fact["activations"], rest, input_scale=known)
 
 
