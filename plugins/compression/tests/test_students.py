@@ -17,6 +17,7 @@ from drivetrain_compression import (
     redundancy_clean,
     student_initialization,
 )
+from drivetrain_compression.deepspeed.compress import init_compression as from_script
 from test_smaller_in_training import BASE, engine_of
 from torch import nn
 
@@ -220,6 +221,27 @@ def test_a_schedule_that_cannot_be_is_refused(terms: list[dict[str, Any]], messa
         drivetrain.Plan.build(distilled(terms))
     with pytest.raises(ConfigError, match=message):
         init_compression(net(), distilled(terms), teacher_model=net(layers=4))
+
+
+@pytest.mark.parametrize("call", [init_compression, from_script])
+def test_a_teacher_that_is_an_engine_runs_as_one(
+    call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = drivetrain.initialize(model=net(layers=4), config=BASE)[0]
+    ran, forward = [], type(teacher).forward
+
+    def noting(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        ran.append(engine is teacher)
+        return forward(engine, *args, **kwargs)
+
+    config = distilled()
+    student = call(net(), config, teacher_model=teacher)
+    assert torch.equal(student.layers[1].up.weight, teacher.module.layers[3].up.weight)
+    engine = drivetrain.initialize(model=student, config=config)[0]
+    monkeypatch.setattr(type(teacher), "forward", noting)
+    tokens, targets = batches(1)[0]
+    engine.backward(engine(tokens, targets))
+    assert sorted(ran) == [False, True]
 
 
 def test_distillation_needs_a_teacher_that_is_whole() -> None:

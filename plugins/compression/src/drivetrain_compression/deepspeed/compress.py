@@ -23,12 +23,12 @@ def init_compression(
     Args:
         model: the model, or an engine's, which is returned as it was given.
         deepspeed_config: a config, or the path of one.
-        teacher_model: needed by ``layer_reduction``.
+        teacher_model: needed by ``layer_reduction`` and ``distillation``; a module or an engine.
+            An engine runs as such, so its layers may be sharded.
         mpu: must be ``None``.
     """
     _refuse_mpu(mpu)
-    teacher = None if teacher_model is None else _module(teacher_model)
-    api.init_compression(_module(model), deepspeed_config, teacher)
+    api.init_compression(_module(model), deepspeed_config, _teacher(teacher_model))
     return model
 
 
@@ -153,6 +153,13 @@ def fake_quantise(
 def _module(model: Any) -> nn.Module:
     found: nn.Module = model.module if hasattr(model, "module") else model
     return found
+
+
+def _teacher(model: Any) -> Any:
+    """An engine as it is, as only engines gather the parameters of a sharded module."""
+    from drivetrain import Engine
+
+    return model if model is None or isinstance(model, Engine) else _module(model)
 
 
 def _refuse_mpu(mpu: Any) -> None:

@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
 
 
+def module_of(teacher: nn.Module) -> nn.Module:
+    """The module of a teacher that may be an engine; has its paths and parameters."""
+    found: nn.Module = teacher.module if hasattr(teacher, "job") else teacher  # type: ignore[assignment]
+    return found
+
+
 class Distillation:
     """Terms between two models that see the same inputs; removed by :meth:`close`.
 
@@ -56,7 +62,7 @@ class Distillation:
         self._given: dict[int, torch.Tensor] = {}
         self._student = student
         hooks = [student.register_forward_pre_hook(self._teach, prepend=True, with_kwargs=True)]
-        root = getattr(teacher, "module", teacher) if hasattr(teacher, "job") else teacher
+        root = module_of(teacher)
         for number, term in enumerate(self.terms):
             own = _submodule(student, term.student, "student")
             other = term.student if term.teacher is None else term.teacher

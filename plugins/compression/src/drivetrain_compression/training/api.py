@@ -13,7 +13,7 @@ from torch import nn
 from drivetrain.contracts import Section
 from drivetrain.errors import ConfigError
 from drivetrain_compression.section import PATH, CompressionSection
-from drivetrain_compression.students.distilling import Distillation
+from drivetrain_compression.students.distilling import Distillation, module_of
 from drivetrain_compression.students.layers import copy_layers
 from drivetrain_compression.training.build import modifiers_of
 from drivetrain_compression.training.session import Session, session_of
@@ -34,7 +34,7 @@ def init_compression(
         model: changed in place.
         config: a config, or the path of one.
         teacher_model: whose layers the model begins with, for ``layer_reduction``, and what it
-            learns from, for ``distillation``; a module, or for the latter alone an engine.
+            learns from, for ``distillation``; a module or an engine, which runs as such.
 
     Raises:
         ConfigError: the section does not fit the model, or a teacher is missing.
@@ -46,7 +46,7 @@ def init_compression(
     if session_of(model) is not None:
         raise ConfigError("the model is compressed already; clean it first (redundancy_clean)")
     if section.layer_reduction.enabled and teacher_model is not None:
-        copy_layers(model, teacher_model, section.layer_reduction)
+        copy_layers(model, module_of(teacher_model), section.layer_reduction)
     session = Session(model, modifiers_of(section))
     if section.distillation.enabled and teacher_model is not None:
         session.distillation = Distillation(model, teacher_model, section.distillation.terms)
