@@ -103,9 +103,7 @@ def test_what_is_not_packed_is_said(tmp_path):
     config = json.loads(path.read_text())
     config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = False
     path.write_text(json.dumps(config))
-    with pytest.raises(
-        ConfigError, match=r"up_proj: pack-quantized .* cannot be read here|cannot be read"
-    ):
+    with pytest.raises(ConfigError, match=r"_proj: pack-quantized .* cannot be read here"):
         load_packed(folder)
 
 
