@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from drivetrain_compression import compress, load_compressed, load_packed
+from drivetrain_compression.files.packed import packed_or_none
 from drivetrain_compression.stored.kept import Kept
 from drivetrain_compression.stored.linear import StoredLinear
 from drivetrain_compression.stored.weight import StoredWeight
 from safetensors.torch import load_file, save_file
-from tiny_models import llama, rows
+from tiny_models import bert, llama, rows
 
 from drivetrain.errors import CheckpointError, ConfigError
 
 W4 = {"gptq": {"bits": 4, "group": 16}}
+W8 = {"round": {"bits": 8}}
 W8A8 = {"round": {"bits": 8, "activations": "int8"}}
 STATIC = {"round": {"bits": 8, "activations": "int8", "activation_scales": "static"}}
 FP8 = {"round": {"format": "e4m3", "activations": "e4m3"}}
@@ -93,6 +96,108 @@ def test_damaged_folders_are_named(tmp_path, layout):
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"lacks model\.layers\.0\.input_layernorm\.weight"):
         load_packed(folder)
+
+
+@pytest.fixture(scope="module")
+def float_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("float")
+    return made(folder, {"round": {"format": "e3m2", "low_rank": 2}}, "drivetrain")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def without(key):
+    def change(path):
+        data = json.loads(path.read_text())
+        data["layers"]["model.layers.0.mlp.up_proj"].pop(key)
+        path.write_text(json.dumps(data))
+
+    return change
+
+
+def of_floats(path):
+    tensors = load_file(path)
+    name = next(n for n in tensors if n.endswith("weight_codes"))
+    save_file({**tensors, name: tensors[name].float()}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("drivetrain_compression.json", cut),
+        ("drivetrain_compression.json", lambda path: path.write_text("[]")),
+        ("drivetrain_compression.json", lambda path: path.write_bytes(b"\xff\xfe")),
+        ("drivetrain_compression.json", lambda path: path.write_text("{}")),
+        ("drivetrain_compression.json", without("shape")),
+        ("drivetrain_compression.json", without("group")),
+        ("model-00001", cut),
+        ("model-00002", of_floats),
+    ],
+)
+def test_a_damaged_file_is_named_whatever_its_parser_says(float_folder, tmp_path, name, damage):
+    folder = shutil.copytree(float_folder, tmp_path / "copy")
+    file = next(folder.glob(f"{name}*"))
+    damage(file)
+    for opens in (load_packed, lambda path: packed_or_none(path, None)):
+        with pytest.raises(CheckpointError) as raised:
+            opens(folder)
+        assert str(folder) in str(raised.value)
+        assert file.name in str(raised.value)
+
+
+def test_scales_and_factors_stay_those_of_the_file_in_another_dtype(float_folder):
+    wanted, found = load_packed(float_folder), load_packed(float_folder, torch.bfloat16)
+    for one, other in zip(wanted.modules(), found.modules(), strict=True):
+        if isinstance(one, StoredWeight):
+            assert torch.equal(one.packed, other.packed)
+            assert torch.equal(one.dequantized().bfloat16(), other.dequantized())
+    assert logits(found).dtype == torch.bfloat16
+
+
+def test_tokens_that_end_a_text_come_from_the_generation_config(float_folder, tmp_path):
+    inference = pytest.importorskip(
+        "drivetrain_inference", reason="drivetrain-inference is missing"
+    )
+    folder = shutil.copytree(float_folder, tmp_path / "copy")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 77]}))
+    with inference.serve(folder, {"inference": {"max_context": 32}}) as engine:
+        assert 77 in engine.stop_tokens
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "drivetrain"])
+def test_an_encoder_is_served_with_the_weights_of_the_file(tmp_path, layout):
+    if layout == "compressed-tensors":
+        pytest.importorskip("compressed_tensors", reason="compressed-tensors is missing")
+    inference = pytest.importorskip(
+        "drivetrain_inference", reason="drivetrain-inference is missing"
+    )
+    bert().save_pretrained(tmp_path / "model")
+    compress(tmp_path / "model", {"modifiers": [W8]}, rows(), tmp_path / "out", format=layout)
+    prompts = [[5, 6, 7], [8, 9, 10, 11]]
+    wanted = load_compressed(tmp_path / "out")
+    encoder = inference.engine_for(tmp_path / "out")
+    for prompt, vector in zip(prompts, encoder.embed(prompts), strict=True):
+        with torch.no_grad():
+            states = wanted(torch.tensor([prompt])).last_hidden_state[0]
+        expected = torch.nn.functional.normalize(states.mean(0), dim=0)
+        torch.testing.assert_close(vector, expected, rtol=0, atol=1e-4)
+    encoder.close()
+
+
+def test_rounding_of_inputs_can_be_left_out_for_a_while(tmp_path):
+    model = load_packed(made(tmp_path, W8A8, "drivetrain"))
+    weights = [m for m in model.modules() if isinstance(m, StoredWeight)]
+    rounded = logits(model)
+    for weight in weights:
+        assert weight.rounds_inputs
+        weight.rounds_inputs = False
+    exact = logits(model)
+    assert not torch.allclose(exact, rounded, rtol=0, atol=1e-4)
+    for weight in weights:
+        weight.rounds_inputs = True
+    assert torch.equal(logits(model), rounded)
 
 
 def test_what_is_not_packed_is_said(tmp_path):

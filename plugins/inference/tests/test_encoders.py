@@ -10,7 +10,7 @@ import pytest
 import torch
 from drivetrain_inference import Encoder, InferenceEngine, engine_for, load_encoder
 from drivetrain_inference.encoders.pooling import POOLS
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -158,6 +158,27 @@ def test_classes_are_those_of_transformers(tmp_path: Path, several: bool) -> Non
     with pytest.raises(ConfigError, match="use classify"):
         encoder.embed(PROMPTS)
     encoder.close()
+
+
+def without(folder: Path, name: str) -> None:
+    file = folder / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if name not in n}, file, {"format": "pt"})
+
+
+def test_weights_that_a_folder_lacks_are_named_and_not_drawn_at_random(tmp_path: Path) -> None:
+    model = saved(KINDS["bert"], tmp_path)
+    without(tmp_path, "pooler")  # which no vector needs
+    encoder = load_encoder(tmp_path)
+    expected = nn.functional.normalize(states(model, PROMPTS[0]).mean(0), dim=0)
+    torch.testing.assert_close(encoder.embed(PROMPTS)[0], expected, rtol=0, atol=1e-5)
+    encoder.close()
+    without(tmp_path, "layer.1.output.dense.weight")
+    with pytest.raises(ConfigError, match=r"lacks weights.*layer\.1\.output\.dense\.weight"):
+        load_encoder(tmp_path)
+    saved(lambda: BertForSequenceClassification(BertConfig(**SMALL)), tmp_path)
+    without(tmp_path, "pooler")
+    with pytest.raises(ConfigError, match=r"lacks weights.*pooler"):
+        load_encoder(tmp_path)
 
 
 def test_what_cannot_be_taken_is_said(tmp_path: Path) -> None:

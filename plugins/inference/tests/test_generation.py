@@ -87,6 +87,34 @@ def test_a_model_that_keeps_more_than_keys_and_values_is_refused():
         serve(model, SMALL)
 
 
+class Rounds(torch.nn.Module):
+    """A layer that rounds its inputs coarsely, and adds some of what it makes of all tokens."""
+
+    def __init__(self, layer, of_all=0.0):
+        super().__init__()
+        self.layer, self.of_all, self.rounds_inputs, self.rounded = layer, of_all, True, 0
+
+    def forward(self, x):
+        product = self.layer(x.mul(2).round().div(2) if self.rounds_inputs else x)
+        self.rounded += self.rounds_inputs
+        return product + self.of_all * product.mean(1, keepdim=True)
+
+
+def test_ways_are_compared_without_the_rounding_of_inputs():
+    model = decoder()
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = layer = Rounds(mlp.up_proj)
+    with serve(model, SMALL) as engine:
+        assert layer.rounded == 0
+        engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=2))
+        assert layer.rounded
+        assert layer.rounds_inputs
+    mlp.up_proj = Rounds(layer.layer, of_all=1e-2)
+    with pytest.raises(ConfigError, match=r"off by 0\.00\d+ of their spread"):
+        serve(model, SMALL)
+    assert mlp.up_proj.rounds_inputs
+
+
 def test_modules_without_transformers_attention_are_refused():
     with pytest.raises(ConfigError, match="cannot be led into a paged cache"):
         serve(torch.nn.Sequential(torch.nn.Embedding(8, 8), torch.nn.Linear(8, 8)))

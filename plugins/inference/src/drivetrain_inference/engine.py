@@ -18,6 +18,7 @@ from drivetrain_inference.admission import Limits, Prompt, checked
 from drivetrain_inference.cache.blocks import BlockManager
 from drivetrain_inference.cache.host import HostBlocks
 from drivetrain_inference.cache.paged import PagedCache
+from drivetrain_inference.cache.room import Agree, Room
 from drivetrain_inference.models import choice
 from drivetrain_inference.models.plain import PlainModel
 from drivetrain_inference.models.shared import SharedTokens
@@ -52,6 +53,7 @@ class InferenceEngine:
         request: tokenizer and stop tokens.
         formats: how weights lie in memory.
         shared: the ranks that share out the tokens of each forward; ``None`` for one.
+        agree: gives ranks that compute the model together the least of their numbers; collective.
 
     Raises:
         ConfigError: the module cannot be served over a paged cache, or the cache would be too
@@ -66,6 +68,7 @@ class InferenceEngine:
         *,
         formats: choice.Formats | None = None,
         shared: SharedTokens | None = None,
+        agree: Agree | None = None,
     ) -> None:
         self.module, self.section, self.tokenizer = module, section, request.tokenizer
         self.context = loading.context_of(module, request.context, section.max_context)
@@ -73,9 +76,8 @@ class InferenceEngine:
         self._formats, self._shared = formats or choice.Formats(), shared
         model, self._plain = self._chosen()
         size = section.block_size
-        blocks = BlockManager(
-            self._number_of_blocks(model), size, prefix_caching=section.prefix_caching
-        )
+        room = Room.of(section, self.context, model.layers, model.dtype, agree or list)
+        blocks = BlockManager(room.blocks, size, prefix_caching=section.prefix_caching)
         self.cache = PagedCache(
             model.layers, blocks.blocks, size, dtype=model.dtype, device=model.device
         )
@@ -83,7 +85,7 @@ class InferenceEngine:
             blocks,
             budget=section.max_batch_tokens,
             most_running=section.max_sequences,
-            host=self._host_blocks(model),
+            host=HostBlocks(self.cache, room.host) if room.host else None,
         )
         self.ragged = RaggedEngine(
             model,
@@ -313,23 +315,6 @@ class InferenceEngine:
             formats=self._formats,
             shared=self._shared,
         )
-
-    def _host_blocks(self, model: choice.Model) -> HostBlocks | None:
-        each = PagedCache.bytes_per_block(model.layers, self.section.block_size, model.dtype)
-        number = self.section.host_cache_bytes // each
-        return HostBlocks(self.cache, number) if number else None
-
-    def _number_of_blocks(self, model: choice.Model) -> int:
-        size, section = self.section.block_size, self.section
-        each = PagedCache.bytes_per_block(model.layers, size, model.dtype)
-        useful = -(-self.context // size) * section.max_sequences
-        number = min(section.cache_blocks or section.cache_bytes // each, useful)
-        if number < 2:
-            raise ConfigError(
-                f"inference.cache_bytes: {section.cache_bytes} is less than two blocks of {each} "
-                "bytes; give the cache more memory, or make block_size smaller"
-            )
-        return number
 
     def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
         limits = Limits(

@@ -100,8 +100,8 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = _source(path)
-    if not empty and (opened := _opened_by_others(path, dtype)) is not None:
-        return opened.eval()
+    if not empty and (opened := opened_by_others(path, dtype)) is not None:
+        return _with_generation_config(opened, path).eval()
     try:
         if empty:
             known = AutoConfig.from_pretrained(
@@ -110,7 +110,7 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
             with _EmptyOnMeta():
                 factory: Any = AutoModelForCausalLM
                 module: nn.Module = factory.from_config(known, dtype=dtype)
-            return _without_memory(module.eval())
+            return _with_generation_config(_without_memory(module.eval()), path)
         kind = dtype or ("auto" if path.is_dir() else torch.float32)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **where,
@@ -129,11 +129,14 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
     return model.eval()
 
 
-def _opened_by_others(path: Path, dtype: torch.dtype | None) -> nn.Module | None:
+def opened_by_others(path: Path, dtype: torch.dtype | None) -> nn.Module | None:
     """The model in a folder that an installed package knows by a file in it, such as packed ones.
 
     The entry point group ``drivetrain.model_folders`` has the file's name, and a function of path
     and dtype that returns the module, or ``None`` where Transformers is to read the folder.
+
+    Raises:
+        ConfigError, CheckpointError: the package cannot open it; says why.
     """
     registry = Registry.installed()
     for name in registry.names("model_folders") if path.is_dir() else ():
@@ -142,6 +145,27 @@ def _opened_by_others(path: Path, dtype: torch.dtype | None) -> nn.Module | None
             module: nn.Module | None = entry.load()(path, dtype)
             return module
     return None
+
+
+def _with_generation_config(module: nn.Module, path: Path) -> nn.Module:
+    """``module`` with the folder's ``generation_config.json``, if there is one.
+
+    Models made from a config alone have one that is derived from it. The file may name more tokens
+    that end a text, such as that of the end of a turn.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    from transformers import GenerationConfig
+
+    if path.is_dir() and (path / "generation_config.json").is_file():
+        try:
+            found: Any = GenerationConfig.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            file = path / "generation_config.json"
+            raise ConfigError(f"{file} cannot be read: {error}") from error
+        module.generation_config = found
+    return module
 
 
 def load_tokenizer(path: Path) -> Any | None:

@@ -142,8 +142,8 @@ def read(name: str, group: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
     """The layer ``name``, from a group of ``config_groups`` and tensors of a file.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape, or the scale of inputs is not
-            a finite number above 0.
+        CheckpointError: a tensor is missing or has another shape or dtype, or the scale of inputs
+            is not a finite number above 0.
         ConfigError: the layout of the group is not known here.
     """
 
@@ -167,6 +167,8 @@ def read(name: str, group: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
         grid, words = Integers(int(weights["num_bits"])), part("weight_packed")
         if list(words.shape) != [rows, -(-columns * grid.bits // 32)]:
             raise CheckpointError(f"{name}: codes {list(words.shape)} of [{rows}, {columns}]")
+        if words.dtype != torch.int32:
+            raise CheckpointError(f"{name}: codes in {words.dtype}, expected torch.int32")
         numbers = unpack_words(words, grid.bits, columns).float() + grid.low
     else:
         numbers = part("weight").float()

@@ -51,8 +51,8 @@ def read(name: str, fact: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
     """The layer ``name``, from its facts and tensors.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape, or the scale of inputs is not
-            a finite number above 0.
+        CheckpointError: a tensor is missing or has another shape or dtype, or the scale of inputs
+            is not a finite number above 0.
     """
 
     def part(kind: str) -> torch.Tensor:
@@ -72,6 +72,8 @@ def read(name: str, fact: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
             f"{name}: scales {list(scale.shape)} and codes {list(words.shape)}, expected "
             f"{expected[0]} and {expected[1]}"
         )
+    if words.dtype != torch.int32:
+        raise CheckpointError(f"{name}: codes in {words.dtype}, expected torch.int32")
     codes = unpack_words(words, grid.bits, columns)
     zero = torch.zeros_like(scale)
     if isinstance(grid, Floats):

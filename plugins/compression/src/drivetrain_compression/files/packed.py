@@ -16,10 +16,13 @@ from drivetrain.errors import CheckpointError, ConfigError
 from drivetrain_compression.calibrated.results import Rounded
 from drivetrain_compression.calibrated.sources import empty
 from drivetrain_compression.files import compressed_tensors, own
+from drivetrain_compression.files.damage import reading
 from drivetrain_compression.files.folder import DESCRIPTION, PLAIN
 from drivetrain_compression.stored.kept import kept
 from drivetrain_compression.stored.linear import StoredLinear
 from drivetrain_compression.stored.weight import StoredWeight
+
+_CONFIG = "config.json"
 
 
 def load_packed(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
@@ -34,24 +37,26 @@ def load_packed(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
 
     Raises:
         ConfigError: it is no such folder, or holds a layer in a way that is not known here.
-        CheckpointError: something is missing, or has another shape.
+        CheckpointError: something is missing, has another shape, or is damaged; names the file.
     """
     folder = Path(path)
     summary = _json(folder / DESCRIPTION)
     module = empty(folder)
     fill = _Fill(module, dtype)
-    layers = _layers(folder, summary, module)
-    for tensors in _parts(folder):
+    layers, described = _layers(folder, summary, module)
+    for file, tensors in _parts(folder):
         parts = {name: name.rpartition(".") for name in tensors}
         packed = {
             name: base
             for name, (base, _, end) in parts.items()
             if base in layers and (end.startswith("weight") or end == "input_scale")
         }
-        for name in dict.fromkeys(packed.values()):
-            fill.layer(name, layers[name](name, tensors))
-        for name in tensors.keys() - packed.keys():
-            fill.plain(name, tensors[name])
+        with reading(folder, file, described):
+            for name in dict.fromkeys(packed.values()):
+                found = layers[name](name, tensors)
+                fill.layer(name, found, tensors[f"{name}.weight_scale"].dtype)
+            for name in tensors.keys() - packed.keys():
+                fill.plain(name, tensors[name])
     fill.check(folder)
     return module.eval()
 
@@ -78,8 +83,15 @@ class _Fill:
                 self._tied.setdefault(id(parameter), []).append((part, name))
         self._alive = list(module.parameters())  # so that ids stay theirs
 
-    def layer(self, name: str, found: Rounded) -> None:
-        """Exchange the linear layer ``name`` for one over packed numbers."""
+    def layer(self, name: str, found: Rounded, scale_dtype: torch.dtype) -> None:
+        """Exchange the linear layer ``name`` for one over packed numbers.
+
+        Args:
+            name: of the layer.
+            found: its numbers.
+            scale_dtype: of scales and low-rank factors in the file. They stay so, whatever dtype
+                the layer computes in, as it is the values of the file that were chosen.
+        """
         path, _, attribute = name.rpartition(".")
         parent = self._module.get_submodule(path)
         old = getattr(parent, attribute)
@@ -90,7 +102,7 @@ class _Fill:
                 f"{type(old).__name__} {shape}"
             )
         dtype = self._dtype or old.weight.dtype
-        form = kept(found, dtype)
+        form = kept(found, scale_dtype)
         weight = StoredWeight.of(form, form.packed(found), tuple(found.numbers.shape), dtype)
         new = StoredLinear.over(weight, old.bias)
         setattr(parent, attribute, new)
@@ -122,23 +134,29 @@ class _Fill:
             raise CheckpointError(f"{folder} lacks {', '.join(lost[:10])}")
 
 
-def _layers(folder: Path, summary: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
-    """Readers of compressed layers by name."""
-    if summary["format"] == own.NAME:
-        facts = summary["layers"]
-        return {name: lambda n, tensors: own.read(n, facts[n], tensors) for name in facts}
-    if summary["format"] != compressed_tensors.NAME:
-        raise ConfigError(
-            f"{folder} is in the format {summary['format']}, which has nothing packed"
-        )
-    entry = _json(folder / "config.json").get("quantization_config") or {}
+def _layers(
+    folder: Path, summary: Mapping[str, Any], module: nn.Module
+) -> tuple[dict[str, Any], str]:
+    """Readers of compressed layers by name; and the file that describes these layers."""
+    with reading(folder, DESCRIPTION):
+        layout = summary["format"]
+        if layout == own.NAME:
+            facts = dict(summary["layers"])
+            return {
+                n: lambda n, tensors: own.read(n, facts[n], tensors) for n in facts
+            }, DESCRIPTION
+    if layout != compressed_tensors.NAME:
+        raise ConfigError(f"{folder} is in the format {layout}, which has nothing packed")
+    config = _json(folder / _CONFIG)
     found = {}
-    for group in entry.get("config_groups", {}).values():
-        for name, part in module.named_modules():
-            wanted = any(_targets(target, name) for target in group["targets"])
-            if wanted and isinstance(part, nn.Linear) and name not in entry.get("ignore", ()):
-                found[name] = _reader(group)
-    return found
+    with reading(folder, _CONFIG):
+        entry = config.get("quantization_config") or {}
+        for group in entry.get("config_groups", {}).values():
+            for name, part in module.named_modules():
+                wanted = any(_targets(target, name) for target in group["targets"])
+                if wanted and isinstance(part, nn.Linear) and name not in entry.get("ignore", ()):
+                    found[name] = _reader(group)
+    return found, _CONFIG
 
 
 def _reader(group: Mapping[str, Any]) -> Any:
@@ -151,18 +169,23 @@ def _targets(target: str, name: str) -> bool:
     return target in ("Linear", name)
 
 
-def _parts(folder: Path) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors of all files, a file at a time; a block's lie in one."""
+def _parts(folder: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Names of files, each with its tensors, a file at a time; a block's lie in one."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(f"{folder} has no safetensors files")
     for file in files:
-        with safe_open(file, "pt") as opened:
-            yield {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        with reading(folder, file.name), safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        yield file.name, tensors
+        del tensors  # before the next file's are read
 
 
 def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ConfigError(f"{path} is missing")
-    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    with reading(path.parent, path.name):
+        found = json.loads(path.read_text("utf-8"))
+        if not isinstance(found, dict):
+            raise CheckpointError(f"a {type(found).__name__} where an object was expected")
     return found

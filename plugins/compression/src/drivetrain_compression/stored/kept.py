@@ -134,13 +134,13 @@ class Kept(WeightFormat):
         return fits and columns % self.group == 0 and self.group % 2 == 0
 
 
-def kept(found: Rounded, dtype: torch.dtype) -> Kept:
-    """The format that holds exactly what was chosen for a layer of ``dtype``."""
+def kept(found: Rounded, scale_dtype: torch.dtype) -> Kept:
+    """The format that holds exactly what was chosen, where scales were chosen in that dtype."""
     rank = 0 if found.low_rank is None else found.low_rank[0].shape[1]
     scales = found.scales
     return Kept(
         found.grid, scales.group, found.activations,
-        rank=rank, input_scale=found.input_scale, scale_dtype=dtype,
+        rank=rank, input_scale=found.input_scale, scale_dtype=scale_dtype,
     )  # fmt: skip
 
 

@@ -35,9 +35,13 @@ class StoredWeight(nn.Module):
     Attributes:
         shape: [out, in].
         dtype: of the weight when it was packed, and of :meth:`dequantized`.
+        rounds_inputs: whether products in eval mode round what they multiply with, as some formats
+            do. May be set to false for a while by who compares two ways to compute a model:
+            rounding makes small differences large.
     """
 
     packed: torch.Tensor
+    rounds_inputs: bool
 
     def __init__(self, weight: torch.Tensor, format: WeightFormat, shards: int = 1) -> None:
         super().__init__()
@@ -49,6 +53,7 @@ class StoredWeight(nn.Module):
         if not bool(torch.isfinite(weight).all()):
             raise ConfigError(f"the weight {list(weight.shape)} holds numbers that are not finite")
         self.format, self.shape, self.dtype = format, weight.shape, weight.dtype
+        self.rounds_inputs = _rounds(format)
         self.shards = _shards(shards)
         # Before what packing needs for a while, which would else leave holes between weights.
         whole = torch.empty(format.bytes(weight.shape), dtype=torch.uint8, device=weight.device)
@@ -76,6 +81,7 @@ class StoredWeight(nn.Module):
         nn.Module.__init__(made)
         made.format, made.shape, made.dtype = format, torch.Size(shape), dtype
         made.shards, made._own = 1, None
+        made.rounds_inputs = _rounds(format)
         device = next(iter(parts.values())).device
         whole = torch.empty(format.bytes(shape), dtype=torch.uint8, device=device)
         for name, view in made._views(whole).items():
@@ -93,11 +99,6 @@ class StoredWeight(nn.Module):
     def stored(self) -> torch.Tensor:
         """The bytes that this rank keeps, uint8."""
         return self.packed if self._own is None else self._own
-
-    @property
-    def rounds_inputs(self) -> bool:
-        """Whether products round what they multiply with, so that small differences may grow."""
-        return bool(getattr(self.format, "activations", ""))
 
     @property
     def device(self) -> torch.device:
@@ -135,7 +136,8 @@ class StoredWeight(nn.Module):
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        result: torch.Tensor = _multiplied(x, self, False, not self.training)
+        own = not self.training and self.rounds_inputs == _rounds(self.format)
+        result: torch.Tensor = _multiplied(x, self, False, own)
         return result
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -174,6 +176,10 @@ class _Product(torch.autograd.Function):
 
 
 _multiplied: Callable[..., torch.Tensor] = _Product.apply
+
+
+def _rounds(format: WeightFormat) -> bool:
+    return bool(getattr(format, "activations", ""))
 
 
 def _shards(wanted: int) -> int:

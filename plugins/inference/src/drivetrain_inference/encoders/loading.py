@@ -16,7 +16,12 @@ from drivetrain.job.job import Job
 from drivetrain.plan.plan import Plan
 from drivetrain_inference.encoders.encoder import Encoder
 from drivetrain_inference.encoders.pooling import head_of
-from drivetrain_inference.loading import DEFAULT_CONTEXT, load_tokenizer, serve
+from drivetrain_inference.loading import (
+    DEFAULT_CONTEXT,
+    load_tokenizer,
+    opened_by_others,
+    serve,
+)
 
 if TYPE_CHECKING:
     from drivetrain_inference.engine import InferenceEngine
@@ -76,12 +81,14 @@ def load_encoder(
         weights: where parameters get values from instead.
 
     Raises:
-        ConfigError: there is no such model, or one that is not known; says why.
+        ConfigError: there is no such model, or one that is not known, or its folder lacks weights;
+            says why.
+        CheckpointError: its packed weights are damaged.
     """
     folder = Path(path)
     architecture = _architecture(folder) or ""
     classifies = architecture.endswith("ForSequenceClassification")
-    module = _load(folder, dtype, classifies=classifies)
+    module = _load(folder, dtype, classifies=classifies, replaced=weights is not None)
     head = None if classifies else head_of(folder, causal=architecture in _causal())
     tokenizer = load_tokenizer(folder)
     job = Job.open(Plan.build(config or {}, batch_required=False))
@@ -101,14 +108,29 @@ def load_encoder(
     )
 
 
-def _load(folder: Path, dtype: torch.dtype | None, *, classifies: bool) -> nn.Module:
+def _load(
+    folder: Path, dtype: torch.dtype | None, *, classifies: bool, replaced: bool
+) -> nn.Module:
+    """The module of a folder, without a head that makes words.
+
+    Args:
+        folder: of the model.
+        dtype: of the weights; theirs by default.
+        classifies: whether its head classifies, and is needed.
+        replaced: whether all parameters get values from elsewhere afterwards.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoModelForSequenceClassification
 
+    opened: Any = None if replaced else opened_by_others(folder, dtype)
+    if opened is not None:
+        whole: nn.Module = opened if classifies else getattr(opened, "base_model", opened)
+        return whole
     factory: Any = AutoModelForSequenceClassification if classifies else AutoModel
     try:
-        module: nn.Module = factory.from_pretrained(
+        loaded: Any = factory.from_pretrained(
             str(folder),
+            output_loading_info=True,
             dtype=dtype or "auto",
             local_files_only=True,
             trust_remote_code=False,
@@ -116,6 +138,13 @@ def _load(folder: Path, dtype: torch.dtype | None, *, classifies: bool) -> nn.Mo
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ConfigError(f"{folder} cannot be loaded as an encoder: {error}") from error
+    module: nn.Module = loaded[0]
+    # Transformers draws them at random. Many folders have no pooler, which vectors do not need.
+    missing = sorted(
+        name for name in loaded[1]["missing_keys"] if classifies or "pooler" not in name.split(".")
+    )
+    if missing and not replaced:
+        raise ConfigError(f"{folder} lacks weights of the model: {', '.join(missing[:6])}")
     return module
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from drivetrain_kernels.ops.linear import PACKED_LINEAR
@@ -28,9 +30,6 @@ _PROBE = 13
 """Tokens of the text that ways are compared on."""
 _TOLERANCES = {torch.float32: 2e-4, torch.float64: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Largest difference of logits, as a share of their spread."""
-_ROUNDED = 2e-2
-"""The same where layers round their inputs to few bits (``rounds_inputs``): what lies between two
-numbers may go to the other one."""
 
 
 class Model(Protocol):
@@ -80,6 +79,35 @@ def choose(
         ConfigError: the module gives other logits over a paged cache than by itself; or the fast
             path is wanted (by ``always``, or for a weight format) and cannot be had.
     """
+    with _unrounded(module):  # on both sides of every comparison, so that bounds can be strict
+        return _choice(module, fast_path, context, formats, shared)
+
+
+@contextmanager
+def _unrounded(module: nn.Module) -> Iterator[None]:
+    """Have no part of ``module`` round its inputs to few bits, where it says that it does.
+
+    A part that does has an attribute ``rounds_inputs``, which may be set. What lies between two
+    numbers may go to either, so that the last bits, which differ between machines and between two
+    right ways to compute, would decide how far logits are apart.
+    """
+    parts: list[Any] = [p for p in module.modules() if getattr(p, "rounds_inputs", False) is True]
+    try:
+        for part in parts:
+            part.rounds_inputs = False
+        yield
+    finally:
+        for part in parts:
+            part.rounds_inputs = True
+
+
+def _choice(
+    module: nn.Module,
+    fast_path: FastPath,
+    context: int,
+    formats: Formats,
+    shared: SharedTokens | None,
+) -> tuple[Model, PlainModel]:
     plain, form = PlainModel(module, shared), formats.blocks
     try:
         tokens = _probe(module)
@@ -117,10 +145,8 @@ def _check_invariance(plain: PlainModel) -> None:
 
 
 def _check_plain(plain: PlainModel, tokens: list[int], reference: torch.Tensor) -> None:
-    off, allowed = difference(plain, tokens, reference), _TOLERANCES.get(plain.dtype, 2e-4)
-    if any(getattr(part, "rounds_inputs", False) for part in plain.module.modules()):
-        allowed = max(allowed, _ROUNDED)
-    if not off <= allowed:
+    off = difference(plain, tokens, reference)
+    if not off <= _TOLERANCES.get(plain.dtype, 2e-4):
         raise ConfigError(
             f"{type(plain.module).__name__} gives other logits over a paged cache than by itself "
             f"(off by {off:.2g} of their spread): it keeps something between tokens beside keys "

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from drivetrain.job.job import Job
 
 _TAG = Tag(Purpose.ACTIVATION, key="logits", site="inference")
+_CHANGES = (AttentionPhase.KERNEL, AttentionPhase.MASK)
+"""Layers that decide what attention computes; the others say where its tokens and heads are."""
 
 
 class SharedTokens:
@@ -39,13 +41,19 @@ class SharedTokens:
         """How the ranks of ``job`` share tokens; ``None`` if they do not.
 
         Raises:
-            ConfigError: nothing exchanges heads between them.
+            ConfigError: nothing exchanges heads between them; or a package changes what attention
+                computes, which attention over a paged cache would leave out.
         """
+        offered = job.hub.wrap_attention(job)
+        if others := sorted({_origin(each) for each in offered if each.phase in _CHANGES}):
+            raise ConfigError(
+                f"inference: {', '.join(others)} changes what attention computes, and the engine "
+                "that generates computes attention over its cache by itself, so results would not "
+                "be the model's: leave that package's section out of the config"
+            )
         if job.mesh.size("sp") == 1:
             return None
-        layers = [
-            layer for layer in job.hub.wrap_attention(job) if layer.phase is AttentionPhase.SEQUENCE
-        ]
+        layers = [layer for layer in offered if layer.phase is AttentionPhase.SEQUENCE]
         if not layers:
             raise ConfigError(
                 "inference: several ranks share a sequence (axis sp), and no package exchanges "
@@ -79,3 +87,9 @@ class SharedTokens:
 
     def _each(self, tokens: int) -> int:
         return -(-tokens // self._line.size)
+
+
+def _origin(layer: AttentionLayer) -> str:
+    """Name of the module of Python that a layer comes from."""
+    wrap = layer.wrap
+    return str(getattr(wrap, "__module__", None) or type(wrap).__module__)
