@@ -140,7 +140,7 @@ def test_a_damaged_file_is_named_whatever_its_parser_says(float_folder, tmp_path
     folder = shutil.copytree(float_folder, tmp_path / "copy")
     file = next(folder.glob(f"{name}*"))
     damage(file)
-    for opens in (load_packed, lambda path: packed_or_none(path, None)):
+    for opens in (load_packed, lambda path: packed_or_none(path, None), load_compressed):
         with pytest.raises(CheckpointError) as raised:
             opens(folder)
         assert str(folder) in str(raised.value)

@@ -15,6 +15,7 @@ from drivetrain.errors import CheckpointError, ConfigError
 from drivetrain_compression.calibrated.results import put
 from drivetrain_compression.calibrated.sources import architecture, of_gguf
 from drivetrain_compression.files import compressed_tensors, own
+from drivetrain_compression.files.damage import reading
 from drivetrain_compression.files.folder import DESCRIPTION
 
 _INDEX = "model.safetensors.index.json"
@@ -37,13 +38,17 @@ def load_compressed(path: str | os.PathLike[str], module: nn.Module | None = Non
     if folder.suffix == ".gguf" and folder.is_file():
         return of_gguf(folder).eval()
     described = folder / DESCRIPTION
-    summary = json.loads(described.read_text("utf-8")) if described.exists() else {}
-    if summary.get("format") == compressed_tensors.NAME or not summary:
+    if not described.exists():
+        return _by_transformers(folder)
+    with reading(folder, DESCRIPTION):
+        summary = json.loads(described.read_text("utf-8"))
+        layout, layers = summary["format"], dict(summary["layers"])
+    if layout == compressed_tensors.NAME:
         return _by_transformers(folder)
     if not (folder / _INDEX).exists():
         raise ConfigError(f"{folder} has no {_INDEX}")
     module = _blank(folder) if module is None else module
-    _fill(module, folder, summary["layers"])
+    _fill(module, folder, layers)
     return module.eval()
 
 
@@ -75,25 +80,28 @@ def _blank(folder: Path) -> nn.Module:
 
 
 def _fill(module: nn.Module, folder: Path, layers: dict[str, Any]) -> None:
-    index = json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"]
+    with reading(folder, _INDEX):
+        index = json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"]
+        files = sorted(set(index.values()))
     wanted = module.state_dict()
     missing = set(wanted)
-    for file in sorted(set(index.values())):
-        tensors = load_file(folder / file)
-        for name, tensor in tensors.items():
-            if name in wanted:
-                if wanted[name].shape != tensor.shape:
-                    raise CheckpointError(
-                        f"{name} has shape {list(tensor.shape)} in {folder}, and "
-                        f"{list(wanted[name].shape)} in the model"
-                    )
-                wanted[name].copy_(tensor)
-                missing.discard(name)
-        for name, fact in layers.items():
-            if f"{name}.weight_codes" in tensors:
-                layer: Any = module.get_submodule(name)
-                put(layer, own.read(name, fact, tensors))
-                missing.discard(f"{name}.weight")
+    for file in files:
+        with reading(folder, file, DESCRIPTION):
+            tensors = load_file(folder / file)
+            for name, tensor in tensors.items():
+                if name in wanted:
+                    if wanted[name].shape != tensor.shape:
+                        raise CheckpointError(
+                            f"{name} has shape {list(tensor.shape)}, and "
+                            f"{list(wanted[name].shape)} in the model"
+                        )
+                    wanted[name].copy_(tensor)
+                    missing.discard(name)
+            for name, fact in layers.items():
+                if f"{name}.weight_codes" in tensors:
+                    layer: Any = module.get_submodule(name)
+                    put(layer, own.read(name, fact, tensors))
+                    missing.discard(f"{name}.weight")
     shared = {wanted[name].data_ptr() for name in wanted if name not in missing}
     if lost := sorted(name for name in missing if wanted[name].data_ptr() not in shared):
         raise CheckpointError(f"{folder} lacks {', '.join(lost[:10])}")
