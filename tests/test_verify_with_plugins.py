@@ -156,3 +156,12 @@ def test_plans_that_share_out_the_model_are_refused_by_name(
     words = rf"verify\.enabled: compares data-parallel plans: .* shares out {axis} "
     with pytest.raises(ConfigError, match=words):
         Plan.build(config, world_size=2)
+
+
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])
+def test_plans_that_round_on_purpose_are_refused_by_name(key: str) -> None:
+    from drivetrain.plan.plan import Plan
+
+    config = {"train_micro_batch_size_per_gpu": 1, "verify": {}, **zero(3, **{key: True})}
+    with pytest.raises(ConfigError, match=rf"zero_optimization\.{key} rounds far more"):
+        Plan.build(config, world_size=2)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from drivetrain_verify.work import Work
 
 _AXES = ("pp", "tp", "sp", "ep")
+_ROUNDING = (
+    "zero_optimization.zero_quantized_weights",
+    "zero_optimization.zero_quantized_gradients",
+)
 
 
 class Verify(Plugin):
@@ -31,7 +35,12 @@ class Verify(Plugin):
         cut = [a for a in _AXES if a in plan.layout.axes and plan.layout.size(a) > 1]
         why = "ranks have parts of the model or of sequences, and none sees what one process would"
         text = "compares data-parallel plans: leave out the section here, or what shares out"
-        return [Problem(f"{PATH}.enabled", f"{text} {axis} ({why})") for axis in cut]
+        found = [Problem(f"{PATH}.enabled", f"{text} {axis} ({why})") for axis in cut]
+        rounding = [key for key in _ROUNDING if plan.features().get(key)]
+        why = "rounds far more than the precision does, so that every parameter would be off"
+        return found + [
+            Problem(f"{PATH}.enabled", f"{key} {why}: compare without it") for key in rounding
+        ]
 
     def features(self) -> Mapping[str, object]:
         return {f"{PATH}.enabled": self.section(VerifySection).enabled}

@@ -91,7 +91,7 @@ class Recorder:
         """Say which weights the next window is to use.
 
         Args:
-            weights: name -> whole tensor in float64, on the host.
+            weights: name -> whole tensor in the dtype of the parameter, on the host.
             name_of: name of a parameter of the module.
         """
         self._weights, self._name_of = weights, name_of
@@ -140,9 +140,10 @@ class Recorder:
             expected = self._weights.get(name)
             if expected is None or expected.shape != parameter.shape:
                 continue  # frozen, or this rank has no more than a part of it
-            scale = float(expected.norm())
+            wide = expected.double()
+            scale = float(wide.norm())
             bound = ROUNDINGS * torch.finfo(parameter.dtype).eps * scale
-            error = float((parameter.detach().cpu().double() - expected).norm())
+            error = float((parameter.detach().cpu().double() - wide).norm())
             if not error <= bound:
                 record.wrong = Used(name, error, bound, scale)
 
