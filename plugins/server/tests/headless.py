@@ -15,6 +15,10 @@ PROGRAM = next(
 )
 
 
+class AnotherPageError(Exception):
+    """The page that was asked has made way for another one."""
+
+
 class Page:
     """One page of a browser of its own."""
 
@@ -57,7 +61,10 @@ class Page:
         while True:
             found = self._next()
             if found.get("id") == self._number:
-                assert "error" not in found, found["error"]
+                error = found.get("error")
+                if error is not None and "navigated" in error["message"]:
+                    raise AnotherPageError(error["message"])
+                assert error is None, error
                 return found["result"]
             self._note(found)
 
@@ -74,9 +81,15 @@ class Page:
 
     def until(self, code, seconds=30.0):
         end = time.monotonic() + seconds
-        while not self.run(f"Boolean({code})"):
+        while not self._holds(code):
             assert time.monotonic() < end, f"{code} has not come true"
             time.sleep(0.05)
+
+    def _holds(self, code):
+        try:
+            return self.run(f"Boolean({code})")
+        except AnotherPageError:  # it was left while it was asked
+            return False
 
     def picture(self, path):
         data = self.call("Page.captureScreenshot", format="png")["data"]

@@ -113,10 +113,17 @@ class Work:
                 i.name: torch.Size(i.whole_shape) for i, _ in named if i.name in trained
             }
         weights = whole_weights(engine, self._shapes)
-        named = {self._job.parameters.info(p).name: p for p in engine.module.parameters()}
+
+        def name_of(parameter: nn.Parameter) -> str:
+            return self._job.parameters.info(parameter).name
+
         # In the dtype that modules compute in, as each rank keeps them through the window.
-        used = {name: weights[name].to(p.dtype) for name, p in named.items() if name in weights}
-        self._recorder.expect(used, lambda p: self._job.parameters.info(p).name)
+        used = {
+            name: weights[name].to(p.dtype)
+            for p in engine.module.parameters()
+            if (name := name_of(p)) in weights
+        }
+        self._recorder.expect(used, name_of)
         if self._job.rank == 0:
             if self._shadows is None:
                 assert self._client is not None
