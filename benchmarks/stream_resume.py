@@ -1,11 +1,12 @@
-"""Time a mid-epoch resume over many shards, ours and by reading past; prints JSON.
+"""Time a mid-epoch resume of each kind of data, ours and by reading past; prints JSON.
 
     python benchmarks/stream_resume.py --shards 10000 --samples 20
 
-Tar files in WebDataset's layout and Parquet files are written first and indexed. A resume is
-everything from the index on disk to the first micro-batch at the middle of an epoch, on the second
-of four data shards. Beside it: the WebDataset pipeline of the same tar files, which has to read and
-decode what comes before the position.
+Tar files in WebDataset's layout and Parquet files are written first and indexed, and the same
+samples to one array and to one file of lines. A resume is everything from the index or file on disk
+to the first micro-batch at the middle of an epoch, on the second of four data shards. Beside it:
+the WebDataset pipeline of the same tar files, which has to read and decode what comes before the
+position, as the loader has to of the plain stream of lines.
 """
 
 from __future__ import annotations
@@ -17,19 +18,56 @@ import statistics
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import webdataset
 from drivetrain_data_efficiency import ParquetShards, TarShards, index_shards
 from pyarrow import parquet, table
+from torch.utils.data import Dataset, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from drivetrain.contracts import LoaderRequest
 from drivetrain.engine.loader import default_loader
 
-MICRO = 16
+MICRO, SHARD, SHARDS = 16, 1, 4
+
+
+class Rows(Dataset[Any]):
+    """Rows of an array on disk, by number."""
+
+    def __init__(self, file: Path) -> None:
+        self.rows = np.load(file, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index].tolist()
+
+
+class Lines(IterableDataset[Any]):
+    """A stream that does not know its position: JSON of a file, line by line."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __iter__(self) -> Iterator[Any]:
+        with self.file.open(encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
+
+
+def stateful(file: Path) -> StatefulDataLoader[Any]:
+    """torchdata's loader of the same rows, which a script shards itself."""
+    rows = Rows(file)
+    sampler = StatefulDistributedSampler(rows, num_replicas=SHARDS, rank=SHARD, seed=1)
+    return StatefulDataLoader(rows, batch_size=MICRO, sampler=sampler, collate_fn=list)
 
 
 def write_tars(folder: Path, shards: int, samples: int) -> list[Path]:
@@ -54,16 +92,34 @@ def write_parquets(folder: Path, rows: int) -> list[Path]:
     return names
 
 
-def resumed(make: Callable[[], Any], epochs_part: float) -> float:
-    """Seconds from an index to the micro-batch at a part of an epoch."""
+def resumed(make: Callable[[], Any], rounds: int) -> float:
+    """Seconds from files to the micro-batch after so many of every shard."""
     begin = time.perf_counter()
-    dataset = make()
-    request = LoaderRequest(dataset, MICRO, collate_fn=list, shard=1, num_shards=4, seed=1)
+    dataset, place = make(), rounds * SHARDS * MICRO
+    request = LoaderRequest(dataset, MICRO, collate_fn=list, shard=SHARD, num_shards=SHARDS, seed=1)
     loader = default_loader(request)
-    place = int(len(dataset) * epochs_part) // (4 * MICRO) * 4 * MICRO
-    order = dataset.sample_order(1).state_dict(0, place)
-    loader.load_state_dict({"epoch": 0, "consumed": place, "order": order})
+    state: dict[str, Any] = {"epoch": 0, "consumed": place}
+    if hasattr(dataset, "sample_order"):
+        state["order"] = dataset.sample_order(1).state_dict(0, place)
+    loader.load_state_dict(state)
     assert len(next(iter(loader))) == MICRO
+    return time.perf_counter() - begin
+
+
+def loader_resumed(make: Callable[[], Any], rounds: int) -> float:
+    """The same of a loader that knows its position, which has to be brought there first."""
+
+    def loader() -> Any:
+        return default_loader(LoaderRequest(make(), MICRO, shard=SHARD, num_shards=SHARDS))
+
+    saved = loader()
+    for _ in islice(iter(saved), rounds):
+        pass
+    state = saved.state_dict()
+    begin = time.perf_counter()
+    again = loader()
+    again.load_state_dict(state)
+    assert len(next(iter(again))) == MICRO
     return time.perf_counter() - begin
 
 
@@ -77,7 +133,7 @@ def read_past(names: list[Path], position: int) -> float:
 
 def main() -> None:
     """Write, index, resume."""
-    parser = argparse.ArgumentParser(description="Seconds of a mid-epoch resume over shards.")
+    parser = argparse.ArgumentParser(description="Seconds of a mid-epoch resume.")
     parser.add_argument("--shards", type=int, default=10_000)
     parser.add_argument("--samples", type=int, default=20, help="of each tar file")
     parser.add_argument("--rounds", type=int, default=5)
@@ -90,13 +146,24 @@ def main() -> None:
         index_shards(folder / "tars", tars, workers=2)
         found["index_s"] = round(time.perf_counter() - begin, 2)
         index_shards(folder / "rows", write_parquets(folder, found["samples"]))
-        makers: dict[str, Callable[[], Any]] = {
-            "tar": lambda: TarShards(folder / "tars", lanes=8, run=MICRO),
-            "parquet": lambda: ParquetShards(folder / "rows", lanes=8, run=MICRO),
+        array, lines = folder / "rows.npy", folder / "rows.jsonl"
+        np.save(array, np.tile(np.arange(50, dtype=np.int32), (found["samples"], 1)))
+        lines.write_text(f"{json.dumps(list(range(50)))}\n" * found["samples"], "utf-8")
+        tar = partial(TarShards, folder / "tars", lanes=8, run=MICRO)
+        rows = partial(ParquetShards, folder / "rows", lanes=8, run=MICRO)
+        kinds: dict[str, tuple[Callable[..., float], Callable[[], Any]]] = {
+            "tar": (resumed, tar),
+            "parquet": (resumed, rows),
+            "map": (resumed, partial(Rows, array)),
+            "stateful_loader": (loader_resumed, partial(stateful, array)),
+            "plain_stream": (resumed, partial(Lines, lines)),
         }
-        for kind, make in makers.items():
-            times = [resumed(make, 0.5) for _ in range(options.rounds)]
-            found[f"{kind}_resume_s"] = round(statistics.median(times), 3)
+        middle = found["samples"] // 2 // (SHARDS * MICRO)
+        for kind, (timed, make) in kinds.items():
+            times = [timed(make, middle) for _ in range(options.rounds)]
+            found[f"{kind}_resume_s"] = round(statistics.median(times), 4)
+        times = [resumed(partial(Lines, lines), middle // 2) for _ in range(options.rounds)]
+        found["plain_stream_at_a_quarter_s"] = round(statistics.median(times), 4)
         found["reading_past_s"] = round(read_past(tars, found["samples"] // 2), 2)
     found["times_as_fast"] = round(found["reading_past_s"] / found["tar_resume_s"], 1)
     print(json.dumps(found))

@@ -132,6 +132,7 @@ def stage(number: int, **more: Any) -> dict[str, Any]:
 
 
 CPU = {"device": "cpu"}
+RELEASED = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 CONFIGS: list[dict[str, Any]] = [
     {},
     stage(1),
@@ -172,7 +173,9 @@ def test_experts_on_four_ranks_train_as_one_process_at_every_stage(ep: int, idle
 
 
 def test_copies_of_experts_train_as_one_process() -> None:
-    claim(4, 2, [stage(1), stage(3)], idle=False)
+    # In some micro-batches two of the ranks have no rows for the second half, and their peers do.
+    halves = {"moe": {"halves": True}, "cpu": {"shared_memory": False}}
+    claim(4, 2, [stage(1), stage(3), {**stage(3, **RELEASED), **halves}], idle=False)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import drivetrain
+from drivetrain.errors import ConfigError
 from drivetrain.states.whole import whole
 from drivetrain.testing import RanksFailedError, run_distributed
 from drivetrain.testing.data import tokens
@@ -121,14 +123,49 @@ def test_an_optimizer_updates_shards_as_it_does_in_one_process(name: str, stage:
     compare(run_distributed(train, 2, name, stage), alone)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_an_optimizer_that_communicates_is_refused_by_name(stage: int) -> None:
+ONE_BIT = ("OneBitAdam", "OneBitLamb", "ZeroOneAdam")
+
+
+def test_an_optimizer_that_communicates_is_refused_on_every_rank() -> None:
     with pytest.raises(RanksFailedError) as caught:
-        run_distributed(train, 2, "OneBitAdam", stage)
+        run_distributed(train, 2, "OneBitAdam", 3)
+    assert len(caught.value.errors) == 2
     for error in caught.value.errors.values():
         assert "ConfigError: optimizer.type = OneBitAdam cannot be combined" in error.error
-        assert f"zero_optimization.stage = {stage}" in error.error
-        assert "use stage 0" in error.error
+
+
+def refuse(name: str, zero: dict[str, Any]) -> str:
+    config = {
+        "train_batch_size": 1,
+        "optimizer": {"type": name, "params": {}},
+        "zero_optimization": zero,
+    }
+    with pytest.raises(ConfigError) as caught:
+        drivetrain.initialize(model=nn.Linear(2, 2), config=config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ONE_BIT)
+def test_an_optimizer_that_communicates_is_refused_by_name(name: str, stage: int) -> None:
+    said = refuse(name, {"stage": stage})
+    assert f"optimizer.type = {name} cannot be combined with" in said
+    assert f"zero_optimization.stage = {stage}: " in said
+    assert "use stage 0" in said
+
+
+@pytest.mark.parametrize("name", ONE_BIT)
+@pytest.mark.parametrize("home", ["cpu", "nvme"])
+def test_its_states_cannot_leave_the_device(
+    name: str, home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offload = {"device": home, "nvme_path": str(tmp_path)}
+    # As where the device is an accelerator; host memory is where states of jobs on CPUs are anyway.
+    for module in ("drivetrain_offload.placement", "drivetrain_offload.files.home"):
+        monkeypatch.setattr(f"{module}.is_host", lambda _job: False)
+    said = refuse(name, {"stage": 0, "offload_optimizer": offload})
+    assert f"offload_optimizer: the optimizer {name} communicates gradients by itself" in said
+    assert "use device none, or another optimizer.type" in said
 
 
 DECAY = 0.5

@@ -18,6 +18,9 @@ import pytest
 import torch
 from drivetrain_communication.routes.hierarchy import Hierarchical, find_levels
 from drivetrain_communication.routes.presence import missing
+from drivetrain_communication.routes.router import Router
+from drivetrain_communication.routes.section import RoutesSection, Rule
+from drivetrain_communication.routes.table import Shape, Table
 from drivetrain_communication.routes.through_host import ThroughHost
 from interleaved import KINDS, TAG, one, open_job, run_all
 from interleaved import values as drawn
@@ -251,7 +254,6 @@ def test_ranks_that_wait_in_other_orders_never_hang_and_get_the_right_numbers() 
 def tuned(folder: str) -> list[Any]:
     """Measure, use the table, then find out which of others are refused."""
     from drivetrain_communication.routes.plugin import routers
-    from drivetrain_communication.routes.table import Shape
     from drivetrain_communication.routes.tune import tune
 
     path, rank = Path(folder, "routes.json"), Ranks.current().rank
@@ -301,6 +303,26 @@ def test_a_measured_table_decides_and_one_of_another_cluster_is_refused(tmp_path
         assert "doves.json: it names a route that does not exist: doves" in doves
 
 
+def test_a_table_of_equal_slices_puts_no_unequal_ones_on_two_levels() -> None:
+    world: Any = SimpleNamespace(
+        size=lambda _axis: 4, rank=lambda _axis: 1, ranks=lambda _axis: range(4)
+    )
+    job: Any = SimpleNamespace(mesh=world, rank=1)
+    rows = torch.empty(4, 2)
+    equal = Collective(Kind.ALL_TO_ALL, (rows, rows.clone()), "data", TAG)
+    unequal = replace(equal, input_splits=(2, 0, 1, 1), output_splits=(0, 1, 0, 3))
+
+    def routes(best: str, *rules: Rule) -> list[str]:
+        router = Router(world, job, RoutesSection(rules=list(rules)), HOSTS["blocks"])
+        router.table = Table({}, {("all_to_all", Shape(4, 2)): [(0, best)]})
+        return [router.route_of(equal), router.route_of(unequal)]
+
+    assert routes("two_levels") == ["two_levels", "job"]
+    assert routes("gloo") == ["gloo", "gloo"]
+    rule = Rule(collective="all_to_all", route="two_levels")
+    assert routes("gloo", rule) == ["two_levels", "two_levels"]
+
+
 def not_here(route: str, others: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as caught:
         open_job(others, rules=[{"route": route}])
@@ -348,6 +370,22 @@ def test_a_route_of_some_ranks_is_refused_by_all_before_any_starts_it() -> None:
     assert "no route 'mpi' here: on rank 1 of 2, mpi4py cannot be used" in said
     assert list(absent) == ["mpi"]
     assert touched == []
+
+
+def test_what_a_library_raises_as_it_starts_is_told_and_leaves_no_rank_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(_level: int) -> None:
+        raise ArithmeticError("MPI_ERR_OTHER: known error not in list")
+
+    package = ModuleType("mpi4py")
+    vars(package)["rc"] = SimpleNamespace(initialize=True)
+    library = SimpleNamespace(Is_initialized=bool, Init_thread=fail, THREAD_MULTIPLE=3)
+    monkeypatch.setitem(sys.modules, "mpi4py", package)
+    monkeypatch.setitem(sys.modules, "mpi4py.MPI", library)  # type: ignore[arg-type]
+    with open_job(hierarchical=False) as job:
+        found = missing(job, job.communicator, ["mpi"])
+    assert found == {"mpi": "ArithmeticError: MPI_ERR_OTHER: known error not in list"}
 
 
 def through_the_host() -> list[bool]:

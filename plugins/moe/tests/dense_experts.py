@@ -171,8 +171,14 @@ def count_of(kind: str, shard: int) -> int:
     return (TOKENS, 1, 7, 0)[shard] if kind.startswith("dropless") else TOKENS
 
 
-def train_dense(kind: str, steps: int, shards: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Train in one process: losses, and parameters by the names that they have everywhere."""
+def train_dense(
+    kind: str, steps: int, shards: int, clipping: float = 0.0
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train in one process: losses, and parameters by the names that they have everywhere.
+
+    Args:
+        clipping: largest norm of a gradient, which has to be reached at each step; 0 for none.
+    """
     model, losses = Dense(kind), []
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     for step in range(steps):
@@ -180,6 +186,8 @@ def train_dense(kind: str, steps: int, shards: int) -> tuple[list[float], dict[s
         loss = torch.stack(parts).mean()
         optimizer.zero_grad()
         loss.backward()
+        if clipping:
+            assert nn.utils.clip_grad_norm_(model.parameters(), clipping) > clipping
         optimizer.step()
         losses.append(loss.item())
     return losses, {name: p.detach() for name, p in model.named_parameters()}

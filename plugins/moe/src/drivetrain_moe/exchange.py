@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.functional import pad
+from torch.nn.modules.dropout import _DropoutNd
 
 from drivetrain.communication.functional import Functional, Started, functional
 from drivetrain.contracts import Purpose, Tag
@@ -59,7 +60,8 @@ def way_of(job: Job, name: str, axes: ExpertAxes, experts: nn.Module, *, halves:
     """The way of the tokens of the layer ``name`` with ``experts`` in a job.
 
     Raises:
-        ConfigError: ranks have parts of an expert, and should have other experts, too.
+        ConfigError: ranks have parts of an expert, and should have other experts, too; or experts
+            of ranks that draw the same numbers would draw for other tokens.
     """
     tag = Tag(Purpose.ACTIVATION, name, "experts")
     shared = bool(axes.alike) and job.mesh.size(axes.alike) > 1
@@ -69,6 +71,15 @@ def way_of(job: Job, name: str, axes: ExpertAxes, experts: nn.Module, *, halves:
                 f"moe.over_tensor: ranks along {axes.alike} have parts of {name}.{part}, so they "
                 "compute each expert together and cannot have other experts: leave it false, or "
                 "use GroupedMLP, which stays whole"
+            )
+    for part, module in experts.named_modules() if shared else ():
+        # These ranks have one stream of random numbers in common. Experts of other tokens would
+        # take it to other places, and what all ranks draw afterwards would differ, silently.
+        if isinstance(module, _DropoutNd) and module.p > 0:
+            raise ConfigError(
+                f"moe.over_tensor: {name}.{part} is dropout of p = {module.p}, and ranks along "
+                f"{axes.alike} draw the same random numbers, so they cannot draw for other tokens: "
+                "leave it false, or put the dropout behind the layer"
             )
     return Way(
         functional(job.communicator, axes.experts, tag),

@@ -118,7 +118,7 @@ class Hierarchical(CommunicatorWrapper):
         assert levels is not None
         if collective.kind is Kind.ALL_REDUCE:
             return self._all_reduce(collective, levels)
-        return (self._all_to_all if _is_even(collective) else self._exchange)(collective, levels)
+        return (self._all_to_all if is_even(collective) else self._exchange)(collective, levels)
 
     def carries(self, c: Collective) -> bool:
         """Whether ``c`` can be taken apart; all ranks come to the same answer."""
@@ -128,7 +128,7 @@ class Hierarchical(CommunicatorWrapper):
             return False
         size = self.size(c.axis)
         # Of fewer elements than ranks, some levels would get none; slices may be empty.
-        enough = not _is_even(c) or c.input.numel() >= size
+        enough = not is_even(c) or c.input.numel() >= size
         return enough and c.flaw(size, self.rank(c.axis)) is None
 
     def levels_of(self, axis: Axis) -> Levels | None:
@@ -237,7 +237,8 @@ def _then(handle: Handle, finish: Callable[[], None], *, later: bool) -> Handle:
     return DONE
 
 
-def _is_even(c: Collective) -> bool:
+def is_even(c: Collective) -> bool:
+    """Whether all ranks see one size: slices of an exchange are equal, or it is no exchange."""
     return c.input_splits is None and c.output_splits is None
 
 

@@ -121,8 +121,14 @@ def _layers(communicator: Communicator) -> Iterator[Communicator]:
 
 
 def _error(call: Callable[[], object]) -> str:
+    """Why ``call`` failed; empty if it did not.
+
+    Whatever a library raises is told to all: a rank that ended here would leave the others waiting.
+    """
     try:
         call()
     except ConfigError as error:
         return str(error).removeprefix("route mpi: ")
+    except Exception as error:  # noqa: BLE001 - every rank raises it, as a ConfigError
+        return f"{type(error).__name__}: {error}"
     return ""

@@ -29,7 +29,7 @@ from drivetrain.contracts import (
     SubAxis,
     Tag,
 )
-from drivetrain_communication.routes.hierarchy import Hierarchical, Levels
+from drivetrain_communication.routes.hierarchy import Hierarchical, Levels, is_even
 from drivetrain_communication.routes.presence import JOB, TWO_LEVELS, backend, innermost
 from drivetrain_communication.routes.section import ANY, RoutesSection, Rule
 from drivetrain_communication.routes.table import Shape, Table
@@ -105,7 +105,8 @@ class Router(CommunicatorWrapper):
                 yield rule.route
         if self.table is not None:
             found = self.table.route(c.kind, self.shape(c.axis), nbytes)
-            if found is not None:
+            # Two levels of unequal slices have one hop more, of counts, and were not measured.
+            if found is not None and (found != TWO_LEVELS or is_even(c)):
                 yield found
                 return
         if self._section.hierarchical and nbytes >= self._section.minimum_bytes:
@@ -174,7 +175,7 @@ def size_of(c: Collective) -> int:
     """
     if c.kind in (Kind.SEND_RECEIVE, Kind.BARRIER):
         return 0
-    if c.input_splits is not None or c.output_splits is not None:
+    if not is_even(c):
         return 0
     return max(tensor.nbytes for tensor in c.tensors)
 
