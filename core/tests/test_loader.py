@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 from dealt_loaders import OwnShards, Stream, flatten, rounds, shards
 from torch.utils.data import Dataset, DistributedSampler
 
+import drivetrain
 from drivetrain.contracts import LoaderRequest
 from drivetrain.engine.loader import DataLoader, RepeatingLoader
 from drivetrain.errors import CheckpointError, ConfigError, TrainingError
@@ -361,3 +363,35 @@ def test_random_numbers_of_samples_do_not_depend_on_the_workers():
         for workers in (1, 2)
     ]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("end", ["destroy", "close"])
+def test_workers_of_the_engines_loader_end_with_it(end: str) -> None:
+    # What is left to the garbage collector is waited for, 5 s a worker, and leaves files behind.
+    config = {"train_batch_size": 2, "optimizer": {"type": "SGD"}}
+    engine, *_ = drivetrain.initialize(model=Squares(), config=config)
+    job = engine.job
+    engine.training_dataloader = engine.deepspeed_io(Halves(), num_workers=2)
+    engine.train_batch()
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    (engine.destroy if end == "destroy" else job.close)()
+    assert not any(worker.is_alive() for worker in workers)
+    job.close()
+
+
+class Halves(torch.utils.data.Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([index / 2])
+
+
+class Squares(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return (self.weight - inputs).square().mean()
