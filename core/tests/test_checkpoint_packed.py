@@ -43,7 +43,7 @@ def engine_with(schedule: Callable[[Optimizer], Any]) -> Engine:
 
 def rates(engine: Engine, steps: range) -> list[float]:
     found = []
-    batches = endless_batches(engine.training_dataloader)
+    batches = endless_batches(engine.training_dataloader, engine)
     for step in steps:
         plateau = isinstance(engine.lr_scheduler, lr_scheduler.ReduceLROnPlateau)
         inputs, targets = next(batches)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -395,3 +397,17 @@ class Squares(torch.nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         return (self.weight - inputs).square().mean()
+
+
+def test_a_stream_of_unknown_length_is_the_engines_own_data() -> None:
+    config = {"train_batch_size": 2, "gradient_clipping": 0.0}
+    config |= {"optimizer": {"type": "SGD", "params": {"lr": 0.25}}}
+    engine, *_ = drivetrain.initialize(model=Squares(), training_data=Endless(), config=config)
+    losses = [float(engine.train_batch()) for _ in range(3)]
+    engine.job.close()
+    assert losses == [1.0, 0.25, 0.0625]  # half of the way to 1 in each step
+
+
+class Endless(torch.utils.data.IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return itertools.repeat(torch.ones(1))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from drivetrain.contracts.loop.runner import Runner
     from drivetrain.contracts.loop.step_report import StepReport
     from drivetrain.contracts.state.model_states import ModelStates
-    from drivetrain.engine.loader import DataLoader, RepeatingLoader
+    from drivetrain.engine.loader import DataLoader
     from drivetrain.job.job import Job
     from drivetrain.job.progress import Progress
     from drivetrain.precision.loss_scale import LossScaler
@@ -94,7 +94,7 @@ class Engine(EngineSettings, nn.Module):
         self._scaled = ScaledLosses(job.losses, self._losses.add_term, loss_scaler)
         self._norm: torch.Tensor | None = None
         self._norm_wanted = self._has_scaled = self._applied = False
-        self._batches: RepeatingLoader | None = None
+        self._batches: Iterator[Any] | None = None
         self._on_destroy: list[Callable[[], object]] = []
         self._reporter = StepReporter(job.plan)
 
@@ -281,17 +281,14 @@ class Engine(EngineSettings, nn.Module):
         """Run one global batch: all its micro-batches and the update.
 
         Args:
-            data_iter: yields micro-batches; by default the engine's own training loader,
-                restarted whenever it ends.
+            data_iter: yields micro-batches; by default the engine's training loader, repeated.
 
         Returns:
             The mean loss, a 0-d tensor, the same on every rank.
         """
         if data_iter is None:
             if self._batches is None:
-                self._batches = endless_batches(self.training_dataloader)
-                self.on_destroy(self._batches.close)
-                self.job.on_close(self._batches.close)  # also where the script does not end it
+                self._batches = endless_batches(self.training_dataloader, self)
             data_iter = self._batches
         self.train()
         total = self._losses.with_terms(self.runner.run(data_iter, train=True))

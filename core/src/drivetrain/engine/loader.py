@@ -25,6 +25,7 @@ from drivetrain.sections.data import DataloaderDropLast, Seed
 
 if TYPE_CHECKING:
     from drivetrain.contracts.loop.batch import Batch
+    from drivetrain.engine.engine import Engine
     from drivetrain.job.job import Job
 
 
@@ -323,8 +324,8 @@ class RepeatingLoader:
             under_way.close()
 
 
-def endless_batches(loader: Iterable[Any] | None) -> RepeatingLoader:
-    """Return the micro-batches of an engine's own training loader, again and again.
+def endless_batches(loader: Iterable[Any] | None, engine: Engine) -> RepeatingLoader:
+    """Return the micro-batches of a training loader, again and again, until the engine ends.
 
     Raises:
         TrainingError: there is none.
@@ -333,7 +334,10 @@ def endless_batches(loader: Iterable[Any] | None) -> RepeatingLoader:
         raise TrainingError(
             "train_batch() without an iterator needs training_data given to initialize()"
         )
-    return RepeatingLoader(loader)
+    batches = RepeatingLoader(loader)
+    engine.on_destroy(batches.close)
+    engine.job.on_close(batches.close)  # also where the script does not destroy the engine
+    return batches
 
 
 def _check(request: LoaderRequest) -> None:

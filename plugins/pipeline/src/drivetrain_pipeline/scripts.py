@@ -190,7 +190,7 @@ def set_dataiterator(engine: Engine, iterator: Iterator[Any]) -> None:
 
 def set_dataloader(engine: Engine, loader: Iterable[Any]) -> None:
     """Have ``engine.train_batch()`` take micro-batches from ``loader``, restarted when it ends."""
-    set_dataiterator(engine, endless_batches(loader))
+    set_dataiterator(engine, endless_batches(loader, engine))
 
 
 def set_batch_fn(engine: Engine, function: Callable[[Any], Any]) -> None:
