@@ -198,7 +198,13 @@ def test_every_name_that_a_page_gives_for_deepspeeds_exists() -> None:
 
 def _exists(dotted: str) -> bool:
     module, _, name = dotted.rpartition(".")
-    return hasattr(importlib.import_module(module), name)
+    if hasattr(importlib.import_module(module), name):
+        return True
+    try:
+        importlib.import_module(dotted)
+    except ModuleNotFoundError:
+        return False
+    return True
 
 
 # -- commands ------------------------------------------------------------------------------------
