@@ -57,7 +57,7 @@ void run(Group& group, const Request& r, const char* what) {
 
 void one_rank(World& world, int rank, std::vector<std::vector<float>>& registered, bool race) {
   std::vector<int> processes(world.size, -1);
-  Group group(rank, world.size, world.segments.data(), kSlot, processes.data(), false, 60);
+  Group group(rank, world.size, world.segments.data(), kSlot, processes.data(), kTogether, 60);
   const float sum = world.size * (world.size + 1) / 2.0f;
   std::vector<char*> starts;
   for (auto& buffer : registered) starts.push_back(reinterpret_cast<char*>(buffer.data()));

@@ -60,6 +60,8 @@ _FAULTS = {
     5: "did not come before the job was broken off",
     OTHER_SHAPE: "sent a message of another shape or dtype",
 }
+_APART, _TOGETHER, _CROWDED = range(3)
+"""How ranks share cores: each has its own, they share enough, or too few."""
 _Question = ctypes.CFUNCTYPE(c_int)
 
 
@@ -81,6 +83,7 @@ class Request(Structure):
         ("segments", POINTER(POINTER(pointer))),
         ("sent", POINTER(c_int64)),
         ("received", POINTER(c_int64)),
+        ("patient", c_uint32),
     ]
 
 
@@ -144,7 +147,7 @@ class SharedGroup:
             raise UnavailableError(f"{self.size} ranks are more than {LARGEST_GROUP}")
         problem = library if isinstance(library, str) else ""
         self._mappings = self._share(CONTROL_BYTES + 2 * slot_bytes, problem)
-        self._processes, cores = self._watch()
+        self._processes, crowd = self._watch()
         assert isinstance(library, ctypes.CDLL), "the ranks agreed, so this one has the kernels"
         assert library.dt_group_control_bytes() == CONTROL_BYTES
         self._library = library
@@ -159,7 +162,7 @@ class SharedGroup:
         library.dt_group_run.argtypes = [pointer, POINTER(Request), POINTER(c_int)]
         self._run = library.dt_group_run
         self._group = library.dt_group_create(
-            self.rank, self.size, addresses, slot_bytes, processes, self.size > cores, timeout
+            self.rank, self.size, addresses, slot_bytes, processes, crowd, timeout
         )
         if broken_off is not None:
             self._broken_off = broken_off
@@ -213,11 +216,17 @@ class SharedGroup:
                 return True
         return self._broken_off()
 
-    def run(self, collective: Collective) -> Fault | None:
-        """Run a collective that memory :meth:`serves`; tell how it failed, if it did."""
+    def run(self, collective: Collective, *, patient: bool = False) -> Fault | None:
+        """Run a collective that memory :meth:`serves`; tell how it failed, if it did.
+
+        Args:
+            collective: what to run.
+            patient: nothing else is to be computed meanwhile by this rank.
+        """
         if collective.kind is Kind.BARRIER:
             return self._issue(Request(collective=BARRIER, input_segment=-1, output_segment=-1))
         request = self._request(collective.input, collective.output)
+        request.patient = patient
         request.collective, request.dtype = NUMBERS[collective.kind], _BYTES
         match collective.kind:
             case Kind.ALL_REDUCE | Kind.REDUCE_SCATTER:
@@ -446,10 +455,11 @@ class SharedGroup:
     def _watch(self) -> tuple[list[int], int]:
         """Descriptors that tell when a rank's process ends, -1 for this one; collective.
 
-        Also counts the processors that the ranks may run on.
+        Also tells how they share the processors that they may run on.
         """
         found: list[int] = []
         processors: set[int] = set()
+        counted = 0
         mine = torch.tensor([os.getpid()], dtype=torch.int64)
         processes = torch.empty(self.size, dtype=torch.int64)
         self._inner.all_gather(processes, mine, self._axis, SETUP)
@@ -457,14 +467,18 @@ class SharedGroup:
         try:
             for position, process in enumerate(self._numbers):
                 found.append(-1 if position == self.rank else os.pidfd_open(process))
-                processors |= os.sched_getaffinity(process)
+                own = os.sched_getaffinity(process)
+                processors |= own
+                counted += len(own)
         except OSError as error:
             problem = f"cannot watch process {process}: {error.strerror}"
         else:
             problem = ""
         if not self._agree(not problem):
             raise UnavailableError(problem or "another rank cannot watch its peers")
-        return found, len(processors)
+        if len(processors) < self.size:
+            return found, _CROWDED
+        return found, _APART if counted == len(processors) else _TOGETHER
 
     def _agree(self, fine: bool) -> bool:
         """Whether all ranks are fine; nobody goes on before all have said so."""

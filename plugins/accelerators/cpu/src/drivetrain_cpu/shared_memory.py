@@ -82,7 +82,7 @@ class _Line:
         needs = {} if issued is None else issued.note(collective)
         busy = self._last is not None and not self._last.done()
         if not collective.asynchronous and not busy:
-            self._checked(collective, needs)
+            self._checked(collective, needs, patient=True)
             return DONE
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="drivetrain-shared-memory")
@@ -107,9 +107,11 @@ class _Line:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _checked(self, collective: Collective, needs: dict[str, int]) -> None:
+    def _checked(
+        self, collective: Collective, needs: dict[str, int], *, patient: bool = False
+    ) -> None:
         self.group.begin_wait(needs)
-        fault = self.group.run(collective)
+        fault = self.group.run(collective, patient=patient)
         self.group.end_wait()
         self._check(collective, fault)
 

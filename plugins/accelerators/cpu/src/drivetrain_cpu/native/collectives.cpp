@@ -35,6 +35,8 @@ struct Request {
   // All-to-all: bytes for and from each rank.
   const int64_t* sent;
   const int64_t* received;
+  // Whether the thread that runs it has nothing else to do.
+  uint32_t patient;
 };
 
 // -- arithmetic --------------------------------------------------------------------------------
@@ -152,7 +154,7 @@ class Run {
  private:
   // Waits for everybody; at the first time also checks that everybody does the same.
   bool meet() {
-    outcome_ = group_.meet();
+    outcome_ = group_.meet(r_.patient != 0);
     if (outcome_.fault == kNone && first_) outcome_ = group_.compare();
     first_ = false;
     return outcome_.fault == kNone;
@@ -438,9 +440,9 @@ class Run {
 DRIVETRAIN_API int dt_group_control_bytes() { return static_cast<int>(kControlBytes); }
 
 DRIVETRAIN_API Group* dt_group_create(int rank, int size, void* const* segments, int64_t slot_bytes,
-                                      const int* processes, int crowded, double timeout_seconds) {
-  return new (std::nothrow)
-      Group(rank, size, segments, slot_bytes, processes, crowded != 0, timeout_seconds);
+                                      const int* processes, int crowd, double timeout_seconds) {
+  return new (std::nothrow) Group(rank, size, segments, slot_bytes, processes,
+                                  static_cast<Crowd>(crowd), timeout_seconds);
 }
 
 DRIVETRAIN_API void dt_group_leave(Group* group) { group->leave(); }

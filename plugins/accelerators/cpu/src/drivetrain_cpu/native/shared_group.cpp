@@ -15,6 +15,8 @@ namespace {
 constexpr long kNapNanoseconds = 100'000'000;
 // Long enough for a peer that runs on another core, about 20 microseconds.
 constexpr int kSpins = 1000;
+// Where a core would have nothing else to do: to wake a sleeper costs more than this.
+constexpr int kPatientSpins = 10000;
 // In a crowd the peer may need this core.
 constexpr int kSpinsWhenCrowded = 20;
 constexpr double kLongSeconds = 2;
@@ -51,12 +53,13 @@ bool reached(uint32_t counter, uint32_t target) {
 }  // namespace
 
 Group::Group(int rank, int size, void* const* segments, int64_t slot_bytes, const int* processes,
-             bool crowded, double timeout_seconds)
+             Crowd crowd, double timeout_seconds)
     : rank_(rank),
       size_(size),
       slot_bytes_(slot_bytes),
       timeout_(timeout_seconds),
-      spins_(crowded ? kSpinsWhenCrowded : kSpins) {
+      spins_(crowd == kCrowded ? kSpinsWhenCrowded : kSpins),
+      patient_spins_(crowd == kApart ? kPatientSpins : spins_) {
   for (int k = 0; k < size; ++k) {
     bases_[k] = static_cast<char*>(segments[k]);
     processes_[k] = processes[k];
@@ -80,7 +83,7 @@ Outcome Group::compare() {
   return outcome;
 }
 
-Outcome Group::meet() {
+Outcome Group::meet(bool patient) {
   Control& own = control(rank_);
   ++steps_;
   // Sequentially consistent, like the sleeper's count: either this rank sees that somebody sleeps,
@@ -89,14 +92,14 @@ Outcome Group::meet() {
   if (own.sleepers.load() != 0) wake(own.arrived);
   Outcome outcome;
   for (int k = 0; k < size_; ++k) {
-    if (k != rank_ && !wait_for(k, outcome)) break;
+    if (k != rank_ && !wait_for(k, patient ? patient_spins_ : spins_, outcome)) break;
   }
   return outcome;
 }
 
-bool Group::wait_for(int peer, Outcome& outcome) {
+bool Group::wait_for(int peer, int spins, Outcome& outcome) {
   Control& other = control(peer);
-  for (int spin = 0; spin < spins_; ++spin) {
+  for (int spin = 0; spin < spins; ++spin) {
     if (reached(other.arrived.load(std::memory_order_acquire), steps_)) return true;
     relax();
   }
@@ -134,7 +137,8 @@ Outcome Group::look_around(double waited) const {
 Outcome Group::post(int to, const Message& message) {
   Box& box = control(rank_).boxes[to];
   const uint32_t number = box.posted.load();
-  const Outcome outcome = wait_until(box.taken, box.taken_sleepers, number + 1 - kMessages, to);
+  const Outcome outcome =
+      wait_until(box.taken, box.taken_sleepers, number + 1 - kMessages, to, spins_);
   if (outcome.fault != kNone) return outcome;
   box.messages[number % kMessages] = message;
   box.posted.store(number + 1);
@@ -144,7 +148,8 @@ Outcome Group::post(int to, const Message& message) {
 
 Outcome Group::await(int from, uint32_t number, Message& message) {
   Box& box = control(from).boxes[rank_];
-  const Outcome outcome = wait_until(box.posted, box.posted_sleepers, number + 1, from);
+  const Outcome outcome =
+      wait_until(box.posted, box.posted_sleepers, number + 1, from, patient_spins_);
   if (outcome.fault == kNone) message = box.messages[number % kMessages];
   return outcome;
 }
@@ -157,8 +162,8 @@ void Group::take(int from) {
 
 // As `wait_for`, of one counter that one rank raises: the others do not matter for a message.
 Outcome Group::wait_until(std::atomic<uint32_t>& counter, std::atomic<uint32_t>& sleepers,
-                          uint32_t target, int peer) const {
-  for (int spin = 0; spin < spins_; ++spin) {
+                          uint32_t target, int peer, int spins) const {
+  for (int spin = 0; spin < spins; ++spin) {
     if (reached(counter.load(std::memory_order_acquire), target)) return {};
     relax();
   }

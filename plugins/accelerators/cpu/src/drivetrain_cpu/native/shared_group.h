@@ -56,7 +56,10 @@ struct Control {
 static_assert(sizeof(Control) <= kControlBytes, "the control block has outgrown its pages");
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "shared counters must not take locks");
 
-// Shared with shared_group.py.
+// These two are shared with shared_group.py.
+// How ranks share the cores that they run on: each has its own, they share enough, or too few.
+enum Crowd : int { kApart = 0, kTogether = 1, kCrowded = 2 };
+
 enum Fault : int { kNone = 0, kDied = 1, kLeft = 2, kDisagrees = 3, kTimedOut = 4, kBrokenOff = 5 };
 
 // Whether a wait is to be broken off; called by the thread that waits.
@@ -70,9 +73,8 @@ struct Outcome {
 class Group {
  public:
   // `segments[k]`: where rank k's segment is mapped here. `processes[k]`: a pidfd of rank k.
-  // `crowded`: the ranks have fewer cores than they are.
   Group(int rank, int size, void* const* segments, int64_t slot_bytes, const int* processes,
-        bool crowded, double timeout_seconds);
+        Crowd crowd, double timeout_seconds);
 
   int rank() const { return rank_; }
   int size() const { return size_; }
@@ -92,11 +94,12 @@ class Group {
   void announce(const Descriptor& descriptor);
   // Whether all ranks announced the same; call after the first meeting. Ends the announcement.
   Outcome compare();
-  // Returns when all ranks have called it as often.
-  Outcome meet();
+  // Returns when all ranks have called it as often. `patient`: this thread has nothing else to do
+  // and nor has its core, so it may spin for longer before it sleeps.
+  Outcome meet(bool patient = false);
   // Puts a message into the box for rank `to`, once that has room.
   Outcome post(int to, const Message& message);
-  // Waits for message `number` from rank `from`.
+  // Waits, patiently, for message `number` from rank `from`.
   Outcome await(int from, uint32_t number, Message& message);
   // Says that the next message from rank `from` has been copied, so its memory is free.
   void take(int from);
@@ -108,9 +111,9 @@ class Group {
   void ask(Question question) { question_ = question; }
 
  private:
-  bool wait_for(int peer, Outcome& outcome);
+  bool wait_for(int peer, int spins, Outcome& outcome);
   Outcome wait_until(std::atomic<uint32_t>& counter, std::atomic<uint32_t>& sleepers,
-                     uint32_t target, int peer) const;
+                     uint32_t target, int peer, int spins) const;
   Outcome look_around(double waited) const;
 
   int rank_, size_;
@@ -118,7 +121,7 @@ class Group {
   int processes_[kMaxRanks];
   int64_t slot_bytes_;
   double timeout_;
-  int spins_;
+  int spins_, patient_spins_;
   Question question_ = nullptr;
   uint32_t steps_ = 0, turns_ = 0, collectives_ = 0;
 };
