@@ -230,6 +230,32 @@ def deferred_gradients_are_taken_when_they_are_ready() -> None:
     engine.destroy()
 
 
+def products_are_added_in_place() -> None:
+    """The gradient of a second micro-batch is written to where that of the first one lies."""
+    module, reference = nn.Linear(4, 1), nn.Linear(4, 1)
+    engine = make(module, gradient_accumulation_steps=2)
+    reference.load_state_dict(module.state_dict())
+    rank, world = place()
+    engine.states.defer([module.weight])
+    assert engine.states.added(module.weight) is None
+    engine.backward(engine(inputs(rank, 0)).sum())
+    engine.states.gradients_ready([module.weight])
+    engine.step()
+    engine.states.defer([module.weight])
+    engine.backward(engine(inputs(rank, 1)).sum())
+    added, gradient = engine.states.added(module.weight), module.weight.grad
+    assert added is not None
+    assert gradient is not None
+    added += gradient
+    module.weight.grad = None
+    engine.states.gradients_ready([module.weight])
+    engine.step()
+    both = [reference(inputs(r, step)).sum() / 2 for r in range(world) for step in range(2)]
+    expected = mean_updated(reference, [a + b for a, b in zip(both[::2], both[1::2], strict=True)])
+    torch.testing.assert_close(module.weight.detach(), expected["weight"])
+    engine.destroy()
+
+
 def starts_from_rank_zero() -> None:
     torch.manual_seed(place()[0])
     module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
@@ -311,6 +337,7 @@ def test_sparse_gradients_move_touched_rows_and_train_alike(torch_sparse: bool) 
 
 def test_deferred_gradients_are_reduced_when_they_are_reported() -> None:
     run_distributed(deferred_gradients_are_taken_when_they_are_ready, 2)
+    run_distributed(products_are_added_in_place, 2)
 
 
 def test_all_ranks_start_from_rank_zeros_parameters_and_buffers() -> None:

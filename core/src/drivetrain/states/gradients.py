@@ -245,6 +245,12 @@ class GradientReducer:
         for parameter in parameters:
             self.slots[parameter].deferred = True
 
+    def added(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """See :class:`~drivetrain.contracts.state.model_states.ModelStates`."""
+        slot = self.slots[parameter]
+        is_open = slot.filled and not slot.bucket.sent and not self._filters
+        return slot.bucket.unsent(slot) if is_open else None
+
     def take_set(self, *, unscaled: bool) -> None:
         """Take what a script has assigned to ``.grad`` as this rank's gradients of a micro-batch.
 

@@ -263,6 +263,9 @@ class ZeroStates(ModelStates):
     def defer(self, parameters: Iterable[nn.Parameter]) -> None:
         self._reducer.defer(parameters)
 
+    def added(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        return self._reducer.added(parameter)
+
     def take_set_gradients(self, *, unscaled: bool) -> None:
         self._reducer.take_set(unscaled=unscaled)
 

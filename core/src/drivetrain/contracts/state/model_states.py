@@ -63,6 +63,15 @@ class ModelStates(ABC):
     def defer(self, parameters: Iterable[nn.Parameter]) -> None:
         """Ignore autograd hooks of ``parameters`` until :meth:`gradients_ready` names them."""
 
+    def added(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """What was added up of a deferred parameter's gradient, which a product may be added to.
+
+        For products that add to a matrix in place, which saves a tensor and two ways through
+        memory. Whoever has done so still calls :meth:`gradients_ready`. ``None`` where nothing is
+        there yet, or what is there has been sent or is not the gradient alone.
+        """
+        return None
+
     @abstractmethod
     def take_set_gradients(self, *, unscaled: bool) -> None:
         """Take what a script has assigned to ``.grad``; called in each micro-batch, at its end.

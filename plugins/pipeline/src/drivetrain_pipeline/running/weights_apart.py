@@ -88,9 +88,7 @@ class WeightsApart:
             by_weight[entry[0]].append(entry)
         for weight, of_weight in by_weight.items():
             for _, x, gradient in of_weight:
-                rows = gradient.reshape(-1, gradient.shape[-1])
-                found = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
-                weight.grad = found if weight.grad is None else weight.grad + found
+                self._add(weight, x.reshape(-1, x.shape[-1]), gradient)
             self._engine.gradients_ready([weight], last=last)
             if not last:
                 self._engine.states.defer([weight])
@@ -98,6 +96,17 @@ class WeightsApart:
         if not self._left.total():
             in_backward = [weight for weight in self.weights if weight not in self._came]
             self._engine.gradients_ready(in_backward, last=True)
+
+    @torch.no_grad()
+    def _add(self, weight: nn.Parameter, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Add one product to a weight's gradient: in place where that is as exact."""
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        place = self._engine.states.added(weight) if weight.grad is None else weight.grad
+        if place is not None and place.dtype == rows.dtype == x.dtype:
+            place.addmm_(rows.t(), x)
+        else:
+            found = (rows.t() @ x).to(weight.dtype)
+            weight.grad = found if weight.grad is None else weight.grad + found
 
 
 def _separate(module: nn.Module, tied: set[int]) -> list[nn.Linear]:
