@@ -72,6 +72,18 @@ CASES = [
         id="stage 3, offloaded, interleaved",
     ),
     pytest.param(
+        4,
+        {"stage": 3, "zero": {**OFFLOAD, "offload_param": {"device": "cpu"}}},
+        id="stage 3, all offloaded",
+        marks=pytest.mark.long,
+    ),
+    pytest.param(
+        4,
+        {"stage": 1, "zero": OFFLOAD, "bf16": {"enabled": True}},
+        id="stage 1, offloaded, bf16",
+        marks=pytest.mark.long,
+    ),
+    pytest.param(
         4, {"stage": 2, "fp16": {"enabled": True, "loss_scale": 128.0}}, id="stage 2, fp16"
     ),
     pytest.param(4, {"stage": 1, "bf16": {"enabled": True}}, id="stage 1, bf16"),
@@ -92,3 +104,41 @@ def test_a_split_model_trains_like_one_process(world: int, changes: dict[str, An
             torch.testing.assert_close(values, trained[name], rtol=rtol, atol=rtol)
         names |= set(parameters)
     assert names == set(trained)
+
+
+def whole_model(stage: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]:
+    """The whole model's state, that after a larger one was loaded, and what is refused."""
+    model = TiedModel()
+    engine, *_ = drivetrain.initialize(
+        model=model,
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": MICRO_BATCHES,
+            "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+            "pipeline": {"stages": 2},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        },
+    )
+    before = {name: value.clone() for name, value in engine.module_state_dict().items()}
+    engine.load_module_state_dict({name: 2 * value for name, value in before.items()})
+    after = {name: value.clone() for name, value in engine.module_state_dict().items()}
+    refused = []
+    for wrong in ({**before, "other": before["norm.weight"]}, {}):
+        with pytest.raises(RuntimeError) as error:
+            engine.load_module_state_dict(wrong)
+        refused.append(str(error.value))
+    engine.destroy()
+    engine.job.close()
+    return before, after, refused
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_state_dict_is_that_of_all_stages(stage: int) -> None:
+    expected = TiedModel().state_dict()
+    for before, after, (unknown, missing) in run_distributed(whole_model, 2, stage):
+        assert set(before) == set(after) == set(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(before[name], value)
+            torch.testing.assert_close(after[name], 2 * value)
+        assert "Unexpected key(s) in state_dict: \"other\"" in unknown
+        assert "Missing key(s)" in missing

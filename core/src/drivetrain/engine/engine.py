@@ -28,7 +28,7 @@ from drivetrain.optimization.facade import EngineOptimizer
 from drivetrain.plan.known import ENGINE
 from drivetrain.precision.loss_watch import LossWatch
 from drivetrain.sections.optimization import GradientAllreduceOp, GradientClipping
-from drivetrain.states.whole import whole, whole_state_dict
+from drivetrain.states.whole import load_own, of_all_stages, whole, whole_state_dict
 
 if TYPE_CHECKING:
     from drivetrain.contracts.loop.runner import Runner
@@ -391,13 +391,13 @@ class Engine(EngineSettings, nn.Module):
         self.drop_window()
 
     def module_state_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """``state_dict`` of the module, parameters whole."""
-        return whole_state_dict(self.module, **kwargs)
+        """``state_dict`` of the module, parameters whole, of all stages. Collective."""
+        return of_all_stages(self.job, whole_state_dict(self.module, **kwargs))
 
     def load_module_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load the module's ``state_dict``, the same on every rank; masters follow."""
         with whole(self.module, write_rank=0):
-            self.module.load_state_dict(state_dict, strict=strict)
+            load_own(self.job, self.module, state_dict, strict=strict)
         self.states.refresh()
 
     def save_checkpoint(self, save_dir: str, tag: str | None = None, *rest: Any, **kw: Any) -> str:

@@ -9,6 +9,7 @@ that have copies on that level.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from drivetrain.checkpoint.agreement import texts_along
 from drivetrain.contracts.state.fragment import Box
 from drivetrain.contracts.world.collective import Purpose, Tag, axis_name
 from drivetrain.errors import TrainingError
@@ -267,6 +269,46 @@ def whole_state_dict(module: nn.Module, **options: Any) -> dict[str, Any]:
                 for key, value in state.items()
             }
     return state
+
+
+def of_all_stages(job: Job, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the state dicts of a pipeline's stages together. Collective over ``pp``.
+
+    Names are the model's own on every stage; what several stages have is that of the first.
+    """
+    found = dict(state)
+    if job.mesh.size("pp") == 1:
+        return found
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    facts = [[name, str(t.dtype).split(".")[1], list(t.shape)] for name, t in tensors.items()]
+    known: set[str] = set()
+    for stage, text in enumerate(texts_along(job, "pp", json.dumps(facts))):
+        for name, dtype, shape in json.loads(text):
+            if name in known:
+                continue
+            known.add(name)
+            if stage == job.mesh.coordinate("pp"):
+                value = tensors[name].detach().contiguous().to(job.device)
+            else:
+                value = torch.empty(shape, dtype=getattr(torch, dtype), device=job.device)
+            tag = Tag(Purpose.STATE, name, "of another stage")
+            job.communicator.broadcast(value, "pp", tag, source=stage)
+            found[name] = value if name not in tensors else tensors[name]
+    return found
+
+
+def load_own(job: Job, module: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
+    """Load what this rank's stage has of a model's state dict. Collective over ``pp``.
+
+    Raises:
+        RuntimeError: as torch's, with ``strict``: names are missing, or are no stage's.
+    """
+    if job.mesh.size("pp") > 1:
+        own = list(module.state_dict())
+        stages = texts_along(job, "pp", json.dumps(own))
+        others = {name for text in stages for name in json.loads(text)}.difference(own)
+        state = {name: value for name, value in state.items() if name not in others}
+    module.load_state_dict(state, strict=strict)
 
 
 # -- boxes of the client's tensors -----------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,6 +14,7 @@ from deepspeed._parts.monitor import EngineMonitor
 from deepspeed._training import checkpoints
 from deepspeed._training.optimizer import DeepSpeedOptimizer
 from deepspeed._training.settings import SETTINGS
+from drivetrain.checkpoint.agreement import texts_along
 from drivetrain.contracts import Axis
 from drivetrain.engine.engine import Engine
 from drivetrain.errors import ConfigError
@@ -354,6 +356,9 @@ class DeepSpeedEngine(Engine):
         state = super().module_state_dict(**dict(zip(names, args, strict=False)), **kwargs)
         if exclude_frozen_parameters:
             frozen = {n for n, p in self.module.named_parameters() if not p.requires_grad}
+            if self.job.mesh.size("pp") > 1:
+                stages = texts_along(self.job, "pp", json.dumps(sorted(frozen)))
+                frozen = {name for text in stages for name in json.loads(text)}
             prefix = kwargs.get("prefix", "")
             state = {k: v for k, v in state.items() if k.removeprefix(prefix) not in frozen}
         return state
