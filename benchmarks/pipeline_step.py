@@ -1,11 +1,12 @@
 """Time one training step of pipelines side by side, and print the ratios as JSON.
 
     python benchmarks/pipeline_step.py torch drivetrain
-    python benchmarks/pipeline_step.py torch drivetrain drivetrain:zb_h1 torch:interleaved
+    python benchmarks/pipeline_step.py torch torch:1f1b/5 drivetrain:zb_h1/measured
     python benchmarks/pipeline_step.py torch drivetrain deepspeed@/path/to/other/python
 
 A decoder of ``--layers`` blocks is cut in the middle of its blocks (with several chunks, in equal
-numbers of them). A step runs ``--micro-batches`` micro-batches and updates with AdamW. ``torch`` is
+numbers of them), or where the name of a system says behind ``/``: after so many blocks (``torch``),
+or by ``measured`` times (``drivetrain``), which are taken in its first, uncounted step. A step runs ``--micro-batches`` micro-batches and updates with AdamW. ``torch`` is
 torch.distributed.pipelining, with one process for each stage as all systems. ``system:schedule``
 runs another schedule than 1F1B: ``drivetrain`` all of its own; ``torch`` gpipe, interleaved and zb.
 ``system@interpreter`` runs a system under another Python, for peers that live in an environment of

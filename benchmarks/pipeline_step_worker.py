@@ -1,11 +1,17 @@
-"""One stage of one system of ``pipeline_step.py``: builds it, then takes a step whenever told."""
+"""One stage of one system of ``pipeline_step.py``: builds it, then takes a step whenever told.
+
+A system may have a cut behind its schedule: ``1f1b/5`` has five blocks in the first part (torch,
+two parts), and ``1f1b/measured`` cuts by times that it measures in its first step (drivetrain).
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -67,10 +73,12 @@ def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def chunks_of(model: GPT, count: int) -> list[list[nn.Module]]:
-    """A GPT's layers, its blocks in equal numbers."""
+def chunks_of(model: GPT, count: int, first: int | None = None) -> list[list[nn.Module]]:
+    """A GPT's layers, its blocks in equal numbers, or ``first`` in the first of two parts."""
     blocks = list(model.blocks)
     bounds = [round(len(blocks) * part / count) for part in range(count + 1)]
+    if first is not None:
+        bounds = [0, first, len(blocks)]
     found: list[list[nn.Module]] = [blocks[a:b] for a, b in pairwise(bounds)]
     found[0].insert(0, First(model))
     found[-1].append(Last(model))
@@ -87,9 +95,10 @@ def torch_pipelining(model: GPT, shape: dict[str, Any], schedule: str) -> Step:
         "interleaved": (pipelining.ScheduleInterleaved1F1B, 2),
         "zb": (pipelining.ScheduleInterleavedZeroBubble, 2),
     }
-    kind, each = kinds[schedule or "1f1b"]
+    name, _, first = schedule.partition("/")
+    kind, each = kinds[name or "1f1b"]
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    chunks = chunks_of(model, ranks * each)
+    chunks = chunks_of(model, ranks * each, int(first) if first else None)
     stages = [
         pipelining.PipelineStage(nn.Sequential(*chunks[c]), c, len(chunks), torch.device("cpu"))
         for c in range(rank, len(chunks), ranks)
@@ -116,19 +125,48 @@ def drivetrain(model: GPT, shape: dict[str, Any], schedule: str) -> Step:
     """The pipeline plugin, on the model as it is."""
     import drivetrain as library
 
-    section = {
-        "stages": dist.get_world_size(),
-        "schedule": schedule or "1f1b",
-        "partition": "type:Block",
-    }
-    config = {**_config(shape), "pipeline": section}
-    engine, *_ = library.initialize(model=model, config=config)
+    name, _, cut = schedule.partition("/")
+    section: dict[str, Any] = {"stages": dist.get_world_size(), "schedule": name or "1f1b"}
+    engines: list[Any] = []
+
+    def build() -> Any:
+        how = {"partition": "type:Block"}
+        if cut == "measured":
+            how = {"partition": "measured", "measured": _measured(model, shape)}
+        config = {**_config(shape), "pipeline": {**section, **how}}
+        engine, *_ = library.initialize(model=model, config=config)
+        bounds = engine.module.drivetrain_chunks.partitions()
+        print(f"{schedule or name}: blocks are cut at {bounds}")  # goes to stderr
+        return engine
 
     def step(pairs: list[Pair]) -> torch.Tensor:
-        loss: torch.Tensor = engine.train_batch(iter(pairs))
+        if not engines:  # not before it is this system's turn, or others would disturb the times
+            engines.append(build())
+        loss: torch.Tensor = engines[0].train_batch(iter(pairs))
         return loss
 
     return step
+
+
+def _measured(model: GPT, shape: dict[str, Any]) -> str:
+    """The file with times of a copy of the model, in a pipeline that is cut evenly."""
+    from drivetrain_pipeline import measure
+
+    import drivetrain as library
+
+    def endless() -> Iterator[Pair]:
+        batches = Batches(shape, 1)
+        while True:
+            yield batches.next()
+
+    section = {"stages": dist.get_world_size(), "partition": "uniform"}
+    config = {**_config(shape), "pipeline": section}
+    engine, *_ = library.initialize(model=copy.deepcopy(model), config=config)
+    path = Path(tempfile.gettempdir()) / f"pipeline-step-{os.environ['MASTER_PORT']}.json"
+    measure(engine, endless(), path, steps=4)
+    engine.destroy()
+    engine.job.close()
+    return str(path)
 
 
 def deepspeed(model: GPT, shape: dict[str, Any], schedule: str) -> Step:
@@ -203,8 +241,11 @@ def main() -> None:
     mean = loss.detach().clone().double()
     if name == "torch":  # only the last stage knows it
         dist.broadcast(mean, dist.get_world_size() - 1)
-    processor = round(statistics.median(busy), 5)  # of all threads; for busy machines
-    answer(last_loss=round(float(mean), 6), processor_seconds_of_first_stage=processor)
+    # Of all threads, for busy machines; the longest says what no order of passes can go below.
+    processor: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(processor, round(statistics.median(busy), 5))
+    answer(last_loss=round(float(mean), 6), processor_seconds_of_stages=processor)
+    Path(tempfile.gettempdir(), f"pipeline-step-{os.environ['MASTER_PORT']}.json").unlink(True)
     answers.close()
     os._exit(0)  # groups of several systems end in any order; nothing is left to save
 

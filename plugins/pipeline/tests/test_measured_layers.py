@@ -7,12 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from drivetrain_pipeline import PipelineModule, measure
+from drivetrain_pipeline.measuring import _with_sides
 from tiny_models import data, gpt2
 from torch import nn
 
 import drivetrain
+from drivetrain.errors import TrainingError
 from drivetrain.testing import run_distributed
 
 SECONDS = 0.02
@@ -69,6 +72,11 @@ class _Sleep(torch.autograd.Function):
         return gradient
 
 
+def _slept(x: torch.Tensor) -> torch.Tensor:
+    slept: torch.Tensor = _Sleep.apply(x)  # type: ignore[no-untyped-call]
+    return slept
+
+
 class Sleeper(nn.Module):
     """Takes its time in backward."""
 
@@ -77,8 +85,65 @@ class Sleeper(nn.Module):
         self.linear = nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        slept: torch.Tensor = _Sleep.apply(self.linear(x))  # type: ignore[no-untyped-call]
-        return slept
+        return _slept(self.linear(x))
+
+
+class LongEnd(nn.Module):
+    """Four layers alike, and an end that takes as long as two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Sleeper() for _ in range(4))
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return _slept(_slept(self.head(x).square().mean()))
+
+
+def measured_and_cut(path: str) -> tuple[list[float], list[int], str]:
+    """Backwards of layers, where a model is cut by them, and why zb_h1 is not measured."""
+
+    def engine_of(**section: Any) -> Any:
+        engine, *_ = drivetrain.initialize(
+            model=LongEnd(),
+            config={
+                "train_micro_batch_size_per_gpu": 2,
+                "gradient_accumulation_steps": 2,
+                "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
+                "pipeline": {"stages": 2, **section},
+            },
+        )
+        return engine
+
+    engine = engine_of(partition="uniform")
+    found = measure(engine, iter([torch.ones(2, 4)] * 4), path, steps=2)
+    engine.destroy()
+    engine = engine_of(partition="measured", measured=path)
+    bounds = engine.module.drivetrain_chunks.partitions()
+    engine.destroy()
+    engine = engine_of(schedule="zb_h1")
+    with pytest.raises(TrainingError) as refused:
+        measure(engine, iter([torch.ones(2, 4)] * 4), path, steps=2)
+    engine.destroy()
+    return [layer.backward for layer in found.values()], bounds, str(refused.value)
+
+
+def test_what_comes_behind_the_layers_counts_as_the_last_ones(tmp_path: Path) -> None:
+    for backward, bounds, refused in run_distributed(measured_and_cut, 2, str(tmp_path / "costs")):
+        assert backward[3] >= 3 * SECONDS > max(backward[:3])
+        assert bounds == [0, 3, 4]  # not 0, 2, 4
+        assert "measure with pipeline.schedule 1f1b" in refused
+
+
+def test_times_of_layers_add_up_to_those_of_passes() -> None:
+    # Each layer takes 2 beyond its time, and what comes behind the last one takes 3.
+    found = _with_sides([3.0, 3.0, 4.0, 4.0], [True] * 4, [0, 2, 4], [10.0, 15.0])
+    assert found == [5.0, 5.0, 6.0, 9.0]
+    # Of a layer without times, an embedding that is tied say, it is what its chunk has left.
+    found = _with_sides([0.0, 3.0, 4.0], [False, True, True], [0, 2, 3], [5.0, 5.0])
+    assert found == [1.0, 4.0, 5.0]
 
 
 def test_a_layer_whose_inputs_need_no_gradient_has_a_backward(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,14 @@ from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import TrainingError
 from drivetrain_pipeline.cutting import Measured, write_measured
 from drivetrain_pipeline.running.chunked import ATTRIBUTE
+from drivetrain_pipeline.running.runner import PipelineRunner
+from drivetrain_pipeline.schedules import Instruction, Recorder
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from drivetrain.engine.engine import Engine
+    from drivetrain_pipeline.running.chunked import ChunkedModel
 
 
 def measure(
@@ -33,8 +37,10 @@ def measure(
     """Train for some steps, and write what each layer took into a file. Collective.
 
     The file is for ``pipeline.measured``. A layer's time is the least of all its micro-batches, as
-    whatever else runs on a machine only adds to it; of data shards it is the mean. Parts beside the
-    layers (embedding, head) are not in it.
+    whatever else runs on a machine only adds to it; of data shards it is the mean. What a stage
+    does beside its layers is timed as well: parts before the first and behind the last layer
+    (embedding, head, loss) count as theirs, and what each layer takes beyond its own time (its
+    gradients are added up, say) is shared out among all.
 
     Args:
         engine: of a model that was split, into any number of stages above 1 or as a
@@ -47,46 +53,125 @@ def measure(
         What was found, by layer, the same on every rank.
 
     Raises:
-        TrainingError: the engine has no pipeline, or ``steps`` is below 2.
+        TrainingError: the engine has no pipeline, its schedule computes gradients of weights apart,
+            or ``steps`` is below 2.
     """
-    model = getattr(engine.module, ATTRIBUTE, None)
-    if model is None or steps < 2:
+    model: ChunkedModel | None = getattr(engine.module, ATTRIBUTE, None)
+    runner = engine.runner
+    if model is None or not isinstance(runner, PipelineRunner) or steps < 2:
         raise TrainingError(
             "measure needs an engine of a model that was split, and at least 2 steps, of which the "
             "first one warms up"
         )
-    layers: dict[str, nn.Module | None] = model.layers_by_name()
-    own = [_Watch(module, engine.job.device) for module in layers.values() if module is not None]
+    if runner.splits_backward:
+        raise TrainingError(
+            "measure times backwards that compute all gradients, which this schedule has in two "
+            "parts: measure with pipeline.schedule 1f1b, what it finds serves every schedule"
+        )
+    own = {
+        name: _Watch(module, engine.job.device)
+        for name, module in model.layers_by_name().items()
+        if module is not None
+    }
+    passes = _Passes(engine.job.accelerator.synchronize)
     engine.train_batch(batches)
-    for watch in own:
+    for watch in own.values():
         watch.begin()
     try:
-        for _ in range(steps - 1):
-            engine.train_batch(batches)
+        with runner.recorded(passes):
+            for _ in range(steps - 1):
+                engine.train_batch(batches)
     finally:
-        for watch in own:
+        for watch in own.values():
             watch.end()
-    found = _gather(engine, layers, own)
+    found = _gather(engine, model, own, passes)
     if engine.job.rank == 0:
         write_measured(Path(path), found)
+    # Whoever reads the file next finds it.
+    engine.job.communicator.barrier("world", Tag(Purpose.CONTROL, site="measured times of layers"))
     return found
 
 
 def _gather(
-    engine: Engine, layers: dict[str, nn.Module | None], own: list[_Watch]
+    engine: Engine, model: ChunkedModel, own: dict[str, _Watch], passes: _Passes
 ) -> dict[str, Measured]:
-    watches = iter(own)
-    table = torch.zeros(len(layers), 3, dtype=torch.float32, device=engine.job.device)
-    for row, module in enumerate(layers.values()):
-        if module is not None:
-            table[row] = torch.tensor(next(watches).facts())
+    """Put together what the stages have measured. Collective."""
+    names, bounds = list(model.layers_by_name()), model.partitions()
+    # Of each layer forward, backward, bytes, and whether it has times; of each chunk two passes.
+    layers = torch.zeros(len(names), 4, dtype=torch.float64)
+    chunks = torch.zeros(len(bounds) - 1, 2, dtype=torch.float64)
+    for row, name in enumerate(names):
+        if name in own:
+            layers[row] = torch.tensor([*own[name].facts(), 1.0])
+    for (kind, chunk), seconds in passes.least.items():
+        chunks[chunk]["FB".index(kind)] = seconds
+    table = torch.cat([layers.flatten(), chunks.flatten()]).float().to(engine.job.device)
     tag = Tag(Purpose.CONTROL, site="measured times of layers")
-    engine.job.communicator.all_reduce(table, ("pp", "data"), tag)
-    rows = (table / engine.job.mesh.size("data")).tolist()
+    engine.job.communicator.all_reduce(table, "world", tag)
+    # Each layer is on all ranks of one stage.
+    table = table.double().cpu() * engine.job.mesh.size("pp") / engine.job.mesh.size("world")
+    layers, chunks = table.split([layers.numel(), chunks.numel()])  # type: ignore[no-untyped-call]
+    rows: list[list[float]] = layers.view(-1, 4).tolist()
+    timed = [row[3] > 0 for row in rows]
+    forward, backward = (
+        _with_sides([row[way] for row in rows], timed, bounds, chunks.view(-1, 2)[:, way].tolist())
+        for way in (0, 1)
+    )
     return {
-        name: Measured(forward, backward, round(kept))
-        for name, (forward, backward, kept) in zip(layers, rows, strict=True)
+        name: Measured(forward[i], backward[i], round(rows[i][2])) for i, name in enumerate(names)
     }
+
+
+def _with_sides(
+    times: Sequence[float], timed: Sequence[bool], bounds: Sequence[int], passes: Sequence[float]
+) -> list[float]:
+    """Add to times of layers what the passes of their chunks took beyond them.
+
+    What a layer takes beyond its time is that of the chunk in which it is least. The rest of the
+    first chunk is what comes before its first layer, that of the last what comes behind its last.
+
+    Args:
+        times: of layers, 0 where there is none.
+        timed: whether a layer has a time.
+        bounds: first layer of each chunk, and the number of layers.
+        passes: time of each chunk's pass.
+
+    Returns:
+        Times of layers, which add up to those of the passes.
+    """
+    found, cuts = list(times), [range(*pair) for pair in pairwise(bounds)]
+    rests = [max(0.0, p - sum(times[i] for i in own)) for p, own in zip(passes, cuts, strict=True)]
+    known = [[i for i in own if timed[i]] for own in cuts]
+    each = min((r / len(own) for r, own in zip(rests, known, strict=True) if own), default=0.0)
+    for chunk, (rest, own) in enumerate(zip(rests, known, strict=True)):
+        for i in own:
+            found[i] += each
+        if chunk == 0:
+            takers = [bounds[0]]
+        elif chunk == len(cuts) - 1:
+            takers = [bounds[-1] - 1]
+        else:
+            takers = own or [bounds[chunk]]
+        for i in takers:
+            found[i] += (rest - each * len(own)) / len(takers)
+    return found
+
+
+class _Passes(Recorder):
+    """The least time of each chunk's forward and backward.
+
+    Attributes:
+        least: kind of pass and chunk -> seconds.
+    """
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        super().__init__(wait)
+        self.least: dict[tuple[str, int], float] = {}
+
+    def add(self, instruction: Instruction, begin: float, end: float) -> None:
+        """Note the times of an instruction."""
+        key = instruction.kind, instruction.chunk
+        self.least[key] = min(end - begin, self.least.get(key, end - begin))
 
 
 class _Watch:

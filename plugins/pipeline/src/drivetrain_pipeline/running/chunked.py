@@ -37,6 +37,9 @@ class ChunkedModel(Protocol):
             with_loss: the last chunk returns the loss, where the model has that apart.
         """
 
+    def partitions(self) -> list[int]:
+        """The first layer of each chunk, and the number of layers."""
+
     def layers_by_name(self) -> dict[str, nn.Module | None]:
         """All layers of the model, in order; ``None`` for those of other stages."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
     from drivetrain.engine.engine import Engine
     from drivetrain_pipeline.running.chunked import ChunkedModel
-    from drivetrain_pipeline.running.trace import Trace
     from drivetrain_pipeline.running.weights_apart import WeightsApart
-    from drivetrain_pipeline.schedules import Message
+    from drivetrain_pipeline.schedules import Message, Recorder
 
 Schedules = Callable[[int], Schedule]
 """Number of micro-batches -> the schedule of a step with so many."""
@@ -71,7 +70,7 @@ class PipelineRunner:
         apart: WeightsApart | None = None,
         tied: list[nn.Parameter] | None = None,
         dynamic: bool = False,
-        trace: Trace | None = None,
+        trace: Recorder | None = None,
     ) -> None:
         self._engine = engine
         self._model = model
@@ -90,6 +89,20 @@ class PipelineRunner:
     def placement(self) -> tuple[int, ...]:
         """The stage of each chunk."""
         return self._schedules(self._engine.gradient_accumulation_steps()).placement
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of weights are computed apart from those of inputs."""
+        return self._apart is not None
+
+    @contextmanager
+    def recorded(self, recorder: Recorder) -> Iterator[None]:
+        """Inside of the block ``recorder`` notes when instructions of training begin and end."""
+        before, self._trace = self._trace, recorder
+        try:
+            yield
+        finally:
+            self._trace = before
 
     def run(self, batches: Iterator[Any], train: bool) -> torch.Tensor:
         """See :class:`~drivetrain.contracts.Runner`."""

@@ -5,7 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from typing import TYPE_CHECKING
+
 from drivetrain_pipeline.schedules.instruction import Instruction
+
+if TYPE_CHECKING:
+    from drivetrain_pipeline.schedules.streams import Schedule
 
 
 class Recorder:
@@ -47,6 +52,9 @@ class Recorder:
     def spans(self) -> list[tuple[str, float, float]]:
         """(Instruction as text, begin, end) in order: plain data that ranks can exchange."""
         return list(self._spans)
+
+    def finish(self, schedule: Schedule) -> None:
+        """The step is over, of which ``schedule`` was run; here nothing is made of it."""
 
     def clear(self) -> None:
         """Forget all; the next step begins."""

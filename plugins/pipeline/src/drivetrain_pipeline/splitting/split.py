@@ -142,6 +142,10 @@ class SplitModel:
             return (), dict(batch), None
         return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}, None
 
+    def partitions(self) -> list[int]:
+        """The first unit of each chunk, and the number of units."""
+        return list(self._bounds)
+
     def layers_by_name(self) -> dict[str, nn.Module | None]:
         """All units, in order; ``None`` for those of other stages."""
         return {
