@@ -6,7 +6,8 @@
 
 A decoder of ``--layers`` blocks is cut in the middle of its blocks (with several chunks, in equal
 numbers of them), or where the name of a system says behind ``/``: after so many blocks (``torch``),
-or by ``measured`` times (``drivetrain``), which are taken in its first, uncounted step. A step runs ``--micro-batches`` micro-batches and updates with AdamW. ``torch`` is
+or by ``measured`` times (``drivetrain``), which are taken in its first, uncounted step. A step runs
+``--micro-batches`` micro-batches and updates with AdamW. ``torch`` is
 torch.distributed.pipelining, with one process for each stage as all systems. ``system:schedule``
 runs another schedule than 1F1B: ``drivetrain`` all of its own; ``torch`` gpipe, interleaved and zb.
 ``system@interpreter`` runs a system under another Python, for peers that live in an environment of

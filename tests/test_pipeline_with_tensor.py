@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -305,3 +306,26 @@ def test_layers_that_are_shared_out_have_their_weights_gradients_apart() -> None
         every |= names
     layers = ("attention.q", "attention.k", "attention.v", "attention.o", "gate", "up", "down")
     assert every == {f"blocks.{i}.{layer}.weight" for i in range(BLOCKS) for layer in layers}
+
+
+def told_in_two_steps(overlap: bool) -> list[str]:
+    found: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    logging.getLogger("drivetrain.pipeline").addHandler(Kept(logging.WARNING))
+    section = {"autotp_size": 2, "tp_overlap_comm": overlap}
+    engine = make(2, 2, 1, pipeline={"schedule": "zb_h1"}, tensor_parallel=section)
+    train(engine, 0, 2)
+    close(engine)
+    return found
+
+
+def test_weights_that_a_schedule_cannot_put_off_are_told_once() -> None:
+    told, *others = run_distributed(told_in_two_steps, 4, True, timeout=100)
+    # Of two blocks; those at the end of a region do not overlap.
+    assert [text.partition(",")[0] for text in told] == ["pipeline: 10 of 14 weights"]
+    assert others == [[]] * 3
+    assert run_distributed(told_in_two_steps, 4, False, timeout=100)[0] == []

@@ -140,5 +140,5 @@ def test_a_state_dict_is_that_of_all_stages(stage: int) -> None:
         for name, value in expected.items():
             torch.testing.assert_close(before[name], value)
             torch.testing.assert_close(after[name], 2 * value)
-        assert "Unexpected key(s) in state_dict: \"other\"" in unknown
+        assert 'Unexpected key(s) in state_dict: "other"' in unknown
         assert "Missing key(s)" in missing

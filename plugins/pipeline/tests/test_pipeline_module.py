@@ -244,5 +244,8 @@ def test_descriptions_say_what_is_wrong_with_them() -> None:
         LayerSpec(max)
     with pytest.raises(ConfigError, match="has no parameter 'bias'; it has weight"):
         TiedLayerSpec("e", nn.Embedding, 3, 2, tied_weight_attr="bias").build()
+    for other in (TiedLayerSpec("e", nn.Linear, 2, 3), TiedLayerSpec("e", nn.Embedding, 4, 2)):
+        with pytest.raises(ConfigError, match=r"'e': layer 0 is .* layer 1 .* forward_fn"):
+            PipelineModule([TiedLayerSpec("e", nn.Embedding, 3, 2), other], 1)
     with pytest.raises(ConfigError, match="type:Conv matches no layer"):
         PipelineModule(specs(), 1, partition_method="type:Conv")

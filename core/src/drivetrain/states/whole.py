@@ -293,7 +293,7 @@ def of_all_stages(job: Job, state: Mapping[str, Any]) -> dict[str, Any]:
                 value = torch.empty(shape, dtype=getattr(torch, dtype), device=job.device)
             tag = Tag(Purpose.STATE, name, "of another stage")
             job.communicator.broadcast(value, "pp", tag, source=stage)
-            found[name] = value if name not in tensors else tensors[name]
+            found[name] = tensors.get(name, value)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,33 @@ class TiedLayerSpec(LayerSpec):
                 f"{lacking[0]!r}; it has {', '.join(known) or 'none'}"
             )
         return module
+
+
+def refuse_unlike_ties(layers: Sequence[Layer]) -> None:
+    """Check that layers of one key can be one module, whose parameters stages share.
+
+    Raises:
+        ConfigError: they are of other classes, or have other parameters.
+    """
+    known: dict[str, tuple[int, TiedLayerSpec]] = {}
+    for number, spec in enumerate(layers):
+        if not isinstance(spec, TiedLayerSpec):
+            continue
+        other, first = known.setdefault(spec.key, (number, spec))
+        if first is spec:
+            continue
+        if first.typename is not spec.typename or _shapes(first) != _shapes(spec):
+            raise ConfigError(
+                f"TiedLayerSpec {spec.key!r}: layer {other} is {first} and layer {number} {spec}, "
+                "which cannot be one module that stages share: describe them alike, and give what "
+                "the second does with it as forward_fn"
+            )
+
+
+def _shapes(spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+    """Shapes of parameters, by their names."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in spec.build().named_parameters()}
 
 
 Layer = LayerSpec | nn.Module | Callable[[Any], Any]

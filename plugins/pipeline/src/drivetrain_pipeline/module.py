@@ -20,6 +20,7 @@ from drivetrain_pipeline.layers import (
     TiedLayerSpec,
     count_parameters,
     kind_of,
+    refuse_unlike_ties,
 )
 from drivetrain_pipeline.section import PATH, PipelineSection
 
@@ -49,7 +50,8 @@ class PipelineModule(nn.Module):
         dynamic_shape: shapes between stages depend on values.
 
     Raises:
-        ConfigError: the world cannot be divided into so many stages, or there are fewer layers.
+        ConfigError: the world cannot be divided into so many stages, there are fewer layers, or
+            tied ones are not alike.
     """
 
     drivetrain_plugin: ClassVar[str] = PATH
@@ -78,6 +80,7 @@ class PipelineModule(nn.Module):
         self.checkpointable_layers = checkpointable_layers
         self.dynamic_shape = dynamic_shape
         self._specs = list(layers)
+        refuse_unlike_ties(self._specs)
         self._num_stages = num_stages
         self._method = partition_method
         self._recompute = activation_checkpoint_func or _not_reentrant

@@ -11,6 +11,7 @@ and so do weights that a layer multiplies by with an operator of its own.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from torch.overrides import TorchFunctionMode
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
     from drivetrain_pipeline.schedules import Instruction
+
+logger = logging.getLogger("drivetrain.pipeline")
 
 _Entry = tuple[nn.Parameter, torch.Tensor, torch.Tensor]
 """A weight [out, in], the input of its layer [..., in], the gradient of its output [..., out]."""
@@ -44,6 +47,7 @@ class WeightsApart:
         self._kept: dict[tuple[int, int], list[_Entry]] = {}
         self._left: Counter[int] = Counter()
         self._came: set[nn.Parameter] = set()
+        self._told = False
         for part in self._linear:
             vars(part)["forward"] = _Forward(self, part)
 
@@ -95,7 +99,21 @@ class WeightsApart:
         self._came.update(by_weight)
         if not self._left.total():
             in_backward = [weight for weight in self.weights if weight not in self._came]
+            self._tell(in_backward)
             self._engine.gradients_ready(in_backward, last=True)
+
+    def _tell(self, in_backward: Sequence[nn.Parameter]) -> None:
+        """Say once if a schedule cannot do what it is there for."""
+        if in_backward and not self._told and self._engine.job.rank == 0:
+            logger.warning(
+                "pipeline: %d of %d weights, %s first, had gradients with those of inputs, so the "
+                "bubble is larger than that of the schedule: their layers multiply in a way of "
+                "their own (tensor_parallel.tp_overlap_comm has such), or were not used",
+                len(in_backward),
+                len(self.weights),
+                self._engine.job.parameters.info(in_backward[0]).name,
+            )
+        self._told = True
 
     @torch.no_grad()
     def _add(self, weight: nn.Parameter, x: torch.Tensor, gradient: torch.Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-
 from typing import TYPE_CHECKING
 
 from drivetrain_pipeline.schedules.instruction import Instruction
