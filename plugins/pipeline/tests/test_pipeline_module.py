@@ -226,9 +226,24 @@ def fewer_layers() -> None:
     PipelineModule([LayerSpec(nn.Linear, 2, 2)], 2)
 
 
+def as_long_as_positive(x: torch.Tensor) -> torch.Tensor:
+    return x if x.sum() > 0 else x[:1]
+
+
+def shapes_that_depend_on_values() -> None:
+    layers = [as_long_as_positive, nn.Linear(4, 4), nn.Linear(4, 1)]
+    model = PipelineModule(layers, 2, loss_fn=lambda x, y: x.mean(), partition_method="type:Linear")
+    batches = [(torch.full((2, 4), sign), torch.zeros(2)) for sign in (1.0, -1.0) * 2]
+    engine_of(model, {}).train_batch(iter(batches))
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
+        (
+            shapes_that_depend_on_values,
+            "what chunk 0 makes of micro-batch 1 has other shapes than before.*dynamic_shape",
+        ),
         (too_many_stages, "2 ranks cannot be divided into 3 stages: 2 / 3 leaves 2"),
         (stage_without_parameters, "stage 1 has layers .1. without parameters"),
         (fewer_layers, "1 layers cannot be cut into 2 parts"),
