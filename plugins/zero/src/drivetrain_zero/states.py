@@ -226,9 +226,8 @@ class ZeroStates(ModelStates):
         self._gathering = UnitHooks(gatherer)
         self._reducer.in_turn = not order.alone
         if policy.secondary_axis is not None:
-            for bucket in (
-                b for u in units if Reason.PERSISTENT not in u.reasons for b in u.buckets
-            ):
+            gathered = [unit for unit in units if Reason.PERSISTENT not in unit.reasons]
+            for bucket in (bucket for unit in gathered for bucket in unit.buckets):
                 if bucket.sharded and bucket.axis == "data":
                     bucket.whole.keep_secondary(policy.secondary_axis)
         for axis in ("data", *order.wider_axes):
