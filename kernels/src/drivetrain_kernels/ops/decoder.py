@@ -8,6 +8,7 @@ import torch
 
 from drivetrain_kernels.checks import LOW_PRECISION, Checker
 from drivetrain_kernels.op import Example, Op, Refusal, Tolerance
+from drivetrain_kernels.ops.cache_codes import LARGEST, check_caches, to_cache_codes
 from drivetrain_kernels.registry import registry
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -44,6 +45,8 @@ def rotary_to_cache(
     keys: torch.Tensor,
     values: torch.Tensor,
     slots: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> None:
     """Rotate queries and keys by their positions (RoFormer, arXiv 2104.09864); fill the cache.
 
@@ -54,11 +57,16 @@ def rotary_to_cache(
         joined: [tokens, (heads + 2 * kv_heads) * dim]: queries, keys, values; contiguous, written.
         cosine: [tokens, rotated / 2], float32.
         sine: like ``cosine``.
-        keys: [blocks, kv_heads, size, dim], dtype of ``joined``; written.
+        keys: [blocks, kv_heads, size, dim], dtype of ``joined``, or codes: int8 for integers,
+            uint8 for numbers of E4M3; written.
         values: like ``keys``; written.
         slots: [tokens], int32: ``block * size + place`` of each token.
+        key_scales: [blocks, kv_heads, size], float32, where the cache holds codes: the largest
+            element of a head becomes the largest code; written.
+        value_scales: like ``key_scales``.
     """
-    ROTARY_TO_CACHE.call(joined, cosine, sine, keys, values, slots)
+    call = (joined, cosine, sine, keys, values, slots, key_scales, value_scales)
+    ROTARY_TO_CACHE.call(*call)
 
 
 def gated_activation(joined: torch.Tensor, kind: str) -> torch.Tensor:
@@ -102,7 +110,8 @@ def _norm_check(
 
 def _rotary_reference(
     joined: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, keys: torch.Tensor,
-    values: torch.Tensor, slots: torch.Tensor,
+    values: torch.Tensor, slots: torch.Tensor, key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
 ) -> None:  # fmt: skip
     (_, kv_heads, size, dim), half = keys.shape, cosine.shape[1]
     heads = joined.view(len(joined), -1, dim)
@@ -112,20 +121,29 @@ def _rotary_reference(
     cos, sin = (part[:, None].to(compute) for part in (cosine, sine))
     turned.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=2))
     block, place = (slots // size).long(), (slots % size).long()
-    keys[block, :, place] = heads[:, -2 * kv_heads : -kv_heads]
-    values[block, :, place] = heads[:, -kv_heads:]
+    for cache, scales, own in (
+        (keys, key_scales, heads[:, -2 * kv_heads : -kv_heads]),
+        (values, value_scales, heads[:, -kv_heads:]),
+    ):
+        if scales is None:
+            cache[block, :, place] = own
+        else:
+            cache[block, :, place], scales[block, :, place] = to_cache_codes(own, cache.dtype)
 
 
 def _rotary_check(
     joined: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, keys: torch.Tensor,
-    values: torch.Tensor, slots: torch.Tensor,
+    values: torch.Tensor, slots: torch.Tensor, key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
 ) -> None:  # fmt: skip
     _rows(_rotary, joined, "joined")
     for name, cache in (("keys", keys), ("values", values)):
-        _rotary.dtype(cache, name, joined.dtype)
         if cache.dim() != 4 or cache.shape != keys.shape or not cache.is_contiguous():
             expected = "contiguous [blocks, kv_heads, size, dim]"
             raise _rotary.fail(name, f"is {list(cache.shape)}", expected)
+    caches = {"keys": keys, "values": values}
+    scales = {"key_scales": key_scales, "value_scales": value_scales}
+    check_caches(_rotary, joined.dtype, caches, scales)
     heads, rest = joined.shape[1] // keys.shape[3], joined.shape[1] % keys.shape[3]
     if rest or heads <= 2 * keys.shape[1]:
         raise _rotary.fail("joined", f"is {list(joined.shape)}", "queries, keys and values")
@@ -190,7 +208,25 @@ def _rotary_examples(device: torch.device) -> Iterator[Example]:
             slots = torch.randperm(32, generator=torch.Generator().manual_seed(4))[:tokens]
             label = f"{str(dtype).removeprefix('torch.')}-{tokens}x{heads}x{dim}"
             call = (joined, angles.cos(), angles.sin(), *caches, slots.to(device, torch.int32))
-            yield Example(label, call)
+            yield Example(label, (*call, None, None))
+            for kind in LARGEST:
+                yield _coded_example(f"{label} {kind}", call, kind)
+
+
+def _coded_example(label: str, call: tuple[torch.Tensor, ...], kind: torch.dtype) -> Example:
+    """The same call with a cache of codes.
+
+    A number in the middle between two codes may become either; with inputs of few bits, which are
+    rounded once more on the way, that is true of many.
+    """
+    joined, cosine, sine, keys, values, slots = call
+    coded = [torch.zeros_like(each, dtype=kind) for each in (keys, values)]
+    scales = [torch.zeros_like(each[..., 0], dtype=torch.float32) for each in (keys, values)]
+    plain, low = Tolerance(), joined.dtype in LOW_PRECISION
+    relative = {**plain.relative, torch.float32: 2e-2 if low else 1e-5}
+    tolerance = Tolerance(relative, plain.absolute, mismatched=0.5 if low else 0.02)
+    arguments = (joined, cosine, sine, coded[0], coded[1], slots, scales[0], scales[1])
+    return Example(label, arguments, tolerance)
 
 
 def _gated_examples(device: torch.device) -> Iterator[Example]:
@@ -213,11 +249,17 @@ def _rotary_refusals(device: torch.device) -> Iterator[Refusal]:
     joined, angles = torch.ones(2, 24, device=device), torch.ones(2, 4, device=device)
     keys, values = (torch.ones(2, 1, 4, 8, device=device) for _ in range(2))
     slots = torch.zeros(2, dtype=torch.int32, device=device)
-    good = (joined, angles, angles.clone(), keys, values, slots)
+    good = (joined, angles, angles.clone(), keys, values, slots, None, None)
+    codes = (torch.zeros_like(keys, dtype=torch.int8), torch.zeros_like(keys, dtype=torch.int8))
+    ones = torch.ones(2, 1, 4, device=device)
     yield Refusal("half a head", (joined[:, :20].contiguous(), *good[1:]), "joined")
     yield Refusal("one angle", (joined, angles[:1], *good[2:]), "cosine")
-    yield Refusal("long slots", (*good[:5], slots.long()), "slots")
-    yield Refusal("other values", (*good[:4], values[:1].clone(), slots), "values")
+    yield Refusal("long slots", (*good[:5], slots.long(), None, None), "slots")
+    yield Refusal("other values", (*good[:4], values[:1].clone(), slots, None, None), "values")
+    yield Refusal("no scales", (*good[:3], *codes, slots, None, None), "key_scales")
+    yield Refusal("one scale", (*good[:3], *codes, slots, ones, ones[:1].clone()), "value_scales")
+    yield Refusal("needless scales", (*good[:6], ones, ones.clone()), "key_scales")
+    yield Refusal("half of it codes", (*good[:3], codes[0], *good[4:]), "keys")
 
 
 def _gated_refusals(device: torch.device) -> Iterator[Refusal]:
@@ -249,7 +291,7 @@ ROTARY_TO_CACHE = registry.define(
     Op(
         "rotary_to_cache",
         "(Tensor(a!) joined, Tensor cosine, Tensor sine, Tensor(b!) keys, Tensor(c!) values, "
-        "Tensor slots) -> ()",
+        "Tensor slots, Tensor(d!)? key_scales, Tensor(e!)? value_scales) -> ()",
         reference=_rotary_reference,
         check=_rotary_check,
         examples=_rotary_examples,

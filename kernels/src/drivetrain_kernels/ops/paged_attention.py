@@ -8,6 +8,12 @@ import torch
 
 from drivetrain_kernels.checks import LOW_PRECISION, Checker
 from drivetrain_kernels.op import Example, Op, Refusal, Tolerance
+from drivetrain_kernels.ops.cache_codes import (
+    LARGEST,
+    check_caches,
+    from_cache_codes,
+    to_cache_codes,
+)
 from drivetrain_kernels.registry import registry
 
 _checker = Checker("paged_attention")
@@ -25,6 +31,8 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of the newest tokens of each sequence (vLLM, arXiv 2309.06180).
 
@@ -34,8 +42,9 @@ def paged_attention(
 
     Args:
         query: [tokens, heads, dim]; strides of the last two dimensions are contiguous.
-        keys: [blocks, kv_heads, size, dim], dtype of ``query``.
-        values: [blocks, kv_heads, size, value_dim], dtype of ``query``.
+        keys: [blocks, kv_heads, size, dim], dtype of ``query``, or codes as
+            :func:`~drivetrain_kernels.rotary_to_cache` writes them.
+        values: [blocks, kv_heads, size, value_dim], dtype of ``keys``.
         tables: [sequences, most blocks], int32.
         starts: [sequences + 1], int32, from 0 to the number of tokens.
         lengths: [sequences], int32.
@@ -43,6 +52,8 @@ def paged_attention(
         window: keys that a query sees at most, itself among them; 0 for all.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
         sinks: [heads], float32: a further score of each head, without a value (gpt-oss).
+        key_scales: [blocks, kv_heads, size], float32, where the cache holds codes.
+        value_scales: like ``key_scales``.
 
     Returns:
         [tokens, heads, value_dim], dtype of ``query``.
@@ -52,14 +63,15 @@ def paged_attention(
             and ``lengths`` are the caller's to keep right.
     """
     call = (query, keys, values, tables, starts, lengths, scale, window, softcap, sinks)
-    result: torch.Tensor = PAGED_ATTENTION.call(*call)
+    result: torch.Tensor = PAGED_ATTENTION.call(*call, key_scales, value_scales)
     return result
 
 
 def _reference(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor,
     starts: torch.Tensor, lengths: torch.Tensor, scale: float, window: int, softcap: float,
-    sinks: torch.Tensor | None,
+    sinks: torch.Tensor | None, key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     compute = torch.promote_types(query.dtype, torch.float32)
     size, group = keys.shape[2], query.shape[1] // keys.shape[1]
@@ -71,8 +83,8 @@ def _reference(
             continue
         blocks = tables[s, : -(-length // size)].long()
         key, value = (
-            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :length].to(compute)
-            for cache in (keys, values)
+            _plain(cache, scales, blocks).transpose(0, 1).flatten(1, 2)[:, :length].to(compute)
+            for cache, scales in ((keys, key_scales), (values, value_scales))
         )
         key, value = (part.repeat_interleave(group, 0) for part in (key, value))
         scores = query[first:last].transpose(0, 1).to(compute) @ key.transpose(1, 2) * scale
@@ -90,21 +102,29 @@ def _reference(
     return output
 
 
+def _plain(cache: torch.Tensor, scales: torch.Tensor | None, blocks: torch.Tensor) -> torch.Tensor:
+    """The numbers of some blocks."""
+    return cache[blocks] if scales is None else from_cache_codes(cache[blocks], scales[blocks])
+
+
 def _check(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor,
     starts: torch.Tensor, lengths: torch.Tensor, scale: float, window: int, softcap: float,
-    sinks: torch.Tensor | None,
+    sinks: torch.Tensor | None, key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
 ) -> None:  # fmt: skip
     _checker.floating(query, "query")
     # Of what has one element alone, such as the heads of a rank that has one, strides say nothing.
     if query.dim() != 3 or not query[:1].is_contiguous():
         raise _checker.fail("query", f"is {list(query.shape)}", "[tokens, heads, dim], dense heads")
-    for name, cache in (("keys", keys), ("values", values)):
-        _checker.dtype(cache, name, query.dtype)
+    caches = {"keys": keys, "values": values}
+    scales = {"key_scales": key_scales, "value_scales": value_scales}
+    for name, cache in caches.items():
         _checker.same_device(cache, name, query.device)
         if cache.dim() != 4 or cache.shape[:3] != keys.shape[:3] or not cache.is_contiguous():
             expected = "contiguous [blocks, kv_heads, size, dim]"
             raise _checker.fail(name, f"is {list(cache.shape)}", expected)
+    check_caches(_checker, query.dtype, caches, scales)
     if keys.shape[3] != query.shape[2] or query.shape[1] % keys.shape[1]:
         expected = f"{query.shape[2]} per head, and heads that divide {query.shape[1]}"
         raise _checker.fail("keys", f"is {list(keys.shape)}", expected)
@@ -166,14 +186,25 @@ def _example(
     keys, values = (normal(len(order), kv_heads, size, each) for each in (dim, value_dim))
     sinks = normal(heads).float() if sink else None
     metadata = (tables.to(device), new.to(device), lengths.to(device))
-    return query, keys, values, *metadata, dim**-0.5, window, softcap, sinks
+    return query, keys, values, *metadata, dim**-0.5, window, softcap, sinks, None, None
+
+
+def _coded(call: tuple[object, ...], kind: torch.dtype) -> tuple[object, ...]:
+    """The same call with a cache of codes."""
+    query, keys, values, *rest = call
+    pairs = [to_cache_codes(each, kind) for each in (keys, values)]  # type: ignore[arg-type]
+    (keys, key_scales), (values, value_scales) = pairs
+    return (query, keys, values, *rest[:-2], key_scales, value_scales)
 
 
 def _examples(device: torch.device) -> Iterator[Example]:
     for dtype in (torch.float32, *LOW_PRECISION):
         name = str(dtype).removeprefix("torch.")
         for shape in _SHAPES:
-            yield Example(f"{name}-{shape[0]}", _example(shape, dtype, device, 0, 0.0, False))
+            call = _example(shape, dtype, device, 0, 0.0, False)
+            yield Example(f"{name}-{shape[0]}", call)
+            for kind in LARGEST:
+                yield Example(f"{name}-{shape[0]} {kind}", _coded(call, kind))
         for label, options in (
             ("window", (5, 0.0, False)),
             ("softcap", (0, 3.0, False)),
@@ -192,6 +223,8 @@ def _refusals(device: torch.device) -> Iterator[Refusal]:
         ("long tables", 3, good[3].long(), "tables"),  # type: ignore[attr-defined]
         ("short starts", 4, good[4][:-1], "starts"),  # type: ignore[index]
         ("negative window", 7, -1, "window"),
+        ("needless scales", 10, torch.ones(2, device=device), "key_scales"),
+        ("codes without scales", 1, good[1].char(), "keys"),  # type: ignore[attr-defined]
     ):
         call = list(good)
         call[position] = value
@@ -204,7 +237,8 @@ PAGED_ATTENTION = registry.define(
     Op(
         "paged_attention",
         "(Tensor query, Tensor keys, Tensor values, Tensor tables, Tensor starts, Tensor lengths, "
-        "float scale, int window, float softcap, Tensor? sinks) -> Tensor",
+        "float scale, int window, float softcap, Tensor? sinks, Tensor? key_scales, "
+        "Tensor? value_scales) -> Tensor",
         reference=_reference,
         check=_check,
         examples=_examples,

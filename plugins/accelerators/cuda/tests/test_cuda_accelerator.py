@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -116,3 +117,49 @@ def test_it_is_light_to_import():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+class Graphs:
+    """Stands in for ``torch.cuda``: notes in which order a graph is made, and what is in it."""
+
+    def __init__(self, refuses=False):
+        self.log, self.refuses, self.inside = [], refuses, None
+
+    def Stream(self):
+        return SimpleNamespace(wait_stream=lambda other: self.log.append("aside waits"))
+
+    def current_stream(self):
+        return SimpleNamespace(wait_stream=lambda other: self.log.append("current waits"))
+
+    def CUDAGraph(self):
+        return SimpleNamespace(replay=lambda: self.log.append("replay"))
+
+    @contextmanager
+    def stream(self, stream):
+        self.log.append("on the side")
+        yield
+
+    @contextmanager
+    def graph(self, graph):
+        self.log.append("captured")
+        yield
+        if self.refuses:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_work_is_warmed_up_beside_and_then_captured(monkeypatch):
+    graphs, ran = Graphs(), []
+    monkeypatch.setattr(torch, "cuda", graphs)
+    replay = CudaAccelerator().capture(lambda: ran.append(list(graphs.log)))
+    assert ran == [["aside waits", "on the side"], [*graphs.log]]
+    assert graphs.log == ["aside waits", "on the side", "current waits", "captured"]
+    replay()
+    assert graphs.log[-1] == "replay"
+    assert len(ran) == 2
+
+
+def test_work_that_a_graph_cannot_hold_is_not_captured(monkeypatch, caplog):
+    monkeypatch.setattr(torch, "cuda", Graphs(refuses=True))
+    caplog.set_level("INFO", "drivetrain.kernels")
+    assert CudaAccelerator().capture(lambda: None) is None
+    assert "not permitted when stream is capturing" in caplog.text

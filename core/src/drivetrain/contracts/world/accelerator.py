@@ -8,7 +8,7 @@ Streams, events, memory statistics and synchronisation come from ``torch.acceler
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -108,6 +108,13 @@ class Accelerator(ABC):
     def on_stream(self, stream: Any | None) -> AbstractContextManager[Any]:
         """Context in which work is queued on ``stream``."""
         return nullcontext() if stream is None else self._module().stream(stream)
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None] | None:
+        """What repeats the work that ``function`` queues, without Python; ``None`` if nothing does.
+
+        ``function`` runs any number of times here. A repetition reads and writes the same memory.
+        """
+        return None
 
     def range(self, name: str) -> AbstractContextManager[Any]:
         """Mark a range for the vendor's profiler."""

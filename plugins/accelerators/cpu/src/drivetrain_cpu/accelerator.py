@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from drivetrain.contracts import Accelerator, hookimpl
+from drivetrain.errors import BuildError
 from drivetrain_cpu import binding, memory
 from drivetrain_cpu.plugin import CpuSection
 
@@ -77,6 +78,17 @@ class CpuAccelerator(Accelerator):
 
     def total_memory(self) -> int:
         return memory.total()
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None] | None:
+        """A list of the kernels' calls; ``None`` where ``function`` computes anything else."""
+        from drivetrain_cpu.instruction_sets import selected
+        from drivetrain_cpu.kernels import kernel_library, program
+
+        try:
+            library = kernel_library(selected()).load()
+        except BuildError:
+            return None
+        return program.capture(function, library)
 
     @hookimpl
     def wrap_communicator(self, job: Job) -> Sequence[CommunicatorLayer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,12 @@ class CudaAccelerator(Accelerator):
         major = torch.cuda.get_device_capability()[0]
         half = (torch.float16,) if major >= 7 else ()
         return (torch.float32, torch.bfloat16, *half) if major >= 8 else (torch.float32, *half)
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None] | None:
+        """A graph; ``None`` if ``function`` does what a graph cannot hold, such as waiting."""
+        from drivetrain_kernels.gpu.graphs import capture
+
+        return capture(function)
 
     def range(self, name: str) -> AbstractContextManager[None]:
         """An NVTX range, which Nsight shows."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,12 @@ class RocmAccelerator(Accelerator):
 
     def communication_backend(self) -> str:
         return "cpu:gloo,cuda:nccl"
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None] | None:
+        """A graph; ``None`` if ``function`` does what a graph cannot hold, such as waiting."""
+        from drivetrain_kernels.gpu.graphs import capture
+
+        return capture(function)
 
     def range(self, name: str) -> AbstractContextManager[None]:
         """A roctx range, which rocprof shows; torch offers it under NVTX's name."""

@@ -40,10 +40,11 @@ SOURCES = (
     "linear",
     "signs",
     "minifloats",
+    "program",
     "shared_group",
     "collectives",
 )
-HEADERS = ("dtypes", "panels", "products", "rounding", "shared_group", "tiles", "vectors")
+HEADERS = ("bytes", "dtypes", "panels", "products", "rounding", "shared_group", "tiles", "vectors")
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <limits>
 
-#include "panels.h"
+#include "bytes.h"
 
 namespace drivetrain {
 namespace {
@@ -17,12 +17,13 @@ constexpr float kHidden = -std::numeric_limits<float>::infinity();
 // Layout shared with serving.py.
 struct Attention {
   const void *query, *keys, *values;
+  const float *key_scales, *value_scales;  // of codes, one a token and head
   const int32_t *tables, *starts, *lengths;
   const float* sinks;
   void* out;
   int64_t query_stride, sequences, table_stride, heads, kv_heads, size, dim, value_dim, window;
   float scale, softcap;
-  int32_t dtype, threads;
+  int32_t dtype, cache, threads;
 };
 
 struct Tile {
@@ -32,7 +33,7 @@ struct Tile {
 struct alignas(64) Scratch {
   float query[kMostRows * kMostDim], sums[kMostRows * kMostDim], scores[kMostRows * kPanel];
   float keys[kMostDim * kPanel], values[kMostDim * kPanel];
-  float highest[kMostRows], weight[kMostRows];
+  float highest[kMostRows], weight[kMostRows], key_scales[kPanel], value_scales[kPanel];
 };
 
 #if defined(__AVX512F__)
@@ -131,7 +132,8 @@ float soften(float* scores, int64_t count, float softcap, float* highest, float*
   return factor;
 }
 
-template <typename T>
+// T is the type of queries and results, C that of the cache.
+template <typename T, typename C>
 class TileOfQueries {
  public:
   TileOfQueries(const Attention& a, const Tile& tile, Scratch& s)
@@ -154,6 +156,8 @@ class TileOfQueries {
   }
 
  private:
+  static constexpr bool kCodes = sizeof(C) == 1;
+
   int64_t row_of(int64_t row) const { return a_.starts[tile_.sequence] + tile_.first + row / group_; }
   int64_t head_of(int64_t row) const { return tile_.kv_head * group_ + row % group_; }
 
@@ -171,12 +175,15 @@ class TileOfQueries {
   void visit(int64_t from, int64_t count) {
     const int64_t block = a_.tables[tile_.sequence * a_.table_stride + from / a_.size];
     const int64_t at = (block * a_.kv_heads + tile_.kv_head) * a_.size + from % a_.size;
-    keys_as_panel(static_cast<const T*>(a_.keys) + at * a_.dim, count, a_.dim, s_.keys);
-    values_as_panels(static_cast<const T*>(a_.values) + at * a_.value_dim, count, a_.value_dim,
+    keys_as_panel(static_cast<const C*>(a_.keys) + at * a_.dim, count, a_.dim, s_.keys);
+    values_as_panels(static_cast<const C*>(a_.values) + at * a_.value_dim, count, a_.value_dim,
                      s_.values);
+    if constexpr (kCodes) {
+      std::fill_n(std::copy_n(a_.key_scales + at, count, s_.key_scales), kPanel - count, 0.0f);
+      std::fill_n(std::copy_n(a_.value_scales + at, count, s_.value_scales), kPanel - count, 0.0f);
+    }
     times_panel(s_.query, a_.dim, rows_, a_.dim, s_.keys, [&](int64_t row, const Floats* sums) {
-      float* scores = s_.scores + row * kPanel;
-      for (int v = 0; v < kLanes; ++v) store(scores + v * kWidth, sums[v]);
+      scaled(s_.scores + row * kPanel, sums, s_.key_scales);
     });
     for (int64_t row = 0; row < rows_; ++row) weigh(row, from, count);
     for (int64_t column = 0; column < wide_; column += kPanel) {
@@ -187,6 +194,13 @@ class TileOfQueries {
                       store(to + v * kWidth, load(to + v * kWidth) + sums[v]);
                     }
                   });
+    }
+  }
+
+  // Codes stand for multiples of their scales: a column of scores belongs to one key.
+  static void scaled(float* to, const Floats* sums, const float* scales) {
+    for (int v = 0; v < kLanes; ++v) {
+      store(to + v * kWidth, kCodes ? sums[v] * load(scales + v * kWidth) : sums[v]);
     }
   }
 
@@ -203,6 +217,11 @@ class TileOfQueries {
     if (factor != 1.0f) {
       float* sums = s_.sums + row * wide_;
       for (int64_t i = 0; i < wide_; i += kWidth) store(sums + i, load(sums + i) * factor);
+    }
+    if constexpr (kCodes) {
+      Floats weights[kLanes];
+      for (int v = 0; v < kLanes; ++v) weights[v] = load(scores + v * kWidth);
+      scaled(scores, weights, s_.value_scales);
     }
   }
 
@@ -224,7 +243,8 @@ class TileOfQueries {
 }  // namespace
 
 // Attention of the newest tokens of all sequences; 0, or 1 without memory.
-DRIVETRAIN_API int dt_paged_attention(const Attention* a) {
+DRIVETRAIN_API int dt_paged_attention(const void* call) {
+  const Attention* a = static_cast<const Attention*>(call);
   const int64_t group = a->heads / a->kv_heads;
   const int64_t most = std::max<int64_t>(1, kMostRows / group);
   int64_t tiles = 0, work = 0;
@@ -259,7 +279,10 @@ DRIVETRAIN_API int dt_paged_attention(const Attention* a) {
         continue;
       }
       with_type(a->dtype, [&](auto element) {
-        TileOfQueries<decltype(element)>(*a, list[t], *scratch).run();
+        using T = decltype(element);
+        if (a->cache == kCacheInt8) TileOfQueries<T, Int8>(*a, list[t], *scratch).run();
+        else if (a->cache == kCacheFloat8) TileOfQueries<T, Float8>(*a, list[t], *scratch).run();
+        else TileOfQueries<T, T>(*a, list[t], *scratch).run();
       });
     }
     std::free(scratch);

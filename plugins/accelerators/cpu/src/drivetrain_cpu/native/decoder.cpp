@@ -3,7 +3,7 @@
 // Every row is computed by itself, in float32 and in one order.
 #include <cmath>
 
-#include "panels.h"
+#include "bytes.h"
 
 namespace drivetrain {
 namespace {
@@ -80,59 +80,98 @@ void turn_head(T* head, const float* cosine, const float* sine, int64_t half) {
   }
 }
 
+// Layouts shared with serving.py.
+struct Norm {
+  void* residual;
+  const void *delta, *weight;
+  void* out;
+  int64_t rows, dim;
+  float eps;
+  int32_t dtype, threads;
+};
+
+struct Rotary {
+  void* joined;
+  const float *cosine, *sine;
+  void *keys, *values;
+  float *key_scales, *value_scales;
+  const int32_t* slots;
+  int64_t tokens, heads, kv_heads, dim, half, size;
+  int32_t dtype, cache, threads;
+};
+
+struct Gated {
+  const void* joined;
+  void* out;
+  int64_t rows, width;
+  int32_t kind, dtype, threads;
+};
+
+// Puts one head into place `at` of a cache.
+template <typename T>
+void keep(const T* from, int64_t dim, int64_t at, int cache, void* heads, float* scales) {
+  if (cache == kCacheInt8) {
+    encode_head(from, dim, static_cast<Int8*>(heads) + at * dim, scales + at);
+  } else if (cache == kCacheFloat8) {
+    encode_head(from, dim, static_cast<Float8*>(heads) + at * dim, scales + at);
+  } else {
+    std::memcpy(static_cast<T*>(heads) + at * dim, from, dim * sizeof(T));
+  }
+}
+
 }  // namespace
 
 // residual += delta (where there is one); out = RMS norm of it.
-DRIVETRAIN_API void dt_add_rms_norm(void* residual, const void* delta, const void* weight,
-                                    void* out, int dtype, int64_t rows, int64_t dim, float eps,
-                                    int threads) {
-  with_type(dtype, [&](auto element) {
+DRIVETRAIN_API int dt_add_rms_norm(const void* call) {
+  const Norm& c = *static_cast<const Norm*>(call);
+  with_type(c.dtype, [&](auto element) {
     using T = decltype(element);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t at = row * dim;
-      norm_row(static_cast<T*>(residual) + at,
-               delta == nullptr ? nullptr : static_cast<const T*>(delta) + at,
-               static_cast<const T*>(weight), static_cast<T*>(out) + at, dim, eps);
+#pragma omp parallel for schedule(static) num_threads(c.threads) if (c.threads > 1)
+    for (int64_t row = 0; row < c.rows; ++row) {
+      const int64_t at = row * c.dim;
+      norm_row(static_cast<T*>(c.residual) + at,
+               c.delta == nullptr ? nullptr : static_cast<const T*>(c.delta) + at,
+               static_cast<const T*>(c.weight), static_cast<T*>(c.out) + at, c.dim, c.eps);
     }
   });
+  return 0;
 }
 
 // Rotates queries and keys of `joined` and puts keys and values into their slots.
-DRIVETRAIN_API void dt_rotary_to_cache(void* joined, const float* cosine, const float* sine,
-                                       void* keys, void* values, const int32_t* slots, int dtype,
-                                       int64_t tokens, int64_t heads, int64_t kv_heads,
-                                       int64_t dim, int64_t half, int64_t size, int threads) {
-  with_type(dtype, [&](auto element) {
+DRIVETRAIN_API int dt_rotary_to_cache(const void* call) {
+  const Rotary& c = *static_cast<const Rotary*>(call);
+  with_type(c.dtype, [&](auto element) {
     using T = decltype(element);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t token = 0; token < tokens; ++token) {
-      T* row = static_cast<T*>(joined) + token * (heads + 2 * kv_heads) * dim;
-      for (int64_t head = 0; head < heads + kv_heads; ++head) {
-        turn_head(row + head * dim, cosine + token * half, sine + token * half, half);
+#pragma omp parallel for schedule(static) num_threads(c.threads) if (c.threads > 1)
+    for (int64_t token = 0; token < c.tokens; ++token) {
+      T* row = static_cast<T*>(c.joined) + token * (c.heads + 2 * c.kv_heads) * c.dim;
+      for (int64_t head = 0; head < c.heads + c.kv_heads; ++head) {
+        turn_head(row + head * c.dim, c.cosine + token * c.half, c.sine + token * c.half, c.half);
       }
-      const int64_t block = slots[token] / size, place = slots[token] % size;
-      for (int64_t head = 0; head < kv_heads; ++head) {
-        const int64_t to = ((block * kv_heads + head) * size + place) * dim;
-        const T* from = row + (heads + head) * dim;
-        std::memcpy(static_cast<T*>(keys) + to, from, dim * sizeof(T));
-        std::memcpy(static_cast<T*>(values) + to, from + kv_heads * dim, dim * sizeof(T));
+      const int64_t block = c.slots[token] / c.size, place = c.slots[token] % c.size;
+      for (int64_t head = 0; head < c.kv_heads; ++head) {
+        const int64_t at = (block * c.kv_heads + head) * c.size + place;
+        const T* from = row + (c.heads + head) * c.dim;
+        keep(from, c.dim, at, c.cache, c.keys, c.key_scales);
+        keep(from + c.kv_heads * c.dim, c.dim, at, c.cache, c.values, c.value_scales);
       }
     }
   });
+  return 0;
 }
 
 // out [rows, width] = act(first half of joined [rows, 2 * width]) * second half.
-DRIVETRAIN_API void dt_gated_activation(const void* joined, void* out, int dtype, int64_t rows,
-                                        int64_t width, int kind, int threads) {
-  with_type(dtype, [&](auto element) {
+DRIVETRAIN_API int dt_gated_activation(const void* call) {
+  const Gated& c = *static_cast<const Gated*>(call);
+  with_type(c.dtype, [&](auto element) {
     using T = decltype(element);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
-      const T* from = static_cast<const T*>(joined) + 2 * row * width;
-      gated_row(from, from + width, static_cast<T*>(out) + row * width, width, kind);
+#pragma omp parallel for schedule(static) num_threads(c.threads) if (c.threads > 1)
+    for (int64_t row = 0; row < c.rows; ++row) {
+      const T* from = static_cast<const T*>(c.joined) + 2 * row * c.width;
+      gated_row(from, from + c.width, static_cast<T*>(c.out) + row * c.width, c.width, c.kind);
     }
   });
+  return 0;
 }
 
 }  // namespace drivetrain

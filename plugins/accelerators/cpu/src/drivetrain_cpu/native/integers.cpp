@@ -217,25 +217,35 @@ void multiply(const T* x, const BlockWeight& w, const Rounded& rounded, T* y, in
   }
 }
 
+// Layout shared with serving.py.
+struct BlockProduct {
+  const void* x;
+  void* y;
+  BlockWeight weight;
+  int64_t rows;
+  int32_t dtype, threads;
+};
+
 }  // namespace
 
 // y [rows, outputs] = x [rows, inputs] * weight, x rounded in blocks; 0, or 1 without memory.
-DRIVETRAIN_API int dt_block_linear(const void* x, int dtype, const BlockWeight* w, void* y,
-                                   int64_t rows, int threads) {
-  const int64_t blocks = rows * w->blocks, size = blocks * (w->block + 8);
+DRIVETRAIN_API int dt_block_linear(const void* call) {
+  const BlockProduct& c = *static_cast<const BlockProduct*>(call);
+  const BlockWeight& w = c.weight;
+  const int64_t blocks = c.rows * w.blocks, size = blocks * (w.block + 8);
   char* memory = static_cast<char*>(std::malloc(std::max<int64_t>(1, size)));
   if (memory == nullptr) return 1;
   const Rounded rounded{reinterpret_cast<int8_t*>(memory + blocks * 8),
                         reinterpret_cast<float*>(memory),
                         reinterpret_cast<int32_t*>(memory + blocks * 4)};
-  with_type(dtype, [&](auto element) {
+  with_type(c.dtype, [&](auto element) {
     using T = decltype(element);
-    const T* from = static_cast<const T*>(x);
-    T* to = static_cast<T*>(y);
-    if (w->bits == 8 && w->offsets) multiply<8, true>(from, *w, rounded, to, rows, threads);
-    if (w->bits == 8 && !w->offsets) multiply<8, false>(from, *w, rounded, to, rows, threads);
-    if (w->bits == 4 && w->offsets) multiply<4, true>(from, *w, rounded, to, rows, threads);
-    if (w->bits == 4 && !w->offsets) multiply<4, false>(from, *w, rounded, to, rows, threads);
+    const T* from = static_cast<const T*>(c.x);
+    T* to = static_cast<T*>(c.y);
+    if (w.bits == 8 && w.offsets) multiply<8, true>(from, w, rounded, to, c.rows, c.threads);
+    if (w.bits == 8 && !w.offsets) multiply<8, false>(from, w, rounded, to, c.rows, c.threads);
+    if (w.bits == 4 && w.offsets) multiply<4, true>(from, w, rounded, to, c.rows, c.threads);
+    if (w.bits == 4 && !w.offsets) multiply<4, false>(from, w, rounded, to, c.rows, c.threads);
   });
   std::free(memory);
   return 0;

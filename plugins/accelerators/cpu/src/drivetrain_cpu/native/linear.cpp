@@ -175,34 +175,50 @@ int quantized(const T* x, const Weight& w, T* y, int64_t rows, int threads) {
   return 0;
 }
 
+// Layouts shared with serving.py.
+struct PackedProduct {
+  const void *x, *panels, *bias;
+  void* y;
+  int64_t rows, inputs, outputs;
+  int32_t dtype, threads;
+};
+
+struct QuantizedProduct {
+  const void* x;
+  const uint8_t* codes;
+  const float* parameters;
+  void* y;
+  int64_t block, rows, inputs, outputs;
+  int32_t kind, dtype, threads;
+};
+
 }  // namespace
 
 // y [rows, outputs] = x [rows, inputs] * panels + bias; inputs are whole words.
-DRIVETRAIN_API void dt_packed_linear(const void* x, const void* panels, const void* bias, void* y,
-                                     int dtype, int64_t rows, int64_t inputs, int64_t outputs,
-                                     int threads) {
-  with_type(dtype, [&](auto element) {
+DRIVETRAIN_API int dt_packed_linear(const void* call) {
+  const PackedProduct& c = *static_cast<const PackedProduct*>(call);
+  with_type(c.dtype, [&](auto element) {
     using T = decltype(element);
-    packed(static_cast<const T*>(x), static_cast<const T*>(panels), static_cast<const T*>(bias),
-           static_cast<T*>(y), rows, inputs, outputs, threads);
+    packed(static_cast<const T*>(c.x), static_cast<const T*>(c.panels),
+           static_cast<const T*>(c.bias), static_cast<T*>(c.y), c.rows, c.inputs, c.outputs,
+           c.threads);
   });
+  return 0;
 }
 
 // y [rows, outputs] = x [rows, inputs] * dequantised weight; 0, or 1 without memory.
-DRIVETRAIN_API int dt_quantized_linear(const void* x, int dtype, const uint8_t* codes,
-                                       const float* parameters, int kind, int64_t block, void* y,
-                                       int64_t rows, int64_t inputs, int64_t outputs,
-                                       int threads) {
-  const Weight weight{codes, parameters, inputs, outputs, block};
+DRIVETRAIN_API int dt_quantized_linear(const void* call) {
+  const QuantizedProduct& c = *static_cast<const QuantizedProduct*>(call);
+  const Weight weight{c.codes, c.parameters, c.inputs, c.outputs, c.block};
   int status = 0;
-  with_type(dtype, [&](auto element) {
+  with_type(c.dtype, [&](auto element) {
     using T = decltype(element);
-    const T* from = static_cast<const T*>(x);
-    T* to = static_cast<T*>(y);
-    if (kind == kInt8) status = quantized<kInt8>(from, weight, to, rows, threads);
-    if (kind == kUint8) status = quantized<kUint8>(from, weight, to, rows, threads);
-    if (kind == kInt4) status = quantized<kInt4>(from, weight, to, rows, threads);
-    if (kind == kUint4) status = quantized<kUint4>(from, weight, to, rows, threads);
+    const T* from = static_cast<const T*>(c.x);
+    T* to = static_cast<T*>(c.y);
+    if (c.kind == kInt8) status = quantized<kInt8>(from, weight, to, c.rows, c.threads);
+    if (c.kind == kUint8) status = quantized<kUint8>(from, weight, to, c.rows, c.threads);
+    if (c.kind == kInt4) status = quantized<kInt4>(from, weight, to, c.rows, c.threads);
+    if (c.kind == kUint4) status = quantized<kUint4>(from, weight, to, c.rows, c.threads);
   });
   return status;
 }

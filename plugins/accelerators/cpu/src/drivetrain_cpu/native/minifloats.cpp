@@ -1,36 +1,15 @@
 // Products with weights of 8 or 6 bits that are floating-point numbers themselves.
+//
+// A panel of the weight is decoded once, into the dtype of x, where its numbers are exact; then all
+// rows pass it as they pass a packed weight (panels.h), so a row has the same bits in every batch.
 #include <cstdlib>
 
-#include "panels.h"
+#include "bytes.h"
 
 namespace drivetrain {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kTogether = 8;  // rows whose sums fit the registers
-#else
-constexpr int kTogether = kLanes > 4 ? 1 : 2;
-#endif
-constexpr int64_t kChunk = 96;  // rows that stay in the second-level cache while panels pass
-
-typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
-
-inline Ints bytes_at(const uint8_t* from) {
-  Bytes bytes;
-  std::memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(bytes, Ints);
-}
-
-// Numbers of 1 sign, E exponent and M mantissa bits: moved to the places that float32 has for them
-// they are off by a power of two, also those below the smallest exponent.
-template <int kExponent, int kMantissa>
-inline Floats decoded(const Ints& codes) {
-  constexpr int kBits = kExponent + kMantissa;
-  const Ints magnitude = (codes & ((1 << kBits) - 1)) << (23 - kMantissa);
-  const Ints sign = (codes >> kBits) << 31;
-  const Floats value = (Floats)(magnitude | sign);
-  return value * float_of(static_cast<uint32_t>(254 - ((1 << (kExponent - 1)) - 1)) << 23);
-}
+constexpr int64_t kChunk = 96;  // rows that stay in the second-level cache beside a panel
 
 // Four inputs of 32 outputs as they lie: 128 bytes, or 64 of low nibbles and 32 of high pairs.
 struct Fp8 {
@@ -50,78 +29,122 @@ struct Fp6 {
   }
 };
 
-template <int R, typename Format, typename Take>
-inline void rows_of_codes(const float* x, int64_t width, const uint8_t* codes, const float* scales,
-                          const Take& take) {
-  Floats sums[R][kLanes] = {};
+// One vector of outputs of a word: one input, or two side by side.
+inline void put_word(float* to, const Floats& first) { store(to, first); }
+inline void put_word(uint16_t* to, const Floats& first, const Floats& second) {
+  // Few bits of mantissa: what bfloat16 cuts off is 0.
+  const Bits pairs = ((Bits)second & 0xffff0000u) | ((Bits)first >> 16);
+  std::memcpy(to, &pairs, sizeof pairs);
+}
+inline void put_word(Half* to, const Floats& first, const Floats& second) {
+  Half parts[2][kWidth];
+  narrowed(parts[0], first);
+  narrowed(parts[1], second);
+  for (int i = 0; i < 2 * kWidth; ++i) to[i] = parts[i % 2][i / 2];
+}
+
+// Codes of `width` inputs as a panel of words.
+template <typename Format, typename T>
+void decode_panel(const uint8_t* codes, int64_t width, T* panel) {
   for (int64_t k = 0; k < width; k += 4) {
     const uint8_t* group = codes + k / 4 * Format::kBytes;
-#pragma GCC unroll 4
-    for (int input = 0; input < 4; ++input) {
+    for (int input = 0; input < 4; input += kWord<T>) {
       for (int v = 0; v < kLanes; ++v) {
-        const Floats weights = Format::at(group, input, v);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-          sums[r][v] = fused(Floats{} + x[r * width + k + input], weights, sums[r][v]);
+        T* to = panel + (k + input) * kPanel + v * kWidth * kWord<T>;
+        if constexpr (kWord<T> == 1) {
+          put_word(to, Format::at(group, input, v));
+        } else {
+          put_word(to, Format::at(group, input, v), Format::at(group, input + 1, v));
         }
       }
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < kLanes; ++v) sums[r][v] = sums[r][v] * load(scales + v * kWidth);
-    take(r, sums[r]);
-  }
 }
 
+struct Product {
+  const uint8_t* codes;
+  const float* scales;
+  int64_t rows, width, outputs;
+  int threads;
+};
+
 template <typename Format, typename T>
-void multiply(const float* x, int64_t width, const uint8_t* codes, const float* scales, T* y,
-              int64_t rows, int64_t outputs, int threads) {
-  const int64_t panels = (outputs + kPanel - 1) / kPanel;
-  const int64_t items = panels * ((rows + kChunk - 1) / kChunk);
-  const int share = static_cast<int>(std::max<int64_t>(1, items / (threads * 8)));
-#pragma omp parallel for schedule(dynamic, share) num_threads(threads) if (threads > 1)
-  for (int64_t item = 0; item < items; ++item) {
-    const int64_t panel = item % panels, column = panel * kPanel;
-    const int64_t columns = std::min<int64_t>(kPanel, outputs - column);
-    const uint8_t* from = codes + panel * (width / 4) * Format::kBytes;
-    int64_t row = item / panels * kChunk;
-    const int64_t end = std::min(rows, row + kChunk);
-    float own[kPanel] = {};
-    std::copy_n(scales + column, columns, own);
-    const auto take = [&](int r, const Floats* sums) {
-      float plain[kPanel];
-      for (int v = 0; v < kLanes; ++v) store(plain + v * kWidth, sums[v]);
-      T* to = y + (row + r) * outputs + column;
-      for (int64_t i = 0; i < columns; ++i) assign(to + i, plain[i]);
-    };
-    for (; row + kTogether <= end; row += kTogether) {
-      rows_of_codes<kTogether, Format>(x + row * width, width, from, own, take);
+bool multiply(const Product& p, const T* x, T* y) {
+  const int64_t panels = (p.outputs + kPanel - 1) / kPanel;
+  const int share = static_cast<int>(std::max<int64_t>(1, panels / (p.threads * 8)));
+  bool failed = false;
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+  {
+    T* decoded = static_cast<T*>(std::aligned_alloc(64, p.width * kPanel * sizeof(T) + 64));
+#pragma omp for schedule(dynamic, share)
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      if (decoded == nullptr) {
+#pragma omp atomic write
+        failed = true;
+        continue;
+      }
+      decode_panel<Format>(p.codes + panel * (p.width / 4) * Format::kBytes, p.width, decoded);
+      const int64_t column = panel * kPanel;
+      const int64_t columns = std::min<int64_t>(kPanel, p.outputs - column);
+      float scales[kPanel] = {}, plain[kPanel];
+      std::copy_n(p.scales + column, columns, scales);
+      for (int64_t first = 0; first < p.rows; first += kChunk) {
+        const auto take = [&](int64_t row, const Floats* sums) {
+          T* to = y + (first + row) * p.outputs + column;
+          for (int v = 0; v < kLanes; ++v) {
+            const Floats scaled = sums[v] * load(scales + v * kWidth);
+            if (columns == kPanel) narrowed(to + v * kWidth, scaled);
+            else store(plain + v * kWidth, scaled);
+          }
+          for (int64_t i = 0; columns < kPanel && i < columns; ++i) assign(to + i, plain[i]);
+        };
+        times_panel(x + first * p.width, p.width, std::min(kChunk, p.rows - first),
+                    p.width / kWord<T>, decoded, take);
+      }
     }
-    for (; row < end; ++row) rows_of_codes<1, Format>(x + row * width, width, from, own, take);
+    std::free(decoded);
   }
+  return !failed;
+}
+
+// Layout shared with serving.py.
+struct MinifloatProduct {
+  const void* x;
+  const uint8_t* codes;
+  const float* scales;
+  void* y;
+  int64_t rows, inputs, outputs;
+  int32_t six_bits, dtype, threads;
+};
+
+template <typename T>
+bool multiply_rows(const MinifloatProduct& c) {
+  const int64_t width = (c.inputs + 3) / 4 * 4;
+  const T* x = static_cast<const T*>(c.x);
+  T* filled = nullptr;
+  if (width != c.inputs) {
+    filled = static_cast<T*>(std::calloc(std::max<int64_t>(1, c.rows * width), sizeof(T)));
+    if (filled == nullptr) return false;
+    for (int64_t row = 0; row < c.rows; ++row) {
+      std::memcpy(filled + row * width, x + row * c.inputs, c.inputs * sizeof(T));
+    }
+    x = filled;
+  }
+  const Product p{c.codes, c.scales, c.rows, width, c.outputs, c.threads};
+  T* y = static_cast<T*>(c.y);
+  const bool done = c.six_bits ? multiply<Fp6>(p, x, y) : multiply<Fp8>(p, x, y);
+  std::free(filled);
+  return done;
 }
 
 }  // namespace
 
 // y [rows, outputs] = x [rows, inputs] * weight; 0, or 1 without memory.
-DRIVETRAIN_API int dt_minifloat_linear(const void* x, int dtype, const uint8_t* codes,
-                                       const float* scales, int six_bits, void* y, int64_t rows,
-                                       int64_t inputs, int64_t outputs, int threads) {
-  const int64_t width = (inputs + 3) / 4 * 4;
-  float* wide = static_cast<float*>(std::malloc(std::max<int64_t>(1, rows * width * 4)));
-  if (wide == nullptr) return 1;
-  for (int64_t row = 0; row < rows; ++row) {
-    widen(x, dtype, row * inputs, inputs, wide + row * width);
-    std::fill(wide + row * width + inputs, wide + (row + 1) * width, 0.0f);
-  }
-  with_type(dtype, [&](auto element) {
-    using T = decltype(element);
-    T* to = static_cast<T*>(y);
-    if (six_bits) multiply<Fp6>(wide, width, codes, scales, to, rows, outputs, threads);
-    else multiply<Fp8>(wide, width, codes, scales, to, rows, outputs, threads);
-  });
-  std::free(wide);
-  return 0;
+DRIVETRAIN_API int dt_minifloat_linear(const void* call) {
+  const MinifloatProduct& c = *static_cast<const MinifloatProduct*>(call);
+  bool done = true;
+  with_type(c.dtype, [&](auto element) { done = multiply_rows<decltype(element)>(c); });
+  return done ? 0 : 1;
 }
 
 }  // namespace drivetrain
