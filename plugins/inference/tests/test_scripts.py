@@ -23,6 +23,29 @@ def test_generate_continues_as_the_module_does(inject):
     engine.destroy()
 
 
+@pytest.mark.parametrize("inject", [True, False])
+def test_forward_is_the_engine_s_where_only_tokens_are_given(inject, monkeypatch):
+    model = decoder()
+    options = {"dtype": "fp32", "replace_with_kernel_inject": inject}
+    engine = init_inference(model, {"max_out_tokens": 64}, **options)
+    calls, run = [], engine.engine.ragged.run
+    monkeypatch.setattr(engine.engine.ragged, "run", lambda *a: calls.append(a) or run(*a))
+    mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    long = torch.arange(90)[None] % 64
+    with torch.no_grad():
+        wanted = model(IDS, attention_mask=mask).logits
+        found = engine(input_ids=IDS, attention_mask=mask).logits
+        torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=1e-4, atol=1e-4)
+        assert len(calls) == 2
+        assert engine.engine.ragged.free_blocks == engine.engine.ragged.blocks.blocks
+        for options in ({"labels": IDS}, {"attention_mask": mask.flip(1)}):
+            assert torch.equal(engine(IDS, **options).logits, model(IDS, **options).logits)
+        assert torch.equal(engine(long).logits, model(long).logits)  # above max_out_tokens
+    assert engine(IDS).logits.requires_grad
+    assert len(calls) == 2
+    engine.destroy()
+
+
 def test_padded_rows_continue_what_is_not_padding():
     engine = init_inference(decoder(), {"dtype": torch.float32})
     mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
@@ -45,7 +68,6 @@ def test_int8_quantises():
     ({"config": {"dtyp": "fp16"}}, "does not know 'dtyp'"),
     ({"dtype": "fp4"}, "dtype 'fp4' is none of"),
     ({"mp_size": 2, "dtype": "int8"}, "dtype int8 is served by one rank"),
-    ({"enable_cuda_graph": True}, "enable_cuda_graph is not served"),
     ({"config": 3}, "config must be a dict or a path"),
 ])  # fmt: skip
 def test_what_cannot_be_served_is_refused(options, message):

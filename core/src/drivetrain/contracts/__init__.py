@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "loop.attention": "Attention AttentionFacts AttentionLayer AttentionPhase MaskRule",
         "loop.batch": "ACCUMULATION Batch GLOBAL LARGEST MICRO solve_batch",
         "loop.inference": (
-            "Completion Embeds Generates InferenceRequest Progress Serves TokenLogprobs"
+            "Adapts Completion Embeds Generates InferenceRequest Progress Serves TokenLogprobs"
         ),
         "loop.loading": "Finish LoaderRequest SampleOrder",
         "loop.message": "SentInParts",

@@ -9,6 +9,7 @@ from drivetrain.contracts.loop.batch import LARGEST as LARGEST
 from drivetrain.contracts.loop.batch import MICRO as MICRO
 from drivetrain.contracts.loop.batch import Batch as Batch
 from drivetrain.contracts.loop.batch import solve_batch as solve_batch
+from drivetrain.contracts.loop.inference import Adapts as Adapts
 from drivetrain.contracts.loop.inference import Completion as Completion
 from drivetrain.contracts.loop.inference import Embeds as Embeds
 from drivetrain.contracts.loop.inference import Generates as Generates

@@ -66,6 +66,21 @@ def checked(
     return tokens
 
 
+def each_of(
+    params: SamplingParams | Sequence[SamplingParams] | None, number: int
+) -> list[SamplingParams]:
+    """The parameters of each of so many prompts.
+
+    Raises:
+        ConfigError: there are others than one for all, or one for each.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * number
+    if len(params) != number:
+        raise ConfigError(f"{len(params)} sampling parameters for {number} prompts")
+    return list(params)
+
+
 def _check_results(params: SamplingParams, section: InferenceSection) -> None:
     if params.num_beams > section.max_sequences:
         raise ConfigError(

@@ -14,11 +14,15 @@ from drivetrain.contracts import InferenceRequest
 from drivetrain.errors import ConfigError, DrivetrainError
 from drivetrain_inference import loading
 from drivetrain_inference import requests as asked
-from drivetrain_inference.admission import Limits, Prompt, checked
+from drivetrain_inference.adapters.adapter import Adapter
+from drivetrain_inference.adapters.adapters import Adapters
+from drivetrain_inference.admission import Limits, Prompt, checked, each_of
 from drivetrain_inference.cache.blocks import BlockManager
 from drivetrain_inference.cache.host import HostBlocks
 from drivetrain_inference.cache.paged import PagedCache
 from drivetrain_inference.cache.room import Agree, Room
+from drivetrain_inference.fast.decode import Capture
+from drivetrain_inference.fast.model import FastModel
 from drivetrain_inference.models import choice
 from drivetrain_inference.models.plain import PlainModel
 from drivetrain_inference.models.shared import SharedTokens
@@ -46,6 +50,7 @@ class InferenceEngine:
 
     Attributes:
         lockstep: whether other ranks make the same calls.
+        adapters: low-rank changes of the model that requests can choose.
 
     Args:
         module: a causal language model of Transformers with values. It is read, never changed.
@@ -79,8 +84,9 @@ class InferenceEngine:
         room = Room.of(section, self.context, model.layers, model.dtype, agree or list)
         blocks = BlockManager(room.blocks, size, prefix_caching=section.prefix_caching)
         self.cache = PagedCache(
-            model.layers, blocks.blocks, size, dtype=model.dtype, device=model.device
-        )
+            model.layers, blocks.blocks, size, dtype=model.dtype, device=model.device,
+            form=section.cache_format,
+        )  # fmt: skip
         self.scheduler = Scheduler(
             blocks,
             budget=section.max_batch_tokens,
@@ -106,6 +112,8 @@ class InferenceEngine:
         self.lockstep = False
         self._drafted = self._accepted = 0
         self._on_close: list[Callable[[], object]] = []
+        self._capture: Capture | None = None
+        self.adapters = Adapters(module, self._check_adapter)
 
     @property
     def fast(self) -> bool:
@@ -133,7 +141,7 @@ class InferenceEngine:
             QueueFullError: too many requests wait.
         """
         params = params or SamplingParams()
-        tokens = self._checked(prompt, params)
+        tokens, adapter = self._checked(prompt, params), self.adapters.find(params.adapter)
         if timeout is not None and self.lockstep:
             raise ConfigError(
                 "timeout: ranks compute each forward together and have no common clock, so one "
@@ -147,7 +155,7 @@ class InferenceEngine:
         number = next(self._numbers)
         deadline = None if timeout is None else time.monotonic() + timeout
         sequences = [
-            asked.Sequence(number, index, tokens, params, deadline)
+            asked.Sequence(number, index, tokens, params, deadline, adapter)
             for index in range(params.results)
         ]
         first, wanted = sequences[0], sequences
@@ -168,6 +176,12 @@ class InferenceEngine:
     def speculate(self, drafter: Drafter) -> None:
         """Check tokens that ``drafter`` guesses, as many as the section says; before requests."""
         self._drafter = drafter
+
+    def capture_with(self, capture: Capture) -> None:
+        """Repeat forwards of few sequences as the accelerator can, on the fast path."""
+        self._capture = capture
+        if isinstance(self.ragged.model, FastModel):
+            self.ragged.model.capture_with(capture)
 
     def cancel(self, request: int) -> list[Progress]:
         """End a request; one that is over already is no error."""
@@ -244,9 +258,10 @@ class InferenceEngine:
         Raises:
             ConfigError: a prompt cannot be served; nothing has been computed.
         """
-        todo = list(zip(prompts, self._each(params, len(prompts)), strict=True))
+        todo = list(zip(prompts, each_of(params, len(prompts)), strict=True))
         for prompt, own in todo:
             self._checked(prompt, own)
+            self.adapters.find(own.adapter)
         found: dict[int, dict[int, Completion]] = {}
         order: list[int] = []
         try:
@@ -282,6 +297,8 @@ class InferenceEngine:
             raise ConfigError("weights can be updated between requests only; some are running")
         self._plain.close()
         self.ragged.model, self._plain = self._chosen()
+        if self._capture is not None:
+            self.capture_with(self._capture)
         self.scheduler.blocks.forget()
 
     def close(self) -> None:
@@ -291,7 +308,8 @@ class InferenceEngine:
         for uid in list(self.ragged.tables):
             self.ragged.flush(uid)
         self._plain.close()
-        self.cache.keys, self.cache.values = [], []
+        self.ragged.model.close()
+        self.cache.close()
         while self._on_close:
             self._on_close.pop()()
 
@@ -316,6 +334,13 @@ class InferenceEngine:
             shared=self._shared,
         )
 
+    def _check_adapter(self, adapter: Adapter) -> None:
+        if self.lockstep:
+            raise ConfigError(
+                f"adapter {adapter.name}: ranks share the model out, and adapters are served by one"
+            )
+        choice.check_adapter(adapter, self.ragged.model, self._plain)
+
     def _checked(self, prompt: Prompt, params: SamplingParams) -> tuple[int, ...]:
         limits = Limits(
             self.section,
@@ -331,16 +356,6 @@ class InferenceEngine:
     def _ends_of(self, params: SamplingParams) -> frozenset[int]:
         own = () if params.ignore_eos else self.stop_tokens
         return frozenset((*params.stop_tokens, *own))
-
-    @staticmethod
-    def _each(
-        params: SamplingParams | Sequence[SamplingParams] | None, number: int
-    ) -> list[SamplingParams]:
-        if params is None or isinstance(params, SamplingParams):
-            return [params or SamplingParams()] * number
-        if len(params) != number:
-            raise ConfigError(f"{len(params)} sampling parameters for {number} prompts")
-        return list(params)
 
     def _draft(self, work: Work) -> None:
         """Add guesses to what decodes, as far as tokens and blocks are left."""

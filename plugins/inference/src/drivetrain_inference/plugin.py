@@ -51,7 +51,11 @@ class Inference(Plugin):
             module, section, request, formats=formats, shared=shared, agree=agree
         )
         engine.lockstep = job.mesh.size("world") > 1
+        if section.capture_decodes:
+            engine.capture_with(job.accelerator.capture)
         job.on_close(engine.close)
+        for name, path in section.adapters.items():
+            engine.adapters.load(name, path)
         drafter = drafter_of(engine)
         if drafter is not None:
             engine.speculate(drafter)

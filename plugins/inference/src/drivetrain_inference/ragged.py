@@ -32,6 +32,29 @@ class SchedulingError(DrivetrainError, RuntimeError):
         self.result = result
 
 
+def all_logits(engine: RaggedEngine, texts: Sequence[Sequence[int]]) -> torch.Tensor | None:
+    """Logits after every token of some texts, one text after another through the cache.
+
+    Returns:
+        [tokens of all texts, vocabulary] in the model's dtype; ``None`` if there is no room for one
+        of them.
+    """
+    blocks, found = engine.blocks, list[torch.Tensor]()
+    for text in texts:
+        table = BlockTable()
+        if not 0 < len(text) <= engine.context or blocks.needed(table, len(text)) > blocks.free:
+            return None
+        blocks.extend(table, len(text))
+        try:
+            for start in range(0, len(text), engine.budget):
+                piece = text[start : start + engine.budget]
+                found.append(engine.run([(table, piece)], [len(piece)]).to(engine.model.dtype))
+                table.length += len(piece)
+        finally:
+            blocks.release(table)
+    return torch.cat(found) if found else None
+
+
 class RaggedEngine:
     """Sequences by number, their blocks, and forwards over them.
 

@@ -18,6 +18,8 @@ from drivetrain_inference.cache.host import Away
 if TYPE_CHECKING:
     import torch
 
+    from drivetrain_inference.adapters.adapter import Adapter
+
 Edit = Callable[[Items[int], "torch.Tensor"], "torch.Tensor"]
 """Changes the scores [vocabulary] of the token that follows those of a result."""
 
@@ -57,6 +59,7 @@ class SamplingParams:
         edit: called for each result, it returns what is called before each of its tokens with the
             tokens so far and the scores [vocabulary], and returns the scores to use instead. It
             comes after penalties; what it sets to -inf is never chosen.
+        adapter: name of an adapter that the engine has loaded; empty: the model as it is.
     """
 
     max_new_tokens: int = 128
@@ -81,6 +84,7 @@ class SamplingParams:
     early_stopping: bool | Literal["never"] = False
     logprobs: int | None = None
     edit: Callable[[], Edit] | None = None
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -144,6 +148,7 @@ class Sequence:
         prompt: tokens.
         params: how to sample.
         deadline: on the clock of ``time.monotonic``, or ``None``.
+        adapter: with which it is computed; ``None``: the model as it is.
         siblings: sequences that begin when the prompt has been computed.
         beams: the sequences of its beam search, itself among them.
         away: where its blocks lie in host memory, if they do.
@@ -156,6 +161,7 @@ class Sequence:
     prompt: tuple[int, ...]
     params: SamplingParams
     deadline: float | None = None
+    adapter: Adapter | None = None
     table: BlockTable = field(default_factory=BlockTable)
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -15,6 +15,7 @@ from torch import nn
 from drivetrain.errors import ConfigError
 from drivetrain_inference.engine import InferenceEngine as Engine
 from drivetrain_inference.loading import serve
+from drivetrain_inference.ragged import all_logits
 from drivetrain_inference.requests import SamplingParams
 
 _DTYPES = {
@@ -52,7 +53,7 @@ _GENERATION = {
 
 
 class InferenceEngine(nn.Module):
-    """A module whose ``generate`` is the engine's; ``forward`` is its own.
+    """A module whose ``generate`` and ``forward`` are the engine's.
 
     Attributes:
         module: the client's module.
@@ -64,8 +65,32 @@ class InferenceEngine(nn.Module):
         self.module, self.engine = module, engine
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module."""
-        return self.module(*args, **kwargs)
+        """Logits of rows of tokens, computed as the engine computes; else the module is run.
+
+        The engine takes ``input_ids``, with an ``attention_mask`` of 0 where rows are padded at
+        their ends or without, where no gradients are recorded and its cache has room; logits of
+        padding are 0. Whatever else is given (labels, caches, embeddings), the module's code takes.
+        """
+        named = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
+        given = {name for name, value in named.items() if value is not None}
+        ids, mask = named.get("input_ids"), named.get("attention_mask")
+        plain = len(args) <= 2 and given <= {"input_ids", "attention_mask"} and ids is not None
+        if not plain or torch.is_grad_enabled() or ids.dim() != 2:
+            return self.module(*args, **kwargs)
+        if mask is not None and (
+            mask.shape != ids.shape or bool((mask.int().diff(dim=1) > 0).any())
+        ):
+            return self.module(*args, **kwargs)
+        kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        rows = [row[own].tolist() for row, own in zip(ids, kept, strict=True)]
+        logits = all_logits(self.engine.ragged, rows)
+        if logits is None:
+            return self.module(*args, **kwargs)
+        from transformers.modeling_outputs import CausalLMOutput
+
+        found = logits.new_zeros(*ids.shape, logits.shape[1])
+        found[kept] = logits
+        return CausalLMOutput(logits=found)
 
     @torch.no_grad()
     def generate(
@@ -146,8 +171,6 @@ def init_inference(
             what is not there.
     """
     settings = _merged(config, options)
-    if settings["enable_cuda_graph"]:
-        raise ConfigError("init_inference: enable_cuda_graph is not served; leave it out")
     dtype = settings["dtype"]
     dtype = dtype if isinstance(dtype, torch.dtype) else _DTYPES.get(str(dtype).split(".")[-1])
     if dtype not in _DTYPES.values():
@@ -155,6 +178,8 @@ def init_inference(
             f"init_inference: dtype {settings['dtype']!r} is none of {', '.join(_DTYPES)}"
         )
     section: dict[str, Any] = {"max_context": settings["max_out_tokens"]}
+    if settings["enable_cuda_graph"]:  # where decodes are captured anyhow, if the device can
+        section["capture_decodes"] = True
     section["fast_path"] = "auto" if settings["replace_with_kernel_inject"] else "never"
     if dtype is torch.int8:
         section |= {"weight_format": "w8a8", "fast_path": "always"}

@@ -22,6 +22,11 @@ class InferenceSection(Section):
     cache_blocks: NonNegativeInt = Field(
         default=0, description="Number of blocks instead; 0 for what `cache_bytes` has room for."
     )
+    cache_format: Literal["", "int8", "fp8"] = Field(
+        default="",
+        description="Codes of 8 bits for keys and values, with a scale for each head of a token: "
+        "integers, or numbers of E4M3; empty: the model's dtype.",
+    )
     host_cache_bytes: NonNegativeInt = Field(
         default=0,
         description="Host memory for sequences that give way when the cache is full; what it has "
@@ -51,6 +56,16 @@ class InferenceSection(Section):
         default="",
         description="Format of the blocks' matrices, such as w8a8; `gguf` for those of the file; "
         "empty: as they are.",
+    )
+    adapters: dict[str, str] = Field(
+        default_factory=dict,
+        description="Folders of PEFT adapters (LoRA) to load at the start, by the names that "
+        "requests choose them by.",
+    )
+    capture_decodes: Bool = Field(
+        default=True,
+        description="Whether forwards of few sequences with one new token each are repeated by "
+        "the accelerator, where it can (graphs).",
     )
     batch_invariant: Bool = Field(
         default=False,

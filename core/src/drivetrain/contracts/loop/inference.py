@@ -96,7 +96,7 @@ class Serves(Generates, Protocol):
 
     A server gets one from an entry of the group ``drivetrain.engines``, a function of the path of a
     model, a config with the engine's section or ``None``, and the keywords ``dtype`` and
-    ``weights``. One thread at a time may use it.
+    ``weights``. One thread at a time may use it. It may have ``adapters`` (:class:`Adapts`).
     """
 
     tokenizer: Any
@@ -135,6 +135,24 @@ class Serves(Generates, Protocol):
 
         Sequences (``running``, ``waiting``), tokens that the cache has room for (``cache_tokens``),
         the share of it in use (``cache_used``), and how often one made room (``preemptions``).
+        """
+
+
+class Adapts(Protocol):
+    """Adapters of an engine that serves; ``sampling`` has a name ``adapter`` to choose one."""
+
+    def load(self, name: str, path: Any) -> None:
+        """Load one from a folder, or load it again; requests that run keep what they began with.
+
+        Raises:
+            ConfigError: it cannot be served.
+        """
+
+    def unload(self, name: str) -> None:
+        """Forget one.
+
+        Raises:
+            ConfigError: there is none of that name.
         """
 
 

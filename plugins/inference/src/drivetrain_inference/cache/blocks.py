@@ -7,8 +7,12 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from drivetrain.errors import DrivetrainError
+
+if TYPE_CHECKING:
+    from drivetrain_inference.adapters.adapter import Adapter
 
 
 class OutOfBlocksError(DrivetrainError, RuntimeError):
@@ -23,12 +27,19 @@ class BlockTable:
         blocks: numbers of blocks, in the order of the sequence.
         length: tokens whose keys and values are in the cache.
         keys: content keys of the first full blocks; they are chained, so a key stands for all that
-            comes before its block, too.
+            comes before its block, too, and for the adapter.
+        adapter: with which keys and values are computed; ``None``: the model as it is.
     """
 
     blocks: list[int] = field(default_factory=list)
     length: int = 0
     keys: list[bytes] = field(default_factory=list)
+    adapter: Adapter | None = None
+
+    @property
+    def root(self) -> bytes:
+        """What the chain of keys begins with."""
+        return b"" if self.adapter is None else self.adapter.salt
 
 
 class BlockManager:
@@ -63,15 +74,15 @@ class BlockManager:
         more = -(-(table.length + tokens) // self.size) - len(table.blocks)
         return max(0, more) + self._writes_into_shared(table)
 
-    def begin(self, tokens: Sequence[int]) -> BlockTable:
+    def begin(self, tokens: Sequence[int], adapter: Adapter | None = None) -> BlockTable:
         """A table for a sequence of ``tokens``, with the blocks that the cache has of it already.
 
         At least one token is left to compute, as its logits are wanted.
         """
-        table = BlockTable()
+        table = BlockTable(adapter=adapter)
         if not self._prefix_caching:
             return table
-        key = b""
+        key = table.root
         for start in range(0, (len(tokens) - 1) // self.size * self.size, self.size):
             key = _key(key, tokens[start : start + self.size])
             block = self._block_of.get(key)
@@ -111,7 +122,7 @@ class BlockManager:
         table.length = len(tokens)
         while self._prefix_caching and (len(table.keys) + 1) * self.size <= table.length:
             start = len(table.keys) * self.size
-            parent = table.keys[-1] if table.keys else b""
+            parent = table.keys[-1] if table.keys else table.root
             key = _key(parent, tokens[start : start + self.size])
             block = table.blocks[len(table.keys)]
             table.keys.append(key)
@@ -122,7 +133,7 @@ class BlockManager:
         """A second sequence with the same tokens; blocks are shared until one of them writes."""
         for block in table.blocks:
             self._take(block)
-        return BlockTable(list(table.blocks), table.length, list(table.keys))
+        return BlockTable(list(table.blocks), table.length, list(table.keys), table.adapter)
 
     def release(self, table: BlockTable) -> None:
         """Give back all blocks of a table, which is empty afterwards."""

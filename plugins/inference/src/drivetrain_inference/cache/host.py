@@ -39,7 +39,7 @@ class HostBlocks:
             torch.empty(
                 number, *each.shape[1:], dtype=each.dtype, pin_memory=each.device.type == "cuda"
             )
-            for each in (*cache.keys, *cache.values)
+            for each in cache.tensors
         ]
         self._free = list(range(number))
 
@@ -69,5 +69,4 @@ class HostBlocks:
         self._free.extend(away.slots)
 
     def _pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        device = (*self._cache.keys, *self._cache.values)
-        return list(zip(self._tensors, device, strict=True))
+        return list(zip(self._tensors, self._cache.tensors, strict=True))

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from drivetrain_kernels.ops.cache_codes import to_cache_codes
 
+from drivetrain_inference.adapters.adapter import Group, groups_of
 from drivetrain_inference.cache.blocks import BlockTable
 
 
@@ -33,8 +35,18 @@ class LayerSpec:
     sinks: bool = False
 
 
+FORMATS = {"int8": torch.int8, "fp8": torch.uint8}
+"""Formats of a cache of codes, and the dtypes of codes that kernels know them by."""
+
+
 class PagedCache:
     """Keys and values of all layers, in blocks.
+
+    Attributes:
+        keys: of each layer [blocks, kv_heads, size, dim].
+        values: of each layer [blocks, kv_heads, size, value_dim].
+        scales: of each layer, those of keys and of values [blocks, kv_heads, size], float32; twice
+            ``None`` where keys and values are no codes.
 
     Args:
         layers: what layers keep.
@@ -42,6 +54,8 @@ class PagedCache:
         size: tokens of a block.
         dtype: of keys and values.
         device: where they lie.
+        form: a key of :data:`FORMATS`, to keep codes with a scale for each head of a token; empty
+            for keys and values as they are.
     """
 
     def __init__(
@@ -52,26 +66,63 @@ class PagedCache:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        form: str = "",
     ) -> None:
         self.size, self.layers = size, tuple(layers)
+        kept = FORMATS.get(form, dtype)
 
-        def memory(layer: LayerSpec, dim: int) -> torch.Tensor:
-            return torch.zeros(blocks, layer.kv_heads, size, dim, dtype=dtype, device=device)
+        def memory(layer: LayerSpec, dtype: torch.dtype, *width: int) -> torch.Tensor:
+            return torch.zeros(blocks, layer.kv_heads, size, *width, dtype=dtype, device=device)
 
-        self.keys = [memory(layer, layer.dim) for layer in layers]
-        self.values = [memory(layer, layer.value_dim) for layer in layers]
+        self.keys = [memory(layer, kept, layer.dim) for layer in layers]
+        self.values = [memory(layer, kept, layer.value_dim) for layer in layers]
+        self.scales: list[tuple[torch.Tensor | None, torch.Tensor | None]] = [
+            (memory(layer, torch.float32), memory(layer, torch.float32)) if form else (None, None)
+            for layer in layers
+        ]
 
     @staticmethod
-    def bytes_per_block(layers: Iterable[LayerSpec], size: int, dtype: torch.dtype) -> int:
+    def bytes_per_block(
+        layers: Iterable[LayerSpec], size: int, dtype: torch.dtype, form: str = ""
+    ) -> int:
         """Memory that one block takes in all layers."""
-        elements = sum(each.kv_heads * (each.dim + each.value_dim) for each in layers)
-        return elements * size * dtype.itemsize
+        item, scales = (1, 2 * 4) if form else (dtype.itemsize, 0)
+        return size * sum(
+            each.kv_heads * ((each.dim + each.value_dim) * item + scales) for each in layers
+        )
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All of its memory, each with blocks first."""
+        scales = [each for pair in self.scales for each in pair if each is not None]
+        return [*self.keys, *self.values, *scales]
+
+    def put(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write keys and values of tokens, by torch alone.
+
+        Args:
+            layer: number of the layer.
+            slots: [tokens], places in the cache.
+            key: [tokens, kv_heads, dim].
+            value: [tokens, kv_heads, value_dim].
+        """
+        block, place = (slots // self.size).long(), (slots % self.size).long()
+        caches = (self.keys[layer], self.values[layer])
+        for cache, scales, own in zip(caches, self.scales[layer], (key, value), strict=True):
+            if scales is None:
+                cache[block, :, place] = own.to(cache.dtype)
+            else:
+                cache[block, :, place], scales[block, :, place] = to_cache_codes(own, cache.dtype)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.keys, self.values, self.scales = [], [], []
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, (from, to), in all layers."""
         if copies:
             sources, targets = map(list, zip(*copies, strict=True))
-            for tensor in (*self.keys, *self.values):
+            for tensor in self.tensors:
                 tensor[targets] = tensor[sources]
 
 
@@ -87,6 +138,7 @@ class RaggedBatch:
         starts: [sequences + 1], int32: where sequences begin.
         lengths: [sequences], int32: tokens in the cache after this forward.
         last: [rows], int64: tokens whose logits are wanted; of each sequence the last, or more.
+        adapters: which tokens are computed with which adapter.
     """
 
     tokens: torch.Tensor
@@ -96,6 +148,7 @@ class RaggedBatch:
     starts: torch.Tensor
     lengths: torch.Tensor
     last: torch.Tensor
+    adapters: tuple[Group, ...] = ()
 
     @classmethod
     def of(
@@ -130,6 +183,9 @@ class RaggedBatch:
             return torch.tensor(values, dtype=dtype, device=device)
 
         begin = whole(starts, torch.int32)
+        adapters: tuple[Group, ...] = ()
+        if any(table.adapter is not None for table, _ in pieces):
+            adapters = groups_of([table.adapter for table, new in pieces for _ in new], device)
         return cls(
             tokens=whole(tokens, torch.int64),
             positions=whole(positions, torch.int64),
@@ -140,6 +196,7 @@ class RaggedBatch:
             last=begin[1:].long() - 1
             if wanted is None
             else whole(_last(starts, wanted), torch.int64),
+            adapters=adapters,
         )
 
 

@@ -76,7 +76,7 @@ class Room:
             ConfigError: there is not room for two blocks; on every rank that agrees.
         """
         size = section.block_size
-        each = PagedCache.bytes_per_block(layers, size, dtype)
+        each = PagedCache.bytes_per_block(layers, size, dtype, section.cache_format)
         useful = -(-context // size) * section.max_sequences
         own = min(section.cache_blocks or section.cache_bytes // each, useful)
         blocks, host = agree([own, section.host_cache_bytes // each])

@@ -13,22 +13,52 @@ from functools import partial
 import torch
 from drivetrain_kernels.ops.decoder import ADD_RMS_NORM, GATED_ACTIVATION, ROTARY_TO_CACHE
 from drivetrain_kernels.ops.paged_attention import PAGED_ATTENTION
+from drivetrain_kernels.registry import REFERENCE
 from torch import nn
 
 from drivetrain.contracts import WeightFormat
+from drivetrain_inference.adapters.adapter import Group, Part, add_changes
 from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
+from drivetrain_inference.fast.decode import Capture, Decodes
 from drivetrain_inference.fast.projections import Projection, joined
 from drivetrain_inference.fast.structure import Block, Structure, UnlikeError, norm_eps
+
+Turns = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines [tokens, rotated / 2], float32."""
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Layers of one input: their product, and where the results of each lie in it."""
+
+    product: Projection
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(
+        cls, layers: Sequence[nn.Linear], project: Callable[[Sequence[nn.Linear]], Projection]
+    ) -> _Joined:
+        parts, start = list[Part](), 0
+        for layer in layers:
+            parts.append((layer, start, start + layer.out_features))
+            start += layer.out_features
+        return cls(project(layers), tuple(parts))
+
+    def __call__(self, x: torch.Tensor, adapters: Sequence[Group]) -> torch.Tensor:
+        y = self.product(x)
+        if adapters:
+            add_changes(y, x, self.parts, adapters)
+        return y
 
 
 @dataclass(frozen=True)
 class _Layer:
     norms: tuple[torch.Tensor, torch.Tensor]
     eps: tuple[float, float]
-    query_key_value: Projection
-    output: Projection
-    gate_up: Projection
-    down: Projection
+    query_key_value: _Joined
+    output: _Joined
+    gate_up: _Joined
+    down: _Joined
 
     @classmethod
     def of(cls, block: Block, project: Callable[[Sequence[nn.Linear]], Projection]) -> _Layer:
@@ -39,10 +69,10 @@ class _Layer:
         return cls(
             weights,
             (norm_eps(first), norm_eps(second)),
-            query_key_value=project((query, key, value)),
-            output=project((output,)),
-            gate_up=project((gate, up)),
-            down=project((down,)),
+            query_key_value=_Joined.of((query, key, value), project),
+            output=_Joined.of((output,), project),
+            gate_up=_Joined.of((gate, up), project),
+            down=_Joined.of((down,), project),
         )
 
 
@@ -76,9 +106,8 @@ class FastModel:
         for spec in layers:
             if spec.softcap or spec.sinks or spec.dim != spec.value_dim:
                 raise UnlikeError("its attention has soft caps, sinks or values of another width")
-        self.layers = layers
+        self.layers, self.context, self.exact = layers, context, form is None
         self._embedding = structure.embedding.weight.detach()
-        self._padding = structure.embedding.padding_idx
         self.dtype, self.device = self._embedding.dtype, self._embedding.device
         self._cosine, self._sine = _rotations(structure, self._embedding, context)
         project = partial(joined, form=form, invariant=invariant)
@@ -91,30 +120,79 @@ class FastModel:
         self._rotate = ROTARY_TO_CACHE.function(kind)
         self._attend = PAGED_ATTENTION.function(kind)
         self._gate = GATED_ACTIVATION.function(kind)
+        self._decodes: Decodes | None = None
+
+    def capture_with(self, capture: Capture) -> None:
+        """Have forwards of few sequences with one token each repeated by the accelerator.
+
+        Where kernels are missing, references ask devices for numbers, which nothing repeats.
+        """
+        if PAGED_ATTENTION.provider(self.device.type) != REFERENCE:
+            self._decodes = Decodes(self, capture)
+
+    def close(self) -> None:
+        """Forget what was captured, which keeps the cache's memory."""
+        self._decodes = None
 
     @torch.no_grad()
     def __call__(self, cache: PagedCache, batch: RaggedBatch) -> torch.Tensor:
         """Logits [sequences, vocabulary] of the last token of each; float32."""
-        hidden = self._embedding.index_select(0, batch.tokens)
-        turns = self._cosine[batch.positions], self._sine[batch.positions]
+        if self._decodes is not None:
+            logits = self._decodes(cache, batch)
+            if logits is not None:
+                return logits.float()
+        hidden, delta = self.layers_of(self.embedded(batch), self.turns(batch), cache, batch)
+        return self.logits(hidden[batch.last], delta[batch.last]).float()
+
+    def embedded(self, batch: RaggedBatch, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeddings [tokens, dim]."""
+        return torch.index_select(self._embedding, 0, batch.tokens, out=out)
+
+    def turns(self, batch: RaggedBatch, out: Turns | None = None) -> Turns:
+        """How queries and keys are rotated."""
+        cosine, sine = (None, None) if out is None else out
+        return (
+            torch.index_select(self._cosine, 0, batch.positions, out=cosine),
+            torch.index_select(self._sine, 0, batch.positions, out=sine),
+        )
+
+    def layers_of(
+        self, hidden: torch.Tensor, turns: Turns, cache: PagedCache, batch: RaggedBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All blocks; of ``tokens`` and ``positions`` of the batch nothing is read.
+
+        Args:
+            hidden: embeddings [tokens, dim]; written.
+            turns: of each token.
+            cache: written in the slots of the batch.
+            batch: where the tokens are.
+
+        Returns:
+            ``hidden`` and what the last layer adds to it.
+        """
         delta: torch.Tensor | None = None
+        adapters = batch.adapters
         for number, layer in enumerate(self._blocks):
             spec, keys, values = self.layers[number], cache.keys[number], cache.values[number]
+            scales = cache.scales[number]
             normed = self._add_norm(hidden, delta, layer.norms[0], layer.eps[0])
-            qkv = layer.query_key_value(normed)
-            self._rotate(qkv, *turns, keys, values, batch.slots)
+            qkv = layer.query_key_value(normed, adapters)
+            self._rotate(qkv, *turns, keys, values, batch.slots, *scales)
             query = qkv.view(len(qkv), -1, spec.dim)[:, : -2 * spec.kv_heads]
             attended = self._attend(
                 query, keys, values, batch.tables, batch.starts, batch.lengths,
-                spec.scale, spec.window, 0.0, None,
+                spec.scale, spec.window, 0.0, None, *scales,
             )  # fmt: skip
-            delta = layer.output(attended.view(len(qkv), -1))
+            delta = layer.output(attended.view(len(qkv), -1), adapters)
             normed = self._add_norm(hidden, delta, layer.norms[1], layer.eps[1])
-            delta = layer.down(self._gate(layer.gate_up(normed), self._kind))
+            gated = self._gate(layer.gate_up(normed, adapters), self._kind)
+            delta = layer.down(gated, adapters)
         assert delta is not None
-        hidden, delta = hidden[batch.last], delta[batch.last]
-        logits: torch.Tensor = self._head(self._add_norm(hidden, delta, self._norm, self._eps))
-        return logits.float()
+        return hidden, delta
+
+    def logits(self, hidden: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, vocabulary] of what :meth:`layers_of` returns, in the model's dtype."""
+        return self._head(self._add_norm(hidden, delta, self._norm, self._eps))
 
 
 def _detached(norm: torch.nn.Module) -> torch.Tensor:

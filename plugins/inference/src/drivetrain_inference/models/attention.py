@@ -162,13 +162,13 @@ class PagedAttention:
         value: torch.Tensor, **facts: Any,
     ) -> torch.Tensor:  # fmt: skip
         keys, values = cache.keys[layer], cache.values[layer]
-        block, place = (batch.slots // cache.size).long(), (batch.slots % cache.size).long()
+        key_scales, value_scales = cache.scales[layer]
+        kind = keys.dtype if key_scales is None else query.dtype
         tokens = len(batch.slots)  # what comes after them makes parts of ranks equal
         own_query, own_key, own_value = (
-            x[0, :, :tokens].transpose(0, 1).to(keys.dtype) for x in (query, key, value)
+            x[0, :, :tokens].transpose(0, 1).to(kind) for x in (query, key, value)
         )
-        keys[block, :, place] = own_key
-        values[block, :, place] = own_value
+        cache.put(layer, batch.slots, own_key, own_value)
         sinks = facts.pop("sinks")
         output = paged_attention(
             own_query.contiguous(),
@@ -178,6 +178,8 @@ class PagedAttention:
             batch.starts,
             batch.lengths,
             sinks=None if sinks is None else sinks.detach().float(),
+            key_scales=key_scales,
+            value_scales=value_scales,
             **facts,
         )
         rest = query.shape[2] - tokens

@@ -16,6 +16,7 @@ from torch import nn
 
 from drivetrain.contracts import WeightFormat
 from drivetrain.errors import ConfigError
+from drivetrain_inference.adapters.adapter import Adapter
 from drivetrain_inference.cache.blocks import BlockTable
 from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
 from drivetrain_inference.fast.model import FastModel
@@ -41,6 +42,9 @@ class Model(Protocol):
 
     def __call__(self, cache: PagedCache, batch: RaggedBatch) -> torch.Tensor:
         """Logits [sequences, vocabulary] of the last token of each; float32."""
+
+    def close(self) -> None:
+        """Give back what it keeps beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +184,36 @@ def _fast(
     )
 
 
-def difference(model: Model, tokens: list[int], reference: torch.Tensor) -> float:
+def check_adapter(adapter: Adapter, model: Model, plain: PlainModel) -> None:
+    """Hold both ways with an adapter to the module's own code with it.
+
+    Raises:
+        ConfigError: they give other logits.
+    """
+    tokens = _probe(plain.module)
+    with _unrounded(plain.module):
+        reference = plain.reference(tokens, adapter)
+        # A format changes numbers on purpose, so another way with one is not compared.
+        ways: list[Model] = [plain, *([model] if getattr(model, "exact", False) else [])]
+        for way in ways:
+            off = difference(way, tokens, reference, adapter)
+            if not off <= _TOLERANCES.get(way.dtype, 2e-4):
+                raise ConfigError(
+                    f"adapter {adapter.name}: logits over a paged cache differ by {off:.2g} of "
+                    "their spread from those of the module; merge the adapter into the model"
+                )
+
+
+def difference(
+    model: Model, tokens: list[int], reference: torch.Tensor, adapter: Adapter | None = None
+) -> float:
     """Largest difference of ``model``'s logits, as a share of the spread of ``reference``.
 
-    The text comes in two pieces and token by token, beside another one, over blocks of 4 tokens.
+    The text comes in two pieces and token by token, beside another one without the adapter, over
+    blocks of 4 tokens.
     """
     cache = PagedCache(model.layers, 12, 4, dtype=model.dtype, device=model.device)
-    text, other = BlockTable(list(range(5, 10))), BlockTable([11, 0, 10])
+    text, other = BlockTable(list(range(5, 10)), adapter=adapter), BlockTable([11, 0, 10])
     spread = float((reference.amax(1) - reference.amin(1)).max())
     worst, begin = 0.0, 0
     for end in (5, 9, 10, 11, len(tokens)):

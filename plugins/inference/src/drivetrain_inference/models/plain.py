@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from drivetrain_inference.adapters.adapter import Adapter, Group, adapted
 from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
 from drivetrain_inference.models.attention import PagedAttention
 
@@ -43,15 +44,20 @@ class PlainModel:
         """Logits [sequences, vocabulary] of the last token of each; float32."""
 
         def run() -> torch.Tensor:
+            if batch.adapters:
+                with adapted(batch.adapters, len(batch.tokens)):
+                    return self._in_parts(batch.tokens, batch.positions, batch.last)
             return self._in_parts(batch.tokens, batch.positions, batch.last)
 
         logits: torch.Tensor = self._attention.over(cache, batch, run)
         return logits.float()
 
-    def reference(self, tokens: list[int]) -> torch.Tensor:
+    def reference(self, tokens: list[int], adapter: Adapter | None = None) -> torch.Tensor:
         """Logits [tokens, vocabulary] of the module with its own attention and no cache."""
         positions = self._whole(list(range(len(tokens))))
-        return self._forward(self._whole(tokens), positions, None).float()
+        groups: list[Group] = [] if adapter is None else [(adapter, None)]
+        with adapted(groups, len(tokens)):
+            return self._forward(self._whole(tokens), positions, None).float()
 
     def close(self) -> None:
         """Leave Transformers as it was."""

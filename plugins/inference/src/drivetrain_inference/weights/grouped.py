@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 from drivetrain_kernels import dequantize, quantize, quantized_linear
+from drivetrain_kernels.ops.linear import QUANTIZED_LINEAR
 
 from drivetrain.contracts import Packed
 from drivetrain.errors import ConfigError
@@ -69,10 +70,15 @@ class _Grouped(BoundFormat):
 
     def bind(self, packed: Packed, outputs: int, *, invariant: bool) -> Product:
         few = math.inf if invariant else self.few_rows
+        codes, parameters = packed["codes"], packed["parameters"]
+        inputs = codes.numel() * (2 if self.code == "int4" else 1) // outputs
+        rest = (self.code, self._group(inputs), self.symmetric, outputs)
+        function = QUANTIZED_LINEAR.function(codes.device.type)
 
         def product(x: torch.Tensor) -> torch.Tensor:
             if len(x) <= few or x.device.type != "cpu":
-                return self.multiply(x, packed, outputs)
+                found: torch.Tensor = function(x, codes, parameters, *rest)
+                return found
             return self._multiply_many(x, packed, outputs)
 
         return product

@@ -1,0 +1,1 @@
+"""Changes of a model's matrices that requests choose one of."""
