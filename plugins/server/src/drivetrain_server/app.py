@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from drivetrain_server.api.adapters import Adapters
 from drivetrain_server.api.chat import Chat
 from drivetrain_server.api.completions import Completions
 from drivetrain_server.api.embeddings import Embeddings
@@ -50,6 +51,7 @@ def create_app(
         Route("/v1/chat/completions", _post(chat), methods=["POST"]),
         Route("/v1/completions", _post(completions), methods=["POST"]),
         Route("/v1/embeddings", _post(Embeddings(generator)), methods=["POST"]),
+        Route("/v1/adapters/{name}", _post(Adapters(router)), methods=["POST", "DELETE"]),
         Route("/v1/models", others.models),
         Route("/v1/models/{name:path}", others.model),
         Route("/health", others.health),
@@ -96,19 +98,21 @@ class _Others:
         self._began = time.time()
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        names = [self._settings.name, *self._router.shelf.paths]
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name != self._settings.name:
+        if name != self._settings.name and name not in self._router.shelf.paths:
             raise ApiError(
                 404, f"there is no model {name[:200]!r} here", param="model", code="model_not_found"
             )
-        return JSONResponse(self._model())
+        return JSONResponse(self._model(name))
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
         return {
-            "id": self._settings.name,
+            "id": name,
+            "parent": None if name == self._settings.name else self._settings.name,
             "object": "model",
             "created": int(self._began),
             "owned_by": "drivetrain",
@@ -184,7 +188,7 @@ class _Counted:
         await self._app(scope, receive, counted)
 
 
-def _post(handler: Chat | Completions | Embeddings) -> Any:
+def _post(handler: Adapters | Chat | Completions | Embeddings) -> Any:
     async def handle(request: Request) -> Response:
         return await handler(request)
 

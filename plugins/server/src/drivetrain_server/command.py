@@ -21,8 +21,12 @@ _DEFAULTS = Settings(model=".", name="model")
 @click.option("--config", type=UserPath(exists=True), help="Config with the section `inference`.")
 @click.option("--dtype", default="", help="Of the weights, such as bfloat16; as stored by default.")
 @click.option("--weights", type=UserPath(exists=True), help="Checkpoint that has the weights.")
+@click.option("--adapters", type=UserPath(exists=True, file_okay=False),
+              help="Folder of PEFT adapters, which requests name as model.")  # fmt: skip
 @click.option("--engine", default="", help="Which engine, where several are installed.")
 @click.option("--replicas", default=1, show_default=True, help="Workers, each with a copy.")
+@click.option("--ranks", default=1, show_default=True,
+              help="Processes of each worker; the config says how they share.")  # fmt: skip
 @click.option("--threads", default=0, help="Of each worker; its share of the cores by default.")
 @click.option(
     "--api-key", "api_keys", multiple=True, envvar="DRIVETRAIN_API_KEYS",
@@ -58,6 +62,7 @@ def serve(model: str, name: str | None, config: str | None, **options: Any) -> N
     path = Path(model).resolve()
     template = options.pop("chat_template")
     options["weights"] = options["weights"] or ""
+    options["adapters"] = str(Path(options["adapters"]).resolve()) if options["adapters"] else ""
     settings = Settings(
         model=str(path),
         name=name or (path.stem if path.is_file() else path.name),

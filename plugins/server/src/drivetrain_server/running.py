@@ -154,12 +154,13 @@ def _url(settings: Settings, listening: socket.socket) -> str:
 
 
 def _with_threads(settings: Settings) -> Settings:
-    if settings.threads or settings.replicas == 1:
+    processes = settings.replicas * settings.ranks
+    if settings.threads or processes == 1:
         return settings
     cores = os.cpu_count() or 1
     with contextlib.suppress(AttributeError):
         cores = len(os.sched_getaffinity(0))
-    return replace(settings, threads=max(1, cores // settings.replicas))
+    return replace(settings, threads=max(1, cores // processes))
 
 
 __all__ = ["Server", "serve"]

@@ -22,8 +22,11 @@ class Settings:
         config: the engine's config, or ``None`` for defaults.
         dtype: of the weights, such as ``bfloat16``; empty: as they are stored.
         weights: where parameters get values from instead, such as a checkpoint of training.
+        adapters: a folder whose folders are adapters of PEFT, which clients name instead of the
+            model; empty: there are none.
         replicas: workers, each with a copy of the model.
-        threads: of each worker; 0: the cores of the process, divided by ``replicas``.
+        ranks: processes of each worker, which share the model as the config says.
+        threads: of each process; 0: the cores, divided by all of them.
         host: address to listen at.
         port: port to listen at; 0: any that is free.
         api_keys: one of them must come with each request; empty: none is asked for.
@@ -49,7 +52,9 @@ class Settings:
     config: Mapping[str, Any] | None = None
     dtype: str = ""
     weights: str = ""
+    adapters: str = ""
     replicas: int = 1
+    ranks: int = 1
     threads: int = 0
     host: str = "127.0.0.1"
     port: int = 8000
@@ -70,9 +75,15 @@ class Settings:
     drain_seconds: float = 120.0
 
     def __post_init__(self) -> None:
-        for name in ("replicas", "max_open", "max_tokens", "max_results", "max_body", "max_schema"):
+        counts = ("replicas", "ranks", "max_open", "max_tokens", "max_results", "max_body")
+        for name in (*counts, "max_schema"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.ranks > 1 and self.config is None:
+            raise ConfigError(
+                f"ranks is {self.ranks}, and no config says how ranks share the model: give one, "
+                'such as {"inference": {}, "tensor_parallel": {"autotp_size": 2}}'
+            )
         if any(len(key) < 8 or not key.isascii() for key in self.api_keys):
             raise ConfigError("an API key must have at least 8 characters, all of them ASCII")
         if self.host not in LOOPBACK and not self.api_keys:

@@ -41,7 +41,7 @@ class Chat:
         stack = AsyncExitStack()
         try:
             generation = await unless_gone(request, self._begin(asked, stack))
-            answer = _Answer(asked, settings.name, generation)
+            answer = _Answer(asked, asked.model, generation)
             if asked.stream:
                 return EventStream(
                     answer.events(),

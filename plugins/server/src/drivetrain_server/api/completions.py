@@ -44,7 +44,7 @@ class Completions:
                 asked, asked.prompts, special=True, logprobs=asked.logprobs
             )
             generation = await unless_gone(request, stack.enter_async_context(begun))
-            answer = _Answer(asked, settings.name, generation)
+            answer = _Answer(asked, asked.model, generation)
             if asked.stream:
                 return EventStream(
                     answer.events(),

@@ -179,10 +179,11 @@ class Generator:
         Raises:
             ApiError: it is another one.
         """
-        if name != self.settings.name:
+        if name != self.settings.name and name not in self.router.shelf.paths:
+            known = ", ".join(map(repr, [self.settings.name, *self.router.shelf.paths]))
             raise ApiError(
                 404,
-                f"there is no model {name[:200]!r} here; this server has {self.settings.name!r}",
+                f"there is no model {name[:200]!r} here; this server has {known}",
                 param="model",
                 code="model_not_found",
             )
@@ -208,13 +209,17 @@ class Generator:
         """
         tickets: list[Ticket] = []
         generation: Generation | None = None
+        other = {} if asked.model == self.settings.name else {"adapter": asked.model}
         try:
             for prompt in prompts:
                 order = {
                     "prompt": prompt,
                     "special": special,
                     "most": self.settings.max_tokens,
-                    "sampling": schemas.sampling(asked, secrets.randbits(62), logprobs),
+                    "sampling": {
+                        **schemas.sampling(asked, secrets.randbits(62), logprobs),
+                        **other,
+                    },
                     "edits": {**schemas.edits(asked), **(edits or {})},
                     "timeout": self.settings.request_seconds,
                 }

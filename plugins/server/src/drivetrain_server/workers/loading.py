@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from drivetrain.contracts import Embeds, Serves
+from drivetrain.contracts import Adapts, Embeds, Serves
 from drivetrain.errors import ConfigError
 from drivetrain.plan.registry import Registry
 from drivetrain_server.workers.wire import Message
@@ -45,7 +45,21 @@ def load(order: Message) -> Serves | Embeds:
         dtype=dtype if order["dtype"] else None,
         weights=order["weights"] or None,
     )
+    for name, path in order["adapters"].items():
+        adapters_of(engine).load(name, path)
     return engine
+
+
+def adapters_of(engine: Any) -> Adapts:
+    """What loads the adapters of an engine.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    found: Adapts | None = getattr(engine, "adapters", None)
+    if found is None:
+        raise ConfigError("this model's engine computes without adapters; leave --adapters out")
+    return found
 
 
 def described(engine: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 
 from drivetrain.errors import ConfigError
@@ -34,11 +34,17 @@ class Replica:
         index: number of the replica.
         settings: what it serves, and how long it may be silent.
         heard: called with each part that arrives.
+        adapters: folders by name that a worker loads when it starts; may change.
     """
 
     def __init__(
-        self, index: int, settings: Settings, heard: Callable[[Part], None] = lambda _: None
+        self,
+        index: int,
+        settings: Settings,
+        heard: Callable[[Part], None] = lambda _: None,
+        adapters: Mapping[str, str] | None = None,
     ) -> None:
+        self._adapters = {} if adapters is None else adapters
         self.index, self._settings, self._heard = index, settings, heard
         self.prefixes = Prefixes()
         self.facts: Message = {}
@@ -182,6 +188,8 @@ class Replica:
                 "dtype": settings.dtype,
                 "weights": settings.weights,
                 "threads": settings.threads,
+                "ranks": settings.ranks,
+                "adapters": dict(self._adapters),
             }
         )
         return reader

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from drivetrain_server.settings import Settings
 from drivetrain_server.workers.prefixes import keys_of
 from drivetrain_server.workers.replica import Replica
+from drivetrain_server.workers.shelf import Shelf
 from drivetrain_server.workers.tickets import Part, RefusedError, Ticket, WorkerLostError
 from drivetrain_server.workers.wire import Message
 
@@ -30,12 +31,20 @@ class Router:
     Args:
         settings: how many replicas, and how many results at once.
         heard: called with each part that arrives.
+
+    Attributes:
+        shelf: adapters that clients can choose.
+
+    Raises:
+        ConfigError: there is no such folder of adapters.
     """
 
     def __init__(self, settings: Settings, heard: Callable[[Part], None] = lambda _: None) -> None:
         self._settings, self._tell = settings, heard
+        self.shelf = Shelf(settings.adapters, settings.name)
         self.replicas = [
-            Replica(index, settings, self._heard) for index in range(settings.replicas)
+            Replica(index, settings, self._heard, self.shelf.paths)
+            for index in range(settings.replicas)
         ]
         self._ended: deque[float] = deque(maxlen=64)
 
@@ -97,9 +106,29 @@ class Router:
             names = ", ".join(f"{each.name} {each.trouble}" for each in self.replicas)
             raise WorkerLostError(f"no worker serves at present, they are started again: {names}")
         keys = keys_of(order["prompt"]) if len(ready) > 1 and "prompt" in order else []
+        if adapter := order.get("sampling", {}).get("adapter", ""):
+            keys = [adapter.encode() + key for key in keys]
         chosen = self._chosen(ready, keys)
         chosen.prefixes.remember(keys)
         return chosen.submit(order, results)
+
+    async def set_adapter(self, name: str, path: str) -> None:
+        """Have all workers load an adapter, or forget it where ``path`` is empty.
+
+        Raises:
+            RefusedError: a worker cannot load it.
+            WorkerLostError: a worker is being started again.
+        """
+        tickets = [
+            replica.submit({"do": "adapter", "name": name, "path": path}, 0)
+            for replica in self.replicas
+        ]
+        try:
+            for ticket in tickets:
+                await ticket.begun()
+        finally:
+            for ticket in tickets:
+                ticket.close()
 
     def retry_after(self) -> int:
         """Seconds after which there may be room, from how fast results ended lately."""

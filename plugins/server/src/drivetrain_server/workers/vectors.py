@@ -57,7 +57,7 @@ class VectorWorker:
                 self._wire.send({"is": "pong", "step_seconds": 0.0, "waiting": waiting})
             elif kind == "embed":
                 self._orders.put(message)
-            elif kind == "add":
+            elif kind in ("add", "adapter"):
                 self._refuse(message["id"], _NO_TEXT, status=501, code="not_implemented")
             elif kind == "close":
                 self._orders.put(None)

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -22,11 +23,15 @@ from typing import Any
 from drivetrain.contracts import Progress, Serves
 from drivetrain.errors import ConfigError, DrivetrainError
 from drivetrain_server.workers.edits import Both, Edit, Grammars, Guide, Penalties
-from drivetrain_server.workers.loading import described, load
+from drivetrain_server.workers.group import Group, Silent
+from drivetrain_server.workers.loading import adapters_of, described, load
 from drivetrain_server.workers.vectors import VectorWorker
 from drivetrain_server.workers.wire import Message, Wire
 
 logger = logging.getLogger("drivetrain.server.worker")
+
+_RANKS_SECONDS = 2.0
+"""How long an error waits for the news that another rank has ended."""
 
 _NO_VECTORS = "this model generates text and has no embeddings"
 
@@ -47,20 +52,31 @@ class _Open:
         self.guides: list[Guide] = []
 
 
+@dataclass(frozen=True)
+class _Order:
+    """What the thread that computes is to do, and the message that says so to other ranks."""
+
+    message: Message
+    act: Callable[[], None]
+
+
 class Worker:
     """Carries requests from the wire to the engine, and progress back.
 
     Args:
         wire: to the server.
         engine: used by the main thread alone.
+        group: the other ranks that compute the model, if there are any.
     """
 
-    def __init__(self, wire: Wire, engine: Serves) -> None:
-        self._wire, self._engine = wire, engine
+    def __init__(self, wire: Wire | Silent, engine: Serves, group: Group | None = None) -> None:
+        self._wire, self._engine, self._group = wire, engine, group
+        self._shared = group is not None
+        self._deadlines: dict[int, float] = {}
         # A fast tokenizer may not be used by two threads at once.
         self._tokenizer = copy.deepcopy(engine.tokenizer)
         self._grammars: Grammars | None = None
-        self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._orders: SimpleQueue[_Order | None] = SimpleQueue()
         self._open: dict[int, _Open] = {}
         self._numbers: dict[int, int] = {}
         self._step_began = 0.0
@@ -75,21 +91,29 @@ class Worker:
             self._show(progress)
         self._engine.close()
 
+    def let_ranks_speak(self) -> None:
+        """Let the server hear of another rank's end first, which explains an error here."""
+        if self._group is not None:
+            self._group.wait(_RANKS_SECONDS)
+
     # -- the thread that reads ------------------------------------------------------------------
 
     def _read(self) -> None:
+        assert isinstance(self._wire, Wire)
         while (message := self._wire.receive()) is not None:
             kind = message["do"]
             if kind == "ping":
                 self._wire.send(self._pong())
             elif kind == "add":
                 self._prepare(message)
+            elif kind == "adapter":
+                self._orders.put(_Order(message, partial(self._adapt, message)))
             elif kind == "embed":
                 self._refuse(
                     message["id"], Refused(_NO_VECTORS, status=501, code="not_implemented")
                 )
             elif kind == "cancel":
-                self._orders.put(partial(self._cancel, message["id"]))
+                self._orders.put(_Order(message, partial(self._cancel, message["id"])))
             else:
                 self._orders.put(None)
                 return
@@ -109,7 +133,7 @@ class Worker:
             logger.exception("a request could not be prepared")
             self._refuse(message["id"], Refused(f"{type(error).__name__}: {error}", status=500))
         else:
-            self._orders.put(act)
+            self._orders.put(_Order(message, act))
 
     def _prepared(self, message: Message) -> Callable[[], None]:
         tokens = self._tokens(message)
@@ -140,8 +164,9 @@ class Worker:
 
         if makers:
             sampling["edit"] = edit
-        timeout = message.get("timeout")
-        return lambda: self._add(opened, tokens, self._engine.sampling(**sampling), timeout)
+        return lambda: self._add(
+            opened, tokens, self._engine.sampling(**sampling), message.get("timeout")
+        )
 
     def _tokens(self, message: Message) -> list[int]:
         prompt = message["prompt"]
@@ -194,14 +219,31 @@ class Worker:
     # -- the thread that computes ---------------------------------------------------------------
 
     def _follow_orders(self) -> bool:
-        while not self._engine.busy or not self._orders.empty():
+        done, going_on = self._overdue(), True
+        while going_on and (not self._engine.busy or not self._orders.empty()):
             order = self._orders.get()
             if order is None:
-                return False
-            order()
-        return True
+                going_on = False
+            else:
+                order.act()
+                done.append(order.message)
+        if self._group is not None:
+            self._group.tell(done, close=not going_on)
+        return going_on
+
+    def _overdue(self) -> list[Message]:
+        """End what has taken too long, where the engine knows no clock; what others are told."""
+        now = time.monotonic()
+        late = [key for key, deadline in self._deadlines.items() if now >= deadline]
+        for key in late:
+            self._cancel(key, late=True)
+        return [{"do": "cancel", "id": key} for key in late]
 
     def _add(self, opened: _Open, tokens: list[int], params: Any, timeout: float | None) -> None:
+        if self._shared:  # ranks have no common clock, so the first one ends what is late
+            if self._group is not None and timeout is not None:
+                self._deadlines[opened.id] = time.monotonic() + timeout
+            timeout = None
         try:
             number = self._engine.add(tokens, params, timeout=timeout)
         except DrivetrainError as error:
@@ -210,12 +252,30 @@ class Worker:
         self._open[number], self._numbers[opened.id] = opened, number
         self._wire.send({"is": "begun", "id": opened.id, "prompt_tokens": len(tokens)})
 
-    def _cancel(self, id: int) -> None:
-        number = self._numbers.pop(id, None)
+    def _adapt(self, message: Message) -> None:
+        """Load an adapter, or forget it."""
+        name, path = message["name"], message["path"]
+        try:
+            adapters = adapters_of(self._engine)
+            if path:
+                adapters.load(name, path)
+            else:
+                adapters.unload(name)
+        except DrivetrainError as error:
+            self._refuse(message["id"], error)
+        else:
+            self._wire.send({"is": "begun", "id": message["id"], "prompt_tokens": 0})
+
+    def _cancel(self, id: int, *, late: bool = False) -> None:
+        self._deadlines.pop(id, None)
+        number = self._numbers.get(id)
         if number is None:
             return
+        ended = self._engine.cancel(number)
+        if late:
+            self._show([_as_late(each) for each in ended])
+        self._numbers.pop(id, None)
         self._open.pop(number, None)
-        self._engine.cancel(number)
 
     def _show(self, progress: Sequence[Progress]) -> None:
         items, failed = [], dict[int, str]()
@@ -228,6 +288,7 @@ class Worker:
                 opened.left -= 1
                 if not opened.left:
                     del self._open[each.request], self._numbers[opened.id]
+                    self._deadlines.pop(opened.id, None)
             for guide in opened.guides:
                 if guide.failed:
                     failed[opened.id] = guide.failed
@@ -258,6 +319,74 @@ class Worker:
         return str(token) if tokenizer is None else tokenizer.decode([token])
 
 
+class Follower(Worker):
+    """A rank beside the first: does what that one has done, and says nothing to the server.
+
+    Args:
+        orders: to the first rank.
+        engine: used by the main thread alone.
+    """
+
+    def __init__(self, orders: Wire, engine: Serves) -> None:
+        super().__init__(Silent(), engine)
+        self._shared = True
+        self._rounds: SimpleQueue[Message] = SimpleQueue()
+        self._leader = orders
+
+    def run(self) -> None:
+        """Follow until told to close."""
+        threading.Thread(target=self._listen, name="intake", daemon=True).start()
+        while not (told := self._rounds.get())["close"]:
+            for message in told["orders"]:
+                self._carry_out(message)
+            self._show(self._engine.step())
+        self._engine.close()
+
+    def _carry_out(self, message: Message) -> None:
+        if message["do"] == "add":
+            self._prepared(message)()
+        elif message["do"] == "adapter":
+            self._adapt(message)
+        else:
+            self._cancel(message["id"])
+
+    def _listen(self) -> None:
+        while (told := self._leader.receive()) is not None:
+            self._rounds.put(told)
+            if told["close"]:
+                return
+        os._exit(1)  # the first rank has gone
+
+
+def _as_late(progress: Progress) -> Progress:
+    done = progress.completion
+    return replace(progress, completion=done and replace(done, finish_reason="deadline"))
+
+
+def _worker(wire: Wire, order: Message) -> Worker | VectorWorker:
+    """What ``order`` asks for, loaded; other ranks are started first, as all load together.
+
+    Raises:
+        DrivetrainError: the model cannot be served.
+    """
+    group = None
+    if order["ranks"] > 1 and not order.get("follow"):
+
+        def lost(message: Message) -> None:
+            wire.send(message)
+            os._exit(1)  # a step that waits for that rank would never end
+
+        group = Group(order, order["ranks"], lost)
+    engine: Any = load(order)
+    embeds = hasattr(engine, "embed")
+    if embeds and order["ranks"] > 1:
+        raise ConfigError("a model that makes vectors is computed by one rank; leave --ranks out")
+    if order.get("follow"):
+        return Follower(wire, engine)
+    wire.send({"is": "ready", **described(engine)})
+    return VectorWorker(wire, engine) if embeds else Worker(wire, engine, group)
+
+
 def main(descriptor: int) -> int:
     """Load what the first message names and serve it; return the exit status."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when workers end
@@ -266,13 +395,13 @@ def main(descriptor: int) -> int:
     order = wire.receive()
     if order is None:
         return 1
+    worker: Worker | VectorWorker | None = None
     try:
-        engine: Any = load(order)
-        embeds = hasattr(engine, "embed")
-        worker = VectorWorker(wire, engine) if embeds else Worker(wire, engine)
-        wire.send({"is": "ready", **described(engine)})
+        worker = _worker(wire, order)
         worker.run()
     except DrivetrainError as error:
+        if isinstance(worker, Worker):
+            worker.let_ranks_speak()
         wire.send({"is": "failed", "message": str(error), "final": isinstance(error, ConfigError)})
         return 2
     except OSError:
@@ -280,6 +409,8 @@ def main(descriptor: int) -> int:
         return 1
     except Exception as error:
         logger.exception("the engine has failed")
+        if isinstance(worker, Worker):
+            worker.let_ranks_speak()
         wire.send({"is": "failed", "message": f"{type(error).__name__}: {error}", "final": False})
         return 1
     return 0
