@@ -35,6 +35,9 @@ class Nothing:
     def __call__(self, cache: object, batch: Any) -> torch.Tensor:
         return self._logits[: len(batch.last)]
 
+    def close(self) -> None:
+        pass
+
 
 def engine_of(**section: Any) -> Any:
     """An engine around :class:`Nothing`."""

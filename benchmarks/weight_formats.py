@@ -3,8 +3,8 @@
     python benchmarks/weight_formats.py [--outputs 1536] [--inputs 576]
 
 Each format multiplies x in bfloat16 by the fused product alone, as ``batch_invariant`` needs it,
-and as an engine chooses otherwise; contenders take turns. Printed are medians of processor time in
-milliseconds, one thread, and ratios to the fused product.
+and as an engine chooses otherwise (the same for fp8 and fp6); contenders take turns. Printed are
+medians of processor time in milliseconds, one thread, and ratios to the fused product.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 from drivetrain_inference.weights.grouped import Int4, Int8
+from drivetrain_inference.weights.minifloats import Fp6, Fp8
 from torch import nn
 
 ROUNDS = 15
@@ -44,7 +45,7 @@ def main() -> None:
     weight = torch.randn(options.outputs, options.inputs)
     plain = weight.bfloat16()
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for form in (Int8(), Int4()):
+    for form in (Int8(), Int4(), Fp8(), Fp6()):
         packed, rows = form.pack(weight), table.setdefault(form.code, {})
         fused = form.bind(packed, options.outputs, invariant=True)
         chosen = form.bind(packed, options.outputs, invariant=False)
