@@ -98,7 +98,9 @@ def main() -> None:
     parser.add_argument("--model", help="folder or GGUF file; a random model by default")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--weight-format", default="")
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--quantize-head", action="store_true", help="the matrix of logits, too")
+    parser.add_argument("--cache-format", default="")
+    parser.add_argument("--requests", type=int, default=64, help="0: the single stream alone")
     parser.add_argument("--tokens", type=int, default=100, help="new tokens of the single stream")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of torch; as many as there are cores")
@@ -106,7 +108,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     model = model_of(options.model, getattr(torch, options.dtype))
-    section = {"weight_format": options.weight_format, "max_context": 1024}
+    section = {
+        "weight_format": options.weight_format, "quantize_head": options.quantize_head,
+        "cache_format": options.cache_format, "max_context": 1024,
+    }  # fmt: skip
     single = [(requests(1)[0][0][:32], options.tokens)]
     many = requests(options.requests)
     with serve(model, {"inference": section}) as engine:
