@@ -86,8 +86,8 @@ def test_a_block_takes_half_the_memory_and_a_scale_a_head():
 
 @pytest.mark.parametrize("form", ["int8", "fp8"])
 def test_what_gives_way_comes_back_with_its_scales(form):
-    params = SamplingParams(max_new_tokens=16)
-    prompts, results = [PROMPT, PROMPT[::-1], PROMPT[5:]], []
+    params = SamplingParams(max_new_tokens=24)
+    prompts, results = [PROMPT[:n] for n in (1, 5, 17, 40)] * 2, []
     for options in ({}, {"cache_blocks": 8, "host_cache_bytes": 2**20}):
         with served(cache_format=form, prefix_caching=False, **options) as engine:
             results.append([each[0].tokens for each in engine.generate(prompts, params)])

@@ -32,6 +32,7 @@ def children(process):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for processes")
 def test_two_ranks_answer_as_one_process_and_die_as_one(folder, client):
     options = [
@@ -61,6 +62,7 @@ def test_two_ranks_answer_as_one_process_and_die_as_one(folder, client):
     wait_for(lambda: not Path(f"/proc/{last}").exists())
 
 
+@pytest.mark.long
 def test_a_request_that_takes_too_long_ends_on_all_ranks(folder):
     with (
         Server(settings(folder, config=SHARED, ranks=2, request_seconds=0.3)) as server,

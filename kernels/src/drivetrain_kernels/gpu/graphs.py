@@ -15,7 +15,8 @@ def capture(function: Callable[[], None]) -> Callable[[], None] | None:
 
     ``None``, with a line in the log, if it does what a graph cannot hold, such as waiting.
     """
-    aside, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    current = torch.cuda.current_stream()
     aside.wait_stream(current)
     with torch.cuda.stream(aside):  # libraries take memory and choose algorithms once
         function()

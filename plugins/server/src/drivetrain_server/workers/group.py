@@ -31,7 +31,7 @@ class Group:
     """
 
     def __init__(self, order: Message, ranks: int, lost: Callable[[Message], None]) -> None:
-        from torch.distributed import TCPStore
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         self._lost, self._closing = lost, False
         # Ranks meet at it; it lives as long as this process.

@@ -66,7 +66,7 @@ class NotRepeatableError(Exception):
     """A function does something that a list of calls of kernels does not repeat; says what."""
 
 
-class _OnlyKernels(TorchDispatchMode):
+class _OnlyKernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets through new memory and views; whatever else computes would be missing in a replay."""
 
     _NEW = ("aten::new_empty", "aten::empty_like", "aten::empty", "aten::empty_strided")
@@ -94,7 +94,7 @@ def capture(function: Callable[[], None], library: ctypes.CDLL) -> Callable[[], 
     """
     _noted.calls, _noted.kept = [], []
     try:
-        with _OnlyKernels():
+        with _OnlyKernels():  # type: ignore[no-untyped-call]
             function()
         calls, kept = _noted.calls, _noted.kept
     except NotRepeatableError as error:
