@@ -73,7 +73,8 @@ class InferenceEngine(nn.Module):
         """
         named = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
         given = {name for name, value in named.items() if value is not None}
-        ids, mask = named.get("input_ids"), named.get("attention_mask")
+        ids: Any = named.get("input_ids")
+        mask: Any = named.get("attention_mask")
         plain = len(args) <= 2 and given <= {"input_ids", "attention_mask"} and ids is not None
         if not plain or torch.is_grad_enabled() or ids.dim() != 2:
             return self.module(*args, **kwargs)
