@@ -49,9 +49,9 @@ warns and names it.
 - **Sections of packages that do not exist yet** are refused by name, unless they are off. So are
   names that need such a package, when they are used: an `AttributeError`, or an `ImportError` in
   `from deepspeed.pipe import PipelineModule`.
-- **Optimizers of `deepspeed.ops`** describe an update that the engine carries out. `FusedAdam`,
-  `DeepSpeedCPUAdam` and `DeepSpeedCPUAdagrad` step without an engine as well, as torch's classes
-  do; `FusedLion`, `FusedLamb`, `OnebitAdam`, `OnebitLamb` and `ZeroOneAdam` do not.
+- **Optimizers of `deepspeed.ops`** describe an update that the engine carries out. Without an
+  engine they step by the same rule, except `OnebitAdam`, `OnebitLamb` and `ZeroOneAdam`, which
+  send gradients themselves.
 - **Gradients are not in `parameter.grad`** between backward and step;
   `deepspeed.utils.safe_get_full_grad` reads them.
 - **Checkpoints** of DeepSpeed load through `engine.load_checkpoint`; at stage 0 with several
@@ -67,22 +67,23 @@ warns and names it.
   sums faster or its seed and batch size fixed in DeepSpeed is accepted without effect.
 - **A Trainer of Transformers trains once**, with DeepSpeed and here: its second `train()` uses an
   engine that Accelerate has destroyed. Another Trainer in the same process trains as well.
-- **Errors** are `ConfigError`, `TrainingError` and `CheckpointError`, where DeepSpeed raises
-  `AssertionError`, `RuntimeError` or pydantic's `ValidationError`: also sections such as
-  `DeepSpeedFP16Config`, `TiledLinear` with wrong splits, tags that differ between ranks, and
-  leaf modules that are not found. With `ignore_unused_parameters: false` it comes in `step`.
-- **On one rank nothing is sharded**: parameters made under `zero.Init` have no `ds_id` there.
+- **Errors** are `ConfigError`, `TrainingError` and `CheckpointError`, and at the same time of the
+  classes by which scripts catch DeepSpeed's: `AssertionError`, `ValueError`, `RuntimeError`;
+  sections such as `DeepSpeedFP16Config` raise pydantic's `ValidationError`. Their texts are others.
+  With `ignore_unused_parameters: false` the error comes in `step`.
+- **On one rank nothing is sharded**: parameters made under `zero.Init` have `ds_id`, and their
+  `ds_status` is `AVAILABLE`.
 - **`GatheredParameters` without `modifier_rank`** is for reading; a change inside it is refused.
 - **Schedules**: an unknown `warmup_type` is refused; before the first update `OneCycle` sets the
   momentum of that update, `cycle_max_mom`. Attributes of its inside, such as `step_ratio`, are not
   there.
-- **Not there**: `hjson` config files, `deepspeed.launcher.multinode_runner`, `SparseTensor`, hooks
-  and flat partitions of DeepSpeed's optimizers, and default leaf modules, since units are whole.
+- **Configs in Hjson** are read where the package `hjson` is installed; comments and trailing commas
+  need none.
+- **Not there**: `deepspeed.launcher.multinode_runner`, `SparseTensor`, hooks and flat partitions of
+  DeepSpeed's optimizers, and default leaf modules, since units are whole.
 - **`deepspeed SCRIPT`** starts the ranks of this host, or of the hosts in `--hostfile` through
   `drivetrain launch`. Without `--launcher` it uses ssh, not pdsh. `ds_report`, `ds_elastic`,
   `ds_ssh`, `ds_io`, `ds_nvme_tune` and `ds_bench` show what Drivetrain's commands show.
-- **`deepspeed.monitor.monitor.MonitorMaster`** opens the monitors that its config switches on, as
-  one: there are no classes of single ones.
 - **`aio_handle`** raises an error where a transfer fails, and copies what is on a device through
   host memory.
 

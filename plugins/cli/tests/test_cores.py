@@ -31,7 +31,7 @@ def test_lists_of_cores_are_read_as_linux_writes_them(text: str, cores: list[int
     assert parse_cores(format_cores(sorted(cores))) == sorted(cores)
 
 
-@pytest.mark.parametrize("text", ["", "a", "0-", "3-1", "0,0", "0-2,1", "-1"])
+@pytest.mark.parametrize("text", ["", "a", "0-", "3-1", "0,3-1", "0,0", "0-2,1", "-1"])
 def test_what_is_no_list_of_cores_is_refused(text: str) -> None:
     with pytest.raises(DrivetrainError, match="--core-list"):
         parse_cores(text)

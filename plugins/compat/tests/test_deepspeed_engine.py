@@ -224,18 +224,54 @@ def test_optimizers_step_in_an_engine_and_alone_as_those_of_torch_do(build, make
         torch.testing.assert_close(ours, expected.detach())
 
 
-def test_lion_and_lamb_are_rules_of_the_engine(build):
+def test_lion_and_lamb_are_rules_of_the_engine_and_step_alone_by_them(build):
     for kind in (deepspeed.ops.lion.FusedLion, deepspeed.ops.lamb.FusedLamb):
-        module = model()
-        optimizer = kind(module.parameters(), lr=0.01)
-        with pytest.raises(TrainingError, match=f"{kind.__name__} steps through an engine"):
-            optimizer.step()
+        module, alone = model(), model()
+        optimizer, its_own = (kind(net.parameters(), lr=0.01) for net in (module, alone))
         engine, held, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=CONFIG)
-        before = [p.detach().clone() for p in module.parameters()]
-        after = update(engine)
-        assert not torch.equal(before[0], after[0])
+        for _ in range(2):
+            after = update(engine)
+            its_own.zero_grad()
+            alone(torch.ones(4, 4)).square().mean().backward()
+            its_own.step()
+        for ours, expected in zip(alone.parameters(), after, strict=True):
+            torch.testing.assert_close(ours.detach(), expected)
         assert held.param_groups is not optimizer.param_groups
         assert held.param_groups[0] is optimizer.param_groups[0]
+        engine.destroy()
+
+
+def test_moments_of_low_precision_weights_are_as_wide_as_adam_is_asked():
+    for wide, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        weights = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+        adam = deepspeed.ops.adam.DeepSpeedCPUAdam(
+            [weights], lr=0.5, eps=0.0, fp32_optimizer_states=wide
+        )
+        weights.grad = torch.full_like(weights, 3.0)
+        adam.step()
+        assert adam.state[weights]["exp_avg"].dtype == dtype
+        torch.testing.assert_close(weights.detach(), torch.full_like(weights, 0.5))
+
+
+def test_the_optimizer_of_a_config_is_known_by_deepspeeds_class(build):
+    from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+    from deepspeed.ops.lion import FusedLion
+
+    for wanted, config in (
+        ({FusedAdam}, {"optimizer": {"type": "AdamW"}}),
+        ({FusedLion}, {"optimizer": {"type": "Lion"}}),
+        (set(), {"optimizer": {"type": "Adam", "params": {"torch_adam": True}}}),
+        (
+            {DeepSpeedCPUAdam},
+            {
+                "optimizer": {"type": "Adam"},
+                "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}},
+            },
+        ),
+    ):
+        engine, optimizer, *_ = deepspeed.initialize(model=model(), config=CONFIG | config)
+        known = (DeepSpeedCPUAdam, FusedAdam, FusedLion)
+        assert {kind for kind in known if isinstance(optimizer, kind)} == wanted
         engine.destroy()
 
 
@@ -267,8 +303,8 @@ def test_what_an_optimizer_cannot_do_is_refused():
         deepspeed.ops.adam.FusedAdam(parameters, amsgrad=True)
     with pytest.raises(ConfigError, match="max_grad_norm is not supported; use gradient_clipping"):
         deepspeed.ops.lamb.FusedLamb(parameters, max_grad_norm=1.0)
-    alone = deepspeed.ops.adam.FusedAdam(parameters, bias_correction=False)
-    with pytest.raises(TrainingError, match="FusedAdam steps through an engine"):
+    alone = deepspeed.runtime.fp16.onebit.OnebitAdam(parameters)
+    with pytest.raises(TrainingError, match="OnebitAdam steps through an engine"):
         alone.step()
 
 

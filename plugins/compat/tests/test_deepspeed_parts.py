@@ -253,3 +253,43 @@ def test_a_kind_of_collective_can_be_switched_off_to_see_what_it_costs():
     assert first == pytest.approx([0.9, 1.0, 0.9])
     assert second == pytest.approx([0.9, 0.9, 0.9])
     assert kept == [0.0, 1.0]  # ranks still agree on what they have to
+
+
+def test_calls_are_written_as_python_writes_them():
+    assert deepspeed.runtime.utils.call_to_str("run", 3, "a", val=None) == "run(3, 'a', val=None)"
+
+
+class TwoParts:
+    """A model-parallel unit of two ranks."""
+
+    @staticmethod
+    def get_model_parallel_rank():
+        return comm.get_rank()
+
+    @staticmethod
+    def get_model_parallel_group():
+        return comm.get_world_group()
+
+
+def clipped(order):
+    comm.init_distributed(verbose=False)
+    shared, part = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    part.model_parallel = True
+    shared.grad = torch.tensor([1.0, 2.0])  # the same on both ranks
+    part.grad = torch.tensor([4.0, 2.0]) * (1 + comm.get_rank())
+    norm = deepspeed.runtime.utils.clip_grad_norm_([shared, part], 1.0, order, mpu=TwoParts)
+    return norm.item(), shared.grad, part.grad
+
+
+@pytest.mark.parametrize("order", [2.0, float("inf")])
+def test_gradients_of_a_scripts_own_are_clipped_over_the_parts_of_a_model(order):
+    whole = torch.tensor([1.0, 2.0, 4.0, 2.0, 8.0, 4.0])
+    norm = torch.linalg.vector_norm(whole, order).item()
+    for rank, (found, shared, part) in enumerate(run_distributed(clipped, 2, order)):
+        assert found == pytest.approx(norm)
+        torch.testing.assert_close(shared, whole[:2] / norm)
+        torch.testing.assert_close(part, whole[2 + 2 * rank : 4 + 2 * rank] / norm)
+    alone = torch.nn.Parameter(torch.zeros(2))
+    alone.grad = torch.tensor([3.0, 4.0])
+    assert deepspeed.runtime.utils.clip_grad_norm_(alone, 10.0).item() == 5.0
+    assert alone.grad.tolist() == [3.0, 4.0]

@@ -12,6 +12,7 @@ from drivetrain_data_efficiency import CurriculumOrder
 from drivetrain_data_efficiency.deepspeed import analyzer, indexed, routing, sampler, scheduling
 from drivetrain_data_efficiency.section import DataEfficiencySection
 from metric_files import Numbers, write_metric
+from pydantic import ValidationError
 from torch import nn
 
 from drivetrain.errors import CheckpointError, ConfigError
@@ -195,3 +196,39 @@ def test_a_sampler_without_a_curriculum_or_with_deepspeeds_state_is_refused(tmp_
     config["data_sampling"]["enabled"] = False
     with pytest.raises(ConfigError, match="the section has none enabled"):
         sampler.DeepSpeedDataSampler(config, 40, 4, 0, 1)
+
+
+def test_samples_are_cut_into_parts_of_one_size() -> None:
+    assert scheduling.split_index(2, 12, 4) == [(2, 5), (5, 8), (8, 10), (10, 12)]
+    workers, threads = scheduling.split_dataset(range(7), 2, 1, 3)
+    assert workers == [(0, 4), (4, 7)]
+    assert threads == [(4, 5), (5, 6), (6, 7)]
+
+
+def test_a_schedule_of_kept_tokens_may_be_a_scripts_own() -> None:
+    class Own(scheduling.BaseScheduler):
+        def __init__(self) -> None:
+            super().__init__()
+            config = {"require_steps": 4, "seq_per_step": 8}
+            self.state = {"min_value": 16, "max_value": 48, "schedule_config": config, "other": 1}
+
+    assert [Own().get_value(step) for step in (0, 1, 2, 4, 9)] == [16, 24, 32, 48, 48]
+    with pytest.raises(ValidationError, match="min_value"):
+        scheduling.BaseScheduler().get_value(0)
+
+
+def test_the_section_is_checked_and_whole() -> None:
+    found = scheduling.get_data_efficiency_config({"data_efficiency": {"enabled": True}})
+    assert found["enabled"] is True
+    assert found["data_routing"]["random_ltd"]["enabled"] is False
+    with pytest.raises(ValidationError, match="sampling"):
+        scheduling.get_data_efficiency_config({"data_efficiency": {"sampling": {}}})
+
+
+def test_layers_that_a_script_wraps_keep_their_names_in_saved_weights() -> None:
+    layer = nn.Linear(4, 4)
+    wrapped = nn.Sequential(routing.RandomLayerTokenDrop(layer))
+    inputs = torch.ones(1, 2, 4)
+    assert torch.equal(wrapped(inputs), layer(inputs))
+    assert set(wrapped.state_dict()) == {"0.random_ltd_layer.weight", "0.random_ltd_layer.bias"}
+    assert set(routing.save_without_random_ltd(wrapped)) == {"0.weight", "0.bias"}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from drivetrain_offload import StateKind, offload_states, reload_states, state_devices
+from drivetrain_offload.on_demand.states import get_state_devices
 
 import drivetrain
 from drivetrain.engine.engine import Engine
@@ -65,3 +66,8 @@ def test_places_of_states_are_told_by_kind(engine: Engine) -> None:
         "lp_grads": {"device"},
         "optim_states": {"device"},
     }
+    for kind in ("optim_states", StateKind.LP_PARAMS):
+        assert get_state_devices(engine, kind) == {engine.device}
+    assert get_state_devices(engine, "hp_params") == set()
+    with pytest.raises(ValueError, match="weights"):
+        get_state_devices(engine, "weights")

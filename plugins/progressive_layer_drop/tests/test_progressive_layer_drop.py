@@ -186,3 +186,17 @@ def test_all_ranks_get_the_same_ratios() -> None:
 def test_values_out_of_range_are_refused_by_their_path(section: dict[str, Any], path: str) -> None:
     with pytest.raises(ConfigError, match=f"progressive_layer_drop.{path}"):
         start(Scaled(), {"enabled": True, **section})
+
+
+def test_a_script_may_step_the_schedule_itself() -> None:
+    from drivetrain_progressive_layer_drop.deepspeed import ProgressiveLayerDrop as Schedule
+
+    schedule = Schedule(theta=0.5, gamma=0.1)
+    assert schedule.get_theta() == 1.0
+    for step in (0, 3):
+        schedule.update_state(step)
+        assert schedule.get_theta() == pytest.approx(0.5 * math.exp(-0.1 * step) + 0.5)
+    assert schedule.get_state() == {
+        "progressive_layer_drop": True,
+        "pld_theta": schedule.get_theta(),
+    }

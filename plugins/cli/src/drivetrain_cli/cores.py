@@ -94,7 +94,8 @@ def parse_cores(text: str) -> list[int]:
     cores: list[int] = []
     for part in text.strip().split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        wrong = not first.isdecimal() or (dash and not last.isdecimal())
+        if wrong or (dash and int(last) < int(first)):
             raise DrivetrainError(
                 f"--core-list takes numbers and ranges such as 0-3,8, got {text!r}"
             )

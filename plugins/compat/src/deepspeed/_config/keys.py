@@ -182,7 +182,16 @@ DEFAULTS: Mapping[str, Any] = {
         "tp_gather_partition_size": 8,
     },
     "progressive_layer_drop": {"enabled": False, "theta": 1.0, "gamma": 0.001},
-    "eigenvalue": {"enabled": False},
+    "eigenvalue": {
+        "enabled": False,
+        "verbose": False,
+        "max_iter": 100,
+        "tol": 1e-2,
+        "stability": 1e-6,
+        "gas_boundary_resolution": 1,
+        "layer_name": "bert.encoder.layer",
+        "layer_num": 0,
+    },
     "compression_training": None,
     "weight_quantization": None,
     # data

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from deepspeed._config.translate import translate
-from deepspeed._config.view import default_at, section_at
-from drivetrain.plan.plan import Plan
+from deepspeed._config.view import default_at
+from drivetrain.plan.registry import Registry
 
 
 class SectionView:
@@ -15,15 +16,19 @@ class SectionView:
     Args:
         keys: of the section.
 
+    Attributes:
+        given: names of the keys.
+
     Raises:
-        ConfigError: a key is unknown, or a value is not one that it may have.
+        ValidationError: of pydantic, as in DeepSpeed: a key is unknown, or a value is not one that
+            it may have.
     """
 
     path: ClassVar[str]
 
     def __init__(self, **keys: Any) -> None:
-        plan = Plan.build(translate({"train_micro_batch_size_per_gpu": 1, self.path: keys}).config)
-        self._section = section_at(plan, self.path)
+        self._section = _checked(self.path, _translated(self.path, keys))
+        self.given = frozenset(keys)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -37,10 +42,80 @@ class SectionView:
         return value
 
 
+def _translated(path: str, keys: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a section as Drivetrain reads them."""
+    config: dict[str, Any] = {}
+    inside, names = config, path.split(".")
+    for name in names[:-1]:
+        inside = inside.setdefault(name, {})
+    inside[names[-1]] = keys
+    found: Any = translate(config).config
+    for name in names:
+        found = found.get(name, {})
+    section: dict[str, Any] = found
+    return section
+
+
+def _checked(path: str, keys: dict[str, Any]) -> Any:
+    """A section as its plugin reads it, without those inside that other plugins own."""
+    registry = Registry.installed()
+    entry = registry.find("plugins", path)
+    if entry is None:
+        return SimpleNamespace(**{**default_at(path), **keys})
+    own = [name for name in registry.names("plugins") if name.startswith(f"{path}.")]
+    inner = {name.removeprefix(f"{path}.").split(".")[0] for name in own}
+    model = entry.load().sections[path]
+    return model.model_validate({k: v for k, v in keys.items() if k not in inner})
+
+
+class DeepSpeedZeroOffloadParamConfig(SectionView):
+    """The section ``zero_optimization.offload_param``."""
+
+    path = "zero_optimization.offload_param"
+
+
+class DeepSpeedZeroOffloadOptimizerConfig(SectionView):
+    """The section ``zero_optimization.offload_optimizer``."""
+
+    path = "zero_optimization.offload_optimizer"
+
+    @property
+    def pipeline(self) -> bool:
+        """Whether states are read or written while others are updated."""
+        return bool(self.pipeline_read or self.pipeline_write)
+
+
 class DeepSpeedZeroConfig(SectionView):
-    """The section ``zero_optimization``."""
+    """The section ``zero_optimization``.
+
+    Attributes:
+        offload_param: that section as an object; ``None`` where it is not given.
+        offload_optimizer: likewise.
+    """
 
     path = "zero_optimization"
+
+    def __init__(self, **keys: Any) -> None:
+        super().__init__(**keys)
+        zero = _translated(self.path, keys)
+        offloads = (DeepSpeedZeroOffloadParamConfig, DeepSpeedZeroOffloadOptimizerConfig)
+        for kind in offloads:
+            name = kind.path.rpartition(".")[2]
+            inner = zero.get(name)
+            setattr(self, name, None if inner is None else kind(**inner))
+
+    @property
+    def overlap_comm(self) -> bool:
+        """As given; DeepSpeed's own default is true at stage 3 alone."""
+        given: bool | None = self._section.overlap_comm
+        return self.stage == 3 if given is None else given
+
+    @property
+    def leaf_module(self) -> SimpleNamespace:
+        """The names of leaf modules, as lists."""
+        found = self._section.leaf_module
+        names = ("classes", "names", "name_suffixes")
+        return SimpleNamespace(**{name: list(getattr(found, name)) for name in names})
 
 
 class DeepSpeedFP16Config(SectionView):
@@ -79,6 +154,13 @@ def dict_raise_error_on_duplicate_keys(ordered_pairs: list[tuple[str, Any]]) -> 
         raise ValueError(f"the key {twice!r} is in the config twice")
     return made
 
+
+DEFAULT_LEAF_MODULE_CLASSES: list[str] = default_at("zero_optimization.leaf_module.classes")
+DEFAULT_LEAF_MODULE_NAMES: list[str] = default_at("zero_optimization.leaf_module.names")
+DEFAULT_LEAF_MODULE_NAME_SUFFIXES: list[str] = default_at(
+    "zero_optimization.leaf_module.name_suffixes"
+)
+"""Modules that are leaves without being named: none here, where parts of a unit go together."""
 
 GRADIENT_CLIPPING_DEFAULT: float = default_at("gradient_clipping")
 

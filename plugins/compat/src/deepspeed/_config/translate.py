@@ -66,7 +66,8 @@ def translate(config: Mapping[str, Any], registry: Registry | None = None) -> Tr
         registry: what is installed; its sections are known keys.
     """
     done = Translation(_without_nulls(config))
-    for step in (_steps_per_print, _old_zero, _drop_dead, _switch_off, _parallelism):
+    steps = (_steps_per_print, _old_zero, _spellings, _drop_dead, _switch_off, _parallelism)
+    for step in steps:
         step(done)
     _drop_unknown(done, registry or Registry.installed())
     return done
@@ -105,6 +106,16 @@ def _old_zero(done: Translation) -> None:
             done.notes.append(f'zero_optimization.{old}: is {new}: {{"device": "cpu"}}')
         else:
             done.notes.append(f"zero_optimization.{old}: no effect, {new} decides")
+
+
+def _spellings(done: Translation) -> None:
+    """Write values as Drivetrain does that DeepSpeed takes in any case, or as one or several."""
+    if isinstance(operation := done.config.get("gradient_allreduce_op"), str):
+        done.config["gradient_allreduce_op"] = operation.lower()
+    zero = done.config.get("zero_optimization")
+    leaves = zero.get("leaf_module") if isinstance(zero, dict) else None
+    if isinstance(leaves, dict):
+        leaves.update({key: [one] for key, one in leaves.items() if isinstance(one, str)})
 
 
 def _drop_dead(done: Translation) -> None:

@@ -6,8 +6,9 @@ import inspect
 from functools import lru_cache
 from typing import Any
 
+from deepspeed._config.files import read_config
 from deepspeed._config.translate import translate
-from drivetrain.plan.config.loading import load_config
+from deepspeed._parts.errors import AsDeepSpeed
 
 _ARGUMENTS = ("config_dict_or_path", "config")
 
@@ -22,11 +23,12 @@ def translated(kind: type[Any]) -> type[Any]:
     signature = inspect.signature(kind)
 
     class Translated(kind):  # type: ignore[misc]
+        @AsDeepSpeed()
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             given = signature.bind(*args, **kwargs).arguments
             for name in _ARGUMENTS:
                 if given.get(name) is not None:
-                    given[name] = translate(load_config(given[name])).config
+                    given[name] = translate(read_config(given[name])).config
             super().__init__(**given)
 
     Translated.__name__, Translated.__qualname__ = kind.__name__, kind.__qualname__

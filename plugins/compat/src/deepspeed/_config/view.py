@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, RootModel
 
+from deepspeed._config.files import ConfigSource, read_config
 from deepspeed._config.keys import DEFAULTS
 from deepspeed._config.translate import translate
-from drivetrain.plan.config.loading import load_config
+from deepspeed._parts.errors import AsDeepSpeed
 from drivetrain.plan.plan import Plan
 
 if TYPE_CHECKING:
     from deepspeed._parts.monitor import DeepSpeedMonitorConfig
-
-    ConfigSource = Mapping[str, Any] | str | os.PathLike[str]
 
 ATTRIBUTES: Mapping[str, str] = {
     "bfloat16_enabled": "bf16.enabled",
     "check_grad_overflow": "bf16.check_grad_overflow",
     "communication_data_type": "communication_data_type",
     "dataloader_drop_last": "dataloader_drop_last",
+    "disable_allgather": "disable_allgather",
     "dump_state": "dump_state",
+    "eigenvalue_enabled": "eigenvalue.enabled",
+    "eigenvalue_gas_boundary_resolution": "eigenvalue.gas_boundary_resolution",
+    "eigenvalue_layer_name": "eigenvalue.layer_name",
+    "eigenvalue_layer_num": "eigenvalue.layer_num",
+    "eigenvalue_max_iter": "eigenvalue.max_iter",
+    "eigenvalue_stability": "eigenvalue.stability",
+    "eigenvalue_tol": "eigenvalue.tol",
+    "eigenvalue_verbose": "eigenvalue.verbose",
     "fp16_auto_cast": "fp16.auto_cast",
     "fp16_enabled": "fp16.enabled",
     "grad_accum_dtype": "data_types.grad_accum_dtype",
@@ -35,9 +42,11 @@ ATTRIBUTES: Mapping[str, str] = {
     "load_universal_checkpoint": "checkpoint.load_universal",
     "loss_scale": "fp16.loss_scale",
     "memory_breakdown": "memory_breakdown",
+    "optimizer_legacy_fusion": "optimizer.legacy_fusion",
     "optimizer_name": "optimizer.type",
     "optimizer_params": "optimizer.params",
     "pld_enabled": "progressive_layer_drop.enabled",
+    "pld_params": "progressive_layer_drop",
     "prescale_gradients": "prescale_gradients",
     "scheduler_name": "scheduler.type",
     "scheduler_params": "scheduler.params",
@@ -47,6 +56,7 @@ ATTRIBUTES: Mapping[str, str] = {
     "torch_autocast_enabled": "torch_autocast.enabled",
     "wall_clock_breakdown": "wall_clock_breakdown",
     "zero_allow_untested_optimizer": "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer": "zero_force_ds_cpu_optimizer",
     "zero_optimization_stage": "zero_optimization.stage",
 }
 """Attribute of DeepSpeed's object -> config path."""
@@ -65,6 +75,7 @@ class DeepSpeedConfig:
         ConfigError: with every problem of the config at once.
     """
 
+    @AsDeepSpeed()
     def __init__(
         self,
         config: ConfigSource,
@@ -73,7 +84,7 @@ class DeepSpeedConfig:
         *,
         plan: Plan | None = None,
     ) -> None:
-        self._param_dict = load_config(config)
+        self._param_dict = read_config(config)
         self._plan = plan or Plan.build(translate(self._param_dict).config)
 
     def __getattr__(self, name: str) -> Any:

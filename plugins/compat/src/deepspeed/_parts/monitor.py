@@ -93,6 +93,44 @@ def get_monitor_config(param_dict: Mapping[str, Any]) -> DeepSpeedMonitorConfig:
     return DeepSpeedMonitorConfig(**named)
 
 
+class SingleMonitor:
+    """One monitor without an engine, opened by the first rank if its section switches it on.
+
+    The section's keys are attributes.
+
+    Args:
+        config: the section, such as ``DeepSpeedConfig(...).monitor_config.tensorboard``.
+
+    Raises:
+        PluginError: the monitor is switched on and not installed.
+    """
+
+    def __init__(self, config: SectionView) -> None:
+        self._config = config
+        keys = {name: getattr(config, name) for name in config.given}
+        self._master = MonitorMaster(DeepSpeedMonitorConfig(**{config.path: keys}))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+    def write_events(
+        self, event_list: Iterable[tuple[str, float, int]], flush: bool = True
+    ) -> None:
+        """Show numbers; see :meth:`MonitorMaster.write_events`.
+
+        Args:
+            event_list: name, value, and its place on the x axis.
+            flush: accepted; numbers are shown at once.
+        """
+        self._master.write_events(event_list)
+
+    def close(self) -> None:
+        """Release files and connections."""
+        self._master.close()
+
+
 class MonitorMaster:
     """Monitors without an engine: the first rank writes what a script gives it.
 

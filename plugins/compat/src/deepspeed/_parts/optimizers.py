@@ -2,37 +2,84 @@
 
 An object of these is a description: the optimizer's type in a config, its parameters, and the
 groups. ``initialize`` hands them to the engine, which makes the rule, and builds its states where
-they belong. ``FusedAdam``, ``DeepSpeedCPUAdam`` and ``DeepSpeedCPUAdagrad`` also step without an
-engine, as torch's classes do.
+they belong. Those that do not communicate also step without an engine, by the same rule, or by
+torch's class where that computes the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NoReturn
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 
 from drivetrain.errors import ConfigError, TrainingError
 
+if TYPE_CHECKING:
+    from deepspeed._parts.alone import AloneRule
+
 Parameters = Iterable[Any]
 
 
-class Described(torch.optim.Optimizer):
+class _Named(type):
+    """Knows the optimizer of an engine whose config names it, for ``isinstance``."""
+
+    type_name: str
+    on_host: bool
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if super().__instancecheck__(instance):
+            return True
+        from deepspeed._training.optimizer import DeepSpeedOptimizer
+
+        if not isinstance(instance, DeepSpeedOptimizer) or not hasattr(cls, "type_name"):
+            return False
+        engine = instance.engine
+        name = (engine.optimizer_name() or "").lower()
+        if (engine.optimizer_params() or {}).get("torch_adam", False):
+            return False
+        name = "adam" if name == "adamw" else name
+        return cls.type_name.lower() == name and cls.on_host is engine.zero_cpu_offload()
+
+
+class Described(torch.optim.Optimizer, metaclass=_Named):
     """An optimizer that a config could name.
 
     Class attributes:
         type_name: ``optimizer.type``.
+        on_host: DeepSpeed makes it where optimizer states are offloaded.
 
     Attributes:
         params: ``optimizer.params``.
     """
 
     type_name: ClassVar[str]
+    on_host: ClassVar[bool] = False
     params: dict[str, Any]
 
+    @cached_property
+    def _alone(self) -> AloneRule:
+        from deepspeed._parts.alone import AloneRule
+
+        return AloneRule(self.type_name, self.params)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update parameters without an engine, by the rule that an engine would apply."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            hyper = {key: value for key, value in group.items() if key != "params"}
+            for parameter in group["params"]:
+                self._alone.update(parameter, self.state[parameter], hyper)
+        return loss
+
+
+class Communicating(Described):
+    """An optimizer whose update sends gradients itself, so that only an engine steps it."""
+
     def step(self, closure: Callable[[], Any] | None = None) -> NoReturn:
-        """Refused: only an engine steps it.
+        """Refused.
 
         Raises:
             TrainingError: always.
@@ -49,7 +96,7 @@ class FusedAdam(torch.optim.Adam, Described):
     Args:
         params: as for ``torch.optim``.
         lr: learning rate.
-        bias_correction: ``False`` only steps in an engine.
+        bias_correction: divide the moments by ``1 - beta**step``.
         betas: decay of the moments.
         eps: added to the denominator.
         adam_w_mode: decouple weight decay from the gradient.
@@ -88,14 +135,18 @@ class FusedAdam(torch.optim.Adam, Described):
         }
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As ``torch.optim.Adam`` does it, without an engine.
-
-        Raises:
-            TrainingError: ``bias_correction`` is false, which torch's class cannot.
-        """
-        if not self.params["bias_correction"]:
-            Described.step(self, closure)
+        """As ``torch.optim.Adam`` does it, or by the rule where that class cannot."""
+        if self._needs_rule:
+            return Described.step(self, closure)
         return torch.optim.Adam.step(self, closure)
+
+    @cached_property
+    def _needs_rule(self) -> bool:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        wide = self.params.get("fp32_optimizer_states", False)
+        return not self.params["bias_correction"] or (
+            wide and any(p.dtype != torch.float32 for p in parameters)
+        )
 
 
 class DeepSpeedCPUAdam(FusedAdam):
@@ -112,6 +163,8 @@ class DeepSpeedCPUAdam(FusedAdam):
         adamw_mode: decouple weight decay from the gradient.
         fp32_optimizer_states: keep the moments in float32 whatever the weights are.
     """
+
+    on_host = True
 
     def __init__(
         self,
@@ -147,6 +200,8 @@ class DeepSpeedCPUAdagrad(torch.optim.Adagrad, Described):
     """
 
     type_name = "Adagrad"
+
+    on_host = True
 
     def __init__(
         self,
@@ -202,6 +257,8 @@ class DeepSpeedCPULion(FusedLion):
         weight_decay: decoupled.
         fp32_optimizer_states: accepted; states have the dtype of the master weights.
     """
+
+    on_host = True
 
     def __init__(
         self,
@@ -266,7 +323,7 @@ class FusedLamb(Described):
         super().__init__(params, dict(self.params))
 
 
-class OnebitAdam(Described):
+class OnebitAdam(Communicating):
     """1-bit Adam (Tang et al. 2021, arXiv 2102.02888).
 
     Args:
@@ -308,7 +365,7 @@ class OnebitAdam(Described):
         super().__init__(params, dict(self.params))
 
 
-class OnebitLamb(Described):
+class OnebitLamb(Communicating):
     """1-bit LAMB (Li et al. 2021, arXiv 2104.06069).
 
     Args:
@@ -381,7 +438,7 @@ class OnebitLamb(Described):
         super().__init__(params, dict(self.params))
 
 
-class ZeroOneAdam(Described):
+class ZeroOneAdam(Communicating):
     """0/1 Adam (Lu et al. 2022, arXiv 2202.06009).
 
     Args:

@@ -49,6 +49,8 @@ _ATTRIBUTES: Mapping[str, Callable[[nn.Parameter], Any]] = {
 
 def _handle(parameter: nn.Parameter, name: str) -> Any:
     handle = getattr(parameter, "drivetrain_handle", None)
+    if handle is None:  # whole on the only rank that there is, but meant for shards
+        handle = getattr(parameter, "drivetrain_whole_by", None)
     if handle is None:
         raise AttributeError(f"the parameter is in no shards, so it has no {name}", name=name)
     return handle

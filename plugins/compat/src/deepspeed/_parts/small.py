@@ -38,6 +38,17 @@ def noop_context(*_: Any, **__: Any) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def call_to_str(base: str, *args: Any, **kwargs: Any) -> str:
+    """A call as Python writes it, for logs: ``call_to_str("f", 1, x=2)`` is ``"f(1, x=2)"``."""
+    named = (f"{name}={value!r}" for name, value in kwargs.items())
+    return f"{base}({', '.join((*map(repr, args), *named))})"
+
+
+def is_model_parallel_parameter(p: torch.Tensor) -> bool:
+    """Whether Megatron, or a script, has marked a tensor as one rank's part of a larger one."""
+    return any(getattr(p, mark, False) for mark in ("model_parallel", "tensor_model_parallel"))
+
+
 def instrument_w_nvtx(function: F) -> F:
     """Return the function; ranges of a profiler are named by the engine's spans here."""
     return function

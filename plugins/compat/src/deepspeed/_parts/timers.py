@@ -82,6 +82,23 @@ class Timer:
         return 1e3 * sum(self._records) / len(self._records) if self._records else 0.0
 
 
+def trim_mean(data: Sequence[float], trim_percent: float) -> float:
+    """The mean without the smallest and the largest values; 0 of none.
+
+    Args:
+        data: left as it is.
+        trim_percent: share of the values that is left out at each end, below 0.5.
+
+    Raises:
+        ValueError: the share is not in [0, 0.5).
+    """
+    if not 0 <= trim_percent < 0.5:
+        raise ValueError(f"trim_percent is {trim_percent}, expected at least 0 and below 0.5")
+    out = int(len(data) * trim_percent)
+    kept = sorted(data)[out : len(data) - out]
+    return sum(kept) / len(kept) if kept else 0.0
+
+
 class SynchronizedWallClockTimer:
     """Timers by name, each of which waits for the device where it starts and stops."""
 

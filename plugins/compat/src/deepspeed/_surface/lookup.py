@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-from deepspeed._surface.names import INSTEAD, NEEDS, OWN, READS_CONFIG, SAME, SHOWS
+from deepspeed._surface.names import INSTEAD, NEEDS, OWN, RAISES, READS_CONFIG, SAME, SHOWS
 
 if TYPE_CHECKING:
     from drivetrain.plan.registry import Registry
@@ -35,7 +35,7 @@ def load(dotted: str) -> Any:
             return _reading(candidate, entry.load())
         if (target := _own().get(candidate)) is not None:
             module, _, attribute = target.partition(":")
-            return getattr(import_module(module), attribute)
+            return _reading(candidate, getattr(import_module(module), attribute))
     raise LookupError(why_not(dotted))
 
 
@@ -107,6 +107,10 @@ def everything() -> list[str]:
 
 
 def _reading(dotted: str, value: Any) -> Any:
+    if dotted in RAISES:
+        from deepspeed._parts.errors import raising
+
+        return raising(value, f"deepspeed.{dotted}")
     if dotted not in READS_CONFIG:
         return value
     from deepspeed._config.translated import translated

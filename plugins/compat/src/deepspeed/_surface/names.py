@@ -67,6 +67,10 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "deepspeed._parts.monitor": "DeepSpeedMonitorConfig get_monitor_config",
     },
     "monitor.monitor": {"deepspeed._parts.monitor": "MonitorMaster"},
+    "monitor.comet": {"deepspeed._parts.monitor": "CometMonitor=SingleMonitor"},
+    "monitor.csv_monitor": {"deepspeed._parts.monitor": "csvMonitor=SingleMonitor"},
+    "monitor.tensorboard": {"deepspeed._parts.monitor": "TensorBoardMonitor=SingleMonitor"},
+    "monitor.wandb": {"deepspeed._parts.monitor": "WandbMonitor=SingleMonitor"},
     "ops": {
         "deepspeed._parts.version_info": "__compatible_ops__=installed_ops "
         "__installed_ops__=installed_ops",
@@ -114,6 +118,14 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "deepspeed._config.sections": "DeepSpeedBF16Config DeepSpeedFP16Config get_bfloat16_config",
     },
     "runtime.zero.config": {"deepspeed._config.sections": "DeepSpeedZeroConfig"},
+    "runtime.zero.leaf_module_config": {
+        "deepspeed._config.sections": "DEFAULT_LEAF_MODULE_CLASSES DEFAULT_LEAF_MODULE_NAMES "
+        "DEFAULT_LEAF_MODULE_NAME_SUFFIXES",
+    },
+    "runtime.zero.offload_config": {
+        "deepspeed._config.sections": "DeepSpeedZeroOffloadOptimizerConfig "
+        "DeepSpeedZeroOffloadParamConfig",
+    },
     "runtime.zero.utils": {"drivetrain.errors": "ZeRORuntimeException=DrivetrainError"},
     "runtime.zero.stage3": {"deepspeed._training.kinds": "DeepSpeedZeroOptimizer_Stage3"},
     "runtime.zero.stage_1_and_2": {"deepspeed._training.kinds": "DeepSpeedZeroOptimizer"},
@@ -123,16 +135,18 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "runtime.utils": {
         "deepspeed._parts.tensors": "move_to_device",
         "deepspeed._parts.memory": "empty_cache memory_status see_memory_usage",
-        "deepspeed._parts.small": "ensure_directory_exists noop_context noop_decorator "
-        "set_random_seed",
+        "deepspeed._parts.small": "call_to_str ensure_directory_exists "
+        "is_model_parallel_parameter noop_context noop_decorator set_random_seed",
+        "deepspeed._parts.clipping": "clip_grad_norm_",
     },
     "utils": {
         "deepspeed._parts.logs": "log_dist log_dist_once logger set_log_level_from_string",
         "deepspeed._parts.on_device": "OnDevice",
         "deepspeed._parts.small": "instrument_w_nvtx required_torch_version",
     },
+    "utils.numa": {"drivetrain_cli.cores": "parse_range_list=parse_cores"},
     "utils.timer": {
-        "deepspeed._parts.timers": "NoopTimer SynchronizedWallClockTimer ThroughputTimer",
+        "deepspeed._parts.timers": "NoopTimer SynchronizedWallClockTimer ThroughputTimer trim_mean",
     },
     "utils.groups": {
         "deepspeed._parts.groups": "get_data_parallel_group get_data_parallel_rank "
@@ -171,7 +185,7 @@ SHOWS: Mapping[str, tuple[str, ...]] = {
     "runtime.pipe": ("pipe",),
     "runtime.pipe.module": ("pipe",),
     "runtime.zero": ("zero",),
-    "runtime.zero.config": ("zero",),
+    "runtime.zero.config": ("zero", "runtime.zero.offload_config"),
     "runtime.zero.mics": ("zero",),
     "runtime.zero.offload_config": ("zero",),
     "runtime.zero.partition_parameters": ("zero",),
@@ -182,6 +196,7 @@ SHOWS: Mapping[str, tuple[str, ...]] = {
     "utils.logging": ("utils",),
     "utils.tensor_fragment": ("utils",),
     "utils.torch": ("utils",),
+    "utils.nvtx": ("utils",),
     "utils.z3_leaf_module": ("utils",),
 }
 """Module -> modules whose names it shows, too."""
@@ -210,6 +225,23 @@ SAME: Mapping[str, str] = {
 READS_CONFIG = frozenset({"zero.Init", "zero.MiCS_Init"})
 """Names of other packages' classes whose constructors read a config of DeepSpeed."""
 
+RAISES = frozenset({
+    "launcher.runner.fetch_hostfile",
+    "launcher.runner.parse_inclusion_exclusion",
+    "launcher.runner.parse_resource_filter",
+    "utils.numa.parse_range_list",
+    "utils.set_z3_leaf_modules",
+    "utils.set_z3_leaf_modules_by_name",
+    "utils.set_z3_leaf_modules_by_suffix",
+    "utils.unset_z3_leaf_modules",
+    "utils.zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict",
+    "utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint",
+    "utils.zero_to_fp32.load_state_dict_from_zero_checkpoint",
+    "zero.TiledLinear",
+    "zero.TiledLinearReturnBias",
+})  # fmt: skip
+"""Names whose errors scripts catch by the classes of DeepSpeed's."""
+
 NEEDS: Mapping[str, Mapping[str, str]] = {
     "drivetrain-activation-checkpointing": {
         "checkpointing": "checkpoint configure get_cuda_rng_tracker is_configured "
@@ -234,17 +266,19 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "ops.quantizer": "ds_quantizer",
     },
     "drivetrain-data-efficiency": {
+        "runtime.data_pipeline.config": "get_data_efficiency_config",
         "runtime.data_pipeline.curriculum_scheduler": "CurriculumScheduler",
+        "runtime.data_pipeline.data_routing.basic_layer": "RandomLayerTokenDrop",
         "runtime.data_pipeline.data_routing.helper": "convert_to_random_ltd "
         "remove_random_ltd_state_dict save_without_random_ltd",
-        "runtime.data_pipeline.data_routing.scheduler": "RandomLTDScheduler",
+        "runtime.data_pipeline.data_routing.scheduler": "BaseScheduler RandomLTDScheduler",
         "runtime.data_pipeline.data_sampling.data_analyzer": "DataAnalyzer DistributedDataAnalyzer",
         "runtime.data_pipeline.data_sampling.data_sampler": "DeepSpeedDataSampler",
         "runtime.data_pipeline.data_sampling.indexed_dataset": "MMapIndexedDataset "
         "MMapIndexedDatasetBuilder data_file_path dataset_exists index_file_path "
         "infer_dataset_impl make_builder make_dataset",
         "runtime.data_pipeline.data_sampling.utils": "close_mmap_dataset_builder "
-        "create_mmap_dataset_builder find_fit_int_dtype",
+        "create_mmap_dataset_builder find_fit_int_dtype split_dataset split_index",
         "runtime.data_pipeline.data_sampling.variable_batch_size_and_lr": "batch_by_seqlens "
         "scale_lr",
     },
@@ -259,6 +293,10 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "inference": "InferenceEngine",
         "inference.v2": "InferenceEngineV2 SchedulingError SchedulingResult build_hf_engine",
     },
+    "drivetrain-launch": {
+        "launcher.runner": "encode_world_info fetch_hostfile parse_inclusion_exclusion "
+        "parse_resource_filter",
+    },
     "drivetrain-moe": {
         "moe.layer": "MoE",
         "moe.utils": "configure_moe_param_groups has_moe_layers is_moe_param "
@@ -267,7 +305,10 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "utils.groups": "get_expert_data_parallel_group get_expert_parallel_group "
         "get_expert_parallel_rank get_expert_parallel_world_size",
     },
-    "drivetrain-offload": {"ops.aio": "aio_handle"},
+    "drivetrain-offload": {
+        "ops.aio": "aio_handle",
+        "runtime.zero.offload_states": "get_state_devices",
+    },
     "drivetrain-onebit": {
         "runtime.comm.compressed": "CompressedBackend",
         "runtime.comm.mpi": "MpiBackend",
@@ -276,10 +317,16 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
     "drivetrain-pipeline": {
         "pipe": "LayerSpec PipelineModule TiedLayerSpec",
         "runtime.pipe.engine": "PipelineEngine",
+        "runtime.pipe.topology": "PipeDataParallelTopology PipeModelDataParallelTopology "
+        "ProcessTopology",
+        "runtime.utils": "partition_balanced partition_uniform prefix_sum_inc",
     },
     "drivetrain-profiler": {
         "comm": "configure get_comm_operation_count has_comm_data log_summary reset_log",
         "profiling.flops_profiler": "FlopsProfiler get_model_profile",
+    },
+    "drivetrain-progressive-layer-drop": {
+        "runtime.progressive_layer_drop": "ProgressiveLayerDrop",
     },
     "drivetrain-sequence": {
         "runtime.sequence_parallel.ulysses_sp": "SequenceTiledCompute TiledFusedLogitsLoss "
@@ -316,22 +363,12 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
 """Package -> module -> names that it serves, or is to serve."""
 
 INSTEAD: Mapping[str, str] = {
-    "runtime.data_pipeline.config.get_data_efficiency_config": "the config's section "
-    "data_efficiency, which is read and checked as a whole",
-    "runtime.data_pipeline.data_routing.basic_layer.RandomLayerTokenDrop": "the config's "
-    "data_efficiency.data_routing.random_ltd, for which layers are not replaced",
-    "runtime.data_pipeline.data_routing.scheduler.BaseScheduler": "RandomLTDScheduler, or the "
-    "config's random_ltd_schedule",
     "runtime.data_pipeline.data_sampling.indexed_dataset.IndexedCachedDataset": "MMapIndexedDataset"
     ", for the mmap format alone; write older files again with MMapIndexedDatasetBuilder",
     "runtime.data_pipeline.data_sampling.indexed_dataset.IndexedDataset": "MMapIndexedDataset, for "
     "the mmap format alone; write older files again with MMapIndexedDatasetBuilder",
     "runtime.data_pipeline.data_sampling.indexed_dataset.IndexedDatasetBuilder": "make_builder or "
     "MMapIndexedDatasetBuilder",
-    "runtime.data_pipeline.data_sampling.utils.split_dataset": "DataAnalyzer, which shares out "
-    "samples itself",
-    "runtime.data_pipeline.data_sampling.utils.split_index": "DataAnalyzer, which shares out "
-    "samples itself",
     **{
         f"runtime.data_pipeline.data_sampling.variable_batch_size_and_lr.{name}": "training_data "
         "of initialize, with the config's data_efficiency.data_sampling.dynamic_batching"
@@ -343,8 +380,6 @@ INSTEAD: Mapping[str, str] = {
             "lr_scheduler_for_variable_batch_size",
         )
     },
-    "runtime.progressive_layer_drop.ProgressiveLayerDrop": "the config's progressive_layer_drop",
-    "runtime.zero.offload_states.get_state_devices": "drivetrain_offload.state_devices(engine)",
     "checkpoint.DeepSpeedCheckpoint": "drivetrain checkpoint inspect FOLDER",
     "comm.backend.Backend": "the config's communication.routes, which chooses among backends",
     "comm.ccl.CCLBackend": "init_distributed(dist_backend='ccl') with oneCCL's bindings for torch",
@@ -373,7 +408,6 @@ INSTEAD: Mapping[str, str] = {
     "runtime.fp16.loss_scaler.LossScaler": "engine.loss_scaler",
     "runtime.lr_schedules.add_tuning_arguments": "arguments of the script's own; schedules are "
     "set in the config",
-    "runtime.utils.clip_grad_norm_": "the config's gradient_clipping",
     "sequence.cross_entropy.vocab_parallel_cross_entropy": "nothing yet",
     "sequence.fpdt_layer.FPDT_Attention": "the config's sequence_parallel.chunk",
     "sequence.fpdt_layer.FPDT_FFN": "the config's sequence_parallel.chunk, or mlp_tile beside it",

@@ -42,7 +42,15 @@ def save(
     save_latest: bool,
     exclude_frozen_parameters: bool,
 ) -> bool:
-    """See ``engine.save_checkpoint``."""
+    """See ``engine.save_checkpoint``.
+
+    Raises:
+        CheckpointError: ``save_dir`` is empty, or nothing can be written there.
+    """
+    if not save_dir or not os.fspath(save_dir):
+        raise CheckpointError(
+            f"save_checkpoint: save_dir is {save_dir!r}, expected the folder for checkpoints"
+        )
     checkpoint.save(
         engine,
         save_dir,

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 
 from deepspeed._config.view import DeepSpeedConfig, value_at
+from deepspeed._parts.errors import AsDeepSpeed
 from deepspeed._parts.monitor import EngineMonitor
 from deepspeed._training import checkpoints
 from deepspeed._training.optimizer import DeepSpeedOptimizer
-from deepspeed._training.settings import SETTINGS
+from deepspeed._training.settings import CALLS, SETTINGS
 from drivetrain.checkpoint.agreement import texts_along
 from drivetrain.contracts import Axis
 from drivetrain.engine.engine import Engine
@@ -178,6 +181,13 @@ class DeepSpeedEngine(Engine):
         return self.optimizer
 
     @property
+    def sparse_tensor_module_names(self) -> set[str]:
+        """Modules whose gradients travel as rows, by the config's ``sparse_gradients``."""
+        kinds = (nn.Embedding, nn.EmbeddingBag)
+        found = {name for name, part in self.module.named_modules() if isinstance(part, kinds)}
+        return found if value_at(self.job.plan, "sparse_gradients") else set()
+
+    @property
     def monitor(self) -> EngineMonitor:
         """Where a script shows numbers of its own."""
         return EngineMonitor(self)
@@ -250,6 +260,12 @@ class DeepSpeedEngine(Engine):
                 "evaluates one micro-batch; call engine(batch) for its outputs"
             )
         return super().eval_batch(data_iter)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """See :meth:`drivetrain.engine.accumulation.Accumulating.no_sync`."""
+        with AsDeepSpeed(), super().no_sync():
+            yield
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of every group."""
@@ -416,3 +432,6 @@ def _setting(name: str, path: str) -> Callable[[DeepSpeedEngine], Any]:
 
 for _name, _path in SETTINGS.items():
     setattr(DeepSpeedEngine, _name, _setting(_name, _path))
+
+for _name in CALLS:
+    setattr(DeepSpeedEngine, _name, AsDeepSpeed()(getattr(DeepSpeedEngine, _name)))

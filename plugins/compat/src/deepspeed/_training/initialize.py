@@ -8,7 +8,9 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from deepspeed._config.files import ConfigSource, read_config
 from deepspeed._config.translate import translate
+from deepspeed._parts.errors import AsDeepSpeed
 from deepspeed._parts.optimizers import Described
 from deepspeed._parts.parameters import show_attributes
 from deepspeed._training.engine import DeepSpeedEngine
@@ -17,18 +19,16 @@ from drivetrain.communication.process_group import Ranks
 from drivetrain.engine.initialize import initialize as build
 from drivetrain.errors import ConfigError
 from drivetrain.plan.config.arguments import add_config_arguments as add_arguments
-from drivetrain.plan.config.loading import load_config
 
 if TYPE_CHECKING:
     from torch import nn
 
     from drivetrain.engine.loader import DataLoader
 
-ConfigSource = Mapping[str, Any] | str | os.PathLike[str]
-
 logger = logging.getLogger("deepspeed")
 
 
+@AsDeepSpeed()
 def initialize(
     args: Any | None = None,
     model: nn.Module | None = None,
@@ -55,7 +55,7 @@ def initialize(
         CommunicationError: the ranks did not come together.
     """
     source = _one_config(args, config, config_params)
-    given = load_config(source)
+    given = read_config(source)
     done = translate(given)
     if Ranks.current().rank == 0:
         for line in done.notes:

@@ -64,6 +64,15 @@ SETTINGS: Mapping[str, str] = {
 }
 """Method -> config path."""
 
+CALLS = (
+    *("backward", "compile", "eval_batch", "get_lr", "get_mom", "load_checkpoint"),
+    *("load_module_state_dict", "module_state_dict", "offload_states", "reload_states"),
+    *("save_16bit_model", "save_checkpoint", "save_fp16_model", "scale"),
+    *("set_gradient_accumulation_boundary", "set_train_batch_size", "set_train_micro_batch_size"),
+    *("step", "train_batch", "zero_grad"),
+)
+"""Methods whose errors are of DeepSpeed's classes, too."""
+
 SHARED = (
     *("backward", "coalesce_grad_reduction", "deepspeed_io", "destroy", "device", "eval_batch"),
     *("get_global_grad_norm", "get_lr", "get_mom", "get_type", "global_samples", "global_steps"),

@@ -1,13 +1,35 @@
-"""``deepspeed.runtime.data_pipeline.data_routing.helper``."""
+"""``deepspeed.runtime.data_pipeline.data_routing``: its helpers, and its wrapper of layers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import nn
+
 from drivetrain.engine.engine import Engine
 from drivetrain.errors import ConfigError
 from drivetrain_data_efficiency.routing.random_ltd import PATH, layer_classes, of_job
+
+
+class RandomLayerTokenDrop(nn.Module):
+    """A layer under DeepSpeed's prefix, for models that wrap layers themselves.
+
+    It only passes on what it is given: where the config drops tokens, this is the layer that gets
+    fewer of them.
+
+    Args:
+        layer: computes; takes hidden states first, and everything else by keyword.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.random_ltd_layer = layer
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        """What the layer returns for hidden states [batch, tokens, width]."""
+        return self.random_ltd_layer(hidden_states, **kwargs)
 
 
 def convert_to_random_ltd(model: Any, convert_type: type) -> Any:
@@ -40,8 +62,9 @@ def convert_to_random_ltd(model: Any, convert_type: type) -> Any:
 
 
 def save_without_random_ltd(model: Any) -> Any:
-    """The model's state dict; names have no prefix here."""
-    return model.module_state_dict() if isinstance(model, Engine) else model.state_dict()
+    """The model's state dict; names have no prefix, except of layers that the script wrapped."""
+    whole = model.module_state_dict() if isinstance(model, Engine) else model.state_dict()
+    return remove_random_ltd_state_dict(whole)
 
 
 def remove_random_ltd_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,11 @@ from drivetrain_data_efficiency.routing.draw import kept_tokens
 from drivetrain_data_efficiency.sampling.packing import divide, scale_rate
 from drivetrain_data_efficiency.sampling.permutation import seed_of
 from drivetrain_data_efficiency.sampling.schedule import Difficulty, Schedule
-from drivetrain_data_efficiency.section import LtdSchedule, MetricSection
+from drivetrain_data_efficiency.section import (
+    DataEfficiencySection,
+    LtdSchedule,
+    MetricSection,
+)
 
 
 class CurriculumScheduler:
@@ -65,7 +70,28 @@ class CurriculumScheduler:
     load_state_dict = set_state
 
 
-class RandomLTDScheduler:
+class BaseScheduler:
+    """Kept tokens by step, of a schedule that a subclass puts into ``state``.
+
+    Attributes:
+        state: ``min_value``, ``max_value``, ``schedule_type`` and ``schedule_config``, as the
+            config's ``random_ltd_schedule`` has them; other keys are the subclass's own.
+    """
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+
+    def get_value(self, global_steps: int) -> int:
+        """Tokens kept at a step.
+
+        Raises:
+            ValidationError: of pydantic; ``state`` holds no schedule.
+        """
+        own = {name: self.state[name] for name in LtdSchedule.model_fields if name in self.state}
+        return kept_tokens(global_steps, LtdSchedule.model_validate(own))
+
+
+class RandomLTDScheduler(BaseScheduler):
     """``runtime.data_pipeline.data_routing.scheduler``: kept tokens and layer tokens by step.
 
     Args:
@@ -74,7 +100,9 @@ class RandomLTDScheduler:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
         self._schedule = LtdSchedule.model_validate(config["random_ltd_schedule"])
+        self.state = self._schedule.model_dump()
         self._layers, self._total = config["random_ltd_layer_num"], config["total_layer_num"]
         self._batch = config.get("global_batch_size")
         self.reset_to_init()
@@ -132,6 +160,34 @@ class RandomLTDScheduler:
         """Take over what :meth:`state_dict` returned."""
         self._consumed = int(state_dict["consumed_layer_tokens"])
         self._step, self._current = state_dict["current_steps"], state_dict["current_value"]
+
+
+def get_data_efficiency_config(param_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The section ``data_efficiency`` of a whole config, checked, with every default filled in.
+
+    Raises:
+        ValidationError: of pydantic; a key is unknown, or a value is not one that it may have.
+    """
+    section = DataEfficiencySection.model_validate(param_dict.get("data_efficiency", {}))
+    return section.model_dump()
+
+
+def split_index(start_idx: int, end_idx: int, num_partitions: int) -> list[tuple[int, int]]:
+    """Cut the samples from ``start_idx`` to before ``end_idx`` into parts of the same size.
+
+    Parts differ by one sample at most; the first ones have more.
+    """
+    least, more = divmod(end_idx - start_idx, num_partitions)
+    ends = accumulate((least + (part < more) for part in range(num_partitions)), initial=start_idx)
+    return list(pairwise(ends))
+
+
+def split_dataset(
+    dataset: Sized, num_workers: int, worker_id: int, num_threads: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The samples of every worker, and those of each thread of one worker."""
+    workers = split_index(0, len(dataset), num_workers)
+    return workers, split_index(*workers[worker_id], num_threads)
 
 
 def scale_lr(

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import TYPE_CHECKING, cast
 
+import torch
+
 from drivetrain.errors import TrainingError
 from drivetrain_offload.on_demand.storages import PlacedStorage, find_storages
 from drivetrain_offload.on_demand.suspended import SuspendedStates, suspended
@@ -132,6 +134,21 @@ def state_devices(engine: Engine) -> dict[str, set[str]]:
         if fragment.kind != "step":
             found[kind_of(fragment)].add(fragment.home)
     return dict(found)
+
+
+def get_state_devices(model: Engine, state: StateKind | str) -> set[torch.device]:
+    """The devices of one kind of this rank's states; those in files are on none.
+
+    Args:
+        model: the engine.
+        state: the kind, or its name.
+
+    Raises:
+        ValueError: there is no such kind.
+    """
+    homes = state_devices(model).get(StateKind(str(state)), set())
+    devices = {"device": model.device, "host": torch.device("cpu")}
+    return {devices[home] for home in homes if home in devices}
 
 
 def kind_of(fragment: Fragment) -> StateKind:

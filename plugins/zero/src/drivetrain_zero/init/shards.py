@@ -77,7 +77,10 @@ class InitShards:
             mark_released_in_state_dict(part)
 
     def cut_one(self, parameter: nn.Parameter, name: str) -> None:
-        """Shard a parameter, which messages call ``name``. Collective."""
+        """Shard a parameter, which messages call ``name``. Collective.
+
+        With one rank it stays whole, and its ``drivetrain_whole_by`` says who would have cut it.
+        """
         stored = is_float8(parameter.dtype) and not parameter.requires_grad
         wanted = self.dtype if parameter.is_floating_point() and not stored else None
         parameter.data = parameter.data.to(self.device, wanted)
@@ -85,6 +88,8 @@ class InitShards:
             handle = InitParameter(parameter, self, name)
             parameter.drivetrain_handle = handle  # type: ignore[attr-defined]
             guard_copies(parameter)
+        else:
+            parameter.drivetrain_whole_by = self.source  # type: ignore[attr-defined]
 
 
 class InitParameter(WholeOnDemand):

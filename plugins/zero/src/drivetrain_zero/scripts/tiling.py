@@ -31,6 +31,10 @@ class TiledLinear(nn.Module):
         init_linear: a layer whose weights are taken.
         kwargs: further arguments of ``linear_cls``.
 
+    Attributes:
+        in_parts: where the parts of the input begin, and where the last one ends.
+        out_parts: likewise of the output.
+
     Raises:
         ConfigError: there are more parts than features.
     """
@@ -53,12 +57,12 @@ class TiledLinear(nn.Module):
         self.in_splits, self.out_splits = in_splits, out_splits
         self.input_is_already_split = input_is_already_split
         self.combine_out_splits = combine_out_splits
-        self._in_cuts = _cuts("in", in_features, in_splits)
-        self._out_cuts = _cuts("out", out_features, out_splits)
+        self.in_parts = _cuts("in", in_features, in_splits)
+        self.out_parts = _cuts("out", out_features, out_splits)
         self.linears = nn.ModuleList()
-        for top, bottom in pairwise(self._out_cuts):
+        for top, bottom in pairwise(self.out_parts):
             row = nn.ModuleList()
-            for number, (left, right) in enumerate(pairwise(self._in_cuts), start=1):
+            for number, (left, right) in enumerate(pairwise(self.in_parts), start=1):
                 last = bias and number == in_splits
                 tile = linear_cls(right - left, bottom - top, bias=last, **kwargs)
                 tile.drivetrain_unit = True  # type: ignore[assignment]
@@ -95,8 +99,8 @@ class TiledLinear(nn.Module):
                 "TiledLinear and the layer to copy from must both have a bias or none"
             )
         with whole(other):
-            for (top, bottom), row in zip(pairwise(self._out_cuts), self._rows(), strict=True):
-                for (left, right), tile in zip(pairwise(self._in_cuts), row, strict=True):
+            for (top, bottom), row in zip(pairwise(self.out_parts), self._rows(), strict=True):
+                for (left, right), tile in zip(pairwise(self.in_parts), row, strict=True):
                     with whole(tile, write_rank=0):
                         tile.weight.copy_(weight[top:bottom, left:right])
                         if tile.bias is not None:
@@ -108,7 +112,7 @@ class TiledLinear(nn.Module):
     def _parts(self, input_: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         if not self.input_is_already_split:
             assert isinstance(input_, torch.Tensor)
-            sizes = [right - left for left, right in pairwise(self._in_cuts)]
+            sizes = [right - left for left, right in pairwise(self.in_parts)]
             return torch.split(input_, sizes, dim=-1)
         if len(input_) != self.in_splits:
             raise ConfigError(
