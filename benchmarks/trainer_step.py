@@ -3,11 +3,12 @@
     python benchmarks/trainer_step.py ddp drivetrain:2 drivetrain:3
     python benchmarks/trainer_step.py ddp drivetrain:2 deepspeed:2@/path/to/other/python
 
-``ddp`` is the Trainer as it comes, ``drivetrain:N`` the same with a config of DeepSpeed for stage
-N, on the drop-in. ``deepspeed:N@interpreter`` is DeepSpeed itself in an environment of its own,
-with Transformers and Accelerate. All others run in the test environment ``frameworks``, which is
-made if need be. A step is everything between the ends of two steps of the Trainer's loop: batches,
-forward, backward, clipping, update and log.
+``ddp`` is the Trainer as it comes, ``alone`` the same where every rank trains for itself: the time
+of the model and of a whole update, without another rank. ``drivetrain:N`` is the Trainer with a
+config of DeepSpeed for stage N, on the drop-in, and ``deepspeed:N@interpreter`` DeepSpeed itself in
+an environment of its own, with Transformers and Accelerate. All others run in the test environment
+``frameworks``, which is made if need be. A step is everything between the ends of two steps of the
+Trainer's loop: batches, forward, backward, clipping, update and log.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def _interpreter() -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("systems", nargs="+", help="ddp, drivetrain:N, deepspeed:N@interpreter")
+    parser.add_argument("systems", nargs="+", help="ddp, alone, drivetrain:N, deepspeed:N@interpreter")
     parser.add_argument("--python", help="interpreter to use in place of that environment's")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=60, help="rounds that are counted")

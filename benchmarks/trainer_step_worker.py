@@ -87,7 +87,10 @@ def config(stage: str) -> dict[str, Any] | None:
 
 
 def main() -> None:
-    _, _, stage = sys.argv[1].partition(":")
+    system, _, stage = sys.argv[1].partition(":")
+    if system == "alone":
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
     shape = json.loads(sys.argv[2])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print must not be taken for an answer

@@ -79,8 +79,10 @@ warns and names it.
   there.
 - **Configs in Hjson** are read where the package `hjson` is installed; comments and trailing commas
   need none.
-- **Not there**: `deepspeed.launcher.multinode_runner`, `SparseTensor`, hooks and flat partitions of
-  DeepSpeed's optimizers, and default leaf modules, since units are whole.
+- **Flat partitions** of DeepSpeed's optimizers (`fp32_partitioned_groups_flat`,
+  `single_partition_of_fp32_groups`, `fp32_groups_flat`) are copies, one tensor for each group.
+- **Not there**: `deepspeed.launcher.multinode_runner`, `SparseTensor`, hooks of DeepSpeed's
+  optimizers, and default leaf modules, since units are whole.
 - **`deepspeed SCRIPT`** starts the ranks of this host, or of the hosts in `--hostfile` through
   `drivetrain launch`. Without `--launcher` it uses ssh, not pdsh. `ds_report`, `ds_elastic`,
   `ds_ssh`, `ds_io`, `ds_nvme_tune` and `ds_bench` show what Drivetrain's commands show.

@@ -308,6 +308,20 @@ def test_what_an_optimizer_cannot_do_is_refused():
         alone.step()
 
 
+def test_flat_masters_of_groups_are_copies(build):
+    module = model()
+    groups = [{"params": [module.weight]}, {"params": [module.bias]}]
+    config = CONFIG | {"bf16": {"enabled": True}}
+    engine, optimizer, *_ = build(config, module, optimizer=torch.optim.SGD(groups, lr=0.1))
+    weight, bias = optimizer.fp32_partitioned_groups_flat
+    assert (weight.dtype, weight.numel(), bias.numel()) == (torch.float32, 8, 2)
+    torch.testing.assert_close(weight, model().weight.detach().flatten())
+    before = weight.clone()
+    update(engine)
+    assert torch.equal(weight, before)
+    assert not torch.equal(optimizer.single_partition_of_fp32_groups[0], before)
+
+
 # -- checkpoints ---------------------------------------------------------------------------------
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from drivetrain.optimization.facade import EngineOptimizer
 
 if TYPE_CHECKING:
-    import torch
-
     from deepspeed._training.engine import DeepSpeedEngine
+    from drivetrain.contracts import Fragment
 
 
 class ParameterOffload:
@@ -78,6 +79,23 @@ class DeepSpeedOptimizer(EngineOptimizer):
         return self
 
     @property
+    def fp32_partitioned_groups_flat(self) -> list[torch.Tensor]:
+        """Master weights of this rank, a flat copy for each group; engine.states has the originals.
+
+        Where parameters are their own masters, it is they.
+        """
+        found: dict[str, list[Fragment]] = {}
+        for kind in ("master", "parameter"):
+            of_kind = [f for f in self.engine.states.fragments() if f.kind == kind]
+            for fragment in [f for f in of_kind if f.name not in found]:
+                found.setdefault(fragment.name, []).append(fragment)
+        info = self.engine.job.parameters.info
+        names = [[info(p).name for p in group["params"]] for group in self.param_groups]
+        return [_flat([part for name in group for part in found.get(name, ())]) for group in names]
+
+    single_partition_of_fp32_groups = fp32_groups_flat = fp32_partitioned_groups_flat
+
+    @property
     def parameter_offload(self) -> ParameterOffload:
         """Whose hooks frameworks take away while they generate from gathered parameters."""
         return ParameterOffload()
@@ -85,3 +103,9 @@ class DeepSpeedOptimizer(EngineOptimizer):
     def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
         """See ``engine.backward``."""
         self.engine.backward(loss, **kwargs)
+
+
+def _flat(parts: Sequence[Fragment]) -> torch.Tensor:
+    """What fragments of this rank hold, one after another; a copy."""
+    values = [part.read().detach().flatten() for part in parts]
+    return torch.cat(values) if values else torch.empty(0)
