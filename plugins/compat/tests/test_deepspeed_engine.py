@@ -308,6 +308,20 @@ def test_what_an_optimizer_cannot_do_is_refused():
         alone.step()
 
 
+def test_the_optimizer_tells_its_loss_scale_as_it_is_now(build):
+    fp16 = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}
+    module = model()
+    engine, optimizer, *_ = build(CONFIG | {"fp16": fp16}, module, optimizer=sgd(module))
+    scale = optimizer.loss_scaler
+    told = (scale.cur_scale, scale.scale_window, scale.min_scale, scale.delayed_shift)
+    assert told == (256.0, 2, 1.0, 1)
+    for _ in range(2):
+        engine.backward(engine(torch.ones(4, 4).half()).square().mean())
+        engine.step()
+    assert (optimizer.loss_scale_config.cur_scale, scale.cur_iter) == (512.0, 2)
+    assert scale.dynamic
+
+
 def test_flat_masters_of_groups_are_copies(build):
     module = model()
     groups = [{"params": [module.weight]}, {"params": [module.bias]}]

@@ -143,6 +143,7 @@ _SECTIONS: Mapping[str, str] = {
     "bfloat16": "bf16",
     "checkpoint": "checkpoint",
     "float16": "fp16",
+    "fp16": "fp16",
     "timers": "timers",
     "zero": "zero_optimization",
 }

@@ -40,6 +40,53 @@ class ParameterOffload:
         """Put nothing back."""
 
 
+class LossScale:
+    """The loss scale of an engine under the names of DeepSpeed's scalers; follows it.
+
+    Args:
+        engine: whose.
+    """
+
+    scale_factor = 2.0
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._engine = engine
+
+    @property
+    def cur_scale(self) -> float:
+        """What losses are multiplied by now."""
+        return self._engine.loss_scaler.scale_value
+
+    loss_scale = cur_scale
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the scale follows overflows."""
+        return self._engine.loss_scaler.dynamic
+
+    dynamic_loss_scale = dynamic
+
+    @property
+    def cur_iter(self) -> int:
+        """Updates so far, those that were skipped included."""
+        return self._engine.global_steps
+
+    @property
+    def scale_window(self) -> int:
+        """Updates without overflow after which the scale doubles."""
+        return int(self._engine._config.fp16_config.loss_scale_window)
+
+    @property
+    def min_scale(self) -> float:
+        """The scale never falls below it."""
+        return float(self._engine._config.fp16_config.min_loss_scale)
+
+    @property
+    def delayed_shift(self) -> int:
+        """The overflow from which on the scale shrinks, counted from 1."""
+        return int(self._engine._config.fp16_config.hysteresis)
+
+
 class DeepSpeedOptimizer(EngineOptimizer):
     """See :class:`drivetrain.optimization.facade.EngineOptimizer`."""
 
@@ -72,6 +119,13 @@ class DeepSpeedOptimizer(EngineOptimizer):
     def dynamic_loss_scale(self) -> bool:
         """Whether the loss scale follows overflows."""
         return self.engine.loss_scaler.dynamic
+
+    @property
+    def loss_scaler(self) -> LossScale:
+        """What losses are multiplied by, and how that changes."""
+        return LossScale(self.engine)
+
+    loss_scale_config = loss_scaler
 
     @property
     def optimizer(self) -> DeepSpeedOptimizer:
