@@ -60,8 +60,8 @@ warns and names it.
   `ds_to_universal` has nothing to do for them.
 - **`save_16bit_model`** writes what `torch.save` writes, or safetensors if the file's name ends
   so.
-- **Parameters of stage 3** have `ds_id`, `ds_status`, `ds_shape` and `ds_numel`, and nothing else
-  of the kind. They show their whole shape at all times; `deepspeed.zero.GatheredParameters` makes
+- **Parameters of stage 3** have `ds_id`, `ds_status`, `ds_shape`, `ds_numel`, `ds_persist` and
+  `ds_tensor` (this rank's part, for reading), and nothing else of the kind. They show their whole shape at all times; `deepspeed.zero.GatheredParameters` makes
   them whole. In `module.state_dict()` they have shapes, but values are refused.
 - **`DeepSpeedTransformerLayer`** computes GELU by the error function, as BERT does. What makes its
   sums faster or its seed and batch size fixed in DeepSpeed is accepted without effect.
@@ -71,8 +71,8 @@ warns and names it.
   classes by which scripts catch DeepSpeed's: `AssertionError`, `ValueError`, `RuntimeError`;
   sections such as `DeepSpeedFP16Config` raise pydantic's `ValidationError`. Their texts are others.
   With `ignore_unused_parameters: false` the error comes in `step`.
-- **On one rank nothing is sharded**: parameters made under `zero.Init` have `ds_id`, and their
-  `ds_status` is `AVAILABLE`.
+- **On one rank nothing is sharded**: parameters made under `zero.Init` are whole at all times;
+  their `ds_status` is `AVAILABLE` inside `GatheredParameters`, so that scripts ask as on many.
 - **`GatheredParameters` without `modifier_rank`** is for reading; a change inside it is refused.
 - **Schedules**: an unknown `warmup_type` is refused; before the first update `OneCycle` sets the
   momentum of that update, `cycle_max_mom`. Attributes of its inside, such as `step_ratio`, are not

@@ -135,11 +135,20 @@ def test_operations_are_named_in_any_case():
     assert DeepSpeedConfig(CONFIG | {"gradient_allreduce_op": "SUM"}).gradient_allreduce_op == "sum"
 
 
-def test_on_one_rank_parameters_of_zero_init_are_known_and_whole():
+def test_on_one_rank_scripts_ask_for_parameters_of_zero_init_as_on_many():
     config = {"train_batch_size": 1, "zero_optimization": {"stage": 3}}
     with deepspeed.zero.Init(config_dict_or_path=config):
         net = torch.nn.Linear(3, 2)
-    assert net.weight.ds_status == deepspeed.zero.ZeroParamStatus.AVAILABLE
+    status = deepspeed.zero.ZeroParamStatus
+    assert net.weight.ds_status == status.NOT_AVAILABLE
+    with deepspeed.zero.GatheredParameters([net.weight]):
+        with deepspeed.zero.GatheredParameters(net.weight):
+            assert net.weight.ds_status == status.AVAILABLE
+        assert net.weight.ds_status == status.AVAILABLE
+        assert net.bias.ds_status == status.NOT_AVAILABLE
+    assert net.weight.ds_status == status.NOT_AVAILABLE
+    assert torch.equal(net.weight.ds_tensor, net.weight.detach().flatten())
+    assert not net.weight.ds_persist
     assert net.weight.ds_id != net.bias.ds_id
     assert (net.weight.ds_numel, tuple(net.weight.ds_shape)) == (6, (2, 3))
     assert not hasattr(torch.nn.Linear(3, 2).weight, "ds_id")

@@ -33,6 +33,9 @@ def whole(parameter):
     if hasattr(parameter, "ds_id"):
         assert parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE
         assert (parameter.ds_shape, parameter.ds_numel) == ((3, 8), 24)
+        parts = torch.tensor([parameter.ds_tensor.numel()])
+        deepspeed.comm.all_reduce(parts)
+        assert (parts.item(), parameter.ds_persist) == (24, False)
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.data.detach().cpu().clone()
     return parameter.detach().cpu().clone()

@@ -16,7 +16,7 @@ from deepspeed._parts.zero_words import ZeroParamStatus
 
 
 def _status(parameter: nn.Parameter) -> ZeroParamStatus:
-    """Whether the parameter is whole on this rank now."""
+    """Whether the parameter is whole on this rank now; on the only one, whether it was asked for."""
     whole = getattr(_handle(parameter, "ds_status"), "gathered", True)
     return ZeroParamStatus.AVAILABLE if whole else ZeroParamStatus.NOT_AVAILABLE
 
@@ -39,18 +39,31 @@ def _numel(parameter: nn.Parameter) -> int:
     return parameter.numel()
 
 
+def _persist(parameter: nn.Parameter) -> bool:
+    """Whether it stays whole between its uses."""
+    return bool(getattr(_handle(parameter, "ds_persist"), "persistent", False))
+
+
+def _tensor(parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's part of it, flat; to be read, since masters do not follow a change."""
+    shard = getattr(_handle(parameter, "ds_tensor"), "shard", None)
+    return (parameter if shard is None else shard).detach().view(-1)
+
+
 _ATTRIBUTES: Mapping[str, Callable[[nn.Parameter], Any]] = {
     "ds_id": _id,
     "ds_numel": _numel,
+    "ds_persist": _persist,
     "ds_shape": _shape,
     "ds_status": _status,
+    "ds_tensor": _tensor,
 }
 
 
 def _handle(parameter: nn.Parameter, name: str) -> Any:
     handle = getattr(parameter, "drivetrain_handle", None)
     if handle is None:  # whole on the only rank that there is, but meant for shards
-        handle = getattr(parameter, "drivetrain_whole_by", None)
+        handle = getattr(parameter, "drivetrain_alone", None)
     if handle is None:
         raise AttributeError(f"the parameter is in no shards, so it has no {name}", name=name)
     return handle

@@ -14,6 +14,7 @@ from drivetrain.contracts import Communicator, Purpose, Tag
 from drivetrain.errors import TrainingError
 from drivetrain.job.ownership import owner_of
 from drivetrain.states.whole import handed_over
+from drivetrain_zero.gathering.unit import Reason
 from drivetrain_zero.shards.shown import fingerprint
 
 if TYPE_CHECKING:
@@ -55,6 +56,16 @@ class WholeOnDemand(ABC):
     @abstractmethod
     def gathered(self) -> bool:
         """Whether the parameter is whole now."""
+
+    @property
+    def persistent(self) -> bool:
+        """Whether it stays gathered between its uses."""
+        return False
+
+    @property
+    @abstractmethod
+    def shard(self) -> torch.Tensor:
+        """This rank's part of the flattened parameter; empty where it has none, or it is away."""
 
     @abstractmethod
     def _ranks(self) -> tuple[Communicator, Axis]:
@@ -204,6 +215,18 @@ class ShardedParameter(WholeOnDemand):
     @property
     def gathered(self) -> bool:
         return self.unit.is_whole
+
+    @property
+    def persistent(self) -> bool:
+        return Reason.PERSISTENT in self.unit.reasons
+
+    @property
+    def shard(self) -> torch.Tensor:
+        bucket, name = self._bucket, self.name
+        if bucket.whole.fetches:
+            return torch.empty(0, dtype=self.parameter.dtype)
+        parts = [part for part in bucket.spec.segments if part.name == name]
+        return parts[0].of(bucket.shard).view(-1) if parts else bucket.shard.new_empty(0)
 
     def _ranks(self) -> tuple[Communicator, Axis]:
         return self._job.communicator, self._job.parameters.info(self.parameter).reduction

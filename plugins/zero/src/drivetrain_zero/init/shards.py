@@ -17,6 +17,7 @@ from drivetrain.tensor_parts import is_wrapper
 from drivetrain_zero.gathering.handle import WholeOnDemand
 from drivetrain_zero.gathering.released import mark_released_in_state_dict
 from drivetrain_zero.scripts.copies import guard_copies
+from drivetrain_zero.scripts.whole_use import OnOneRank
 from drivetrain_zero.shards.shown import absent_like
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class InitShards:
     def cut_one(self, parameter: nn.Parameter, name: str) -> None:
         """Shard a parameter, which messages call ``name``. Collective.
 
-        With one rank it stays whole, and its ``drivetrain_whole_by`` says who would have cut it.
+        With one rank it stays whole, and ``drivetrain_alone`` tells that it was meant for shards.
         """
         stored = is_float8(parameter.dtype) and not parameter.requires_grad
         wanted = self.dtype if parameter.is_floating_point() and not stored else None
@@ -89,7 +90,7 @@ class InitShards:
             parameter.drivetrain_handle = handle  # type: ignore[attr-defined]
             guard_copies(parameter)
         else:
-            parameter.drivetrain_whole_by = self.source  # type: ignore[attr-defined]
+            parameter.drivetrain_alone = OnOneRank()  # type: ignore[attr-defined]
 
 
 class InitParameter(WholeOnDemand):
@@ -129,6 +130,12 @@ class InitParameter(WholeOnDemand):
     @property
     def gathered(self) -> bool:
         return self._kept > 0 or self._open
+
+    @property
+    def shard(self) -> torch.Tensor:
+        communicator, axis = self._ranks()
+        left = self.parameter.numel() - communicator.rank(axis) * self._shard.numel()
+        return self._shard[: max(left, 0)]
 
     @property
     def origin(self) -> str:

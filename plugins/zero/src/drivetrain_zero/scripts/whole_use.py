@@ -23,6 +23,25 @@ _external: weakref.WeakKeyDictionary[nn.Module, dict[int, RemovableHandle]]
 _external = weakref.WeakKeyDictionary()
 
 
+class OnOneRank:
+    """What ``zero.Init`` leaves on a parameter that it does not cut, as there is one rank only.
+
+    Scripts that are written for any number of ranks ask for the parameter before they use it, and
+    check that they have to.
+
+    Attributes:
+        uses: blocks that have asked for it and are not over.
+    """
+
+    def __init__(self) -> None:
+        self.uses = 0
+
+    @property
+    def gathered(self) -> bool:
+        """Whether a script has asked for it."""
+        return self.uses > 0
+
+
 class GatheredParameters:
     """Parameters are whole inside this context; see :func:`drivetrain.states.whole.whole`.
 
@@ -58,8 +77,13 @@ class GatheredParameters:
                 register_external_parameter(fwd_module, parameter)
 
     def __enter__(self) -> None:
-        if self._enabled:
-            self._stack.enter_context(whole(self._parameters, self._modifier_rank))
+        if not self._enabled:
+            return
+        self._stack.enter_context(whole(self._parameters, self._modifier_rank))
+        for parameter in self._parameters:
+            if isinstance(alone := getattr(parameter, "drivetrain_alone", None), OnOneRank):
+                alone.uses += 1
+                self._stack.callback(setattr, alone, "uses", alone.uses - 1)
 
     def __exit__(
         self,
