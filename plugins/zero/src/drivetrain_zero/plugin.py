@@ -107,8 +107,11 @@ class Zero(Plugin):
         self, job: Job, module: nn.Module, optimizer: OptimizerPlan | None
     ) -> ModelStates:
         from drivetrain_zero.policy import policy_of
+        from drivetrain_zero.scripts.leaves import mark_configured
         from drivetrain_zero.states import ZeroStates
 
+        if self.config.stage == 3:
+            mark_configured(module, self.config.leaf_module)
         return ZeroStates(job, module, optimizer, policy_of(job, self.config))
 
     @hookimpl

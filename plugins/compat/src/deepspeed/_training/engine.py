@@ -182,10 +182,12 @@ class DeepSpeedEngine(Engine):
 
     @property
     def sparse_tensor_module_names(self) -> set[str]:
-        """Modules whose gradients travel as rows, by the config's ``sparse_gradients``."""
+        """Tables whose gradients travel as rows, by the config's ``sparse_gradients``."""
+        if not value_at(self.job.plan, "sparse_gradients"):
+            return set()
         kinds = (nn.Embedding, nn.EmbeddingBag)
-        found = {name for name, part in self.module.named_modules() if isinstance(part, kinds)}
-        return found if value_at(self.job.plan, "sparse_gradients") else set()
+        parts = self.module.named_modules()
+        return {f"{name}.weight".lstrip(".") for name, part in parts if isinstance(part, kinds)}
 
     @property
     def monitor(self) -> EngineMonitor:

@@ -7,10 +7,14 @@ DeepSpeed needs to be told of modules whose parts run in another order, or not a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from drivetrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from drivetrain_zero.section import LeafModules
 
 _MARK = "_z3_leaf"
 
@@ -78,6 +82,14 @@ def set_z3_leaf_modules_by_suffix(
     marked = _mark(model, what, lambda path, _: path.endswith(suffixes), True, raise_if_not_found)
     paths = [path for path, _ in model.named_modules()]
     return marked, [end for end in suffixes if not any(path.endswith(end) for path in paths)]
+
+
+def mark_configured(model: nn.Module, leaves: LeafModules) -> None:
+    """Mark the modules that a config names; names that lead to none are left out."""
+    set_z3_leaf_modules(model, leaves.classes, raise_if_not_found=False)
+    set_z3_leaf_modules_by_name(model, leaves.names, raise_if_not_found=False)
+    if leaves.name_suffixes:
+        set_z3_leaf_modules_by_suffix(model, leaves.name_suffixes, raise_if_not_found=False)
 
 
 def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
