@@ -326,6 +326,13 @@ def test_leaf_modules_are_found_marked_and_unmarked() -> None:
     assert not zero.z3_leaf_module(model.norm)
 
 
+def test_leaf_modules_that_a_config_names_are_marked() -> None:
+    model = models.tiny_gpt()
+    names = {"classes": ["Block"], "names": ["norm"], "name_suffixes": ["nothing"]}
+    engine_of(model, leaf_module=names).destroy()
+    assert set(zero.get_z3_leaf_modules(model)) == {*model.blocks, model.norm}
+
+
 def test_leaf_modules_that_are_not_there_are_an_error() -> None:
     model = models.tiny_gpt()
     with pytest.raises(ConfigError, match=r"TinyGPT has no module of class \['Experts'\]"):
