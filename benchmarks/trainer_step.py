@@ -83,7 +83,9 @@ def _interpreter() -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("systems", nargs="+", help="ddp, alone, drivetrain:N, deepspeed:N@interpreter")
+    parser.add_argument(
+        "systems", nargs="+", help="ddp, alone, drivetrain:N, deepspeed:N@interpreter"
+    )
     parser.add_argument("--python", help="interpreter to use in place of that environment's")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=60, help="rounds that are counted")

@@ -61,8 +61,9 @@ warns and names it.
 - **`save_16bit_model`** writes what `torch.save` writes, or safetensors if the file's name ends
   so.
 - **Parameters of stage 3** have `ds_id`, `ds_status`, `ds_shape`, `ds_numel`, `ds_persist` and
-  `ds_tensor` (this rank's part, for reading), and nothing else of the kind. They show their whole shape at all times; `deepspeed.zero.GatheredParameters` makes
-  them whole. In `module.state_dict()` they have shapes, but values are refused.
+  `ds_tensor` (this rank's part, for reading), and nothing else of the kind. They show their whole
+  shape at all times; `deepspeed.zero.GatheredParameters` makes them whole. In
+  `module.state_dict()` they have shapes, but values are refused.
 - **`DeepSpeedTransformerLayer`** computes GELU by the error function, as BERT does. What makes its
   sums faster or its seed and batch size fixed in DeepSpeed is accepted without effect.
 - **A Trainer of Transformers trains once**, with DeepSpeed and here: its second `train()` uses an

@@ -55,7 +55,11 @@ def raising(value: Any, name: str) -> Any:
         return AsDeepSpeed()(value)
     kind: Any = value
     module, _, own = name.rpartition(".")
-    names = {"__module__": module, "__doc__": kind.__doc__, "__init__": AsDeepSpeed()(kind.__init__)}
+    names = {
+        "__module__": module,
+        "__doc__": kind.__doc__,
+        "__init__": AsDeepSpeed()(kind.__init__),
+    }
     return type(own, (kind,), names)
 
 

@@ -16,7 +16,7 @@ from deepspeed._parts.zero_words import ZeroParamStatus
 
 
 def _status(parameter: nn.Parameter) -> ZeroParamStatus:
-    """Whether the parameter is whole on this rank now; on the only one, whether it was asked for."""
+    """Whether the parameter is whole on this rank; on the only one, whether it is asked for."""
     whole = getattr(_handle(parameter, "ds_status"), "gathered", True)
     return ZeroParamStatus.AVAILABLE if whole else ZeroParamStatus.NOT_AVAILABLE
 

@@ -100,9 +100,9 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "runtime.fp16.unfused_optimizer": {
         "deepspeed._training.kinds": "FP16_UnfusedOptimizer=FP16_Optimizer",
     },
-    "runtime.fp16.onebit.adam": {"deepspeed._parts.optimizers": "OnebitAdam"},
-    "runtime.fp16.onebit.lamb": {"deepspeed._parts.optimizers": "OnebitLamb"},
-    "runtime.fp16.onebit.zoadam": {"deepspeed._parts.optimizers": "ZeroOneAdam"},
+    "runtime.fp16.onebit.adam": {"deepspeed._parts.onebit": "OnebitAdam"},
+    "runtime.fp16.onebit.lamb": {"deepspeed._parts.onebit": "OnebitLamb"},
+    "runtime.fp16.onebit.zoadam": {"deepspeed._parts.onebit": "ZeroOneAdam"},
     "runtime.lr_schedules": {
         "drivetrain.optimization.schedules": "LRRangeTest OneCycle WarmupCosineLR WarmupDecayLR "
         "WarmupLR",

@@ -66,7 +66,7 @@ SETTINGS: Mapping[str, str] = {
 
 CALLS = (
     *("backward", "compile", "eval_batch", "get_lr", "get_mom", "load_checkpoint"),
-    *("load_module_state_dict", "module_state_dict", "offload_states", "reload_states"),
+    *("load_module_state_dict", "module_state_dict"),
     *("save_16bit_model", "save_checkpoint", "save_fp16_model", "scale"),
     *("set_gradient_accumulation_boundary", "set_train_batch_size", "set_train_micro_batch_size"),
     *("step", "train_batch", "zero_grad"),
