@@ -82,7 +82,8 @@ class DeepSpeedZeroOffloadOptimizerConfig(SectionView):
     @property
     def pipeline(self) -> bool:
         """Whether states are read or written while others are updated."""
-        return bool(self.pipeline_read or self.pipeline_write)
+        keys = self.given & {"pipeline_read", "pipeline_write"}
+        return any(getattr(self, key) for key in keys)
 
 
 class DeepSpeedZeroConfig(SectionView):
