@@ -32,7 +32,7 @@ def engine_of(**config):
 
 @pytest.mark.parametrize("kind", [AssertionError, ValueError, ConfigError])
 def test_a_wrong_config_is_caught_by_every_class_that_says_so(kind):
-    with pytest.raises(kind, match="model must be a torch.nn.Module"):
+    with pytest.raises(kind, match=r"model must be a torch\.nn\.Module"):
         deepspeed.initialize(model=None, config=CONFIG)
     with pytest.raises(kind, match="gradient_allreduce_op"):
         DeepSpeedConfig(CONFIG | {"gradient_allreduce_op": "max"})
