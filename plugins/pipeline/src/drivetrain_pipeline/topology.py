@@ -27,7 +27,7 @@ class ProcessTopology:
             raise ConfigError(f"a topology needs one size for each axis: {self.axes}, {self.dims}")
         if any(size < 1 for size in self.dims):
             raise ConfigError(f"the sizes of axes must be positive, got {self.dims}")
-        self.ProcessCoord: Any = namedtuple("ProcessCoord", self.axes)  # type: ignore[misc]
+        self.ProcessCoord = _place_of(self.axes)
         places = product(*(range(size) for size in self.dims))
         self.mapping: dict[Any, int] = {
             self.ProcessCoord(*place): rank for rank, place in enumerate(places)
@@ -122,6 +122,11 @@ class ProcessTopology:
         if unknown := given.keys() - set(self.axes):
             raise ConfigError(f"no axis {', '.join(sorted(unknown))} in a grid {self}")
         return given
+
+
+def _place_of(axes: Sequence[str]) -> Any:
+    """A class of tuples with the axes as attributes."""
+    return namedtuple("ProcessCoord", axes)  # type: ignore[misc]  # noqa: PYI024 - only known here
 
 
 class PipeDataParallelTopology(ProcessTopology):

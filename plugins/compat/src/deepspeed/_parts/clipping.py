@@ -36,10 +36,11 @@ def clip_grad_norm_(
         The norm before, a 0-d tensor. Collective over the model-parallel group.
     """
     found = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-    tensors = [p for p in found if p.grad is not None]
+    gradients = [(p, p.grad) for p in found if p.grad is not None]
+    tensors = [p for p, _ in gradients]
     group = None if mpu is None else mpu.get_model_parallel_group()
     first = mpu is None or mpu.get_model_parallel_rank() == 0
-    counted = [p.grad for p in tensors if first or is_model_parallel_parameter(p)]
+    counted = [grad for p, grad in gradients if first or is_model_parallel_parameter(p)]
     device = tensors[0].device if tensors else torch.device("cpu")
     norm = torch.zeros((), device=device)
     if counted:

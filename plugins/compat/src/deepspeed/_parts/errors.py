@@ -69,8 +69,17 @@ def of_deepspeed(error: DrivetrainError) -> DrivetrainError:
     return error if isinstance(error, kind) else _again(kind, error.args, vars(error))
 
 
-@lru_cache(maxsize=64)
+_made: dict[type[DrivetrainError], type[DrivetrainError]] = {}
+"""Class of ours -> the one that is of DeepSpeed's classes, too."""
+
+
 def _of_both(kind: type[DrivetrainError]) -> type[DrivetrainError]:
+    if kind not in _made:
+        _made[kind] = _make(kind)
+    return _made[kind]
+
+
+def _make(kind: type[DrivetrainError]) -> type[DrivetrainError]:
     also = next(others for ours, others in _ALSO.items() if issubclass(kind, ours))
     missing = tuple(other for other in also if not issubclass(kind, other))
     if not missing:
