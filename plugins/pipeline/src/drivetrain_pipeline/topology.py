@@ -126,7 +126,7 @@ class ProcessTopology:
 
 def _place_of(axes: Sequence[str]) -> Any:
     """A class of tuples with the axes as attributes."""
-    return namedtuple("ProcessCoord", axes)  # type: ignore[misc]
+    return namedtuple("ProcessCoord", axes)
 
 
 class PipeDataParallelTopology(ProcessTopology):
