@@ -82,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--calibration", type=int, default=128, help="Sentences to calibrate on.")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     options = parser.parse_args()
     from transformers import AutoTokenizer
 
@@ -98,7 +99,8 @@ def main() -> None:
     wanted = (first @ first.T)[pairs[0], pairs[1]]
     found = {}
     options.out.mkdir(parents=True, exist_ok=True)
-    for name, modifiers in METHODS.items():
+    for name in options.methods:
+        modifiers = METHODS[name]
         out, began = options.out / name, time.perf_counter()
         layout = "drivetrain" if name in OWN else "compressed-tensors"
         compress(where, {"modifiers": modifiers}, calibration, out, format=layout)

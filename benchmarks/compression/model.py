@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-STEPS, ROWS, LENGTH, RATE = 8, 1, 512, 5e-4
+STEPS, LENGTH, RATE, WARM = 40, 512, 2e-4, 4
 _SKIPPED = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
 
 
@@ -92,14 +92,18 @@ def train(folder: Path) -> None:
     known, held = (rows_of(tokenizer, documents) for documents in texts())
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
     known, held = known[order], held[:24]
-    assert len(known) >= 128 + STEPS * ROWS, len(known)
+    assert len(known) >= 128 + STEPS, len(known)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    first = perplexity(model.eval(), held)
+    print(f"as it was: perplexity {first:.3f}", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
     model.train()
     for step in range(STEPS):
         began = time.perf_counter()
-        optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 4)
-        row = known[128 + step * ROWS : 128 + (step + 1) * ROWS]
+        # Up in a line, and down to 0 in another, so that the model comes to rest.
+        share = min((step + 1) / WARM, (STEPS - step) / (STEPS - WARM))
+        optimizer.param_groups[0]["lr"] = RATE * share
+        row = known[128 + step : 129 + step]  # the first 128 calibrate
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=row, labels=row).loss
         loss.backward()
@@ -115,10 +119,10 @@ def train(folder: Path) -> None:
         if p.dim() == 2 and "embed" not in n
     ]
     model.save_pretrained(folder)
-    ppl = perplexity(model, held[:8])
+    ppl = perplexity(model, held)
     tokenizer.save_pretrained(folder)
     save_file({"calibration": known[:128].contiguous(), "held": held.contiguous()}, folder / "rows")
-    summary = {"perplexity": ppl, "moved": sum(moved) / len(moved)}
+    summary = {"before": first, "perplexity": ppl, "moved": sum(moved) / len(moved)}
     (folder / "facts.json").write_text(json.dumps(summary), "utf-8")
     print(summary)
 

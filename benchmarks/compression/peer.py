@@ -74,9 +74,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--method", required=True)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--held", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--held", type=int, default=24)
     options = parser.parse_args()
     from datasets import Dataset
     from llmcompressor import oneshot

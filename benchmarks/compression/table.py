@@ -25,9 +25,8 @@ from drivetrain_compression import compress, load_compressed
 from model import perplexity  # type: ignore[import-not-found]
 from safetensors.torch import load_file
 
-
-def _gptq(**config: Any) -> list[dict[str, Any]]:
-    return [{"gptq": config}]
+W8A8 = {"bits": 8, "activations": "int8"}
+W4A8 = {"group": 64, "activations": "int8"}
 
 
 def _awq(group: int) -> list[dict[str, Any]]:
@@ -35,18 +34,29 @@ def _awq(group: int) -> list[dict[str, Any]]:
 
 
 METHODS: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "w8a8": (
+    "w8": ("compressed-tensors", [{"round": {"bits": 8}}]),
+    "w8a8-rtn": ("compressed-tensors", [{"round": W8A8}]),
+    "w8a8-half": (
         "compressed-tensors",
-        [{"smoothquant": {}}, {"gptq": {"bits": 8, "activations": "int8"}}],
+        [{"smoothquant": {"alpha": 0.5, "layers": False}}, {"gptq": W8A8}],
     ),
-    "gptq-64": ("compressed-tensors", _gptq(group=64)),
-    "gptq-128": ("drivetrain", _gptq(group=128)),
+    "w8a8": ("compressed-tensors", [{"smoothquant": {}}, {"gptq": W8A8}]),
+    "w8a8-rotated": ("compressed-tensors", [{"rotate": {}}, {"smoothquant": {}}, {"gptq": W8A8}]),
+    "fp6-rtn": ("drivetrain", [{"round": {"format": "e3m2"}}]),
+    "fp6": ("drivetrain", [{"gptq": {"format": "e3m2"}}]),
+    "rtn-64": ("compressed-tensors", [{"round": {"group": 64}}]),
+    "hqq-64": ("compressed-tensors", [{"hqq": {"group": 64}}]),
+    "hqq-64-zeros": ("drivetrain", [{"hqq": {"group": 64, "symmetric": False}}]),
     "awq-64": ("compressed-tensors", _awq(64)),
     "awq-128": ("drivetrain", _awq(128)),
-    "hqq-64": ("compressed-tensors", [{"hqq": {"group": 64}}]),
-    "rtn-64": ("compressed-tensors", [{"round": {"group": 64}}]),
-    "fp6": ("drivetrain", [{"round": {"format": "e3m2"}}]),
-    "w8a8-rtn": ("compressed-tensors", [{"round": {"bits": 8, "activations": "int8"}}]),
+    "awq-gptq-64": ("compressed-tensors", [{"awq": {"group": 64}}, {"gptq": {"group": 64}}]),
+    "gptq-64-once": ("compressed-tensors", [{"gptq": {"group": 64, "sweeps": 0}}]),
+    "gptq-64": ("compressed-tensors", [{"gptq": {"group": 64}}]),
+    "gptq-64-rotated": ("compressed-tensors", [{"rotate": {}}, {"gptq": {"group": 64}}]),
+    "gptq-128": ("drivetrain", [{"gptq": {"group": 128}}]),
+    "w4a8": ("drivetrain", [{"smoothquant": {}}, {"gptq": W4A8}]),
+    "w4a8-rotated": ("drivetrain", [{"rotate": {}}, {"smoothquant": {}}, {"gptq": W4A8}]),
+    "sparsegpt-2:4-once": ("plain", [{"sparsegpt": {"pattern": "2:4", "sweeps": 0}}]),
     "sparsegpt-2:4": ("plain", [{"sparsegpt": {"pattern": "2:4"}}]),
     "wanda-2:4": ("plain", [{"wanda": {"pattern": "2:4"}}]),
 }
@@ -82,9 +92,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--held", type=int, default=4, help="rows that perplexity is measured on")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--held", type=int, default=24, help="rows that perplexity is measured on")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

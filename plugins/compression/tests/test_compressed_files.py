@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -87,6 +88,26 @@ def test_damaged_files_are_named(tmp_path):
         load_compressed(tmp_path / "out")
     save_file({n: t for n, t in tensors.items() if n != name}, file)
     with pytest.raises(CheckpointError, match=r"up_proj\.weight_scale is missing"):
+        load_compressed(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "grid", [{"group": 16}, {"bits": 8, "activations": "int8", "activation_scales": "static"}]
+)
+def test_what_a_folder_for_other_programs_lacks_is_named(tmp_path, grid):
+    pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is missing")
+    llama(num_hidden_layers=2).save_pretrained(tmp_path / "model")
+    compress(tmp_path / "model", {"modifiers": [{"round": grid}]}, rows(), tmp_path / "out")
+    file = min((tmp_path / "out").glob("*.safetensors"))
+    tensors = load_file(file)
+    for name in ("mlp.up_proj.weight_scale", "input_layernorm.weight"):
+        whole = f"model.layers.0.{name}"
+        save_file({n: t for n, t in tensors.items() if n != whole}, file, {"format": "pt"})
+        with pytest.raises(CheckpointError, match=re.escape(f"lacks {whole}")):
+            load_compressed(tmp_path / "out")
+    save_file(tensors, file, {"format": "pt"})
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="cannot be read"):
         load_compressed(tmp_path / "out")
 
 

@@ -7,16 +7,19 @@ import itertools
 import pytest
 import torch
 from drivetrain_compression.calibrated.data_free import hqq, low_rank
-from drivetrain_compression.calibrated.gptq import Order, SingularError, gptq, invert
+from drivetrain_compression.calibrated.gptq import Order, SingularError, damped, gptq, invert
 from drivetrain_compression.calibrated.grids import (
     Floats,
     Integers,
     fit,
     fit_by_error,
+    in_groups,
     round_to,
     weight_of,
 )
 from drivetrain_compression.calibrated.pruning import Pattern, sparsegpt, wanda
+from drivetrain_compression.calibrated.refining import descend, refine, refit, settle
+from drivetrain_compression.calibrated.statistics import Inputs
 from drivetrain_compression.quantisers.floating import FORMATS
 
 from drivetrain.errors import ConfigError
@@ -76,6 +79,84 @@ def test_gptq_changes_the_output_less_than_rounding_does():
     assert found < 0.5 * loss(round_to(weight, grid, scales))
 
 
+def lost(weight, near, hessian):
+    off = near - weight
+    return ((off @ hessian) * off).sum(1)
+
+
+@pytest.mark.parametrize("group", [0, 16, 10])
+@pytest.mark.parametrize("grid", [Integers(3), Integers(4, False), Floats("e2m1")], ids=str)
+def test_after_sweeps_no_number_of_a_row_is_better_alone(grid, group):
+    weight, hessian = drawn(6, 48), damped(correlated(48), 0.01)
+    scales = fit_by_error(weight, grid, group, hessian)
+    first = gptq(weight, invert(hessian, 1e-9), grid, scales)
+    size = {"sweeps": 30, "block": 7}
+    numbers, found = refine(weight, first, hessian, grid, scales, torch.float64, **size)
+    before, after = (
+        lost(weight, weight_of(n, s), hessian) for n, s in ((first, scales), (numbers, found))
+    )
+    assert (after <= before).all()
+    assert after.sum() < 0.9 * before.sum()
+    best, off = weight_of(numbers, found), weight_of(numbers, found) - weight
+    free = best - (off @ hessian) / hessian.diagonal()  # each column's best, all others as they are
+    assert torch.equal(round_to(free, grid, found), numbers)
+    # Nor is another scale, for these numbers: the slope of each is 0.
+    slope = ((off @ hessian) * numbers).abs()
+    parts = in_groups((off @ hessian) * numbers, found.group).sum(2).abs()
+    assert (parts < 1e-3 * in_groups(slope, found.group).sum(2)).all()
+
+
+def test_one_sweep_goes_column_by_column():
+    weight, hessian, grid = drawn(5, 20), damped(correlated(20), 0.01), Integers(3)
+    scales = fit(weight, grid, 0)
+    numbers = round_to(weight, grid, scales)
+    near, scale = weight_of(numbers, scales), scales.scale
+    for j in range(20):
+        slope = ((near - weight) @ hessian)[:, j] / hessian[j, j]
+        near[:, j] = grid.nearest((near[:, j] - slope) / scale[:, 0]) * scale[:, 0]
+
+    def choose(at, values):
+        return grid.nearest(values / scale[:, 0]) * scale[:, 0]
+
+    for block in (1, 6, 128):
+        found = descend(weight, weight_of(numbers, scales), hessian, choose, block=block)
+        torch.testing.assert_close(found, near, rtol=1e-12, atol=1e-12)
+
+
+def test_scales_of_rows_in_parts_are_the_same(monkeypatch):
+    weight, hessian, grid = drawn(9, 24), damped(correlated(24), 0.01), Integers(4)
+    scales = fit(weight, grid, 8)
+    numbers = round_to(weight, grid, scales)
+    whole = refit(weight, numbers, hessian, scales, torch.bfloat16)
+    monkeypatch.setattr("drivetrain_compression.calibrated.refining._ENTRIES", 20)
+    assert torch.equal(refit(weight, numbers, hessian, scales, torch.bfloat16).scale, whole.scale)
+    assert torch.equal(whole.scale.bfloat16().double(), whole.scale)
+    assert not torch.equal(whole.scale, scales.scale)
+
+
+def test_sweeps_leave_powers_of_two_and_what_was_pruned():
+    weight = wanda(drawn(8, 16), torch.ones(16).double(), Pattern.parse("2:4"))
+    hessian, grid = damped(correlated(16), 0.01), Floats("e2m1", "m1")
+    scales = fit(weight, grid, 8)
+    numbers = gptq(weight, invert(hessian), grid, scales)
+    found, kept = refine(weight, numbers, hessian, grid, scales, torch.float64, sweeps=3)
+    assert torch.equal(kept.scale, scales.scale)
+    assert (found[weight == 0] == 0).all()
+
+
+def test_what_stays_of_a_pruned_weight_settles_where_the_output_is_off_least():
+    weight, hessian = drawn(5, 12), damped(correlated(12), 0.01)
+    pruned = sparsegpt(weight, invert(hessian, 1e-9), Pattern.parse("2:4"))
+    found = settle(weight, pruned, hessian, sweeps=3000)
+    for row in range(5):
+        kept = pruned[row] != 0
+        assert torch.equal(found[row] != 0, kept)
+        best = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ weight[row])
+        torch.testing.assert_close(found[row][kept], best, rtol=1e-5, atol=1e-6)
+    one = settle(weight, pruned, hessian, sweeps=1)
+    assert (lost(weight, one, hessian) <= lost(weight, pruned, hessian)).all()
+
+
 def test_gptq_keeps_what_was_pruned_and_what_no_sample_touched():
     weight = wanda(drawn(8, 16), torch.ones(16).double(), Pattern.parse("2:4"))
     hessian = correlated(16)
@@ -83,6 +164,23 @@ def test_gptq_keeps_what_was_pruned_and_what_no_sample_touched():
     numbers = gptq(weight, invert(hessian), Integers(4), fit(weight, Integers(4)))
     assert (numbers[weight == 0] == 0).all()
     assert (numbers[:, 3] == 0).all()
+
+
+def test_a_token_counts_at_most_as_much_as_64_of_median_size():
+    x = drawn(33, 8).float()
+    x = x / x.norm(dim=1, keepdim=True)
+    x[5] *= 1000
+    seen = Inputs(8, x.device, gram=True, keep=True)
+    seen.add(x)
+    most = x.clone()
+    most[5] *= 8 / 1000
+    torch.testing.assert_close(seen.gram, 2 / 33 * most.T @ most)
+    assert seen.top.max() == x.abs().max()  # sizes are as they came
+    assert torch.equal(seen.kept, x)
+    for _ in range(40):
+        seen.add(x.repeat(4, 1))
+    assert len(seen.kept) < 512 + 64
+    assert torch.equal(seen.kept[33:77], x.repeat(4, 1)[::3])
 
 
 def test_a_singular_hessian_is_damped_or_refused():

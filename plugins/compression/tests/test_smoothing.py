@@ -60,7 +60,11 @@ def test_an_output_that_somebody_else_takes_is_left_alone():
     assert found_in(Chain(leak=True)) == {"up": {"down"}}
 
 
-@pytest.mark.parametrize("recipe", [{"smoothquant": {"alpha": 0.7}}, {"awq": {"group": 16}}])
+@pytest.mark.parametrize(
+    "recipe",
+    [{"smoothquant": {"alpha": 0.7, "layers": False}}, {"smoothquant": {}}, {"awq": {"group": 16}}],
+    ids=str,
+)
 def test_the_model_computes_the_same_after_smoothing(recipe):
     model = llama().double()
     before = copy.deepcopy(model)
@@ -79,13 +83,44 @@ def test_smoothquant_shares_the_range_by_its_formula():
     model = Chain(depth=2)
     before = copy.deepcopy(model)
     data = rows()
-    compress_module(model, {"modifiers": [{"smoothquant": {"alpha": 0.75}}]}, data)
+    recipe = {"smoothquant": {"alpha": 0.75, "layers": False}}
+    compress_module(model, {"modifiers": [recipe]}, data)
     first = before.layers[0]
     x = first.norm(torch.cat([before.embed(ids) for ids in data])).flatten(0, 1)
     by = x.abs().amax(0) ** 0.75 / first.up.weight.abs().amax(0) ** 0.25
     torch.testing.assert_close(model.layers[0].up.weight, first.up.weight * by)
     torch.testing.assert_close(model.layers[0].norm.weight, first.norm.weight / by)
     torch.testing.assert_close(model.layers[0].norm.bias, first.norm.bias / by)
+
+
+def in_int8(x, weight):
+    """Both rounded to 255 levels, with a scale for each row."""
+
+    def rounded(rows):
+        scale = rows.abs().amax(1, keepdim=True) / 127.5
+        return (rows / scale).round().clamp(-128, 127) * scale
+
+    return rounded(x) @ rounded(weight).T
+
+
+def test_smoothquant_searches_what_layers_of_8_bits_are_off_least_by():
+    model = Chain(depth=2)
+    block = model.layers[0]
+    block.norm.weight.data[3] = 60.0  # a feature that sticks out
+    block.up.weight.data[5] *= 40.0  # and one of the next layer's
+    before, data = copy.deepcopy(model), rows()
+    compress_module(model, {"modifiers": [{"smoothquant": {}}]}, data)
+    old, new = before.layers[0], model.layers[0]
+
+    def off(block):
+        x = torch.cat([before.embed(ids) for ids in data]).flatten(0, 1)
+        made = in_int8(block.norm(x), block.up.weight) + block.up.bias
+        made = in_int8(made.relu(), block.down.weight) + block.down.bias
+        wanted = old(x) - x
+        return float(((made - wanted).square().sum(1) / wanted.square().sum(1)).sum())
+
+    with torch.no_grad():
+        assert off(new) < 0.3 * off(old)
 
 
 def test_awq_takes_the_scale_with_the_least_error_on_the_data():

@@ -39,23 +39,30 @@ def invert(hessian: torch.Tensor, damping: float = 0.01) -> Inverse:
     """
     if not torch.isfinite(hessian).all():
         raise SingularError("the Hessian has NaN or infinity: activations overflow")
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    mean = diagonal.mean()
-    if mean == 0:
+    dead = hessian.diagonal() == 0
+    if dead.all():
         raise SingularError("the Hessian is 0: no token of the calibration data came here")
     share = damping
     while share <= 1:
-        damped = hessian.clone()
-        damped.diagonal().add_(share * mean + dead * mean)
         # H = R R^T with R upper triangular is a Cholesky decomposition from the other end.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped(hessian, share).flip(0, 1))
         if not failed:
             eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
             upper = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
             return Inverse(upper, share, dead)
         share = max(share * 10, 1e-4)
     raise SingularError("the Hessian is singular, even with its diagonal doubled")
+
+
+def damped(hessian: torch.Tensor, share: float) -> torch.Tensor:
+    """``hessian`` [in, in] with a share of the mean of its diagonal added to the diagonal.
+
+    Columns that no sample touches get the mean, so that the diagonal is above 0.
+    """
+    diagonal = hessian.diagonal()
+    found, mean = hessian.clone(), diagonal.mean()
+    found.diagonal().add_(share * mean + (diagonal == 0) * mean)
+    return found
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,14 @@ from torch import nn
 
 from drivetrain.errors import ConfigError
 from drivetrain_compression.calibrated.data_free import hqq, low_rank
-from drivetrain_compression.calibrated.gptq import Inverse, Order, SingularError, gptq, invert
+from drivetrain_compression.calibrated.gptq import (
+    Inverse,
+    Order,
+    SingularError,
+    damped,
+    gptq,
+    invert,
+)
 from drivetrain_compression.calibrated.grids import (
     Floats,
     Grid,
@@ -24,6 +31,7 @@ from drivetrain_compression.calibrated.grids import (
     stored,
     weight_of,
 )
+from drivetrain_compression.calibrated.refining import refine
 from drivetrain_compression.calibrated.results import ACTIVATIONS, Rounded, exact_products, put
 from drivetrain_compression.calibrated.statistics import Inputs, Watch
 from drivetrain_compression.recipe.modifier import (
@@ -42,7 +50,8 @@ class AfterTraining(Modifier[ConfigT], Generic[ConfigT]):
     """A method that sees one block at a time, with the data that passes through it.
 
     Class attributes:
-        gathers: ``"gram"``, ``"sizes"``, or ``""``: needs no data.
+        gathers: ``"gram"``, ``"sizes"``, ``"tokens"`` (sizes, and some tokens as they are), or
+            ``""``: needs no data.
         batches: how many of the data it has to see; ``None``: all.
 
     Attributes:
@@ -64,7 +73,9 @@ class AfterTraining(Modifier[ConfigT], Generic[ConfigT]):
         for target in units[0].targets:
             self.check(target)
         if self.gathers:
-            self.watch = Watch(units[0].targets, gram=self.gathers == "gram")
+            self.watch = Watch(
+                units[0].targets, gram=self.gathers == "gram", keep=self.gathers == "tokens"
+            )
 
     def step(self, progress: Progress) -> None:
         self.watch.next()
@@ -255,10 +266,18 @@ class GptqConfig(GridConfig):
     act_order: bool = Field(default=True, description="Round inputs with large activations first.")
     block: int = Field(default=128, ge=1, description="Columns between updates of the rest.")
     clip: bool = Field(default=True, description="Cut ranges so that outputs change least.")
+    sweeps: int = Field(
+        default=2,
+        ge=0,
+        description="Times that scales are fitted to the numbers, and numbers chosen again.",
+    )
 
 
 class Gptq(Quantiser[GptqConfig]):
-    """GPTQ: each column's error is made up for by those that come later."""
+    """GPTQ: each column's error is made up for by those that come later.
+
+    All columns are chosen again then, each for what the others have become.
+    """
 
     config_class = GptqConfig
     gathers = "gram"
@@ -276,7 +295,19 @@ class Gptq(Quantiser[GptqConfig]):
         inverse: Inverse = invert(order.of(hessian, 0, 1), config.damping)
         if inverse.damping > config.damping:
             self.notes.append(f"damped by {inverse.damping:g} instead of {config.damping:g}")
-        return gptq(weight, inverse, grid, scales, order=order, block=config.block), scales
+        numbers = gptq(weight, inverse, grid, scales, order=order, block=config.block)
+        if not config.sweeps:
+            return numbers, scales
+        return refine(
+            weight * (hessian.diagonal() != 0),  # what no sample touched is 0, and stays so
+            numbers,
+            damped(hessian, inverse.damping),
+            grid,
+            scales,
+            dtype,
+            sweeps=config.sweeps,
+            block=config.block,
+        )
 
 
 def _least(dtype: torch.dtype) -> float:

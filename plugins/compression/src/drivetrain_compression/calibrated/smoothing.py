@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field
 
-from drivetrain_compression.calibrated.grids import fit, round_to, weight_of
+from drivetrain_compression.calibrated.grids import Integers, fit, round_to, weight_of
 from drivetrain_compression.calibrated.modifiers import AfterTraining, GridConfig
 from drivetrain_compression.calibrated.pairs import Called, Pair, pairs
 from drivetrain_compression.calibrated.results import exact_products
@@ -48,22 +48,70 @@ class Smoothing(AfterTraining[ConfigT], Generic[ConfigT]):
 class SmoothQuantConfig(ModifierConfig):
     """SmoothQuant."""
 
-    alpha: float = Field(
-        default=0.5, ge=0, le=1, description="How much of the range moves; 0.5 shares it."
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = Field(
+        default="search",
+        description="How much of the range moves; 0.5 shares it, and `search` tries for each pair.",
     )
+    layers: bool = Field(
+        default=True, description="Move scales between two layers, too, not only from norms."
+    )
+    steps: int = Field(default=11, ge=2, description="Exponents that a search tries.")
 
 
 class SmoothQuant(Smoothing[SmoothQuantConfig]):
-    """SmoothQuant (arXiv 2211.10438): outliers of activations move into weights, from norms."""
+    """SmoothQuant (arXiv 2211.10438): outliers of activations move into weights.
+
+    With ``alpha`` 0.5 and from norms alone it is the paper's. A search takes the exponent, for each
+    pair, with which layers of 8 bits (a scale for each row and token) are off least on some tokens
+    of the data. It tries typical sizes in place of the largest, too, as those may be of one token.
+    """
 
     config_class = SmoothQuantConfig
-    gathers = "sizes"
-    norms_only = True
+
+    def __init__(self, config: SmoothQuantConfig, label: str) -> None:
+        super().__init__(config, label)
+        self.norms_only = not config.layers
+        self.gathers = "tokens" if config.alpha == "search" else "sizes"  # type: ignore[misc]
 
     def scales(self, pair: Pair, inputs: Inputs) -> torch.Tensor:
-        weight = _weights(pair).abs().amax(0).clamp(min=1e-5)
-        alpha = self.config.alpha
-        return (inputs.top.clamp(min=1e-5).pow(alpha) / weight.pow(1 - alpha)).clamp(min=1e-5)
+        weights = _weights(pair)
+        weight, alpha = weights.abs().amax(0).clamp(min=1e-5), self.config.alpha
+        if alpha != "search":
+            return _shared(inputs.top, weight, alpha)
+        x, steps = inputs.kept, self.config.steps
+        wanted = x @ weights.T
+        size = wanted.square().sum(1, keepdim=True).clamp(min=1e-30)
+        typical = inputs.squares.sqrt()
+        best, least = torch.ones_like(weight), float("inf")
+        for by in (
+            best,
+            *(
+                _shared(tops, weight, step / (steps - 1))
+                for tops in (inputs.top, typical)
+                for step in range(steps)
+            ),
+        ):
+            off = _in_int8(x / by, weights * by) - wanted
+            loss = float((off.square() / size).sum())  # each token by its own size
+            if loss < least:
+                best, least = by, loss
+        return best
+
+
+def _shared(top: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Tensor:
+    """SmoothQuant's scale of each feature [in]."""
+    return (top.clamp(min=1e-5).pow(alpha) / weight.pow(1 - alpha)).clamp(min=1e-5)
+
+
+def _in_int8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What a layer of 8 bits makes of tokens [n, in]: [n, out]."""
+    grid = Integers(8)
+    near = fit(weight, grid)
+    top = x.abs().amax(1, keepdim=True)
+    scale, _ = grid.ranges(-top, top)
+    with exact_products():  # codes are whole numbers that bfloat16 has
+        found = grid.nearest(x / scale) @ round_to(weight, grid, near).T
+    return found * scale * near.scale.T
 
 
 class AwqConfig(GridConfig):

@@ -9,9 +9,10 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from drivetrain.errors import ConfigError
-from drivetrain_compression.calibrated.gptq import SingularError, invert
+from drivetrain_compression.calibrated.gptq import SingularError, damped, invert
 from drivetrain_compression.calibrated.modifiers import AfterTraining
 from drivetrain_compression.calibrated.pruning import Pattern, sparsegpt, wanda
+from drivetrain_compression.calibrated.refining import settle
 from drivetrain_compression.calibrated.statistics import Inputs
 from drivetrain_compression.recipe.modifier import (
     CompressionUnit,
@@ -80,6 +81,9 @@ class SparseGptConfig(PruneConfig):
 
     damping: float = Field(default=0.01, gt=0, le=1, description="Share of the mean diagonal.")
     block: int = Field(default=128, ge=1, description="Columns that are pruned together.")
+    sweeps: int = Field(
+        default=8, ge=0, description="Times that all weights that stay are moved again."
+    )
 
 
 class SparseGpt(_Pruner[SparseGptConfig]):
@@ -90,4 +94,9 @@ class SparseGpt(_Pruner[SparseGptConfig]):
 
     def prune(self, weight: torch.Tensor, inputs: Inputs, pattern: Pattern) -> torch.Tensor:
         inverse = invert(inputs.gram, self.config.damping)
-        return sparsegpt(weight, inverse, pattern, block=self.config.block)
+        pruned = sparsegpt(weight, inverse, pattern, block=self.config.block)
+        if not self.config.sweeps:
+            return pruned
+        alive = weight * ~inverse.dead
+        hessian = damped(inputs.gram, inverse.damping)
+        return settle(alive, pruned, hessian, sweeps=self.config.sweeps)

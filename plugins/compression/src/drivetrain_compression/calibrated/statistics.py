@@ -13,19 +13,36 @@ from drivetrain.errors import ConfigError
 from drivetrain_compression.calibrated.results import exact_products
 from drivetrain_compression.recipe.modifier import Target
 
+_MOST = 64.0
+"""How much more than the median a token may count in gram matrices, by the square of its size.
+
+In many language models the first token of a row, and a few others, are a thousand times as large as
+the rest where a block's last layer takes them. What comes out is divided by its size before
+anything reads it, so an error there is no worse than elsewhere; by their squares such tokens would
+be all that counts, and damping by a share of the diagonal's mean would be larger than the entries
+of the other features.
+"""
+
+_KEPT, _KEPT_OF_BATCH = 512, 64
+"""Tokens that are kept as they are, of all data and of one batch."""
+
 
 class Inputs:
     """Sums over all tokens that came to one input, which several layers may share.
 
     Attributes:
-        gram: [in, in], mean of ``x x^T`` times 2 (the Hessian of the squared error), float32.
+        gram: [in, in], mean of ``x x^T`` times 2 (the Hessian of the squared error), float32; a
+            token counts at most as much as 64 of its batch's median size.
+        kept: [n, in], some of the tokens, evenly from each batch, until there are 512.
         top: [in], largest size.
         mean: [in], mean size.
         tokens: number of them.
     """
 
-    def __init__(self, width: int, device: torch.device, gram: bool) -> None:
+    def __init__(self, width: int, device: torch.device, *, gram: bool, keep: bool = False) -> None:
         self._gram = torch.zeros(width, width, device=device) if gram else None
+        self._keep = keep
+        self._rows: list[torch.Tensor] = []
         self._squares = torch.zeros(width, device=device)
         self.top = torch.zeros(width, device=device)
         self._sizes = torch.zeros(width, device=device)
@@ -35,6 +52,10 @@ class Inputs:
     def gram(self) -> torch.Tensor:
         assert self._gram is not None
         return self._gram * (2 / max(self.tokens, 1))
+
+    @property
+    def kept(self) -> torch.Tensor:
+        return torch.cat(self._rows)
 
     @property
     def squares(self) -> torch.Tensor:
@@ -49,9 +70,12 @@ class Inputs:
         """Count tokens [n, in]."""
         wide = x.float()
         self.tokens += len(x)
+        if self._keep and sum(map(len, self._rows)) < _KEPT:
+            self._rows.append(wide[:: -(-len(x) // _KEPT_OF_BATCH)].clone())
         if self._gram is not None:
+            even = _evened(wide)
             with exact_products() if x.dtype == torch.bfloat16 else nullcontext():
-                self._gram.addmm_(wide.T, wide)
+                self._gram.addmm_(even.T, even)
             self._squares = self._gram.diagonal()
         else:
             self._squares += wide.square().sum(0)
@@ -60,16 +84,27 @@ class Inputs:
         torch.maximum(self.top, size.amax(0), out=self.top)
 
 
+def _evened(x: torch.Tensor) -> torch.Tensor:
+    """Tokens [n, in], the largest made smaller."""
+    squares = x.square().sum(1)
+    most = _MOST * squares.median()
+    large = squares > most
+    if most == 0 or not large.any():
+        return x
+    return x * torch.where(large, (most / squares).sqrt(), 1.0)[:, None]
+
+
 class Watch:
     """Counts the inputs of layers from hooks, and which layers get one tensor.
 
     Args:
         targets: linear layers.
         gram: gather whole gram matrices; else only what is as long as an input.
+        keep: keep some tokens, too.
     """
 
-    def __init__(self, targets: Sequence[Target], *, gram: bool) -> None:
-        self._gram = gram
+    def __init__(self, targets: Sequence[Target], *, gram: bool, keep: bool = False) -> None:
+        self._gram, self._keep = gram, keep
         self._of: dict[str, Inputs] = {}
         self._leader: dict[str, str] = {}
         self._now: dict[tuple[Any, ...], str] = {}
@@ -131,7 +166,7 @@ class Watch:
             self._alive.append(x)  # so that no other tensor gets its place in memory
             rows = self._tokens(x)
             if name not in self._of:
-                self._of[name] = Inputs(x.shape[-1], x.device, self._gram)
+                self._of[name] = Inputs(x.shape[-1], x.device, gram=self._gram, keep=self._keep)
             self._of[name].add(rows)
 
         return count

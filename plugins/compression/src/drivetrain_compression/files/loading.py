@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -63,11 +64,17 @@ def _by_transformers(folder: Path) -> nn.Module:
             "dtype": "auto",
             "local_files_only": True,
             "trust_remote_code": False,
+            "output_loading_info": True,
         }
-        found: nn.Module = architecture(config).from_pretrained(str(folder), **options)
+        found, told = architecture(config).from_pretrained(str(folder), **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigError(f"{folder} cannot be opened as a model: {error}") from error
-    return found.eval()
+    except (SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    if lost := sorted(told["missing_keys"]):  # which Transformers fills with random numbers
+        raise CheckpointError(f"{folder} lacks {', '.join(lost[:10])}")
+    module: nn.Module = found
+    return module.eval()
 
 
 def _blank(folder: Path) -> nn.Module:
