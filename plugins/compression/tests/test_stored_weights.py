@@ -80,6 +80,32 @@ def test_each_number_is_the_nearest_of_its_format(name: str, shape: tuple[int, i
     assert sum(part.nbytes for part in packed.values()) == form.bytes(shape) == wanted
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (33, 20), (1, 4)])
+def test_two_of_four_are_kept_exactly_in_little_more_than_half(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(shape).bfloat16().view(shape[0], -1, 4)
+    gone = torch.rand(weight.shape).argsort(2)[:, :, :2]
+    weight = weight.scatter(2, gone, 0.0).view(shape)
+    form = format_named("two_of_four")
+    packed = form.pack(weight)
+    assert torch.equal(form.unpack(packed, shape, torch.bfloat16), weight)
+    for many, dtype in (
+        (1, torch.bfloat16),
+        (3, torch.bfloat16),
+        (20, torch.bfloat16),
+        (2, DOUBLE),
+    ):
+        x = torch.randn(many, shape[1], dtype=dtype)
+        product = form.multiply(x, packed, shape[0])
+        wanted = (x.double() @ weight.double().T).to(dtype)
+        torch.testing.assert_close(product, wanted, rtol=2e-2, atol=2e-2)
+    if shape == (64, 64):
+        assert form.bytes(shape) == 64 * 64 * (1 + 1 / 8)
+    weight[0, :4] = 1.0
+    with pytest.raises(ConfigError, match=rf"\[{shape[0]}, {shape[1]}\] has more than two of four"):
+        form.pack(weight)
+
+
 def test_long_weights_are_packed_in_pieces_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, form = torch.randn(33, 50), format_named("e3m2", group=40)
     whole = form.pack(weight)

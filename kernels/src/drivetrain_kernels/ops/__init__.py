@@ -19,6 +19,7 @@ from drivetrain_kernels.ops.minifloat_linear import minifloat_linear
 from drivetrain_kernels.ops.momentum import lion, sgd
 from drivetrain_kernels.ops.norm import norm_squared
 from drivetrain_kernels.ops.paged_attention import paged_attention
+from drivetrain_kernels.ops.pair_linear import pair_linear
 from drivetrain_kernels.ops.quantize import dequantize, dequantize_reduce_quantize, quantize
 from drivetrain_kernels.ops.signs import mean_signs, pack_signs
 
@@ -48,6 +49,7 @@ __all__ = [
     "pack_signs",
     "packed_linear",
     "paged_attention",
+    "pair_linear",
     "quantize",
     "quantized_linear",
     "rotary_to_cache",

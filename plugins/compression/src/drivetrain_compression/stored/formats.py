@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from drivetrain_kernels import dequantize, quantize, quantized_linear
+from drivetrain_kernels import dequantize, pair_linear, quantize, quantized_linear
+from drivetrain_kernels.ops.pair_linear import INPUTS, PANEL, pack_pairs, unpack_pairs
 
 from drivetrain.contracts import Packed, WeightFormat
 from drivetrain.errors import ConfigError
@@ -273,6 +274,38 @@ class Integers4(Integers):
     """4 bits, ``q = round((w - min) (2^4 - 1) / (max - min))``."""
 
     bits = 4
+
+
+class TwoOfFour(WeightFormat):
+    """Weights that were pruned 2:4: what is left, in bfloat16, and two bits for each place."""
+
+    def tensors(self, shape: Sequence[int]) -> Parts:
+        panels, groups = -(-shape[0] // PANEL), -(-shape[1] // INPUTS)
+        return {
+            "values": ((panels, groups, 4, PANEL), torch.bfloat16),
+            "places": ((panels, groups, PANEL), torch.uint8),
+        }
+
+    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        wide = weight.detach()
+        values, places = pack_pairs(wide)
+        if not torch.equal(unpack_pairs(values, places, *wide.shape), wide):
+            raise ConfigError(
+                f"a weight {list(wide.shape)} has more than two of four neighbouring inputs that "
+                "are not 0: prune it first (sparsegpt or wanda with pattern 2:4)"
+            )
+        return {"values": values.bfloat16(), "places": places}
+
+    def unpack(self, packed: Packed, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return unpack_pairs(packed["values"], packed["places"], shape[0], shape[1]).to(dtype)
+
+    def multiply(self, x: torch.Tensor, packed: Packed, outputs: int) -> torch.Tensor:
+        if len(x) > _FEW_ROWS or x.dtype != torch.bfloat16:
+            return super().multiply(x, packed, outputs)
+        product: torch.Tensor = pair_linear(
+            x.contiguous(), packed["values"], packed["places"], outputs
+        )
+        return product
 
 
 class Plain(WeightFormat):

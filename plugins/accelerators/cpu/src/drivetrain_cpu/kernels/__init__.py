@@ -41,6 +41,7 @@ SOURCES = (
     "signs",
     "minifloats",
     "program",
+    "pairs",
     "shared_group",
     "collectives",
 )
