@@ -88,14 +88,14 @@ def test_only_one_block_is_in_memory(tmp_path, monkeypatch):
     seen = []
     forward = walking._Stage.forward
 
-    def counting(stage, block, number, index):
+    def counting(stage, block, number, index, *watched):
         root = stage._walk.source.module
         there = {
             n.split(".")[2] for n, p in root.named_parameters() if "layers" in n and not p.is_meta
         }
         rest = [n for n, p in root.named_parameters() if "layers" not in n and not p.is_meta]
         seen.append((number, there, rest))
-        return forward(stage, block, number, index)
+        return forward(stage, block, number, index, *watched)
 
     monkeypatch.setattr(walking._Stage, "forward", counting)
     compress(tmp_path / "model", GPTQ, rows(), tmp_path / "out", format="drivetrain")
