@@ -19,7 +19,7 @@ from torch import nn
 
 from drivetrain.errors import ConfigError
 
-GPTQ = {"modifiers": [{"gptq": {"group": 16, "act_order": False, "sweeps": 0}}]}
+GPTQ = {"modifiers": [{"gptq": {"group": 16, "act_order": False}}]}
 W8A8 = {"modifiers": [{"smoothquant": {}}, {"round": {"bits": 8, "activations": "int8"}}]}
 
 
@@ -88,14 +88,14 @@ def test_only_one_block_is_in_memory(tmp_path, monkeypatch):
     seen = []
     forward = walking._Stage.forward
 
-    def counting(stage, block, number, index, *watched):
+    def counting(stage, block, number, index):
         root = stage._walk.source.module
         there = {
             n.split(".")[2] for n, p in root.named_parameters() if "layers" in n and not p.is_meta
         }
         rest = [n for n, p in root.named_parameters() if "layers" not in n and not p.is_meta]
         seen.append((number, there, rest))
-        return forward(stage, block, number, index, *watched)
+        return forward(stage, block, number, index)
 
     monkeypatch.setattr(walking._Stage, "forward", counting)
     compress(tmp_path / "model", GPTQ, rows(), tmp_path / "out", format="drivetrain")
@@ -107,38 +107,11 @@ class Killed(BaseException):
     pass
 
 
-FOLLOWING = {"modifiers": [{"gptq": {"group": 16, "follow": True}}]}
-
-
-def test_a_block_that_follows_makes_up_for_what_earlier_ones_have_lost():
-    data, exact = rows(60), Chain(depth=2)
-    first = {"gptq": {"bits": 2, "modules": [r"layers\.0"]}}
-    x = torch.cat([exact.embed(ids) for ids in data]).detach()
-    y = exact.layers[0](x).detach()
-    off = {}
-    for follow in (False, True):
-        model, later = Chain(depth=2), {"gptq": {"bits": 8, "modules": [r"layers\.1"]}}
-        for each in (first, later):
-            each["gptq"]["follow"] = follow
-        compress_module(model, {"modifiers": [first, later]}, data)
-        found, wanted = model.layers[1], exact.layers[1]
-        came = model.layers[0](x).detach()
-        true = wanted.norm(y) @ wanted.up.weight.T
-        off[follow] = float((wanted.norm(came) @ found.up.weight.T - true).square().sum())
-        if follow:  # nothing linear does better, but for damping and rounding
-            a, b = wanted.norm(came).flatten(0, 1).double(), true.flatten(0, 1).double()
-            best = torch.linalg.lstsq(a, b).solution
-            least = float((a @ best - b).square().sum())
-            assert off[True] < 1.05 * least
-    assert off[True] < 0.8 * off[False]
-
-
 @pytest.mark.parametrize("at", [1, 4, 8, 12, 15])
-@pytest.mark.parametrize("recipe", [GPTQ, FOLLOWING], ids=["", "following"])
-def test_a_killed_job_goes_on_and_ends_with_the_same_files(tmp_path, at, recipe):
+def test_a_killed_job_goes_on_and_ends_with_the_same_files(tmp_path, at):
     llama().save_pretrained(tmp_path / "model")
     data = rows()
-    compress(tmp_path / "model", recipe, data, tmp_path / "whole", format="drivetrain")
+    compress(tmp_path / "model", GPTQ, data, tmp_path / "whole", format="drivetrain")
     blocks = []
 
     def dying(what, done, total):
@@ -148,12 +121,12 @@ def test_a_killed_job_goes_on_and_ends_with_the_same_files(tmp_path, at, recipe)
 
     with pytest.raises(Killed):
         compress(
-            tmp_path / "model", recipe, data, tmp_path / "out", format="drivetrain", report=dying
+            tmp_path / "model", GPTQ, data, tmp_path / "out", format="drivetrain", report=dying
         )
     assert not (tmp_path / "out").exists()
     again = []
     compress(
-        tmp_path / "model", recipe, data, tmp_path / "out", format="drivetrain",
+        tmp_path / "model", GPTQ, data, tmp_path / "out", format="drivetrain",
         report=lambda what, done, total: again.append(what),
     )  # fmt: skip
     finished = {b.split()[0] for b in blocks} - {blocks[-1].split()[0], "the"}

@@ -55,14 +55,12 @@ class AfterTraining(Modifier[ConfigT], Generic[ConfigT]):
         batches: how many of the data it has to see; ``None``: all.
 
     Attributes:
-        follows: wants to know what would come to layers had nothing been compressed.
         results: what was chosen for layers of the current block, by name.
         notes: what the user should know, one line each.
     """
 
     gathers: ClassVar[str] = ""
     batches: ClassVar[int | None] = None
-    follows = False
     watch: Watch
 
     def __init__(self, config: ConfigT, label: str) -> None:
@@ -167,10 +165,6 @@ class Quantiser(AfterTraining[GridConfigT], Generic[GridConfigT]):
             inputs = self.watch.of(targets[0].name) if self.gathers else None
             self._round(targets, inputs)
 
-    def wanted(self, weight: torch.Tensor, inputs: Inputs | None) -> torch.Tensor:
-        """What numbers are chosen for in place of a weight [out, in], float32."""
-        return weight
-
     def numbers(
         self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, hessian: torch.Tensor | None
     ) -> tuple[torch.Tensor, Scales]:
@@ -183,7 +177,7 @@ class Quantiser(AfterTraining[GridConfigT], Generic[GridConfigT]):
         grid, dtype = self.config.grid(), modules[0].weight.dtype
         hessian = None if inputs is None or self.gathers != "gram" else inputs.gram
         try:
-            numbers, scales = self.numbers(self.wanted(weight, inputs), grid, dtype, hessian)
+            numbers, scales = self.numbers(weight, grid, dtype, hessian)
         except SingularError as error:
             raise ConfigError(f"{self.label}: {targets[0].name}: {error}") from error
         start = 0
@@ -273,43 +267,20 @@ class GptqConfig(GridConfig):
     block: int = Field(default=128, ge=1, description="Columns between updates of the rest.")
     clip: bool = Field(default=True, description="Cut ranges so that outputs change least.")
     sweeps: int = Field(
-        default=2,
+        default=0,
         ge=0,
         description="Times that scales are fitted to the numbers, and numbers chosen again.",
-    )
-    follow: bool = Field(
-        default=False,
-        description="Make up for what earlier blocks have lost (GPTAQ); takes half as long again.",
     )
 
 
 class Gptq(Quantiser[GptqConfig]):
     """GPTQ: each column's error is made up for by those that come later.
 
-    All columns are chosen again then, each for what the others have become.
-
-    With ``follow`` the layer's output is to be what it was in the exact model, for inputs that are
-    off by now (GPTAQ, arXiv 2504.02692). With x what comes and y what would have come, the error
-    ``|Q x - W y|^2`` is, but for a constant, ``|(Q - T) x|^2`` with ``T = W + W D H^-1`` and D the
-    mean of ``(y - x) x^T``; so T is rounded in place of W.
+    With ``sweeps`` all columns are chosen again then, each for what the others have become.
     """
 
     config_class = GptqConfig
     gathers = "gram"
-
-    def __init__(self, config: GptqConfig, label: str) -> None:
-        super().__init__(config, label)
-        self.follows = config.follow
-
-    def wanted(self, weight: torch.Tensor, inputs: Inputs | None) -> torch.Tensor:
-        drift = None if inputs is None else inputs.drift
-        if inputs is None or drift is None:
-            return weight
-        lower, failed = torch.linalg.cholesky_ex(damped(inputs.gram, self.config.damping))
-        if failed:
-            return weight
-        moved = weight + torch.cholesky_solve((weight @ drift).T, lower).T
-        return torch.where(weight == 0, weight, moved)  # what was pruned stays so
 
     def numbers(
         self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, hessian: torch.Tensor | None

@@ -82,7 +82,7 @@ class SparseGptConfig(PruneConfig):
     damping: float = Field(default=0.01, gt=0, le=1, description="Share of the mean diagonal.")
     block: int = Field(default=128, ge=1, description="Columns that are pruned together.")
     sweeps: int = Field(
-        default=8, ge=0, description="Times that all weights that stay are moved again."
+        default=0, ge=0, description="Times that all weights that stay are moved again."
     )
 
 

@@ -33,8 +33,6 @@ class Inputs:
     Attributes:
         gram: [in, in], mean of ``x x^T`` times 2 (the Hessian of the squared error), float32; a
             token counts at most as much as 64 of its batch's median size.
-        drift: [in, in], mean of ``(exact - x) x^T`` times 2, weighed as in ``gram``; ``None`` if
-            nothing was told of what would have come.
         kept: [n, in], some of the tokens, evenly from each batch, until there are 512.
         top: [in], largest size.
         mean: [in], mean size.
@@ -43,7 +41,6 @@ class Inputs:
 
     def __init__(self, width: int, device: torch.device, *, gram: bool, keep: bool = False) -> None:
         self._gram = torch.zeros(width, width, device=device) if gram else None
-        self._drift: torch.Tensor | None = None
         self._keep = keep
         self._rows: list[torch.Tensor] = []
         self._squares = torch.zeros(width, device=device)
@@ -55,10 +52,6 @@ class Inputs:
     def gram(self) -> torch.Tensor:
         assert self._gram is not None
         return self._gram * (2 / max(self.tokens, 1))
-
-    @property
-    def drift(self) -> torch.Tensor | None:
-        return None if self._drift is None else self._drift * (2 / max(self.tokens, 1))
 
     @property
     def kept(self) -> torch.Tensor:
@@ -73,22 +66,16 @@ class Inputs:
     def mean(self) -> torch.Tensor:
         return self._sizes / max(self.tokens, 1)
 
-    def add(self, x: torch.Tensor, exact: torch.Tensor | None = None) -> None:
-        """Count tokens [n, in], and what would have come had nothing been compressed."""
+    def add(self, x: torch.Tensor) -> None:
+        """Count tokens [n, in]."""
         wide = x.float()
         self.tokens += len(x)
         if self._keep and sum(map(len, self._rows)) < _KEPT:
             self._rows.append(wide[:: -(-len(x) // _KEPT_OF_BATCH)].clone())
         if self._gram is not None:
-            weights = _evening(wide)
-            even = wide if weights is None else wide * weights
+            even = _evened(wide)
             with exact_products() if x.dtype == torch.bfloat16 else nullcontext():
                 self._gram.addmm_(even.T, even)
-                if exact is not None:
-                    if self._drift is None:
-                        self._drift = torch.zeros_like(self._gram)
-                    off = exact.float() - wide
-                    self._drift.addmm_((off if weights is None else off * weights).T, even)
             self._squares = self._gram.diagonal()
         else:
             self._squares += wide.square().sum(0)
@@ -97,14 +84,14 @@ class Inputs:
         torch.maximum(self.top, size.amax(0), out=self.top)
 
 
-def _evening(x: torch.Tensor) -> torch.Tensor | None:
-    """By what tokens [n, in] are multiplied, [n, 1], so that none is far too large."""
+def _evened(x: torch.Tensor) -> torch.Tensor:
+    """Tokens [n, in], the largest made smaller."""
     squares = x.square().sum(1)
     most = _MOST * squares.median()
     large = squares > most
     if most == 0 or not large.any():
-        return None
-    return torch.where(large, (most / squares).sqrt(), 1.0)[:, None]
+        return x
+    return x * torch.where(large, (most / squares).sqrt(), 1.0)[:, None]
 
 
 class Watch:
@@ -114,11 +101,6 @@ class Watch:
         targets: linear layers.
         gram: gather whole gram matrices; else only what is as long as an input.
         keep: keep some tokens, too.
-
-    Attributes:
-        kept: which tokens of a batch [rows, tokens] count; ``None``: all.
-        noting: what comes now is what would come had nothing been compressed; it is not counted,
-            but held against what comes next.
     """
 
     def __init__(self, targets: Sequence[Target], *, gram: bool, keep: bool = False) -> None:
@@ -127,8 +109,6 @@ class Watch:
         self._leader: dict[str, str] = {}
         self._now: dict[tuple[Any, ...], str] = {}
         self._alive: list[torch.Tensor] = []
-        self._exact: dict[str, torch.Tensor] = {}
-        self.noting = False
         self.kept: torch.Tensor | None = None
         self._hooks = [
             target.module.register_forward_pre_hook(self._hook(target.name)) for target in targets
@@ -138,7 +118,6 @@ class Watch:
         """Forget tensors of the batch that has passed."""
         self._now.clear()
         self._alive.clear()
-        self._exact.clear()
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -175,9 +154,6 @@ class Watch:
     def _hook(self, name: str) -> Any:
         def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             x = inputs[0].detach()
-            if self.noting:
-                self._exact[name] = self._tokens(x)
-                return
             key = (x.data_ptr(), tuple(x.shape), x._version)
             leader = self._now.setdefault(key, name)
             known = self._leader.setdefault(name, leader)
@@ -191,7 +167,7 @@ class Watch:
             rows = self._tokens(x)
             if name not in self._of:
                 self._of[name] = Inputs(x.shape[-1], x.device, gram=self._gram, keep=self._keep)
-            self._of[name].add(rows, self._exact.get(name))
+            self._of[name].add(rows)
 
         return count
 

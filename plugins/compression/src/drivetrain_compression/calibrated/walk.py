@@ -88,9 +88,7 @@ class Walk:
         if self.source.keeps:
             assigned.check()
         done = self._done()
-        follows = any(isinstance(m, AfterTraining) and m.follows for m, _ in assigned.every())
-        # What no method looks at need not pass.
-        stage = _Stage(self, blocks, chain and data, follows)
+        stage = _Stage(self, blocks, chain and data)  # what no method looks at need not pass
         if done < len(blocks):
             stage.enter(done)
         for number in range(done, len(blocks)):
@@ -135,7 +133,7 @@ class Walk:
                 number_seen = min(modifier.batches or len(self.batches), len(self.batches))
                 for index in range(number_seen):
                     modifier.watch.kept = stage.kept(index)
-                    stage.forward(block, number, index, modifier)
+                    stage.forward(block, number, index)
                     modifier.step(Progress(index + 1, number_seen))
                     self.report(f"{block.name} {modifier.label}", index + 1, number_seen)
             modifier.finish([unit])
@@ -272,9 +270,8 @@ class _Assigned:
 class _Stage:
     """The data as it comes to the current block."""
 
-    def __init__(self, walk: Walk, blocks: Sequence[Unit], chain: bool, follows: bool) -> None:
+    def __init__(self, walk: Walk, blocks: Sequence[Unit], chain: bool) -> None:
         self._walk, self._blocks, self._chain = walk, blocks, chain
-        self._exact = _Exact(walk.work, len(blocks)) if chain and follows else None
         self._entered: list[Entered] = []
         self._now: Activations | None = None
         self._later: Activations | None = None
@@ -308,37 +305,19 @@ class _Stage:
         source.drop(rest)
         if done:
             self._now = Activations.there(self._path(done))
-            if self._exact is not None:
-                self._exact.open(done)
             return
         self._now = self._file(0, [tuple(h.shape) for h in hidden], hidden[0].dtype)
         for index, values in enumerate(hidden):
             self._now[index] = values
 
-    def forward(
-        self, block: Unit, number: int, index: int, watched: AfterTraining[Any] | None = None
-    ) -> Any:
-        """Run a block on a batch, and before that on what the exact model would give it."""
+    def forward(self, block: Unit, number: int, index: int) -> Any:
+        """Run a block on a batch."""
         with torch.no_grad():
             if not self._chain:
                 return block.module(**self._walk.batches[index])
             assert self._now is not None
             call = self._entered[index].calls[number]
-
-            def run(hidden: torch.Tensor) -> Any:
-                return block.module(hidden, *call.args, **call.kwargs)
-
-            if self._exact is not None and watched is not None and watched.follows:
-                known = self._exact.now
-                if known is not None:
-                    watched.watch.noting = True
-                    self._exact.keep(number, index, run(known[index]), self._now)
-                    watched.watch.noting = False
-                found = run(self._now[index])
-                if known is None:  # nothing is compressed before the first block
-                    self._exact.keep(number, index, found, self._now)
-                return found
-            return run(self._now[index])
+            return block.module(self._now[index], *call.args, **call.kwargs)
 
     def pass_on(self, block: Unit, number: int) -> None:
         """Keep what the finished block returns for the next one."""
@@ -351,8 +330,6 @@ class _Stage:
             self._later[index] = found[0] if isinstance(found, tuple) else found
             self._walk.report(f"{block.name} outputs", index + 1, len(self._now))
         self._later.flush()
-        if self._exact is not None:
-            self._exact.flush()
 
     def next(self, number: int, *, last: bool) -> None:
         """Go to the next block; the data of the one before the current is not needed any more."""
@@ -363,8 +340,6 @@ class _Stage:
         if last and self._now is not None:
             self._now.remove()
         self._now = self._later
-        if self._exact is not None:
-            self._exact.next(number)
 
     def kept(self, index: int) -> torch.Tensor | None:
         """Which tokens of a batch count: those that are not padding."""
@@ -392,55 +367,6 @@ class _Stage:
 
     def _file(self, number: int, shapes: Any, dtype: torch.dtype) -> Activations:
         return Activations(self._path(number), shapes, dtype, new=True)
-
-
-class _Exact:
-    """Hidden states between blocks as they would be if nothing had been compressed.
-
-    Args:
-        work: folder for them.
-        blocks: how many there are.
-
-    Attributes:
-        now: those that come to the current block; ``None`` before anything was compressed, and
-            after a block in which no method follows: later blocks begin anew there.
-    """
-
-    def __init__(self, work: Path, blocks: int) -> None:
-        self._work, self._blocks = work, blocks
-        self.now: Activations | None = None
-        self._later: Activations | None = None
-        self._kept: set[int] = set()
-
-    def open(self, number: int) -> None:
-        """Find those that come to block ``number``, if a walk has left them."""
-        if self._path(number).with_suffix(".json").exists():
-            self.now = Activations.there(self._path(number))
-
-    def keep(self, number: int, index: int, found: Any, like: Activations) -> None:
-        """Keep what a block returns, the first time that it runs on a batch."""
-        if index in self._kept or number + 1 == self._blocks:
-            return  # another method has changed the block since, or nobody will ask
-        if self._later is None:
-            self._later = Activations(self._path(number + 1), like.shapes, like.dtype, new=True)
-        self._kept.add(index)
-        self._later[index] = found[0] if isinstance(found, tuple) else found
-
-    def flush(self) -> None:
-        """Make sure that what was kept is on the disk."""
-        if self._later is not None:
-            self._later.flush()
-
-    def next(self, number: int) -> None:
-        """Go to the block after ``number``; a walk may still have to go on with that block."""
-        for old in range(number):
-            for path in (self._path(old), self._path(old).with_suffix(".json")):
-                path.unlink(missing_ok=True)
-        self.now, self._later = self._later, None
-        self._kept.clear()
-
-    def _path(self, number: int) -> Path:
-        return self._work / f"exact-{number}"
 
 
 class _SeenError(Exception):
