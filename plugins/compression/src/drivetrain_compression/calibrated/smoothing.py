@@ -76,7 +76,7 @@ class SmoothQuant(Smoothing[SmoothQuantConfig]):
     def scales(self, pair: Pair, inputs: Inputs) -> torch.Tensor:
         weights = _weights(pair)
         weight, alpha = weights.abs().amax(0).clamp(min=1e-5), self.config.alpha
-        if alpha != "search":
+        if isinstance(alpha, float):
             return _shared(inputs.top, weight, alpha)
         x, steps = inputs.kept, self.config.steps
         wanted = x @ weights.T
