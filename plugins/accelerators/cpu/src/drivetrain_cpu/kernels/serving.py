@@ -302,35 +302,12 @@ def bind_minifloat_linear(library: ctypes.CDLL) -> Callable[..., torch.Tensor]:
     return minifloat_linear
 
 
-def bind_pair_linear(library: ctypes.CDLL) -> Callable[..., torch.Tensor]:
-    """``pair_linear``."""
-    function = library.dt_pair_linear
-    function.argtypes = [pointer, c_int, *[pointer] * 3, *[c_int64] * 3, c_int]
-    function.restype = c_int
-
-    def pair_linear(
-        x: torch.Tensor, values: torch.Tensor, places: torch.Tensor, outputs: int
-    ) -> torch.Tensor:
-        rows, inputs = x.shape
-        out = x.new_empty(rows, outputs)
-        succeed(
-            function(
-                x.data_ptr(), DTYPES[x.dtype], values.data_ptr(), places.data_ptr(),
-                out.data_ptr(), rows, inputs, outputs, threads_for(values.numel()),
-            )
-        )  # fmt: skip
-        return out
-
-    return pair_linear
-
-
 BINDINGS: dict[str, Bind] = {
     "add_rms_norm": bind_add_rms_norm,
     "block_linear": bind_block_linear,
     "gated_activation": bind_gated_activation,
     "minifloat_linear": bind_minifloat_linear,
     "packed_linear": bind_packed_linear,
-    "pair_linear": bind_pair_linear,
     "paged_attention": bind_paged_attention,
     "quantized_linear": bind_quantized_linear,
     "rotary_to_cache": bind_rotary_to_cache,

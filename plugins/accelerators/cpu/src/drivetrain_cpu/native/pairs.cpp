@@ -2,6 +2,7 @@
 // drivetrain_kernels/ops/pair_linear.py.
 #include <cstdlib>
 
+#include "bytes.h"
 #include "panels.h"
 
 namespace drivetrain {
@@ -14,14 +15,6 @@ constexpr int kTogether = 1;
 #endif
 constexpr int64_t kGroup = 8;  // inputs whose places are in one byte
 constexpr int64_t kChunk = 96;  // rows that stay in the second-level cache while panels pass
-
-typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
-
-inline Ints bytes_at(const uint8_t* from) {
-  Bytes bytes;
-  std::memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(bytes, Ints);
-}
 
 // The input at each lane's place, out of four.
 inline Floats chosen(const float* four, const Ints& places) {
