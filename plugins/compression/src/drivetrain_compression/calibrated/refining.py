@@ -75,8 +75,11 @@ def refit(
     A row whose error would not fall, or a scale of which would not be positive, keeps its own.
     """
     many = max(1, _ENTRIES // scales.scale.shape[1] ** 2)
-    parts = zip(*(torch.split(each, many) for each in (weight, numbers, scales.scale)), strict=True)
-    found = [_refit_rows(*part, hessian, scales.group, dtype) for part in parts]
+    parts = [slice(at, at + many) for at in range(0, len(weight), many)]
+    found = [
+        _refit_rows(weight[at], numbers[at], scales.scale[at], hessian, scales.group, dtype)
+        for at in parts
+    ]
     return replace(scales, scale=torch.cat(found))
 
 
