@@ -1,6 +1,7 @@
 """Plans beside what jobs then do: peak memory, processor time of a step, and their ranking.
 
-Usage: plan.py memory|others|ranks|stages|time|thousand [--results FILE] [--seconds N] [--only N]
+Usage: plan.py memory|others|ranks|stages|time|clock|thousand [--results FILE] [--seconds N]
+               [--only N]
 
 Prints JSON. ``memory``: 24 configurations of ZeRO stage, place of states, precision, accumulation,
 recomputation and model, as one rank of one thread. Memory is the resident set, less that after a
@@ -9,7 +10,8 @@ beside what it has, and it must not run out. ``others``: the same of 12 configur
 models, to which nothing was fitted. ``ranks``: the same on two ranks, of whose resident set the
 other one's part of what they share is taken away. ``stages``: the same of pipelines of two stages,
 each beside its own plan. ``time``: processor seconds of a step of the 24,
-for the machine may be shared.
+for the machine may be shared. ``clock``: seconds of a step of the same pipelines, whose stages
+wait for each other, which needs a machine that does nothing else.
 ``thousand``: how long it takes to plan 1.3 billion parameters on 1,024 ranks.
 
 With --results what is measured is kept in a file, and what is there is not measured again. After
@@ -37,7 +39,11 @@ import plan_models
 import torch
 from drivetrain_cli.memory import Ranks
 from drivetrain_cli.planning.machine_table import MachineTable
-from drivetrain_cli.planning.measuring import measure_machine, time_operators
+from drivetrain_cli.planning.measuring import (
+    measure_collectives,
+    measure_machine,
+    time_operators,
+)
 from drivetrain_cli.planning.overhead import overhead_of
 from drivetrain_cli.planning.price import price_of
 from drivetrain_cli.planning.rehearsed import Rehearsed, rehearse
@@ -48,6 +54,8 @@ from drivetrain_cli.stand_in import without_memory
 from drivetrain.job.accelerator_choice import choose_accelerator
 
 SEQUENCE, STEPS = 128, 4
+PARTS = ("memory", "others", "ranks", "stages", "time", "clock", "thousand")
+TIMES = ("time", "clock")
 RAN_OUT = ("memory", "could not create a primitive")
 """What torch, and what oneDNN says that gets no pages for its code."""
 
@@ -262,12 +270,34 @@ def time_of(given: dict[str, Any], model: str, ranks: int, table: MachineTable) 
     }
 
 
-def timing() -> Callable[..., dict[str, Any]]:
-    """:func:`time_of` with a table of this machine."""
+def clock_of(given: dict[str, Any], model: str, ranks: int, table: MachineTable) -> dict[str, Any]:
+    """A pipeline's step by the clock, of the stage that takes longest, and by its plan."""
+
+    def add_times(table: MachineTable, found: Rehearsed) -> None:
+        missing = [o for o in found.operators.found.values() if o.signature not in table.operators]
+        table.operators |= time_operators(missing, choose_accelerator(), 0.03)
+
+    question = Question(given, subject_of(model), Ranks(ranks, 1, True), ranks, None, table, False)
+    price = answer(question, add_times).price
+    assert price is not None
+    ran = worked(given, model, ranks, STEPS + 1)
+    seconds = max(statistics.median(each["wall"][1:]) for each in ran)
+    return {
+        "planned_seconds": price.seconds,
+        "waiting_seconds": price.bubble,
+        "measured_seconds": seconds,
+        "ratio": price.seconds / seconds,
+    }
+
+
+def timing(part: str) -> Callable[..., dict[str, Any]]:
+    """What measures a case of a part of times, with a table of this machine."""
     accelerator = choose_accelerator()
     table = measure_machine(accelerator, 0.02)
     table.overhead = overhead_of(accelerator, 0.02)
-    return lambda *case: time_of(*case, table)
+    table.collectives = measure_collectives(2) if part == "clock" else {}
+    of = {"clock": clock_of, "time": time_of}[part]
+    return lambda *case: of(*case, table)
 
 
 def kendall(rows: list[dict[str, Any]]) -> float:
@@ -288,7 +318,7 @@ def worst(ratios: list[float]) -> float:
 
 def summary_of(part: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     ratios = [row["ratio"] for row in rows]
-    if part == "time":
+    if part in TIMES:
         return {
             "configurations": len(rows),
             "time_within_20_percent": sum(abs(ratio - 1) <= 0.2 for ratio in ratios),
@@ -323,18 +353,18 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     begin = time.monotonic()
     kept: Path | None = options.results
     rows: dict[str, Any] = json.loads(kept.read_text()) if kept and kept.exists() else {}
-    parts = {"ranks": ON_RANKS, "others": OTHERS, "stages": ON_STAGES}
+    parts = {"ranks": ON_RANKS, "others": OTHERS, "stages": ON_STAGES, "clock": ON_STAGES}
     cases = parts.get(options.part, CASES)
     step = max(1, len(cases) // options.only)
     wanted = dict(list(cases.items())[::step][: options.only])
-    run: Callable[..., dict[str, Any]] | None = None if options.part == "time" else memory_of
+    run: Callable[..., dict[str, Any]] | None = None if options.part in TIMES else memory_of
     run = stages_of if options.part == "stages" else run
     for name, case in wanted.items():
         if name in rows:
             continue
         if options.seconds and time.monotonic() - begin > options.seconds:
             break
-        run = run or timing()
+        run = run or timing(options.part)
         rows[name] = run(*case)
         print(name, json.dumps(rows[name]), file=sys.stderr, flush=True)
         if kept:
@@ -344,7 +374,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["memory", "others", "ranks", "stages", "time", "thousand"])
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--results", type=Path)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--only", type=int, default=len(CASES))

@@ -17,6 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from drivetrain_cli.memory import Ranks
+from drivetrain_cli.planning.machine_table import MachineTable
 from drivetrain_cli.planning.rehearsed import Rehearsed, rehearse
 from drivetrain_cli.planning.subject import Subject
 from drivetrain_cli.planning.verdict import Question, answer
@@ -194,6 +195,59 @@ def test_each_stage_of_a_pipeline_is_planned_to_send_what_it_sends(schedule: str
     parameters = sum(p.numel() for p in make().parameters())
     held = [stage.peaks["step"].held["parameters", "device"] for stage in found.ranks]
     assert sum(held) == pytest.approx(4 * parameters, rel=0.1)
+
+
+class Layers(torch.nn.Module):
+    """Equal layers, and a loss that takes no time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = (torch.nn.Linear(64, 64, bias=False) for _ in range(32))
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.mean()
+
+
+def waits(schedule: str, micro_batches: int, collectives: dict[str, Any]) -> tuple[float, float]:
+    """Planned seconds of waiting and of all else, where products alone take time."""
+
+    given = {
+        "train_micro_batch_size_per_gpu": 64,
+        "gradient_accumulation_steps": micro_batches,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "pipeline": {"stages": 2, "schedule": schedule, "partition_method": "uniform"},
+    }
+
+    def inputs(samples: int, _: int) -> tuple[torch.Tensor]:
+        return (torch.randn(samples, 64),)
+
+    subject = Subject(lambda: without_memory(Layers, "layers"), "layers", 1, inputs, [])
+    rate = [(1.0, 1e-9), (1e12, 1e3)]
+    table = MachineTable({}, matmul={"float32": rate}, collectives=collectives)
+    price = answer(Question(given, subject, Ranks(2, 1, True), 2, None, table, largest=False)).price
+    assert price is not None
+    return price.bubble, price.seconds - price.bubble
+
+
+@pytest.mark.parametrize(
+    ("schedule", "micro_batches", "share"),
+    # Of p = 2 stages and m micro-batches: (p - 1) / m, and half of it with two chunks a stage.
+    [("1f1b", 4, 1 / 4), ("gpipe", 8, 1 / 8), ("interleaved", 4, 1 / 8)],
+)
+def test_stages_are_planned_to_wait_as_long_as_theory_says(
+    schedule: str, micro_batches: int, share: float
+) -> None:
+    waiting, own = waits(schedule, micro_batches, {})
+    assert waiting / own == pytest.approx(share, rel=0.05)
+
+
+def test_stages_wait_for_messages_as_well() -> None:
+    """Of 1F1B with two stages a value and a gradient are on their way at the beginning and end."""
+    slow = {"send_receive": {"2": [(1.0, 1.0), (1e9, 1.0)]}}
+    assert waits("1f1b", 4, slow)[0] == pytest.approx(2.0 + 3 * 2.0, rel=0.05)
 
 
 def test_ranks_that_wait_for_each_other_are_told_and_not_rehearsed_for_ever() -> None:

@@ -96,7 +96,9 @@ class RehearsedDevice(Accelerator):
         """Carry messages between ranks that are rehearsed one after the other."""
         if self._post is None:
             return []
-        messages = partial(RehearsedMessages, job=job, post=self._post)
+        counter = self._counter
+        moment = (lambda: 0) if counter is None else counter.moment
+        messages = partial(RehearsedMessages, job=job, post=self._post, moment=moment)
         return [CommunicatorLayer(CommunicatorPhase.ROUTE, messages)]
 
 

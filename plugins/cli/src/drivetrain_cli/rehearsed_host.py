@@ -34,6 +34,9 @@ class Counter(Protocol):
     def on_thread(self, number: int) -> AbstractContextManager[None]:
         """Memory that is made in the context comes from the heap of a thread, from 1 on."""
 
+    def moment(self) -> int:
+        """How many operators have run."""
+
 
 class RehearsedSharedMemory(CommunicatorWrapper):
     """Gives the memory that ranks of one host would share, and says as much of it as they would.

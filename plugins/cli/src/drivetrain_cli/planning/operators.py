@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ import torch
 from torch.utils import flop_counter
 
 _torchs: Any = flop_counter  # torch does not type it
+
+
+VIEW = -1
 
 
 class Layout(NamedTuple):
@@ -26,6 +30,7 @@ class Operator:
     """Calls of one operator with one layout of arguments.
 
     Args:
+        number: in the order in which operators were first called.
         func: torch's overload.
         args: positional arguments, tensors as :class:`Layout`.
         kwargs: named ones.
@@ -35,6 +40,7 @@ class Operator:
         calls: (window, phase) -> how often.
     """
 
+    number: int
     func: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -61,11 +67,13 @@ class Operators:
     Attributes:
         found: signature -> operator.
         moment: calls so far.
+        order: of each call, the number of its operator in :attr:`found`; :data:`VIEW` of a view.
     """
 
     def __init__(self) -> None:
         self.found: dict[Any, Operator] = {}
         self.moment = 0
+        self.order = array("i")
         self.views: Counter[tuple[int, str]] = Counter()
         self._kinds: dict[Any, bool] = {}
 
@@ -82,13 +90,16 @@ class Operators:
         self.moment += 1
         if self._views(func):
             self.views[window, phase] += 1
+            self.order.append(VIEW)
             return
         layouts, named = _layouts(args), {key: _layouts(value) for key, value in kwargs.items()}
         key = (func, _hashable(layouts), _hashable(tuple(named.items())))
         operator = self.found.get(key)
         if operator is None:
-            operator = self.found[key] = _operator(func, args, kwargs, layouts, named, results)
+            operator = _operator(len(self.found), func, args, kwargs, layouts, named, results)
+            self.found[key] = operator
         operator.calls[window, phase] += 1
+        self.order.append(operator.number)
 
     def in_window(self, window: int) -> list[Operator]:
         """Those that ran in a window."""
@@ -106,6 +117,7 @@ class Operators:
 
 
 def _operator(
+    number: int,
     func: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -120,7 +132,7 @@ def _operator(
     moved = sum(map(_reached, inputs)) + sum(map(_reached, results))
     dtypes = [t.dtype for t in (*results, *inputs) if t.dtype.is_floating_point]
     dtype = dtypes[0] if dtypes else torch.float32
-    return Operator(func, layouts, named, flops, moved, dtype)
+    return Operator(number, func, layouts, named, flops, moved, dtype)
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

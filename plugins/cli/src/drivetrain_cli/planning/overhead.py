@@ -49,7 +49,7 @@ def overhead_of(accelerator: Accelerator, seconds: float) -> float:
         taken.append(time.process_time() - begin)
     meta, meta_optimizer = _model(torch.device("meta"))
     with walking() as walk:
-        walk.window = 1
+        walk.begin(1)
         _step(meta, meta_optimizer, torch.empty(4, 8, device="meta"))
     ran = walk.operators.in_window(1)
     known = time_operators(ran, accelerator, min(seconds, 0.01))

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from drivetrain_cli.planning.operators import Operator
     from drivetrain_cli.planning.rehearsed import Rehearsed, Sent
 
+MESSAGES = "send_receive"
+"""Name of the kind by which stages talk."""
+
 _COSTLY = (
     "gelu",
     "exp",
@@ -39,7 +42,7 @@ class Price:
         overhead: of Python, over all phases.
         communication: (axis, purpose) -> seconds of collectives.
         exposed: seconds of collectives that nothing hides.
-        bubble: of a pipeline.
+        bubble: of a pipeline; see :func:`~drivetrain_cli.planning.stages.wait_for_others`.
         flops: operations of products in one step, of this rank.
         exact: share of the computing whose operators were run one by one.
         notes: what the table lacks.
@@ -61,7 +64,7 @@ class Price:
 
 
 def price_of(found: Rehearsed, table: MachineTable, *, on_cpu: bool) -> Price:
-    """What a step of a rehearsed rank costs.
+    """What a step of a rehearsed rank costs, as if it waited for no other stage.
 
     Args:
         found: what it does.
@@ -73,7 +76,7 @@ def price_of(found: Rehearsed, table: MachineTable, *, on_cpu: bool) -> Price:
     exact = calls = 0.0
     for operator in found.operators.found.values():
         known = table.operators.get(operator.signature)
-        each = _seconds(operator, table) if known is None else known
+        each = seconds_of(operator, table)
         for (part, phase), count in operator.calls.items():
             often = count * times(part, found.accumulation, found.stages)
             phases[phase] += often * each
@@ -88,17 +91,13 @@ def price_of(found: Rehearsed, table: MachineTable, *, on_cpu: bool) -> Price:
     overhead = calls * table.overhead
     total = sum(communication.values())
     hidden = 0.0 if on_cpu else min(total, 0.8 * phases["backward"])
-    own = sum(phases.values()) + overhead + total - hidden
-    waiting = own * (found.stages - 1) / found.accumulation if found.stages > 1 else 0.0
-    if waiting:
-        notes.append("waiting for other stages is that of 1F1B whose stages take equally long")
     computing = sum(phases.values())
     return Price(
         dict(phases),
         overhead,
         dict(communication),
         total - hidden,
-        waiting,
+        0.0,
         flops_of(found),
         exact / computing if computing else 0.0,
         notes,
@@ -121,7 +120,13 @@ def times(part: int, accumulation: int, stages: int) -> int:
     return accumulation - 1 if part == REPEATED and stages == 1 else 0
 
 
-def _seconds(operator: Operator, table: MachineTable) -> float:
+def seconds_of(operator: Operator, table: MachineTable) -> float:
+    """Seconds of one call, as it was run by itself, or else by the machine's curves."""
+    known = table.operators.get(operator.signature)
+    return _by_curves(operator, table) if known is None else known
+
+
+def _by_curves(operator: Operator, table: MachineTable) -> float:
     """By curves: the longer one of what it computes and what it moves."""
     costly = any(word in operator.name for word in _COSTLY)
     curve = table.compute if costly else table.memory
@@ -134,7 +139,12 @@ def _seconds(operator: Operator, table: MachineTable) -> float:
 
 
 def _collective(sent: Sent, table: MachineTable, notes: list[str]) -> float:
-    """Seconds of what is counted together; of other ranks than measured, by the ring's bytes."""
+    """Seconds of what is counted together; of other ranks than measured, by the ring's bytes.
+
+    Messages between stages are no collectives: they take time where somebody waits for them.
+    """
+    if sent.op == MESSAGES:
+        return 0.0
     if sent.ranks < 2 or not sent.calls:
         return 0.0
     by_ranks = table.collectives.get(sent.op) or table.collectives.get("all_reduce") or {}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from drivetrain_cli.memory import Ranks
     from drivetrain_cli.planning.operators import Operators
     from drivetrain_cli.planning.subject import Subject
-    from drivetrain_cli.rehearsed_messages import Post
+    from drivetrain_cli.rehearsed_messages import Passed, Post
 
 Kind = tuple[str, str]
 """What it is, and where: ``"device"``, ``"host"`` or ``"nvme"``."""
@@ -102,6 +102,9 @@ class Rehearsed:
             resident set beside what it has before there is a model.
         allowance: bytes to leave free beside them, for what differs from run to run.
         notes: what was assumed.
+        step_begins: operators that have run before the last window.
+        passed: messages between stages in that window, in the order in which they leave or are
+            waited for.
     """
 
     rank: int
@@ -120,6 +123,8 @@ class Rehearsed:
     reserved: int = 0
     allowance: int = 0
     notes: list[str] = field(default_factory=list)
+    step_begins: int = 0
+    passed: Sequence[Passed] = ()
 
     @property
     def needs(self) -> int:
@@ -190,6 +195,9 @@ def rehearse(
         _name_states(engine, walk)
         found = _found(engine, walk, sent, parameters)
         found.on_cpu, found.notes = ranks.on_cpu, list(subject.notes)
+        found.step_begins = walk.begun.get(LAST, 0)
+        passed = post.passed[rank] if post is not None and found.stages > 1 else ()
+        found.passed = [each for each in passed if each.moment >= found.step_begins]
     return _with_allocator(found, walk)
 
 
@@ -222,7 +230,7 @@ def _windows(engine: Engine, subject: Subject, walk: Walk) -> list[Sent]:
     with _phases(engine, walk), _explained(engine):
         if engine.job.mesh.size("pp") > 1:
             for part in (FIRST, LAST):
-                walk.window, walk.outer = part, "forward"
+                walk.begin(part)
                 log.reset()
                 samples = engine.train_micro_batch_size_per_gpu()
                 batches = [_as_batch(subject.batch(engine.module, samples)) for _ in range(steps)]
@@ -242,7 +250,7 @@ def _windows(engine: Engine, subject: Subject, walk: Walk) -> list[Sent]:
 
 
 def _micro_batch(engine: Engine, subject: Subject, walk: Walk, part: int, last: bool) -> None:
-    walk.window, walk.outer = part, "forward"
+    walk.begin(part)
     engine.set_gradient_accumulation_boundary(last)
     args, kwargs = subject.batch(engine.module, engine.train_micro_batch_size_per_gpu())
     loss = subject.loss(engine(*args, **kwargs))

@@ -15,6 +15,7 @@ from drivetrain_cli.planning.fitting import (
 )
 from drivetrain_cli.planning.price import Price, price_of
 from drivetrain_cli.planning.rehearsed import Rehearsed, rehearse
+from drivetrain_cli.planning.stages import wait_for_others
 from drivetrain_cli.rehearsed_messages import Post
 
 if TYPE_CHECKING:
@@ -100,8 +101,10 @@ def answer(
     notes = list(found[0].notes)
     if question.table is not None:
         if add_times is not None:
-            add_times(question.table, found[0])
+            for each in found:
+                add_times(question.table, each)
         prices = [price_of(each, question.table, on_cpu=on_cpu) for each in found]
+        wait_for_others(found, prices, question.table)
         price = max(prices, key=lambda each: each.seconds)
         notes += price.notes
     else:

@@ -76,6 +76,7 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operators: what ran, by window.
         outer: phase outside of autograd's backward.
         window: see :class:`Change`.
+        begun: window -> operators that had run when it began last.
         kinds: piece -> (kind, place), of those that are known.
         shared: pieces that are this rank's part of what several ranks map.
         threads: piece -> number of the thread whose heap it is from, of others than this one's.
@@ -87,6 +88,7 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.operators = Operators()
         self.kinds: dict[int, tuple[str, str]] = {}
         self.outer, self.window = "build", 0
+        self.begun: dict[int, int] = {}
         self.shared: set[int] = set()
         self._live: dict[int, _Living] = {}  # by storage
         self.threads: dict[int, int] = {}
@@ -99,6 +101,15 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Where the calling thread is."""
         backward = torch._C._current_graph_task_id() != -1
         return "backward" if backward and self.outer != "step" else self.outer
+
+    def begin(self, window: int) -> None:
+        """A window begins, with its forward."""
+        self.outer, self.window = "forward", window
+        self.begun[window] = self.operators.moment
+
+    def moment(self) -> int:
+        """How many operators have run."""
+        return self.operators.moment
 
     def piece_of(self, storage: torch.UntypedStorage) -> int | None:
         """The number of the memory that a storage stands for now."""
