@@ -203,7 +203,7 @@ class Layers(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layers = (torch.nn.Linear(64, 64, bias=False) for _ in range(32))
-        self.layers = torch.nn.ModuleList(layers)
+        self.layers = torch.nn.ModuleList(torch.nn.Sequential(layer) for layer in layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -218,7 +218,7 @@ def waits(schedule: str, micro_batches: int, collectives: dict[str, Any]) -> tup
         "train_micro_batch_size_per_gpu": 64,
         "gradient_accumulation_steps": micro_batches,
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
-        "pipeline": {"stages": 2, "schedule": schedule, "partition_method": "uniform"},
+        "pipeline": {"stages": 2, "schedule": schedule, "partition": "uniform"},
     }
 
     def inputs(samples: int, _: int) -> tuple[torch.Tensor]:

@@ -11,11 +11,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from drivetrain_cli.planning.plan_command import Bytes
 
 from drivetrain_autotuning.section import PATH, AutotuningSection
+
+if TYPE_CHECKING:
+    from drivetrain_autotuning.foretold import Foretold
+    from drivetrain_autotuning.space import Choice
 
 _PLACE = "{config}"
 
@@ -25,7 +30,9 @@ _PLACE = "{config}"
 @click.option("--model", metavar="M", help="For plans: see drivetrain plan.")
 @click.option("--inputs", metavar="MODULE:FUNCTION", help="For plans: see drivetrain plan.")
 @click.option("--sequence", type=click.IntRange(1), help="For plans: tokens of a sample.")
-@click.option("--memory", help="Of a device, e.g. 80G; what needs more by its plan is not tried.")
+@click.option(
+    "--memory", type=Bytes(), help="Of a device, e.g. 80G; what needs more by its plan is not tried."
+)
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="gpu", show_default=True)
 @click.option("--run", "run_best", is_flag=True, help="Run the script with the best config then.")
 @click.argument("config")
@@ -42,8 +49,9 @@ def tune(
     """Find the values of CONFIG with which SCRIPT and its ARGUMENTS run fastest.
 
     In the arguments, {config} stands for the config of a trial. The section autotuning says what is
-    tried. With --model and --memory, configs that would not fit are left out by drivetrain plan.
-    What was tried is kept, so that a run that was ended goes on.
+    tried. With --model, all configs are planned first, as by drivetrain plan: those that would not
+    fit into --memory are left out, and the ones that should be fastest are tried first. What was
+    tried is kept, so that a run that was ended goes on.
     """
     from drivetrain.plan.config.loading import load_config
 
@@ -52,8 +60,8 @@ def tune(
             f"no argument of {script} has {_PLACE}: write where it takes its config, e.g. "
             f"drivetrain tune {config} {script} --config '{_PLACE}'"
         )
-    if (plan["model"] is None) != (plan["memory"] is None):
-        raise click.UsageError("--model and --memory are given together, for plans")
+    if plan["model"] is None and plan["memory"] is not None:
+        raise click.UsageError("--memory is compared with plans, which need --model")
     merged = load_config(config)
     section = AutotuningSection.model_validate(merged.get(PATH) or {})
     if section.metric == "flops" and plan["model"] is None:
@@ -91,7 +99,7 @@ class Tuning:
     plan: Mapping[str, Any]
     trials: list[Any] = field(default_factory=list)
     refused: dict[str, int] = field(default_factory=dict)
-    flops: dict[str, float] = field(default_factory=dict)
+    foretold: dict[str, Foretold] = field(default_factory=dict)
 
     def run(self) -> None:
         """Search."""
@@ -105,21 +113,27 @@ class Tuning:
         choices, self.refused = possible(self.config, every, self.ranks, self.section)
         if not choices:
             raise click.ClickException(self.failures())
-        click.echo(f"{len(choices)} configs, {len(every) - len(choices)} of them refused by name")
+        click.echo(f"{len(choices)} configs, and {len(every) - len(choices)} that no job would run")
+        expected = self._plan(choices) if self.plan["model"] is not None else None
+        choices = [choice for choice in choices if not self._refused(choice)]
+        if not choices:
+            raise click.ClickException(self.failures())
         search(
             choices,
             self._try,
             how=self.section.tuner_type,
             most=self.section.tuner_num_trials,
             patience=self.section.tuner_early_stopping,
+            foretold=expected,
         )
 
     def score(self, trial: Any) -> float:
         """Larger is better."""
         if self.section.metric == "latency":
             return 1.0 / float(trial.seconds)
-        flops = self.flops.get(trial.name, 0.0)
-        return flops / float(trial.seconds) if self.section.metric == "flops" else trial.throughput
+        if self.section.metric == "flops":
+            return self.foretold[trial.name].flops / float(trial.seconds)
+        return float(trial.throughput)
 
     def best(self) -> Any | None:
         """The trial of the largest score; ``None`` if all failed."""
@@ -181,12 +195,11 @@ class Tuning:
         name, folder = name_of(choice), Path(self.section.exps_dir)
         config = config_of(self.config, choice)
 
-        def run(planned: str = "") -> Trial:
-            made = Trial(name, dict(choice), error=planned)
-            if not planned:
-                options: dict[str, Any] = {"ranks": self.ranks, "timeout": self.section.timeout}
-                words = told(self.script, config, self.section.arg_mappings)
-                run_trial(made, config, words, folder=folder / name, **options)
+        def run() -> Trial:
+            made = Trial(name, dict(choice))
+            options: dict[str, Any] = {"ranks": self.ranks, "timeout": self.section.timeout}
+            words = told(self.script, config, self.section.arg_mappings)
+            run_trial(made, config, words, folder=folder / name, **options)
             return made
 
         before = next((trial for trial in self.trials if trial.name == name), None)
@@ -196,31 +209,42 @@ class Tuning:
                 before.write(folder)
                 click.echo(f"     {name}, again: {before.throughput:,.2f} samples/s in the mean")
             return self.score(before)
-        planned = self._planned(config, folder / name)
         trial = Trial.read(folder, name)
         if trial is None or trial.choice != dict(choice):
-            trial = run(planned)
+            trial = run()
             trial.write(folder)
         self.trials.append(trial)
         line = trial.error or f"{trial.throughput:,.2f} samples/s, {trial.seconds:.4f} s a step"
         click.echo(f"{len(self.trials):3}  {name}: {line}")
         return None if trial.error else self.score(trial)
 
-    def _planned(self, config: Mapping[str, Any], folder: Path) -> str:
-        """Why a plan says that a config does not run; empty if it does, or nobody asked."""
-        if self.plan["model"] is None:
-            return ""
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "planned.json"
-        file.write_text(json.dumps({k: v for k, v in config.items() if k != PATH}), "utf-8")
-        command = [sys.executable, "-m", "drivetrain.cli", "plan", str(file), "--json"]
-        command += ["--gpus", str(self.ranks), "--no-largest", "--no-ways-out"]
-        for option, value in self.plan.items():
-            command += [] if value is None else [f"--{option}", str(value)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        try:
-            found = json.loads(done.stdout)
-        except ValueError:
-            return f"its plan says: {(done.stderr.strip() or done.stdout)[-300:]}"
-        self.flops[folder.name] = float(found["flops"])
-        return "" if found["fits"] else f"needs {found['needs']:,} bytes by its plan"
+    def _plan(self, choices: Sequence[Choice]) -> dict[Choice, float]:
+        """Plan all choices; returns the scores that are foretold."""
+        from drivetrain_autotuning.foretold import foretell
+        from drivetrain_autotuning.space import config_of, name_of
+
+        click.echo(f"planning {len(choices)} configs")
+        names = {name_of(choice): choice for choice in choices}
+        configs = {name: config_of(self.config, choice) for name, choice in names.items()}
+        for config in configs.values():
+            config.pop(PATH, None)
+        self.foretold = foretell(configs, self.plan, self.ranks, click.echo)
+        found: dict[Choice, float] = {}
+        for name, plan in self.foretold.items():
+            per_step = {"throughput": float(plan.samples), "flops": plan.flops, "latency": 1.0}
+            if plan.seconds > 0:
+                found[names[name]] = per_step[self.section.metric] / plan.seconds
+        return found
+
+    def _refused(self, choice: Choice) -> bool:
+        """Whether a choice's plan says that it does not run; noted as a trial that failed."""
+        from drivetrain_autotuning.space import name_of
+        from drivetrain_autotuning.trial import Trial
+
+        found = self.foretold.get(name_of(choice))
+        if found is None or (found.fits and not found.error):
+            return False
+        needs = f"needs {found.needs:,} bytes by its plan"
+        error = f"its plan says: {found.error[-300:]}" if found.error else needs
+        self.trials.append(Trial(found.name, dict(choice), error=error))
+        return True

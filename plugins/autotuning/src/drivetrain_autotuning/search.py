@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +29,7 @@ def search(
     how: str,
     most: int,
     patience: int,
+    foretold: Mapping[Choice, float] | None = None,
 ) -> dict[Choice, float | None]:
     """Try choices until there is little to gain; returns those tried with their scores.
 
@@ -42,16 +43,19 @@ def search(
         how: ``gridsearch``, ``random`` or ``model_based``.
         most: trials.
         patience: trials without a better one, after which it ends.
+        foretold: scores of choices, known beforehand but for a factor. What is modelled is then how
+            far each is from the truth, and the first choices are those of which most is foretold.
     """
     tried: dict[Choice, float | None] = {}
     best, since = 0.0, 0
     shuffled = [choices[at] for at in np.random.default_rng(0).permutation(len(choices))]
     order = list(choices) if how == "gridsearch" else shuffled
     points = _features(choices)
+    before = _expected(choices, foretold or {})
     while len(tried) < min(most, len(choices)) and since < patience:
         chosen = next(choice for choice in order if choice not in tried)
         if how == "model_based":
-            found = _next(choices, points, tried)
+            found = _next(choices, points, tried, before)
             if found is None:
                 break
             chosen = found
@@ -83,8 +87,23 @@ def _features(choices: Sequence[Choice]) -> NDArray[np.float64]:
     return (kept - kept.min(axis=0)) / np.ptp(kept, axis=0) if kept.size else kept
 
 
+def _expected(
+    choices: Sequence[Choice], foretold: Mapping[Choice, float]
+) -> NDArray[np.float64] | None:
+    """Logarithms of what is foretold; their mean where nothing is. ``None`` if nothing is known."""
+    known = [math.log(found) for choice in choices if (found := foretold.get(choice, 0.0)) > 0]
+    if not known:
+        return None
+    mean = sum(known) / len(known)
+    scores = (foretold.get(choice, 0.0) for choice in choices)
+    return np.array([math.log(score) if score > 0 else mean for score in scores])
+
+
 def _next(
-    choices: Sequence[Choice], points: NDArray[np.float64], tried: dict[Choice, Any]
+    choices: Sequence[Choice],
+    points: NDArray[np.float64],
+    tried: dict[Choice, Any],
+    before: NDArray[np.float64] | None,
 ) -> Choice | None:
     """The choice of most expected improvement; ``None`` where that is too little."""
     left = [place for place, choice in enumerate(choices) if choice not in tried]
@@ -92,11 +111,14 @@ def _next(
     scores = [tried[choices[place]] for place in done]
     worked = [score for score in scores if score]
     if len(worked) < _SEEDS or not points.size:
+        if before is not None:
+            return choices[max(left, key=lambda at: float(before[at]))]
         return choices[_farthest(points, left, done)]
     good = [place for place in done if tried[choices[place]]]
-    mean, spread = _foretold(
-        points[good], [math.log(tried[choices[p]]) for p in good], points[left]
-    )
+    known = np.zeros(len(choices)) if before is None else before
+    wrong = [math.log(tried[choices[place]]) - known[place] for place in good]
+    mean, spread = _foretold(points[good], wrong, points[left])
+    mean = mean + known[left]
     gain = mean - math.log(max(worked))
     expected = gain * _below(gain / spread) + spread * _density(gain / spread)
     expected *= _works(points[left], points[done], [bool(score) for score in scores])

@@ -65,9 +65,11 @@ class Quantum:
     def receive(self, parameter: nn.Parameter, gradient: torch.Tensor) -> torch.Tensor:
         """Return ``gradient`` in float64, each element rounded to a multiple of the unit."""
         self._times[parameter] += 1
+        if gradient.numel():
+            # In one pass: a norm of infinite order takes twenty times as long on a CPU.
+            low, high = torch.aminmax(gradient)  # NaN if one element is
+            self._largest = torch.maximum(self._largest, torch.maximum(high, -low).double())
         exact = gradient.double()  # a copy: no parameter is in float64
-        largest = torch.linalg.vector_norm(exact, math.inf)
-        self._largest = torch.maximum(self._largest, largest)  # NaN if one is
         # Adding and taking away 1.5 * 2**52 units leaves no digits below one unit; what is that
         # large itself is beyond the limit, and its window is skipped.
         shift = 1.5 * self.unit * 2.0**52
