@@ -115,10 +115,12 @@ def _next(
             return choices[max(left, key=lambda at: float(before[at]))]
         return choices[_farthest(points, left, done)]
     good = [place for place in done if tried[choices[place]]]
-    known = np.zeros(len(choices)) if before is None else before
-    wrong = [math.log(tried[choices[place]]) - known[place] for place in good]
-    mean, spread = _foretold(points[good], wrong, points[left])
-    mean = mean + known[left]
+    logs = np.log([tried[choices[place]] for place in good])
+    mean, spread, likely = _foretold(points[good], logs, points[left])
+    if before is not None:
+        wrong, how_wrong, likelier = _foretold(points[good], logs - before[good], points[left])
+        if likelier > likely:  # else what was foretold tells less than nothing
+            mean, spread = before[left] + wrong, how_wrong
     gain = mean - math.log(max(worked))
     expected = gain * _below(gain / spread) + spread * _density(gain / spread)
     expected *= _works(points[left], points[done], [bool(score) for score in scores])
@@ -127,9 +129,9 @@ def _next(
 
 
 def _foretold(
-    known: NDArray[np.float64], scores: list[float], wanted: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard deviation of scores at points, by a Gaussian process."""
+    known: NDArray[np.float64], scores: NDArray[np.float64], wanted: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """Mean and standard deviation of scores at points, by a Gaussian process; its likelihood."""
     from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
     from sklearn.gaussian_process import GaussianProcessRegressor  # type: ignore[import-untyped]
     from sklearn.gaussian_process.kernels import Matern, WhiteKernel  # type: ignore[import-untyped]
@@ -138,9 +140,12 @@ def _foretold(
     model = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # few points say little of lengths
-        model.fit(known, np.array(scores))
+        model.fit(known, scores)
     mean, spread = model.predict(wanted, return_std=True)
-    return mean, np.maximum(spread, 1e-9)
+    # Of normalised scores, and so of a density that is wider by their deviation.
+    scale = max(float(scores.std()), 1e-9)
+    likely = float(model.log_marginal_likelihood_value_) - len(scores) * math.log(scale)
+    return mean, np.maximum(spread, 1e-9), likely
 
 
 def _works(
