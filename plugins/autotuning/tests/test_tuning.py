@@ -310,7 +310,9 @@ def test_what_is_foretold_saves_trials_and_costs_none_where_it_is_wrong(wrong: f
     scores = {c: surface(**dict(c), bucket=5e7, tp=1, fails=False) for c in choices}
     best = max(score for score in scores.values() if score)
     shaken = np.random.default_rng(1).normal(0.0, wrong, len(choices))
-    plans = {c: 3e3 * (scores[c] or 0.0) * math.exp(z) for c, z in zip(choices, shaken, strict=True)}
+    plans = {
+        c: 3e3 * (scores[c] or 0.0) * math.exp(z) for c, z in zip(choices, shaken, strict=True)
+    }
     most = 6 if wrong < 1 else len(choices) // 2
     options: dict[str, Any] = {"how": "model_based", "most": most, "patience": 20}
     tried = search(choices, scores.__getitem__, foretold=plans, **options)

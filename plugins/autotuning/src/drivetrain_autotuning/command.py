@@ -31,7 +31,9 @@ _PLACE = "{config}"
 @click.option("--inputs", metavar="MODULE:FUNCTION", help="For plans: see drivetrain plan.")
 @click.option("--sequence", type=click.IntRange(1), help="For plans: tokens of a sample.")
 @click.option(
-    "--memory", type=Bytes(), help="Of a device, e.g. 80G; what needs more by its plan is not tried."
+    "--memory",
+    type=Bytes(),
+    help="Of a device, e.g. 80G; what needs more by its plan is not tried.",
 )
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="gpu", show_default=True)
 @click.option("--run", "run_best", is_flag=True, help="Run the script with the best config then.")

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from drivetrain.errors import DrivetrainError
 
 if TYPE_CHECKING:
@@ -73,9 +75,7 @@ def foretell(
         threads = str(max(1, (os.cpu_count() or 1) // ranks))
         environment = {"OMP_NUM_THREADS": threads} | os.environ
         command = [sys.executable, "-m", "drivetrain_autotuning.foretold", str(file)]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     found = [Foretold(**json.loads(line)) for line in done.stdout.splitlines() if line[:1] == "{"]
     if done.returncode:
         say(f"plans ended after {len(found)} of {len(configs)}: {done.stderr.strip()[-300:]}")
@@ -109,7 +109,6 @@ def plans(
 
 def _machine(ranks: int) -> tuple[MachineTable, Callable[[MachineTable, Rehearsed], None]]:
     """The table of this machine, and what adds operators to it."""
-    from drivetrain.job.accelerator_choice import choose_accelerator
     from drivetrain_cli.planning.machine_table import MachineTable, usual_place
     from drivetrain_cli.planning.measuring import (
         measure_collectives,
@@ -117,6 +116,8 @@ def _machine(ranks: int) -> tuple[MachineTable, Callable[[MachineTable, Rehearse
         time_operators,
     )
     from drivetrain_cli.planning.overhead import overhead_of
+
+    from drivetrain.job.accelerator_choice import choose_accelerator
 
     accelerator = choose_accelerator()
     if usual_place().exists():
@@ -128,7 +129,7 @@ def _machine(ranks: int) -> tuple[MachineTable, Callable[[MachineTable, Rehearse
         try:
             table.collectives = measure_collectives(ranks)
         except DrivetrainError as error:
-            print(f"without times of collectives: {error}", file=sys.stderr)
+            click.echo(f"without times of collectives: {error}", err=True)
 
     def timed(table: MachineTable, rehearsed: Rehearsed) -> None:
         ran = rehearsed.operators.found.values()
@@ -143,7 +144,7 @@ def main() -> None:
     given = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     sys.path.insert(0, str(Path.cwd()))  # as for a script that is run here
     for each in plans(given["configs"], given["plan"], given["ranks"]):
-        print(json.dumps(asdict(each)), flush=True)
+        click.echo(json.dumps(asdict(each)))  # which flushes
 
 
 if __name__ == "__main__":

@@ -83,7 +83,9 @@ def _pieces(found: Rehearsed, price: Price, table: MachineTable) -> list[float]:
 
     What a rank does beside operators (collectives of other axes) is spread over them.
     """
-    each = {operator.number: seconds_of(operator, table) for operator in found.operators.found.values()}
+    each = {
+        operator.number: seconds_of(operator, table) for operator in found.operators.found.values()
+    }
     each[VIEW] = 0.0
     begins = found.step_begins
     taken = (each[number] + table.overhead for number in found.operators.order[begins:])
