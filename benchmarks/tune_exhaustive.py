@@ -6,12 +6,13 @@
 A GPT of four blocks (1.4 million parameters) trains for some steps on two ranks of one thread each,
 with every combination of micro-batch, accumulation, ZeRO stage, place of optimizer states and
 recomputation, in a random order. Then the tuner's search begins anew four times, each time with
-trials of its own and a quarter of the configs: twice knowing nothing beforehand, and twice with
-the plans of all configs, as ``drivetrain tune --model`` has them. ``share of the best``: the
-samples a second of the config that it chose over those of the best one, both as the search of all
-measured them; the worse one of the two. Seconds are those of the processor, of the
-rank that took most, for the machine may do other work; with ``--clock wall`` they are those of the clock. Trials run in processes that are
-kept, not in a new one each, as ``drivetrain tune`` does, so that the search of all takes minutes.
+trials of its own and a quarter of the configs: twice knowing nothing beforehand, and twice with the
+plans of all configs, as ``drivetrain tune --model`` has them. ``share of the best``: the samples a
+second of the config that it chose over those of the best one, both as the search of all measured
+them; the worse one of the two. Seconds are those of the processor, of the rank that took most, for
+the machine may do other work; with ``--clock wall`` they are those of the clock. Trials run in
+processes that are kept, not in a new one each, as ``drivetrain tune`` does, so that the search of
+all takes minutes.
 
 ``replayed`` says what luck had to do with it: the same searches over the measured figures, each
 shaken by 3 % at random, 40 times: the part of them that come within 5 % of the best.
