@@ -153,6 +153,7 @@ def main() -> None:
     shown = {
         "error": errors,
         "largest": max(abs(each) for each in errors.values()),
+        "within_5_percent": sum(abs(each) <= 0.05 for each in errors.values()),
         "sum": round(max(sums), 6),
     }
     print(json.dumps(shown, indent=1))
