@@ -143,6 +143,14 @@ def test_what_does_not_fit_by_its_plan_is_not_run(folder: Path) -> None:
     assert not list((folder / "autotuning_exps").rglob("output.log"))
 
 
+def test_options_that_plans_do_not_take_are_told(folder: Path) -> None:
+    plan = ["--model", "no_such:make", "--memory", "9X"]
+    result = tune(*plan, "job.json", "train.py", "--config", "{config}")
+    assert result.exit_code == 1
+    assert "no config could be planned" in result.output
+    assert "'9X' is no size" in result.output
+
+
 def test_what_is_fastest_by_its_plan_is_tried_first(folder: Path) -> None:
     (folder / "of_tuning.py").write_text(
         "import torch\ndef make():\n    return torch.nn.Linear(8, 8)\n"

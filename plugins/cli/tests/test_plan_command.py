@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from drivetrain_cli.memory import Ranks
 from drivetrain_cli.planning.allocators import heap_peak
 from drivetrain_cli.planning.fitting import needed
-from drivetrain_cli.planning.machine_table import MachineTable, seconds_at
+from drivetrain_cli.planning.machine_table import MachineTable, seconds_at, usual_place
 from drivetrain_cli.planning.plan_command import Bytes
 from drivetrain_cli.planning.price import price_of
 from drivetrain_cli.planning.rehearsed import Rehearsed, rehearse
@@ -252,6 +252,47 @@ def test_what_was_run_by_itself_goes_before_curves() -> None:
     (product,) = [o for o in found.operators.in_window(3) if o.calls[3, "forward"] == 4]
     table = MachineTable({}, operators={product.signature: 2.0})
     assert price_of(found, table, on_cpu=True).phases["forward"] == pytest.approx(8.0)
+
+
+def test_many_configs_are_planned_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config that is wrong is a line like any other; times come from operators that are run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    MachineTable({}, overhead=1e-6).write(usual_place())
+    (tmp_path / "of_plans.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Linear(64, 64)\n"
+        "def rows(samples, _):\n    return torch.zeros(samples, 64)\n"
+    )
+    optimizer = {"type": "AdamW"}
+    configs = {
+        "few": {"train_micro_batch_size_per_gpu": 2, "optimizer": optimizer},
+        "many": {"train_micro_batch_size_per_gpu": 65536, "optimizer": optimizer},
+        "wrong": {"train_micro_batch_size_per_gpu": 2, "optimiser": optimizer},
+    }
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    options = ["--model", "of_plans:make", "--inputs", "of_plans:rows", "--device", "cpu"]
+    result = CliRunner().invoke(main, ["plans", "configs.json", *options, "--memory", "40M"])
+    assert result.exit_code == 0, result.output
+    few, many, wrong = map(json.loads, result.output.splitlines())
+    assert (few["samples"], many["samples"]) == (2, 65536)
+    assert few["fits"]
+    assert not many["fits"]
+    assert many["needs"] > few["needs"]
+    assert many["flops"] == 32768 * few["flops"]
+    assert many["seconds"] > few["seconds"] > 0
+    assert "optimiser" in wrong["error"]
+    assert "optimiser" not in few["error"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"a": 1}'])
+def test_configs_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "configs.json").write_text(text)
+    file = str(tmp_path / "configs.json")
+    result = CliRunner().invoke(main, ["plans", file, "--model", "of_plans:make"])
+    assert result.exit_code == 2
+    assert "is no JSON object of configs by name" in " ".join(result.output.split())
 
 
 def test_a_curve_is_straight_between_logarithms() -> None:

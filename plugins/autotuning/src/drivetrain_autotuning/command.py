@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from drivetrain_cli.planning.plan_command import Bytes
 
 from drivetrain_autotuning.section import PATH, AutotuningSection
 
@@ -30,11 +29,7 @@ _PLACE = "{config}"
 @click.option("--model", metavar="M", help="For plans: see drivetrain plan.")
 @click.option("--inputs", metavar="MODULE:FUNCTION", help="For plans: see drivetrain plan.")
 @click.option("--sequence", type=click.IntRange(1), help="For plans: tokens of a sample.")
-@click.option(
-    "--memory",
-    type=Bytes(),
-    help="Of a device, e.g. 80G; what needs more by its plan is not tried.",
-)
+@click.option("--memory", help="Of a device, e.g. 80G; what needs more by its plan is not tried.")
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), default="gpu", show_default=True)
 @click.option("--run", "run_best", is_flag=True, help="Run the script with the best config then.")
 @click.argument("config")
@@ -51,7 +46,7 @@ def tune(
     """Find the values of CONFIG with which SCRIPT and its ARGUMENTS run fastest.
 
     In the arguments, {config} stands for the config of a trial. The section autotuning says what is
-    tried. With --model, all configs are planned first, as by drivetrain plan: those that would not
+    tried. With --model, all configs are planned first, as by drivetrain plans: those that would not
     fit into --memory are left out, and the ones that should be fastest are tried first. What was
     tried is kept, so that a run that was ended goes on.
     """
