@@ -40,6 +40,13 @@ def test_a_wrong_config_is_caught_by_every_class_that_says_so(kind):
         engine_of(checkpoint={"tag_validation": "foo"})
 
 
+def test_ranks_that_nobody_is_to_connect_are_an_error(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(AssertionError, match="nothing has connected the 2 ranks"):
+        deepspeed.initialize(model=torch.nn.Linear(2, 2), config=CONFIG, dist_init_required=False)
+
+
 def test_wrong_calls_of_an_engine_are_assertions_too(tmp_path):
     engine = engine_of()
     with engine.no_sync():

@@ -8,6 +8,8 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+import torch.distributed as dist
+
 from deepspeed._config.files import ConfigSource, read_config
 from deepspeed._config.translate import translate
 from deepspeed._parts.errors import AsDeepSpeed
@@ -50,14 +52,21 @@ def initialize(
         Engine, optimizer, loader and schedule; the last three may be ``None``.
 
     Raises:
-        ConfigError: with every problem of the config at once.
+        ConfigError: with every problem of the config at once; or ranks are not connected, and
+            ``dist_init_required`` is false.
         PluginError: a plugin that the config names cannot be used.
         CommunicationError: the ranks did not come together.
     """
+    ranks = Ranks.current()
+    if dist_init_required is False and ranks.world_size > 1 and not dist.is_initialized():
+        raise ConfigError(
+            f"deepspeed.initialize: dist_init_required is False, and nothing has connected the "
+            f"{ranks.world_size} ranks: call deepspeed.init_distributed() first, or leave it out"
+        )
     source = _one_config(args, config, config_params)
     given = read_config(source)
     done = translate(given)
-    if Ranks.current().rank == 0:
+    if ranks.rank == 0:
         for line in done.notes:
             logger.info("config: %s", line)
         for line in done.ignored:
