@@ -57,16 +57,12 @@ def initialize(
         PluginError: a plugin that the config names cannot be used.
         CommunicationError: the ranks did not come together.
     """
-    ranks = Ranks.current()
-    if dist_init_required is False and ranks.world_size > 1 and not dist.is_initialized():
-        raise ConfigError(
-            f"deepspeed.initialize: dist_init_required is False, and nothing has connected the "
-            f"{ranks.world_size} ranks: call deepspeed.init_distributed() first, or leave it out"
-        )
+    if dist_init_required is False:
+        _refuse_unconnected(Ranks.current().world_size)
     source = _one_config(args, config, config_params)
     given = read_config(source)
     done = translate(given)
-    if ranks.rank == 0:
+    if Ranks.current().rank == 0:
         for line in done.notes:
             logger.info("config: %s", line)
         for line in done.ignored:
@@ -96,6 +92,14 @@ def initialize(
     ours = cast("DeepSpeedEngine", engine)
     _complete(ours, given)
     return ours, cast("DeepSpeedOptimizer | None", ours.optimizer), loader, schedule
+
+
+def _refuse_unconnected(ranks: int) -> None:
+    if ranks > 1 and not dist.is_initialized():
+        raise ConfigError(
+            "deepspeed.initialize: dist_init_required is False, and nothing has connected the "
+            f"{ranks} ranks: call deepspeed.init_distributed() first, or leave it out"
+        )
 
 
 def _complete(engine: DeepSpeedEngine, config: Mapping[str, Any]) -> None:
