@@ -92,6 +92,84 @@ warns and names it.
 
 """
 
+UNLIKE_INTRODUCTION = """\
+## Tests of DeepSpeed that do not pass
+
+Of DeepSpeed's own unit tests ([how many pass](../plugins/compat/BENCHMARKS.md)), these ask for
+what is different here on purpose.
+
+| test | what it asks for |
+|---|---|"""
+
+UNLIKE: tuple[tuple[str, str], ...] = (
+    (
+        "`runtime/test_ds_config_dict`",
+        (
+            "that a `DeepSpeedConfig` is changed and checked again; here it is for reading. Texts"
+            " of errors"
+        ),
+    ),
+    (
+        "`runtime/zero/test_zero_context`, `test_zero_context_ancestry`",
+        (
+            "that parameters have no elements outside of `GatheredParameters`, and half precision"
+            " under `zero.Init` without asking; here they show their shape, and keep their dtype"
+        ),
+    ),
+    (
+        "`runtime/zero/test_unwrap_model`",
+        "hooks of the optimizer, of which there are none to take away",
+    ),
+    (
+        "`runtime/zero/test_zero_context_return`",
+        "`_external_params` of modules; parameters that a forward returns need no list",
+    ),
+    (
+        "`runtime/zero/test_zero_leaf_module`",
+        "default leaf modules, and an error for inputs without gradients; no unit needs either",
+    ),
+    (
+        "`runtime/zero/test_zero_hook_attribute_delegation`, `test_zero_late_module_attach`",
+        "hooks and dicts that stage 3 puts into modules",
+    ),
+    (
+        "`runtime/test_no_sync_ctxt`",
+        "that `no_sync` is refused from stage 2 on; here it works at every stage",
+    ),
+    (
+        "`runtime/half_precision/test_fp16`, `v1/half_precision/test_bf16`",
+        "that optimizers which DeepSpeed has not tested are refused; here all are accepted",
+    ),
+    (
+        "`runtime/test_ds_initialize`",
+        (
+            "that the optimizer which the script passes is returned itself; here it is the "
+            "engine's, over the same groups"
+        ),
+    ),
+    (
+        "`runtime/test_lr_schedulers`",
+        "`step_ratio` and other attributes of the inside of `OneCycle`",
+    ),
+    (
+        "`checkpoint/test_zero_optimizer`",
+        "`_get_optimizer_ckpt_name`, `get_model_ckpt_name_for_rank`: names of files",
+    ),
+    (
+        "`ops/adam/test_cpu_adam`",
+        "the kernel's own functions from `CPUAdamBuilder().load()`",
+    ),
+    (
+        "`launcher/test_run`",
+        "`_parse_hostfile`; filters that name a host twice, or leave none",
+    ),
+    (
+        "`v1/half_precision/test_gradient_clipping_default`, `v1/test_engine_log_level`",
+        "methods of the engine called with other objects",
+    ),
+)
+"""Tests of DeepSpeed -> what they ask for that is different here."""
+
 FRAMEWORKS = """\
 ## Frameworks
 
@@ -171,7 +249,10 @@ lacks.
 def moving_page() -> str:
     """The whole page."""
     parts = [
-        INTRODUCTION + FRAMEWORKS,
+        INTRODUCTION + UNLIKE_INTRODUCTION,
+        *(f"| {test} | {text} |" for test, text in UNLIKE),
+        "",
+        FRAMEWORKS,
         *_frameworks(),
         OTHERS.strip("\n").join(("\n", "")),
         "",
