@@ -95,8 +95,8 @@ warns and names it.
 UNLIKE_INTRODUCTION = """\
 ## Tests of DeepSpeed that do not pass
 
-Of DeepSpeed's own unit tests ([how many pass](../plugins/compat/BENCHMARKS.md)), these ask for
-what is different here on purpose.
+Of DeepSpeed's own unit tests (`plugins/compat/BENCHMARKS.md` counts them), these ask for what is
+different here on purpose.
 
 | test | what it asks for |
 |---|---|"""
