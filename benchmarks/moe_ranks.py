@@ -88,7 +88,7 @@ def route(ranks: int) -> float:
     experts = GroupedMLP(ranks, NARROW, NARROW, gated=False)
     layer = MoE(NARROW, experts, ranks, ranks, CHOICES, drop_tokens=False)
     engine = engine_of(layer, ranks, 0)
-    axis = layer._way.experts
+    axis = layer.way.experts
     assert axis is not None
     axis.communicator = Mirror(axis.communicator)
     x = torch.randn(TOKENS, NARROW, requires_grad=True)

@@ -84,10 +84,69 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**FOUR, "head_dim": 8, "layer_types": ["full_attention", "full_attention"]},
     ),
 }
+MODELS |= {
+    # Experts that take a block of rows each, and scores on what goes into them.
+    "llama4_text": (
+        "Llama4ForCausalLM",
+        {
+            **FOUR,
+            "head_dim": 8,
+            "intermediate_size_mlp": 24,
+            "interleave_moe_layer_step": 1,
+            "moe_layers": [0, 1],
+            "attention_chunk_size": 16,
+            "no_rope_layers": [1, 0],
+        },
+    ),
+    # Experts in dictionaries of modules.
+    "switch_transformers": (
+        "SwitchTransformersForConditionalGeneration",
+        {
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 24,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+            "num_heads": 2,
+            "num_experts": 4,
+            "expert_capacity": 7,
+            "num_sparse_encoder_layers": 2,
+            "num_sparse_decoder_layers": 2,
+            "dropout_rate": 0.0,
+            "router_dtype": "float64",
+            "router_jitter_noise": 0.0,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "nllb_moe": (
+        "NllbMoeForConditionalGeneration",
+        {
+            "d_model": 16,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_ffn_dim": 24,
+            "decoder_ffn_dim": 24,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_sparse_step": 1,
+            "decoder_sparse_step": 1,
+            "num_experts": 4,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "activation_dropout": 0.0,
+            "moe_token_dropout": 0.0,
+            "encoder_layerdrop": 0.0,
+            "decoder_layerdrop": 0.0,
+            "router_dtype": "float64",
+            "second_expert_policy": "all",
+            "decoder_start_token_id": 0,
+        },
+    ),
+}
 NOISY = ("phimoe",)
 """Whose routers draw random numbers in training."""
 
-ORDINARY = ("mixtral", "deepseek_v3", "gpt_oss")
+ORDINARY = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "switch_transformers")
 
 
 def build(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -159,9 +218,9 @@ def claim(families: list[str], world: int, ep: int) -> None:
     ranks = run_distributed(train, world, families, ep, {})
     for family in families:
         losses, state = reference(family, world)
+        assert set().union(*(found[family][1] for found in ranks)) == set(state)
         for losses_here, whole, small in (found[family] for found in ranks):
             assert len(losses_here) == STEPS
-            assert set(whole) == set(state)
             assert all(count == 4 // ep for count in small)
             for name, value in whole.items():
                 torch.testing.assert_close(
@@ -196,6 +255,99 @@ def test_a_model_with_all_its_experts_is_as_it_was_after_the_job() -> None:
         assert engine(**batch(0, 0)).loss > 0
         engine.destroy()
     assert not any("forward" in vars(part) for part in model.modules())
+
+
+# -- lists of modules ------------------------------------------------------------------------------
+
+
+class Listed(nn.Module):
+    """A layer as models had it before Transformers 5: a loop over a list, which skips experts."""
+
+    def __init__(self, experts: int = 4) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, experts, bias=False)
+        self.drawn: list[torch.Tensor] = []
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)) for _ in range(experts)
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = x.reshape(-1, x.shape[-1])
+        logits = self.router(flat)
+        self.drawn.append(torch.rand_like(logits))
+        weight, index = logits.softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(flat)
+        for number in range(len(self.experts)):
+            token, place = torch.where(index == number)
+            if len(token):
+                rows = self.experts[number](flat[None, token].reshape(-1, flat.shape[-1]))
+                out.index_add_(0, token, rows * weight[token, place, None])
+        return out.reshape(x.shape), logits
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, experts: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Listed(experts) for _ in range(2))
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return x.square().sum() / 24
+
+
+def rows_of(shard: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(shard)
+    count = (6, 0, 1, 3)[shard]  # experts that no token of a rank has chosen, and no tokens at all
+    return torch.randn(1, count, 8, generator=generator, dtype=torch.float64)
+
+
+def train_listed(stage: int) -> dict[str, torch.Tensor]:
+    engine, *_ = drivetrain.initialize(
+        model=TwoLayers(),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,
+            "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "expert_parallel": {"enabled": True, "autoep_size": 2},
+        },
+    )
+    for _ in range(STEPS):
+        engine.backward(engine(rows_of(engine.job.rank)))
+        engine.step()
+    drawn = [layer.drawn[:2] for layer in engine.module.layers]
+    assert all(torch.equal(first, second) for first, second in drawn)
+    assert engine.job.rank or not torch.equal(drawn[0][0], drawn[1][0])
+    assert len(engine.module.layers[0].experts) == 2
+    with drivetrain.whole(engine.module):
+        found = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
+    engine.destroy()
+    return found
+
+
+def test_experts_in_a_list_train_as_they_do_alone() -> None:
+    model = TwoLayers()
+    assert [experts.name for experts in find_experts(model)] == [
+        "layers.0.experts",
+        "layers.1.experts",
+    ]
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        torch.stack([model(rows_of(shard)) for shard in range(2)]).mean().backward()
+        optimizer.step()
+    expected = {n: p.detach() for n, p in model.named_parameters()}
+    for stage in (0, 3):
+        ranks = run_distributed(train_listed, 2, stage)
+        seen = set()
+        for found in ranks:
+            for name, value in found.items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-9, msg=name)
+            seen |= set(found)
+        assert seen == set(expected)
 
 
 # -- bad input -------------------------------------------------------------------------------------

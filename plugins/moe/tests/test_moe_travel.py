@@ -24,6 +24,7 @@ from drivetrain_moe import MoE
 from drivetrain_moe.axes import ExpertAxes
 from drivetrain_moe.exchange import way_of
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import drivetrain
 from drivetrain.contracts import (
@@ -45,6 +46,10 @@ from drivetrain.contracts.state.parameters import ParameterTable
 from drivetrain.errors import ConfigError
 from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
+
+
+SEPARATE = {"cpu": {"shared_memory": False}} if find_spec("drivetrain_cpu") else {}
+"""Ranks that read each other's shards where they lie could gather at any time."""
 
 
 class AlikeSection(Section):
@@ -134,8 +139,8 @@ def noted(halves: bool) -> list[list[str]]:
     layer = MoE(WIDTH, Expert(), EXPERTS, 2, 2, drop_tokens=False, use_residual=True)
     layer.residual, layer.shared_expert = Named("residual", notes), Named("shared", notes)
     engine = engine_of(layer.double(), moe={"halves": halves})
-    assert layer._way.experts is not None
-    layer._way.experts.communicator = Noting(layer._way.experts.communicator, notes)
+    assert layer.way.experts is not None
+    layer.way.experts.communicator = Noting(layer.way.experts.communicator, notes)
     for expert in list(layer.experts.values())[:1]:
         expert.register_forward_hook(lambda *_: notes.append("experts"))
     x = torch.randn(TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
@@ -286,9 +291,14 @@ def test_so_they_do_beside_layers_that_are_cut(in_parts: bool) -> None:
 def test_so_they_do_beside_data_shards_and_copies(tp: int, ep: int, stage: int) -> None:
     kinds = ["top-2", "dropless top-2", "grouped", "shared", "experts choose"]
     zero = {"zero_optimization": {"stage": stage}}
-    # At stage 3 these layers, in no repeated block, need weights that are read in place.
-    halves = stage == 2 or (stage == 3 and find_spec("drivetrain_cpu") is not None)
-    claim(kinds, 4, tp, ep, moe={"halves": halves}, gradient_clipping=0.1, **zero)
+    claim(kinds, 4, tp, ep, moe={"halves": stage > 0}, gradient_clipping=0.1, **zero, **SEPARATE)
+
+
+def test_experts_that_are_gathered_each_by_itself_are_so_for_each_half() -> None:
+    # Ranks have other experts in no repeated block, and one has rows for one half alone.
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    kinds = ["dropless top-2", "idle experts"]
+    claim(kinds, 2, 1, 2, moe={"halves": True}, zero_optimization=zero, **SEPARATE)
 
 
 @pytest.mark.long
@@ -347,16 +357,54 @@ def test_ranks_that_have_parts_of_an_expert_cannot_have_other_experts() -> None:
         way_of(job, "a", ExpertAxes(2, "ep", "edp", "tp"), expert, halves=False)
 
 
-def test_experts_that_would_draw_for_other_tokens_are_refused_by_name() -> None:
-    def way(p: float, alike: int) -> None:
-        expert = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.AlphaDropout(p)))
-        axes: Any = SimpleNamespace(
-            size=lambda axis: alike if axis == "tp" else 2, rank=lambda _axis: 0
-        )
-        job: Any = SimpleNamespace(parameters=ParameterTable(), communicator=axes, mesh=axes)
-        way_of(job, "a", ExpertAxes(2, "ep", "edp", "tp"), expert, halves=False)
+class Dropping(nn.Module):
+    """An expert that draws in a call, which no look at its modules would find."""
 
-    way(0.1, alike=1)
-    way(0.0, alike=2)
-    with pytest.raises(ConfigError, match=r"moe.over_tensor: a\.1\.0 is dropout of p = 0\.1"):
-        way(0.1, alike=2)
+    def __init__(self, notes: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.up, self.notes = nn.Linear(WIDTH, WIDTH), notes
+
+    def __deepcopy__(self, _memo: Any) -> Dropping:
+        return Dropping(self.notes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept = nn.functional.dropout(torch.ones_like(x), 0.5, self.training)
+        self.notes.append(kept.flatten()[:64] != 0)
+        found: torch.Tensor = self.up(x) * kept
+        return found
+
+
+def drawn() -> tuple[list[list[bool]], list[float]]:
+    notes: list[torch.Tensor] = []
+    layer = MoE(WIDTH, Dropping(notes), EXPERTS, 2, drop_tokens=False).double()
+    engine = engine_of(layer, 2)
+    x = torch.randn(64, WIDTH, dtype=torch.float64, requires_grad=True)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = engine.module(x)[0]
+        return out
+
+    torch.manual_seed(5)
+    before = forward(x)
+    next_ones = torch.rand(3).tolist()
+    torch.manual_seed(5)
+    again = checkpoint(forward, x, use_reentrant=False)
+    torch.testing.assert_close(again, before)
+    first = [note.tolist() for note in notes[: EXPERTS // 2]]
+    notes.clear()
+    again.square().sum().backward()
+    repeated = [note.tolist() for note in notes]
+    gradient = x.grad.clone()
+    x.grad = None
+    before.square().sum().backward()
+    torch.testing.assert_close(gradient, x.grad)
+    engine.destroy()
+    assert repeated == first
+    return first, next_ones
+
+
+def test_experts_that_draw_for_other_tokens_draw_apart_and_nothing_else_does() -> None:
+    (first, after), (other, after_other) = run_distributed(drawn, 2)
+    assert after == after_other
+    assert sum(len(note) for note in first) and sum(len(note) for note in other)
+    assert first != other

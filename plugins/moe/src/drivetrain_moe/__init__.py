@@ -10,7 +10,7 @@ from drivetrain.lazy import lazy_names
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "automatic": "FoundExperts find_experts",
+        "found": "FoundExperts find_experts",
         "experts": "ExpertList GroupedMLP",
         "grouped": "grouped_linear",
         "layer": "MoE",

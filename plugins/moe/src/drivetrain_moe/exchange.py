@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.functional import pad
-from torch.nn.modules.dropout import _DropoutNd
 
 from drivetrain.communication.functional import Functional, Started, functional
 from drivetrain.contracts import Purpose, Tag
-from drivetrain.errors import ConfigError
+from drivetrain.errors import ConfigError, TrainingError
+from drivetrain_moe.own_numbers import OwnNumbers
 from drivetrain_moe.routing import Routed
 
 if TYPE_CHECKING:
@@ -45,11 +45,15 @@ class Way:
             where every rank has tokens of its own.
         halves: whether tokens travel in two halves, of which one travels while experts compute the
             other.
+        equal: whether all ranks of ``experts`` have the same tokens, as those have that serve one
+            model together. Then none travels: each rank computes its experts' part of the results,
+            and these are summed.
     """
 
     experts: Functional | None = None
     alike: Functional | None = None
     halves: bool = False
+    equal: bool = False
 
 
 HERE = Way()
@@ -60,8 +64,7 @@ def way_of(job: Job, name: str, axes: ExpertAxes, experts: nn.Module, *, halves:
     """The way of the tokens of the layer ``name`` with ``experts`` in a job.
 
     Raises:
-        ConfigError: ranks have parts of an expert, and should have other experts, too; or experts
-            of ranks that draw the same numbers would draw for other tokens.
+        ConfigError: ranks have parts of an expert, and should have other experts, too.
     """
     tag = Tag(Purpose.ACTIVATION, name, "experts")
     shared = bool(axes.alike) and job.mesh.size(axes.alike) > 1
@@ -71,15 +74,6 @@ def way_of(job: Job, name: str, axes: ExpertAxes, experts: nn.Module, *, halves:
                 f"moe.over_tensor: ranks along {axes.alike} have parts of {name}.{part}, so they "
                 "compute each expert together and cannot have other experts: leave it false, or "
                 "use GroupedMLP, which stays whole"
-            )
-    for part, module in experts.named_modules() if shared else ():
-        # These ranks have one stream of random numbers in common. Experts of other tokens would
-        # take it to other places, and what all ranks draw afterwards would differ, silently.
-        if isinstance(module, _DropoutNd) and module.p > 0:
-            raise ConfigError(
-                f"moe.over_tensor: {name}.{part} is dropout of p = {module.p}, and ranks along "
-                f"{axes.alike} draw the same random numbers, so they cannot draw for other tokens: "
-                "leave it false, or put the dropout behind the layer"
             )
     return Way(
         functional(job.communicator, axes.experts, tag),
@@ -118,17 +112,72 @@ def through_experts(
         experts: how many there are, on all ranks of ``way.experts``.
         compute: this rank's experts.
         way: between which ranks tokens travel.
-        answers: parameters of this rank's experts.
+        answers: parameters of this rank's experts, which get zeros as gradients where there is no
+            token; without, ``compute`` is called all the same.
         meanwhile: what else is to be computed: the first while tokens travel, all others while
             answers do. See [Note: order of issue].
     """
     if way.alike is None:
         return _mixed(x, routed, experts, compute, way, answers, meanwhile)
+    # Of other tokens experts draw other numbers, on ranks that draw the same ones outside.
+    compute = OwnNumbers(x.device, way.alike.rank).around(compute)
     first, share = share_of(len(x), way.alike)
     padded = pad(x, (0, 0, 0, share * way.alike.size - len(x)))
     part = routed.between(first, first + share)
     own = _mixed(way.alike.split(padded), part, experts, compute, way, answers, meanwhile)
     return replace(own, output=way.alike.gather(own.output)[: len(x)])
+
+
+def through_sorted(
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    compute: Compute,
+    way: Way,
+    answers: Iterable[nn.Parameter] = (),
+) -> torch.Tensor:
+    """Have experts compute rows that are in their order already, without weights.
+
+    They travel whole, also where ``way`` says in halves.
+
+    Args:
+        rows: [n, d] in order of the experts of all ranks.
+        counts: [experts] rows of each.
+        compute: this rank's experts.
+        way: between which ranks rows travel.
+        answers: as for :func:`through_experts`.
+
+    Returns:
+        [n, d], in the order of ``rows``.
+    """
+    if way.alike is None:
+        return _sorted(rows, counts, compute, way, answers)
+    compute = OwnNumbers(rows.device, way.alike.rank).around(compute)
+    first, share = share_of(len(rows), way.alike)
+    padded = pad(rows, (0, 0, 0, share * way.alike.size - len(rows)))
+    expert = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
+    own = expert[first : first + share]
+    counts = torch.bincount(own, minlength=len(counts))
+    found = _sorted(way.alike.split(padded)[: len(own)], counts, compute, way, answers)
+    return way.alike.gather(pad(found, (0, 0, 0, share - len(own))))[: len(rows)]
+
+
+def _sorted(
+    rows: torch.Tensor,
+    counts: torch.Tensor,
+    compute: Compute,
+    way: Way,
+    answers: Iterable[nn.Parameter],
+) -> torch.Tensor:
+    if way.experts is None or way.experts.size == 1:
+        return _computed(rows, counts, compute, answers)
+    if way.equal:
+        expert = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
+        token, one = torch.arange(len(rows), device=rows.device), rows.new_ones(len(rows))
+        none = one.new_zeros(())
+        routed = Routed(token, expert, one, counts, none, none, none)
+        return _summed(rows, routed, len(counts), compute, way.experts, answers, ()).output
+    table = counts.view(1, way.experts.size, -1)
+    return _travelled(rows, table, way.experts, compute, answers, ())[0]
 
 
 def share_of(tokens: int, alike: Functional) -> tuple[int, int]:
@@ -159,6 +208,8 @@ def _mixed(
     meanwhile: Sequence[Callable[[], torch.Tensor]],
 ) -> Mixed:
     travels = way.experts is not None and way.experts.size > 1
+    if way.equal and way.experts is not None and travels:
+        return _summed(x, routed, experts, compute, way.experts, answers, meanwhile)
     place, parts = routed.expert, 1
     if travels and way.halves:
         half = (2 * routed.token >= len(x)).long()
@@ -172,10 +223,65 @@ def _mixed(
     else:
         back = _computed(rows, counts, compute, answers)
         beside = [one() for one in meanwhile]
-    dtype = torch.promote_types(back.dtype, routed.weight.dtype)  # routers are float32 at least
-    weighted = back.to(dtype) * routed.weight.unsqueeze(-1)
-    out = weighted.new_zeros(len(x), back.shape[-1])
-    return Mixed(out.index_add(0, routed.token, weighted).to(back.dtype), beside)
+    return Mixed(_combined(back, routed, len(x)).to(back.dtype), beside)
+
+
+def _combined(answers: torch.Tensor, routed: Routed, tokens: int) -> torch.Tensor:
+    """The weighted sum of the answers of each token, [tokens, d], in float32 at least."""
+    dtype = torch.promote_types(answers.dtype, routed.weight.dtype)
+    weighted = answers.to(dtype) * routed.weight.unsqueeze(-1)
+    out = weighted.new_zeros(tokens, answers.shape[-1])
+    return out.index_add(0, routed.token, weighted)
+
+
+def _summed(
+    x: torch.Tensor,
+    routed: Routed,
+    experts: int,
+    compute: Compute,
+    axis: Functional,
+    answers: Iterable[nn.Parameter],
+    meanwhile: Sequence[Callable[[], torch.Tensor]],
+) -> Mixed:
+    """The same where all ranks have the same tokens: one sum of results over ranks."""
+    own = experts // axis.size
+    number = routed.expert - own * axis.rank
+    mine = routed.ordered(((number >= 0) & (number < own)).nonzero().squeeze(1))
+    counts = torch.bincount(mine.expert - own * axis.rank, minlength=own)
+    found = _computed(x.index_select(0, mine.token), counts, compute, answers)
+    part = _combined(found, mine, len(x))
+    started = axis.start("all_reduce", torch.cat([part, _told(x, part, axis)]))
+    beside = [one() for one in meanwhile]
+    return Mixed(_agreed(started.wait(), x, axis).to(found.dtype), beside)
+
+
+def _told(x: torch.Tensor, part: torch.Tensor, axis: Functional) -> torch.Tensor:
+    """Rows in which each rank tells the others the sum of its tokens."""
+    width = part.shape[-1]
+    told = part.new_zeros(-(-axis.size // width) * width)
+    told[axis.rank] = x.detach().sum(dtype=torch.float32)
+    return told.view(-1, width)
+
+
+def _agreed(results: torch.Tensor, x: torch.Tensor, axis: Functional) -> torch.Tensor:
+    """The results, without what ranks have told each other of their tokens.
+
+    Raises:
+        TrainingError: they have other tokens.
+    """
+    with torch.no_grad():
+        sums = results[len(x) :].reshape(-1)[: axis.size]
+        limit = 1e-3 * x.abs().sum(dtype=torch.float32)
+        agree = sums.max() - sums.min() <= limit
+    if x.is_cuda:  # where nothing waits for the device
+        torch._assert_async(agree)
+    elif not x.is_meta and not bool(agree):
+        raise TrainingError(
+            f"ranks that serve experts together have other tokens in {axis.tag}: with a section "
+            "inference all of them have to make the same calls; an engine without it computes "
+            "other tokens on each"
+        )
+    return results[: len(x)]
 
 
 def _travelled(
@@ -224,14 +330,16 @@ def _by_expert(table: torch.Tensor) -> torch.Tensor:
 def _computed(
     rows: torch.Tensor, counts: torch.Tensor, compute: Compute, answers: Iterable[nn.Parameter]
 ) -> torch.Tensor:
-    if len(rows):
+    answers = tuple(answers)
+    if len(rows) or not answers:
         return compute(rows, counts)
     # Experts without tokens are part of the graph as others are: their gradients are zeros, and
     # backward comes through this layer, in whose exchanges others wait for this rank.
-    return _reaching(rows, *(p for p in answers if p.requires_grad))
+    return reaching(rows, *(p for p in answers if p.requires_grad))
 
 
-def _reaching(rows: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+def reaching(rows: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """``rows``, whose backward gives zeros to ``others`` and comes to what made them."""
     apply: Any = _Reaching.apply  # torch does not type it
     reached: torch.Tensor = apply(rows, *others)
     return reached

@@ -57,16 +57,7 @@ class ExpertList(nn.ModuleDict):
 
     def describe(self, job: Job, axes: ExpertAxes) -> None:
         """Say along which axes ranks have copies of an expert, and along which other experts."""
-        for part in self.modules():
-            for parameter in part.parameters(recurse=False):
-                info = job.parameters.info(parameter)
-                info.reduction = axes.copies
-                info.distinct = (*info.distinct, axes.experts)
-            for name, buffer in part.named_buffers(recurse=False):
-                if buffer is not None:
-                    known = job.parameters.buffer(part, name)
-                    known.reduction = axes.copies
-                    known.distinct = (*known.distinct, axes.experts)
+        describe_modules(self, job, axes)
 
 
 class GroupedMLP(nn.Module):
@@ -158,3 +149,17 @@ def describe_rows(module: nn.Module, job: Job, axes: ExpertAxes) -> None:
         whole = (axes.size * shape[0], *shape[1:])
         info.placement = Placement(whole, (Box(offset, shape, 0),), axes.experts)
         info.reduction = axes.copies
+
+
+def describe_modules(module: nn.Module, job: Job, axes: ExpertAxes) -> None:
+    """State that other ranks have copies of ``module``, or have other experts under other names."""
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            info = job.parameters.info(parameter)
+            info.reduction = axes.copies
+            info.distinct = (*info.distinct, axes.experts)
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer is not None:
+                known = job.parameters.buffer(part, name)
+                known.reduction = axes.copies
+                known.distinct = (*known.distinct, axes.experts)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from drivetrain.errors import ConfigError, TrainingError
+from drivetrain_moe.cache import ExpertCache, FusedCache, ModuleCache
 from drivetrain_moe.exchange import HERE, of_all_shares, through_experts, way_of
 from drivetrain_moe.experts import ExpertList, GroupedMLP
 from drivetrain_moe.load import Load
@@ -114,7 +115,9 @@ class MoE(nn.Module):
         self.balance_loss, self.z_loss = balance_loss, z_loss
         self.bias_update_rate = bias_update_rate
         self.load: Load | None = None
-        self._way = HERE
+        self.way = HERE
+        self.cache: ExpertCache | None = None
+        self.serves = False
         self._name = type(self).__name__
 
     def forward(
@@ -140,8 +143,8 @@ class MoE(nn.Module):
         if x.device.type == "cpu" and not bool(torch.isfinite(logits).all()):
             raise TrainingError(f"the router of {self._name} has logits that are not finite")
         options: dict[str, Any] = {"bias": self.bias, "used": used_token}
-        if self._way.alike is not None:
-            options["together"] = partial(of_all_shares, alike=self._way.alike)
+        if self.way.alike is not None:
+            options["together"] = partial(of_all_shares, alike=self.way.alike)
         routed = route(logits, routing, training=self.training, **options)
         out = self._through_experts(x, routed)
         balance = routed.balance
@@ -156,9 +159,12 @@ class MoE(nn.Module):
     def _through_experts(self, x: torch.Tensor, routed: Routed) -> torch.Tensor:
         """The answers of all experts, also of those that compute every token, [S, d]."""
         dense = [one for one in (self.shared_expert, self.residual) if one is not None]
+        compute = self.experts if self.cache is None else self.cache.around(self.experts)
         mixed = through_experts(
-            *(x, routed, self.num_experts, self.experts, self._way),
-            answers=self.experts.parameters(),
+            *(x, routed, self.num_experts, compute, self.way),
+            # Modules are called without tokens as well: where each is gathered by itself (ZeRO's
+            # third stage), ranks come to the same ones, whatever their tokens chose.
+            answers=() if isinstance(self.experts, ExpertList) else self.experts.parameters(),
             meanwhile=[partial(_one_output, one, x) for one in dense],
         )
         out, beside = mixed.output, iter(mixed.beside)
@@ -180,12 +186,21 @@ class MoE(nn.Module):
                     f"ep_size = {axes.size} ranks: {self.num_experts} / {axes.size} leaves "
                     f"{self.num_experts % axes.size}"
                 )
-            self._way = way_of(job, name, axes, self.experts, halves=section.halves)
+            self.way = way_of(job, name, axes, self.experts, halves=section.halves)
             self.experts.keep(job, axes)
+
+    def cached(self, job: Job, room: int) -> ExpertCache:
+        """Keep weights of experts in host memory, and ``room`` of them on the device."""
+        if isinstance(self.experts, ExpertList):
+            self.cache = ModuleCache(job, list(self.experts.values()), room)
+        else:
+            size = 1 if self.way.experts is None else self.way.experts.size
+            self.cache = FusedCache(job, self.experts, self.num_experts // size, room)
+        return self.cache
 
     def leave(self) -> None:
         """Forget the job."""
-        self.load, self._way = None, HERE
+        self.load, self.way = None, HERE
 
     def _build(self, hidden_size: int, expert: nn.Module, use_residual: bool) -> None:
         self.gate = nn.Linear(hidden_size, self.num_experts, bias=False)

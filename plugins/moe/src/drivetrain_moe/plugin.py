@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
+from weakref import WeakKeyDictionary
 
 from drivetrain.contracts import (
     AxisRequest,
@@ -14,6 +16,7 @@ from drivetrain.contracts import (
     Transform,
     hookimpl,
 )
+from drivetrain.errors import ConfigError
 from drivetrain_moe.axes import ExpertAxes, expert_axes, requests
 from drivetrain_moe.section import (
     EXPERT_PARALLEL,
@@ -25,12 +28,15 @@ from drivetrain_moe.section import (
 
 if TYPE_CHECKING:
     import torch
+    from pydantic import BaseModel
 
+    from drivetrain.contracts import Generates, InferenceRequest
     from drivetrain.engine.engine import Engine
     from drivetrain.job.job import Job
     from drivetrain.plan.plan import Plan
-    from drivetrain_moe.automatic import SharedExperts
+    from drivetrain_moe.cache import ExpertCache
     from drivetrain_moe.layer import MoE
+    from drivetrain_moe.shared import SharedExperts
 
 _DATA_FIRST = "use_data_before_expert_parallelism"
 
@@ -46,6 +52,11 @@ class MixtureOfExperts(Plugin):
         EXPERT_PARALLEL: ExpertParallelSection,
         _DATA_FIRST: DataBeforeExperts,
     }
+
+    def __init__(self, sections: Mapping[str, BaseModel]) -> None:
+        super().__init__(sections)
+        self._caches: WeakKeyDictionary[Job, dict[torch.nn.Module, ExpertCache]]
+        self._caches = WeakKeyDictionary()
 
     def enabled(self) -> bool:
         given = any(isinstance(s, MoESection) for s in self._sections.values())
@@ -63,7 +74,9 @@ class MixtureOfExperts(Plugin):
         return requests(self.axes(plan).values(), self._sizes(plan))
 
     @hookimpl
-    def transform_module(self, job: Job, module: torch.nn.Module) -> Sequence[Transform]:
+    def transform_module(
+        self, job: Job, module: torch.nn.Module, training: bool
+    ) -> Sequence[Transform]:
         def share_out(model: torch.nn.Module) -> torch.nn.Module:
             from drivetrain_moe import automatic
 
@@ -76,14 +89,48 @@ class MixtureOfExperts(Plugin):
             if experts.enabled:
                 own = axes[experts.autoep_size]
                 automatic.share_out(job, model, experts, own, halves=section.halves)
+            for _, served in _served(model):
+                served.serves = not training
+            if section.cached_experts:
+                self._keep_on_host(job, model, section.cached_experts, training)
             return model
 
         return [Transform(Phase.PARTITION, share_out)]
 
+    def _keep_on_host(
+        self, job: Job, model: torch.nn.Module, room: int, training: bool
+    ) -> None:
+        """Keep weights of experts in host memory: now, or as soon as they have values."""
+        if training:
+            raise ConfigError(
+                f"{MOE}.cached_experts is for engines that serve, and this one trains its experts: "
+                "leave it out; the section zero_optimization.offload_param keeps weights that are "
+                "trained in host memory"
+            )
+        found = [served.cached(job, room) for _, served in _served(model)]
+        self._caches[job] = {part: cache for cache in found for part in cache.parts}
+        for part, cache in self._caches[job].items():
+            cache.store(part)
+
+    @hookimpl(tryfirst=True)  # before others keep a part of what is then no parameter
+    def keep_parameters(self, job: Job, module: torch.nn.Module) -> None:
+        cache = self._caches.get(job, {}).get(module)
+        if cache is not None:
+            cache.store(module)
+
+    @hookimpl(wrapper=True)
+    def build_inference(
+        self, job: Job, module: torch.nn.Module, request: InferenceRequest
+    ) -> Generator[None, Generates | None, Generates | None]:
+        """Have ranks that make the same calls compute their experts' part of the same tokens."""
+        if job.mesh.size("sp") == 1:
+            for _, served in _served(module):
+                if served.serves and served.way.experts is not None:
+                    served.way = replace(served.way, equal=True)
+        return (yield)
+
     @hookimpl
     def describe_parameters(self, job: Job, module: torch.nn.Module) -> None:
-        from drivetrain_moe.experts import describe_rows
-
         axes, section = self.axes(job.plan), self.section(MoESection)
         for _, layer in _layers(module):
             own = axes[section.ep_size or layer.ep_size]
@@ -91,7 +138,7 @@ class MixtureOfExperts(Plugin):
                 layer.experts.describe(job, own)
         shared = axes[self.section(ExpertParallelSection).autoep_size]
         for experts in _shared(module) if shared.experts else ():
-            describe_rows(experts.module, job, shared)
+            experts.describe(job, shared)
 
     @hookimpl(wrapper=True)
     def optimizer_step(self, engine: Engine) -> Generator[None, bool | None, bool | None]:
@@ -153,8 +200,13 @@ def _layers(module: torch.nn.Module) -> list[tuple[str, MoE]]:
     return [(name, part) for name, part in module.named_modules() if isinstance(part, Layer)]
 
 
+def _served(module: torch.nn.Module) -> list[tuple[str, MoE | SharedExperts]]:
+    """Everything that has experts."""
+    return [*_layers(module), *(("", experts) for experts in _shared(module))]
+
+
 def _shared(module: torch.nn.Module) -> list[SharedExperts]:
-    from drivetrain_moe.automatic import SharedExperts as Shared
+    from drivetrain_moe.shared import SharedExperts as Shared
 
     forwards = (part.__dict__.get("forward") for part in module.modules())
     return [forward for forward in forwards if isinstance(forward, Shared)]

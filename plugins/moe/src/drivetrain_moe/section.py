@@ -11,6 +11,7 @@ from drivetrain.contracts import (
     Bool,
     Float,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveInt,
     Section,
 )
@@ -44,6 +45,12 @@ class MoESection(Section):
         default=False,
         description="Have tokens travel in two halves: one travels while experts compute the "
         "other. For links that take as long as experts do.",
+    )
+    cached_experts: NonNegativeInt = Field(
+        default=0,
+        description="Of each layer, experts that the device of an engine which serves has room "
+        "for; all weights lie in host memory, and are copied when they are needed. 0 keeps all on "
+        "the device.",
     )
 
 

@@ -172,14 +172,14 @@ class CommonOrder:
         self._digest = (self._digest * 31 + unit + 1) % _DIGEST_PRIME
         if self._agreement is None:
             return nullcontext()
-        self._agreement.begin(self._names[unit], known=known)
+        self._agreement.begin(unit, self._names[unit], known=known)
         return self.wait(unit)
 
     def wait(self, unit: int) -> AbstractContextManager[object]:
         """Wait in the block for the latest gather of ``unit``."""
         if self._agreement is None:
             return nullcontext()
-        return self._agreement.waits(self._names[unit])
+        return self._agreement.waits(unit, self._names[unit])
 
     def settle(self) -> None:
         """End a step: compare what ranks have gathered, and learn the order if any has left it.

@@ -6,6 +6,10 @@ worst they mix up weights. So such a rank first writes into the store which unit
 on when all ranks have written the same. A rank that keeps the order writes nothing; but if it waits
 in a gather for long, it writes in which. A rank that finds another one waiting for another unit at
 the same place raises an error that names both.
+
+Units are told apart by number, their place in the model: names may differ between ranks that have
+other parts of it, as experts have that are shared out. Each of them gathers over an axis of its own
+inside ``data``, and all come to the same places.
 """
 
 from __future__ import annotations
@@ -49,17 +53,18 @@ class Agreement:
         self._peers = peers
         self._check = check
         self._count = 0
-        self._numbers: dict[str, int] = {}  # of the latest gather of each unit
-        self._waiting: tuple[int, str, float] | None = None
+        self._numbers: dict[int, int] = {}  # of the latest gather of each unit
+        self._waiting: tuple[int, int, str, float] | None = None
         self._closed = threading.Event()
         self._watch = threading.Thread(target=self._write_waits, daemon=True, name="zero-agreement")
         self._watch.start()
 
-    def begin(self, unit: str, *, known: bool) -> None:
+    def begin(self, unit: int, name: str, *, known: bool) -> None:
         """Make the gather of ``unit`` the next one.
 
         Args:
-            unit: its name.
+            unit: its number, the same on all ranks.
+            name: what this rank calls it.
             known: the order says so; otherwise this returns once all ranks agree.
 
         Raises:
@@ -68,12 +73,12 @@ class Agreement:
         self._count += 1
         self._numbers[unit] = self._count
         if not known:
-            self._agree(unit)
+            self._agree(unit, name)
 
     @contextmanager
-    def waits(self, unit: str) -> Iterator[None]:
+    def waits(self, unit: int, name: str) -> Iterator[None]:
         """Wait in the block for the latest gather of ``unit``."""
-        self._waiting = (self._numbers.get(unit, 0), unit, time.monotonic())
+        self._waiting = (self._numbers.get(unit, 0), unit, name, time.monotonic())
         try:
             yield
         finally:
@@ -84,19 +89,21 @@ class Agreement:
         self._closed.set()
         self._watch.join()
 
-    def _agree(self, unit: str) -> None:
-        self._store.set(f"wants/{self._rank}", json.dumps([self._count, unit]))
+    def _agree(self, unit: int, name: str) -> None:
+        self._store.set(f"wants/{self._rank}", json.dumps([self._count, unit, name]))
         missing = set(self._peers)
         while True:
             for peer in tuple(missing):
                 wanted = self._read(f"wants/{peer}")
                 found = wanted if wanted is not None else self._read(f"waits/{peer}")
-                if found == unit:
+                if found is None:
+                    continue
+                if found[0] == unit:
                     missing.discard(peer)
-                elif found is not None:
+                else:
                     raise TrainingError(
-                        f"rank {self._rank} needs unit {unit or 'root'!r} of the model while rank "
-                        f"{peer} needs {found or 'root'!r}: ranks walk through the model "
+                        f"rank {self._rank} needs unit {name or 'root'!r} of the model while rank "
+                        f"{peer} needs {found[1] or 'root'!r}: ranks walk through the model "
                         "differently; see 'ranks that walk differently' in the README of "
                         "drivetrain-zero"
                     )
@@ -105,23 +112,23 @@ class Agreement:
             self._check()
             time.sleep(_POLL)
 
-    def _read(self, key: str) -> str | None:
-        """What a rank has written about the gather that this rank is at."""
+    def _read(self, key: str) -> tuple[int, str] | None:
+        """Number and name that a rank has written about the gather that this rank is at."""
         if not self._store.check([key]):
             return None
-        count, unit = json.loads(self._store.get(key))
-        return str(unit) if count == self._count else None
+        count, unit, name = json.loads(self._store.get(key))
+        return (int(unit), str(name)) if count == self._count else None
 
     def _write_waits(self) -> None:
         """Write down a gather that lasts long, once."""
         written = 0
         while not self._closed.wait(LONG / 4):
             waiting = self._waiting
-            if waiting is None or time.monotonic() - waiting[2] < LONG or waiting[0] == written:
+            if waiting is None or time.monotonic() - waiting[3] < LONG or waiting[0] == written:
                 continue
             written = waiting[0]
             try:
-                self._store.set(f"waits/{self._rank}", json.dumps(waiting[:2]))
+                self._store.set(f"waits/{self._rank}", json.dumps(waiting[:3]))
             except RuntimeError:
                 return  # the store went with the process that hosts it; the job is over
 

@@ -1,0 +1,498 @@
+"""What stands in the place of the forward of a model's experts, when ranks share them out."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from drivetrain.errors import ConfigError, TrainingError
+from drivetrain_moe.cache import ExpertCache, FusedCache, ModuleCache
+from drivetrain_moe.exchange import (
+    HERE,
+    Compute,
+    Way,
+    of_all_shares,
+    reaching,
+    through_experts,
+    through_sorted,
+)
+from drivetrain_moe.experts import describe_modules, describe_rows, keep_rows
+from drivetrain_moe.found import FoundExperts, experts_in
+from drivetrain_moe.own_numbers import default_state, set_default_state
+from drivetrain_moe.routing import Routed
+from drivetrain_moe.section import EXPERT_PARALLEL
+
+if TYPE_CHECKING:
+    from drivetrain.job.job import Job
+    from drivetrain_moe.axes import ExpertAxes
+    from drivetrain_moe.load import Load
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+"""By dtype of parameters, of the largest element; others have 3e-2."""
+PROBES = 2
+"""Random tokens of each expert on which computations are compared."""
+
+
+class SharedExperts(ABC):
+    """Stands in the place of the forward of a module that calls experts.
+
+    Attributes:
+        way: of their tokens.
+        cache: of their weights, where these lie in host memory.
+        serves: whether the module is that of an engine that does not train.
+
+    Args:
+        found: the experts.
+        load: counts their tokens.
+        rate: step of the router's correction bias.
+
+    Raises:
+        ConfigError: another engine shares them out already.
+    """
+
+    def __init__(self, found: FoundExperts, load: Load, rate: float) -> None:
+        self.load: Load | None = load
+        self.way = HERE
+        self.cache: ExpertCache | None = None
+        self.serves = False
+        self.module = found.module
+        self.rate = rate
+        self.bias = _correction_bias(found) if rate else None
+        load.follows = self.bias is not None
+        self._found = found
+        before = found.owner.__dict__.get("forward")
+        if isinstance(before, SharedExperts):
+            raise ConfigError(f"the experts of {found.name} are shared out by another engine")
+        self._own = before
+        self._inner: Callable[..., Any] = found.owner.forward
+        self.__signature__ = inspect.signature(self._inner)
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the forward returned before."""
+
+    @abstractmethod
+    def keep(self, job: Job, axes: ExpertAxes, *, check: bool) -> None:
+        """Leave this rank's experts; compare, if values are there, with what all of them computed.
+
+        Raises:
+            ConfigError: they compute something else.
+        """
+
+    def describe(self, job: Job, axes: ExpertAxes) -> None:
+        """Say which part of the whole tensors this rank has."""
+        describe_rows(self.module, job, axes)
+
+    def cached(self, job: Job, room: int) -> ExpertCache:
+        """Keep weights in host memory, and ``room`` experts on the device."""
+        own = self._found.count // (1 if self.way.experts is None else self.way.experts.size)
+        self.cache = FusedCache(job, self.module, own, room)
+        setattr(self.module, self._found.counter, self.cache.room)
+        return self.cache
+
+    def take(self) -> None:
+        """Take the place of the forward."""
+        self._found.owner.forward = self
+
+    def leave(self) -> None:
+        """Stop counting for a job that has closed; a module with all experts is as it was."""
+        self.load = None
+        owner = self._found.owner
+        whole = self.way is HERE and self.cache is None
+        if whole and owner.__dict__.get("forward") is self:
+            del owner.forward
+            if self._own is not None:
+                owner.forward = self._own
+
+    def _with(self, compute: Compute) -> Compute:
+        """``compute`` with the weights that it needs."""
+        return compute if self.cache is None else self.cache.around(compute)
+
+    def _count(self, counts: torch.Tensor) -> None:
+        if self.load is not None and self.module.training:
+            self.load.add(counts)
+
+    def _compare(self, got: torch.Tensor, expected: torch.Tensor) -> None:
+        largest = float(expected.abs().max())
+        limit = TOLERANCE.get(expected.dtype, 3e-2) * largest
+        worst = float((got - expected).abs().max())
+        if not worst <= limit:
+            raise ConfigError(
+                f"{EXPERT_PARALLEL}: {self._found.name} computes something else when it has only "
+                f"some of its experts: outputs of up to {largest:.3g} differ by {worst:.3g}; leave "
+                f"it out with {EXPERT_PARALLEL}.expert_pattern"
+            )
+
+
+class FusedExperts(SharedExperts):
+    """Experts in fused tensors, called with tokens, numbers of experts and weights."""
+
+    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute tokens [..., d] with experts [S, k] and weights [S, k], in either order."""
+        bound = self.__signature__.bind(hidden, *args, **kwargs)
+        first, second = list(bound.arguments.values())[1:3]
+        swapped = first.is_floating_point()
+        index, weights = (second, first) if swapped else (first, second)
+        chosen = index.reshape(-1)
+        if self.load is not None and self.module.training:
+            real = chosen[chosen < self._found.count]
+            self._count(torch.bincount(real, minlength=self._found.count))
+        if self.way is HERE and self.cache is None:
+            whole: torch.Tensor = self._inner(*bound.args, **bound.kwargs)
+            return whole
+        x = hidden.reshape(-1, hidden.shape[-1])
+        count = self._found.count
+        return self._through(x, index, weights, swapped, self.way, count).reshape(hidden.shape)
+
+    def keep(self, job: Job, axes: ExpertAxes, *, check: bool) -> None:
+        expected = self._probe(job, axes) if check else None
+        keep_rows(self.module, job, axes)
+        setattr(self.module, self._found.counter, self._found.count // axes.size)
+        if expected is not None:
+            x, index, outputs = expected
+            with torch.no_grad():
+                ones = torch.ones_like(index, dtype=x.dtype)
+                own = self._found.count // axes.size
+                self._compare(self._through(x, index, ones, False, HERE, own), outputs)
+
+    def _through(
+        self,
+        x: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        swapped: bool,
+        way: Way,
+        count: int,
+    ) -> torch.Tensor:
+        if weights.shape != index.shape:  # of all experts
+            weights = weights.gather(1, index)
+        if way.alike is not None:
+            weights = of_all_shares(weights, way.alike)
+        expert, weight = index.reshape(-1), weights.reshape(-1)
+        # Some routers mask choices with a number beyond the last expert.
+        order = expert.argsort(stable=True)[: int((expert < count).sum())]
+        token = order.div(index.shape[1], rounding_mode="floor")
+        weight = weight[order].to(torch.promote_types(weight.dtype, torch.float32))
+        none = weight.new_zeros(())
+        routed = Routed(token, expert[order], weight, expert, none, none, none)
+
+        def compute(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+            own = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
+            ones = torch.ones_like(own, dtype=weights.dtype)
+            pair = (ones, own) if swapped else (own, ones)
+            answers: torch.Tensor = self._inner(rows, *(part.unsqueeze(1) for part in pair))
+            return answers.reshape(rows.shape)  # some put a dimension of sequences in between
+
+        answers = tuple(self.module.parameters())
+        return through_experts(x, routed, count, self._with(compute), way, answers).output
+
+    def _probe(
+        self, job: Job, axes: ExpertAxes
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """A few tokens, which of this rank's experts compute them, and what the whole module gives.
+
+        ``None`` where parameters have no values yet.
+        """
+        found, parameters = self._found, list(self.module.parameters())
+        if any(p.is_meta for p in parameters):
+            return None
+        like, own = parameters[0], found.count // axes.size
+        index = torch.arange(PROBES * own).remainder(own).unsqueeze(1).to(like.device)
+        first = own * job.mesh.coordinate(axes.experts)
+        ones = torch.ones_like(index, dtype=like.dtype)
+        names = list(inspect.signature(found.module.forward).parameters)
+        with torch.no_grad():
+            for x in _random_tokens(parameters, len(index)):
+                try:
+                    pair = {names[1]: index + first, names[2]: ones}
+                    expected = found.module.forward(x, **pair)
+                except RuntimeError:  # tokens have another width
+                    continue
+                if expected.numel() == x.numel() and bool(torch.isfinite(expected).all()):
+                    return x, index, expected.reshape(x.shape)
+        raise _unlike(found, "numbers of experts and weights")
+
+
+class BlockExperts(SharedExperts):
+    """Experts in fused tensors, called with a block of rows for each, [E * n, d].
+
+    Where experts make zeros of zeros, rows of zeros stay: no gradient but zero comes of them
+    either, and whoever multiplies inputs by scores (Llama 4) has them where a token has not chosen
+    an expert. So a row travels for each choice, in place of one for each token and expert.
+    """
+
+    def __init__(self, found: FoundExperts, load: Load, rate: float) -> None:
+        super().__init__(found, load, rate)
+        self._skips = True
+
+    def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute rows [E * n, d]."""
+        count = self._found.count
+        x = hidden.reshape(-1, hidden.shape[-1])
+        with torch.no_grad():
+            used = (x != 0).any(-1) if self._skips else x.new_ones(len(x), dtype=torch.bool)
+            counts = used.view(count, -1).sum(1)
+        self._count(counts)
+        if self.way is HERE and self.cache is None:
+            whole: torch.Tensor = self._inner(hidden, *args, **kwargs)
+            return whole
+        place = used.nonzero().squeeze(1)
+        answers = through_sorted(
+            *(x.index_select(0, place), counts, self._with(self._compute), self.way),
+            tuple(self.module.parameters()),
+        )
+        out = answers.new_zeros(len(x), answers.shape[-1])
+        return out.index_copy(0, place, answers).reshape(hidden.shape)
+
+    def keep(self, job: Job, axes: ExpertAxes, *, check: bool) -> None:
+        expected = self._probe(job, axes) if check else None
+        keep_rows(self.module, job, axes)
+        setattr(self.module, self._found.counter, self._found.count // axes.size)
+        if expected is not None:
+            x, outputs = expected
+            # Other numbers of rows for each, so that blocks are filled up as they are in a step.
+            own = self._found.count // axes.size
+            counts = torch.arange(own, device=x.device).remainder(PROBES).add(1)
+            rows = torch.arange(PROBES, device=x.device).repeat(own) < counts.repeat_interleave(
+                PROBES
+            )
+            with torch.no_grad():
+                self._compare(self._compute(x[rows], counts), outputs[rows])
+
+    def _compute(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Rows [n, d] in order of experts, in blocks that are filled up with zeros."""
+        most = int(counts.max())
+        first = torch.arange(len(counts), device=rows.device) * most - (counts.cumsum(0) - counts)
+        place = torch.arange(len(rows), device=rows.device) + first.repeat_interleave(counts)
+        blocks = rows.new_zeros(len(counts) * most, rows.shape[-1]).index_copy(0, place, rows)
+        answers: torch.Tensor = self._inner(blocks)
+        return answers.reshape(len(blocks), -1).index_select(0, place)
+
+    def _probe(self, job: Job, axes: ExpertAxes) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Rows of this rank's experts, and what the whole module gives."""
+        found, parameters = self._found, list(self.module.parameters())
+        if any(p.is_meta for p in parameters):
+            return None
+        own = PROBES * found.count // axes.size
+        first = own * job.mesh.coordinate(axes.experts)
+        with torch.no_grad():
+            for x in _random_tokens(parameters, PROBES * found.count):
+                try:
+                    expected, nothing = self._inner(x), self._inner(torch.zeros_like(x))
+                except RuntimeError:  # tokens have another width
+                    continue
+                if expected.shape == x.shape and bool(torch.isfinite(expected).all()):
+                    self._skips = not bool(nothing.any())
+                    return x[first : first + own], expected[first : first + own]
+        raise _unlike(found, "in a block for each expert")
+
+
+class ListedExperts(SharedExperts):
+    """Experts in a list, which the forward of the list or of the module around it calls.
+
+    That forward runs twice: once with modules in the experts' places that note their tokens and
+    return zeros, so that all tokens travel together, and once with modules that return the answers.
+    Tokens have a graph from the first time, weights from the second; random numbers are the same.
+    """
+
+    def __init__(self, found: FoundExperts, load: Load, rate: float) -> None:
+        super().__init__(found, load, rate)
+        self._names = list(experts_in(found.module))
+        self._order = list(found.module._modules)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the forward returns with all experts."""
+        if self.way is HERE and self.cache is None:
+            return self._here(*args, **kwargs)
+        hidden = next(x for x in (*args, *kwargs.values()) if _is_floating(x))
+        devices = {torch.device("cpu"), hidden.device} - {torch.device("meta")}
+        before = {device: default_state(device) for device in devices}
+        notes = {name: _Noting() for name in self._names}
+        with self._in_place(notes):
+            self._inner(*args, **kwargs)
+        nothing = hidden.reshape(-1, hidden.shape[-1])[:0]
+        rows = [nothing if note.rows is None else note.rows for note in notes.values()]
+        counts = torch.tensor([len(x) for x in rows], device=hidden.device)
+        self._count(counts)
+        answers = through_sorted(torch.cat(rows), counts, self._with(self._compute), self.way)
+        for note, piece in zip(notes.values(), torch.split(answers, counts.tolist()), strict=True):
+            note.answer(piece)
+        after = {device: default_state(device) for device in devices}
+        for device in devices:
+            set_default_state(device, before[device])
+        with self._in_place(notes):
+            outputs = self._inner(*args, **kwargs)
+        for device in devices:  # what experts have drawn is not to be drawn again
+            set_default_state(device, after[device])
+        if any(note.calls for note in notes.values()):
+            return outputs
+        # No token of this rank has an expert, but backward has to come through the exchange.
+        first, *others = outputs if isinstance(outputs, tuple) else (outputs,)
+        reached = reaching(first, answers)
+        return (reached, *others) if isinstance(outputs, tuple) else reached
+
+    def keep(self, job: Job, axes: ExpertAxes, *, check: bool) -> None:
+        own = self._found.count // axes.size
+        first = own * job.mesh.coordinate(axes.experts)
+        for number, name in enumerate(self._names):
+            if not first <= number < first + own:
+                del self.module._modules[name]
+        if check:
+            self._check_rows()
+
+    def cached(self, job: Job, room: int) -> ExpertCache:
+        self.cache = ModuleCache(job, list(experts_in(self.module).values()), room)
+        return self.cache
+
+    def describe(self, job: Job, axes: ExpertAxes) -> None:
+        for expert in experts_in(self.module).values():
+            describe_modules(expert, job, axes)
+
+    def _compute(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Rows [n, d] in order of this rank's experts, each of which is called."""
+        pieces = torch.split(rows, counts.tolist())
+        experts = experts_in(self.module).values()
+        return torch.cat([expert(piece) for expert, piece in zip(experts, pieces, strict=True)])
+
+    def _here(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward as it is; what its experts compute is counted."""
+        counting = {name: _Counting(self.module._modules[name]) for name in self._names}
+        with self._in_place(counting):
+            outputs = self._inner(*args, **kwargs)
+        counts = [expert.count for expert in counting.values()]
+        self._count(torch.tensor(counts, device=next(self.module.parameters()).device))
+        return outputs
+
+    def _check_rows(self) -> None:
+        """Compare a few tokens in one order with the same in another.
+
+        Raises:
+            ConfigError: an expert does not compute each token by itself, or changes its width.
+        """
+        expert = next(iter(experts_in(self.module).values()))
+        parameters = list(expert.parameters())
+        if any(p.is_meta for p in parameters):
+            return
+        training = expert.training
+        expert.eval()
+        try:
+            with torch.no_grad():
+                for x in _random_tokens(parameters, 2 * PROBES):
+                    try:
+                        outputs = expert(x)
+                    except RuntimeError:  # tokens have another width
+                        continue
+                    if isinstance(outputs, torch.Tensor) and outputs.shape == x.shape:
+                        self._compare(expert(x.flip(0)).flip(0), outputs)
+                        return
+        finally:
+            expert.train(training)
+        raise _unlike(self._found, "one by one, and return as many of the same width")
+
+    @contextmanager
+    def _in_place(self, others: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Have the container hold ``others`` in place of the experts of all ranks, in order."""
+        before = self.module._modules
+        self.module._modules = {name: others.get(name) or before[name] for name in self._order}
+        try:
+            yield
+        finally:
+            self.module._modules = before
+
+
+class _Noting(nn.Module):
+    """Notes the tokens of one expert, and later returns its answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: torch.Tensor | None = None
+        self.calls = 0
+        """Since the answers are there, or since the beginning."""
+        self._answers: torch.Tensor | None = None
+
+    def answer(self, answers: torch.Tensor) -> None:
+        """Have the next call return ``answers`` [n, d]."""
+        self._answers, self.calls = answers, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls > 1:
+            raise TrainingError(
+                f"{EXPERT_PARALLEL}: an expert of a list was called twice in one forward, and its "
+                "tokens travel once: place drivetrain_moe.MoE in the model instead"
+            )
+        if self._answers is not None:
+            return self._answers.reshape(x.shape)
+        self.rows = x.reshape(-1, x.shape[-1])
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return torch.zeros_like(x, dtype=dtype)
+
+
+class _Counting(nn.Module):
+    """Calls an expert, and counts its tokens."""
+
+    def __init__(self, expert: nn.Module | None) -> None:
+        super().__init__()
+        self.count = 0
+        self._call: Callable[..., Any] = partial(_called, expert)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.count += x.shape[:-1].numel()
+        return self._call(x, *args, **kwargs)
+
+
+def _called(expert: nn.Module | None, *args: Any, **kwargs: Any) -> Any:
+    assert expert is not None
+    return expert(*args, **kwargs)
+
+
+def _is_floating(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+FORMS: dict[str, type[SharedExperts]] = {
+    "fused": FusedExperts,
+    "blocks": BlockExperts,
+    "listed": ListedExperts,
+}
+
+
+def _random_tokens(parameters: list[nn.Parameter], count: int) -> Iterator[torch.Tensor]:
+    """Tokens [count, d] for every width d that parameters let appear, likeliest first."""
+    like, generator = parameters[0], torch.Generator().manual_seed(0)
+    widths = [width for p in parameters for width in reversed(p.shape[p.dim() > 2 :])]
+    for width in dict.fromkeys(widths):
+        x = torch.randn(count, width, generator=generator)
+        yield x.to(like.device, like.dtype)
+
+
+def _unlike(found: FoundExperts, what: str) -> ConfigError:
+    shapes = [tuple(p.shape) for p in found.module.parameters()]
+    return ConfigError(
+        f"{EXPERT_PARALLEL}: {found.name} with parameters of shapes {shapes[:8]} does not compute "
+        f"tokens of any of these widths, {what}; give another {EXPERT_PARALLEL}.expert_pattern"
+    )
+
+
+def _correction_bias(found: FoundExperts) -> torch.Tensor:
+    """The buffer that a router adds to scores for the choice alone."""
+    buffers = [
+        buffer
+        for name, buffer in found.parent.named_buffers()
+        if tuple(buffer.shape) == (found.count,) and "bias" in name
+    ]
+    if len(buffers) != 1:
+        raise ConfigError(
+            f"{EXPERT_PARALLEL}.bias_update_rate: the layer of {found.name} has {len(buffers)} "
+            f"buffers called a bias, of {found.count} numbers; expected one, which its router adds "
+            "to scores: leave the key out"
+        )
+    return buffers[0]
