@@ -131,6 +131,28 @@ def transformers_ddp(shape: dict[str, Any], _ep: int) -> Step:
     return step
 
 
+def transformers_fsdp2(shape: dict[str, Any], _ep: int) -> Step:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = mixtral(shape)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+
+    def step() -> torch.Tensor:
+        ids = words(shape)
+        loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
 def drivetrain_mixtral(shape: dict[str, Any], ep: int) -> Step:
     import drivetrain
 
@@ -149,6 +171,7 @@ SYSTEMS: dict[str, Callable[[dict[str, Any], int], Step]] = {
     "drivetrain-layer": drivetrain_layer,
     "deepspeed-layer": deepspeed_layer,
     "transformers-ddp": transformers_ddp,
+    "transformers-fsdp2": transformers_fsdp2,
     "drivetrain-mixtral": drivetrain_mixtral,
 }
 

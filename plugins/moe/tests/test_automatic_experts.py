@@ -10,7 +10,7 @@ from drivetrain_moe import find_experts
 from torch import nn
 
 import drivetrain
-from drivetrain.errors import ConfigError
+from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.testing import run_distributed
 
 transformers = pytest.importorskip("transformers")
@@ -368,6 +368,34 @@ def test_a_model_without_experts_says_what_was_looked_for() -> None:
 def test_a_pattern_that_names_something_else_says_what_it_is() -> None:
     text = refused(build("mixtral"), expert_pattern=r".*layers\.0\.mlp\.gate")
     assert "has no attribute of a number of experts" in text or "has a forward of" in text
+
+
+def test_experts_of_different_shapes_are_named() -> None:
+    model = TwoLayers()
+    model.layers[1].experts[2] = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 8)).double()
+    text = refused(model)
+    assert "layers.1.experts has experts of different shapes" in text
+    assert "2 has {'0.weight': (6, 8)" in text
+
+
+def test_a_list_without_a_router_says_what_was_found() -> None:
+    model = TwoLayers()
+    for layer in model.layers:
+        layer.router = nn.Identity()
+    text = refused(model)
+    assert "layers.0.experts is a list of 4 modules without a router beside it" in text
+    assert "expert_pattern" in text
+
+
+def test_weights_that_are_not_finite_name_the_layer() -> None:
+    model = build("mixtral")
+    config = {"train_batch_size": 2, "expert_parallel": {"enabled": True}}
+    engine = drivetrain.initialize(model=model, config=config)[0]
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match=r"beside model.layers.1.mlp.experts gives weights"):
+        engine(**batch(0, 0))
+    engine.destroy()
 
 
 def three_experts() -> None:

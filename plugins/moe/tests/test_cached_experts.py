@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,9 +33,7 @@ def x_of(count: int = 9) -> torch.Tensor:
 
 
 def serving(module: nn.Module, **moe: Any) -> Any:
-    config = {"train_batch_size": 1, "moe": moe, "inference": {}}
-    plan = drivetrain.Plan.build({k: v for k, v in config.items() if k != "inference"})
-    job = drivetrain.Job.open(plan)
+    job = drivetrain.Job.open(drivetrain.Plan.build({"train_batch_size": 2, "moe": moe}))
     return job, job.engine(module, parameters=())
 
 
@@ -105,8 +104,6 @@ def test_an_engine_that_trains_says_where_else_weights_may_lie() -> None:
 
 
 def summed(kind: str) -> tuple[torch.Tensor, int, str]:
-    from dataclasses import replace
-
     module = layer(kind)
     module.drivetrain_wish = module.ep_size = 2
     job, engine = serving(module, cached_experts=1)
@@ -128,6 +125,7 @@ def test_ranks_with_the_same_tokens_sum_what_their_experts_compute(kind: str) ->
     module = layer(kind)
     with torch.no_grad():
         expected = module(x_of())[0]
-    for out, _, refused in run_distributed(summed, 2, kind):
+    for out, sent, refused in run_distributed(summed, 2, kind):
+        assert sent == 10 * WIDTH * 8  # 9 tokens, and a row that tells of them
         torch.testing.assert_close(out, expected)
         assert "have other tokens" in refused

@@ -20,10 +20,11 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
-from drivetrain.communication.functional import Functional, Started, functional
+from drivetrain.communication.functional import Functional, functional
 from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain_moe.own_numbers import OwnNumbers
+from drivetrain_moe.permuting import Places, chosen, permuted, summed
 from drivetrain_moe.routing import Routed
 
 if TYPE_CHECKING:
@@ -215,7 +216,8 @@ def _mixed(
         half = (2 * routed.token >= len(x)).long()
         routed, parts = routed.ordered(half.argsort(stable=True)), 2
         place = half.sort().values * experts + routed.expert
-    rows = x.index_select(0, routed.token)
+    places = Places.of(routed.token, len(x))
+    rows = chosen(x, places)
     counts = torch.bincount(place, minlength=parts * experts)
     if way.experts is not None and travels:
         counts = counts.view(parts, way.experts.size, -1)
@@ -223,15 +225,13 @@ def _mixed(
     else:
         back = _computed(rows, counts, compute, answers)
         beside = [one() for one in meanwhile]
-    return Mixed(_combined(back, routed, len(x)).to(back.dtype), beside)
+    return Mixed(_combined(back, routed.weight, places).to(back.dtype), beside)
 
 
-def _combined(answers: torch.Tensor, routed: Routed, tokens: int) -> torch.Tensor:
-    """The weighted sum of the answers of each token, [tokens, d], in float32 at least."""
-    dtype = torch.promote_types(answers.dtype, routed.weight.dtype)
-    weighted = answers.to(dtype) * routed.weight.unsqueeze(-1)
-    out = weighted.new_zeros(tokens, answers.shape[-1])
-    return out.index_add(0, routed.token, weighted)
+def _combined(answers: torch.Tensor, weight: torch.Tensor, places: Places) -> torch.Tensor:
+    """The weighted sum of the answers of each token, [S, d], in float32 at least."""
+    dtype = torch.promote_types(answers.dtype, weight.dtype)  # routers are float32 at least
+    return summed(answers.to(dtype), places, weight.to(dtype))
 
 
 def _summed(
@@ -248,8 +248,9 @@ def _summed(
     number = routed.expert - own * axis.rank
     mine = routed.ordered(((number >= 0) & (number < own)).nonzero().squeeze(1))
     counts = torch.bincount(mine.expert - own * axis.rank, minlength=own)
-    found = _computed(x.index_select(0, mine.token), counts, compute, answers)
-    part = _combined(found, mine, len(x))
+    places = Places.of(mine.token, len(x))
+    found = _computed(chosen(x, places), counts, compute, answers)
+    part = _combined(found, mine.weight, places)
     started = axis.start("all_reduce", torch.cat([part, _told(x, part, axis)]))
     beside = [one() for one in meanwhile]
     return Mixed(_agreed(started.wait(), x, axis).to(found.dtype), beside)
@@ -303,21 +304,37 @@ def _travelled(
     splits = [(sent.sent, sent.received)]
     if parts > 1:
         splits = torch.stack([counts.sum(2), table.sum(2).t()], 1).tolist()
-    answers, returning = tuple(answers), list[Started]()
-    pieces = torch.split(rows, [sum(to) for to, _ in splits])
+    answers, returning = tuple(answers), list[Callable[[], torch.Tensor]]()
+    pieces = torch.split(rows, [sum(to) for to, _ in splits]) if parts > 1 else [rows]
+    # Where nothing is computed in between, no other thread is to be asked and waited for.
+    going, coming = (parts > 1 or len(meanwhile) > other for other in (0, 1))
     outgoing = [
-        axis.start_exchange(piece, of, to) for piece, (to, of) in zip(pieces, splits, strict=True)
+        _sent(axis, piece, to, of, overlaps=going)
+        for piece, (to, of) in zip(pieces, splits, strict=True)
     ]
     beside = [one() for one in meanwhile[:1]]
-    for part, (started, (to, of)) in enumerate(zip(outgoing, splits, strict=True)):
-        came = started.wait()
+    for part, (arrived, (to, of)) in enumerate(zip(outgoing, splits, strict=True)):
+        came = arrived()
         order = _by_expert(table[:, part])
-        done = _computed(came.index_select(0, order), table[:, part].sum(0), compute, answers)
-        # Where row i came to lie, so that answers go back in the order in which tokens came.
-        done = done.index_select(0, order.argsort())
-        returning.append(axis.start_exchange(done, to, of))
+        back = torch.empty_like(order)  # answers go back in the order in which tokens came
+        back[order] = torch.arange(len(order), device=order.device)
+        rows = permuted(came, order, back)
+        done = _computed(rows, table[:, part].sum(0), compute, answers)
+        done = permuted(done, back, order)
+        returning.append(_sent(axis, done, of, to, overlaps=coming))
     beside += [one() for one in meanwhile[1:]]
-    return torch.cat([started.wait() for started in returning]), beside
+    found = [arrived() for arrived in returning]
+    return torch.cat(found) if parts > 1 else found[0], beside
+
+
+def _sent(
+    axis: Functional, rows: torch.Tensor, to: list[int], of: list[int], *, overlaps: bool
+) -> Callable[[], torch.Tensor]:
+    """Exchange rows, ``to[i]`` of which go to rank i; what gives those that come, ``of[i]`` of it."""
+    if overlaps:
+        return axis.start_exchange(rows, of, to).wait
+    came = axis.exchange(rows, of, to)
+    return lambda: came
 
 
 def _by_expert(table: torch.Tensor) -> torch.Tensor:

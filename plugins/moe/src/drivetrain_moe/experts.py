@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from drivetrain.contracts import Box, Placement
 from drivetrain.errors import ConfigError
-from drivetrain_moe.grouped import grouped_linear
+from drivetrain_moe.grouped import ACTIVATIONS, Shape, grouped_mlp
 
 if TYPE_CHECKING:
     from drivetrain.job.job import Job
     from drivetrain_moe.axes import ExpertAxes
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": functional.gelu,
-    "relu": functional.relu,
-    "silu": functional.silu,
-}
-
 
 class ExpertList(nn.ModuleDict):
     """Experts that are modules of any kind, each called with its tokens [n, d].
@@ -109,14 +100,8 @@ class GroupedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Compute tokens [n, d] in order of this rank's experts, ``counts`` of each."""
-        hidden = grouped_linear(x, self.up, counts, self.up_bias)
-        act = ACTIVATIONS[self.activation]
-        if self.gated:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = act(gate) * up
-        else:
-            hidden = act(hidden)
-        return grouped_linear(hidden, self.down, counts, self.down_bias)
+        shape = Shape(self.activation, self.gated)
+        return grouped_mlp(x, self.up, self.down, counts, shape, self.up_bias, self.down_bias)
 
     def keep(self, job: Job, axes: ExpertAxes) -> None:
         """Keep the rows of fused tensors that are this rank's experts."""

@@ -65,7 +65,8 @@ def find_experts(model: nn.Module, pattern: str | None = None) -> list[FoundExpe
         pattern: regular expression that their names match as a whole.
 
     Raises:
-        ConfigError: ``pattern`` names a module that has another structure; says which.
+        ConfigError: ``pattern`` names a module that has another structure; says which. Or experts
+            of one list have different shapes.
     """
     found: list[FoundExperts] = []
     modules = dict(model.named_modules())
@@ -74,10 +75,7 @@ def find_experts(model: nn.Module, pattern: str | None = None) -> list[FoundExpe
         if not name or inside or (pattern and not re.fullmatch(pattern, name)):
             continue
         parent = modules[name.rpartition(".")[0]]
-        one = _fused(name, module, parent)
-        if isinstance(one, str):
-            listed = _listed(name, module, parent, named=bool(pattern))
-            one = listed if isinstance(listed, FoundExperts) or listed else one
+        one = _structure(name, module, parent, named=bool(pattern))
         if isinstance(one, FoundExperts):
             found.append(one)
         elif pattern:
@@ -85,30 +83,45 @@ def find_experts(model: nn.Module, pattern: str | None = None) -> list[FoundExpe
     return found
 
 
+def _structure(
+    name: str, module: nn.Module, parent: nn.Module, *, named: bool = False
+) -> FoundExperts | str:
+    """A module with experts, or why it is none."""
+    listed = _listed(name, module, parent, named=named)
+    return listed or _fused(name, module, parent)
+
+
 def nothing_found(model: nn.Module) -> str:
     """Why ``model`` has no experts, as a message: what was looked for, and what comes nearest."""
+    modules = dict(model.named_modules())
     like = [
         f"{name} {reason}"
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if "expert" in name.rpartition(".")[2]
-        and isinstance(reason := _fused(name, module, model), str)
+        and isinstance(reason := _structure(name, module, modules[name.rpartition(".")[0]]), str)
     ]
     seen = f"; nearest: {like[0]}" if like else ""
     return (
         f"{EXPERT_PARALLEL}: {type(model).__name__} has no module that looks like the experts of a "
         "layer: fused tensors with a row for each and a forward of tokens, numbers of experts and "
         "weights (or of a block of rows for each), or a list of equal modules beside a router"
-        f"{seen}; place drivetrain_moe.MoE in the model, or leave the section out"
+        f"{seen}; name the modules with experts by {EXPERT_PARALLEL}.expert_pattern, place "
+        "drivetrain_moe.MoE in the model, or leave the section out"
     )
 
 
 def experts_in(container: nn.Module) -> Mapping[str, nn.Module]:
     """The children of a list that are its experts: those of the class that most of them have."""
-    kinds = Counter(type(child) for child in container.children() if any(child.parameters()))
+    kinds = Counter(type(child) for child in container.children() if has_parameters(child))
     if not kinds:
         return {}
     (kind, _) = kinds.most_common(1)[0]
     return {name: child for name, child in container.named_children() if type(child) is kind}
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """True if ``module`` has any."""
+    return next(module.parameters(), None) is not None
 
 
 def _fused(name: str, module: nn.Module, parent: nn.Module) -> FoundExperts | str:
@@ -156,7 +169,11 @@ def _listed(name: str, module: nn.Module, parent: nn.Module, *, named: bool) -> 
     shapes = [{n: tuple(p.shape) for n, p in expert.named_parameters()} for expert in experts]
     other = next((i for i, each in enumerate(shapes) if each != shapes[0]), None)
     if other is not None:
-        return f"has experts of different shapes: 0 has {shapes[0]}, {other} has {shapes[other]}"
+        raise ConfigError(
+            f"{EXPERT_PARALLEL}: {name} has experts of different shapes: 0 has {shapes[0]}, {other} "
+            f"has {shapes[other]}, so ranks would have unequal parts; leave it out with "
+            f"{EXPERT_PARALLEL}.expert_pattern"
+        )
     inside = {id(p) for p in module.parameters()}
     beside = [p for p in parent.parameters() if id(p) not in inside]
     if not any(len(experts) in p.shape for p in beside):

@@ -1,11 +1,123 @@
-"""One matrix product for each expert, over tokens in order of experts."""
+"""One matrix product for each expert, over tokens in order of experts, and two with what is between.
+
+[Note: one expert after another] On a host a whole feed-forward expert is computed before the next
+one begins: what its rows become between two products is still in the cache then, in forward and in
+backward. Gradients of weights are written in place, and nothing is added up that could be written.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A function of single numbers, and its derivative, written into memory that is there.
+
+    Args:
+        call: the function.
+        into: (x, out) writes it.
+        backward: (gradient, x, out) writes the gradient of x; ``out`` may be ``gradient``.
+    """
+
+    call: Callable[[torch.Tensor], torch.Tensor]
+    into: Callable[[torch.Tensor, torch.Tensor], Any]
+    backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
+
+
+def _gelu(approximate: str) -> Activation:
+    return Activation(
+        partial(functional.gelu, approximate=approximate),
+        lambda x, out: aten.gelu.out(x, approximate=approximate, out=out),
+        lambda gradient, x, out: aten.gelu_backward.grad_input(
+            gradient, x, approximate=approximate, grad_input=out
+        ),
+    )
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": _gelu("none"),
+    "gelu_tanh": _gelu("tanh"),
+    "relu": Activation(
+        functional.relu,
+        lambda x, out: aten.relu.out(x, out=out),
+        lambda gradient, x, out: aten.threshold_backward.grad_input(gradient, x, 0, grad_input=out),
+    ),
+    "silu": Activation(
+        functional.silu,
+        lambda x, out: aten.silu.out(x, out=out),
+        lambda gradient, x, out: aten.silu_backward.grad_input(gradient, x, grad_input=out),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How feed-forward experts in fused tensors compute.
+
+    Args:
+        activation: between the products, one of :data:`ACTIVATIONS`.
+        gated: whether the activation of the first half of the first product multiplies the other.
+        outputs_first: whether weights are [E, out, in], as ``nn.Linear`` has them, or [E, in, out].
+    """
+
+    activation: str
+    gated: bool = True
+    outputs_first: bool = False
+
+
+def grouped_mlp(
+    x: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    counts: torch.Tensor,
+    shape: Shape,
+    up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute tokens by feed-forward experts.
+
+    Args:
+        x: [n, d], tokens in order of experts.
+        up: weight of the first product, for widths d -> f, or 2 f if gated.
+        down: weight of the second product, for widths f -> d.
+        counts: [E] on the device, tokens of each expert; they add up to n.
+        shape: what lies between the products, and how weights lie in memory.
+        up_bias: [E, f], or [E, 2 f].
+        down_bias: [E, d].
+
+    Returns:
+        [n, d].
+    """
+    if x.device.type == "cpu":
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        apply: Any = _Chain.apply  # torch does not type it
+        biases = [None if b is None else b.to(x.dtype) for b in (up_bias, down_bias)]
+        y: torch.Tensor = apply(
+            x, up.to(x.dtype), down.to(x.dtype), *biases, counts.tolist(), shape
+        )
+        return y
+    if shape.outputs_first:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    hidden = grouped_linear(x, up, counts, up_bias)
+    act = ACTIVATIONS[shape.activation].call
+    if shape.gated:
+        gate, other = hidden.chunk(2, dim=-1)
+        hidden = act(gate) * other
+    else:
+        hidden = act(hidden)
+    return grouped_linear(hidden, down, counts, down_bias)
 
 
 def grouped_linear(
@@ -65,3 +177,113 @@ class _Loop(torch.autograd.Function):
             for rows, piece, into in zip(torch.split(x, counts), pieces, to_weight, strict=True):
                 torch.mm(rows.t(), piece, out=into)
         return to_x, to_weight, None
+
+
+class _Chain(torch.autograd.Function):
+    """Feed-forward experts; see [Note: one expert after another]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
+        counts: list[int],
+        shape: Shape,
+    ) -> torch.Tensor:
+        wide, width = (1, 2) if shape.outputs_first else (2, 1)
+        hidden = x.new_empty(x.shape[0], up.shape[wide])
+        inner = x.new_empty(x.shape[0], down.shape[3 - wide])
+        y = x.new_empty(x.shape[0], down.shape[3 - width])
+        act = ACTIVATIONS[shape.activation]
+        for e, rows in enumerate(_slices(counts)):
+            if rows.start == rows.stop:
+                continue
+            h, a, out = hidden[rows], inner[rows], y[rows]
+            _product(x[rows], up[e], up_bias, e, shape.outputs_first, h)
+            if shape.gated:
+                gate, other = h.chunk(2, dim=1)
+                act.into(gate, a)
+                a.mul_(other)
+            else:
+                act.into(h, a)
+            _product(a, down[e], down_bias, e, shape.outputs_first, out)
+        ctx.save_for_backward(x, up, down, hidden, inner)
+        ctx.counts, ctx.shape = counts, shape
+        ctx.biases = [None if b is None else b.shape for b in (up_bias, down_bias)]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        x, up, down, hidden, inner = ctx.saved_tensors
+        shape, gradient = ctx.shape, gradient.contiguous()
+        act = ACTIVATIONS[shape.activation]
+        needs = ctx.needs_input_grad
+        to_x = torch.empty_like(x) if needs[0] else None
+        to_up, to_down = (
+            torch.empty_like(weight) if needed else None
+            for weight, needed in ((up, needs[1]), (down, needs[2]))
+        )
+        to_up_bias, to_down_bias = (
+            x.new_empty(bias) if needed else None
+            for bias, needed in zip(ctx.biases, needs[3:5], strict=True)
+        )
+        most = max(ctx.counts, default=0)
+        to_inner, to_hidden = inner.new_empty(most, inner.shape[1]), torch.empty_like(hidden[:most])
+        for e, rows in enumerate(_slices(ctx.counts)):
+            g, h, a, count = gradient[rows], hidden[rows], inner[rows], rows.stop - rows.start
+            to_a, to_h = to_inner[:count], to_hidden[:count]
+            _to_weight(a, g, to_down, to_down_bias, e, shape.outputs_first)
+            torch.mm(g, down[e] if shape.outputs_first else down[e].t(), out=to_a)
+            if shape.gated:
+                gate, other = h.chunk(2, dim=1)
+                to_gate, to_other = to_h.chunk(2, dim=1)
+                act.into(gate, to_other)  # for a moment
+                torch.mul(to_a, other, out=to_gate)
+                to_other.mul_(to_a)
+                act.backward(to_gate, gate, to_gate)
+            else:
+                act.backward(to_a, h, to_h)
+            _to_weight(x[rows], to_h, to_up, to_up_bias, e, shape.outputs_first)
+            if to_x is not None:
+                torch.mm(to_h, up[e] if shape.outputs_first else up[e].t(), out=to_x[rows])
+        return to_x, to_up, to_down, to_up_bias, to_down_bias, None, None
+
+
+def _slices(counts: list[int]) -> list[slice]:
+    ends = list(itertools.accumulate(counts))
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    expert: int,
+    outputs_first: bool,
+    out: torch.Tensor,
+) -> None:
+    weight = weight.t() if outputs_first else weight
+    if bias is None:
+        torch.mm(x, weight, out=out)
+    else:
+        torch.addmm(bias[expert], x, weight, out=out)
+
+
+def _to_weight(
+    x: torch.Tensor,
+    gradient: torch.Tensor,
+    weights: torch.Tensor | None,
+    biases: torch.Tensor | None,
+    expert: int,
+    outputs_first: bool,
+) -> None:
+    """Write the gradients of one expert's weight and bias; zeros, if it has no rows."""
+    if weights is not None:
+        first, second = (gradient, x) if outputs_first else (x, gradient)
+        torch.mm(first.t(), second, out=weights[expert])
+    if biases is not None:
+        torch.sum(gradient, 0, out=biases[expert])

@@ -24,7 +24,8 @@ from drivetrain_moe.exchange import (
     through_sorted,
 )
 from drivetrain_moe.experts import describe_modules, describe_rows, keep_rows
-from drivetrain_moe.found import FoundExperts, experts_in
+from drivetrain_moe.found import FoundExperts, experts_in, has_parameters
+from drivetrain_moe.grouped import ACTIVATIONS, Shape, grouped_mlp
 from drivetrain_moe.own_numbers import default_state, set_default_state
 from drivetrain_moe.routing import Routed
 from drivetrain_moe.section import EXPERT_PARALLEL
@@ -132,7 +133,16 @@ class SharedExperts(ABC):
 
 
 class FusedExperts(SharedExperts):
-    """Experts in fused tensors, called with tokens, numbers of experts and weights."""
+    """Experts in fused tensors, called with tokens, numbers of experts and weights.
+
+    What an expert computes is the module's own forward. On a host, where an ordinary gated expert
+    gives the same numbers on random tokens, small and large, that is computed instead: rows are in
+    order of experts already, and the module's forward would order them again.
+    """
+
+    def __init__(self, found: FoundExperts, load: Load, rate: float) -> None:
+        super().__init__(found, load, rate)
+        self._ordinary: dict[tuple[bool, torch.dtype], tuple[Shape, str, str] | None] = {}
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute tokens [..., d] with experts [S, k] and weights [S, k], in either order."""
@@ -140,6 +150,10 @@ class FusedExperts(SharedExperts):
         first, second = list(bound.arguments.values())[1:3]
         swapped = first.is_floating_point()
         index, weights = (second, first) if swapped else (first, second)
+        if weights.device.type == "cpu" and not bool(torch.isfinite(weights).all()):
+            raise TrainingError(
+                f"the router beside {self._found.name} gives weights that are not finite"
+            )
         chosen = index.reshape(-1)
         if self.load is not None and self.module.training:
             real = chosen[chosen < self._found.count]
@@ -184,14 +198,97 @@ class FusedExperts(SharedExperts):
         routed = Routed(token, expert[order], weight, expert, none, none, none)
 
         def compute(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-            own = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
-            ones = torch.ones_like(own, dtype=weights.dtype)
-            pair = (ones, own) if swapped else (own, ones)
-            answers: torch.Tensor = self._inner(rows, *(part.unsqueeze(1) for part in pair))
-            return answers.reshape(rows.shape)  # some put a dimension of sequences in between
+            known = self._known(rows, counts, weights.dtype, swapped)
+            if known is None:
+                return self._call(rows, counts, weights.dtype, swapped)
+            shape, up, down = known
+            return grouped_mlp(
+                rows, getattr(self.module, up), getattr(self.module, down), counts, shape
+            )
 
         answers = tuple(self.module.parameters())
         return through_experts(x, routed, count, self._with(compute), way, answers).output
+
+    def _call(
+        self, rows: torch.Tensor, counts: torch.Tensor, dtype: torch.dtype, swapped: bool
+    ) -> torch.Tensor:
+        """The module's own forward of rows in order of experts, with weights of 1."""
+        own = torch.arange(len(counts), device=rows.device).repeat_interleave(counts)
+        ones = torch.ones_like(own, dtype=dtype)
+        pair = (ones, own) if swapped else (own, ones)
+        answers: torch.Tensor = self._inner(rows, *(part.unsqueeze(1) for part in pair))
+        return answers.reshape(rows.shape)  # some put a dimension of sequences in between
+
+    def _known(
+        self, rows: torch.Tensor, counts: torch.Tensor, dtype: torch.dtype, swapped: bool
+    ) -> tuple[Shape, str, str] | None:
+        """The ordinary expert that gives the same, and the names of its weights.
+
+        Asked once for each mode, when weights have values, and of this rank alone: no other is to
+        give the same answer.
+        """
+        if rows.device.type != "cpu":
+            return None
+        key = self.module.training, rows.dtype
+        if key not in self._ordinary:
+            random = default_state(rows.device)
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                self._ordinary[key] = self._recognised(rows, len(counts), dtype, swapped)
+            set_default_state(rows.device, random)
+        return self._ordinary[key]
+
+    def _recognised(
+        self, like: torch.Tensor, count: int, dtype: torch.dtype, swapped: bool
+    ) -> tuple[Shape, str, str] | None:
+        names = (*self.module._parameters, *vars(self.module))  # the latter if a cache has them
+        own = {
+            name: value
+            for name in names
+            if isinstance(value := getattr(self.module, name), torch.Tensor)
+        }
+        if len(own) != 2 or any(has_parameters(child) for child in self.module.children()):
+            return None
+        (up, first), (down, second) = own.items()
+        counts = torch.full((count,), PROBES)
+        x = torch.randn(PROBES * count, like.shape[1], generator=torch.Generator().manual_seed(0))
+        x = x.to(first.dtype)
+        for outputs_first in (True, False):
+            shapes = [w.shape if outputs_first else w.mT.shape for w in (first, second)]
+            (inner, width), (back, narrow) = (tuple(shape[1:]) for shape in shapes)
+            if inner != 2 * narrow or width != back or width != x.shape[1]:
+                continue
+            for activation in ACTIVATIONS:
+                shape = Shape(activation, outputs_first=outputs_first)
+                if all(
+                    self._gives_same(x * scale, first, second, counts, shape, dtype, swapped)
+                    for scale in self._scales(x, first)
+                ):
+                    return shape, up, down
+        return None
+
+    @staticmethod
+    def _scales(x: torch.Tensor, weight: torch.Tensor) -> tuple[float, ...]:
+        """Of tokens: as they are, and so large that any bound on what experts compute would show."""
+        largest = float(weight.abs().max()) * float(x.abs().max())
+        return 1.0, 10.0, 1e4 / max(largest, 1e-30)
+
+    def _gives_same(
+        self,
+        x: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        counts: torch.Tensor,
+        shape: Shape,
+        dtype: torch.dtype,
+        swapped: bool,
+    ) -> bool:
+        try:
+            expected = self._call(x, counts, dtype, swapped)
+        except RuntimeError:
+            return False
+        got = grouped_mlp(x, up, down, counts, shape)
+        limit = TOLERANCE.get(x.dtype, 3e-2) * float(expected.abs().max())
+        return bool(torch.isfinite(expected).all()) and bool((got - expected).abs().max() <= limit)
 
     def _probe(
         self, job: Job, axes: ExpertAxes
