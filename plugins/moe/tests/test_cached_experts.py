@@ -105,8 +105,7 @@ def test_an_engine_that_trains_says_where_else_weights_may_lie() -> None:
 
 def summed(kind: str) -> tuple[torch.Tensor, int, str]:
     module = layer(kind)
-    module.drivetrain_wish = module.ep_size = 2
-    job, engine = serving(module, cached_experts=1)
+    job, engine = serving(module, cached_experts=1, ep_size=2)
     with job, torch.no_grad():
         module.way = replace(module.way, equal=True)  # as an engine that generates has it
         job.byte_log.reset()

@@ -49,7 +49,7 @@ class ExpertCache(ABC):
     @property
     def parts(self) -> Sequence[nn.Module]:
         """Modules whose own parameters are kept so."""
-        return tuple(self._modules())
+        return tuple(part for part in self._modules() if part._parameters)
 
     def store(self, part: nn.Module) -> None:
         """Move own parameters of one of :attr:`parts` to host memory, if they have values.

@@ -153,7 +153,9 @@ def _fused(name: str, module: nn.Module, parent: nn.Module) -> FoundExperts | st
         names = ", ".join(p.name for p in needed)
         return f"has a forward of ({names}), not of tokens, numbers of experts and weights"
     form: Form = "fused" if len(needed) == 3 else "blocks"
-    counter = fitting[0]
+    counter, direct = fitting[0], [p for p in module._parameters.values() if p is not None]
+    if form == "blocks" and (len(direct) < len(parameters) or all(p.dim() < 3 for p in direct)):
+        return "has a forward of tokens alone, and weights inside of other modules"
     return FoundExperts(name, module, counter, getattr(module, counter), parent, form)
 
 

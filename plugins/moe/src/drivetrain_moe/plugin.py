@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
-from weakref import WeakKeyDictionary
 
 from drivetrain.contracts import (
     AxisRequest,
@@ -28,7 +27,6 @@ from drivetrain_moe.section import (
 
 if TYPE_CHECKING:
     import torch
-    from pydantic import BaseModel
 
     from drivetrain.contracts import Generates, InferenceRequest
     from drivetrain.engine.engine import Engine
@@ -38,6 +36,8 @@ if TYPE_CHECKING:
     from drivetrain_moe.layer import MoE
     from drivetrain_moe.shared import SharedExperts
 
+_CACHE = "drivetrain_expert_cache"
+"""Attribute of modules whose own weights an :class:`ExpertCache` keeps."""
 _DATA_FIRST = "use_data_before_expert_parallelism"
 
 
@@ -52,11 +52,6 @@ class MixtureOfExperts(Plugin):
         EXPERT_PARALLEL: ExpertParallelSection,
         _DATA_FIRST: DataBeforeExperts,
     }
-
-    def __init__(self, sections: Mapping[str, BaseModel]) -> None:
-        super().__init__(sections)
-        self._caches: WeakKeyDictionary[Job, dict[torch.nn.Module, ExpertCache]]
-        self._caches = WeakKeyDictionary()
 
     def enabled(self) -> bool:
         given = any(isinstance(s, MoESection) for s in self._sections.values())
@@ -107,14 +102,15 @@ class MixtureOfExperts(Plugin):
                 "leave it out; the section zero_optimization.offload_param keeps weights that are "
                 "trained in host memory"
             )
-        found = [served.cached(job, room) for _, served in _served(model)]
-        self._caches[job] = {part: cache for cache in found for part in cache.parts}
-        for part, cache in self._caches[job].items():
-            cache.store(part)
+        for _, served in _served(model):
+            cache = served.cached(job, room)
+            for part in cache.parts:
+                vars(part)[_CACHE] = cache
+                cache.store(part)
 
     @hookimpl(tryfirst=True)  # before others keep a part of what is then no parameter
     def keep_parameters(self, job: Job, module: torch.nn.Module) -> None:
-        cache = self._caches.get(job, {}).get(module)
+        cache: ExpertCache | None = vars(module).get(_CACHE)
         if cache is not None:
             cache.store(module)
 

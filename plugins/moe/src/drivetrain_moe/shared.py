@@ -316,7 +316,7 @@ class FusedExperts(SharedExperts):
                 try:
                     pair = {names[1]: index + first, names[2]: ones}
                     expected = found.module.forward(x, **pair)
-                except RuntimeError:  # tokens have another width
+                except (RuntimeError, ValueError, TypeError):  # tokens have another width
                     continue
                 if expected.numel() == x.numel() and bool(torch.isfinite(expected).all()):
                     return x, index, expected.reshape(x.shape)
@@ -389,7 +389,7 @@ class BlockExperts(SharedExperts):
             for x in _random_tokens(parameters, PROBES * found.count):
                 try:
                     expected, nothing = self._inner(x), self._inner(torch.zeros_like(x))
-                except RuntimeError:  # tokens have another width
+                except (RuntimeError, ValueError, TypeError):  # tokens have another width
                     continue
                 if expected.shape == x.shape and bool(torch.isfinite(expected).all()):
                     self._skips = not bool(nothing.any())
@@ -436,9 +436,12 @@ class ListedExperts(SharedExperts):
             set_default_state(device, after[device])
         if any(note.calls for note in notes.values()):
             return outputs
-        # No token of this rank has an expert, but backward has to come through the exchange.
+        # No token of this rank has an expert, but backward has to come through the exchange, and
+        # to the router, whose gradients other ranks reduce before it.
         first, *others = outputs if isinstance(outputs, tuple) else (outputs,)
-        reached = reaching(first, answers)
+        inside = set(self.module.parameters())
+        beside = [p for p in self._found.owner.parameters() if p not in inside and p.requires_grad]
+        reached = reaching(first, answers, *beside)
         return (reached, *others) if isinstance(outputs, tuple) else reached
 
     def keep(self, job: Job, axes: ExpertAxes, *, check: bool) -> None:
@@ -490,7 +493,7 @@ class ListedExperts(SharedExperts):
                 for x in _random_tokens(parameters, 2 * PROBES):
                     try:
                         outputs = expert(x)
-                    except RuntimeError:  # tokens have another width
+                    except (RuntimeError, ValueError, TypeError):  # tokens have another width
                         continue
                     if isinstance(outputs, torch.Tensor) and outputs.shape == x.shape:
                         self._compare(expert(x.flip(0)).flip(0), outputs)
