@@ -55,6 +55,7 @@ class Agreement:
         self._count = 0
         self._numbers: dict[int, int] = {}  # of the latest gather of each unit
         self._waiting: tuple[int, int, str, float] | None = None
+        self._written: dict[str, list[str]] = {"wants": [], "waits": []}
         self._closed = threading.Event()
         self._watch = threading.Thread(target=self._write_waits, daemon=True, name="zero-agreement")
         self._watch.start()
@@ -90,12 +91,12 @@ class Agreement:
         self._watch.join()
 
     def _agree(self, unit: int, name: str) -> None:
-        self._store.set(f"wants/{self._rank}", json.dumps([self._count, unit, name]))
+        self._write("wants", self._count, unit, name)
         missing = set(self._peers)
         while True:
             for peer in tuple(missing):
-                wanted = self._read(f"wants/{peer}")
-                found = wanted if wanted is not None else self._read(f"waits/{peer}")
+                wanted = self._read("wants", peer)
+                found = wanted if wanted is not None else self._read("waits", peer)
                 if found is None:
                     continue
                 if found[0] == unit:
@@ -112,12 +113,26 @@ class Agreement:
             self._check()
             time.sleep(_POLL)
 
-    def _read(self, key: str) -> tuple[int, str] | None:
+    def _write(self, what: str, count: int, unit: int, name: str) -> None:
+        """Write down which unit this rank wants, or waits for, at its gather ``count``.
+
+        Others may read it after this rank has agreed and gone on, where no gather holds it up: of
+        the ranks that agree, not all gather over the same axis. When this rank writes its next but
+        one, all of them have written the one in between, and have read this.
+        """
+        key, written = f"{what}/{self._rank}/{count}", self._written[what]
+        self._store.set(key, json.dumps([unit, name]))
+        written.append(key)
+        while len(written) > 2:
+            self._store.delete_key(written.pop(0))
+
+    def _read(self, what: str, peer: int) -> tuple[int, str] | None:
         """Number and name that a rank has written about the gather that this rank is at."""
+        key = f"{what}/{peer}/{self._count}"
         if not self._store.check([key]):
             return None
-        count, unit, name = json.loads(self._store.get(key))
-        return (int(unit), str(name)) if count == self._count else None
+        unit, name = json.loads(self._store.get(key))
+        return int(unit), str(name)
 
     def _write_waits(self) -> None:
         """Write down a gather that lasts long, once."""
@@ -128,7 +143,7 @@ class Agreement:
                 continue
             written = waiting[0]
             try:
-                self._store.set(f"waits/{self._rank}", json.dumps(waiting[:3]))
+                self._write("waits", *waiting[:3])
             except RuntimeError:
                 return  # the store went with the process that hosts it; the job is over
 
