@@ -40,8 +40,7 @@ def model() -> Any:
 
 
 def generated(config: dict[str, Any], folder: str = "") -> tuple[list[Any], int, int]:
-    options: dict[str, Any] = {"weights": folder} if folder else {}
-    with serve(folder or model(), {"inference": SECTION, **config}, **options) as engine:
+    with serve(folder or model(), {"inference": SECTION, **config}) as engine:
         held = sum(p.numel() for n, p in engine.module.named_parameters() if "experts" in n)
         results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=12, logprobs=1))
         forwards = [part.__dict__.get("forward") for part in engine.module.modules()]

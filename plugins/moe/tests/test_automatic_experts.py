@@ -141,6 +141,27 @@ MODELS |= {
         },
     ),
 }
+OTHERS: dict[str, dict[str, Any]] = {
+    name: {}
+    for name in (
+        "AriaTextForCausalLM AfmoeForCausalLM HunYuanMoEV1ForCausalLM FlexOlmoForCausalLM "
+        "Cohere2MoeForCausalLM Dots1ForCausalLM LongcatFlashForCausalLM Glm4MoeLiteForCausalLM "
+        "MiniMaxM2ForCausalLM Qwen3NextForCausalLM ExaoneMoeForCausalLM SolarOpenForCausalLM "
+        "GraniteMoeSharedForCausalLM MellumForCausalLM LagunaForCausalLM DeepseekV32ForCausalLM"
+    ).split()
+}
+"""Models that are made of what they know of :data:`EVERYTHING`."""
+EVERYTHING = {
+    **{**SMALL, **FOUR, **NAMED, **DEEPSEEK},
+    **{"first_k_dense_replace": 0, "n_group": 1, "head_dim": 8, "moe_num_experts": 4},
+    **{"num_shared_experts": 1, "n_shared_experts": 1, "moe_topk": 2, "expert_ffn_hidden_size": 12},
+    **{"moe_num_shared_experts": 1, "shared_expert_intermediate_size": 8, "ffn_hidden_size": 24},
+    **{"zero_expert_num": 0, "decoder_sparse_step": 1, "sliding_window": 16, "num_dense_layers": 0},
+    **{"mlp_only_layers": [], "num_layers": 2, "shared_intermediate_size": 8, "index_n_heads": 2},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8},
+    **{"linear_value_head_dim": 8, "index_head_dim": 8, "index_topk": 4, "rotary_dim": 8},
+}
+MODELS |= {name: (name, changes) for name, changes in OTHERS.items()}
 NOISY = ("phimoe",)
 """Whose routers draw random numbers in training."""
 
@@ -152,6 +173,8 @@ def build(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     name, changes = MODELS[family]
     kind = getattr(transformers, name)
     own = changes if family == "dbrx" else {**SMALL, **changes}
+    if family in OTHERS:
+        own = known_of(kind)
     config = kind.config_class(**own)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
@@ -166,6 +189,18 @@ def build(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data = (noise / parameter.shape[-1] ** 0.5).to(dtype)
     return model
+
+
+def known_of(kind: Any) -> dict[str, Any]:
+    """What of :data:`EVERYTHING` the config of ``kind`` knows, and two layers with experts."""
+    plain = kind.config_class()
+    known = {**vars(plain), **vars(kind.config_class)}
+    own = {key: value for key, value in EVERYTHING.items() if key in known}
+    if layers := getattr(plain, "layer_types", None):
+        own["layer_types"] = (list(dict.fromkeys(layers)) * 2)[:2]
+    if getattr(plain, "mlp_layer_types", None):
+        own["mlp_layer_types"] = ["sparse", "sparse"]
+    return own
 
 
 def batch(step: int, shard: int) -> dict[str, torch.Tensor]:
