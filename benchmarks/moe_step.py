@@ -5,17 +5,24 @@
 
 ``system:N`` shares out experts over N ranks; ``@interpreter`` runs a system under another Python,
 for DeepSpeed's own, which has an environment of its own. Systems take steps in turn, as in
-``train_step.py``.
+``train_step.py``. With ``--mbit`` (as root, on Linux) two ranks have a link of so many Mbit/s each
+way between them, as in ``slow_link.py``, and share no memory:
+
+    sudo python benchmarks/moe_step.py drivetrain-layer:2 drivetrain-halves:2 --mbit 1000
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from side_by_side import row, running, take_turns
+from slow_link import hosts
 
 WORKER = Path(__file__).with_name("moe_step_worker.py")
 SHAPE = {
@@ -36,11 +43,19 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--mbit", type=int, default=0, help="of a link between two ranks")
     for name, value in SHAPE.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
-    shape = {name: getattr(options, name) for name in SHAPE}
-    with running(options.systems, WORKER, shape, options.ranks) as systems:
+    shape: dict[str, Any] = {name: getattr(options, name) for name in SHAPE}
+    shape["mbit"] = options.mbit
+    with ExitStack() as stack:
+        links = []
+        if options.mbit:
+            names = stack.enter_context(hosts(options.mbit))
+            links = [(name, f"v{os.getpid()}{'ab'[at]}") for at, name in enumerate(names)]
+        running_ones = running(options.systems, WORKER, shape, options.ranks, links=links)
+        systems = stack.enter_context(running_ones)
         facts = {name: system.ready() for name, system in systems.items()}
         seconds = take_turns(systems, options.warmup, options.pairs)
         last = {name: system.close() for name, system in systems.items()}

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def config(shape: dict[str, Any], **more: Any) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "steps_per_print": 10**9,
         "optimizer": {"type": "AdamW", "params": {"lr": RATE}},
+        **({"cpu": {"shared_memory": False}} if shape.get("mbit") else {}),
         **more,
     }
 
@@ -75,6 +77,46 @@ def drivetrain_layer(shape: dict[str, Any], ep: int) -> Step:
     width, count, k = shape["width"], shape["experts"], shape["k"]
     model = Layers(shape, lambda e: MoE(width, e, count, ep, k, min_capacity=4))
     engine = drivetrain.initialize(model=model, config=config(shape))[0]
+    return stepping(engine, lambda engine: engine(hidden(shape)))
+
+
+def drivetrain_halves(shape: dict[str, Any], ep: int) -> Step:
+    """Tokens travel in two halves."""
+    from drivetrain_moe import MoE
+
+    import drivetrain
+
+    width, count, k = shape["width"], shape["experts"], shape["k"]
+    model = Layers(shape, lambda e: MoE(width, e, count, ep, k, min_capacity=4))
+    own = config(shape, moe={"halves": True})
+    engine = drivetrain.initialize(model=model, config=own)[0]
+    return stepping(engine, lambda engine: engine(hidden(shape)))
+
+
+def drivetrain_shared(shape: dict[str, Any], ep: int, *, inside: bool = True) -> Step:
+    """Each layer has a shared expert, twice as wide as others; it computes while tokens travel."""
+    from drivetrain_moe import MoE
+
+    import drivetrain
+
+    class Beside(nn.Module):
+        def __init__(self, layer: nn.Module, expert: nn.Module) -> None:
+            super().__init__()
+            self.layer, self.expert = layer, expert
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            out, *rest = self.layer(x)
+            return out + self.expert(x), *rest
+
+    width, count, k = shape["width"], shape["experts"], shape["k"]
+
+    def make(expert: nn.Module) -> nn.Module:
+        shared = Expert(width, 2 * shape["inner"])
+        options = {"min_capacity": 4, "shared_expert": shared if inside else None}
+        layer = MoE(width, expert, count, ep, k, **options)
+        return layer if inside else Beside(layer, shared)
+
+    engine = drivetrain.initialize(model=Layers(shape, make), config=config(shape))[0]
     return stepping(engine, lambda engine: engine(hidden(shape)))
 
 
@@ -169,6 +211,9 @@ def drivetrain_mixtral(shape: dict[str, Any], ep: int) -> Step:
 
 SYSTEMS: dict[str, Callable[[dict[str, Any], int], Step]] = {
     "drivetrain-layer": drivetrain_layer,
+    "drivetrain-halves": drivetrain_halves,
+    "drivetrain-shared": drivetrain_shared,
+    "drivetrain-beside": partial(drivetrain_shared, inside=False),
     "deepspeed-layer": deepspeed_layer,
     "transformers-ddp": transformers_ddp,
     "transformers-fsdp2": transformers_fsdp2,

@@ -32,21 +32,32 @@ class System:
         settings: passed on to it.
         ranks: how many.
         python: interpreter of systems that name none.
+        links: for each rank its network namespace and the interface there, where ranks are kept
+            apart; see ``slow_link.py``.
     """
 
     def __init__(
-        self, name: str, worker: Path, settings: Mapping[str, object], ranks: int, python: str
+        self,
+        name: str,
+        worker: Path,
+        settings: Mapping[str, object],
+        ranks: int,
+        python: str,
+        links: Sequence[tuple[str, str]] = (),
     ) -> None:
         self.name, _, interpreter = name.partition("@")
         port = _free_port()
         self._ranks = [
             subprocess.Popen(
                 # -P: modules beside the worker are not to be taken for installed packages
-                [interpreter or python, "-P", str(worker), self.name, json.dumps(settings)],
+                [
+                    *(("ip", "netns", "exec", links[rank][0]) if links else ()),
+                    *(interpreter or python, "-P", str(worker), self.name, json.dumps(settings)),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
-                env=_environment(rank, ranks, port),
+                env=_environment(rank, ranks, port, links),
             )
             for rank in range(ranks)
         ]
@@ -99,12 +110,13 @@ def running(
     settings: Mapping[str, object],
     ranks: int,
     python: str = sys.executable,
+    links: Sequence[tuple[str, str]] = (),
 ) -> Iterator[dict[str, System]]:
     """Start systems; see :class:`System`. Those that still run at the end are killed."""
     systems: dict[str, System] = {}
     try:
         for name in names:
-            systems[name] = System(name, worker, settings, ranks, python)
+            systems[name] = System(name, worker, settings, ranks, python, links)
         yield systems
     finally:
         for system in systems.values():
@@ -143,7 +155,10 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[low], ordered[high]
 
 
-def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+def _environment(
+    rank: int, ranks: int, port: int, links: Sequence[tuple[str, str]]
+) -> dict[str, str]:
+    apart = {"MASTER_ADDR": "10.77.0.1", "GLOO_SOCKET_IFNAME": links[rank][1]} if links else {}
     return {
         **os.environ,
         "RANK": str(rank),
@@ -153,6 +168,7 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        **apart,
     }
 
 
