@@ -141,27 +141,58 @@ MODELS |= {
         },
     ),
 }
-OTHERS: dict[str, dict[str, Any]] = {
-    name: {}
-    for name in (
-        "AriaTextForCausalLM AfmoeForCausalLM HunYuanMoEV1ForCausalLM FlexOlmoForCausalLM "
-        "Cohere2MoeForCausalLM Dots1ForCausalLM LongcatFlashForCausalLM Glm4MoeLiteForCausalLM "
-        "MiniMaxM2ForCausalLM Qwen3NextForCausalLM ExaoneMoeForCausalLM SolarOpenForCausalLM "
-        "GraniteMoeSharedForCausalLM MellumForCausalLM LagunaForCausalLM DeepseekV32ForCausalLM"
-    ).split()
-}
+OTHERS = (
+    "AriaTextForCausalLM",
+    "AfmoeForCausalLM",
+    "HunYuanMoEV1ForCausalLM",
+    "FlexOlmoForCausalLM",
+    "Cohere2MoeForCausalLM",
+    "Dots1ForCausalLM",
+    "LongcatFlashForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+    "MiniMaxM2ForCausalLM",
+    "Qwen3NextForCausalLM",
+    "ExaoneMoeForCausalLM",
+    "SolarOpenForCausalLM",
+    "GraniteMoeSharedForCausalLM",
+    "MellumForCausalLM",
+    "LagunaForCausalLM",
+    "DeepseekV32ForCausalLM",
+)
 """Models that are made of what they know of :data:`EVERYTHING`."""
 EVERYTHING = {
-    **{**SMALL, **FOUR, **NAMED, **DEEPSEEK},
-    **{"first_k_dense_replace": 0, "n_group": 1, "head_dim": 8, "moe_num_experts": 4},
-    **{"num_shared_experts": 1, "n_shared_experts": 1, "moe_topk": 2, "expert_ffn_hidden_size": 12},
-    **{"moe_num_shared_experts": 1, "shared_expert_intermediate_size": 8, "ffn_hidden_size": 24},
-    **{"zero_expert_num": 0, "decoder_sparse_step": 1, "sliding_window": 16, "num_dense_layers": 0},
-    **{"mlp_only_layers": [], "num_layers": 2, "shared_intermediate_size": 8, "index_n_heads": 2},
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8},
-    **{"linear_value_head_dim": 8, "index_head_dim": 8, "index_topk": 4, "rotary_dim": 8},
+    **SMALL,
+    **FOUR,
+    **NAMED,
+    **DEEPSEEK,
+    "first_k_dense_replace": 0,
+    "n_group": 1,
+    "head_dim": 8,
+    "moe_num_experts": 4,
+    "num_shared_experts": 1,
+    "n_shared_experts": 1,
+    "moe_topk": 2,
+    "expert_ffn_hidden_size": 12,
+    "moe_num_shared_experts": 1,
+    "shared_expert_intermediate_size": 8,
+    "ffn_hidden_size": 24,
+    "zero_expert_num": 0,
+    "decoder_sparse_step": 1,
+    "sliding_window": 16,
+    "num_dense_layers": 0,
+    "mlp_only_layers": [],
+    "num_layers": 2,
+    "shared_intermediate_size": 8,
+    "index_n_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "index_head_dim": 8,
+    "index_topk": 4,
+    "rotary_dim": 8,
 }
-MODELS |= {name: (name, changes) for name, changes in OTHERS.items()}
+MODELS |= {name: (name, {}) for name in OTHERS}
 NOISY = ("phimoe",)
 """Whose routers draw random numbers in training."""
 

@@ -47,7 +47,6 @@ from drivetrain.errors import ConfigError
 from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
 
-
 SEPARATE = {"cpu": {"shared_memory": False}} if find_spec("drivetrain_cpu") else {}
 """Ranks that read each other's shards where they lie could gather at any time."""
 
@@ -406,5 +405,6 @@ def drawn() -> tuple[list[list[bool]], list[float]]:
 def test_experts_that_draw_for_other_tokens_draw_apart_and_nothing_else_does() -> None:
     (first, after), (other, after_other) = run_distributed(drawn, 2)
     assert after == after_other
-    assert sum(len(note) for note in first) and sum(len(note) for note in other)
+    assert sum(len(note) for note in first)
+    assert sum(len(note) for note in other)
     assert first != other

@@ -1,7 +1,7 @@
-from drivetrain_moe.found import FoundExperts as FoundExperts
-from drivetrain_moe.found import find_experts as find_experts
 from drivetrain_moe.experts import ExpertList as ExpertList
 from drivetrain_moe.experts import GroupedMLP as GroupedMLP
+from drivetrain_moe.found import FoundExperts as FoundExperts
+from drivetrain_moe.found import find_experts as find_experts
 from drivetrain_moe.grouped import grouped_linear as grouped_linear
 from drivetrain_moe.layer import MoE as MoE
 from drivetrain_moe.routing import Routed as Routed

@@ -2,8 +2,8 @@
 
 A model that serves needs few of its experts for a forward of few tokens. Here the weights of a
 layer's experts lie in host memory, and the device has room for some. What a forward needs and the
-device has not is copied there, in place of what was used longest ago. Experts that are there compute
-first; where a forward needs more than there is room for, they take turns.
+device has not is copied there, in place of what was used longest ago. Experts that are there
+compute first; where a forward needs more than there is room for, they take turns.
 """
 
 from __future__ import annotations
@@ -101,7 +101,10 @@ class ExpertCache(ABC):
 
     def _turns(self, used: Sequence[int]) -> Iterator[list[int]]:
         """Groups of experts that the device has room for: first those that are there."""
-        left = [*(e for e in used if e in self._places), *(e for e in used if e not in self._places)]
+        left = [
+            *(e for e in used if e in self._places),
+            *(e for e in used if e not in self._places),
+        ]
         for first in range(0, len(left), self.room):
             yield left[first : first + self.room]
 
@@ -248,4 +251,3 @@ class ModuleCache(ExpertCache):
     ) -> Sequence[torch.Tensor]:
         outputs = [self._experts[expert](part) for expert, part in zip(order, parts, strict=True)]
         return [output[0] if isinstance(output, tuple) else output for output in outputs]
-

@@ -330,7 +330,7 @@ def _travelled(
 def _sent(
     axis: Functional, rows: torch.Tensor, to: list[int], of: list[int], *, overlaps: bool
 ) -> Callable[[], torch.Tensor]:
-    """Exchange rows, ``to[i]`` of which go to rank i; what gives those that come, ``of[i]`` of it."""
+    """Exchange rows, ``to[i]`` for rank i and ``of[i]`` from it; gives what comes when called."""
     if overlaps:
         return axis.start_exchange(rows, of, to).wait
     came = axis.exchange(rows, of, to)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from drivetrain.job.job import Job
     from drivetrain_moe.axes import ExpertAxes
 
+
 class ExpertList(nn.ModuleDict):
     """Experts that are modules of any kind, each called with its tokens [n, d].
 

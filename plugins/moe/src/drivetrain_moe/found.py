@@ -172,8 +172,8 @@ def _listed(name: str, module: nn.Module, parent: nn.Module, *, named: bool) -> 
     other = next((i for i, each in enumerate(shapes) if each != shapes[0]), None)
     if other is not None:
         raise ConfigError(
-            f"{EXPERT_PARALLEL}: {name} has experts of different shapes: 0 has {shapes[0]}, {other} "
-            f"has {shapes[other]}, so ranks would have unequal parts; leave it out with "
+            f"{EXPERT_PARALLEL}: {name} has experts of different shapes: 0 has {shapes[0]}, "
+            f"{other} has {shapes[other]}, so ranks would have unequal parts; leave it out with "
             f"{EXPERT_PARALLEL}.expert_pattern"
         )
     inside = {id(p) for p in module.parameters()}

@@ -1,4 +1,4 @@
-"""One matrix product for each expert, over tokens in order of experts, and two with what is between.
+"""One matrix product for each expert, over tokens in their order; or two, with what is between.
 
 [Note: one expert after another] On a host a whole feed-forward expert is computed before the next
 one begins: what its rows become between two products is still in the cache then, in forward and in

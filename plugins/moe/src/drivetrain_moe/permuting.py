@@ -1,8 +1,8 @@
 """Rows of tokens in order of experts, and sums of their answers, each in one pass over memory.
 
-Autograd's own backward of a choice of rows fills zeros and adds into them row by row. Here both ways
-are one gather, or one sum over the rows of each token, which are known from the same numbers. All
-of it can be differentiated again.
+Autograd's own backward of a choice of rows fills zeros and adds into them row by row. Here both
+ways are one gather, or one sum over the rows of each token, which are known from the same numbers.
+All of it can be differentiated again.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ class _Summed(torch.autograd.Function):
 
 class _Weighted(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, places: Places
-    ) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, weight: torch.Tensor, places: Places) -> torch.Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.places = places
         return _bags(rows, places, weight.index_select(0, places.rows))

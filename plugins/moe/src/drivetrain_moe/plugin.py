@@ -92,9 +92,7 @@ class MixtureOfExperts(Plugin):
 
         return [Transform(Phase.PARTITION, share_out)]
 
-    def _keep_on_host(
-        self, job: Job, model: torch.nn.Module, room: int, training: bool
-    ) -> None:
+    def _keep_on_host(self, job: Job, model: torch.nn.Module, room: int, training: bool) -> None:
         """Keep weights of experts in host memory: now, or as soon as they have values."""
         if training:
             raise ConfigError(
