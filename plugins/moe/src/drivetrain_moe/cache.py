@@ -185,7 +185,8 @@ class FusedCache(ExpertCache):
         each = value.shape[0] // self.count
         host = self._host(value)
         here = host.new_zeros((self.room * each, *host.shape[1:]), device=self._device)
-        self._tensors.append((host.unflatten(0, (self.count, each)), here.unflatten(0, (-1, each))))
+        rest = (each, *host.shape[1:])
+        self._tensors.append((host.view(self.count, *rest), here.view(self.room, *rest)))
         return here
 
     def _copy(self, expert: int, place: int) -> int:
