@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import resource
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -236,14 +238,20 @@ def main() -> None:
         answers.flush()
 
     answer(torch=torch.__version__)
-    loss = torch.zeros(())
+    loss, processor = torch.zeros(()), list[float]()
     for line in sys.stdin:
         if line.strip() == "end":
             break
+        begin = time.process_time()
         loss = step()
+        processor.append(time.process_time() - begin)
         answer()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    answer(last_loss=round(float(loss), 5), peak_resident_mib=peak)
+    answer(
+        last_loss=round(float(loss), 5),
+        peak_resident_mib=peak,
+        processor_seconds_median=round(statistics.median(processor or [0.0]), 5),
+    )
     answers.close()
     os._exit(0)
 
