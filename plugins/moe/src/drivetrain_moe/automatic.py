@@ -12,14 +12,21 @@ from torch import nn
 
 from drivetrain.errors import ConfigError
 from drivetrain_moe.exchange import way_of
-from drivetrain_moe.found import FoundExperts, find_experts, nothing_found
+from drivetrain_moe.found import Form, FoundExperts, find_experts, nothing_found
+from drivetrain_moe.listed import ListedExperts
 from drivetrain_moe.load import Load
 from drivetrain_moe.section import EXPERT_PARALLEL, ExpertParallelSection
-from drivetrain_moe.shared import FORMS
+from drivetrain_moe.shared import BlockExperts, FusedExperts, SharedExperts
 
 if TYPE_CHECKING:
     from drivetrain.job.job import Job
     from drivetrain_moe.axes import ExpertAxes
+
+FORMS: dict[Form, type[SharedExperts]] = {
+    "fused": FusedExperts,
+    "blocks": BlockExperts,
+    "listed": ListedExperts,
+}
 
 
 def share_out(
