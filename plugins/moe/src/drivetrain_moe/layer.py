@@ -66,6 +66,10 @@ class MoE(nn.Module):
 
     drivetrain_plugin = "moe"
     bias: torch.Tensor | None
+    cache: ExpertCache | None = None
+    """Of weights of experts, where these lie in host memory."""
+    serves = False
+    """Whether the module is that of an engine that does not train."""
 
     def __init__(
         self,
@@ -116,8 +120,6 @@ class MoE(nn.Module):
         self.bias_update_rate = bias_update_rate
         self.load: Load | None = None
         self.way = HERE
-        self.cache: ExpertCache | None = None
-        self.serves = False
         self._name = type(self).__name__
 
     def forward(
