@@ -38,6 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "tiles, files": AGAIN | FILES | {"sequence_parallel": TILES},
     "chunks": {"sequence_parallel": CHUNKS},
     "chunks, files": FILES | {"sequence_parallel": CHUNKS},
+    "chunks, recompute": AGAIN | {"sequence_parallel": CHUNKS},
 }
 """What a config has for each way; ``transformers`` beside them is a loop without Drivetrain."""
 
@@ -74,23 +75,28 @@ def model_of(length: int, tied: bool) -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
-def config_of(way: str) -> dict[str, Any]:
-    """The config of a way of Drivetrain."""
+def config_of(way: str, chunk: int | None = None) -> dict[str, Any]:
+    """The config of a way of Drivetrain, with another size of chunks if one is given."""
     name, ranks = ranks_of(way)
-    return {
+    config = {
         "train_micro_batch_size_per_gpu": 1,
         "optimizer": {"type": "SGD", "params": {"lr": 0.01}},
         "sequence_parallel_size": ranks,
         **WAYS[name],
     }
+    if chunk is not None and "chunk" in config.get("sequence_parallel", {}):
+        config["sequence_parallel"] = {**config["sequence_parallel"], "chunk": chunk}
+    return config
 
 
-def trainer(way: str, length: int, tied: bool, folder: str) -> Callable[[Any], None]:
+def trainer(
+    way: str, length: int, options: argparse.Namespace, folder: str
+) -> Callable[[Any], None]:
     """A function that trains on one batch of tokens."""
     import torch
 
     if way == ALONE:
-        model = model_of(length, tied)
+        model = model_of(length, options.tied)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 
         def alone(tokens: Any) -> None:
@@ -101,10 +107,10 @@ def trainer(way: str, length: int, tied: bool, folder: str) -> Callable[[Any], N
         return alone
     import drivetrain
 
-    config = config_of(way)
+    config = config_of(way, options.chunk)
     if "activation_offload" in config:
         config["activation_offload"] = {**config["activation_offload"], "nvme_path": folder}
-    engine, *_ = drivetrain.initialize(model=model_of(length, tied), config=config)
+    engine, *_ = drivetrain.initialize(model=model_of(length, options.tied), config=config)
 
     def train(tokens: Any) -> None:
         engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
@@ -156,7 +162,7 @@ class Trace:
 
 
 def step(way: str, length: int, options: argparse.Namespace) -> dict[str, Any]:
-    """MiB of this process in one step and in all, and seconds of the step."""
+    """MiB of this process in one step and in all; seconds of the step, by clock and processor."""
     import torch
 
     if options.limit is not None:
@@ -165,16 +171,17 @@ def step(way: str, length: int, options: argparse.Namespace) -> dict[str, Any]:
         without_arithmetic()
     trace = Trace()
     with tempfile.TemporaryDirectory() as folder:
-        train = trainer(way, length, options.tied, folder)
+        train = trainer(way, length, options, folder)
         train(torch.randint(50257, (1, 64)))  # buffers that every step needs
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         tokens = torch.randint(50257, (1, length), generator=torch.Generator().manual_seed(0))
-        begin = time.perf_counter()
+        begin, used = time.perf_counter(), time.process_time()
         with trace:
             train(tokens)
-        seconds = time.perf_counter() - begin
+        seconds, used = time.perf_counter() - begin, time.process_time() - used
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {"step": (after - before) / 1024, "process": after / 1024, "seconds": seconds}
+    found["processor"] = used
     return {name: round(value, 1) for name, value in found.items()} | {"trace": trace.samples}
 
 
@@ -220,6 +227,7 @@ def measure(way: str, length: int, options: argparse.Namespace) -> dict[str, Any
         f"--{name}" for name in ("shapes-only", "tied") if vars(options)[name.replace("-", "_")]
     ]
     command += [] if options.limit is None else ["--limit", str(options.limit)]
+    command += [] if options.chunk is None else ["--chunk", str(options.chunk)]
     base = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
     base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     base |= {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -241,7 +249,8 @@ def measure(way: str, length: int, options: argparse.Namespace) -> dict[str, Any
             print(way, length, *said[-1:], sep=": ", file=sys.stderr, flush=True)
             return None
     found = [json.loads(output.splitlines()[-1]) for output in outputs]
-    most = {key: max(each[key] for each in found) for key in ("step", "process", "seconds")}
+    keys = ("step", "process", "seconds", "processor")
+    most = {key: max(each[key] for each in found) for key in keys}
     return most | {"trace": found[0]["trace"]}
 
 
@@ -316,6 +325,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=NAMES, default=[ALONE, *WAYS])
     parser.add_argument("--one", choices=NAMES, help="one step in this process")
     parser.add_argument("--limit", type=float, help="MiB of a process")
+    parser.add_argument("--chunk", type=int, help="tokens of a chunk, of all ranks together")
     parser.add_argument("--shapes-only", action="store_true", help="no arithmetic of attention")
     parser.add_argument("--tied", action="store_true", help="one matrix for embedding and head")
     parser.add_argument(

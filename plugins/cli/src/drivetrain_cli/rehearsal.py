@@ -91,6 +91,9 @@ class RehearsedDevice(Accelerator):
     def on_stream(self, stream: Any | None) -> AbstractContextManager[Any]:
         return nullcontext()
 
+    def alike(self, times: int) -> AbstractContextManager[Any]:
+        return nullcontext() if self._counter is None else self._counter.alike(times)
+
     @hookimpl
     def wrap_communicator(self, job: Job) -> Sequence[CommunicatorLayer]:
         """Carry messages between ranks that are rehearsed one after the other."""

@@ -37,6 +37,9 @@ class Counter(Protocol):
     def moment(self) -> int:
         """How many operators have run."""
 
+    def alike(self, times: int) -> AbstractContextManager[None]:
+        """Operators that run in the context are counted so many times."""
+
 
 class RehearsedSharedMemory(CommunicatorWrapper):
     """Gives the memory that ranks of one host would share, and says as much of it as they would.

@@ -17,6 +17,9 @@ from drivetrain_sequence.losses import IGNORED, shifted
 TOKENS = ("input_ids", "inputs_embeds")
 """Arguments that say what the sequence is."""
 
+LOSSES = ("labels", "shift_labels", "num_items_in_batch")
+"""Arguments that only the loss is made of."""
+
 _ONLY_WHOLE = {
     "past_key_values": "a cache of keys and values",
     "output_attentions": "attention weights",
@@ -25,6 +28,9 @@ _ONLY_WHOLE = {
 
 _ENDS = {"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
 """Arguments of Transformers that say where the packed sequences of a row begin."""
+
+_WITH_ROWS = 4
+"""Ways of numbering tokens, of models that know places in images; the first is that in the row."""
 
 Labels = Literal["next", "same"]
 """Labels of the token after each, as causal models have them, or of the token itself."""
@@ -86,7 +92,7 @@ class Cutter:
         """
         given = dict(arguments)
         if self.cut.cuts:
-            _refuse(given)
+            refuse_whole(given)
         name = next((name for name in TOKENS if name in given), None)
         if name is None:
             raise TrainingError(
@@ -98,16 +104,16 @@ class Cutter:
         labels = self._labels(given, (batch, length))
         if not self.cut.cuts:
             return Prepared(given) if labels is None else self._with_labels(given, labels)
-        layout, positions = _layout(given, batch, length, missing, given[name].device)
+        layout, positions = batch_layout(given, batch, length, missing, given[name].device)
         places = self.cut.of_rank(length + missing, self._rank).to(given[name].device)
         keywords: dict[str, Any] = {}
         for key, value in given.items():
             if isinstance(value, torch.Tensor) and value.dim() > 1:
                 if value.shape[1] != length or value.shape[0] not in (1, batch):
-                    raise _uncut(key, value, batch, length)
-                value = _padded(value, missing, 0)[:, places]
+                    raise uncut(key, value, batch, length)
+                value = padded(value, missing, 0)[:, places]
             keywords[key] = value
-        keywords["position_ids"] = positions[:, places]
+        keywords["position_ids"] = positions[..., places]
         # Positions of tokens that are not one after the other would be taken for packed rows.
         in_order = self.cut.ring == 1 and (self.cut.chunk is None or self.cut.ranks == 1)
         if layout is not None or not in_order:
@@ -118,8 +124,27 @@ class Cutter:
             keywords["use_cache"] = False
         if labels is None:
             return Prepared(keywords)
-        own = _padded(labels, missing, IGNORED)[:, places]
+        own = padded(labels, missing, IGNORED)[:, places]
         return self._with_labels(keywords, own)
+
+    def few(self, arguments: Mapping[str, Any], count: int) -> dict[str, Any] | None:
+        """One row of ``count`` tokens for each rank, without labels.
+
+        Returns:
+            Arguments; ``None`` if the batch has too few tokens to cut.
+        """
+        tokens = next(arguments[name] for name in self.tokens if name in arguments)
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+            return None
+        multiple, length = self.cut.multiple, tokens.shape[1]
+        few = min(count * multiple, length // multiple * multiple)
+        if not few:
+            return None
+        return {
+            name: value[:1, :few] if _has_tokens(value, length) else value
+            for name, value in arguments.items()
+            if name not in LOSSES
+        }
 
     def _with_labels(self, keywords: dict[str, Any], own: torch.Tensor) -> Prepared:
         counted = (own != IGNORED).sum()
@@ -131,7 +156,7 @@ class Cutter:
         usable = torch.where(first & (counted == 0), 0, own)
         return Prepared({**keywords, "labels": usable}, own, counted)
 
-    def _labels(self, given: dict[str, Any], shape: tuple[int, int]) -> torch.Tensor | None:
+    def _labels(self, given: dict[str, Any], shape: tuple[int, ...]) -> torch.Tensor | None:
         labels: torch.Tensor | None = given.pop("labels", None)
         ready: torch.Tensor | None = given.pop("shift_labels", None)
         found = labels if ready is None else ready
@@ -179,7 +204,7 @@ class OwnCutter(Cutter):
         for key, value in given.items():
             if isinstance(value, torch.Tensor) and value.dim() > 1:
                 if value.shape[1] != length or value.shape[0] not in (1, batch):
-                    raise _uncut(key, value, batch, length)
+                    raise uncut(key, value, batch, length)
                 given[key] = value[:, places]
         return Prepared(given)
 
@@ -191,7 +216,16 @@ class Whole(OwnCutter):
         return Prepared(dict(arguments))
 
 
-def _refuse(given: dict[str, Any]) -> None:
+def _has_tokens(value: Any, length: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == length
+
+
+def refuse_whole(given: Mapping[str, Any]) -> None:
+    """Refuse arguments that are of whole sequences.
+
+    Raises:
+        TrainingError: with its name.
+    """
     for name, what in _ONLY_WHOLE.items():
         if given.get(name) is not None and given.get(name) is not False:
             raise TrainingError(
@@ -209,10 +243,25 @@ def _refuse(given: dict[str, Any]) -> None:
         raise TrainingError("logits_to_keep picks tokens of whole sequences: leave it out")
 
 
-def _layout(
+def batch_layout(
     given: dict[str, Any], batch: int, length: int, missing: int, device: torch.device
 ) -> tuple[Layout | None, torch.Tensor]:
-    """The layout of a padded batch, ``None`` where all is plain, and positions [1 or b, S]."""
+    """Take the layout and the positions of a batch out of its arguments.
+
+    Args:
+        given: may have an ``attention_mask`` [b, S] and ``position_ids`` [1 or b, S], or
+            [n, 1 or b, S] of models that number tokens in several ways.
+        batch: rows.
+        length: tokens of a row, S.
+        missing: tokens that are added to each.
+        device: of the batch.
+
+    Returns:
+        The layout of the padded batch, ``None`` where all is plain, and padded positions.
+
+    Raises:
+        TrainingError: they are not of the batch.
+    """
     real: torch.Tensor | None = given.pop("attention_mask", None)
     positions: torch.Tensor | None = given.pop("position_ids", None)
     if real is not None and real.shape != (batch, length):
@@ -227,7 +276,7 @@ def _layout(
             "sequences, and these would see each other: give position_ids that begin again at each "
             "packed sequence, and a mask of 0 and 1 or none"
         )
-    if positions is not None and positions.shape not in ((batch, length), (1, length)):
+    if positions is not None and positions.shape[-2:] not in ((batch, length), (1, length)):
         raise TrainingError(
             f"position_ids of shape {tuple(positions.shape)} are not one for each of {length} "
             f"tokens of {batch} rows"
@@ -236,17 +285,17 @@ def _layout(
     if positions is None:
         positions = torch.arange(length, device=device)[None]
     elif real is None:  # else positions are what the client says, but rows are not packed
-        segments = segments_of(positions.expand(batch, -1))
-    padded = _padded(positions, missing, 0)
+        segments = _segments(positions, batch)
+    numbers = padded(positions, missing, 0, positions.dim() - 1)
     added = real is None
     if real is not None:
-        real = _padded(real.bool(), missing, False)
+        real = padded(real.bool(), missing, False)
     elif missing:
         real = torch.arange(length + missing, device=device).expand(batch, -1) < length
     if segments is not None:
-        segments = _padded(segments, missing, -1)
-        return Layout(real, padded.expand(batch, -1), segments, added), padded
-    return (None if real is None else Layout(real, added=added)), padded
+        segments = padded(segments, missing, -1)
+        return Layout(real, _of_rows(numbers).expand(batch, -1), segments, added), numbers
+    return (None if real is None else Layout(real, added=added)), numbers
 
 
 def _is_padding(mask: torch.Tensor) -> bool:
@@ -256,14 +305,27 @@ def _is_padding(mask: torch.Tensor) -> bool:
     return bool(((mask == 0) | (mask == 1)).all())
 
 
-def _padded(x: torch.Tensor, missing: int, value: float) -> torch.Tensor:
+def _segments(positions: torch.Tensor, batch: int) -> torch.Tensor | None:
+    """Which packed sequence tokens belong to; places in images alone do not say."""
+    if positions.dim() == 3 and len(positions) != _WITH_ROWS:
+        return None
+    return segments_of(_of_rows(positions).expand(batch, -1))
+
+
+def _of_rows(positions: torch.Tensor) -> torch.Tensor:
+    return positions if positions.dim() == 2 else positions[0]
+
+
+def padded(x: torch.Tensor, missing: int, value: float, dim: int = 1) -> torch.Tensor:
+    """``x`` with ``missing`` more tokens along ``dim``."""
     if not missing:
         return x
-    filling = x.new_full((x.shape[0], missing, *x.shape[2:]), value)
-    return torch.cat([x, filling], 1)
+    filling = x.new_full((*x.shape[:dim], missing, *x.shape[dim + 1 :]), value)
+    return torch.cat([x, filling], dim)
 
 
-def _uncut(name: str, value: torch.Tensor, batch: int, length: int) -> TrainingError:
+def uncut(name: str, value: torch.Tensor, batch: int, length: int) -> TrainingError:
+    """The error about an argument of which nothing says how it is cut."""
     return TrainingError(
         f"{name} of shape {tuple(value.shape)} cannot be cut along the sequence: {batch} rows of "
         f"{length} tokens are shared out over ranks (sequence_parallel_size), and nothing tells "

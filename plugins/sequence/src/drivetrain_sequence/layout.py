@@ -136,8 +136,16 @@ def layout_of(rule: MaskRule) -> Layout:
     return layout
 
 
-def whole_rule(rule: MaskRule, layout: Layout, length: int, device: torch.device) -> MaskRule:
+def whole_rule(
+    rule: MaskRule, layout: Layout, lengths: tuple[int, int], device: torch.device
+) -> MaskRule:
     """The mask of a model as a function of indices of the whole sequence, with padding and packing.
+
+    Args:
+        rule: the model's, of this rank's tokens.
+        layout: of the keys.
+        lengths: tokens of all queries, and of all keys.
+        device: where the mask is made.
 
     Raises:
         TrainingError: it is a function that takes single numbers.
@@ -161,11 +169,11 @@ def whole_rule(rule: MaskRule, layout: Layout, length: int, device: torch.device
         return found & rule.allowed(sample, head, query, key)
 
     def build() -> torch.Tensor:
-        places = torch.arange(length, device=device)
+        queries, keys = (torch.arange(length, device=device) for length in lengths)
         rows = 1 if layout.real is None and layout.segments is None else _rows(layout)
         samples = torch.arange(rows, device=device).view(-1, 1, 1, 1)
-        found = allowed(samples, samples[:1] * 0, places[:, None], places)
-        return found.expand(rows, 1, length, length)
+        found = allowed(samples, samples[:1] * 0, queries[:, None], keys)
+        return found.expand(rows, 1, *lengths)
 
     return replace(rule, allowed=allowed, build=build, padding=None)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -119,6 +120,32 @@ class CausalLoss:
             count = float(num_items_in_batch)
         self.made = mean_over_sequence(losses.sum(), count, self._line)
         return self.made
+
+
+def refuse_shifting(model: Any) -> Callable[[], None]:
+    """Refuse the loss of the next token in a decoder whose labels are those of its own tokens.
+
+    Over a part of a sequence that loss would shift labels within it.
+
+    Returns:
+        Gives the model its own function back.
+    """
+    losses: Any = sys.modules["transformers.loss.loss_utils"]
+    original = model.loss_function
+    if original is not losses.ForCausalLMLoss:
+        return lambda: None
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise TrainingError(
+            f"{type(model).__name__} computes its loss of the next token of its decoder, which is "
+            "not known of parts of sequences: leave out labels and compute it of outputs"
+        )
+
+    def undo() -> None:
+        model.loss_function = original
+
+    model.loss_function = refuse
+    return undo
 
 
 class TiledHead:

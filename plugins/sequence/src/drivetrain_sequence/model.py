@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +14,15 @@ from drivetrain.communication.functional import Functional, functional
 from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain_sequence.inputs import Cutter, Labels, OwnCutter, Prepared, Whole
-from drivetrain_sequence.losses import CausalLoss, TiledHead, mean_over_sequence
+from drivetrain_sequence.losses import (
+    CausalLoss,
+    TiledHead,
+    mean_over_sequence,
+    refuse_shifting,
+)
+from drivetrain_sequence.modalities import fused_cutter, language_model_of
 from drivetrain_sequence.probe import probe
+from drivetrain_sequence.two_sequences import two_sequences
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
@@ -55,6 +62,7 @@ class SharedModel:
         self._seen = not cut.cuts
         self._loss: CausalLoss | None = None
         self._head: TiledHead | None = None
+        self._inside: list[Callable[[], None]] = []
         self._cutter = self._cutter_of(job, section, cut)
         hooks = [
             module.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -85,6 +93,8 @@ class SharedModel:
         """Leave the module as it was found."""
         for hook in self._hooks:
             hook.remove()
+        for undo in self._inside:
+            undo()
         if self._head is not None:
             self._head.undo()
         if self._loss is not None:
@@ -94,13 +104,7 @@ class SharedModel:
         module, rank = self._module, job.mesh.coordinate("sp")
         modeling: Any = sys.modules.get("transformers.modeling_utils")
         if modeling is not None and isinstance(module, modeling.PreTrainedModel):
-            labels = self._take_loss(section)
-            if cut.ranks > 1 and getattr(module.config, "is_encoder_decoder", False):
-                raise ConfigError(
-                    f"{type(module).__name__} has an encoder and a decoder with sequences of their "
-                    "own, which ranks cannot share yet: leave out sequence_parallel_size"
-                )
-            return None if section.inputs == "whole" else Cutter(module, cut, rank, labels)
+            return self._of_transformers(section, cut, rank)
         if section.loss_tile is not None:
             raise ConfigError(
                 "sequence_parallel.loss_tile: only losses of models of Transformers are computed "
@@ -119,6 +123,31 @@ class SharedModel:
                 "whole, and hand in parts"
             )
         return OwnCutter(module, cut, rank)
+
+    def _of_transformers(
+        self, section: SequenceParallelSection, cut: Cut, rank: int
+    ) -> Cutter | None:
+        module: Any = self._module
+        if getattr(module.config, "is_encoder_decoder", False):
+            if section.inputs == "whole" or section.loss_tile is not None:
+                key = "inputs: whole" if section.inputs == "whole" else "loss_tile"
+                raise ConfigError(
+                    f"sequence_parallel.{key}: {type(module).__name__} has an encoder and a "
+                    "decoder with sequences of their own, which the engine alone shares out, and "
+                    "whose loss is not that of the next token: leave it out"
+                )
+            both, self._inside = two_sequences(module, self._turn, rank)
+            self._inside.append(refuse_shifting(module))
+            return both
+        labels = self._take_loss(section)
+        if section.inputs == "whole":
+            return None
+        inner = language_model_of(module) if cut.cuts else None
+        if inner is None:
+            return Cutter(module, cut, rank, labels)
+        fused, door = fused_cutter(module, inner, self._turn, rank, labels)
+        self._inside.append(door.undo)
+        return fused
 
     def _take_loss(self, section: SequenceParallelSection) -> Labels | None:
         """Compute the loss of a causal model here; say what labels are."""

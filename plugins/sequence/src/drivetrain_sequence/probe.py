@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ def probe(
     Raises:
         ConfigError: results differ.
     """
-    few = _few(arguments, cutter.tokens, cutter.cut.multiple)
+    few = cutter.few(arguments, TOKENS_PER_RANK)
     if few is None:
         return
     length = next(few[name] for name in cutter.tokens if name in few).shape[1]
@@ -94,26 +94,6 @@ def _without(model: nn.Module, asked: set[nn.Module]) -> str:
     first = silent[0]
     others = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
     return f" ({first.name}, a {type(first.module).__name__},{others} called none)"
-
-
-def _few(
-    arguments: Mapping[str, Any], tokens_of: Sequence[str], multiple: int
-) -> dict[str, Any] | None:
-    """One row of a few tokens, without labels; ``None`` if the batch has too few to cut."""
-    tokens = next(arguments[name] for name in tokens_of if name in arguments)
-    if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
-        return None
-    shape = tokens.shape[:2]
-    length = min(TOKENS_PER_RANK * multiple, shape[1] // multiple * multiple)
-    if not length:
-        return None
-    found = {}
-    for name, value in arguments.items():
-        if name in ("labels", "shift_labels", "num_items_in_batch"):
-            continue
-        cut = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == shape[1]
-        found[name] = value[:1, :length] if cut else value
-    return found
 
 
 def _result(output: Any, length: int) -> torch.Tensor | None:

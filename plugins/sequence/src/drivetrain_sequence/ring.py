@@ -62,7 +62,7 @@ def pass_keys_on(inner: Attention, ring: Ring, turn: Turn) -> Attention:
         value: torch.Tensor,
         facts: AttentionFacts,
     ) -> torch.Tensor:
-        if not turn.in_parts:
+        if not turn.in_parts(module):
             return inner(module, query, key, value, facts)
         check_by_blocks(facts, f"{PATH}.ring_size", "use ring_size 1")
         visible = Seen.by(facts, query.shape[2] * ring.line.size, query)

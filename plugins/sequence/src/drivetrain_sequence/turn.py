@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,14 +25,16 @@ class Turn:
         in_forward: whether the engine's forward is under way.
         work: of the block that is computed by chunks now.
         asked: modules that have called attention, while they are noted.
+        whole: modules that see whole sequences at any time, such as towers of other modalities.
     """
 
     cut: Cut
     in_forward: bool = False
     work: Work | None = None
     asked: set[nn.Module] | None = None
+    whole: set[nn.Module] = field(default_factory=set)
 
-    @property
-    def in_parts(self) -> bool:
-        """Whether attention sees parts of sequences."""
-        return self.in_forward or torch._C._current_graph_task_id() != -1
+    def in_parts(self, module: nn.Module) -> bool:
+        """Whether ``module`` sees parts of sequences."""
+        inside = self.in_forward or torch._C._current_graph_task_id() != -1
+        return inside and module not in self.whole

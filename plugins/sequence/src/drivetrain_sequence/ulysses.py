@@ -62,7 +62,7 @@ def exchange_heads(
         value: torch.Tensor,
         facts: AttentionFacts,
     ) -> torch.Tensor:
-        if not (turn.in_parts or facts.shared):
+        if not (turn.in_parts(module) or facts.shared):
             return inner(module, query, key, value, facts)
         heads = query.shape[1]
         own = HeadShare.of(heads, key.shape[1], line.size).queries[line.rank]
@@ -70,31 +70,38 @@ def exchange_heads(
             compute, whole_of = inner, whole_facts
         elif len(turn.cut.chunks(query.shape[2] * line.size)) > 1 or turn.work is not None:
             compute, whole_of = by_chunks, part_facts
-        elif turn.cut.ring > 1 or (plain and _is_large(facts, line, query)):
+        elif turn.cut.ring > 1 or (plain and _is_large(facts, line, query, key)):
             compute, whole_of = by_blocks, part_facts
         else:
             compute, whole_of = inner, whole_facts
-        whole = whole_of(facts, line, own, query)
+        whole = whole_of(facts, line, own, query, key)
         query, key, value = to_heads(line, query, key, value)
         return from_heads(line, compute(module, query, key, value, whole), heads)
 
     return attend
 
 
-def _is_large(facts: AttentionFacts, line: Functional, query: torch.Tensor) -> bool:
+def _is_large(
+    facts: AttentionFacts, line: Functional, query: torch.Tensor, key: torch.Tensor
+) -> bool:
     """Whether the mask of the whole sequence is better asked for block by block."""
-    mask, length = facts.mask, query.shape[2] * line.size
+    mask, length, keys = facts.mask, query.shape[2] * line.size, key.shape[2] * line.size
     plain = isinstance(mask, MaskRule) and flags_of(mask, layout_of(mask)) is not None
     if facts.segments is None and facts.window is None and (mask is None or plain):
         return False
-    large = query.shape[0] * length * length > LARGEST_MASK
+    large = query.shape[0] * length * keys > LARGEST_MASK
     return large and not not_by_blocks(facts)
 
 
 def part_facts(
-    facts: AttentionFacts, line: Functional, heads: range, query: torch.Tensor
+    facts: AttentionFacts,
+    line: Functional,
+    heads: range,
+    query: torch.Tensor,
+    key: torch.Tensor,
 ) -> AttentionFacts:
     """The facts for a part of the sequence, a ring position's or a chunk, and this rank's heads."""
+    del key
     return replace(
         facts,
         sinks=_of_heads(facts.sinks, heads),
@@ -105,7 +112,11 @@ def part_facts(
 
 
 def whole_facts(
-    facts: AttentionFacts, line: Functional, heads: range, query: torch.Tensor
+    facts: AttentionFacts,
+    line: Functional,
+    heads: range,
+    query: torch.Tensor,
+    key: torch.Tensor,
 ) -> AttentionFacts:
     """The facts for all tokens and the heads of this rank.
 
@@ -114,26 +125,27 @@ def whole_facts(
         line: the ranks that exchange heads.
         heads: of this rank.
         query: [b, h, s, d], this rank's tokens.
+        key: [b, h_kv, keys, d], alike; those of another sequence in cross attention.
 
     Raises:
         TrainingError: for what is known of this rank's tokens alone.
     """
-    if facts.bias is not None:
+    length, keys = query.shape[2] * line.size, key.shape[2] * line.size
+    if facts.bias is not None and not _is_whole(facts.bias, heads, (length, keys)):
         raise TrainingError(
             "attention adds a bias to its scores that is made for this rank's tokens, so it knows "
             "nothing of the tokens of other ranks: this model cannot be trained with "
             "sequence_parallel_size"
         )
-    length = query.shape[2] * line.size
     mask = facts.mask
     if isinstance(mask, MaskRule):
         layout = layout_of(mask)
         plain = flags_of(mask, layout)
-        whole = whole_rule(mask, layout, length, query.device)
+        whole = whole_rule(mask, layout, (length, keys), query.device)
         facts = replace(facts, mask=None, causal=plain == "causal") if plain else facts
         mask = None if plain else whole
     elif mask is not None:
-        mask = _whole_mask(mask, heads, query.shape[1], length)
+        mask = _whole_mask(mask, heads, query.shape[1], (length, keys))
     return replace(
         facts,
         mask=mask,
@@ -148,8 +160,17 @@ def _of_heads(x: torch.Tensor | None, heads: range) -> torch.Tensor | None:
     return None if x is None else x[heads.start : heads.stop]
 
 
-def _whole_mask(mask: torch.Tensor, heads: range, all_heads: int, length: int) -> torch.Tensor:
-    if mask.shape[-1] != length or mask.shape[-2] not in (1, length):
+def _is_whole(bias: torch.Tensor, heads: range, lengths: tuple[int, int]) -> bool:
+    """Whether a bias is of all tokens and of this rank's heads."""
+    fits = zip(bias.shape[-3:], (len(heads), *lengths), strict=True)
+    return bias.dim() == 4 and all(have in (1, whole) for have, whole in fits)
+
+
+def _whole_mask(
+    mask: torch.Tensor, heads: range, all_heads: int, lengths: tuple[int, int]
+) -> torch.Tensor:
+    length, keys = lengths
+    if mask.shape[-1] != keys or mask.shape[-2] not in (1, length):
         raise TrainingError(
             f"an attention mask of shape {tuple(mask.shape)} is not one of all {length} tokens: a "
             "rank of a sequence needs the mask of the whole sequence, [..., 1 or all, all]"

@@ -40,7 +40,8 @@ class Seen:
         if plain := flags_of(mask, layout):
             return cls(like, plain == "causal")
         causal = function_of(mask) == "causal"  # within packed sequences, as in whole ones
-        return cls(like, causal, rule=whole_rule(mask, layout, length, like.device))
+        rule = whole_rule(mask, layout, (length, length), like.device)  # asked by places alone
+        return cls(like, causal, rule=rule)
 
     def of(self, queries: range, keys: range) -> Sight:
         """How much is seen of a block."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from drivetrain.contracts import Attention, AttentionFacts
 from drivetrain.errors import TrainingError
+from drivetrain_sparse_attention.flex import attend_by_flex, capability_of, serves
 from drivetrain_sparse_attention.function import attend_to_blocks
 from drivetrain_sparse_attention.layouts import sparsity_of
 from drivetrain_sparse_attention.topk import choose_blocks
@@ -49,7 +50,10 @@ class SparseLayer:
             _check(module, query, key, facts)
             plain = replace(facts, sinks=None)
             blocks, visible = self._blocks(plain, query, key)
-            out, lse = attend_to_blocks(query, key, value, blocks.lists, visible)
+            if serves(query, value, visible, capability_of(query.device)):
+                out, lse = attend_by_flex(query, key, value, blocks, visible)
+            else:
+                out, lse = attend_to_blocks(query, key, value, blocks.lists, visible)
             if facts.sinks is not None:
                 sinks = facts.sinks.to(lse.dtype)[None, :, None]
                 out = out * torch.sigmoid(lse - sinks)[..., None].to(out.dtype)

@@ -116,6 +116,13 @@ class Accelerator(ABC):
         """
         return None
 
+    def alike(self, times: int) -> AbstractContextManager[Any]:
+        """Say that what runs in the context stands for ``times`` runs, each like the other.
+
+        Code does so where tensors have no memory, and one run tells as much as all.
+        """
+        return nullcontext()
+
     def range(self, name: str) -> AbstractContextManager[Any]:
         """Mark a range for the vendor's profiler."""
         return nullcontext()

@@ -85,12 +85,13 @@ class Operators:
         results: Sequence[torch.Tensor],
         phase: str,
         window: int,
+        times: int = 1,
     ) -> None:
-        """One call."""
-        self.moment += 1
+        """One call, which stands for so many."""
+        self.moment += times
         if self._views(func):
-            self.views[window, phase] += 1
-            self.order.append(VIEW)
+            self.views[window, phase] += times
+            self.order.extend([VIEW] * times)
             return
         layouts, named = _layouts(args), {key: _layouts(value) for key, value in kwargs.items()}
         key = (func, _hashable(layouts), _hashable(tuple(named.items())))
@@ -98,8 +99,8 @@ class Operators:
         if operator is None:
             operator = _operator(len(self.found), func, args, kwargs, layouts, named, results)
             self.found[key] = operator
-        operator.calls[window, phase] += 1
-        self.order.append(operator.number)
+        operator.calls[window, phase] += times
+        self.order.extend([operator.number] * times)
 
     def in_window(self, window: int) -> list[Operator]:
         """Those that ran in a window."""

@@ -92,7 +92,7 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.shared: set[int] = set()
         self._live: dict[int, _Living] = {}  # by storage
         self.threads: dict[int, int] = {}
-        self._ranks, self._thread = 1, 0
+        self._ranks, self._thread, self._times = 1, 0, 1
         self._pieces = 0
         self._lock = threading.RLock()
 
@@ -136,6 +136,16 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
             finally:
                 self._thread = 0
 
+    @contextmanager
+    def alike(self, times: int) -> Iterator[None]:
+        """Count operators that run in the context so many times."""
+        with self._lock:
+            self._times = times
+            try:
+                yield
+            finally:
+                self._times = 1
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -155,7 +165,8 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensors = _tensors(result)
             for tensor in tensors:
                 self._see(tensor)
-            self.operators.note(func, args, kwargs, tensors, self.phase, self.window)
+            call = (func, args, kwargs, tensors)
+            self.operators.note(*call, self.phase, self.window, self._times)
         return result
 
     def resized(self, storage: torch.UntypedStorage) -> None:

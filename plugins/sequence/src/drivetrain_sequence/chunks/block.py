@@ -64,7 +64,7 @@ class ChunkedBlock:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block's forward."""
         turn = self.turn
-        if not turn.in_parts or turn.work is not None:
+        if not turn.in_parts(self.module) or turn.work is not None:
             return self.inner(*args, **kwargs)
         if torch.compiler.is_compiling():
             raise TrainingError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,11 +58,21 @@ class Elsewhere:
         if self._away:
             self._write(kept, here)
 
-    def each(self, chunks: Iterable[Chunk]) -> Iterator[Chunk]:
-        """Bring each of ``chunks`` to the device while the one before it is in use."""
+    def alike(self, times: int) -> AbstractContextManager[Any]:
+        """What runs in the context stands for so many runs, of chunks without memory."""
+        return self._accelerator.alike(times)
+
+    def each(self, chunks: Iterable[Chunk], times: Iterable[int] = repeat(1)) -> Iterator[Chunk]:
+        """Bring each of ``chunks`` to the device while the one before it is in use.
+
+        Args:
+            chunks: tensors that were kept.
+            times: how many chunks each of them stands for; more than itself in a rehearsal only.
+        """
         waiting: list[tuple[Chunk, Any]] = []
-        for chunk in chunks:
-            waiting.append(self._fetch(chunk))
+        for chunk, count in zip(chunks, times, strict=False):
+            with self.alike(count):
+                waiting.append(self._fetch(chunk))
             if len(waiting) == 2:
                 yield self._arrived(*waiting.pop(0))
         for one in waiting:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from drivetrain_sequence.blocks import Scoring
     from drivetrain_sequence.chunks.elsewhere import Elsewhere
     from drivetrain_sequence.visible import Seen
+
+
+Lists = tuple[list[torch.Tensor], ...]
+"""Tensors by chunk, of several kinds."""
+
+Sighted = tuple[int, tuple[range, range], tuple[torch.Tensor, ...]]
+"""A chunk's number; places of the queries that see it and its own; what was kept of it."""
 
 
 class KeysKnown(Exception):  # noqa: N818  # no error: ends a chunk's forward, and is caught
@@ -134,12 +141,28 @@ class Work:
         output: torch.Tensor = _Attend.apply(query, key, value, sinks, *arguments)  # type: ignore[no-untyped-call]
         return output
 
-    def sighted(self, visible: Seen) -> list[int]:
-        """Numbers of the chunks of which this one sees something, its own last."""
-        own = self.chunks[self.now]
-        others = [i for i in range(len(self.chunks)) if i != self.now]
-        known = [i for i in others if self.keys_first or i < self.now]
-        return [i for i in [*known, self.now] if visible.of(own, self.chunks[i]) is not Sight.NONE]
+    def sighted(self, visible: Seen, lists: Lists, rehearsed: bool) -> Iterator[Sighted]:
+        """The chunks of which this one sees something, its own last.
+
+        A rehearsal, whose tensors have shapes alone, sees two of those that are alike, so that as
+        many are on the device as ever are; the second stands for the others.
+
+        Args:
+            visible: which keys count.
+            lists: what is kept of all chunks, and brought of those that are seen.
+            rehearsed: whether tensors have no memory.
+        """
+        own, end = self.chunks[self.now], len(self.chunks) if self.keys_first else self.now
+        known = [i for i in range(end) if i != self.now]
+        seen = {i: visible.of(own, self.chunks[i]) for i in [*known, self.now]}
+        counted = {i: 1 for i, sight in seen.items() if sight is not Sight.NONE}
+        if rehearsed:
+            counted = _alike(counted, {i: (len(self.chunks[i]), seen[i]) for i in counted})
+        chunks = (tuple(kept[i] for kept in lists) for i in counted)
+        came = self.elsewhere.each(chunks, counted.values())
+        for (i, times), chunk in zip(counted.items(), came, strict=True):
+            with self.elsewhere.alike(times):
+                yield i, (own, self.chunks[i]), chunk
 
     def gradients_of_keys(self, state: Attended) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of the chunk's keys and values, from all chunks that have seen them."""
@@ -172,6 +195,21 @@ class Work:
             state.segments.append(segments.detach())
 
 
+def _alike(counted: dict[int, int], kinds: dict[int, tuple[int, Sight]]) -> dict[int, int]:
+    """Two chunks of each kind, the second of which stands for the others; the last for itself."""
+    *others, own = counted
+    found: dict[int, int] = {}
+    firsts: dict[tuple[int, Sight], list[int]] = {}
+    for i in others:
+        kept = firsts.setdefault(kinds[i], [])
+        if len(kept) < 2:
+            kept.append(i)
+            found[i] = 1
+        else:
+            found[kept[1]] += 1
+    return {**found, own: 1}
+
+
 class _Attend(torch.autograd.Function):
     """A chunk's attention; repeated in backward it gives what it gave before."""
 
@@ -191,10 +229,9 @@ class _Attend(torch.autograd.Function):
         if work.again:
             output, lse = next(elsewhere.each([(state.results[now], state.lse[now])]))
         else:
-            sums, seen = Sums.none(query, value.shape[-1]), work.sighted(visible)
-            chunks = elsewhere.each((state.keys[i], state.values[i]) for i in seen)
-            for i, (k, v) in zip(seen, chunks, strict=True):
-                runs = (work.chunks[now], work.chunks[i])
+            sums = Sums.none(query, value.shape[-1])
+            pairs = work.sighted(visible, (state.keys, state.values), query.is_meta)
+            for _, runs, (k, v) in pairs:
                 sums.attend(query, k, v, runs, scoring, visible)
             if sinks is not None:
                 sums.see_sinks(sinks)
@@ -219,10 +256,8 @@ class _Attend(torch.autograd.Function):
                 for kept in (state.keys, state.values)
             )
         lists = (state.keys, state.values, state.for_keys, state.for_values)
-        seen = work.sighted(ctx.visible)
-        chunks = work.elsewhere.each(tuple(kept[i] for kept in lists) for i in seen)
-        for i, (k, v, for_k, for_v) in zip(seen, chunks, strict=True):
-            runs = (work.chunks[ctx.now], work.chunks[i])
+        pairs = work.sighted(ctx.visible, lists, query.is_meta)
+        for i, runs, (k, v, for_k, for_v) in pairs:
             found = sums.attend(query, k, v, runs, ctx.scoring, ctx.visible)
             if found is not None:
                 work.elsewhere.add(state.for_keys[i], for_k, found[0])
