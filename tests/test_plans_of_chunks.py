@@ -12,7 +12,7 @@ from drivetrain_cli.planning.price import flops_of
 from drivetrain_cli.planning.rehearsed import Rehearsed, rehearse
 from drivetrain_cli.planning.subject import Subject
 from drivetrain_cli.stand_in import without_memory
-from drivetrain_sequence.chunks import work
+from drivetrain_sequence.chunks import block
 
 TOKENS, CHUNK = 96, 8
 
@@ -50,7 +50,7 @@ def test_chunks_that_are_alike_run_once_and_count_for_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     short = planned()
-    monkeypatch.setattr(work, "_alike", lambda counted, kinds: counted)
+    monkeypatch.setattr(block, "is_rehearsed", lambda device: False)
     whole = planned()
     assert calls(short) == calls(whole)
     assert flops_of(short) == flops_of(whole) > 0

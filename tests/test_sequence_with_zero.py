@@ -13,6 +13,7 @@ from drivetrain.testing import run_distributed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "plugins" / "sequence" / "tests"))
 
+from sequence_composites import STEPS, alone, composite, examples
 from sequence_models import LENGTH, engine_of, plain, tiny, train
 
 Case = tuple[str, str, int, dict[str, Any]]
@@ -57,6 +58,38 @@ def test_every_stage_of_zero_trains_to_the_weights_of_one_process() -> None:
             for key, value in model.state_dict().items():
                 if key in weights:
                     torch.testing.assert_close(weights[key], value, rtol=1e-6, atol=1e-7)
+
+
+COMPOSITES: list[tuple[str, int, dict[str, Any]]] = [
+    ("t5", 3, {}),
+    ("llava", 3, RECOMPUTE),
+    ("bart", 2, RECOMPUTE),
+    ("qwen", 3, CHUNKS),
+]
+
+
+def composites(cases: list[tuple[str, int, dict[str, Any]]]) -> list[list[float]]:
+    found = []
+    for name, stage, others in cases:
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        config: dict[str, Any] = {"zero_optimization": zero, "sequence_parallel_size": 2, **others}
+        engine = engine_of(composite(name), **config)
+        losses = []
+        for step in range(STEPS[name]):
+            losses.append(engine(**examples(name, step)).loss)
+            engine.backward(losses[-1])
+            engine.step()
+        found.append([loss.item() for loss in losses])
+        engine.destroy()
+    return found
+
+
+@pytest.mark.long
+def test_models_of_two_sequences_or_modalities_train_at_stages_of_zero() -> None:
+    expected = [alone(name)[0] for name, *_ in COMPOSITES]
+    for found in run_distributed(composites, 2, COMPOSITES):
+        for losses, wanted in zip(found, expected, strict=True):
+            assert losses == pytest.approx(wanted, rel=1e-5)
 
 
 CURVES = [

@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from drivetrain.communication.byte_log import Traffic
 from drivetrain.communication.process_group import Ranks
 from drivetrain.contracts import Accelerator, CommunicatorLayer, CommunicatorPhase, hookimpl
 from drivetrain.errors import DrivetrainError
@@ -57,6 +59,7 @@ class RehearsedDevice(Accelerator):
 
     def __init__(self, counter: Counter | None, post: Post | None) -> None:
         self._counter, self._post = counter, post
+        self._job: Job | None = None
 
     def device(self, local_rank: int) -> torch.device:
         return torch.device("meta")
@@ -91,18 +94,32 @@ class RehearsedDevice(Accelerator):
     def on_stream(self, stream: Any | None) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def alike(self, times: int) -> AbstractContextManager[Any]:
-        return nullcontext() if self._counter is None else self._counter.alike(times)
+    @contextmanager
+    def alike(self, times: int) -> Iterator[None]:
+        log = None if self._job is None else self._job.byte_log
+        before = {} if log is None else {call: copy(traffic) for call, traffic in log.items()}
+        with nullcontext() if self._counter is None else self._counter.alike(times):
+            yield
+        for call, now in () if log is None or times == 1 else log.items():
+            _count_again(now, before.get(call, Traffic()), times - 1)
 
     @hookimpl
     def wrap_communicator(self, job: Job) -> Sequence[CommunicatorLayer]:
         """Carry messages between ranks that are rehearsed one after the other."""
+        self._job = job
         if self._post is None:
             return []
         counter = self._counter
         moment = (lambda: 0) if counter is None else counter.moment
         messages = partial(RehearsedMessages, job=job, post=self._post, moment=moment)
         return [CommunicatorLayer(CommunicatorPhase.ROUTE, messages)]
+
+
+def _count_again(now: Traffic, before: Traffic, times: int) -> None:
+    """Count what was sent since ``before`` so many times more."""
+    now.calls += times * (now.calls - before.calls)
+    now.payload_bytes += times * (now.payload_bytes - before.payload_bytes)
+    now.sent_bytes += times * (now.sent_bytes - before.sent_bytes)
 
 
 class RehearsedHost(RehearsedDevice):

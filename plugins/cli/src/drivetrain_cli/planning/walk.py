@@ -68,6 +68,12 @@ class _Living:
     ranks: int
 
 
+class _Times(threading.local):
+    """How many runs of an operator each of a thread stands for."""
+
+    now = 1
+
+
 class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes memory and operators of everything that runs while it is entered, on any thread.
 
@@ -92,7 +98,8 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.shared: set[int] = set()
         self._live: dict[int, _Living] = {}  # by storage
         self.threads: dict[int, int] = {}
-        self._ranks, self._thread, self._times = 1, 0, 1
+        self._ranks, self._thread = 1, 0
+        self._times = _Times()
         self._pieces = 0
         self._lock = threading.RLock()
 
@@ -138,13 +145,12 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def alike(self, times: int) -> Iterator[None]:
-        """Count operators that run in the context so many times."""
-        with self._lock:
-            self._times = times
-            try:
-                yield
-            finally:
-                self._times = 1
+        """Count operators that the calling thread runs in the context so many times."""
+        before, self._times.now = self._times.now, times
+        try:
+            yield
+        finally:
+            self._times.now = before
 
     def __torch_dispatch__(
         self,
@@ -166,7 +172,7 @@ class Walk(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in tensors:
                 self._see(tensor)
             call = (func, args, kwargs, tensors)
-            self.operators.note(*call, self.phase, self.window, self._times)
+            self.operators.note(*call, self.phase, self.window, self._times.now)
         return result
 
     def resized(self, storage: torch.UntypedStorage) -> None:

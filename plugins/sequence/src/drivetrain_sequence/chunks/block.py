@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves
 
 from drivetrain.errors import TrainingError
+from drivetrain_sequence.chunks.alike import groups, is_rehearsed
 from drivetrain_sequence.chunks.cutting import Arguments, Results
 from drivetrain_sequence.chunks.draws import Casts, Draws
 from drivetrain_sequence.chunks.elsewhere import Elsewhere
@@ -111,6 +112,8 @@ class _Call:
         self._chunks = chunks
         heads = block.turn.cut.heads
         self._parts = [range(c.start // heads, c.stop // heads) for c in chunks]
+        self._rehearsed = is_rehearsed(block.job.device)
+        self._groups = groups(chunks, self._rehearsed)
         self._results = Results(arguments.length, block.name)
         self._casts = Casts(block.job.device)
         self._draws = Draws(block.job, block.module.training)
@@ -130,15 +133,16 @@ class _Call:
         Returns:
             The tensors of the result.
         """
-        work = Work(self._chunks, self.elsewhere)
+        work = Work(self._chunks, self.elsewhere, rehearsed=self._rehearsed)
         versions = [buffer._version for buffer in self.block.module.buffers()]
         with self._working(work), self._casts.again():
             for walk in range(2):
-                for number, part in enumerate(self._parts):
-                    work.begin(number)
-                    parts = self.arguments.cut(tensors, part)
+                for group in self._groups:
+                    number = group[-1]
                     watched = number == 0 and saved is not None and not work.collecting
-                    (self._watched if watched else self._put)(number, parts)
+                    run = self._watched if watched else self._put
+                    with self._begun(work, group):
+                        run(number, self.arguments.cut(tensors, self._parts[number]))
                 if walk == 1 or not work.collecting:
                     break
                 work.collecting = False
@@ -167,30 +171,32 @@ class _Call:
             for i, template in enumerate(self._templates)
         ]
         work = Work(self._chunks, self.elsewhere, calls, keys_first=self._keys_first, again=True)
+        work.rehearsed = self._rehearsed
         parameters = [p for p in self.block.module.parameters() if p.requires_grad]
         needed = self.arguments.needed
         wanted = [x if needs else None for x, needs in zip(tensors, needed, strict=True)]
         device = self.block.job.device
         sums = GradientSums(wanted, self.arguments.dims, parameters, device)
         with self._working(work):
-            for number in reversed(range(len(self._parts))):
-                part = self._parts[number]
-                inputs, outputs = self._again(work, number, tensors)
-                self.block.leaves.check(outputs, [*inputs, *parameters])
-                own = [gradient.narrow(1, part.start, len(part)) for gradient in gradients]
-                sums.add(part, inputs, outputs, own)
+            for group in reversed(self._groups):
+                part = self._parts[group[-1]]
+                with self._begun(work, group):
+                    inputs, outputs = self._again(group[-1], tensors)
+                    self.block.leaves.check(outputs, [*inputs, *parameters])
+                    own = [gradient.narrow(1, part.start, len(part)) for gradient in gradients]
+                    sums.add(part, inputs, outputs, own)
             work.collecting = work.keys_first
-            for number in range(len(self._parts) if work.keys_first else 0):
-                inputs, keys = self._again(work, number, tensors)
-                found = work.gradients_of_keys(calls[0])
-                sums.add(self._parts[number], inputs, keys, found)
+            for group in self._groups if work.keys_first else []:
+                with self._begun(work, group):
+                    inputs, keys = self._again(group[-1], tensors)
+                    found = work.gradients_of_keys(calls[0])
+                    sums.add(self._parts[group[-1]], inputs, keys, found)
         return sums.found()
 
     def _again(
-        self, work: Work, number: int, tensors: Sequence[torch.Tensor]
+        self, number: int, tensors: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Repeat a chunk's forward: its inputs, and its outputs or its keys and values."""
-        work.begin(number)
         parts = self.arguments.cut(tensors, self._parts[number])
         inputs = [
             x.to(self.block.job.device, non_blocking=True).detach().requires_grad_(needs)
@@ -234,6 +240,13 @@ class _Call:
                 return self.block.inner(*args, **kwargs)
             except KeysKnown as known:
                 return known
+
+    @contextmanager
+    def _begun(self, work: Work, group: range) -> Iterator[None]:
+        """What runs in the context is of the group's last chunk, for all of them."""
+        work.begin(group)
+        with self.elsewhere.alike(len(group)):
+            yield
 
     @contextmanager
     def _working(self, work: Work) -> Iterator[None]:

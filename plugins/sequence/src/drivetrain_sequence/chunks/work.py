@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from drivetrain.errors import TrainingError
 from drivetrain_sequence.blocks import Gradients, Sight, Sums
+from drivetrain_sequence.chunks.alike import Kind, pairs
 
 if TYPE_CHECKING:
     from drivetrain_sequence.blocks import Scoring
@@ -88,6 +90,8 @@ class Work:
         collecting: the walk that leaves keys is under way.
         keys_first: see above.
         again: a chunk's forward is repeated in backward, and what attention gave is known.
+        rehearsed: tensors have no memory.
+        group: numbers of the chunks that ``now`` runs for, itself the last of them.
     """
 
     chunks: list[range]
@@ -98,10 +102,12 @@ class Work:
     collecting: bool = False
     keys_first: bool = False
     again: bool = False
+    rehearsed: bool = False
+    group: range = range(1)
 
-    def begin(self, number: int) -> None:
-        """Compute chunk ``number`` next."""
-        self.now, self.call = number, 0
+    def begin(self, group: range) -> None:
+        """Compute the last chunk of a group next, for all of it."""
+        self.now, self.call, self.group = group[-1], 0, group
 
     def attend(
         self,
@@ -130,7 +136,7 @@ class Work:
         state = self._state()
         if self.collecting and self.again:
             raise KeysKnown(key, value)
-        if not self.again and len(state.keys) == self.now:
+        if not self.again and len(state.keys) <= self.now:
             self._collect(state, key, value, segments)
             if self.collecting or not visible.causal:
                 self.collecting = self.keys_first = True
@@ -141,28 +147,34 @@ class Work:
         output: torch.Tensor = _Attend.apply(query, key, value, sinks, *arguments)  # type: ignore[no-untyped-call]
         return output
 
-    def sighted(self, visible: Seen, lists: Lists, rehearsed: bool) -> Iterator[Sighted]:
-        """The chunks of which this one sees something, its own last.
-
-        A rehearsal, whose tensors have shapes alone, sees two of those that are alike, so that as
-        many are on the device as ever are; the second stands for the others.
+    def sighted(self, visible: Seen, lists: Lists) -> Iterator[Sighted]:
+        """The chunks of which this one sees something, its own last; see ``alike`` of a rehearsal.
 
         Args:
             visible: which keys count.
             lists: what is kept of all chunks, and brought of those that are seen.
-            rehearsed: whether tensors have no memory.
         """
-        own, end = self.chunks[self.now], len(self.chunks) if self.keys_first else self.now
-        known = [i for i in range(end) if i != self.now]
-        seen = {i: visible.of(own, self.chunks[i]) for i in [*known, self.now]}
-        counted = {i: 1 for i, sight in seen.items() if sight is not Sight.NONE}
-        if rehearsed:
-            counted = _alike(counted, {i: (len(self.chunks[i]), seen[i]) for i in counted})
-        chunks = (tuple(kept[i] for kept in lists) for i in counted)
-        came = self.elsewhere.each(chunks, counted.values())
+        seen = self._seen(self.now, visible)
+        counted = dict.fromkeys(seen, 1)
+        if self.rehearsed:
+            counted = pairs(seen, [Counter(self._seen(i, visible).values()) for i in self.group])
+        own = self.chunks[self.now]
+        came = self.elsewhere.each(
+            (tuple(kept[i] for kept in lists) for i in counted), counted.values()
+        )
         for (i, times), chunk in zip(counted.items(), came, strict=True):
             with self.elsewhere.alike(times):
                 yield i, (own, self.chunks[i]), chunk
+
+    def _seen(self, number: int, visible: Seen) -> dict[int, Kind]:
+        """What chunk ``number`` sees, its own last."""
+        end = len(self.chunks) if self.keys_first else number
+        order = [*(i for i in range(end) if i != number), number]
+        own = self.chunks[number]
+        found = {
+            i: (len(self.chunks[i]), visible.of(own, self.chunks[i]), i == number) for i in order
+        }
+        return {i: kind for i, kind in found.items() if kind[1] is not Sight.NONE}
 
     def gradients_of_keys(self, state: Attended) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients of the chunk's keys and values, from all chunks that have seen them."""
@@ -189,25 +201,17 @@ class Work:
         value: torch.Tensor,
         segments: torch.Tensor | None,
     ) -> None:
+        self.make_room([(state.keys, key), (state.values, value)])
         state.keys.append(self.elsewhere.keep(key))
         state.values.append(self.elsewhere.keep(value))
         if segments is not None:
-            state.segments.append(segments.detach())
+            state.segments += [segments.detach()] * len(self.group)
 
-
-def _alike(counted: dict[int, int], kinds: dict[int, tuple[int, Sight]]) -> dict[int, int]:
-    """Two chunks of each kind, the second of which stands for the others; the last for itself."""
-    *others, own = counted
-    found: dict[int, int] = {}
-    firsts: dict[tuple[int, Sight], list[int]] = {}
-    for i in others:
-        kept = firsts.setdefault(kinds[i], [])
-        if len(kept) < 2:
-            kept.append(i)
-            found[i] = 1
-        else:
-            found[kept[1]] += 1
-    return {**found, own: 1}
+    def make_room(self, kept: Sequence[tuple[list[torch.Tensor], torch.Tensor]]) -> None:
+        """Keep as much for the chunks that do not run as each tensor takes, in its list."""
+        with self.elsewhere.alike(0):
+            for found, like in kept:
+                found += [self.elsewhere.keep(like) for _ in self.group[:-1]]
 
 
 class _Attend(torch.autograd.Function):
@@ -230,8 +234,9 @@ class _Attend(torch.autograd.Function):
             output, lse = next(elsewhere.each([(state.results[now], state.lse[now])]))
         else:
             sums = Sums.none(query, value.shape[-1])
-            pairs = work.sighted(visible, (state.keys, state.values), query.is_meta)
-            for _, runs, (k, v) in pairs:
+            result = query.new_empty(()).expand(sums.output.shape)
+            work.make_room([(state.results, result), (state.lse, sums.lse)])
+            for _, runs, (k, v) in work.sighted(visible, (state.keys, state.values)):
                 sums.attend(query, k, v, runs, scoring, visible)
             if sinks is not None:
                 sums.see_sinks(sinks)
@@ -256,8 +261,7 @@ class _Attend(torch.autograd.Function):
                 for kept in (state.keys, state.values)
             )
         lists = (state.keys, state.values, state.for_keys, state.for_values)
-        pairs = work.sighted(ctx.visible, lists, query.is_meta)
-        for i, runs, (k, v, for_k, for_v) in pairs:
+        for i, runs, (k, v, for_k, for_v) in work.sighted(ctx.visible, lists):
             found = sums.attend(query, k, v, runs, ctx.scoring, ctx.visible)
             if found is not None:
                 work.elsewhere.add(state.for_keys[i], for_k, found[0])
