@@ -27,7 +27,8 @@ def is_rehearsed(device: torch.device) -> bool:
 def groups(chunks: Sequence[range], rehearsed: bool) -> list[range]:
     """Numbers of chunks, of which the last of each group runs for the whole of it.
 
-    The first runs alone, as it is watched, and the second, which is the first to see another.
+    Ends run alone: the first chunk is watched, the second is the first to see another, and the last
+    is the first of backward, which has no sums to add to yet.
 
     Args:
         chunks: places of their tokens; only the last may be shorter.
@@ -37,7 +38,7 @@ def groups(chunks: Sequence[range], rehearsed: bool) -> list[range]:
     if not rehearsed:
         return [range(i, i + 1) for i in range(count)]
     alike = count if len(chunks[-1]) == len(chunks[0]) else count - 1
-    bounds = sorted({0, 1, min(2, alike), alike, count})
+    bounds = sorted({0, 1, min(2, alike), max(1, alike - 1), alike, count})
     return [range(*pair) for pair in pairwise(bounds)]
 
 
