@@ -39,7 +39,7 @@ def language_model_of(model: Any) -> nn.Module | None:
     modalities = getattr(model, "input_modalities", "text")
     if isinstance(modalities, str) or "text" not in modalities or len(modalities) == 1:
         return None
-    found = model.get_decoder()
+    found: nn.Module = model.get_decoder()
     name = type(model).__name__
     taken = inspect.signature(found.forward).parameters
     named = {n for n, p in taken.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
