@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from drivetrain_sequence.chunks.alike import is_rehearsed
+
 if TYPE_CHECKING:
     from drivetrain.contracts import Accelerator
 
@@ -49,7 +51,8 @@ class Elsewhere:
 
     def zeros(self, kept: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Zeros of the shape of something kept, in the same memory."""
-        found = torch.zeros(kept.shape, dtype=dtype, device=kept.device)
+        make = torch.empty if is_rehearsed(self._device) else torch.zeros  # which would take memory
+        found = make(kept.shape, dtype=dtype, device=kept.device)
         return self._accelerator.pin_memory(found) if self._away else found
 
     def add(self, kept: torch.Tensor, here: torch.Tensor, x: torch.Tensor) -> None:
