@@ -284,7 +284,9 @@ def _misfit(trace: Trace) -> Exception | None:
     """What layers would have said to inputs at which prepared numbers do not look."""
     for call in trace.calls:
         product, x = call.product, call.x
-        if product.kind == "embedding" and x.is_floating_point():
+        # A forward of its own may look at the shape alone, as positions of some models do.
+        looks_up = type(product.module).forward is nn.Embedding.forward
+        if product.kind == "embedding" and looks_up and x.is_floating_point():
             return TypeError(f"{product.path} looks rows up, and got {x.dtype}")
         if product.kind != "embedding" and not x.is_floating_point():
             return TypeError(f"{product.path} multiplies, and got {x.dtype}")
