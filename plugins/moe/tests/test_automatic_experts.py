@@ -148,7 +148,6 @@ OTHERS = (
     "FlexOlmoForCausalLM",
     "Cohere2MoeForCausalLM",
     "Dots1ForCausalLM",
-    "LongcatFlashForCausalLM",
     "Glm4MoeLiteForCausalLM",
     "MiniMaxM2ForCausalLM",
     "Qwen3NextForCausalLM",
