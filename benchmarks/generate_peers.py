@@ -1,7 +1,7 @@
 """The requests of ``generate.py`` by other systems, in an environment of theirs.
 
-    OTHER/bin/python benchmarks/generate_peers.py vllm --model FOLDER
-    OTHER/bin/python benchmarks/generate_peers.py llama --model FILE.gguf
+    OTHER/bin/python -P benchmarks/generate_peers.py vllm --model FOLDER
+    OTHER/bin/python -P benchmarks/generate_peers.py llama --model FILE.gguf
 
 ``vllm`` takes a folder of safetensors, ``llama`` (llama-cpp-python) a GGUF file. Texts do not end
 early. What is printed has the form of ``generate.py``: output tokens per second of one stream, and
