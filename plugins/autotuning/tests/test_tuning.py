@@ -151,6 +151,20 @@ def test_options_that_plans_do_not_take_are_told(folder: Path) -> None:
     assert "'9X' is no size" in result.output
 
 
+def test_flops_need_a_plan_of_each_config(folder: Path) -> None:
+    """What a model prints is no plan; what it raises is told of each config."""
+    (folder / "of_tuning.py").write_text(
+        "import torch\ndef make():\n    print({'layers': 2})\n    raise ValueError('no model')\n"
+    )
+    section = {**CONFIG["autotuning"], "metric": "flops"}
+    (folder / "job.json").write_text(json.dumps({**CONFIG, "autotuning": section}))
+    plan = ["--model", "of_tuning:make", "--device", "cpu"]
+    result = tune(*plan, "job.json", "train.py", "--config", "{config}")
+    assert result.exit_code == 1
+    assert "3 x its plan says: " in result.output
+    assert "no model" in result.output
+
+
 def test_what_is_fastest_by_its_plan_is_tried_first(folder: Path) -> None:
     (folder / "of_tuning.py").write_text(
         "import torch\ndef make():\n    return torch.nn.Linear(8, 8)\n"

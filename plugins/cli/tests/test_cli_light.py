@@ -18,7 +18,7 @@ COMMANDS = [
 
 
 def test_help_says_what_every_command_does() -> None:
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
     result = CliRunner().invoke(main, ["--help"])
     assert result.exit_code == 0
     for name in COMMANDS:

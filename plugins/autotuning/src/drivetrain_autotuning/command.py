@@ -235,10 +235,13 @@ class Tuning:
 
     def _refused(self, choice: Choice) -> bool:
         """Whether a choice's plan says that it does not run; noted as a trial that failed."""
+        from drivetrain_autotuning.foretold import Foretold
         from drivetrain_autotuning.space import name_of
         from drivetrain_autotuning.trial import Trial
 
         found = self.foretold.get(name_of(choice))
+        if found is None and self.section.metric == "flops":
+            found = Foretold(name_of(choice), error="none, since plans ended before it")
         if found is None or (found.fits and not found.error):
             return False
         needs = f"needs {found.needs:,} bytes by its plan"

@@ -14,6 +14,9 @@ from typing import Any
 
 import click
 
+_EACH = 120
+"""Seconds that a plan may take in the mean."""
+
 
 @dataclass(frozen=True)
 class Foretold:
@@ -30,12 +33,12 @@ class Foretold:
     """
 
     name: str
-    needs: int
-    fits: bool
-    flops: int
-    samples: int
-    seconds: float
-    error: str
+    needs: int = 0
+    fits: bool = True
+    flops: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    error: str = ""
 
 
 def foretell(
@@ -60,25 +63,25 @@ def foretell(
     """
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "configs.json")
+        file, out = Path(folder, "configs.json"), Path(folder, "plans.jsonl")
         file.write_text(json.dumps(configs), "utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "drivetrain.cli",
-            "plans",
-            str(file),
-            "--ranks",
-            str(ranks),
-        ]
+        command = [sys.executable, "-m", "drivetrain.cli", "plans", str(file)]
+        command += ["--ranks", str(ranks), "--out", str(out)]
         for option, value in plan.items():
             command += [] if value is None else [f"--{option}", str(value)]
         environment = {"OMP_NUM_THREADS": threads} | os.environ
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    found = [Foretold(**json.loads(line)) for line in done.stdout.splitlines() if line[:1] == "{"]
-    if done.returncode:
-        why = done.stderr.strip()[-500:]
-        if not found:
-            raise click.ClickException(f"no config could be planned: {why}")
+        options: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
+        why = ""
+        try:
+            limit = _EACH * len(configs)
+            done = subprocess.run(command, env=environment, timeout=limit, **options)
+            why = done.stderr.strip()[-500:] if done.returncode else ""
+        except subprocess.TimeoutExpired:
+            why = f"no end after {limit} s"
+        lines = out.read_text("utf-8").splitlines() if out.exists() else []
+    found = [Foretold(**json.loads(line)) for line in lines if line.endswith("}")]
+    if why and not found:
+        raise click.ClickException(f"no config could be planned: {why}")
+    if why:
         say(f"plans ended after {len(found)} of {len(configs)}: {why}")
     return {each.name: each for each in found}

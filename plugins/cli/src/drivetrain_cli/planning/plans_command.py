@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,7 @@ class Line:
     type=UserPath(dir_okay=False, path_type=Path),
     help="A table by drivetrain measure; default: that of the user's cache, or a short one.",
 )
+@click.option("--out", type=UserPath(dir_okay=False, path_type=Path), help="Write the lines here.")
 def plans(
     configs: Path,
     model: str,
@@ -68,6 +70,7 @@ def plans(
     memory: int | None,
     device: str,
     machine: Path | None,
+    out: Path | None,
 ) -> None:
     """Plan the configs of CONFIGS, a JSON object: name -> config. A line of JSON for each.
 
@@ -90,8 +93,9 @@ def plans(
         ) from error
     subject = subject_of(model, inputs, sequence)
     table, timed = _machine(machine, ranks)
-    for line in lines(given, subject, Ranks(ranks, 1, device == "cpu"), memory, table, timed):
-        click.echo(json.dumps(asdict(line)))
+    with nullcontext() if out is None else out.open("w", encoding="utf-8") as file:
+        for line in lines(given, subject, Ranks(ranks, 1, device == "cpu"), memory, table, timed):
+            click.echo(json.dumps(asdict(line)), file)
 
 
 def lines(
@@ -110,8 +114,9 @@ def lines(
         question = Question(config, subject, ranks, world, memory, table, False, False)
         try:
             verdict = answer(question, timed)
-        except DrivetrainError as error:
-            yield Line(name, error=str(error))
+        except Exception as error:  # noqa: BLE001 - what a model raises is what is told of it
+            told = "" if isinstance(error, DrivetrainError) else f"{type(error).__name__}: "
+            yield Line(name, error=f"{told}{error}")
             continue
         assert verdict.price is not None
         samples, price = verdict.ranks[0].samples, verdict.price

@@ -43,7 +43,8 @@ def wait_for_others(
     between = table.collectives.get(MESSAGES) or {}
     curve = next(iter(between.values()), [])
     if not curve:
-        prices[0].notes.append("the table has no messages, so those between stages take no time")
+        for price in prices:
+            price.notes.append("the table has no messages, so those between stages take no time")
     seconds = [_pieces(each, price, table) for each, price in zip(found, prices, strict=True)]
     places = {each.rank: place for place, each in enumerate(found)}
     clocks = [0.0] * len(found)
