@@ -171,14 +171,15 @@ def test_what_is_fastest_by_its_plan_is_tried_first(folder: Path) -> None:
         "def rows(samples, _):\n    return torch.zeros(samples, 8)\n"
     )
     plan = ["--model", "of_tuning:make", "--inputs", "of_tuning:rows", "--device", "cpu"]
+    section = {**CONFIG["autotuning"], "tuner_num_trials": 1}
+    (folder / "job.json").write_text(json.dumps({**CONFIG, "autotuning": section}))
     result = tune(*plan, "job.json", "train.py", "--config", "{config}")
     assert result.exit_code == 0, result.output
     assert "planning 3 configs" in result.output
     # Without plans the first would be that in the middle. So small a layer takes the same time for
-    # any number of rows, and by its plan, too; the script says otherwise, and has the last word.
+    # any number of rows, and by its plan, too.
     tried = [line.split()[1] for line in result.output.splitlines() if "samples/s," in line]
-    assert tried[0] == "tmbspg8:"
-    assert "best: tmbspg4" in result.output
+    assert tried == ["tmbspg8:"]
 
 
 @pytest.mark.parametrize(
