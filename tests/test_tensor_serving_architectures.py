@@ -18,9 +18,6 @@ sys.path.append(str(workspace.ROOT / "plugins" / "inference" / "tests"))
 from tiny_decoders import KINDS, VOCABULARY, decoder, expected
 
 NEW, LENGTHS = 24, (1, 5, 17, 40)
-NOT_SHARED = {"gpt-oss, sinks and experts"}
-"""Its sinks, one a head, stay whole beside heads that are cut, so its attention raises."""
-SHARED = [kind for kind in KINDS if kind not in NOT_SHARED]
 
 
 def prompts() -> list[list[int]]:
@@ -50,8 +47,8 @@ def continued(kinds: list[str]) -> dict[str, Any]:
 
 @pytest.mark.long
 def test_two_ranks_continue_as_transformers_does_alone() -> None:
-    ranks = run_distributed(continued, 2, SHARED, timeout=600.0)
-    for kind in SHARED:
+    ranks = run_distributed(continued, 2, list(KINDS), timeout=600.0)
+    for kind in KINDS:
         first, second = (found[kind] for found in ranks)
         assert not isinstance(first, str), f"{kind}: {first}"
         assert first == second, kind

@@ -10,6 +10,8 @@ from tensor_models import VOCABULARY, build_class, loss_of, reference
 from test_tensor_training import make
 
 from drivetrain.testing import run_distributed
+from drivetrain_tensor.analysis import analyse
+from drivetrain_tensor.rules import Rules
 
 SMALL = {
     **dict.fromkeys(("vocab_size",), VOCABULARY),
@@ -39,7 +41,7 @@ CLASSES = (
         "FalconForCausalLM",
     ],
     *["GemmaForCausalLM", "GlmForCausalLM", "GPT2LMHeadModel", "GPTNeoForCausalLM"],
-    *["GPTNeoXForCausalLM", "GPTJForCausalLM", "GraniteForCausalLM", "HeliumForCausalLM"],
+    *["GptOssForCausalLM", "GPTNeoXForCausalLM", "GPTJForCausalLM", "GraniteForCausalLM", "HeliumForCausalLM"],
     *["LlamaForCausalLM", "MBartForConditionalGeneration", "MistralForCausalLM"],
     *["NemotronForCausalLM", "OPTForCausalLM", "OlmoForCausalLM", "PhiForCausalLM"],
     *["Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "RobertaForMaskedLM"],
@@ -94,6 +96,16 @@ def trained(kinds: tuple[str, ...]) -> dict[str, Any]:
         )
         engine.destroy()
     return found
+
+
+def test_what_lies_between_layers_is_cut_in_every_block() -> None:
+    model = built("GptOssForCausalLM")
+    cut = {
+        each.name
+        for decision in analyse(model, 2, Rules(None, model)).decisions
+        for each in decision.adaptations[1].slices
+    }
+    assert cut == {f"model.layers.{layer}.self_attn.sinks" for layer in range(2)}
 
 
 @pytest.mark.long

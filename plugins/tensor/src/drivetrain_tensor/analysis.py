@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -124,23 +124,39 @@ def _probe(model: nn.Module, products: list[Product]) -> tuple[Probe, Trace]:
 
 def _regions(analysis: Analysis, trace: Trace, ranks: int, rules: Rules) -> None:
     taken: set[Product] = set()
-    known: dict[object, tuple[Cut, Sequence[Adaptation]] | str] = {}
+    known: dict[object, tuple[Region, tuple[Cut, Sequence[Adaptation]] | str]] = {}
     tied = shared_weights(analysis.probe.model)
     for region in find_regions(analysis.probe, trace):
         layers = {*region.sources, *region.consumers}
         reason = _unfit(region, taken, tied) or rules.keeps(layers)
         if reason is None:
-            key = (region.key, len(region.inside), bool(region.outside))
+            stand_ins = analysis.probe.stand_ins
+            shapes = tuple(stand_ins[name].shape for name in _in_order(region.inside))
+            key = (region.key, shapes, bool(region.outside))
             if key not in known:
-                known[key] = _decide(analysis.probe, region, ranks)
-            found = known[key]
+                known[key] = region, _decide(analysis.probe, region, ranks)
+            first, found = known[key]
             if isinstance(found, str):
                 reason = found
             else:
                 taken |= layers
-                analysis.decisions.append(Decision(region, *found))
+                cut, adaptations = found
+                moved = [_moved(adaptation, first, region) for adaptation in adaptations]
+                analysis.decisions.append(Decision(region, cut, moved))
         if reason is not None:
             analysis.kept |= {p.path: reason for p in region.consumers if p not in taken}
+
+
+def _moved(adaptation: Adaptation, first: Region, region: Region) -> Adaptation:
+    """What was found for a region, for another one like it, whose parameters have other names."""
+    names = dict(zip(_in_order(first.inside), _in_order(region.inside), strict=True))
+    slices = tuple(replace(each, name=names[each.name]) for each in adaptation.slices)
+    return replace(adaptation, slices=slices)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Names in an order that is the same in all blocks: numbers in them count as numbers."""
+    return sorted(names, key=lambda n: [(len(part), part) for part in n.split(".")])
 
 
 def _unfit(region: Region, taken: set[Product], tied: set[int]) -> str | None:
