@@ -9,7 +9,8 @@ import torch
 from pipeline_models import Curve, TiedModel, data, train_alone
 
 import drivetrain
-from drivetrain.states.whole import whole
+from drivetrain.errors import TrainingError
+from drivetrain.states.whole import of_all_stages, whole
 from drivetrain.testing import run_distributed
 
 STEPS, MICRO_BATCHES, RATE, CLIPPING = 3, 4, 0.1, 0.05
@@ -123,7 +124,8 @@ def whole_model(stage: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
     engine.load_module_state_dict({name: 2 * value for name, value in before.items()})
     after = {name: value.clone() for name, value in engine.module_state_dict().items()}
     refused = []
-    for wrong in ({**before, "other": before["norm.weight"]}, {}):
+    without = {name: value for name, value in before.items() if name != "norm.weight"}
+    for wrong in ({**before, "other": before["norm.weight"]}, {}, without):
         with pytest.raises(RuntimeError) as error:
             engine.load_module_state_dict(wrong)
         refused.append(str(error.value))
@@ -135,10 +137,48 @@ def whole_model(stage: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_state_dict_is_that_of_all_stages(stage: int) -> None:
     expected = TiedModel().state_dict()
-    for before, after, (unknown, missing) in run_distributed(whole_model, 2, stage):
+    for before, after, (unknown, missing, on_one) in run_distributed(whole_model, 2, stage):
         assert set(before) == set(after) == set(expected)
         for name, value in expected.items():
             torch.testing.assert_close(before[name], value)
             torch.testing.assert_close(after[name], 2 * value)
         assert 'Unexpected key(s) in state_dict: "other"' in unknown
         assert "Missing key(s)" in missing
+        assert 'Missing key(s) in state_dict: "norm.weight"' in on_one
+
+
+def entries_of_stages(extra: object) -> dict[str, Any]:
+    """What the first stage finds of another's entry, and where tensors are."""
+    model = TiedModel()
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": MICRO_BATCHES,
+        "optimizer": {"type": "SGD", "params": {"lr": RATE}},
+        "pipeline": {"stages": 2},
+    }
+    engine, *_ = drivetrain.initialize(model=model, config=config)
+    job = engine.job
+    own = {"both": torch.full((2,), float(job.rank)), f"of {job.rank}": torch.ones(1)}
+    if job.rank == 1:
+        own["extra"] = extra
+    try:
+        return {
+            "kept": of_all_stages(job, own),
+            "left": list(of_all_stages(job, own, keep=False)),
+            "own": list(own),
+        }
+    except TrainingError as error:
+        return {"error": str(error)}
+    finally:
+        engine.destroy()
+        job.close()
+
+
+def test_entries_that_are_no_tensors_are_carried_or_refused_by_name() -> None:
+    for found in run_distributed(entries_of_stages, 2, {"steps": [1, 2.5, "three"]}):
+        assert found["kept"]["extra"] == {"steps": [1, 2.5, "three"]}
+        assert found["kept"]["both"].tolist()[0] in (0.0, 1.0)
+        assert set(found["kept"]) == {"both", "of 0", "of 1", "extra"}
+        assert set(found["own"]) <= set(found["left"]) <= {*found["own"], "extra"}
+    for found in run_distributed(entries_of_stages, 2, {1, 2}):
+        assert "extra of stage 1 (set) is neither a tensor nor plain data" in found["error"]

@@ -53,13 +53,21 @@ def same_everywhere(job: Job, *texts: str, axes: Sequence[Axis] = ("world",)) ->
     return same
 
 
-def texts_along(job: Job, axis: Axis, text: str) -> list[str]:
-    """The texts of all ranks along ``axis``, in their order. Collective."""
+def texts_along(job: Job, axis: Axis, text: str, site: str = _TAG.site) -> list[str]:
+    """The texts of all ranks along ``axis``, in their order. Collective.
+
+    Args:
+        job: whose ranks.
+        axis: along which they are.
+        text: of this rank.
+        site: what a rank is said to be at that waits here for others.
+    """
+    tag = Tag(Purpose.CONTROL, site=site)
     own = torch.tensor(list(_encoded(text)), dtype=torch.uint8)
-    padded = own.new_zeros(int(_max(job, torch.tensor([own.numel()]), (axis,)))).to(job.device)
+    padded = own.new_zeros(int(_max(job, torch.tensor([own.numel()]), (axis,), tag))).to(job.device)
     padded[: own.numel()] = own
     every = padded.new_empty(padded.numel() * job.mesh.size(axis))
-    job.communicator.all_gather(every, padded, axis, _TAG)
+    job.communicator.all_gather(every, padded, axis, tag)
     rows = every.cpu().view(job.mesh.size(axis), -1)
     return [bytes(row.numpy()).rstrip(b"\0").decode() for row in rows]
 
@@ -75,8 +83,10 @@ def _encoded(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def _max(job: Job, values: torch.Tensor, axes: Sequence[Axis] = ("world",)) -> torch.Tensor:
+def _max(
+    job: Job, values: torch.Tensor, axes: Sequence[Axis] = ("world",), tag: Tag = _TAG
+) -> torch.Tensor:
     united = values.to(job.device)
     for axis in axes:
-        job.communicator.all_reduce(united, axis, _TAG, op=Op.MAX)
+        job.communicator.all_reduce(united, axis, tag, op=Op.MAX)
     return values if united.is_meta else united.cpu()  # ranks in a rehearsal are as this one

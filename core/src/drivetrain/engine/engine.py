@@ -391,11 +391,11 @@ class Engine(EngineSettings, nn.Module):
         self.drop_window()
 
     def module_state_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """``state_dict`` of the module, parameters whole, of all stages. Collective."""
+        """``state_dict`` with parameters whole, of all stages; collective: every rank calls it."""
         return of_all_stages(self.job, whole_state_dict(self.module, **kwargs))
 
     def load_module_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
-        """Load the module's ``state_dict``, the same on every rank; masters follow."""
+        """Load the module's ``state_dict``, the same on every rank; masters follow. Collective."""
         with whole(self.module, write_rank=0):
             load_own(self.job, self.module, state_dict, strict=strict)
         self.states.refresh()

@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from drivetrain.checkpoint.agreement import texts_along
+from drivetrain.contracts import is_plain
 from drivetrain.contracts.state.fragment import Box
 from drivetrain.contracts.world.collective import Purpose, Tag, axis_name
 from drivetrain.errors import TrainingError
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 
 _SAME, _CHANGED, _OTHER_SHAPE = range(3)
+
+_STAGES = "state dict of all stages"
+_LOADING = "loading a state dict on all stages"
 
 _local: MutableMapping[nn.Parameter, torch.Tensor] = WeakTensorKeyDictionary()
 """This rank's parts of the parameters that show the client's whole tensor now."""
@@ -271,44 +275,78 @@ def whole_state_dict(module: nn.Module, **options: Any) -> dict[str, Any]:
     return state
 
 
-def of_all_stages(job: Job, state: Mapping[str, Any]) -> dict[str, Any]:
+def of_all_stages(job: Job, state: dict[str, Any], *, keep: bool = True) -> dict[str, Any]:
     """Put the state dicts of a pipeline's stages together. Collective over ``pp``.
 
-    Names are the model's own on every stage; what several stages have is that of the first.
+    Names are the model's own on every stage. What this stage has is its own; else the first stage's
+    that has it, tensors in host memory, since one device may have no room for the whole model.
+
+    Args:
+        job: knows the stages.
+        state: of this stage.
+        keep: whether this rank wants what others have, or only takes part.
+
+    Raises:
+        TrainingError: on every stage: an entry is neither a tensor nor plain data, so it cannot be
+            given to others.
     """
-    found = dict(state)
     if job.mesh.size("pp") == 1:
-        return found
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    facts = [[name, str(t.dtype).split(".")[1], list(t.shape)] for name, t in tensors.items()]
+        return state
+    found, facts = dict(state), [_fact(*entry) for entry in state.items()]
     known: set[str] = set()
-    for stage, text in enumerate(texts_along(job, "pp", json.dumps(facts))):
-        for name, dtype, shape in json.loads(text):
+    for stage, text in enumerate(texts_along(job, "pp", json.dumps(facts), _STAGES)):
+        for name, dtype, about in json.loads(text):
             if name in known:
                 continue
             known.add(name)
+            if about is None:
+                raise TrainingError(
+                    f"state dict of all stages: {name} of stage {stage} ({dtype}) is neither a "
+                    "tensor nor plain data (numbers, texts, lists, dicts), so other stages cannot "
+                    "have it: return such data from get_extra_state, or use engine.save_checkpoint"
+                )
+            if not isinstance(about, list):
+                found.setdefault(name, json.loads(about))
+                continue
             if stage == job.mesh.coordinate("pp"):
-                value = tensors[name].detach().contiguous().to(job.device)
+                value = state[name].detach().contiguous().to(job.device)
             else:
-                value = torch.empty(shape, dtype=getattr(torch, dtype), device=job.device)
-            tag = Tag(Purpose.STATE, name, "of another stage")
-            job.communicator.broadcast(value, "pp", tag, source=stage)
-            found[name] = tensors.get(name, value)
+                value = torch.empty(about, dtype=getattr(torch, dtype), device=job.device)
+            job.communicator.broadcast(value, "pp", Tag(Purpose.STATE, name, _STAGES), source=stage)
+            if keep and name not in found:
+                found[name] = value.cpu()
     return found
+
+
+def _fact(name: str, value: object) -> tuple[str, str, list[int] | str | None]:
+    """Name, dtype and shape of a tensor; of anything else name, type and JSON, if it has that."""
+    if isinstance(value, torch.Tensor):
+        return name, str(value.dtype).split(".")[1], list(value.shape)
+    return name, type(value).__name__, json.dumps(value) if is_plain(value) else None
 
 
 def load_own(job: Job, module: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
     """Load what this rank's stage has of a model's state dict. Collective over ``pp``.
 
     Raises:
-        RuntimeError: as torch's, with ``strict``: names are missing, or are no stage's.
+        RuntimeError: as torch's and as there after all that fits was loaded, on every stage: a
+            shape differs or, with ``strict``, names are missing on a stage, or are no stage's.
     """
-    if job.mesh.size("pp") > 1:
-        own = list(module.state_dict())
-        stages = texts_along(job, "pp", json.dumps(own))
-        others = {name for text in stages for name in json.loads(text)}.difference(own)
-        state = {name: value for name, value in state.items() if name not in others}
-    module.load_state_dict(state, strict=strict)
+    if job.mesh.size("pp") == 1:
+        module.load_state_dict(state, strict=strict)
+        return
+    own = list(module.state_dict())
+    stages = texts_along(job, "pp", json.dumps(own), _LOADING)
+    others = {name for text in stages for name in json.loads(text)}.difference(own)
+    problem = ""
+    try:
+        own_state = {name: value for name, value in state.items() if name not in others}
+        module.load_state_dict(own_state, strict=strict)
+    except RuntimeError as error:
+        problem = str(error)
+    problems = texts_along(job, "pp", problem, _LOADING)
+    if any(problems):
+        raise RuntimeError("\n".join(dict.fromkeys(filter(None, problems))))
 
 
 # -- boxes of the client's tensors -----------------------------------------------------------------

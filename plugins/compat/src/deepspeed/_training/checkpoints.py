@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import logging
 import os
 import pickle
@@ -17,8 +18,10 @@ import torch
 
 from deepspeed._surface import lookup
 from drivetrain import checkpoint
+from drivetrain.checkpoint.agreement import texts_along
 from drivetrain.contracts import Purpose, Tag, is_plain
 from drivetrain.errors import CheckpointError, PluginError
+from drivetrain.states.whole import of_all_stages, whole_state_dict
 
 if TYPE_CHECKING:
     from deepspeed._training.engine import DeepSpeedEngine
@@ -158,13 +161,34 @@ def _meet(engine: DeepSpeedEngine) -> None:
 
 def consolidated(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any] | None:
     """Whole weights on the host of the first rank; ``None`` elsewhere. Collective."""
-    state = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
-    if engine.job.rank != 0:
+    first = engine.job.rank == 0
+    state = of_all_stages(engine.job, whole_state_dict(engine.module), keep=first)
+    if exclude_frozen:
+        state = without_frozen(engine, state)
+    if not first:
         return None
     return {
         name: value.detach().to("cpu") if isinstance(value, torch.Tensor) else value
         for name, value in state.items()
     }
+
+
+def without_frozen(
+    engine: DeepSpeedEngine, state: dict[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """A state dict of all stages without the parameters that none of them trains. Collective.
+
+    Args:
+        engine: whose.
+        state: names after ``prefix`` are the model's.
+        prefix: of the names.
+    """
+    frozen = {n for n, p in engine.module.named_parameters() if not p.requires_grad}
+    if engine.job.mesh.size("pp") > 1:
+        stages = texts_along(engine.job, "pp", json.dumps(sorted(frozen)), "frozen parameters")
+        frozen = {name for text in stages for name in json.loads(text)}
+    left_out = {prefix + name for name in frozen}
+    return {name: value for name, value in state.items() if name not in left_out}
 
 
 def save_weights(engine: DeepSpeedEngine, folder: Folder, name: str, exclude_frozen: bool) -> bool:

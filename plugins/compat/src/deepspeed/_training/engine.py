@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from deepspeed._parts.monitor import EngineMonitor
 from deepspeed._training import checkpoints
 from deepspeed._training.optimizer import DeepSpeedOptimizer
 from deepspeed._training.settings import CALLS, SETTINGS
-from drivetrain.checkpoint.agreement import texts_along
 from drivetrain.contracts import Axis
 from drivetrain.engine.engine import Engine
 from drivetrain.errors import ConfigError
@@ -263,6 +261,26 @@ class DeepSpeedEngine(Engine):
             )
         return super().eval_batch(data_iter)
 
+    def _backward_prologue(self) -> None:
+        """Before a backward that the script runs itself; it is noticed in any case.
+
+        Raises:
+            TrainingError: the engine has no optimizer.
+        """
+        self._require_optimizer("run backward")
+        self._window.settle()
+
+    def _backward_epilogue(self) -> None:
+        """After a backward that the script ran itself, such as one of several engines' losses.
+
+        The engine notices by itself where such a pass begins and ends, at whatever outputs of its
+        own the pass crosses; one that died of an exception is ended here.
+
+        Raises:
+            TrainingError: the engine has no optimizer.
+        """
+        self._backward_prologue()
+
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """See :meth:`drivetrain.engine.accumulation.Accumulating.no_sync`."""
@@ -363,7 +381,9 @@ class DeepSpeedEngine(Engine):
     def module_state_dict(
         self, *args: Any, exclude_frozen_parameters: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """``state_dict`` of the module, parameters whole. Collective.
+        """``state_dict`` of the module, parameters whole, of all stages.
+
+        Collective: every rank calls it, also if the first alone wants the result.
 
         Args:
             args: ``destination``, ``prefix`` and ``keep_vars`` of torch's ``state_dict``.
@@ -371,14 +391,10 @@ class DeepSpeedEngine(Engine):
             kwargs: as ``args``.
         """
         names = ("destination", "prefix", "keep_vars")
-        state = super().module_state_dict(**dict(zip(names, args, strict=False)), **kwargs)
+        options = {**dict(zip(names, args, strict=False)), **kwargs}
+        state = super().module_state_dict(**options)
         if exclude_frozen_parameters:
-            frozen = {n for n, p in self.module.named_parameters() if not p.requires_grad}
-            if self.job.mesh.size("pp") > 1:
-                stages = texts_along(self.job, "pp", json.dumps(sorted(frozen)))
-                frozen = {name for text in stages for name in json.loads(text)}
-            prefix = kwargs.get("prefix", "")
-            state = {k: v for k, v in state.items() if k.removeprefix(prefix) not in frozen}
+            state = checkpoints.without_frozen(self, state, options.get("prefix", ""))
         return state
 
     def save_16bit_model(
