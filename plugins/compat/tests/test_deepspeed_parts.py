@@ -293,3 +293,40 @@ def test_gradients_of_a_scripts_own_are_clipped_over_the_parts_of_a_model(order)
     alone.grad = torch.tensor([3.0, 4.0])
     assert deepspeed.runtime.utils.clip_grad_norm_(alone, 10.0).item() == 5.0
     assert alone.grad.tolist() == [3.0, 4.0]
+
+
+def clipped_on_one_rank(order):
+    comm.init_distributed(verbose=False)
+    weights = torch.nn.Parameter(torch.zeros(4, dtype=torch.float16))
+    if comm.get_rank() == 0:
+        weights.grad = torch.full((4,), 60000.0, dtype=torch.float16)
+    norm = deepspeed.runtime.utils.clip_grad_norm_(weights, 1e-3, order, mpu=TwoParts)
+    broken = torch.nn.Parameter(torch.zeros(2))
+    if comm.get_rank() == 0:
+        broken.grad = torch.tensor([1.0, float("nan")])
+    bad = deepspeed.runtime.utils.clip_grad_norm_(broken, 1.0, order, mpu=TwoParts)
+    return norm.item(), weights.grad, bad.item()
+
+
+@pytest.mark.parametrize("order", [2.0, float("inf")])
+def test_a_norm_that_float16_has_no_number_for_clips_as_it_is(order):
+    values = torch.full((4,), 60000.0, dtype=torch.float64)
+    expected = torch.linalg.vector_norm(values, order)
+    for rank, (norm, gradient, bad) in enumerate(run_distributed(clipped_on_one_rank, 2, order)):
+        assert norm == pytest.approx(expected.item(), rel=1e-6)
+        assert bad != bad
+        if rank == 0:
+            torch.testing.assert_close(
+                gradient.double(), values / expected * 1e-3, rtol=1e-3, atol=0.0
+            )
+
+
+@pytest.mark.parametrize("order", [2.0, float("inf")])
+@pytest.mark.parametrize("last", [4.0, float("inf"), float("nan")])
+def test_norms_that_are_not_finite_are_treated_as_torch_does(order, last):
+    ours, torchs = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    ours.grad, torchs.grad = torch.tensor([3.0, last]), torch.tensor([3.0, last])
+    found = deepspeed.runtime.utils.clip_grad_norm_(ours, 1.0, order)
+    expected = torch.nn.utils.clip_grad_norm_(torchs, 1.0, order)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    torch.testing.assert_close(ours.grad, torchs.grad, equal_nan=True)
