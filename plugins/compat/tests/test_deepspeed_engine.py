@@ -378,3 +378,79 @@ def test_weights_are_written_for_torch_load_and_as_safetensors(build, tmp_path):
     assert set(engine.module_state_dict(exclude_frozen_parameters=True)) == {"weight"}
     engine.load_module_state_dict({"module": {"weight": torch.ones(2, 4), "bias": torch.ones(2)}})
     assert torch.equal(module.weight, torch.ones(2, 4))
+
+
+def test_a_prefix_may_be_given_by_place_where_frozen_parameters_are_left_out(build):
+    module = model()
+    module.bias.requires_grad_(False)
+    engine, *_ = build(module=module, optimizer=torch.optim.SGD([module.weight], lr=0.1))
+    for state in (
+        engine.module_state_dict(None, "m.", exclude_frozen_parameters=True),
+        engine.module_state_dict(prefix="m.", exclude_frozen_parameters=True),
+    ):
+        assert set(state) == {"m.weight"}
+
+
+# -- without an engine, and beside it --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["DeepSpeedCPUAdam", "DeepSpeedCPULion"])
+def test_a_resume_of_an_optimizer_alone_has_the_states_as_they_were(kind):
+    wide = kind == "DeepSpeedCPUAdam"
+    make = getattr(deepspeed.ops.adam if wide else deepspeed.ops.lion, kind)
+
+    def optimizer(values):
+        weights = torch.nn.Parameter(values.clone())
+        return weights, make([weights], lr=0.01)
+
+    def update(weights, made):
+        weights.grad = torch.linspace(-1, 1, 8).to(weights)
+        made.step()
+
+    start = torch.linspace(1, 2, 8, dtype=torch.bfloat16)
+    first, adam = optimizer(start)
+    update(first, adam)
+    update(first, adam)
+    again, other = optimizer(first.detach())
+    other.load_state_dict(adam.state_dict())
+    for name, value in adam.state[first].items():
+        loaded = other.state[again][name]
+        assert type(loaded) is type(value)
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == (torch.float32 if wide else torch.bfloat16)
+            assert loaded.dtype == value.dtype
+            assert torch.equal(loaded, value)
+    update(first, adam)
+    update(again, other)
+    assert torch.equal(first, again)
+
+
+def test_engines_of_several_stages_share_one_backward(build):
+    modules = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)]
+    twins = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)]
+    for twin, module in zip(twins, modules, strict=True):
+        twin.load_state_dict(module.state_dict())
+    engines = []
+    for stage, module in zip((1, 3), modules, strict=True):
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        config = CONFIG | {"zero_optimization": zero}
+        engines.append(build(config, module, optimizer=sgd(module))[0])
+    plain = [sgd(twin) for twin in twins]
+    for step in range(2):
+        inputs = torch.arange(16.0).view(4, 4) / (10 + step)
+        for engine in engines:
+            engine._backward_prologue()
+        sum(engine(inputs).square().mean() for engine in engines).backward()
+        for engine in engines:
+            engine._backward_epilogue()
+            engine.step()
+        sum(twin(inputs).square().mean() for twin in twins).backward()
+        for optimizer in plain:
+            optimizer.step()
+            optimizer.zero_grad()
+    for engine, twin in zip(engines, twins, strict=True):
+        for name, value in engine.module_state_dict().items():
+            torch.testing.assert_close(value, twin.state_dict()[name])
+    reader, *_ = build(module=model())
+    with pytest.raises(TrainingError, match="no optimizer, so it cannot run backward"):
+        reader._backward_epilogue()

@@ -65,6 +65,25 @@ class AloneRule:
         if weights.data_ptr() != parameter.data_ptr():
             parameter.copy_(weights)
 
+    @torch.no_grad()
+    def take_over(
+        self, parameter: nn.Parameter, state: dict[str, Any], saved: Mapping[str, Any]
+    ) -> None:
+        """Have the states of a checkpoint in this rule's dtypes; torch gives them the parameter's.
+
+        Args:
+            parameter: whose states.
+            state: as torch has loaded it; changed in place.
+            saved: as it was in the checkpoint.
+        """
+        spec = _bucket(parameter, parameter.dtype)
+        for own in self._rule.states(spec):
+            if own.name in saved:
+                dtype = own.dtype or spec.state_dtype
+                state[own.name] = saved[own.name].to(parameter.device, dtype, copy=True)
+        if "step" in saved:
+            state["step"] = int(saved["step"])
+
 
 def _bucket(parameter: nn.Parameter, gradient_dtype: torch.dtype) -> BucketSpec:
     numel, shape = parameter.numel(), tuple(parameter.shape)

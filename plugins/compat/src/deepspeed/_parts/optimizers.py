@@ -64,6 +64,22 @@ class Described(torch.optim.Optimizer, metaclass=_Named):
 
         return AloneRule(self.type_name, self.params)
 
+    @cached_property
+    def _needs_rule(self) -> bool:
+        """Whether :meth:`step` applies the rule, and not torch's class."""
+        return True
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch does it, but states keep the dtypes in which the rule has them."""
+        super().load_state_dict(state_dict)
+        if not self._needs_rule:
+            return
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, own, strict=True):
+            if saved := state_dict["state"].get(number):
+                self._alone.take_over(parameter, self.state[parameter], saved)
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update parameters without an engine, by the rule that an engine would apply."""
         with torch.enable_grad():
@@ -201,6 +217,10 @@ class DeepSpeedCPUAdagrad(torch.optim.Adagrad, Described):
             raise ConfigError("Adagrad has no amsgrad; leave it out")
         super().__init__(model_params, lr, weight_decay=weight_decay, eps=eps)
         self.params = {"lr": lr, "eps": eps, "weight_decay": weight_decay}
+
+    @cached_property
+    def _needs_rule(self) -> bool:
+        return False
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As ``torch.optim.Adagrad`` does it, without an engine."""
