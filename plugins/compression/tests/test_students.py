@@ -23,6 +23,9 @@ from torch import nn
 
 import drivetrain
 from drivetrain.errors import ConfigError, TrainingError
+from drivetrain.job.job import Job
+from drivetrain.plan.plan import Plan
+from drivetrain.testing import run_distributed
 
 
 def reduction(**keys: Any) -> dict[str, Any]:
@@ -368,3 +371,79 @@ def test_masks_that_were_loaded_are_what_a_model_is_cleaned_by(tmp_path: Path) -
     path.write_text('{"a": 1, "a": 2}')
     with pytest.raises(ConfigError, match="the key 'a' is there twice"):
         init_compression(net(), path)
+
+
+def cleaned_twice(stage: int) -> tuple[list[float], list[float], list[int], str]:
+    """Losses before and after cleaning a copy and the model, rows left, and what is refused."""
+    section = {
+        "row_pruning": method(
+            {"method": "topk", "schedule_offset": 0},
+            {"g": group([r"\.up"], [[r"\.down"]], dense_ratio=0.5)},
+        ),
+        "sparse_pruning": method(
+            {"schedule_offset": 0}, {"g": group([r"\.down"], dense_ratio=0.5)}
+        ),
+    }
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    plan = Plan.build({**BASE, "compression_training": section, "zero_optimization": zero})
+    job = Job.open(plan)
+    engine = job.engine(net())
+    tokens, targets = batches(1)[0]
+    before, after, rows, refused = [], [], [], ""
+
+    def train_a_step() -> None:
+        engine.train()
+        engine.backward(engine(tokens, targets))
+        engine.step()
+        engine.eval()
+        before.append(engine(tokens, targets).item())
+
+    train_a_step()
+    with drivetrain.whole(engine.module):
+        cleaned = copy.deepcopy(engine.module)
+    redundancy_clean(cleaned)
+    after.append(cleaned(tokens, targets).item())
+    rows.append(cleaned.layers[0].up.out_features)
+    train_a_step()
+    if any(hasattr(parameter, "drivetrain_handle") for parameter in engine.module.parameters()):
+        with pytest.raises(ConfigError) as error:
+            redundancy_clean(engine.module)
+        refused = str(error.value)
+    engine.destroy()
+    cleaned = redundancy_clean(engine.module)
+    after.append(cleaned(tokens, targets).item())
+    rows.append(cleaned.layers[0].up.out_features)
+    job.close()
+    return before, after, rows, refused
+
+
+def cleaned_too_late() -> str:
+    """What is said where the engine's job is closed with it."""
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    section = {"sparse_pruning": method({"schedule_offset": 0}, GROUPS)}
+    engine = engine_of(section, zero_optimization=zero)
+    engine(*batches(1)[0])
+    engine.destroy()
+    with pytest.raises(ConfigError) as error:
+        redundancy_clean(engine.module)
+    return str(error.value)
+
+
+@pytest.mark.long
+def test_shards_of_a_closed_job_are_not_cleaned() -> None:
+    for refused in run_distributed(cleaned_too_late, 2):
+        assert "destroyed with its job" in refused
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks"),
+    [(0, 1), *(pytest.param(stage, 2, marks=pytest.mark.long) for stage in (0, 1, 2)), (3, 2)],
+)
+def test_a_copy_made_whole_and_the_module_of_an_ended_engine_are_cleaned(
+    stage: int, ranks: int
+) -> None:
+    for before, after, rows, refused in run_distributed(cleaned_twice, ranks, stage):
+        assert after == pytest.approx(before, rel=1e-12)
+        assert before[0] != before[1]
+        assert rows == [16, 16]
+        assert ("kept in shards by an engine: clean" in refused) == (stage == 3)

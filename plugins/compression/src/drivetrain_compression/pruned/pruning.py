@@ -163,6 +163,11 @@ class Pruning(TrainingModifier[PruningConfig]):
                     compress_module(other.module, other.name).add(step)
                     self.norms.append(other)
 
+    def move_to(self, model: nn.Module) -> None:
+        """Work on a copy of the model, related norms included."""
+        super().move_to(model)
+        self.norms = [norm.in_copy(model) for norm in self.norms]
+
     def activate(self) -> None:
         """Let the steps take part, those of related norms too."""
         super().activate()

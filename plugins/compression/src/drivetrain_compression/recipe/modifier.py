@@ -74,6 +74,10 @@ class Target:
     name: str
     module: nn.Module
 
+    def in_copy(self, model: nn.Module) -> Target:
+        """The same place in a copy of the model."""
+        return Target(self.name, model.get_submodule(self.name))
+
 
 @dataclass(frozen=True)
 class CompressionUnit:
@@ -88,6 +92,11 @@ class CompressionUnit:
     name: str
     module: nn.Module
     targets: tuple[Target, ...] = field(default=())
+
+    def in_copy(self, model: nn.Module) -> CompressionUnit:
+        """The same places in a copy of the model."""
+        targets = tuple(target.in_copy(model) for target in self.targets)
+        return CompressionUnit(self.name, model.get_submodule(self.name), targets)
 
 
 class ModifierConfig(Section):

@@ -67,6 +67,10 @@ class TrainingModifier(Modifier[ConfigT]):
             compress_module(target.module, target.name).add(step)
             self.targets.append(target)
 
+    def move_to(self, model: nn.Module) -> None:
+        """Work on a copy of the model, whose modules have copies of the steps."""
+        self.targets = [target.in_copy(model) for target in self.targets]
+
     def steps(self) -> Iterator[tuple[Target, Any]]:
         """Each module with this modifier's step in it."""
         for target in self.targets:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from uuid import uuid4
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import nn
 
-from drivetrain.errors import CheckpointError, ConfigError
+from drivetrain.errors import CheckpointError, CommunicationError, ConfigError
+from drivetrain.job.ownership import owner_of
+from drivetrain.states.whole import handed_over
 from drivetrain_compression.pruned.pruning import Pruning, Removing
 from drivetrain_compression.recipe.modifier import CompressionUnit, Progress
 from drivetrain_compression.recipe.recipe import assign
@@ -22,6 +26,11 @@ if TYPE_CHECKING:
 AnyTraining = TrainingModifier[Any]
 
 _of_model: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
+
+_MARK = "drivetrain_compression_session"
+"""Attribute of a compressed model that copies of it have, too: a key of :data:`_by_mark`."""
+
+_by_mark: WeakValueDictionary[str, Session] = WeakValueDictionary()
 
 
 class Session:
@@ -48,7 +57,37 @@ class Session:
         for modifier in self.modifiers:
             if isinstance(modifier, Pruning):
                 modifier.relate(model)
+        self._belong_to(model, uuid4().hex)
+
+    def _belong_to(self, model: nn.Module, mark: str | None = None) -> None:
         _of_model[model] = self
+        if mark is not None:
+            model.__dict__[_MARK] = mark
+            _by_mark[mark] = self
+
+    def of_copy(self, model: nn.Module) -> Session:
+        """A session for a copy of the model, which has copies of masks, scores and steps.
+
+        Raises:
+            ConfigError: the model learns from a teacher, whose hooks a copy cannot be rid of.
+        """
+        if self.distillation is not None:
+            raise ConfigError(
+                "a copy of a model that learns from a teacher cannot be cleaned: destroy the "
+                "engine, and clean the model itself"
+            )
+        new = copy(self)
+        known = {id(modifier): copy(modifier) for modifier in self.modifiers}
+        new.modifiers = [known[id(modifier)] for modifier in self.modifiers]
+        for modifier in new.modifiers:
+            modifier.job = None  # a copy is this rank's own
+            modifier.move_to(model)
+        new._assigned = [
+            (known[id(modifier)], [unit.in_copy(model) for unit in units])
+            for modifier, units in self._assigned
+        ]
+        new._belong_to(model)
+        return new
 
     def use(self, job: Job) -> None:
         """Communicate within a job from now on."""
@@ -105,13 +144,17 @@ class Session:
             What was removed, one line each.
 
         Raises:
-            ConfigError: a part of the model is kept in shards, whose shapes cannot change.
+            ConfigError: an engine keeps a part of the model in shards, whose shapes cannot change.
         """
-        if any(hasattr(p, "drivetrain_handle") for p in model.parameters()):
+        sharded = [p for p in model.parameters() if hasattr(p, "drivetrain_handle")]
+        if any(owner_of(parameter) is not None for parameter in sharded):
             raise ConfigError(
-                "the model's parameters are kept by an engine: destroy it, or clean a copy made "
-                "inside `with drivetrain.whole(engine.module):`"
+                "the model's parameters are kept in shards by an engine: clean "
+                "copy.deepcopy(engine.module), made inside `with drivetrain.whole(engine.module)"
+                ":`, or destroy the engine and clean the model while the job is open"
             )
+        if sharded:  # by an engine that was destroyed
+            _take_whole(sharded)
         lines = []
         # Quantised as in forward: before zeros are put in, and before shapes change.
         for modifier, units in sorted(self._assigned, key=lambda pair: -pair[0].place):
@@ -123,6 +166,7 @@ class Session:
             self.distillation.close()
         if _of_model.get(model) is self:
             del _of_model[model]
+            model.__dict__.pop(_MARK, None)
         return lines
 
     def state(self) -> dict[str, Any]:
@@ -150,6 +194,25 @@ class Session:
             modifier.load_state(saved[modifier.label])
 
 
+def _take_whole(parameters: Sequence[nn.Parameter]) -> None:
+    """Give parameters that no engine shards any more their values. Collective.
+
+    Raises:
+        ConfigError: the job of the ranks that have the shards is closed.
+    """
+    try:
+        with handed_over(parameters):
+            values = [parameter.detach().clone() for parameter in parameters]
+    except CommunicationError as error:
+        raise ConfigError(
+            "the model's parameters lie in shards of an engine that was destroyed with its job, so "
+            "nothing gathers them: clean copy.deepcopy(engine.module), made inside "
+            "`with drivetrain.whole(engine.module):`, before destroy()"
+        ) from error
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data = value
+
+
 def _kept(modifier: AnyTraining) -> dict[str, Any]:
     if not isinstance(modifier, Removing) or not modifier.started:
         return {}
@@ -157,5 +220,8 @@ def _kept(modifier: AnyTraining) -> dict[str, Any]:
 
 
 def session_of(model: nn.Module) -> Session | None:
-    """What compresses a model."""
-    return _of_model.get(model)
+    """What compresses a model, or the model that it is a copy of."""
+    found = _of_model.get(model)
+    if found is None and (first := _by_mark.get(model.__dict__.get(_MARK, ""))) is not None:
+        found = first.of_copy(model)
+    return found
