@@ -31,3 +31,19 @@ def test_no_monitor_is_switched_on(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match=r"csv_monitor\.job_nam"):
         MonitorMaster(DeepSpeedMonitorConfig(csv_monitor={"enabled": True, "job_nam": "job"}))
+
+
+def test_a_single_monitor_has_its_section_and_writes(tmp_path):
+    from deepspeed.monitor.config import get_monitor_config
+    from deepspeed.monitor.csv_monitor import csvMonitor
+    from deepspeed.monitor.wandb import WandbMonitor
+
+    section = {"enabled": True, "output_path": str(tmp_path), "job_name": "run"}
+    monitor = csvMonitor(get_monitor_config({"csv_monitor": section}).csv_monitor)
+    assert (monitor.enabled, monitor.job_name) == (True, "run")
+    monitor.write_events([("loss", 1.5, 10)])
+    monitor.close()
+    [file] = list(tmp_path.rglob("*.csv"))
+    assert "1.5" in file.read_text()
+    off = WandbMonitor(get_monitor_config({"wandb": {"team": "t"}}).wandb)
+    assert (off.enabled, off.team, off.project) == (False, "t", "deepspeed")
