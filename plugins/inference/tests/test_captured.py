@@ -23,7 +23,8 @@ def prompts():
 
 
 def served(dtype, **options):
-    section = {"block_size": 8, "max_batch_tokens": 64, "max_sequences": 8, **options}
+    section = {"block_size": 8, "max_batch_tokens": 64, "max_sequences": 8}
+    section |= {"capture_decodes": True, **options}
     return serve(decoder(intermediate_size=64).to(dtype), {"inference": section})
 
 
@@ -46,6 +47,33 @@ def test_repeated_forwards_have_the_same_bits(dtype, options):
                 assert {1, 2, 3, 4, 5} <= replayed._of.keys()
                 assert all(each is not None for each in replayed._of.values())
     assert found[0] == found[1]
+
+
+@native
+def test_logits_of_a_repeated_forward_are_the_caller_s():
+    with served(torch.float32, capture_decodes=True) as engine, torch.no_grad():
+        wanted = [engine.module(torch.tensor([[token]])).logits[0] for token in (5, 7, 11)]
+        found = [engine.put([n], [[token]]) for n, token in enumerate((5, 7, 11))]
+        assert engine.ragged.model._decodes._of[1] is not None
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@native
+def test_without_capture_nothing_is_repeated():
+    with served(torch.float32, capture_decodes=False) as engine:
+        assert not engine.captures
+        engine.ragged.model.layers_of = counted = Counted(engine.ragged.model.layers_of)
+        engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=6))
+    assert counted.calls == 6
+
+
+class Counted:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.function(*args)
 
 
 @native
@@ -72,7 +100,7 @@ def test_larger_forwards_and_prompts_are_computed_as_ever(monkeypatch):
 @native
 def test_weights_that_are_taken_over_are_those_of_repeated_forwards():
     model = decoder()
-    with serve(model, {"inference": {"block_size": 8}}) as engine:
+    with serve(model, {"inference": {"block_size": 8, "capture_decodes": True}}) as engine:
         before = results_of(engine)
         model.load_state_dict(decoder(seed=1).state_dict())
         engine.update_weights()

@@ -42,7 +42,10 @@ class Decodes:
         self._place: tuple[PagedCache, int] | None = None
 
     def __call__(self, cache: PagedCache, batch: RaggedBatch) -> torch.Tensor | None:
-        """Logits [sequences, vocabulary]; ``None`` for other forwards, and what is not captured."""
+        """Logits [sequences, vocabulary]; ``None`` for other forwards, and what is not captured.
+
+        They lie in memory that the next call writes, so a caller that keeps them copies them.
+        """
         rows = len(batch.lengths)
         single = rows == len(batch.tokens) == len(batch.last)
         if not single or rows > MOST_ROWS or batch.adapters:

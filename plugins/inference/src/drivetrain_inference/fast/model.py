@@ -125,10 +125,16 @@ class FastModel:
     def capture_with(self, capture: Capture) -> None:
         """Have forwards of few sequences with one token each repeated by the accelerator.
 
-        Where kernels are missing, references ask devices for numbers, which nothing repeats.
+        Where kernels are missing (off the CPU), references ask devices for numbers, which nothing
+        repeats, so nothing is captured.
         """
         if PAGED_ATTENTION.provider(self.device.type) != REFERENCE:
             self._decodes = Decodes(self, capture)
+
+    @property
+    def captures(self) -> bool:
+        """Whether forwards of few sequences are given to the accelerator to repeat."""
+        return self._decodes is not None
 
     def close(self) -> None:
         """Forget what was captured, which keeps the cache's memory."""
@@ -140,7 +146,7 @@ class FastModel:
         if self._decodes is not None:
             logits = self._decodes(cache, batch)
             if logits is not None:
-                return logits.float()
+                return logits.to(torch.float32, copy=True)  # the next replay writes there
         hidden, delta = self.layers_of(self.embedded(batch), self.turns(batch), cache, batch)
         return self.logits(hidden[batch.last], delta[batch.last]).float()
 
