@@ -8,6 +8,7 @@ from copy import deepcopy
 import pytest
 import torch
 from drivetrain_inference import SamplingParams, serve
+from drivetrain_inference.adapters.loading import load_adapter
 from safetensors.torch import save_file
 from tiny_decoders import decoder, expected
 
@@ -102,6 +103,62 @@ def test_adapters_are_exchanged_while_requests_run(tmp_path):
     assert ends == {first: wanted[0], second: wanted[1]}
 
 
+def test_the_first_pattern_that_fits_a_layer_gives_its_alpha(tmp_path):
+    model = decoder()
+    patterns = {"layers.0.self_attn.q_proj": 7, "q_proj": 5, ".*self_attn.q_proj": 9}
+    tensors = written(
+        tmp_path / "one", model, 1, alpha_pattern=patterns, init_lora_weights="gaussian"
+    )
+    found = load_adapter("one", tmp_path / "one", model).pairs
+    for name, layer in model.named_modules():
+        if (key := f"base_model.model.{name}.lora_B.weight") in tensors:
+            alpha = 3 if "q_proj" not in name else 7 if "layers.0." in name else 5
+            torch.testing.assert_close(found[layer][1], tensors[key] * alpha / 2)
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_rows_with_and_without_an_adapter_share_batches_beside_repeated_ones(tmp_path, capture):
+    model = decoder()
+    tensors = written(tmp_path / "one", model, 1)
+    wanted = {
+        "": expected(model, PROMPT, NEW)[0],
+        "one": expected(merged(model, tensors, 3 / 2), PROMPT, NEW)[0],
+    }
+    options = {**OPTIONS, "capture_decodes": capture, "adapters": {"one": str(tmp_path / "one")}}
+    with serve(model, {"inference": options}) as engine:
+        for names in ([""], ["one", ""], ["", ""], ["one"]):
+            # Those with an adapter end first, so that the others are repeated thereafter.
+            lengths = [NEW - 5 * bool(name) for name in names]
+            params = [
+                SamplingParams(max_new_tokens=n, adapter=name)
+                for n, name in zip(lengths, names, strict=True)
+            ]
+            found = [list(each[0].tokens) for each in engine.generate([PROMPT] * len(names), params)]
+            assert found == [wanted[name][:n] for n, name in zip(lengths, names, strict=True)]
+
+
+@pytest.mark.parametrize("options", [{"n": 3, "temperature": 1.0, "seed": 2}, {"num_beams": 3}], ids=["n", "beams"])
+def test_several_results_of_one_request_have_its_adapter(tmp_path, options):
+    model = decoder()
+    other = merged(model, written(tmp_path / "one", model, 1), 3 / 2)
+    params = SamplingParams(max_new_tokens=6, adapter="one", **options)
+    plain = SamplingParams(max_new_tokens=6, **options)
+    blocks = 9 if params.num_beams == 1 else 12
+    small = {**OPTIONS, "cache_blocks": blocks, "host_cache_bytes": 1 << 20}
+    found = []
+    with serve(model, {"inference": {**small, "adapters": {"one": str(tmp_path / "one")}}}) as both:
+        mixed = both.generate([PROMPT] * 2, [params, plain])
+        found = [[list(each.tokens) for each in results] for results in mixed]
+        assert both.scheduler.swaps > 0 or params.num_beams > 1
+    wanted = []
+    for each in (other, model):
+        with serve(each, {"inference": OPTIONS}) as engine:
+            (results,) = engine.generate([PROMPT], plain)
+            wanted.append([list(each.tokens) for each in results])
+    assert found == wanted
+    assert wanted[0] != wanted[1]
+
+
 def test_an_adapter_goes_on_top_of_weights_of_fewer_bits(tmp_path):
     model = decoder(intermediate_size=64)
     tensors = written(tmp_path / "one", model, 1)
@@ -120,6 +177,9 @@ def test_adapters_that_cannot_be_served_are_refused_by_name(tmp_path):
     tensors = written(tmp_path / "good", model, 1)
     written(tmp_path / "dora", model, 1, use_dora=True)
     written(tmp_path / "biased", model, 1, bias="all")
+    written(tmp_path / "alora", model, 1, alora_invocation_tokens=[5, 6])
+    written(tmp_path / "later", model, 1, use_what_comes_later=True, target_parameters=None)
+    written(tmp_path / "pissa", model, 1, init_lora_weights="pissa_niter_16")
     written(tmp_path / "ia3", model, 1, peft_type="IA3")
     written(tmp_path / "head", model, 1, targets=("lm_head",))
     written(tmp_path / "larger", decoder(hidden_size=64), 1)
@@ -144,6 +204,9 @@ def test_adapters_that_cannot_be_served_are_refused_by_name(tmp_path):
             ("damaged", "cannot be loaded as an adapter"),
             ("dora", "sets use_dora, which is not served"),
             ("biased", "sets bias, which is not served"),
+            ("alora", "sets alora_invocation_tokens, which is not served"),
+            ("later", "sets use_what_comes_later, which is not served"),
+            ("pissa", "has init_lora_weights 'pissa_niter_16', which changes the model's own"),
             ("ia3", "is an adapter of kind IA3, and LORA alone is served"),
             ("head", "lm_head is a Linear that makes logits"),
             ("larger", r"has matrices .*the layer makes 32 outputs of \d+ inputs"),

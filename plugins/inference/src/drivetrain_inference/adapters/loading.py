@@ -15,14 +15,30 @@ from drivetrain.errors import ConfigError
 from drivetrain_inference.adapters.adapter import Adapter
 
 _KEY = re.compile(r"^base_model\.model\.(?P<layer>.+)\.lora_(?P<part>[AB])\.weight$")
-_UNSERVED = (
-    "use_dora",
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-    "lora_bias",
-)
-"""Keys of PEFT's config that change what an adapter computes; served only if empty."""
+_SERVED = {
+    "lora_alpha", "alpha_pattern", "use_rslora", "peft_type", "bias", "init_lora_weights",
+}  # fmt: skip
+"""Keys of PEFT's config that are obeyed, or looked at by themselves."""
+
+_ALREADY_SAID = {
+    "r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "fan_in_fan_out",
+}  # fmt: skip
+"""Keys that say which matrices there are, and of what shape, as the file with them does."""
+
+_OF_TRAINING = {
+    "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+    "peft_version", "lora_dropout", "megatron_config", "megatron_core", "runtime_config",
+    "loftq_config", "corda_config", "eva_config", "lora_ga_config", "qalora_group_size",
+    "ensure_weight_tying",
+}  # fmt: skip
+"""Keys that change nothing of what a trained adapter computes, or only with another key."""
+
+_KNOWN = _SERVED | _ALREADY_SAID | _OF_TRAINING
+
+_STARTS = {"gaussian", "eva", "orthogonal"}
+"""Values of ``init_lora_weights`` that leave the model's own weights as they are. With others
+(pissa, olora, corda, loftq, ...) the adapter belongs to a model that PEFT has changed."""
 
 
 def load_adapter(name: str, path: Path, module: nn.Module) -> Adapter:
@@ -71,9 +87,17 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else None
         raise ConfigError(f"{path} is an adapter of kind {kind}, and LORA alone is served")
-    unserved = [key for key in _UNSERVED if config.get(key)]
+    # Keys of later versions may change what is computed, so only what is known may be set.
+    unserved = sorted(key for key, value in config.items() if value and key not in _KNOWN)
     if config.get("bias", "none") != "none":
         unserved.append("bias")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in _STARTS:
+        raise ConfigError(
+            f"{path}/adapter_config.json has init_lora_weights {start!r}, which changes the "
+            "model's own weights; have PEFT convert the adapter to LoRA as it saves it "
+            "(path_initial_model_for_weight_conversion), or merge it into the model"
+        )
     if unserved:
         raise ConfigError(
             f"{path}/adapter_config.json sets {', '.join(unserved)}, which is not served; merge "
@@ -126,4 +150,5 @@ def _scale(layer: str, rank: int, config: Mapping[str, Any]) -> float:
     for pattern, own in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
             alpha = own
+            break  # PEFT takes the first, too
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
