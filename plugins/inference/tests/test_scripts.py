@@ -34,15 +34,51 @@ def test_forward_is_the_engine_s_where_only_tokens_are_given(inject, monkeypatch
     long = torch.arange(90)[None] % 64
     with torch.no_grad():
         wanted = model(IDS, attention_mask=mask).logits
-        found = engine(input_ids=IDS, attention_mask=mask).logits
+        found = engine(input_ids=IDS, attention_mask=mask, use_cache=False).logits
         torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=1e-4, atol=1e-4)
         assert len(calls) == 2
         assert engine.engine.ragged.free_blocks == engine.engine.ragged.blocks.blocks
         for options in ({"labels": IDS}, {"attention_mask": mask.flip(1)}):
+            options["use_cache"] = False
             assert torch.equal(engine(IDS, **options).logits, model(IDS, **options).logits)
-        assert torch.equal(engine(long).logits, model(long).logits)  # above max_out_tokens
-    assert engine(IDS).logits.requires_grad
+        assert torch.equal(engine(long, use_cache=False).logits, model(long).logits)  # above max_out_tokens
+    assert engine(IDS, use_cache=False).logits.requires_grad
     assert len(calls) == 2
+    engine.destroy()
+
+
+def test_a_script_s_own_decoding_loop_gets_the_cache_that_it_goes_on_with():
+    model = decoder()
+    engine = init_inference(model, dtype="fp32", replace_with_kernel_inject=True)
+    wanted = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    ids, cache, found = IDS, None, IDS
+    with torch.no_grad():
+        for _ in range(4):
+            out = engine(input_ids=ids, past_key_values=cache)
+            cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            found = torch.cat([found, ids], 1)
+        assert torch.equal(found, wanted)
+        model.config.use_cache = False
+        assert engine(IDS).get("past_key_values") is None
+    engine.destroy()
+
+
+def test_rows_of_one_token_have_logits_of_their_own():
+    model, ids = decoder(), torch.tensor([[3], [9], [4]])
+    options = {"replace_with_kernel_inject": True, "enable_cuda_graph": True}
+    engine = init_inference(model, dtype="fp32", **options)
+    with torch.no_grad():
+        found, wanted = engine(input_ids=ids, use_cache=False).logits, model(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("inject", [True, False])
+def test_a_wish_for_captured_forwards_that_is_not_met_is_told(inject, caplog):
+    options = {"dtype": "fp32", "enable_cuda_graph": True, "replace_with_kernel_inject": inject}
+    engine = init_inference(decoder(), **options)
+    assert ("enable_cuda_graph changes nothing here" in caplog.text) != engine.engine.captures
+    assert inject or not engine.engine.captures
     engine.destroy()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -17,6 +18,8 @@ from drivetrain_inference.engine import InferenceEngine as Engine
 from drivetrain_inference.loading import serve
 from drivetrain_inference.ragged import all_logits
 from drivetrain_inference.requests import SamplingParams
+
+logger = logging.getLogger("drivetrain.inference")
 
 _DTYPES = {
     "fp32": torch.float32, "float32": torch.float32, "float": torch.float32,
@@ -69,14 +72,17 @@ class InferenceEngine(nn.Module):
 
         The engine takes ``input_ids``, with an ``attention_mask`` of 0 where rows are padded at
         their ends or without, where no gradients are recorded and its cache has room; logits of
-        padding are 0. Whatever else is given (labels, caches, embeddings), the module's code takes.
+        padding are 0. It returns no ``past_key_values``, so it is asked only where the caller wants
+        none: with ``use_cache=False``, or where the module's config has ``use_cache`` false.
+        Whatever else is given (labels, caches, embeddings), the module's code takes.
         """
         named = {**dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs}
         given = {name for name, value in named.items() if value is not None}
         ids: Any = named.get("input_ids")
         mask: Any = named.get("attention_mask")
-        plain = len(args) <= 2 and given <= {"input_ids", "attention_mask"} and ids is not None
-        if not plain or torch.is_grad_enabled() or ids.dim() != 2:
+        known = {"input_ids", "attention_mask", "use_cache"}
+        plain = len(args) <= 2 and given <= known and ids is not None
+        if not plain or self._keeps_cache(named.get("use_cache")) or torch.is_grad_enabled() or ids.dim() != 2:
             return self.module(*args, **kwargs)
         if mask is not None and (
             mask.shape != ids.shape or bool((mask.int().diff(dim=1) > 0).any())
@@ -92,6 +98,12 @@ class InferenceEngine(nn.Module):
         found = logits.new_zeros(*ids.shape, logits.shape[1])
         found[kept] = logits
         return CausalLMOutput(logits=found)
+
+    def _keeps_cache(self, asked: bool | None) -> bool:
+        """Whether the module would return a cache, with which a script decodes by itself."""
+        if asked is not None:
+            return asked
+        return bool(getattr(getattr(self.module, "config", None), "use_cache", True))
 
     @torch.no_grad()
     def generate(
@@ -163,7 +175,9 @@ def init_inference(
     section ``tensor_parallel``), and all of them make the same calls.
 
     ``replace_with_kernel_inject`` asks for the fast path wherever there is one; without it the
-    module's own code runs. ``dtype`` int8 rounds the blocks' matrices, and what
+    module's own code runs. ``enable_cuda_graph`` asks for forwards that the accelerator repeats
+    without Python; where that cannot be (off the CPU, and without the fast path) a warning says so.
+    ``dtype`` int8 rounds the blocks' matrices, and what
     they are multiplied with, to 8 bits. ``checkpoint`` is a
     checkpoint of any layout, for a module on the meta device.
 
@@ -179,7 +193,7 @@ def init_inference(
             f"init_inference: dtype {settings['dtype']!r} is none of {', '.join(_DTYPES)}"
         )
     section: dict[str, Any] = {"max_context": settings["max_out_tokens"]}
-    if settings["enable_cuda_graph"]:  # where decodes are captured anyhow, if the device can
+    if settings["enable_cuda_graph"]:
         section["capture_decodes"] = True
     section["fast_path"] = "auto" if settings["replace_with_kernel_inject"] else "never"
     if dtype is torch.int8:
@@ -194,6 +208,12 @@ def init_inference(
             )
         whole["tensor_parallel"] = {"autotp_size": ranks}
     engine = serve(model, whole, dtype=dtype, weights=settings["checkpoint"])
+    if settings["enable_cuda_graph"] and not engine.captures:
+        logger.warning(
+            "init_inference: enable_cuda_graph changes nothing here: forwards are captured on the "
+            "fast path alone (replace_with_kernel_inject), and on devices with a kernel of their "
+            "own for attention over the cache, which CPUs have"
+        )
     return InferenceEngine(engine.module, engine)
 
 
