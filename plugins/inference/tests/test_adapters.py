@@ -133,11 +133,15 @@ def test_rows_with_and_without_an_adapter_share_batches_beside_repeated_ones(tmp
                 SamplingParams(max_new_tokens=n, adapter=name)
                 for n, name in zip(lengths, names, strict=True)
             ]
-            found = [list(each[0].tokens) for each in engine.generate([PROMPT] * len(names), params)]
+            found = [
+                list(each[0].tokens) for each in engine.generate([PROMPT] * len(names), params)
+            ]
             assert found == [wanted[name][:n] for n, name in zip(lengths, names, strict=True)]
 
 
-@pytest.mark.parametrize("options", [{"n": 3, "temperature": 1.0, "seed": 2}, {"num_beams": 3}], ids=["n", "beams"])
+@pytest.mark.parametrize(
+    "options", [{"n": 3, "temperature": 1.0, "seed": 2}, {"num_beams": 3}], ids=["n", "beams"]
+)
 def test_several_results_of_one_request_have_its_adapter(tmp_path, options):
     model = decoder()
     other = merged(model, written(tmp_path / "one", model, 1), 3 / 2)

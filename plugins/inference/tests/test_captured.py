@@ -61,7 +61,7 @@ def test_logits_of_a_repeated_forward_are_the_caller_s():
 @native
 def test_without_capture_nothing_is_repeated():
     with served(torch.float32, capture_decodes=False) as engine:
-        assert not engine.captures
+        assert not engine.ragged.model.captures
         engine.ragged.model.layers_of = counted = Counted(engine.ragged.model.layers_of)
         engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=6))
     assert counted.calls == 6

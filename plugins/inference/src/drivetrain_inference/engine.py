@@ -183,11 +183,6 @@ class InferenceEngine:
         if isinstance(self.ragged.model, FastModel):
             self.ragged.model.capture_with(capture)
 
-    @property
-    def captures(self) -> bool:
-        """Whether forwards of few sequences are repeated where the accelerator can."""
-        return isinstance(self.ragged.model, FastModel) and self.ragged.model.captures
-
     def cancel(self, request: int) -> list[Progress]:
         """End a request; one that is over already is no error."""
         return self._end_all(request, "cancelled")

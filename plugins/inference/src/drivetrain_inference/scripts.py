@@ -82,7 +82,12 @@ class InferenceEngine(nn.Module):
         mask: Any = named.get("attention_mask")
         known = {"input_ids", "attention_mask", "use_cache"}
         plain = len(args) <= 2 and given <= known and ids is not None
-        if not plain or self._keeps_cache(named.get("use_cache")) or torch.is_grad_enabled() or ids.dim() != 2:
+        if (
+            not plain
+            or self._keeps_cache(named.get("use_cache"))
+            or torch.is_grad_enabled()
+            or ids.dim() != 2
+        ):
             return self.module(*args, **kwargs)
         if mask is not None and (
             mask.shape != ids.shape or bool((mask.int().diff(dim=1) > 0).any())
@@ -208,7 +213,7 @@ def init_inference(
             )
         whole["tensor_parallel"] = {"autotp_size": ranks}
     engine = serve(model, whole, dtype=dtype, weights=settings["checkpoint"])
-    if settings["enable_cuda_graph"] and not engine.captures:
+    if settings["enable_cuda_graph"] and not getattr(engine.ragged.model, "captures", False):
         logger.warning(
             "init_inference: enable_cuda_graph changes nothing here: forwards are captured on the "
             "fast path alone (replace_with_kernel_inject), and on devices with a kernel of their "

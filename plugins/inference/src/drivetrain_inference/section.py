@@ -65,8 +65,8 @@ class InferenceSection(Section):
     capture_decodes: Bool = Field(
         default=True,
         description="Whether forwards of few sequences with one new token each are repeated by "
-        "the accelerator. Only on the fast path, and where attention over the cache has a kernel of "
-        "the device's own, which CPUs have.",
+        "the accelerator: on the fast path, where attention over the cache has a kernel of the "
+        "device's own, as on CPUs.",
     )
     batch_invariant: Bool = Field(
         default=False,
