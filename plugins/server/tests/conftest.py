@@ -14,8 +14,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def server(folder):
-    with Server(settings(folder, template_seconds=1.0)) as found:
+def shelf(tmp_path_factory):
+    """The folder of adapters of that server; there is none in it."""
+    return tmp_path_factory.mktemp("shelf")
+
+
+@pytest.fixture(scope="session")
+def server(folder, shelf):
+    with Server(settings(folder, template_seconds=1.0, adapters=str(shelf))) as found:
         yield found
 
 

@@ -33,10 +33,16 @@ def written(folder: Path, seed: int) -> None:
 
 
 @pytest.fixture
-def shelf(tmp_path):
+def adapted(server, shelf):
+    """Two adapters of the server of all tests, which has none before and after."""
     for seed, name in enumerate(("one", "two")):
-        written(tmp_path / name, seed)
-    return tmp_path
+        written(shelf / name, seed)
+        assert httpx2.post(f"{server.url}/v1/adapters/{name}").status_code == 200
+    yield server
+    for name in list(server.router.shelf.paths):
+        assert httpx2.delete(f"{server.url}/v1/adapters/{name}").json()["deleted"]
+    for path in shelf.iterdir():
+        shutil.rmtree(path)
 
 
 def says(client, model):
@@ -47,47 +53,62 @@ def says(client, model):
     return found.choices[0].message.content
 
 
-def test_adapters_are_models_of_their_own_that_come_and_go(folder, shelf):
-    with Server(settings(folder, adapters=str(shelf))) as server, client_of(server) as client:
-        assert [each.id for each in client.models.list()] == ["tiny", "one", "two"]
-        texts = {name: says(client, name) for name in ("tiny", "one", "two")}
-        assert len(set(texts.values())) == 3
-        with pytest.raises(openai.NotFoundError, match="there is no model 'three'"):
-            says(client, "three")
+def test_adapters_are_models_of_their_own_that_come_and_go(adapted, client, shelf):
+    server = adapted
+    assert [each.id for each in client.models.list()] == ["tiny", "one", "two"]
+    texts = {name: says(client, name) for name in ("tiny", "one", "two")}
+    assert len(set(texts.values())) == 3
+    with pytest.raises(openai.NotFoundError, match="there is no model 'three'"):
+        says(client, "three")
 
-        shutil.move(shelf / "two", shelf / "three")
-        written(shelf / "two", 0)  # what "one" has
-        for name in ("two", "three"):
-            assert httpx2.post(f"{server.url}/v1/adapters/{name}").status_code == 200
-        assert says(client, "two") == texts["one"]
-        assert says(client, "three") == texts["two"]
-        assert httpx2.delete(f"{server.url}/v1/adapters/one").json()["deleted"]
-        with pytest.raises(openai.NotFoundError):
-            says(client, "one")
+    shutil.move(shelf / "two", shelf / "three")
+    written(shelf / "two", 0)  # what "one" has
+    for name in ("two", "three"):
+        assert httpx2.post(f"{server.url}/v1/adapters/{name}").status_code == 200
+    assert says(client, "two") == texts["one"]
+    assert says(client, "three") == texts["two"]
+    assert httpx2.delete(f"{server.url}/v1/adapters/two").json()["deleted"]
+    with pytest.raises(openai.NotFoundError):
+        says(client, "two")
 
+
+def test_adapters_that_are_not_there_or_damaged_are_refused(adapted, client, shelf):
+    server = adapted
+    (shelf / "damaged").mkdir()
+    (shelf / "damaged" / "adapter_config.json").write_text("{}")
+    for name, status, message in (
+        ("damaged", 400, "cannot be loaded as an adapter"),
+        ("missing", 404, "the folder of adapters has no 'missing'"),
+        ("%2e%2e", 404, "'..' is no name of an adapter"),
+        ("tiny", 404, "is no name of an adapter"),
+    ):
+        found = httpx2.post(f"{server.url}/v1/adapters/{name}")
+        assert found.status_code == status
+        assert message in found.text
+    found = httpx2.delete(f"{server.url}/v1/adapters/missing")
+    assert (found.status_code, "there is no adapter 'missing'" in found.text) == (404, True)
+    assert says(client, "one")
+    (shelf / "one" / "adapter_model.safetensors").write_bytes(b"no tensors")
+    found = httpx2.post(f"{server.url}/v1/adapters/one")
+    assert (found.status_code, "'one' is forgotten" in found.text) == (400, True)
+    with pytest.raises(openai.NotFoundError):
+        says(client, "one")
+
+
+@pytest.mark.long
+def test_a_worker_that_starts_again_loads_what_can_be_loaded(folder, tmp_path):
+    for seed, name in enumerate(("one", "two")):
+        written(tmp_path / name, seed)
+    with Server(settings(folder, adapters=str(tmp_path))) as server, client_of(server) as client:
+        before = says(client, "two")
+        (tmp_path / "one" / "adapter_model.safetensors").write_bytes(b"no tensors")
         worker = server.router.replicas[0]
         os.kill(worker.facts["process"], signal.SIGKILL)
         wait_for(lambda: worker.restarts == 1 and worker.ready)
-        assert says(client, "three") == texts["two"]  # the new process has it, too
-        assert [each.id for each in client.models.list()] == ["tiny", "two", "three"]
-
-
-def test_adapters_that_are_not_there_or_damaged_are_refused(folder, shelf):
-    (shelf / "damaged").mkdir()
-    with Server(settings(folder, adapters=str(shelf))) as server, client_of(server) as client:
-        (shelf / "damaged" / "adapter_config.json").write_text("{}")
-        for name, status, message in (
-            ("damaged", 400, "cannot be loaded as an adapter"),
-            ("missing", 404, "the folder of adapters has no 'missing'"),
-            ("..", 404, ""),
-            ("tiny", 404, "is no name of an adapter"),
-        ):
-            found = httpx2.post(f"{server.url}/v1/adapters/{name}")
-            assert found.status_code == status
-            assert message in found.text
-        assert httpx2.delete(f"{server.url}/v1/adapters/missing").status_code == 404
-        assert says(client, "one")
+        assert says(client, "two") == before
+        assert [each.id for each in client.models.list()] == ["tiny", "two"]
+        assert "cannot be loaded as an adapter" in worker.facts["failed"]["one"]
     with pytest.raises(ConfigError, match="cannot be loaded as an adapter"):
-        Server(settings(folder, adapters=str(shelf)))
+        Server(settings(folder, adapters=str(tmp_path)))
     with pytest.raises(ConfigError, match="is no folder"):
-        Server(settings(folder, adapters=str(shelf / "none")))
+        Server(settings(folder, adapters=str(tmp_path / "none")))

@@ -51,7 +51,7 @@ def create_app(
         Route("/v1/chat/completions", _post(chat), methods=["POST"]),
         Route("/v1/completions", _post(completions), methods=["POST"]),
         Route("/v1/embeddings", _post(Embeddings(generator)), methods=["POST"]),
-        Route("/v1/adapters/{name}", _post(Adapters(router)), methods=["POST", "DELETE"]),
+        Route("/v1/adapters/{name}", _post(Adapters(router.exchange)), methods=["POST", "DELETE"]),
         Route("/v1/models", others.models),
         Route("/v1/models/{name:path}", others.model),
         Route("/health", others.health),

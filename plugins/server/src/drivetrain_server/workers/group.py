@@ -16,7 +16,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from drivetrain.errors import DrivetrainError
 from drivetrain_server.workers.wire import Message, Wire
+
+RANKS_SECONDS = 2.0
+"""How long an error waits for the news that another rank has ended."""
 
 logger = logging.getLogger("drivetrain.server.worker")
 
@@ -34,8 +38,13 @@ class Group:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         self._lost, self._closing = lost, False
-        # Ranks meet at it; it lives as long as this process.
-        self._store: Any = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        # Ranks meet at it; it lives as long as this process. By itself it would listen on all
+        # interfaces, whatever name it is given.
+        listener = socket.create_server(("127.0.0.1", 0))
+        self._store: Any = TCPStore(
+            "127.0.0.1", listener.getsockname()[1], is_master=True, wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )  # fmt: skip
         self._wires: list[Wire] = []
         self._watches: list[threading.Thread] = []
         for rank in range(1, ranks):
@@ -43,13 +52,24 @@ class Group:
         os.environ.update(self._place(0, ranks))
 
     def tell(self, orders: Sequence[Message], *, close: bool) -> None:
-        """Have the others carry out ``orders`` and then compute a step, or end."""
+        """Have the others carry out ``orders`` and then compute a step, or end.
+
+        Raises:
+            DrivetrainError: one has ended, and why is not known.
+        """
         self._closing = close
-        for wire in self._wires:
-            wire.send({"orders": list(orders), "close": close})
+        for rank, wire in enumerate(self._wires, 1):
+            self._send(rank, wire, {"orders": list(orders), "close": close})
+
+    def _send(self, rank: int, wire: Wire, message: Message) -> None:
+        try:
+            wire.send(message)
+        except OSError as error:
+            self.wait(RANKS_SECONDS)  # who watches it knows why, and ends this process
+            raise DrivetrainError(f"rank {rank} takes no orders any more: {error}") from error
 
     def wait(self, seconds: float) -> None:
-        """Give ranks that have ended so long to be told of."""
+        """Give ranks that have ended so long to be told of, which ends this process."""
         end = time.monotonic() + seconds
         for watch in self._watches:
             watch.join(max(0.0, end - time.monotonic()))
@@ -76,13 +96,13 @@ class Group:
         finally:
             theirs.close()
         wire = Wire(ours)
-        wire.send(order)
         self._wires.append(wire)
         watch = threading.Thread(
             target=self._watch, args=(rank, process, wire), name=f"rank {rank}", daemon=True
         )
         watch.start()
         self._watches.append(watch)
+        self._send(rank, wire, order)
 
     def _watch(self, rank: int, process: subprocess.Popen[bytes], wire: Wire) -> None:
         """Say that a rank has ended, with its own words if it has any."""

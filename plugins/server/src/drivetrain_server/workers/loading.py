@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from drivetrain.contracts import Adapts, Embeds, Serves
-from drivetrain.errors import ConfigError
+from drivetrain.errors import ConfigError, DrivetrainError
 from drivetrain.plan.registry import Registry
 from drivetrain_server.workers.wire import Message
 
@@ -45,9 +45,25 @@ def load(order: Message) -> Serves | Embeds:
         dtype=dtype if order["dtype"] else None,
         weights=order["weights"] or None,
     )
-    for name, path in order["adapters"].items():
-        adapters_of(engine).load(name, path)
     return engine
+
+
+def load_adapters(engine: Any, order: Message) -> dict[str, str]:
+    """Load the adapters that ``order`` names; those that could not be loaded, and why.
+
+    Raises:
+        ConfigError: one cannot be loaded and the order is ``strict``: the server starts, and who
+            starts it is told. Later an adapter must not keep a worker from being started again.
+    """
+    failed: dict[str, str] = {}
+    for name, path in order["adapters"].items():
+        try:
+            adapters_of(engine).load(name, path)
+        except DrivetrainError as error:
+            if order["strict"]:
+                raise
+            failed[name] = str(error)
+    return failed
 
 
 def adapters_of(engine: Any) -> Adapts:

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from itertools import count
 
 from drivetrain.errors import ConfigError
@@ -27,6 +27,9 @@ _GRACE = 5.0
 """Seconds that a worker has to end by itself."""
 
 
+Settle = Callable[["Replica", Mapping[str, str], object], Coroutine[None, None, None]]
+
+
 class Replica:
     """Keeps one worker alive and carries requests to it.
 
@@ -35,6 +38,11 @@ class Replica:
         settings: what it serves, and how long it may be silent.
         heard: called with each part that arrives.
         adapters: folders by name that a worker loads when it starts; may change.
+        settle: called when a worker has loaded, with the adapters that it could not load, and why;
+            calls :meth:`open`.
+
+    Attributes:
+        missed: names of adapters that have changed since the worker was started.
     """
 
     def __init__(
@@ -43,8 +51,11 @@ class Replica:
         settings: Settings,
         heard: Callable[[Part], None] = lambda _: None,
         adapters: Mapping[str, str] | None = None,
+        settle: Settle | None = None,
     ) -> None:
         self._adapters = {} if adapters is None else adapters
+        self._settle, self._settling = settle, set[asyncio.Task[None]]()
+        self.missed: set[str] = set()
         self.index, self._settings, self._heard = index, settings, heard
         self.prefixes = Prefixes()
         self.facts: Message = {}
@@ -90,7 +101,17 @@ class Replica:
         Raises:
             WorkerLostError: the worker is being started.
         """
-        if not self.ready or self._writer is None:
+        if not self.ready:
+            raise WorkerLostError(f"{self.name} is being started again; try again soon")
+        return self.tell(order, results)
+
+    def tell(self, order: Message, results: int = 0) -> Ticket:
+        """Send an order, to a worker that does not serve yet, too.
+
+        Raises:
+            WorkerLostError: there is no worker.
+        """
+        if self._writer is None:
             raise WorkerLostError(f"{self.name} is being started again; try again soon")
         key = next(self._numbers)
         ticket = Ticket({"do": "add", **order, "id": key}, results, self._leave)
@@ -98,9 +119,29 @@ class Replica:
         self._send(ticket.order)
         return ticket
 
+    @property
+    def life(self) -> object | None:
+        """What stands for the process that there is now; ``None``: there is none."""
+        return self._writer
+
+    def open(self, life: object) -> None:
+        """Take requests from now on, for the process that ``life`` stands for.
+
+        Raises:
+            WorkerLostError: it has died.
+        """
+        if self._writer is None or self._writer is not life:
+            raise WorkerLostError(f"{self.name} is being started again")
+        self._ready.set()
+        if not self._first.done():
+            self._first.set_result(None)
+        logger.info("%s serves", self.name)
+
     async def close(self) -> None:
         """End the worker; requests that run fail."""
         self._closing = True
+        for task in self._settling:
+            task.cancel()
         self._send({"do": "close"})
         process = self._process
         if process is not None:
@@ -179,6 +220,7 @@ class Replica:
         finally:
             theirs.close()
         settings = self._settings
+        self.missed.clear()
         self._send(
             {
                 "do": "load",
@@ -190,6 +232,7 @@ class Replica:
                 "threads": settings.threads,
                 "ranks": settings.ranks,
                 "adapters": dict(self._adapters),
+                "strict": not self._first.done(),
             }
         )
         return reader
@@ -224,10 +267,13 @@ class Replica:
         elif kind == "ready":
             self.facts, self.trouble = message, ""
             self.prefixes.forget()
-            self._ready.set()
-            if not self._first.done():
-                self._first.set_result(None)
-            logger.info("%s serves", self.name)
+            if self._settle is None:
+                self.open(self._writer)
+            else:
+                failed = message.get("failed", {})
+                task = asyncio.create_task(self._settled(failed, self._writer))
+                self._settling.add(task)
+                task.add_done_callback(self._settling.discard)
         elif (ticket := self._tickets.get(message["id"])) is None:
             pass  # whoever asked has left
         elif kind == "refused":
@@ -236,6 +282,11 @@ class Replica:
             ticket.begin(message["prompt_tokens"])
             if kind == "embedded":
                 self._add(message["id"], Part(0, message["vectors"], 0, "stop", 0))
+
+    async def _settled(self, failed: Mapping[str, str], life: object) -> None:
+        assert self._settle is not None
+        with contextlib.suppress(WorkerLostError):  # the next one settles
+            await self._settle(self, failed, life)
 
     def _add(self, key: int, part: Part) -> None:
         ticket = self._tickets.get(key)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 
 from drivetrain_server.settings import Settings
+from drivetrain_server.workers.exchange import Exchange
 from drivetrain_server.workers.prefixes import keys_of
 from drivetrain_server.workers.replica import Replica
 from drivetrain_server.workers.shelf import Shelf
@@ -34,6 +35,7 @@ class Router:
 
     Attributes:
         shelf: adapters that clients can choose.
+        exchange: changes them.
 
     Raises:
         ConfigError: there is no such folder of adapters.
@@ -42,10 +44,12 @@ class Router:
     def __init__(self, settings: Settings, heard: Callable[[Part], None] = lambda _: None) -> None:
         self._settings, self._tell = settings, heard
         self.shelf = Shelf(settings.adapters, settings.name)
+        self.exchange = Exchange(self.shelf)
         self.replicas = [
-            Replica(index, settings, self._heard, self.shelf.paths)
+            Replica(index, settings, self._heard, self.shelf.paths, self.exchange.settle)
             for index in range(settings.replicas)
         ]
+        self.exchange.replicas = self.replicas
         self._ended: deque[float] = deque(maxlen=64)
 
     @property
@@ -111,24 +115,6 @@ class Router:
         chosen = self._chosen(ready, keys)
         chosen.prefixes.remember(keys)
         return chosen.submit(order, results)
-
-    async def set_adapter(self, name: str, path: str) -> None:
-        """Have all workers load an adapter, or forget it where ``path`` is empty.
-
-        Raises:
-            RefusedError: a worker cannot load it.
-            WorkerLostError: a worker is being started again.
-        """
-        tickets = [
-            replica.submit({"do": "adapter", "name": name, "path": path}, 0)
-            for replica in self.replicas
-        ]
-        try:
-            for ticket in tickets:
-                await ticket.begun()
-        finally:
-            for ticket in tickets:
-                ticket.close()
 
     def retry_after(self) -> int:
         """Seconds after which there may be room, from how fast results ended lately."""

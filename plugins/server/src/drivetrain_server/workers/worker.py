@@ -23,15 +23,12 @@ from typing import Any
 from drivetrain.contracts import Progress, Serves
 from drivetrain.errors import ConfigError, DrivetrainError
 from drivetrain_server.workers.edits import Both, Edit, Grammars, Guide, Penalties
-from drivetrain_server.workers.group import Group, Silent
-from drivetrain_server.workers.loading import adapters_of, described, load
+from drivetrain_server.workers.group import RANKS_SECONDS, Group, Silent
+from drivetrain_server.workers.loading import adapters_of, described, load, load_adapters
 from drivetrain_server.workers.vectors import VectorWorker
 from drivetrain_server.workers.wire import Message, Wire
 
 logger = logging.getLogger("drivetrain.server.worker")
-
-_RANKS_SECONDS = 2.0
-"""How long an error waits for the news that another rank has ended."""
 
 _NO_VECTORS = "this model generates text and has no embeddings"
 
@@ -94,7 +91,7 @@ class Worker:
     def let_ranks_speak(self) -> None:
         """Let the server hear of another rank's end first, which explains an error here."""
         if self._group is not None:
-            self._group.wait(_RANKS_SECONDS)
+            self._group.wait(RANKS_SECONDS)
 
     # -- the thread that reads ------------------------------------------------------------------
 
@@ -319,8 +316,22 @@ class Worker:
         return str(token) if tokenizer is None else tokenizer.decode([token])
 
 
+@dataclass(frozen=True)
+class _Round:
+    """What the first rank has done before a step, prepared."""
+
+    acts: Sequence[Callable[[], None]]
+    close: bool
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
 class Follower(Worker):
     """A rank beside the first: does what that one has done, and says nothing to the server.
+
+    As there, one thread reads and prepares (tokens, grammars), and the main thread computes.
 
     Args:
         orders: to the first rank.
@@ -330,29 +341,33 @@ class Follower(Worker):
     def __init__(self, orders: Wire, engine: Serves) -> None:
         super().__init__(Silent(), engine)
         self._shared = True
-        self._rounds: SimpleQueue[Message] = SimpleQueue()
+        self._rounds: SimpleQueue[_Round] = SimpleQueue()
         self._leader = orders
 
     def run(self) -> None:
         """Follow until told to close."""
         threading.Thread(target=self._listen, name="intake", daemon=True).start()
-        while not (told := self._rounds.get())["close"]:
-            for message in told["orders"]:
-                self._carry_out(message)
+        while not (told := self._rounds.get()).close:
+            for act in told.acts:
+                act()
             self._show(self._engine.step())
         self._engine.close()
 
-    def _carry_out(self, message: Message) -> None:
+    def _act(self, message: Message) -> Callable[[], None]:
         if message["do"] == "add":
-            self._prepared(message)()
-        elif message["do"] == "adapter":
-            self._adapt(message)
-        else:
-            self._cancel(message["id"])
+            try:
+                return self._prepared(message)
+            except Exception as error:  # the first rank could, so the thread that computes fails
+                logger.exception("a request could not be prepared")
+                return partial(_raise, error)
+        if message["do"] == "adapter":
+            return partial(self._adapt, message)
+        return partial(self._cancel, message["id"])
 
     def _listen(self) -> None:
         while (told := self._leader.receive()) is not None:
-            self._rounds.put(told)
+            acts = [self._act(message) for message in told["orders"]]
+            self._rounds.put(_Round(acts, told["close"]))
             if told["close"]:
                 return
         os._exit(1)  # the first rank has gone
@@ -377,13 +392,21 @@ def _worker(wire: Wire, order: Message) -> Worker | VectorWorker:
             os._exit(1)  # a step that waits for that rank would never end
 
         group = Group(order, order["ranks"], lost)
-    engine: Any = load(order)
+    try:
+        engine: Any = load(order)
+        failed = load_adapters(engine, order)
+    except Exception as error:
+        if group is not None:
+            group.wait(RANKS_SECONDS)  # another rank's end explains an error here
+        if isinstance(error, OSError):  # of a file, and not of the connection
+            raise DrivetrainError(f"{type(error).__name__}: {error}") from error
+        raise
     embeds = hasattr(engine, "embed")
     if embeds and order["ranks"] > 1:
         raise ConfigError("a model that makes vectors is computed by one rank; leave --ranks out")
     if order.get("follow"):
         return Follower(wire, engine)
-    wire.send({"is": "ready", **described(engine)})
+    wire.send({"is": "ready", "failed": failed, **described(engine)})
     return VectorWorker(wire, engine) if embeds else Worker(wire, engine, group)
 
 
