@@ -58,6 +58,23 @@ def one_expert(kind: str) -> int:
     return 8 * (numbers + WIDTH)
 
 
+@pytest.mark.parametrize("kind", ["modules", "grouped"])
+def test_a_model_that_is_served_again_has_all_its_experts_again(kind: str) -> None:
+    module = layer(kind)
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    with torch.no_grad():
+        expected = module(x_of())[0]
+    for _ in range(2):
+        job, engine = serving(module, cached_experts=2)
+        with job, torch.inference_mode():
+            torch.testing.assert_close(engine(x_of())[0], expected)
+            assert engine.module.cache.misses >= EXPERTS
+    assert module.cache is None
+    assert module.state_dict().keys() == weights.keys()
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
 def test_what_was_used_longest_ago_gives_its_place_away() -> None:
     job, engine = serving(layer("modules"), cached_experts=2)
     with job:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from drivetrain.job.job import Job
 
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+MARK = "drivetrain_expert_cache"
+"""Attribute of modules whose own weights an :class:`ExpertCache` keeps."""
 
 
 class ExpertCache(ABC):
@@ -45,6 +47,7 @@ class ExpertCache(ABC):
         self._dtype = Precision.of(job.plan).parameter
         # By number of the expert, least recently used first: which place it has.
         self._places: dict[int, int] = {}
+        self._taken: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     @property
     def parts(self) -> Sequence[nn.Module]:
@@ -70,8 +73,20 @@ class ExpertCache(ABC):
             value = parameter.detach()
             if self._dtype is not None and value.is_floating_point():
                 value = value.to(self._dtype)
+            host = self._host(value)
+            own = nn.Parameter(host, requires_grad=parameter.requires_grad)
+            self._taken.append((part, name, own))
             del part._parameters[name]
-            vars(part)[name] = self._kept(part, name, value)
+            vars(part)[name] = self._kept(part, name, host)
+
+    def release(self) -> None:
+        """Make parameters of the weights in host memory again, of all experts; ends the cache."""
+        for part, name, own in self._taken:
+            vars(part).pop(name, None)
+            part.register_parameter(name, own)
+        for part in self._modules():
+            vars(part).pop(MARK, None)
+        self._taken.clear()
 
     def around(self, compute: Compute) -> Compute:
         """``compute`` with the weights that it needs.
@@ -136,8 +151,8 @@ class ExpertCache(ABC):
         """Modules with weights of experts."""
 
     @abstractmethod
-    def _kept(self, part: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Take a weight; what ``part`` has in its place."""
+    def _kept(self, part: nn.Module, name: str, host: torch.Tensor) -> torch.Tensor:
+        """Take a weight that lies in host memory; what ``part`` has in its place."""
 
     @abstractmethod
     def _copy(self, expert: int, place: int) -> int:
@@ -181,9 +196,8 @@ class FusedCache(ExpertCache):
     def _modules(self) -> Iterator[nn.Module]:
         return self._module.modules()
 
-    def _kept(self, part: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
-        each = value.shape[0] // self.count
-        host = self._host(value)
+    def _kept(self, part: nn.Module, name: str, host: torch.Tensor) -> torch.Tensor:
+        each = host.shape[0] // self.count
         here = host.new_zeros((self.room * each, *host.shape[1:]), device=self._device)
         rest = (each, *host.shape[1:])
         self._tensors.append((host.view(self.count, *rest), here.view(self.room, *rest)))
@@ -229,8 +243,7 @@ class ModuleCache(ExpertCache):
     def _modules(self) -> Iterator[nn.Module]:
         return iter(self._number)
 
-    def _kept(self, part: nn.Module, name: str, value: torch.Tensor) -> torch.Tensor:
-        host = self._host(value)
+    def _kept(self, part: nn.Module, name: str, host: torch.Tensor) -> torch.Tensor:
         self._hosts[self._number[part]].append((part, name, host))
         return host
 

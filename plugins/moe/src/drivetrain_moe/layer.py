@@ -201,8 +201,10 @@ class MoE(nn.Module):
         return self.cache
 
     def leave(self) -> None:
-        """Forget the job."""
-        self.load, self.way = None, HERE
+        """Forget the job; weights in host memory are parameters again."""
+        if self.cache is not None:
+            self.cache.release()
+        self.load, self.way, self.cache = None, HERE, None
 
     def _build(self, hidden_size: int, expert: nn.Module, use_residual: bool) -> None:
         self.gate = nn.Linear(hidden_size, self.num_experts, bias=False)

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from drivetrain_moe.layer import MoE
     from drivetrain_moe.shared import SharedExperts
 
-_CACHE = "drivetrain_expert_cache"
-"""Attribute of modules whose own weights an :class:`ExpertCache` keeps."""
 _DATA_FIRST = "use_data_before_expert_parallelism"
 
 
@@ -100,15 +98,19 @@ class MixtureOfExperts(Plugin):
                 "leave it out; the section zero_optimization.offload_param keeps weights that are "
                 "trained in host memory"
             )
+        from drivetrain_moe.cache import MARK
+
         for _, served in _served(model):
             cache = served.cached(job, room)
             for part in cache.parts:
-                vars(part)[_CACHE] = cache
+                vars(part)[MARK] = cache
                 cache.store(part)
 
     @hookimpl(tryfirst=True)  # before others keep a part of what is then no parameter
     def keep_parameters(self, job: Job, module: torch.nn.Module) -> None:
-        cache: ExpertCache | None = vars(module).get(_CACHE)
+        from drivetrain_moe.cache import MARK
+
+        cache: ExpertCache | None = vars(module).get(MARK)
         if cache is not None:
             cache.store(module)
 

@@ -103,9 +103,13 @@ class SharedExperts(ABC):
     def leave(self) -> None:
         """Stop counting for a job that has closed; a module with all experts is as it was."""
         self.load = None
+        if self.cache is not None:
+            self.cache.release()
+            if self._found.counter:
+                setattr(self.module, self._found.counter, self.cache.count)
+            self.cache = None
         owner = self._found.owner
-        whole = self.way is HERE and self.cache is None
-        if whole and owner.__dict__.get("forward") is self:
+        if self.way is HERE and owner.__dict__.get("forward") is self:
             del owner.forward
             if self._own is not None:
                 owner.forward = self._own
