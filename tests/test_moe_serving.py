@@ -49,6 +49,20 @@ def generated(config: dict[str, Any], folder: str = "") -> tuple[list[Any], int,
     return found, held, sum(cache.hits for cache in caches)
 
 
+@pytest.mark.long
+def test_experts_over_ranks_of_tensor_parallelism_generate_the_same() -> None:
+    pytest.importorskip("drivetrain_tensor")
+    expected, whole, _ = generated({})
+    shared = {
+        "tensor_parallel": {"autotp_size": 2},
+        "expert_parallel": {"enabled": True, "autoep_size": 2},
+        "moe": {"over_tensor": True},
+    }
+    for found, held, _ in run_distributed(generated, 2, shared):
+        same(found, expected)
+        assert held == whole // 2
+
+
 def same(found: list[Any], expected: list[Any]) -> None:
     for (tokens, logprobs), (wanted, wanted_logprobs) in zip(found, expected, strict=True):
         assert tokens == wanted

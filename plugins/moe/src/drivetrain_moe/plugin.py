@@ -122,7 +122,8 @@ class MixtureOfExperts(Plugin):
         if job.mesh.size("sp") == 1:
             for _, served in _served(module):
                 if served.serves and served.way.experts is not None:
-                    served.way = replace(served.way, equal=True)
+                    # All of them compute all tokens, also those that would share these out.
+                    served.way = replace(served.way, equal=True, alike=None)
         return (yield)
 
     @hookimpl
