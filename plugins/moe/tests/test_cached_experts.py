@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from dense_experts import EXPERTS, WIDTH, Expert
 from drivetrain_moe import GroupedMLP, MoE
 from drivetrain_moe.cache import ModuleCache
+from drivetrain_moe.exchange import _agreed
 from torch import nn
 
 import drivetrain
@@ -145,3 +147,15 @@ def test_ranks_with_the_same_tokens_sum_what_their_experts_compute(kind: str) ->
         assert sent == 10 * WIDTH * 8  # 9 tokens, and a row that tells of them
         torch.testing.assert_close(out, expected)
         assert "have other tokens" in refused
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_tokens_that_are_not_finite_on_any_rank_are_no_others(value: float) -> None:
+    axis: Any = SimpleNamespace(size=2, tag="a layer")
+    x = torch.full((4, WIDTH), value)
+    told = torch.zeros(1, WIDTH)
+    told[0, :2] = x.sum()
+    assert torch.equal(_agreed(torch.cat([x, told]), x, axis).isnan(), x.isnan())
+    told[0, 1] = 0.0
+    with pytest.raises(TrainingError, match="have other tokens in a layer"):
+        _agreed(torch.cat([x, told]), torch.ones_like(x), axis)
