@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dense_experts import KINDS, RATE, Dense, Model, count_of, tokens, train_dense
+from dense_experts import (
+    EXPERTS,
+    KINDS,
+    RATE,
+    TOKENS,
+    WIDTH,
+    Dense,
+    Model,
+    count_of,
+    tokens,
+    train_dense,
+)
+from drivetrain_moe import GroupedMLP, MoE
 
 import drivetrain
 from drivetrain.engine.engine import Engine
@@ -88,6 +101,44 @@ def claim(kinds: list[str], world: int, ep: int, changes: dict[str, Any]) -> Non
 
 
 # -- checkpoints -----------------------------------------------------------------------------------
+
+
+def lowered(equal: bool, halves: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs and gradients of tokens under autocast; all of them go to the first rank's expert."""
+    torch.manual_seed(0)
+    layer = MoE(WIDTH, GroupedMLP(EXPERTS, WIDTH, 8), EXPERTS, 2, drop_tokens=False)
+    layer.gate.weight.data.zero_()[0, 0] = 3.0
+    section = {"ep_size": 2, "halves": halves}
+    plan = drivetrain.Plan.build({"train_batch_size": 2, "moe": section})
+    with drivetrain.Job.open(plan) as job:
+        engine = job.engine(layer, parameters=())
+        if equal:
+            layer.way = replace(layer.way, equal=True)
+        x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1))
+        x[:, 0] = 2.0
+        x.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = engine(x)[0]
+        out.float().square().sum().backward()
+    assert x.grad is not None
+    return out.detach(), x.grad
+
+
+@pytest.mark.parametrize(
+    ("equal", "halves"),
+    [(False, False), *(pytest.param(*ways, marks=pytest.mark.long) for ways in ((0, 1), (1, 0)))],
+)
+def test_ranks_whose_experts_get_no_token_answer_in_the_dtype_of_autocast(
+    equal: bool, halves: bool
+) -> None:
+    first, second = run_distributed(lowered, 2, equal, halves)
+    for out, gradient in (first, second):
+        assert out.dtype == torch.bfloat16
+        assert out.abs().max() > 0.1
+        assert torch.equal(out, first[0])
+        if not equal:  # engines that serve have no gradients
+            assert gradient.abs().max() > 0.1
+            assert torch.equal(gradient, first[1])
 
 
 def save(folder: str, kind: str) -> list[float]:

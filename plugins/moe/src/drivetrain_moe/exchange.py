@@ -8,6 +8,10 @@ the other way round, on every rank, whether or not it had any tokens.
 does not need them: shared experts, and the experts' answers for the other half of its tokens.
 Backward goes through the nodes of the graph last made first, so what lies between a start and its
 wait in forward lies between the adjoint's start and wait in backward, without further code.
+
+[Note: dtype of rows] Under autocast rows travel in its dtype, to which the first product of an
+expert would cast them; answers travel in the dtype in which rows came. So ranks send what others
+expect, whatever experts return, and whether or not those of a rank got a token.
 """
 
 from __future__ import annotations
@@ -249,7 +253,8 @@ def _summed(
     mine = routed.ordered(((number >= 0) & (number < own)).nonzero().squeeze(1))
     counts = torch.bincount(mine.expert - own * axis.rank, minlength=own)
     places = Places.of(mine.token, len(x))
-    found = _computed(chosen(x, places), counts, compute, answers)
+    rows = _lowered(chosen(x, places))
+    found = _computed(rows, counts, compute, answers).to(rows.dtype)
     part = _combined(found, mine.weight, places)
     started = axis.start("all_reduce", torch.cat([part, _told(x, part, axis)]))
     beside = [one() for one in meanwhile]
@@ -299,7 +304,7 @@ def _travelled(
     ``rows`` are in order of parts, then of experts; ``counts`` [parts, ranks, experts of a rank]
     says how many there are of each.
     """
-    parts = len(counts)
+    parts, rows = len(counts), _lowered(rows)
     sent = axis.counts(counts.transpose(0, 1).reshape(axis.size, -1), len(rows))
     table = sent.table.view(axis.size, parts, -1)
     splits = [(sent.sent, sent.received)]
@@ -321,7 +326,7 @@ def _travelled(
         back[order] = torch.arange(len(order), device=order.device)
         rows = permuted(came, order, back)
         done = _computed(rows, table[:, part].sum(0), compute, answers)
-        done = permuted(done, back, order)
+        done = permuted(done.to(rows.dtype), back, order)
         returning.append(_sent(axis, done, of, to, overlaps=coming))
     beside += [one() for one in meanwhile[1:]]
     found = [arrived() for arrived in returning]
@@ -343,6 +348,14 @@ def _by_expert(table: torch.Tensor) -> torch.Tensor:
     size, own = table.shape
     expert = torch.arange(own, device=table.device).repeat(size)
     return expert.repeat_interleave(table.reshape(-1)).argsort(stable=True)
+
+
+def _lowered(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` in the dtype of autocast, if that would cast them; see [Note: dtype of rows]."""
+    kind = rows.device.type
+    if not torch.is_autocast_enabled(kind) or rows.dtype == torch.float64:
+        return rows
+    return rows.to(torch.get_autocast_dtype(kind))
 
 
 def _computed(
