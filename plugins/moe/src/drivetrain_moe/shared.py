@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,6 +38,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 """By dtype of parameters, of the largest element; others have 3e-2."""
 PROBES = 2
 """Random tokens of each expert on which computations are compared."""
+RECOGNISED = 2
+"""Experts, in float32 at least, by which what all of them compute is recognised."""
 
 
 class SharedExperts(ABC):
@@ -256,46 +259,65 @@ class FusedExperts(SharedExperts):
         if any(weight.dim() != 3 for weight in own.values()):
             return None
         (up, first), (down, second) = own.items()
-        counts = torch.full((count,), PROBES)
-        x = torch.randn(PROBES * count, width, generator=torch.Generator().manual_seed(0))
+        if not first.is_floating_point() or {len(first), len(second)} != {count}:
+            return None
+        wide = torch.promote_types(first.dtype, torch.float32)
+        few = {name: weight.detach()[:RECOGNISED].to(wide) for name, weight in own.items()}
         # What tokens are before activations: as the model has them, about 1, about 4, and so large
         # that any bound on what experts compute would show.
-        usual = float(first.float().square().mean().sqrt()) * width**0.5
+        usual = float(few[up].square().mean().sqrt()) * width**0.5
         scales = (1.0, 1 / usual, 4 / usual, 1e4 / usual) if usual else ()
-        for outputs_first in (True, False):
-            shapes = [w.shape if outputs_first else w.mT.shape for w in (first, second)]
-            (inner, taken), (back, narrow) = (tuple(shape[1:]) for shape in shapes)
-            if not scales or inner != 2 * narrow or not taken == back == width:
-                continue
-            for activation in ACTIVATIONS:
-                shape = Shape(activation, outputs_first=outputs_first)
-                if all(
-                    self._gives_same(
-                        (x * scale).to(first.dtype), first, second, counts, shape, dtype, swapped
-                    )
-                    for scale in scales
-                ):
-                    return shape, up, down
+        for shape in _shapes(*few.values(), width) if usual else ():
+            with self._with_weights(few):
+                same = all(self._gives_same(few, scale, shape, dtype, swapped) for scale in scales)
+            # Rounding hides what tells activations apart, but not an expert unlike the others.
+            if same and all(
+                self._gives_same(own, scale, shape, dtype, swapped) for scale in scales[:3]
+            ):
+                return shape, up, down
         return None
 
     def _gives_same(
         self,
-        x: torch.Tensor,
-        up: torch.Tensor,
-        down: torch.Tensor,
-        counts: torch.Tensor,
+        weights: Mapping[str, torch.Tensor],
+        scale: float,
         shape: Shape,
         dtype: torch.dtype,
         swapped: bool,
     ) -> bool:
+        """Whether ordinary experts with ``weights``, which the module has, compute the same."""
+        up, down = weights.values()
+        counts = torch.full((len(up),), PROBES)
+        width = up.shape[2] if shape.outputs_first else up.shape[1]
+        x = torch.randn(PROBES * len(up), width, generator=torch.Generator().manual_seed(0))
+        x = (x * scale).to(up.dtype)
         try:
-            expected = self._call(x, counts, dtype, swapped)
+            expected = self._call(x, counts, torch.promote_types(dtype, up.dtype), swapped)
         except RuntimeError:
             return False
         largest = float(expected.abs().max())
         worst = float((grouped_mlp(x, up, down, counts, shape) - expected).abs().max())
         # Weights that are zeros would make all functions equal.
         return 0 < largest < math.inf and worst <= TOLERANCE.get(x.dtype, 3e-2) * largest
+
+    @contextmanager
+    def _with_weights(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Have the module compute with a few experts, which have other weights."""
+        module, counter = self.module, self._found.counter
+        before, count = dict(module._parameters), getattr(module, counter)
+        beside = {name: vars(module)[name] for name in weights if name in vars(module)}
+        for name, weight in weights.items():
+            if name in beside:
+                vars(module)[name] = weight
+            else:
+                module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        setattr(module, counter, len(next(iter(weights.values()))))
+        try:
+            yield
+        finally:
+            module._parameters.update(before)
+            vars(module).update(beside)
+            setattr(module, counter, count)
 
     def _probe(
         self, job: Job, axes: ExpertAxes
@@ -396,6 +418,17 @@ class BlockExperts(SharedExperts):
                     self._skips = not bool(nothing.any())
                     return x[first : first + own], expected[first : first + own]
         raise unlike(found, "in a block for each expert")
+
+
+def _shapes(up: torch.Tensor, down: torch.Tensor, width: int) -> Iterator[Shape]:
+    """How gated experts with weights of these shapes could compute tokens of a width."""
+    for outputs_first in (True, False):
+        (inner, taken), (back, narrow) = (
+            tuple((weight if outputs_first else weight.mT).shape[1:]) for weight in (up, down)
+        )
+        if inner == 2 * narrow and taken == back == width:
+            for activation in ACTIVATIONS:
+                yield Shape(activation, outputs_first=outputs_first)
 
 
 def random_tokens(parameters: list[nn.Parameter], count: int) -> Iterator[torch.Tensor]:
