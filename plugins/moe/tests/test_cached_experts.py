@@ -119,6 +119,15 @@ def test_an_engine_that_trains_says_where_else_weights_may_lie() -> None:
         job.engine(layer("modules"))
 
 
+def test_a_model_in_which_nothing_is_found_says_what_finds_experts() -> None:
+    plan = drivetrain.Plan.build({"train_batch_size": 1, "moe": {"cached_experts": 2}})
+    with (
+        drivetrain.Job.open(plan) as job,
+        pytest.raises(ConfigError, match=r"cached_experts is 2, .* set expert_parallel.enabled"),
+    ):
+        job.engine(nn.Linear(2, 2), parameters=())
+
+
 # -- ranks that have the same tokens ---------------------------------------------------------------
 
 

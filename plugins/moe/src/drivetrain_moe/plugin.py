@@ -100,7 +100,14 @@ class MixtureOfExperts(Plugin):
             )
         from drivetrain_moe.cache import MARK
 
-        for _, served in _served(model):
+        served_here = _served(model)
+        if not served_here:
+            raise ConfigError(
+                f"{MOE}.cached_experts is {room}, and {type(model).__name__} has no layer MoE: set "
+                f"{EXPERT_PARALLEL}.enabled to true, which finds experts of other models, or leave "
+                "it out"
+            )
+        for _, served in served_here:
             cache = served.cached(job, room)
             for part in cache.parts:
                 vars(part)[MARK] = cache
