@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_inference import SamplingParams, serve
+from safetensors.torch import save_file
 
+from drivetrain.errors import CheckpointError, ConfigError
 from drivetrain.testing import run_distributed
 
 transformers = pytest.importorskip("transformers")
@@ -47,6 +49,23 @@ def generated(config: dict[str, Any], folder: str = "") -> tuple[list[Any], int,
         caches = [c for c in (getattr(one, "cache", None) for one in forwards) if c is not None]
     found = [(r.tokens, [place.chosen for place in r.logprobs]) for (r,) in results]
     return found, held, sum(cache.hits for cache in caches)
+
+
+def test_a_folder_or_checkpoint_with_another_number_of_experts_is_refused(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    config = transformers.MixtralConfig(**{**COMMON, "num_local_experts": 6})
+    config.architectures = ["MixtralForCausalLM"]
+    config.save_pretrained(tmp_path)
+    shared = {"expert_parallel": {"enabled": True}, "moe": {"cached_experts": 2}}
+    by_config = r"experts.down_proj has shape \[6, 16, 24\] by its config, but \[4, 16, 24\] in its"
+    with pytest.raises(ConfigError, match=by_config):
+        generated(shared, str(tmp_path))
+    weights = {name: value.clone() for name, value in model().state_dict().items()}
+    save_file(weights, tmp_path / "weights.safetensors")
+    with torch.device("meta"):
+        empty = transformers.MixtralForCausalLM(config)
+    with pytest.raises(CheckpointError, match=r"\[6, 16, 24\].* \[4, 16, 24\]"):
+        serve(empty, {"inference": SECTION, **shared}, weights=tmp_path / "weights.safetensors")
 
 
 @pytest.mark.long

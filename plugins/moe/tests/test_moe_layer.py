@@ -15,6 +15,7 @@ from dense_experts import (
     TOKENS,
     WIDTH,
     Dense,
+    Expert,
     Model,
     count_of,
     tokens,
@@ -24,6 +25,7 @@ from drivetrain_moe import GroupedMLP, MoE
 
 import drivetrain
 from drivetrain.engine.engine import Engine
+from drivetrain.errors import CheckpointError
 from drivetrain.testing import run_distributed
 
 STEPS = 3
@@ -165,3 +167,21 @@ def test_experts_saved_on_some_ranks_load_onto_others(kind: str, tmp_path: Path)
         assert run_distributed(load, 4, str(tmp_path), kind, ep) == [
             pytest.approx(losses, rel=1e-9) for losses in straight
         ]
+
+
+@pytest.mark.parametrize("kind", ["top-2", "grouped"])
+def test_a_checkpoint_with_another_number_of_experts_is_refused(kind: str, tmp_path: Path) -> None:
+    def engine_of(count: int) -> Engine:
+        expert = GroupedMLP(count, WIDTH, 8) if kind == "grouped" else Expert()
+        config = {"train_batch_size": 1, "optimizer": {"type": "SGD", "params": {"lr": RATE}}}
+        return drivetrain.initialize(model=MoE(WIDTH, expert, count), config=config)[0]
+
+    engine = engine_of(4)
+    engine.save_checkpoint(tmp_path)
+    engine.destroy()
+    for count in (8, 2):
+        engine = engine_of(count)
+        numbers = rf"has shape \[{count}, .*\] in the model, but \[4, .*\] in checkpoint"
+        with pytest.raises(CheckpointError, match=numbers):
+            engine.load_checkpoint(tmp_path)
+        engine.destroy()

@@ -115,6 +115,7 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **where,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name and with both shapes
             dtype=kind,
             local_files_only=True,
             trust_remote_code=False,
@@ -123,6 +124,13 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise ConfigError(f"{path} cannot be loaded as a language model: {error}") from error
     model: nn.Module = loaded[0]
+    if unlike := sorted(loaded[1]["mismatched_keys"]):
+        name, stored, wanted = unlike[0]
+        more = f" (and {len(unlike) - 1} more do not fit)" if unlike[1:] else ""
+        raise ConfigError(
+            f"{path}: {name} has shape {list(wanted)} by its config, but {list(stored)} in its "
+            f"files{more}"
+        )
     if missing := sorted(loaded[1]["missing_keys"]):  # which Transformers draws at random
         raise ConfigError(f"{path} lacks weights of the model: {', '.join(missing[:6])}")
     _SOURCES[model] = path

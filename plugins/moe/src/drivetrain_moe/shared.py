@@ -267,7 +267,7 @@ class FusedExperts(SharedExperts):
         # that any bound on what experts compute would show.
         usual = float(few[up].square().mean().sqrt()) * width**0.5
         scales = (1.0, 1 / usual, 4 / usual, 1e4 / usual) if usual else ()
-        for shape in _shapes(*few.values(), width) if usual else ():
+        for shape in _shapes(few[up], few[down], width) if usual else ():
             with self._with_weights(few):
                 same = all(self._gives_same(few, scale, shape, dtype, swapped) for scale in scales)
             # Rounding hides what tells activations apart, but not an expert unlike the others.
