@@ -144,6 +144,12 @@ def summed(kind: str) -> tuple[torch.Tensor, int, str]:
             refused = ""
         except TrainingError as error:
             refused = str(error)
+    plan = {"train_batch_size": 2, "moe": {"ep_size": 2}}
+    with (
+        drivetrain.Job.open(drivetrain.Plan.build(plan)) as again,
+        pytest.raises(ConfigError, match=r"a part of its 4 experts.* over 2 ranks: build the"),
+    ):
+        again.engine(module, parameters=())
     return out, sent, refused
 
 

@@ -70,6 +70,8 @@ class MoE(nn.Module):
     """Of weights of experts, where these lie in host memory."""
     serves = False
     """Whether the module is that of an engine that does not train."""
+    _ranks = 1
+    """Over which experts have been shared out, and are still."""
 
     def __init__(
         self,
@@ -177,7 +179,16 @@ class MoE(nn.Module):
         return out if shared is None else out + shared
 
     def join(self, job: Job, name: str, axes: ExpertAxes, section: MoESection) -> None:
-        """Take part in a job: share out experts, report under ``name``."""
+        """Take part in a job: share out experts, report under ``name``.
+
+        Raises:
+            ConfigError: their number does not divide, or a job before has left only some here.
+        """
+        if self._ranks > 1:
+            raise ConfigError(
+                f"{name} has only a part of its {self.num_experts} experts, which an engine before "
+                f"has shared out over {self._ranks} ranks: build the model again"
+            )
         self._name = name
         self.load = Load(job, name, self.num_experts, reports=section.report)
         self.load.follows = self.bias_update_rate > 0
@@ -190,6 +201,7 @@ class MoE(nn.Module):
                 )
             self.way = way_of(job, name, axes, self.experts, halves=section.halves)
             self.experts.keep(job, axes)
+            self._ranks = axes.size
 
     def cached(self, job: Job, room: int) -> ExpertCache:
         """Keep weights of experts in host memory, and ``room`` of them on the device."""
