@@ -324,36 +324,6 @@ def test_a_model_with_all_its_experts_is_as_it_was_after_the_job() -> None:
     assert not any("forward" in vars(part) for part in model.modules())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_an_activation_that_is_near_another_is_not_taken_for_it(dtype: torch.dtype) -> None:
-    sections = {"expert_parallel": {"enabled": True}, "moe": {"cached_experts": 3}}
-    plan = drivetrain.Plan.build({"train_batch_size": 2, **sections})
-    for activation, known in (("quick_gelu", None), ("gelu", "gelu"), ("silu", "silu")):
-        experts = build("mixtral", dtype).model.layers[0].mlp.experts
-        experts.act_fn = transformers.activations.ACT2FN[activation]
-        layer = Routed(experts)
-        with drivetrain.Job.open(plan) as job, torch.no_grad():
-            engine = job.engine(layer, parameters=())
-            engine(torch.ones(5, experts.hidden_dim, dtype=dtype))
-            (found,) = experts.forward._ordinary.values()
-            assert (found and found[0].activation) == known
-        assert experts.gate_up_proj.dtype == dtype
-        assert (experts.num_experts, len(experts.gate_up_proj)) == (4, 4)
-
-
-class Routed(nn.Module):
-    """Experts that each get a token."""
-
-    def __init__(self, experts: nn.Module) -> None:
-        super().__init__()
-        self.experts = experts
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        index = torch.arange(len(x)).remainder(4).unsqueeze(1)
-        out: torch.Tensor = self.experts(x, index, torch.ones_like(index, dtype=x.dtype))
-        return out
-
-
 # -- lists of modules ------------------------------------------------------------------------------
 
 
