@@ -174,6 +174,7 @@ def entries_of_stages(extra: object) -> dict[str, Any]:
         job.close()
 
 
+@pytest.mark.long
 def test_entries_that_are_no_tensors_are_carried_or_refused_by_name() -> None:
     for found in run_distributed(entries_of_stages, 2, {"steps": [1, 2.5, "three"]}):
         assert found["kept"]["extra"] == {"steps": [1, 2.5, "three"]}

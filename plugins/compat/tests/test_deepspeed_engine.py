@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -16,6 +17,7 @@ from drivetrain.job.job import Job
 from drivetrain.monitor import Monitor
 from drivetrain.plan.plan import Plan
 from drivetrain.plan.registry import Registry
+from drivetrain.testing import run_distributed
 
 CONFIG = {"train_batch_size": 4, "gradient_clipping": 0.0, "zero_optimization": {"stage": 1}}
 
@@ -425,22 +427,24 @@ def test_a_resume_of_an_optimizer_alone_has_the_states_as_they_were(kind):
     assert torch.equal(first, again)
 
 
-def test_engines_of_several_stages_share_one_backward(build):
+def trained_by_one_backward():
+    """Weights of two engines and of plain modules, after two steps on a sum of losses."""
+    torch.manual_seed(0)
     modules = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)]
-    twins = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)]
-    for twin, module in zip(twins, modules, strict=True):
-        twin.load_state_dict(module.state_dict())
+    twins = copy.deepcopy(modules)
     engines = []
     for stage, module in zip((1, 3), modules, strict=True):
         zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-        config = CONFIG | {"zero_optimization": zero}
-        engines.append(build(config, module, optimizer=sgd(module))[0])
+        config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": zero}
+        config["gradient_clipping"] = 0.0
+        engines.append(deepspeed.initialize(model=module, config=config, optimizer=sgd(module))[0])
     plain = [sgd(twin) for twin in twins]
+    rank, ranks = engines[0].global_rank, engines[0].world_size
     for step in range(2):
-        inputs = torch.arange(16.0).view(4, 4) / (10 + step)
+        inputs = torch.arange(16.0 * ranks).view(ranks, 4, 4) / (10 + step)
         for engine in engines:
             engine._backward_prologue()
-        sum(engine(inputs).square().mean() for engine in engines).backward()
+        sum(engine(inputs[rank]).square().mean() for engine in engines).backward()
         for engine in engines:
             engine._backward_epilogue()
             engine.step()
@@ -448,9 +452,22 @@ def test_engines_of_several_stages_share_one_backward(build):
         for optimizer in plain:
             optimizer.step()
             optimizer.zero_grad()
-    for engine, twin in zip(engines, twins, strict=True):
-        for name, value in engine.module_state_dict().items():
-            torch.testing.assert_close(value, twin.state_dict()[name])
+    found = [
+        (dict(engine.module_state_dict()), twin.state_dict())
+        for engine, twin in zip(engines, twins, strict=True)
+    ]
+    for engine in engines:
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_engines_of_several_stages_share_one_backward(build, ranks):
+    train = trained_by_one_backward
+    for found in [train()] if ranks == 1 else run_distributed(train, ranks):
+        for weights, expected in found:
+            for name, value in expected.items():
+                torch.testing.assert_close(weights[name], value)
     reader, *_ = build(module=model())
     with pytest.raises(TrainingError, match="no optimizer, so it cannot run backward"):
         reader._backward_epilogue()
