@@ -26,6 +26,9 @@ _ONLY_WHOLE = {
     "encoder_hidden_states": "states of an encoder",
 }
 
+_PLACES = ("start_positions", "end_positions")
+"""Places in whole sequences, of which models that find answers in texts make their loss."""
+
 _ENDS = {"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
 """Arguments of Transformers that say where the packed sequences of a row begin."""
 
@@ -160,6 +163,13 @@ class Cutter:
         labels: torch.Tensor | None = given.pop("labels", None)
         ready: torch.Tensor | None = given.pop("shift_labels", None)
         found = labels if ready is None else ready
+        told = [name for name in _PLACES if name in given]
+        if told and self.cut.ranks > 1:
+            raise TrainingError(
+                f"{' and '.join(told)}: the loss of {type(self._model).__name__} is a choice among "
+                "all tokens of a sequence, which several ranks share (sequence_parallel_size): "
+                "leave them out and compute it of outputs"
+            )
         if found is not None and self._kind is None:
             raise TrainingError(
                 f"the loss of {type(self._model).__name__} is none of single tokens, so it cannot "
