@@ -4,15 +4,62 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial, wraps
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
 from sequence_composites import ROWS, SOURCE, STEPS, WIDTHS, alone, composite, examples
 from sequence_models import engine_of
+from torch.utils.checkpoint import checkpoint
 
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.testing import run_distributed
+
+
+def again(model: Any) -> Any:
+    """The model, in which a script has all of an encoder or of towers recomputed in backward."""
+    part = getattr(model.model, "encoder", model.model)
+    run = part.forward
+
+    @wraps(run)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    part.forward = forward
+    return model
+
+
+def gradients(name: str, train: Callable[[Any], Any]) -> list[torch.Tensor]:
+    """What a step of SGD with rate 0.05 was given."""
+    model = again(composite(name))
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model)
+    return [(x - p.detach()) / 0.05 for x, p in zip(before, model.parameters(), strict=True)]
+
+
+def alone_once(name: str, model: Any) -> None:
+    model(**examples(name, 0)).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.05).step()
+
+
+def shared_once(name: str, model: Any) -> None:
+    engine = engine_of(model, sequence_parallel_size=2)
+    engine.backward(engine(**examples(name, 0)).loss)
+    engine.step()
+    engine.destroy()
+
+
+def recomputed() -> list[list[torch.Tensor]]:
+    return [gradients(name, partial(shared_once, name)) for name in ("bart", "llava")]
+
+
+def test_what_is_recomputed_as_a_whole_knows_its_places() -> None:
+    expected = [gradients(name, partial(alone_once, name)) for name in ("bart", "llava")]
+    for found in run_distributed(recomputed, 2):
+        for ours, theirs in zip(chain(*found), chain(*expected), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def shared(cases: list[tuple[str, dict[str, Any]]]) -> list[Any]:
@@ -88,10 +135,27 @@ def clip() -> Any:
     return transformers.CLIPModel(config).double()
 
 
+def finding(name: str) -> Any:
+    """A model that finds where an answer begins and ends in a text."""
+    import transformers
+
+    widths = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16}
+    bart = {**widths, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config: dict[str, Any] = {
+        "Bert": {**WIDTHS, "num_hidden_layers": 1},
+        "Bart": {**bart, "decoder_ffn_dim": 16},
+        "Llama": {**WIDTHS, "num_hidden_layers": 1},
+    }[name]
+    made = getattr(transformers, f"{name}Config")(vocab_size=40, **config)
+    return getattr(transformers, f"{name}ForQuestionAnswering")(made)
+
+
 def refused() -> list[str]:
     """What is said of models and batches that cannot be shared out."""
     source = torch.ones(ROWS, SOURCE, dtype=torch.int64)
     found = []
+    places = torch.tensor([3, 15])
+    found_at = {"input_ids": source, "start_positions": places, "end_positions": places + 2}
     engines: list[tuple[Callable[[], Any], dict[str, Any]]] = [
         (lambda: composite("t5"), {"sequence_parallel": {"ring_size": 2}}),
         (lambda: composite("bart"), {"sequence_parallel": {"chunk": 4}}),
@@ -105,6 +169,9 @@ def refused() -> list[str]:
         (lambda: composite("bart"), {"input_ids": torch.ones(1, 40).long(), "labels": source}),
         (lambda: composite("t5"), {"encoder_outputs": (source,), "labels": source}),
         (with_own_mask, examples("qwen", 0)),
+        (partial(finding, "Bert"), found_at),
+        (partial(finding, "Bart"), {**found_at, "decoder_input_ids": source}),
+        (partial(finding, "Llama"), found_at),
     ]
     for make, config in engines:  # before the run
         with pytest.raises(ConfigError) as raised:
@@ -131,6 +198,10 @@ def test_composite_models_that_cannot_be_shared_are_refused_by_name() -> None:
         "sequences of 40 tokens (made a multiple of 2 for sequence_parallel_size) are longer than",
         "encoder_outputs are of whole sequences",
         "Qwen2VLForConditionalGeneration makes the attention mask of its language model itself",
+        *(
+            f"start_positions and end_positions: the loss of {name}ForQuestionAnswering is a choice"
+            for name in ("Bert", "Bart", "Llama")
+        ),
     ]
     for found in run_distributed(refused, 2):
         for said, begin in zip(found, expected, strict=True):

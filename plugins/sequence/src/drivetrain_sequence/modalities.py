@@ -108,7 +108,7 @@ class Door:
     def _cut(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self._turn.in_forward:
+        if not self._turn.in_parts(module):
             return None
         aside = {name: kwargs[name] for name in LOSSES if name in kwargs}
         others = {name: value for name, value in kwargs.items() if name not in aside}

@@ -139,7 +139,7 @@ class Numbered:
     def _number(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self._turn.in_forward:
+        if not self._turn.in_parts(module):
             return None
         bound = self._signature.bind(*args, **kwargs).arguments
         first, given = next(iter(bound.values())), bound.get("position_ids")
