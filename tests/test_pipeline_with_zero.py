@@ -107,9 +107,20 @@ def test_a_split_model_trains_like_one_process(world: int, changes: dict[str, An
     assert names == set(trained)
 
 
+class Versioned(TiedModel):
+    """One whose loader looks at the version of what it is given."""
+
+    _version = 3
+    loaded: int | None = None
+
+    def _load_from_state_dict(self, state: Any, prefix: str, about: Any, *rest: Any) -> None:
+        self.loaded = about.get("version")
+        super()._load_from_state_dict(state, prefix, about, *rest)
+
+
 def whole_model(stage: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]:
     """The whole model's state, that after a larger one was loaded, and what is refused."""
-    model = TiedModel()
+    model = Versioned()
     engine, *_ = drivetrain.initialize(
         model=model,
         config={
@@ -120,7 +131,11 @@ def whole_model(stage: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         },
     )
-    before = {name: value.clone() for name, value in engine.module_state_dict().items()}
+    state = engine.module_state_dict()
+    engine.load_module_state_dict(state)
+    assert model.loaded == 3
+    assert vars(state)["_metadata"].keys() == vars(Versioned().state_dict())["_metadata"].keys()
+    before = {name: value.clone() for name, value in state.items()}
     engine.load_module_state_dict({name: 2 * value for name, value in before.items()})
     after = {name: value.clone() for name, value in engine.module_state_dict().items()}
     refused = []

@@ -10,7 +10,7 @@ that have copies on that level.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -268,10 +268,9 @@ def whole_state_dict(module: nn.Module, **options: Any) -> dict[str, Any]:
     with whole(module):
         state: dict[str, Any] = module.state_dict(**options)
         if any(hasattr(parameter, "drivetrain_handle") for parameter in module.parameters()):
-            state = {
-                key: value.clone() if isinstance(value, torch.Tensor) else value
-                for key, value in state.items()
-            }
+            # In place: torch's dict carries the versions of modules as an attribute.
+            tensors = {key: x for key, x in state.items() if isinstance(x, torch.Tensor)}
+            state.update({key: x.clone() for key, x in tensors.items()})
     return state
 
 
@@ -279,7 +278,8 @@ def of_all_stages(job: Job, state: dict[str, Any], *, keep: bool = True) -> dict
     """Put the state dicts of a pipeline's stages together. Collective over ``pp``.
 
     Names are the model's own on every stage. What this stage has is its own; else the first stage's
-    that has it, tensors in host memory, since one device may have no room for the whole model.
+    that has it, tensors in host memory, since one device may have no room for the whole model. So
+    are versions of modules, which torch keeps beside a state dict for their loaders.
 
     Args:
         job: knows the stages.
@@ -292,7 +292,11 @@ def of_all_stages(job: Job, state: dict[str, Any], *, keep: bool = True) -> dict
     """
     if job.mesh.size("pp") == 1:
         return state
-    found, facts = dict(state), [_fact(*entry) for entry in state.items()]
+    versions: dict[str, Any] = {}
+    for text in texts_along(job, "pp", json.dumps(_versions(state)), _STAGES):
+        versions = {**json.loads(text), **versions}
+    found = _with_versions(state, {**versions, **getattr(state, "_metadata", {})})
+    facts = [_fact(*entry) for entry in state.items()]
     known: set[str] = set()
     for stage, text in enumerate(texts_along(job, "pp", json.dumps(facts), _STAGES)):
         for name, dtype, about in json.loads(text):
@@ -340,13 +344,28 @@ def load_own(job: Job, module: nn.Module, state: Mapping[str, Any], *, strict: b
     others = {name for text in stages for name in json.loads(text)}.difference(own)
     problem = ""
     try:
-        own_state = {name: value for name, value in state.items() if name not in others}
+        kept = {name: value for name, value in state.items() if name not in others}
+        own_state = _with_versions(kept, getattr(state, "_metadata", None))
         module.load_state_dict(own_state, strict=strict)
     except RuntimeError as error:
         problem = str(error)
     problems = texts_along(job, "pp", problem, _LOADING)
     if any(problems):
         raise RuntimeError("\n".join(dict.fromkeys(filter(None, problems))))
+
+
+def _versions(state: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Versions of the modules of a state dict; what else they keep there may be no text."""
+    known = {name: facts.get("version") for name, facts in getattr(state, "_metadata", {}).items()}
+    return {name: {"version": found} for name, found in known.items() if isinstance(found, int)}
+
+
+def _with_versions(state: Mapping[str, Any], metadata: object) -> dict[str, Any]:
+    """A copy of a state dict, with what torch keeps beside it."""
+    found = OrderedDict(state)
+    if metadata is not None:
+        vars(found)["_metadata"] = metadata
+    return found
 
 
 # -- boxes of the client's tensors -----------------------------------------------------------------
