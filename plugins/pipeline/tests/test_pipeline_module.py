@@ -264,3 +264,20 @@ def test_descriptions_say_what_is_wrong_with_them() -> None:
             PipelineModule([TiedLayerSpec("e", nn.Embedding, 3, 2), other], 1)
     with pytest.raises(ConfigError, match="type:Conv matches no layer"):
         PipelineModule(specs(), 1, partition_method="type:Conv")
+
+
+class Pretrained(nn.Embedding):
+    """Looks at the values that it was made with."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(rows, 2)
+        self.scale = float(self.weight.abs().max().item())
+
+
+def test_tied_layers_that_read_values_when_built_are_compared_by_class() -> None:
+    tied = [TiedLayerSpec("e", Pretrained, 3), TiedLayerSpec("e", Pretrained, 3)]
+    for method in ("uniform", "parameters"):
+        model = PipelineModule(tied, 1, partition_method=method)
+        assert model.tied_modules["e"].scale > 0
+    with pytest.raises(ConfigError, match=r"'e': layer 0 is .* layer 1 .* forward_fn"):
+        PipelineModule([tied[0], TiedLayerSpec("e", nn.Embedding, 3, 2)], 1)

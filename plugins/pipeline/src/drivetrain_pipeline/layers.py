@@ -92,6 +92,8 @@ class TiedLayerSpec(LayerSpec):
 def refuse_unlike_ties(layers: Sequence[Layer]) -> None:
     """Check that layers of one key can be one module, whose parameters stages share.
 
+    Of layers that cannot be built without memory, their classes alone are compared.
+
     Raises:
         ConfigError: they are of other classes, or have other parameters.
     """
@@ -102,7 +104,8 @@ def refuse_unlike_ties(layers: Sequence[Layer]) -> None:
         other, first = known.setdefault(spec.key, (number, spec))
         if first is spec:
             continue
-        if first.typename is not spec.typename or _shapes(first) != _shapes(spec):
+        shapes = [_shapes(each) for each in (first, spec)]
+        if first.typename is not spec.typename or (None not in shapes and shapes[0] != shapes[1]):
             raise ConfigError(
                 f"TiedLayerSpec {spec.key!r}: layer {other} is {first} and layer {number} {spec}, "
                 "which cannot be one module that stages share: describe them alike, and give what "
@@ -110,10 +113,27 @@ def refuse_unlike_ties(layers: Sequence[Layer]) -> None:
             )
 
 
-def _shapes(spec: LayerSpec) -> dict[str, tuple[int, ...]]:
-    """Shapes of parameters, by their names."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in spec.build().named_parameters()}
+def _shapes(spec: LayerSpec) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of parameters, by their names; ``None`` of a layer that needs memory to be built."""
+    module = _without_memory(spec)
+    return None if module is None else {n: tuple(p.shape) for n, p in module.named_parameters()}
+
+
+def _without_memory(spec: LayerSpec) -> nn.Module | None:
+    """The layer on the meta device; ``None`` if it cannot be built there.
+
+    Constructors that read values, copy pretrained ones or name a device raise whatever they like.
+
+    Raises:
+        ConfigError: the description is wrong on any device.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return spec.build()
+    except ConfigError:
+        raise
+    except Exception:
+        return None
 
 
 Layer = LayerSpec | nn.Module | Callable[[Any], Any]
@@ -128,10 +148,16 @@ def kind_of(layer: Layer) -> str:
 
 
 def count_parameters(layer: Layer) -> int:
-    """The trainable parameters of a layer, which takes memory for none that is not built yet."""
+    """The trainable parameters of a layer.
+
+    One that is not built yet takes no memory, unless its constructor needs some.
+    """
     if isinstance(layer, LayerSpec):
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            layer = layer.build()
+        module = _without_memory(layer)
+        if module is None:
+            with torch.random.fork_rng():
+                module = layer.build()
+        layer = module
     if not isinstance(layer, nn.Module):
         return 0
     return sum(p.numel() for p in layer.parameters() if p.requires_grad)
