@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from drivetrain_pipeline import ties
 from drivetrain_pipeline.splitting.order import order_of
 from torch import nn
 
 import drivetrain
+from drivetrain.contracts import SubAxis
 from drivetrain.errors import ConfigError
 from drivetrain.testing import RanksFailedError, run_distributed
 
@@ -82,14 +87,14 @@ class Twice(Model):
         self.more = nn.ModuleList([self.blocks[0], Block()])
 
 
-def train(kind: type[Model]) -> None:
+def train(kind: type[Model], **section: str) -> None:
     engine, *_ = drivetrain.initialize(
         model=kind(),
         config={
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": 2,
             "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
-            "pipeline": {"stages": 2},
+            "pipeline": {"stages": 2, **section},
         },
     )
     engine.train_batch(iter([torch.ones(2, 4), torch.ones(2, 4)]))
@@ -121,3 +126,46 @@ def test_a_place_is_of_a_part_beside_the_units() -> None:
     assert order_of(Model(), {"last": "first"}).sides[1].positions == {0}
     with pytest.raises(ConfigError, match=r"pipeline\.place\.norm: .* it has first, last"):
         order_of(Model(), {"norm": "last"})
+
+
+def test_a_sum_over_a_part_of_an_axis_is_not_one_over_stages() -> None:
+    module = nn.Linear(2, 2, bias=False)
+    info = SimpleNamespace(name="head.weight", reduction=SubAxis("dp", (0, 2)))
+    job: Any = SimpleNamespace(parameters=SimpleNamespace(info=lambda _: info))
+    said = r"pipeline\.stages: stages 0, 3 share parameter head\.weight, .* \(dp\[0,2\]\)"
+    with pytest.raises(ConfigError, match=said):
+        ties.describe(job, module, {module.weight: {3, 0}}, [])
+
+
+class HalfEmpty(Model):
+    """Behind two blocks with parameters come two without, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks[2:]:
+            block.linear = nn.Identity()
+        self.last = nn.Identity()
+
+
+class HalfFrozen(Model):
+    """The first two blocks, and what comes before them, are not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for part in (self.first, *self.blocks[:2]):
+            part.requires_grad_(False)
+
+
+def test_each_stage_of_a_split_model_has_parameters() -> None:
+    assert [part.name for part in order_of(HalfEmpty(), {}).units] == ["blocks.0", "blocks.1"]
+    run_distributed(train, 2, HalfEmpty)
+
+
+def train_by_halves(kind: type[Model]) -> None:
+    train(kind, partition="uniform")
+
+
+def test_a_stage_that_trains_nothing_is_refused_by_its_number() -> None:
+    said = "all 6 parameters of stage 0 have requires_grad=False, .* use fewer stages"
+    with pytest.raises(RanksFailedError, match=said):
+        run_distributed(train_by_halves, 2, HalfFrozen)

@@ -205,7 +205,14 @@ def _optimizer_plan(
     work = replace(work, rule=job.hub.wrap_update_rule(job, work.rule))
     for group in work.groups:  # transforms and the way to the device may have replaced some
         group["params"] = [job.parameters.latest(parameter) for parameter in group["params"]]
-    check_groups(work.groups, {p: job.parameters.info(p).name for p in module.parameters()})
+    names = {p: job.parameters.info(p).name for p in module.parameters()}
+    if job.mesh.size("pp") > 1 and not any(parameter.requires_grad for parameter in names):
+        raise ConfigError(
+            f"pipeline.stages: all {len(names)} parameters of stage {job.mesh.coordinate('pp')} "
+            "have requires_grad=False, so it has nothing to train: use fewer stages, or cut the "
+            "model elsewhere (pipeline.partition)"
+        )
+    check_groups(work.groups, names)
     return work
 
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from drivetrain.contracts import SubAxis
+from drivetrain.contracts import SubAxis, axis_name
+from drivetrain.errors import ConfigError
+from drivetrain_pipeline.section import PATH
 
 if TYPE_CHECKING:
     from drivetrain.contracts import Axis
@@ -30,11 +32,14 @@ def describe(
         module: this rank's part of the model.
         holders: stages that have each parameter.
         own: parts that no other stage has.
+
+    Raises:
+        ConfigError: gradients of one that several stages have are summed over a part of an axis.
     """
     for parameter in module.parameters():
         info, stages = job.parameters.info(parameter), holders.get(parameter, set())
         if len(stages) > 1:
-            info.reduction = with_stages(job, info.reduction, sorted(stages))
+            info.reduction = with_stages(job, info.reduction, sorted(stages), info.name)
         else:
             info.distinct = (*info.distinct, "pp")
     for part in own:
@@ -45,9 +50,15 @@ def describe(
                     about.distinct = (*about.distinct, "pp")
 
 
-def with_stages(job: Job, axis: Axis, stages: list[int]) -> Axis:
-    """The ranks of ``axis`` on each of ``stages``."""
-    assert not isinstance(axis, SubAxis), f"gradients are summed over a part of an axis: {axis}"
+def with_stages(job: Job, axis: Axis, stages: list[int], name: str) -> Axis:
+    """The ranks of ``axis`` on each of ``stages``, which have parameter ``name``."""
+    if isinstance(axis, SubAxis):
+        raise ConfigError(
+            f"{PATH}.stages: stages {', '.join(map(str, stages))} share parameter {name}, whose "
+            f"gradients are summed over a part of an axis alone ({axis_name(axis)}), and such a sum "
+            "cannot go over stages, too: let each stage have a parameter of its own, or leave out "
+            "the plugin that sums so"
+        )
     names = (axis,) if isinstance(axis, str) else axis
     product = ("pp", *names)
     size, inside = job.mesh.size("pp"), job.mesh.size(names)
