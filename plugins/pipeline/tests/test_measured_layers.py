@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from drivetrain_pipeline import PipelineModule, measure
+from drivetrain_pipeline import PipelineModule, TiedLayerSpec, measure
 from drivetrain_pipeline.measuring import _with_sides
 from tiny_models import data, gpt2
 from torch import nn
@@ -160,3 +160,38 @@ def test_a_layer_whose_inputs_need_no_gradient_has_a_backward(tmp_path: Path) ->
     found = measure(engine, iter(batches), tmp_path / "costs.json", steps=3)
     engine.destroy()
     assert all(layer.backward >= SECONDS for layer in found.values()), found
+
+
+def slow_in_place(x: torch.Tensor) -> torch.Tensor:
+    time.sleep(2 * SECONDS)
+    return x.add_(1.0)
+
+
+def slow_loss(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+    time.sleep(SECONDS)
+    return _slept(x.square().mean())
+
+
+def as_head(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return _slept(x @ module.weight.t())
+
+
+def test_functions_ties_and_the_loss_count_where_they_are_called(tmp_path: Path) -> None:
+    tied = TiedLayerSpec("tokens", nn.Embedding, 3, 4)
+    head = TiedLayerSpec("tokens", nn.Embedding, 3, 4, forward_fn=as_head)
+    layers = [tied, slow_in_place, nn.Linear(4, 4), nn.Linear(4, 4), head]
+    engine, *_ = drivetrain.initialize(
+        model=PipelineModule(layers, num_stages=1, loss_fn=slow_loss),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
+        },
+    )
+    batches = [(torch.ones(2, 4, dtype=torch.int64), torch.ones(2)) for _ in range(3)]
+    found = list(measure(engine, iter(batches), tmp_path / "costs.json", steps=3).values())
+    engine.destroy()
+    forward, backward = ([getattr(x, way) for x in found] for way in ("forward", "backward"))
+    assert min(forward) > 0
+    assert min(backward) > 0
+    assert forward[1] >= 2 * SECONDS > forward[4] >= SECONDS > max(forward[0], *forward[2:4])
+    assert backward[4] >= 2 * SECONDS > SECONDS > max(backward[:4])

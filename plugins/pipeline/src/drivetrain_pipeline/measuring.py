@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,9 @@ from drivetrain_pipeline.cutting import Measured, write_measured
 from drivetrain_pipeline.running.chunked import ATTRIBUTE
 from drivetrain_pipeline.running.runner import PipelineRunner
 from drivetrain_pipeline.schedules import Instruction, Recorder
+
+Facts = tuple[float, float, float]
+"""Seconds of a forward and a backward, and bytes that autograd keeps in between."""
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -40,7 +45,9 @@ def measure(
     whatever else runs on a machine only adds to it; of data shards it is the mean. What a stage
     does beside its layers is timed as well: parts before the first and behind the last layer
     (embedding, head, loss) count as theirs, and what each layer takes beyond its own time (its
-    gradients are added up, say) is shared out among all.
+    gradients are added up, say) is shared out among all. Functions, tied modules and the loss of a
+    :class:`~drivetrain_pipeline.module.PipelineModule` are timed by themselves, at any number of
+    stages; the loss counts as the last layer's.
 
     Args:
         engine: of a model that was split, into any number of stages above 1 or as a
@@ -73,18 +80,23 @@ def measure(
         for name, module in model.layers_by_name().items()
         if module is not None
     }
+    calls = _Calls(engine.job.device)
     passes = _Passes(engine.job.accelerator.synchronize)
     engine.train_batch(batches)
     for watch in own.values():
         watch.begin()
+    model.watch_calls(calls)
     try:
         with runner.recorded(passes):
             for _ in range(steps - 1):
                 engine.train_batch(batches)
     finally:
+        model.watch_calls(None)
         for watch in own.values():
             watch.end()
-    found = _gather(engine, model, own, passes)
+        calls.end()
+    facts = {name: watch.facts() for name, watch in own.items()}
+    found = _gather(engine, model, calls.added_to(facts), passes)
     if engine.job.rank == 0:
         write_measured(Path(path), found)
     # Whoever reads the file next finds it.
@@ -93,7 +105,7 @@ def measure(
 
 
 def _gather(
-    engine: Engine, model: ChunkedModel, own: dict[str, _Watch], passes: _Passes
+    engine: Engine, model: ChunkedModel, own: dict[str, Facts], passes: _Passes
 ) -> dict[str, Measured]:
     """Put together what the stages have measured. Collective."""
     names, bounds = list(model.layers_by_name()), model.partitions()
@@ -102,7 +114,7 @@ def _gather(
     chunks = torch.zeros(len(bounds) - 1, 2, dtype=torch.float64)
     for row, name in enumerate(names):
         if name in own:
-            layers[row] = torch.tensor([*own[name].facts(), 1.0])
+            layers[row] = torch.tensor([*own[name], 1.0])
     for (kind, chunk), seconds in passes.least.items():
         chunks[chunk]["FB".index(kind)] = seconds
     table = torch.cat([layers.flatten(), chunks.flatten()]).float().to(engine.job.device)
@@ -179,11 +191,7 @@ class _Watch:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._module = module
-        self._wait: Callable[[], object] = (
-            torch.get_device_module(device.type).synchronize
-            if device.type not in ("cpu", "meta")
-            else lambda: None
-        )
+        self._now = _clock(device)
         self._hooks: list[RemovableHandle] = []
         self._since = 0.0
         self._forward: list[float] = []
@@ -211,14 +219,10 @@ class _Watch:
         for hook in self._hooks:
             hook.remove()
 
-    def facts(self) -> tuple[float, float, float]:
+    def facts(self) -> Facts:
         """Seconds of forward and backward, and bytes that autograd keeps in between."""
         times = (min(found, default=0.0) for found in (self._forward, self._backward))
         return (*times, float(self._kept))  # type: ignore[return-value]
-
-    def _now(self) -> float:
-        self._wait()
-        return time.perf_counter()
 
     def _before(self, module: nn.Module, *given: object) -> None:
         leaves = pytree.tree_leaves(given)
@@ -252,3 +256,132 @@ class _Watch:
         # Torch has no end of backward for a layer whose inputs need no gradient.
         if self._is_first:
             self._backward.append(self._now() - self._since)
+
+
+@dataclass(eq=False)
+class _Pass:
+    """A forward, and the backward that belongs to it; seconds."""
+
+    forward: float
+    since: float | None = None
+    backward: float | None = None
+
+
+class _Call:
+    """Times the forwards and backwards of a function, by hooks on its tensors.
+
+    Hooks of modules would make views of these, which it could not change in place.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._now = _clock(device)
+        self._passes: list[_Pass] = []
+        self._under_way: _Pass | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._kept = 0
+
+    def run(
+        self,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        parameters: Iterable[nn.Parameter],
+    ) -> Any:
+        """Return ``run(*args)``."""
+        given = _trained(args)
+        kept: list[int] = []
+
+        def save(tensor: torch.Tensor) -> torch.Tensor:
+            if not isinstance(tensor, nn.Parameter):
+                kept.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        one = _Pass(0.0)
+        # Those of parameters, where nothing else tells the end of a backward, see all passes.
+        ends = given or [p for p in parameters if p.requires_grad]
+        hooks = [_hook(x, partial(self._end, one)) for x in ends]
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+            since = self._now()
+            output = run(*args)
+            one.forward = self._now() - since
+        self._passes.append(one)
+        self._kept = max(self._kept, sum(kept))
+        made = [x for x in _trained(output) if all(x is not other for other in given)]
+        self._hooks += [*hooks, *(_hook(x, partial(self._begin, one)) for x in made)]
+        return output
+
+    def end(self) -> None:
+        """Stop watching."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def facts(self) -> Facts:
+        """What was found."""
+        forward = min((one.forward for one in self._passes), default=0.0)
+        backward = [one.backward for one in self._passes if one.backward is not None]
+        return forward, min(backward, default=0.0), float(self._kept)
+
+    def _begin(self, one: _Pass, _: torch.Tensor) -> None:
+        self._under_way, one.since = one, self._now()
+
+    def _end(self, one: _Pass, _: torch.Tensor) -> None:
+        if self._under_way is one and one.since is not None:
+            one.backward = self._now() - one.since  # that of the last tensor counts
+
+
+class _Calls:
+    """Times what a model calls beside the modules of its layers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._known: dict[tuple[str, bool], _Call] = {}
+
+    def __call__(
+        self,
+        layer: str,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        *,
+        parameters: Iterable[nn.Parameter] = (),
+        is_loss: bool = False,
+    ) -> Any:
+        call = self._known.setdefault((layer, is_loss), _Call(self._device))
+        return call.run(run, args, parameters)
+
+    def end(self) -> None:
+        """Stop watching."""
+        for call in self._known.values():
+            call.end()
+
+    def added_to(self, known: Mapping[str, Facts]) -> dict[str, Facts]:
+        """Facts of layers, with those of what was called."""
+        found = dict(known)
+        for (layer, _), call in self._known.items():
+            pairs = zip(found.get(layer, (0.0, 0.0, 0.0)), call.facts(), strict=True)
+            forward, backward, kept = (a + b for a, b in pairs)
+            found[layer] = forward, backward, kept
+        return found
+
+
+def _hook(tensor: torch.Tensor, call: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    """Have ``call`` be called when the gradient of ``tensor`` is there."""
+    handle: RemovableHandle = tensor.register_hook(call)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def _trained(values: object) -> list[torch.Tensor]:
+    """Tensors whose gradients are computed."""
+    leaves = pytree.tree_leaves(values)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    """What tells the time when a device has done its work."""
+    if device.type in ("cpu", "meta"):
+        return time.perf_counter
+    wait = torch.get_device_module(device.type).synchronize
+
+    def now() -> float:
+        wait()
+        return time.perf_counter()
+
+    return now

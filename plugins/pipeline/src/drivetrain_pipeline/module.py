@@ -22,6 +22,7 @@ from drivetrain_pipeline.layers import (
     kind_of,
     refuse_unlike_ties,
 )
+from drivetrain_pipeline.running.chunked import Around
 from drivetrain_pipeline.section import PATH, PipelineSection
 
 
@@ -88,6 +89,7 @@ class PipelineModule(nn.Module):
         self._seed_fn = seed_fn or torch.manual_seed
         self._begun: tuple[int, Any, Any, bool] | None = None
         self._is_whole = False
+        self._around: Around = _straight
         self.holders: MutableMapping[nn.Parameter, set[int]] = WeakTensorKeyDictionary()
         self.own_parts: list[nn.Module] = []
         self.layers, self.tied_modules = nn.ModuleDict(), nn.ModuleDict()
@@ -244,6 +246,10 @@ class PipelineModule(nn.Module):
         own = dict(self.layers.items())
         return {str(number): own.get(str(number)) for number in range(len(self._specs))}
 
+    def watch_calls(self, around: Around | None) -> None:
+        """See :class:`~drivetrain_pipeline.running.chunked.ChunkedModel`."""
+        self._around = around or _straight
+
     def inputs(
         self, batch: Any, *, with_loss: bool = True
     ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -280,7 +286,9 @@ class PipelineModule(nn.Module):
         output = self._layers(received if chunk else inputs, *bounds)
         if chunk + 1 < self.chunks or self.loss_fn is None or not with_loss:
             return output
-        return {"loss": self.loss_fn(output, labels), "logits": output}
+        last = str(len(self._specs) - 1)
+        loss = self._around(last, self.loss_fn, (output, labels), is_loss=True)
+        return {"loss": loss, "logits": output}
 
     def _layers(self, x: Any, begin: int, end: int) -> Any:
         interval = self.activation_checkpoint_interval
@@ -299,11 +307,12 @@ class PipelineModule(nn.Module):
             spec = self._specs[number]
             if isinstance(spec, TiedLayerSpec):
                 module = self.tied_modules[spec.key]
-                x = module(x) if spec.forward_fn is None else spec.forward_fn(module, x)
+                run = module if spec.forward_fn is None else partial(spec.forward_fn, module)
+                x = self._around(str(number), run, (x,), parameters=module.parameters())
             elif isinstance(spec, (LayerSpec, nn.Module)):
                 x = self.layers[str(number)](x)
             else:
-                x = spec(x)
+                x = self._around(str(number), spec, (x,))
         return x
 
     def _is_recomputed(self, begin: int, end: int) -> bool:
@@ -311,6 +320,10 @@ class PipelineModule(nn.Module):
         if self.checkpointable_layers is not None:
             return all(kind_of(spec) in self.checkpointable_layers for spec in specs)
         return any(isinstance(spec, (LayerSpec, nn.Module)) for spec in specs)
+
+
+def _straight(layer: str, run: Callable[..., Any], args: tuple[Any, ...], **about: Any) -> Any:
+    return run(*args)
 
 
 def _not_reentrant(function: Callable[[Any], Any], x: Any) -> Any:

@@ -55,9 +55,9 @@ def with_stages(job: Job, axis: Axis, stages: list[int], name: str) -> Axis:
     if isinstance(axis, SubAxis):
         raise ConfigError(
             f"{PATH}.stages: stages {', '.join(map(str, stages))} share parameter {name}, whose "
-            f"gradients are summed over a part of an axis alone ({axis_name(axis)}), and such a sum "
-            "cannot go over stages, too: let each stage have a parameter of its own, or leave out "
-            "the plugin that sums so"
+            f"gradients are summed over a part of an axis alone ({axis_name(axis)}), and such a "
+            "sum cannot go over stages, too: let each stage have a parameter of its own, or "
+            "leave out the plugin that sums so"
         )
     names = (axis,) if isinstance(axis, str) else axis
     product = ("pp", *names)

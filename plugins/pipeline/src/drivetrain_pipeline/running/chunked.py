@@ -5,10 +5,35 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from torch import nn
 
 ATTRIBUTE = "drivetrain_chunks"
 """Attribute of the engine's module that has its :class:`ChunkedModel`."""
+
+
+class Around(Protocol):
+    """Calls what is called beside the modules of layers, such as functions."""
+
+    def __call__(
+        self,
+        layer: str,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        *,
+        parameters: Iterable[nn.Parameter] = (),
+        is_loss: bool = False,
+    ) -> Any:
+        """Return ``run(*args)``.
+
+        Args:
+            layer: name of the layer that it is, or behind which it comes.
+            run: a function, or a module that several layers share.
+            args: its arguments.
+            parameters: that it trains.
+            is_loss: it is the loss, which is no layer.
+        """
 
 
 class ChunkedModel(Protocol):
@@ -47,3 +72,10 @@ class ChunkedModel(Protocol):
         self, batch: Any, *, with_loss: bool = True
     ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """Take a micro-batch apart: arguments and keywords of the module, and labels."""
+
+    def watch_calls(self, around: Around | None) -> None:
+        """From now on call layers without a module of their own, and the loss, through ``around``.
+
+        Args:
+            around: is given what to call; ``None``: nothing is between any more.
+        """

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from drivetrain.errors import TrainingError
+from drivetrain_pipeline.running.chunked import Around
 from drivetrain_pipeline.splitting import gates
 from drivetrain_pipeline.splitting.order import Order, Part
 from drivetrain_pipeline.splitting.stand_in import StandIn, drop_tensors, dropped_tensors
@@ -152,6 +153,9 @@ class SplitModel:
             part.name: part.module if any(self._has(c, part) for c in self._own) else None
             for part in self._order.units
         }
+
+    def watch_calls(self, around: Around | None) -> None:
+        """Without effect: all units are modules, and the rest is the model's own forward."""
 
     def restore(self) -> None:
         """Take gates and forward away again."""
