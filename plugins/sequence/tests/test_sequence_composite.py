@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial, wraps
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -79,7 +80,11 @@ def shared(cases: list[tuple[str, dict[str, Any]]]) -> list[Any]:
     return found
 
 
-AGAIN: dict[str, Any] = {"activation_checkpointing": {"recompute": "all"}}
+AGAIN: dict[str, Any] = (
+    {"activation_checkpointing": {"recompute": "all"}}
+    if find_spec("drivetrain_activation_checkpointing")
+    else {}
+)
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("t5", {}),
     ("bart", {}),
