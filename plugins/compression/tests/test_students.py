@@ -384,9 +384,9 @@ def cleaned_twice(stage: int) -> tuple[list[float], list[float], list[int], str]
             {"schedule_offset": 0}, {"g": group([r"\.down"], dense_ratio=0.5)}
         ),
     }
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    plan = Plan.build({**BASE, "compression_training": section, "zero_optimization": zero})
-    job = Job.open(plan)
+    zero = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    shards = zero if stage else {}  # which takes another package
+    job = Job.open(Plan.build({**BASE, "compression_training": section, **shards}))
     engine = job.engine(net())
     tokens, targets = batches(1)[0]
     before, after, rows, refused = [], [], [], ""
