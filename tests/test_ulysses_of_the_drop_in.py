@@ -27,25 +27,35 @@ def data(rank: int, kind: str) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def script(kind: str, key_heads: int) -> Any:
-    """Losses and weights of a training in the words of DeepSpeed's documentation."""
+def script(kind: str, key_heads: int, loop: str) -> Any:
+    """Losses and weights of a training in the words of DeepSpeed's documentation.
+
+    With the loop that is packed in a class, the groups are those of DeepSpeed's module, too.
+    """
     import deepspeed
     import torch.distributed as dist
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.runtime.sequence_parallel.ulysses_sp import (
         UlyssesSPAttentionHF,
         UlyssesSPDataLoaderAdapter,
+        UlyssesSPFwdLossBwdWithLogits,
     )
     from deepspeed.utils import groups
     from torch.distributed.nn.functional import all_gather
 
     deepspeed.init_distributed("gloo")
-    mpu = UlyssesSPAttentionHF.register_with_transformers(
+    mpu: Any = UlyssesSPAttentionHF.register_with_transformers(
         model_name_or_path="a/model",
         core_attn_implementation="sdpa",
         sequence_parallel_size=2,
         micro_batch_size=ROWS,
         seq_length_is_variable=True,
     )
+    if loop == "packed":
+        parallel_state_sp.initialize_sequence_parallel(2)
+        mpu = parallel_state_sp
+        assert mpu.get_model_parallel_world_size() == 2
+        assert mpu.get_sequence_data_parallel_rank() == dist.get_rank()
     model = tiny("llama", num_key_value_heads=key_heads)
     config = {
         "train_micro_batch_size_per_gpu": ROWS,
@@ -67,6 +77,12 @@ def script(kind: str, key_heads: int) -> Any:
     )
     assert len(loader) == 2 * STEPS
     losses = []
+    if loop == "packed":
+        whole = UlyssesSPFwdLossBwdWithLogits(engine, model, engine.device, 3)
+        for part in loader:
+            losses.append(whole.sp_fwd_loss_bwd(part).item())
+            engine.step()
+        loader = []
     for part in loader:
         labels = part.pop("shift_labels")
         logits = engine(**part, use_cache=False).logits
@@ -86,9 +102,13 @@ def script(kind: str, key_heads: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "key_heads"), [("packed", 1), pytest.param("plain", 4, marks=pytest.mark.long)]
+    ("kind", "key_heads", "loop"),
+    [
+        ("packed", 1, "packed"),
+        pytest.param("plain", 4, "open", marks=pytest.mark.long),
+    ],
 )
-def test_a_script_of_alst_trains_as_one_process(kind: str, key_heads: int) -> None:
+def test_a_script_of_alst_trains_as_one_process(kind: str, key_heads: int, loop: str) -> None:
     model = tiny("llama", num_key_value_heads=key_heads)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     expected = []
@@ -99,7 +119,7 @@ def test_a_script_of_alst_trains_as_one_process(kind: str, key_heads: int) -> No
             optimizer.step()
             optimizer.zero_grad()
             expected.append(loss.item())
-    for losses, weights in run_distributed(script, 2, kind, key_heads):
+    for losses, weights in run_distributed(script, 2, kind, key_heads, loop):
         assert losses == pytest.approx(expected, rel=1e-6)
         for ours, theirs in zip(weights, model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=1e-7)
@@ -107,6 +127,7 @@ def test_a_script_of_alst_trains_as_one_process(kind: str, key_heads: int) -> No
 
 def refusals() -> list[str]:
     import deepspeed
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     deepspeed.init_distributed("gloo")
@@ -130,6 +151,19 @@ def refusals() -> list[str]:
         with pytest.raises(ConfigError) as raised:
             register(**changes)
         found.append(str(raised.value))
+    for call in (
+        lambda: parallel_state_sp.get_sequence_parallel_rank(),
+        lambda: parallel_state_sp.initialize_sequence_parallel(1),
+        lambda: parallel_state_sp.initialize_sequence_parallel(3),
+        lambda: parallel_state_sp.initialize_sequence_parallel(2),
+        lambda: parallel_state_sp.initialize_sequence_parallel(2),
+    ):
+        try:
+            call()
+            said = ""
+        except ConfigError as error:
+            said = str(error)
+        found.append(said)
     register()
     padded = batch(0, "padded")
     positions = torch.arange(LENGTH).expand(ROWS, -1)
@@ -145,6 +179,11 @@ def test_what_scripts_of_alst_ask_wrongly_is_refused_by_name() -> None:
         "Transformers knows no attention 'flash_attention_9'",
         "sequence_parallel_size 3 does not divide the number of ranks, 2",
         "seq_length is needed",
+        "there are no groups of ranks that share sequences: call initialize_sequence_parallel",
+        "sequence_parallel_size 1: at least 2 ranks share a sequence",
+        "sequence_parallel_size 3 does not divide the number of ranks, 2",
+        "",
+        "groups of 2 ranks that share sequences are made already",
         "a mask hides tokens from others",
     ]
     for found in run_distributed(refusals, 2):
@@ -169,3 +208,12 @@ def test_parts_for_chunks_are_those_that_the_engine_cuts() -> None:
     args.ds_sequence_parallel_fpdt_chunk_size = 7
     with pytest.raises(ConfigError, match="24 tokens in chunks of 7"):
         FPDT_InputConstruct(tokens, None, None, None, None, args, 2, 0)
+
+
+def test_names_of_towers_are_in_the_module_and_above_it() -> None:
+    import deepspeed.sequence
+    from deepspeed.sequence.auto_sp import auto_wrap_model_for_sp
+    from deepspeed.sequence.autosp_fusion import LlavaFusionAdapter
+
+    assert deepspeed.sequence.auto_wrap_model_for_sp is auto_wrap_model_for_sp
+    assert deepspeed.sequence.LlavaFusionAdapter is LlavaFusionAdapter

@@ -11,6 +11,7 @@ from drivetrain_sequence.scripts import (
     DistributedAttention,
     SequenceTiledCompute,
     TiledFusedLogitsLoss,
+    TiledLoss,
     TiledMLP,
     sequence_tiled_compute,
     vocab_sequence_parallel_cross_entropy,
@@ -67,6 +68,28 @@ def in_parts(batch_first: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention_over_a_group_and_losses_of_all_ranks_are_dense(batch_first: bool) -> None:
     run_distributed(in_parts, 2, batch_first)
+
+
+def test_losses_in_tiles_are_the_mean_over_labels_that_count() -> None:
+    logits, labels = randn(2, 7, 9), torch.arange(14).view(2, 7) % 9
+    labels[:, :3], labels[1, 4:] = -100, -100
+    seen = list[int]()
+
+    def loss(
+        logits: torch.Tensor, labels: None, vocab_size: int, shift_labels: torch.Tensor
+    ) -> torch.Tensor:
+        seen.append(shift_labels.shape[1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), shift_labels.view(-1))
+
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    found = TiledLoss.apply(loss, logits, 9, labels, 3)
+    torch.testing.assert_close(found, expected)
+    gradients, others = (torch.autograd.grad(y, logits) for y in (found, expected))
+    torch.testing.assert_close(gradients, others)
+    assert sorted(seen) == [1, 1, 3, 3]  # a tile without labels is left out, the others come twice
+    none = TiledLoss.apply(loss, logits, 9, torch.full_like(labels, -100), 3)
+    (gradient,) = torch.autograd.grad(none, logits)
+    assert (none, gradient.abs().max()) == (0, 0)
 
 
 def test_functions_in_tiles_have_values_and_gradients_of_the_whole() -> None:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from drivetrain.errors import ConfigError
 from drivetrain_sequence.group import GroupLine
 from drivetrain_sequence.heads import from_heads, to_heads
-from drivetrain_sequence.losses import token_losses
+from drivetrain_sequence.losses import IGNORED, token_losses
 from drivetrain_sequence.tiles import in_tiles
 
 Reduction = Literal["mean", "sum"]
@@ -243,3 +243,44 @@ class TiledFusedLogitsLoss:
             return torch.stack(losses).sum()
         shares = [len(own) / len(x) for own, _ in parts]
         return torch.stack([loss * share for loss, share in zip(losses, shares, strict=True)]).sum()
+
+
+class TiledLoss:
+    """``TiledLoss.apply``: the mean loss of logits that are there, in tiles."""
+
+    @staticmethod
+    def apply(
+        loss_fn: Callable[..., torch.Tensor],
+        logits: torch.Tensor,
+        vocab_size: int,
+        shift_labels: torch.Tensor,
+        shards: int,
+    ) -> torch.Tensor:
+        """Return the mean over all labels that count; 0, with a graph, if none does.
+
+        What the function makes of logits, such as a copy in float32, is in memory for one tile,
+        and is made again in backward. Tiles without labels are left out.
+
+        Args:
+            loss_fn: as models of Transformers have it: called with ``logits``, ``labels`` (none),
+                ``vocab_size`` and ``shift_labels``, it returns the mean over labels that count.
+            logits: [b, s, vocabulary].
+            vocab_size: handed on.
+            shift_labels: [b, s], of the token after each; -100 for those that do not count.
+            shards: number of tiles.
+        """
+
+        def tile(part: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
+            found = loss_fn(
+                logits=part, labels=None, vocab_size=vocab_size, shift_labels=labels.contiguous()
+            )
+            return found * count
+
+        step = -(-shift_labels.shape[1] // shards)
+        pairs = zip(*(torch.split(x, step, 1) for x in (logits, shift_labels)), strict=True)
+        counted = [(*pair, int((pair[1] != IGNORED).sum())) for pair in pairs]
+        total = sum(count for *_, count in counted)
+        if not total:
+            return logits.sum() * 0.0
+        found = [checkpoint(tile, *given, use_reentrant=False) for given in counted if given[2]]
+        return torch.stack(found).sum() / total

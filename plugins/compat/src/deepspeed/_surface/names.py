@@ -192,6 +192,10 @@ SHOWS: Mapping[str, tuple[str, ...]] = {
     "runtime.zero.stage3": ("zero",),
     "runtime.zero.stage_1_and_2": ("zero",),
     "runtime.zero.tiling": ("zero",),
+    "sequence": (
+        *("sequence.auto_sp", "sequence.autosp_detector"),
+        *("sequence.autosp_fusion", "sequence.autosp_vit"),
+    ),
     "utils.init_on_device": ("utils",),
     "utils.logging": ("utils",),
     "utils.tensor_fragment": ("utils",),
@@ -329,10 +333,21 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "runtime.progressive_layer_drop": "ProgressiveLayerDrop",
     },
     "drivetrain-sequence": {
+        "runtime.sequence_parallel.parallel_state_sp": "get_model_parallel_group "
+        "get_model_parallel_rank get_model_parallel_world_size get_sequence_data_parallel_group "
+        "get_sequence_data_parallel_rank get_sequence_data_parallel_world_size "
+        "get_sequence_parallel_group get_sequence_parallel_rank get_sequence_parallel_world_size "
+        "initialize_sequence_parallel",
         "runtime.sequence_parallel.ulysses_sp": "SequenceTiledCompute TiledFusedLogitsLoss "
-        "TiledMLP UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter sequence_tiled_compute",
+        "TiledLoss TiledMLP UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter "
+        "UlyssesSPFwdLossBwdWithLogits sequence_tiled_compute",
+        "sequence.auto_sp": "auto_wrap_model_for_sp",
+        "sequence.autosp_detector": "SPModelInfo detect_model_sp_info",
+        "sequence.autosp_fusion": "InternVLFusionAdapter LlavaFusionAdapter "
+        "ModalityFusionSPAdapter Qwen2VLFusionAdapter",
+        "sequence.autosp_vit": "UlyssesSPViTAttention",
         "sequence.cross_entropy": "vocab_sequence_parallel_cross_entropy",
-        "sequence.fpdt_layer": "FPDT_InputConstruct",
+        "sequence.fpdt_layer": "FPDT_Attention FPDT_FFN FPDT_InputConstruct FPDT_LogitsLoss",
         "sequence.layer": "DistributedAttention",
     },
     "drivetrain-sparse-attention": {
@@ -408,10 +423,10 @@ INSTEAD: Mapping[str, str] = {
     "runtime.fp16.loss_scaler.LossScaler": "engine.loss_scaler",
     "runtime.lr_schedules.add_tuning_arguments": "arguments of the script's own; schedules are "
     "set in the config",
+    "runtime.sequence_parallel.ulysses_sp.AutogradComputeMLP": "TiledMLP, with one tile",
     "sequence.cross_entropy.vocab_parallel_cross_entropy": "nothing yet",
-    "sequence.fpdt_layer.FPDT_Attention": "the config's sequence_parallel.chunk",
-    "sequence.fpdt_layer.FPDT_FFN": "the config's sequence_parallel.chunk, or mlp_tile beside it",
-    "sequence.fpdt_layer.FPDT_LogitsLoss": "the config's sequence_parallel.loss_tile",
+    "sequence.layer.single_all_to_all": "sequence.layer.DistributedAttention, or to_heads and "
+    "from_heads of drivetrain_sequence",
     "set_autotp_mode": "the config's tensor_parallel.autotp_size, for training and inference",
     "zero.DeepSpeedZeRoOffload": "an engine without optimizer at stage 3",
 }

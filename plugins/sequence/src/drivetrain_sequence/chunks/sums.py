@@ -16,7 +16,7 @@ class GradientSums:
     Args:
         tensors: inputs of the block, wherever they wait; those without gradient are ``None``.
         dims: along which dimension each of them is cut; ``None`` for whole ones.
-        parameters: of the block.
+        parameters: of the block, or what else trains.
         device: where sums are.
     """
 
@@ -24,7 +24,7 @@ class GradientSums:
         self,
         tensors: Sequence[torch.Tensor | None],
         dims: Sequence[int | None],
-        parameters: Sequence[nn.Parameter],
+        parameters: Sequence[torch.Tensor],
         device: torch.device,
     ) -> None:
         self._dims = dims
