@@ -279,8 +279,9 @@ class TiledLoss:
         step = -(-shift_labels.shape[1] // shards)
         pairs = zip(*(torch.split(x, step, 1) for x in (logits, shift_labels)), strict=True)
         counted = [(*pair, int((pair[1] != IGNORED).sum())) for pair in pairs]
-        total = sum(count for *_, count in counted)
+        total: int = sum(count for *_, count in counted)
         if not total:
             return logits.sum() * 0.0
         found = [checkpoint(tile, *given, use_reentrant=False) for given in counted if given[2]]
-        return torch.stack(found).sum() / total
+        mean: torch.Tensor = torch.stack(found).sum() / total
+        return mean
