@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pipeline_models import Curve, TiedModel, data, train_alone
+from safetensors.torch import load_file
 
 import drivetrain
 from drivetrain.errors import TrainingError
-from drivetrain.states.whole import of_all_stages, whole
+from drivetrain.states.whole import of_all_ranks, whole
 from drivetrain.testing import run_distributed
 
 STEPS, MICRO_BATCHES, RATE, CLIPPING = 3, 4, 0.1, 0.05
@@ -118,7 +120,9 @@ class Versioned(TiedModel):
         super()._load_from_state_dict(state, prefix, about, *rest)
 
 
-def whole_model(stage: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]:
+def whole_model(
+    stage: int, folder: str
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]:
     """The whole model's state, that after a larger one was loaded, and what is refused."""
     model = Versioned()
     engine, *_ = drivetrain.initialize(
@@ -128,9 +132,14 @@ def whole_model(stage: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
             "gradient_accumulation_steps": MICRO_BATCHES,
             "optimizer": {"type": "SGD", "params": {"lr": RATE}},
             "pipeline": {"stages": 2},
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {
+                "stage": stage,
+                "stage3_param_persistence_threshold": 0,
+                "stage3_gather_16bit_weights_on_model_save": True,
+            },
         },
     )
+    engine.save_16bit_model(folder)
     state = engine.module_state_dict()
     engine.load_module_state_dict(state)
     assert model.loaded == 3
@@ -150,9 +159,14 @@ def whole_model(stage: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_state_dict_is_that_of_all_stages(stage: int) -> None:
+def test_a_state_dict_and_a_file_are_those_of_all_stages(stage: int, tmp_path: Path) -> None:
     expected = TiedModel().state_dict()
-    for before, after, (unknown, missing, on_one) in run_distributed(whole_model, 2, stage):
+    ranks = run_distributed(whole_model, 2, stage, str(tmp_path))
+    written = load_file(tmp_path / "model.safetensors")
+    assert set(written) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(written[name], value)
+    for before, after, (unknown, missing, on_one) in ranks:
         assert set(before) == set(after) == set(expected)
         for name, value in expected.items():
             torch.testing.assert_close(before[name], value)
@@ -178,8 +192,8 @@ def entries_of_stages(extra: object) -> dict[str, Any]:
         own["extra"] = extra
     try:
         return {
-            "kept": of_all_stages(job, own),
-            "left": list(of_all_stages(job, own, keep=False)),
+            "kept": of_all_ranks(job, engine.module, own),
+            "left": list(of_all_ranks(job, engine.module, own, keep=False)),
             "own": list(own),
         }
     except TrainingError as error:
@@ -197,4 +211,4 @@ def test_entries_that_are_no_tensors_are_carried_or_refused_by_name() -> None:
         assert set(found["kept"]) == {"both", "of 0", "of 1", "extra"}
         assert set(found["own"]) <= set(found["left"]) <= {*found["own"], "extra"}
     for found in run_distributed(entries_of_stages, 2, {1, 2}):
-        assert "extra of stage 1 (set) is neither a tensor nor plain data" in found["error"]
+        assert "extra of rank 1 along pp (set) is neither a tensor nor plain data" in found["error"]

@@ -15,7 +15,7 @@ from toy_tensor_parallel import Model
 import drivetrain
 from drivetrain.communication.process_group import Ranks
 from drivetrain.engine.engine import Engine
-from drivetrain.errors import ConfigError, TrainingError
+from drivetrain.errors import TrainingError
 from drivetrain.testing import run_distributed
 
 STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -162,15 +162,6 @@ def with_a_gap() -> str:
     return str(raised.value)
 
 
-def save_experts(folder: str) -> str:
-    engine = make(0, 2)
-    engine.job.parameters.info(engine.module.head.bias).distinct = ("tp",)
-    with pytest.raises(ConfigError) as raised:
-        engine.save_16bit_model(folder)
-    engine.destroy()
-    return str(raised.value)
-
-
 # -- claims ----------------------------------------------------------------------------------------
 
 
@@ -216,9 +207,3 @@ def test_a_tensor_of_which_no_rank_has_a_part_is_refused_by_name() -> None:
     for said in run_distributed(with_a_gap, 2):
         assert "blocks.0.up.weight cannot be used whole: only" in said
         assert "of its 20 elements" in said
-
-
-def test_a_file_of_one_rank_is_not_written_where_others_have_more(tmp_path: Path) -> None:
-    for text in run_distributed(save_experts, 2, str(tmp_path)):
-        assert "along tp ranks have others than head.bias" in text
-    assert not [*tmp_path.iterdir()]

@@ -28,7 +28,7 @@ from drivetrain.optimization.facade import EngineOptimizer
 from drivetrain.plan.known import ENGINE
 from drivetrain.precision.loss_watch import LossWatch
 from drivetrain.sections.optimization import GradientAllreduceOp, GradientClipping
-from drivetrain.states.whole import load_own, of_all_stages, whole, whole_state_dict
+from drivetrain.states.whole import load_own, of_all_ranks, whole, whole_state_dict
 
 if TYPE_CHECKING:
     from drivetrain.contracts.loop.runner import Runner
@@ -391,8 +391,8 @@ class Engine(EngineSettings, nn.Module):
         self.drop_window()
 
     def module_state_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """``state_dict`` with parameters whole, of all stages; collective: every rank calls it."""
-        return of_all_stages(self.job, whole_state_dict(self.module, **kwargs))
+        """The whole model's ``state_dict``, whichever rank has what. Collective: all call it."""
+        return of_all_ranks(self.job, self.module, whole_state_dict(self.module, **kwargs))
 
     def load_module_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load the module's ``state_dict``, the same on every rank; masters follow. Collective."""

@@ -10,7 +10,7 @@ that have copies on that level.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 _SAME, _CHANGED, _OTHER_SHAPE = range(3)
 
-_STAGES = "state dict of all stages"
-_LOADING = "loading a state dict on all stages"
+_ALL = "state dict of all ranks"
+_LOADING = "loading a state dict on all ranks"
 
 _local: MutableMapping[nn.Parameter, torch.Tensor] = WeakTensorKeyDictionary()
 """This rank's parts of the parameters that show the client's whole tensor now."""
@@ -274,49 +274,66 @@ def whole_state_dict(module: nn.Module, **options: Any) -> dict[str, Any]:
     return state
 
 
-def of_all_stages(job: Job, state: dict[str, Any], *, keep: bool = True) -> dict[str, Any]:
-    """Put the state dicts of a pipeline's stages together. Collective over ``pp``.
+def of_all_ranks(
+    job: Job, module: nn.Module, state: dict[str, Any], *, keep: bool = True
+) -> dict[str, Any]:
+    """Put the state dicts of ranks that have other parameters together, in stages or experts.
 
-    Names are the model's own on every stage. What this stage has is its own; else the first stage's
-    that has it, tensors in host memory, since one device may have no room for the whole model. So
-    are versions of modules, which torch keeps beside a state dict for their loaders.
+    Collective. Names are the model's own on every rank. What this rank has is its own; else that of
+    the first that has it, tensors in host memory, since one device may have no room for the whole
+    model. So are versions of modules, which torch keeps beside a state dict for their loaders.
 
     Args:
-        job: knows the stages.
-        state: of this stage.
+        job: knows the ranks.
+        module: of this rank.
+        state: of this rank.
         keep: whether this rank wants what others have, or only takes part.
 
     Raises:
-        TrainingError: on every stage: an entry is neither a tensor nor plain data, so it cannot be
+        TrainingError: on every rank: an entry is neither a tensor nor plain data, so it cannot be
             given to others.
     """
-    if job.mesh.size("pp") == 1:
-        return state
+    axes = axes_apart(job, module)
+    for axis in axes:  # who takes part in the last has to have what the others gave
+        state = _of_all_along(job, axis, state, keep=keep or axis != axes[-1])
+    return state
+
+
+def axes_apart(job: Job, module: nn.Module) -> list[str]:
+    """Axes along which ranks have other parameters; last stages, whose other axes may differ."""
+    known = (job.parameters.info(p) for p in module.parameters() if p in job.parameters)
+    found = {axis for info in known for axis in info.distinct}.difference(["pp"])
+    return [axis for axis in (*sorted(found), "pp") if job.mesh.size(axis) > 1]
+
+
+def _of_all_along(job: Job, axis: str, state: dict[str, Any], *, keep: bool) -> dict[str, Any]:
     versions: dict[str, Any] = {}
-    for text in texts_along(job, "pp", json.dumps(_versions(state)), _STAGES):
+    for text in texts_along(job, axis, json.dumps(_versions(state)), _ALL):
         versions = {**json.loads(text), **versions}
     found = _with_versions(state, {**versions, **getattr(state, "_metadata", {})})
-    facts = [_fact(*entry) for entry in state.items()]
-    known: set[str] = set()
-    for stage, text in enumerate(texts_along(job, "pp", json.dumps(facts), _STAGES)):
-        for name, dtype, about in json.loads(text):
+    facts = json.dumps([_fact(*entry) for entry in state.items()])
+    every = [json.loads(text) for text in texts_along(job, axis, facts, _ALL)]
+    ranks = Counter(name for theirs in every for name, *_ in theirs)
+    known = {name for name, count in ranks.items() if count == len(every)}
+    for rank, theirs in enumerate(every):
+        for name, dtype, about in theirs:
             if name in known:
                 continue
             known.add(name)
             if about is None:
                 raise TrainingError(
-                    f"state dict of all stages: {name} of stage {stage} ({dtype}) is neither a "
-                    "tensor nor plain data (numbers, texts, lists, dicts), so other stages cannot "
-                    "have it: return such data from get_extra_state, or use engine.save_checkpoint"
+                    f"{_ALL}: {name} of rank {rank} along {axis} ({dtype}) is neither a tensor nor "
+                    "plain data (numbers, texts, lists, dicts), so other ranks cannot have it: "
+                    "return such data from get_extra_state, or use engine.save_checkpoint"
                 )
             if not isinstance(about, list):
                 found.setdefault(name, json.loads(about))
                 continue
-            if stage == job.mesh.coordinate("pp"):
+            if rank == job.mesh.coordinate(axis):
                 value = state[name].detach().contiguous().to(job.device)
             else:
                 value = torch.empty(about, dtype=getattr(torch, dtype), device=job.device)
-            job.communicator.broadcast(value, "pp", Tag(Purpose.STATE, name, _STAGES), source=stage)
+            job.communicator.broadcast(value, axis, Tag(Purpose.STATE, name, _ALL), source=rank)
             if keep and name not in found:
                 found[name] = value.cpu()
     return found
@@ -330,18 +347,22 @@ def _fact(name: str, value: object) -> tuple[str, str, list[int] | str | None]:
 
 
 def load_own(job: Job, module: nn.Module, state: Mapping[str, Any], *, strict: bool) -> None:
-    """Load what this rank's stage has of a model's state dict. Collective over ``pp``.
+    """Load what this rank has of a model's state dict. Collective.
 
     Raises:
-        RuntimeError: as torch's and as there after all that fits was loaded, on every stage: a
-            shape differs or, with ``strict``, names are missing on a stage, or are no stage's.
+        RuntimeError: as torch's and as there after all that fits was loaded, on every rank: a
+            shape differs or, with ``strict``, names are missing on a rank, or are no rank's.
     """
-    if job.mesh.size("pp") == 1:
+    axes = axes_apart(job, module)
+    if not axes:
         module.load_state_dict(state, strict=strict)
         return
     own = list(module.state_dict())
-    stages = texts_along(job, "pp", json.dumps(own), _LOADING)
-    others = {name for text in stages for name in json.loads(text)}.difference(own)
+    known = set(own)
+    for axis in axes:
+        every = texts_along(job, axis, json.dumps(sorted(known)), _LOADING)
+        known = {name for text in every for name in json.loads(text)}
+    others = known.difference(own)
     problem = ""
     try:
         kept = {name: value for name, value in state.items() if name not in others}
@@ -349,9 +370,10 @@ def load_own(job: Job, module: nn.Module, state: Mapping[str, Any], *, strict: b
         module.load_state_dict(own_state, strict=strict)
     except RuntimeError as error:
         problem = str(error)
-    problems = texts_along(job, "pp", problem, _LOADING)
-    if any(problems):
-        raise RuntimeError("\n".join(dict.fromkeys(filter(None, problems))))
+    for axis in axes:
+        problem = "\n".join(dict.fromkeys(filter(None, texts_along(job, axis, problem, _LOADING))))
+    if problem:
+        raise RuntimeError(problem)
 
 
 def _versions(state: Mapping[str, Any]) -> dict[str, dict[str, int]]:

@@ -21,7 +21,7 @@ from drivetrain import checkpoint
 from drivetrain.checkpoint.agreement import texts_along
 from drivetrain.contracts import Purpose, Tag, is_plain
 from drivetrain.errors import CheckpointError, PluginError
-from drivetrain.states.whole import of_all_stages, whole_state_dict
+from drivetrain.states.whole import axes_apart, of_all_ranks, whole_state_dict
 
 if TYPE_CHECKING:
     from deepspeed._training.engine import DeepSpeedEngine
@@ -162,7 +162,7 @@ def _meet(engine: DeepSpeedEngine) -> None:
 def consolidated(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any] | None:
     """Whole weights on the host of the first rank; ``None`` elsewhere. Collective."""
     first = engine.job.rank == 0
-    state = of_all_stages(engine.job, whole_state_dict(engine.module), keep=first)
+    state = of_all_ranks(engine.job, engine.module, whole_state_dict(engine.module), keep=first)
     if exclude_frozen:
         state = without_frozen(engine, state)
     if not first:
@@ -176,7 +176,7 @@ def consolidated(engine: DeepSpeedEngine, exclude_frozen: bool) -> dict[str, Any
 def without_frozen(
     engine: DeepSpeedEngine, state: dict[str, Any], prefix: str = ""
 ) -> dict[str, Any]:
-    """A state dict of all stages without the parameters that none of them trains. Collective.
+    """A state dict of all ranks without the parameters that none of them trains. Collective.
 
     Args:
         engine: whose.
@@ -184,9 +184,9 @@ def without_frozen(
         prefix: of the names.
     """
     frozen = {n for n, p in engine.module.named_parameters() if not p.requires_grad}
-    if engine.job.mesh.size("pp") > 1:
-        stages = texts_along(engine.job, "pp", json.dumps(sorted(frozen)), "frozen parameters")
-        frozen = {name for text in stages for name in json.loads(text)}
+    for axis in axes_apart(engine.job, engine.module):
+        every = texts_along(engine.job, axis, json.dumps(sorted(frozen)), "frozen parameters")
+        frozen = {name for text in every for name in json.loads(text)}
     left_out = {prefix + name for name in frozen}
     return {name: value for name, value in state.items() if name not in left_out}
 

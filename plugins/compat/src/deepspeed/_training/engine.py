@@ -381,7 +381,7 @@ class DeepSpeedEngine(Engine):
     def module_state_dict(
         self, *args: Any, exclude_frozen_parameters: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """``state_dict`` of the module, parameters whole, of all stages.
+        """``state_dict`` of the whole model, whichever rank has what.
 
         Collective: every rank calls it, also if the first alone wants the result.
 

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
 
+from drivetrain.checkpoint.agreement import texts_along
 from drivetrain.checkpoint.format.storage import open_storage
 from drivetrain.checkpoint.format.tensor_file import TensorEntry, write_tensors
 from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import ConfigError
-from drivetrain.states.whole import whole
+from drivetrain.states.whole import axes_apart, whole
 from drivetrain_zero.gathering.unit import find_units
 from drivetrain_zero.section import ZeroSection
 
 if TYPE_CHECKING:
     from drivetrain.engine.engine import Engine
+    from drivetrain.job.job import Job
 
+_SITE = "16-bit model"
 _KEY = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 
 
@@ -35,7 +41,8 @@ def save_16bit_model(
 
     Collective. Keys are those of ``state_dict()`` without ``torch.compile``; tied parameters are
     written under each of their names, so that a strict load works. Parameters are gathered one unit
-    at a time, and the first rank writes. The file appears once it is complete.
+    at a time, and the first rank writes, also what it gets from ranks that have other stages or
+    experts. The file appears once it is complete.
 
     Args:
         engine: at any stage.
@@ -47,35 +54,24 @@ def save_16bit_model(
         True.
 
     Raises:
-        ConfigError: at stage 3, ``stage3_gather_16bit_weights_on_model_save`` is not set; or ranks
-            have parameters that the first one has not.
+        ConfigError: at stage 3, ``stage3_gather_16bit_weights_on_model_save`` is not set.
         OSError: the file cannot be written.
     """
     section = engine.job.plan.section(ZeroSection)
     if section.stage == 3 and not section.stage3_gather_16bit_weights_on_model_save:
         raise ConfigError(f"{_KEY}: must be true for save_16bit_model at stage 3, which gathers")
-    for parameter in engine.module.parameters():
-        _refuse_distinct(engine, parameter)
-    with ExitStack() as held:
-        entries = list(_entries(engine, held, exclude_frozen_parameters))
+    with _Held() as held:
+        units = list(_units(engine, held, exclude_frozen_parameters))
+        for axis in axes_apart(engine.job, engine.module):
+            units = _of_all_along(engine, axis, units)
+        entries = [entry for unit in units for entry in unit]
         if engine.job.rank == 0:
             _write(os.fspath(save_dir), save_filename, entries)
         else:
             for entry in entries:
                 entry.read()  # which takes part in the gather
-    engine.job.communicator.barrier("world", Tag(Purpose.CONTROL, site="16-bit model"))
+    engine.job.communicator.barrier("world", Tag(Purpose.CONTROL, site=_SITE))
     return True
-
-
-def _refuse_distinct(engine: Engine, parameter: nn.Parameter) -> None:
-    info, mesh = engine.job.parameters.info(parameter), engine.job.mesh
-    axes = [axis for axis in info.distinct if mesh.size(axis) > 1]
-    if axes:
-        raise ConfigError(
-            f"save_16bit_model writes what the first rank has, but along {axes[0]} ranks have "
-            f"others than {info.name}: use engine.save_checkpoint(), and export the checkpoint "
-            "with `drivetrain checkpoint export`"
-        )
 
 
 def _write(folder: str, name: str, entries: list[TensorEntry]) -> None:
@@ -87,22 +83,73 @@ def _write(folder: str, name: str, entries: list[TensorEntry]) -> None:
     os.replace(storage.where(partial_name), storage.where(name))  # noqa: PTH105 - as storage does
 
 
-def _entries(engine: Engine, held: ExitStack, exclude_frozen: bool) -> Iterator[TensorEntry]:
-    """What is written, unit after unit; reading one of another unit gathers that."""
+def _units(engine: Engine, held: _Held, exclude_frozen: bool) -> Iterator[list[TensorEntry]]:
+    """What this rank has to write, unit by unit; reading one of another unit gathers that."""
     module, parameters = engine.module, engine.job.parameters
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(_own(name))
     for unit in find_units(module):
-        gather = _Once(held, unit.parameters)
-        for parameter in unit.parameters:
-            if exclude_frozen and not parameter.requires_grad:
-                continue
-            dtype, shape = parameter.dtype, parameters.info(parameter).whole_shape
-            for name in names[parameter]:
-                yield TensorEntry(name, dtype, shape, partial(gather.read, parameter))
-    for name, buffer in _persistent_buffers(module):
-        yield TensorEntry(_own(name), buffer.dtype, tuple(buffer.shape), buffer.detach)
+        yield [
+            TensorEntry(
+                *(name, parameter.dtype, parameters.info(parameter).whole_shape),
+                partial(held.read, unit.parameters, parameter),
+            )
+            for parameter in unit.parameters
+            if parameter.requires_grad or not exclude_frozen
+            for name in names[parameter]
+        ]
+    yield [
+        TensorEntry(_own(name), buffer.dtype, tuple(buffer.shape), buffer.detach)
+        for name, buffer in _persistent_buffers(module)
+    ]
+
+
+def _of_all_along(
+    engine: Engine, axis: str, units: list[list[TensorEntry]]
+) -> list[list[TensorEntry]]:
+    """What all ranks along ``axis`` have to write, in the same order on each of them.
+
+    What all of them have each reads itself. All else comes from the first rank that has it, when it
+    is read, which each of them has to do.
+    """
+    about = [[(e.key, str(e.dtype).split(".")[1], e.shape) for e in unit] for unit in units]
+    every = [json.loads(text) for text in texts_along(engine.job, axis, json.dumps(about), _SITE)]
+    ranks = Counter(name for theirs in every for unit in theirs for name, *_ in unit)
+    own = {entry.key: entry for unit in units for entry in unit}
+    found: dict[str, TensorEntry] = {}
+    merged: list[list[TensorEntry]] = []
+    for together in zip_longest(*every, fillvalue=()):
+        merged.append([])
+        for rank, unit in enumerate(together):
+            for name, dtype, shape in unit:
+                if name in found:
+                    continue
+                entry = own.get(name)
+                if entry is None or ranks[name] < len(every):
+                    facts = name, getattr(torch, dtype), tuple(shape)
+                    read = partial(_sent, engine.job, axis, rank, facts, entry)
+                    entry = TensorEntry(*facts, read)
+                found[name] = entry
+                merged[-1].append(entry)
+    return merged
+
+
+def _sent(
+    job: Job,
+    axis: str,
+    source: int,
+    facts: tuple[str, torch.dtype, tuple[int, ...]],
+    own: TensorEntry | None,
+) -> torch.Tensor:
+    """What the rank ``source`` along ``axis`` reads, on all of them."""
+    name, dtype, shape = facts
+    if own is not None and job.mesh.coordinate(axis) == source:
+        value = own.read().to(job.device).contiguous()
+    else:
+        value = torch.empty(shape, dtype=dtype, device=job.device)
+    job.communicator.broadcast(value, axis, Tag(Purpose.STATE, name, _SITE), source=source)
+    return value
 
 
 def _own(name: str) -> str:
@@ -110,25 +157,25 @@ def _own(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-class _Once:
-    """Gathers the parameters of one unit when the first of them is read, and lets others go.
+class _Held:
+    """Gathers the parameters of one unit at a time: that of the parameter which was read last."""
 
-    Args:
-        held: what is gathered now.
-        parameters: of the unit.
-    """
+    def __init__(self) -> None:
+        self._gathered = ExitStack()
+        self._unit: Sequence[nn.Parameter] | None = None
 
-    def __init__(self, held: ExitStack, parameters: Sequence[nn.Parameter]) -> None:
-        self._held = held
-        self._parameters = parameters
-        self._is_open = False
+    def __enter__(self) -> Self:
+        return self
 
-    def read(self, parameter: nn.Parameter) -> torch.Tensor:
-        """The whole values of one of the unit's parameters. Collective for the first."""
-        if not self._is_open:
-            self._held.close()
-            self._held.enter_context(whole(self._parameters))
-            self._is_open = True
+    def __exit__(self, *_error: object) -> None:
+        self._gathered.close()
+
+    def read(self, unit: Sequence[nn.Parameter], parameter: nn.Parameter) -> torch.Tensor:
+        """The whole values of one of a unit's parameters. Collective if it is another unit."""
+        if self._unit is not unit:
+            self._gathered.close()
+            self._gathered.enter_context(whole(unit))
+            self._unit = unit
         return parameter.detach().clone()  # whose memory the file may keep hold of
 
 
