@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import drivetrain_moe
 import pytest
 import torch
 from drivetrain_inference import SamplingParams, serve
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+import drivetrain
 from drivetrain.errors import CheckpointError, ConfigError
 from drivetrain.testing import run_distributed
 
@@ -41,8 +44,10 @@ def model() -> Any:
         return transformers.MixtralForCausalLM(transformers.MixtralConfig(**COMMON)).eval()
 
 
-def generated(config: dict[str, Any], folder: str = "") -> tuple[list[Any], int, int]:
-    with serve(folder or model(), {"inference": SECTION, **config}) as engine:
+def generated(
+    config: dict[str, Any], folder: str = "", weights: str | None = None
+) -> tuple[list[Any], int, int]:
+    with serve(folder or model(), {"inference": SECTION, **config}, weights=weights) as engine:
         held = sum(p.numel() for n, p in engine.module.named_parameters() if "experts" in n)
         results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=12, logprobs=1))
         forwards = [part.__dict__.get("forward") for part in engine.module.modules()]
@@ -100,7 +105,62 @@ def test_experts_in_host_memory_or_on_two_ranks_generate_the_same(tmp_path: Path
     for found, held, _ in run_distributed(generated, 2, shared):
         same(found, expected)
         assert held == whole // 2
+    # The folder has each expert by itself, and the model all of a layer in one tensor.
+    assert any(".experts.3.w2.weight" in name for name in load_file(tmp_path / "model.safetensors"))
     both = {**shared, "moe": {"cached_experts": 1}}
-    for found, held, _ in run_distributed(generated, 2, both):
+    for found, held, _ in run_distributed(generated, 2, both, str(tmp_path), str(tmp_path)):
         same(found, expected)
         assert held == 0
+
+
+def trained_from(folder: str) -> tuple[int, dict[str, torch.Tensor]]:
+    empty = model()
+    for part in empty.modules():  # buffers that are computed keep their values
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, torch.nn.Parameter(parameter.to("meta")))
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+        "expert_parallel": {"enabled": True, "autoep_size": 2},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    engine, *_ = drivetrain.initialize(model=empty, config=config, weights=folder)
+    held = engine.module.model.layers[0].mlp.experts.num_experts
+    state = engine.module_state_dict()
+    engine.destroy()
+    return held, state
+
+
+def test_training_begins_from_a_folder_with_each_expert_by_itself(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    expected = model().state_dict()
+    for held, state in run_distributed(trained_from, 2, str(tmp_path)):
+        assert held == 2
+        assert set(state) == set(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=0, atol=0)
+
+
+def test_experts_in_a_folder_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    damaged = next(
+        name for name in weights if name.endswith("layers.1.block_sparse_moe.experts.2.w1.weight")
+    )
+    weights[damaged] = torch.zeros(3, 16)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers.1.mlp.experts.gate_up_proj cannot be made"):
+        generated({}, str(tmp_path), str(tmp_path))
+
+
+def test_a_model_that_was_upcycled_is_served_as_it_is() -> None:
+    own = {key: value for key, value in COMMON.items() if "expert" not in key}
+    dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(**own)).eval()
+    mixture = copy.deepcopy(dense)
+    drivetrain_moe.upcycle(mixture, 4)
+    found = []
+    for each in (dense, mixture):
+        with serve(each, {"inference": SECTION}) as engine:
+            results = engine.generate(PROMPTS, SamplingParams(max_new_tokens=6))
+            found.append([result.tokens for (result,) in results])
+    assert found[0] == found[1]

@@ -12,6 +12,7 @@ from torch import nn
 
 from drivetrain.checkpoint.agreement import any_rank, same_everywhere, worst
 from drivetrain.errors import CheckpointError, ConfigError
+from drivetrain.modules.converted import converted
 from drivetrain.modules.drawing import Drawing, Initialiser
 from drivetrain.modules.places import Placed, placed
 from drivetrain.modules.wanted import Wanted, by_part
@@ -55,10 +56,11 @@ def materialize(
         module: changed in place: its parameters on the meta device are replaced.
         weights: where values come from. A path or URL: of a checkpoint in any layout, of a run's
             folder, of a safetensors file, or of a folder with ``model.safetensors`` or its index. A
-            mapping of names to whole tensors. A callable ``(name, tensor, generator)``, which
-            fills one whole tensor. ``None``: the ``reset_parameters()`` of each submodule, which
-            gives its own parameters and buffers values; it also makes buffers that belong to no
-            ``state_dict``, so that files and mappings lack them.
+            mapping of names to whole tensors. Names and shapes are the module's, or others that its
+            library converts (:mod:`drivetrain.modules.converted`). A callable ``(name, tensor,
+            generator)``, which fills one whole tensor. ``None``: the ``reset_parameters()`` of each
+            submodule, which gives its own parameters and buffers values; it also makes buffers that
+            belong to no ``state_dict``, so that files and mappings lack them.
         job: names, device, seed, and the other ranks.
         made: called with each submodule that has got values, in the order of ``named_modules``.
 
@@ -82,7 +84,7 @@ def materialize(
     with ExitStack() as stack:
         source = _open(job, stack, weights)
         work = _Work(placed(module), table, job.device, Drawing(job.random.seed), source)
-        work.check(job)
+        work.check(job, module)
         work.run(made)
 
 
@@ -141,7 +143,10 @@ class _Work:
         self._table, self._device, self._drawing, self._weights = table, device, drawing, weights
         self._known = {name for tensor in every for name in tensor.names}
         self._tensors = [tensor for tensor in every if tensor.entry.tensor.is_meta]
-        names = () if weights is None else weights.names()
+        self._find_sources()
+
+    def _find_sources(self) -> None:
+        names = () if self._weights is None else self._weights.names()
         for tensor in self._tensors:
             tensor.sources = [n for n in tensor.names if n in names and tensor.entry.saved]
 
@@ -151,20 +156,24 @@ class _Work:
         flaws = (tensor.flaw(self._drawing, self._weights) for tensor in tensors)
         return [flaw for flaw in flaws if flaw is not None]
 
-    def check(self, job: Job) -> None:
+    def check(self, job: Job, module: nn.Module) -> None:
         """Compare names and shapes with those of the source. Collective.
 
         Raises:
             CheckpointError: on every rank.
         """
         assert self._weights is not None
-        missing = [t for t in self._tensors if t.entry.saved and not t.sources]
-        names = sorted(self._weights.names())
-        flags = [name not in self._known for name in names]
-        if all(same_everywhere(job, "\n".join(names))):  # a name may be another rank's
-            flags = [not known for known in any_rank(job, [not flag for flag in flags])]
-        extra = [name for name, flag in zip(names, flags, strict=True) if flag]
         place, problems = self._weights.place, list[str]()
+        same = all(same_everywhere(job, "\n".join(sorted(self._weights.names()))))
+        extra = self._foreign(job, same=same)
+        if extra and same:
+            try:
+                self._weights = converted(self._weights, module, extra)
+            except CheckpointError as error:
+                problems.append(str(error))
+            self._find_sources()
+            extra = self._foreign(job, same=same)
+        missing = [t for t in self._tensors if t.entry.saved and not t.sources]
         if missing:
             problems.append(f"{place} lacks {_listed(t.name for t in missing)}")
         if extra:
@@ -172,6 +181,15 @@ class _Work:
         problems += self.flaws(missing)
         if (found := worst(job, "; ".join(problems) or None)) is not None:
             raise CheckpointError(f"weights do not fit the module: {found}")
+
+    def _foreign(self, job: Job, *, same: bool) -> list[str]:
+        """Names of the source that no rank's module has, where all have the same source."""
+        assert self._weights is not None
+        names = sorted(self._weights.names())
+        known = [name in self._known for name in names]
+        if same:  # a name may be another rank's
+            known = any_rank(job, known)
+        return [name for name, is_known in zip(names, known, strict=True) if not is_known]
 
     @torch.no_grad()
     def run(self, made: Made) -> None:

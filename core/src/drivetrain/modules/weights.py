@@ -11,7 +11,11 @@ from typing import Any
 import torch
 
 from drivetrain.checkpoint.format.index import LATEST, MANIFEST, Stored, StoredTensor
-from drivetrain.checkpoint.format.reading import check_coverage, refuse_complex, restore
+from drivetrain.checkpoint.format.reading import (
+    check_coverage,
+    refuse_complex,
+    restore,
+)
 from drivetrain.checkpoint.format.safetensors_file import (
     find_weights,
     open_weights,
@@ -21,6 +25,7 @@ from drivetrain.checkpoint.format.storage import Storage, open_storage
 from drivetrain.checkpoint.opening import opened
 from drivetrain.contracts.state.fragment import Fragment
 from drivetrain.errors import CheckpointError
+from drivetrain.states.device_home import tensor_fragment
 
 
 class Weights(ABC):
@@ -38,12 +43,36 @@ class Weights(ABC):
         """Names of all parameters and buffers."""
 
     @abstractmethod
+    def shown(self, name: str) -> torch.Tensor:
+        """A tensor without memory, of the shape and dtype of the one called ``name``.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+
     def check(self, name: str, fragment: Fragment) -> None:
         """Make sure that the tensor ``name`` can fill ``fragment``; reads no values.
 
         Raises:
             CheckpointError: shapes differ, a part is missing, or imaginary parts would be lost.
         """
+        found = self.shown(name)
+        if tuple(found.shape) != fragment.global_shape:
+            raise CheckpointError(
+                f"{name} has shape {list(fragment.global_shape)} in the model, but shape "
+                f"{list(found.shape)} in {self.place}"
+            )
+        refuse_complex(name, fragment, found.dtype, self.place)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """The tensor ``name`` in host memory.
+
+        Raises:
+            CheckpointError: bytes are damaged.
+        """
+        found = torch.empty_like(self.shown(name), device="cpu")
+        self.fill([(name, tensor_fragment(name, "parameter", found, owner=False))])
+        return found
 
     @abstractmethod
     def fill(self, work: Sequence[tuple[str, Fragment]]) -> None:
@@ -64,17 +93,13 @@ class MappedWeights(Weights):
     def names(self) -> Collection[str]:
         return self._values.keys()
 
-    def check(self, name: str, fragment: Fragment) -> None:
-        shape = getattr(self._values[name], "shape", None)
-        if shape is None or tuple(shape) != fragment.global_shape:
-            found = "no tensor" if shape is None else f"shape {list(shape)}"
-            raise CheckpointError(
-                f"{name} has shape {list(fragment.global_shape)} in the model, but {found} in "
-                f"{self.place}"
-            )
-        dtype = getattr(self._values[name], "dtype", None)
-        if isinstance(dtype, torch.dtype):
-            refuse_complex(name, fragment, dtype, self.place)
+    def shown(self, name: str) -> torch.Tensor:
+        value = self._values[name]
+        shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+        if shape is None:
+            raise CheckpointError(f"{name} is no tensor in {self.place}")
+        known = dtype if isinstance(dtype, torch.dtype) else None
+        return torch.empty(tuple(shape), dtype=known, device="meta")
 
     def fill(self, work: Sequence[tuple[str, Fragment]]) -> None:
         for name, fragment in work:
@@ -112,6 +137,10 @@ class FileWeights(Weights):
 
     def fill(self, work: Sequence[tuple[str, Fragment]]) -> None:
         restore(self._storage, [(f, self._source(name, f)) for name, f in work])
+
+    def shown(self, name: str) -> torch.Tensor:
+        found = self._tensors[name]
+        return torch.empty(found.shape, dtype=found.dtype, device="meta")
 
     def _source(self, name: str, fragment: Fragment) -> StoredTensor:
         found = self._tensors[name]
