@@ -53,9 +53,12 @@ CONFIG: dict[str, Any] = {
 }
 
 
+def registry() -> Registry:
+    return Registry.installed().with_plugins(Watching)
+
+
 def engine_of(model: nn.Module, **changes: Any) -> Any:
-    registry = Registry.installed().with_plugins(Watching)
-    return drivetrain.initialize(model=model, config={**CONFIG, **changes}, registry=registry)[0]
+    return drivetrain.initialize(model=model, config={**CONFIG, **changes}, registry=registry())[0]
 
 
 class TestPlugin(PluginConformance):
@@ -306,3 +309,26 @@ def test_ranks_that_do_not_nest_are_refused_with_the_arithmetic() -> None:
     config = {"train_batch_size": 4, "moe": {}, "use_data_before_expert_parallelism": True}
     with pytest.raises(ConfigError, match="must be false: ranks that share out experts are neigh"):
         drivetrain.Plan.build(config)
+
+
+def of_plans_without_the_model(sections: list[dict[str, Any]]) -> list[str]:
+    said = []
+    for own in sections:
+        plan = drivetrain.Plan.build({**CONFIG, **own}, registry=registry())
+        with drivetrain.Job.open(plan) as job:
+            try:
+                job.engine(Model("dropless top-1", 2)).destroy()
+            except ConfigError as error:
+                said.append(str(error))
+            else:
+                said.append("")
+    return said
+
+
+def test_a_plan_without_the_model_says_how_many_ranks_to_write_into_the_config() -> None:
+    off = {"expert_parallel": {"enabled": False, "autoep_size": 2}}
+    sections = [{"moe": {}}, {"moe": {"ep_size": 2}, **off}, {"moe": {"ep_size": 1}, **off}]
+    for refused, *others in run_distributed(of_plans_without_the_model, 2, sections):
+        assert refused.startswith("moe has ep_size = 2, and the mesh has no axis of so many ranks")
+        assert '"moe": {"ep_size": 2}' in refused
+        assert others == ["", ""]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from drivetrain.contracts import InferenceRequest
+from drivetrain.engine.compose import plugins_of_objects
 from drivetrain.errors import ConfigError
 from drivetrain.job.job import Job
 from drivetrain.plan.plan import Plan
@@ -69,7 +70,8 @@ def serve(
     elif dtype is not None:
         model = model.to(dtype)
     settings = {"inference": {}, **config} if isinstance(config, Mapping) else config
-    plan = Plan.build(settings or {"inference": {}}, batch_required=False)
+    objects = plugins_of_objects(model)
+    plan = Plan.build(settings or {"inference": {}}, batch_required=False, objects=objects)
     job = Job.open(plan)
     try:
         engine = job.engine(model, parameters=(), weights=weights)

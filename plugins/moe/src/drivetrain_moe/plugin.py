@@ -74,13 +74,14 @@ class MixtureOfExperts(Plugin):
             from drivetrain_moe import automatic
 
             axes, section = self.axes(job.plan), self.section(MoESection)
-            for name, layer in _layers(model):
-                size = section.ep_size or layer.ep_size
-                layer.join(job, name or type(layer).__name__, axes[size], section)
+            layers = [(name or type(layer).__name__, layer) for name, layer in _layers(model)]
+            _refuse_unplanned(axes, section, layers)
+            for name, layer in layers:
+                layer.join(job, name, axes[section.ep_size or layer.ep_size], section)
                 job.on_close(layer.leave)
             experts = self.section(ExpertParallelSection)
             if experts.enabled:
-                own = axes[experts.autoep_size]
+                own = axes[experts.ranks]
                 automatic.share_out(job, model, experts, own, halves=section.halves)
             for _, served in _served(model):
                 served.serves = not training
@@ -140,7 +141,7 @@ class MixtureOfExperts(Plugin):
             own = axes[section.ep_size or layer.ep_size]
             if own.experts:
                 layer.experts.describe(job, own)
-        shared = axes[self.section(ExpertParallelSection).autoep_size]
+        shared = axes[self.section(ExpertParallelSection).ranks]
         for experts in _shared(module) if shared.experts else ():
             experts.describe(job, shared)
 
@@ -165,10 +166,9 @@ class MixtureOfExperts(Plugin):
         return applied
 
     def features(self) -> Mapping[str, object]:
-        experts = self.section(ExpertParallelSection)
         return {
             f"{MOE}.ep_size": self.section(MoESection).ep_size,
-            f"{EXPERT_PARALLEL}.autoep_size": experts.autoep_size if experts.enabled else 1,
+            f"{EXPERT_PARALLEL}.autoep_size": self.section(ExpertParallelSection).ranks,
         }
 
     def feature_values(self) -> Mapping[str, Sequence[object]]:
@@ -184,7 +184,7 @@ class MixtureOfExperts(Plugin):
         if section.ep_size is not None:
             found[section.ep_size] = f"{MOE}.ep_size"
         if experts.enabled:
-            found[experts.autoep_size] = f"{EXPERT_PARALLEL}.autoep_size"
+            found[experts.ranks] = f"{EXPERT_PARALLEL}.autoep_size"
         return found
 
     def axes(self, plan: Plan) -> dict[int, ExpertAxes]:
@@ -196,6 +196,24 @@ def axes_of(plan: Plan) -> dict[int, ExpertAxes]:
     """Number of ranks that share out experts -> axes, of a plan."""
     found = [plugin for plugin in plan.plugins if isinstance(plugin, MixtureOfExperts)]
     return found[0].axes(plan) if found else expert_axes(())
+
+
+def _refuse_unplanned(
+    axes: Mapping[int, ExpertAxes], section: MoESection, layers: Sequence[tuple[str, MoE]]
+) -> None:
+    """Check that the mesh has the axes that layers ask for.
+
+    Raises:
+        ConfigError: a plan that was made before there was a model has not; says what to write.
+    """
+    for name, layer in layers if section.ep_size is None else ():
+        if layer.ep_size not in axes:
+            raise ConfigError(
+                f"{name} has ep_size = {layer.ep_size}, and the mesh has no axis of so many ranks, "
+                "since the plan was made without the model: write "
+                f'"{MOE}": {{"ep_size": {layer.ep_size}}} into the config, or have '
+                "drivetrain.initialize make the plan, which looks at the model"
+            )
 
 
 def _layers(module: torch.nn.Module) -> list[tuple[str, MoE]]:

@@ -111,6 +111,11 @@ class ExpertParallelSection(Section):
         default=None, description="Only null: give bias_update_rate for balance without a loss."
     )
 
+    @property
+    def ranks(self) -> int:
+        """Over how many ranks experts are shared out; 1 where the section is switched off."""
+        return self.autoep_size if self.enabled else 1
+
     @model_validator(mode="after")
     def _possible(self) -> ExpertParallelSection:
         if self.load_balance_coeff is not None:
