@@ -24,14 +24,14 @@ TWO_NODES = [range(8), range(8, 16)]
 
 @pytest.mark.parametrize(
     ("text", "cores"),
-    [("0", [0]), ("0-3", [0, 1, 2, 3]), ("0-1,4,6-7", [0, 1, 4, 6, 7]), ("8,2", [8, 2])],
+    [("0", [0]), ("0-3", [0, 1, 2, 3]), ("0-1,4,6-7", [0, 1, 4, 6, 7])],
 )
 def test_lists_of_cores_are_read_as_linux_writes_them(text: str, cores: list[int]) -> None:
     assert parse_cores(text) == cores
-    assert parse_cores(format_cores(sorted(cores))) == sorted(cores)
+    assert parse_cores(format_cores(cores)) == cores
 
 
-@pytest.mark.parametrize("text", ["", "a", "0-", "3-1", "0,3-1", "0,0", "0-2,1", "-1"])
+@pytest.mark.parametrize("text", ["", "a", "0-", "3-1", "0,3-1", "0,0", "0-2,1", "8,2", "-1"])
 def test_what_is_no_list_of_cores_is_refused(text: str) -> None:
     with pytest.raises(DrivetrainError, match="--core-list"):
         parse_cores(text)

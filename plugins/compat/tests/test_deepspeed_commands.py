@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from deepspeed._commands import launch, report
+from deepspeed.launcher import runner
 
 SCRIPT = """
 import argparse, os
@@ -44,6 +46,8 @@ def test_a_script_runs_on_several_ranks_with_what_deepspeed_passes(tmp_path):
         (["--include", "worker-9:0", "x.py"], "names other hosts than this one"),
         (["--include", "localhost:0", "--exclude", "localhost:1", "x.py"], "given together"),
         (["--include", "localhost:a", "x.py"], "devices are given as localhost:0,2"),
+        (["--num_gpus", "1", "-i", "localhost:0", "x.py"], "count from the first host and device"),
+        (["--num_nodes", "1", "-e", "localhost:0", "x.py"], "count from the first host and device"),
         (["--no_python", "x.py"], "SCRIPT must be Python"),
         (["--hostfile", "bad", "x.py"], "expected a line `host slots=N`"),
         (["--hostfile", "none", "x.py"], "hostfile none: No such file"),
@@ -58,6 +62,8 @@ def test_what_is_not_served_is_refused(arguments, words, tmp_path, monkeypatch):
     done = CliRunner().invoke(launch.main, arguments)
     assert done.exit_code == 1
     assert words in done.output
+    with pytest.raises(ValueError, match=re.escape(words)):
+        runner.main(arguments)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from drivetrain_launch.filters import (
     encode_world_info,
     fetch_hostfile,
+    parse_hostfile,
     parse_inclusion_exclusion,
     parse_resource_filter,
 )
@@ -25,6 +26,8 @@ HOSTS = {"one": [0, 1, 2, 3], "two": [0, 1, 2, 3]}
         ("two:0,3", "", {"two": [0, 3]}),
         ("", "two", {"one": [0, 1, 2, 3]}),
         ("", "one:0,1@two:3", {"one": [2, 3], "two": [0, 1, 2]}),
+        ("two:3@two:0,3", "", {"two": [0, 3]}),
+        ("", "one@two:0@two:1,2,3", {}),
     ],
 )
 def test_filters_leave_hosts_and_slots(include, exclude, left):
@@ -48,6 +51,15 @@ def test_hostfiles_are_read_if_there_is_one(tmp_path):
     file.write_text("one slots=2\none slots=2\n")
     with pytest.raises(DrivetrainError, match="is in line 1 already"):
         fetch_hostfile(str(file))
+
+
+def test_lines_of_hostfiles_are_read_without_a_file():
+    assert parse_hostfile(["  one slots=2", "", "# two slots=1", "three slots=4"]) == {
+        "one": 2,
+        "three": 4,
+    }
+    with pytest.raises(DrivetrainError, match="hostfile:2: 'two' is not of the form"):
+        parse_hostfile(["one slots=2", "two"])
 
 
 def test_hosts_travel_as_one_word():

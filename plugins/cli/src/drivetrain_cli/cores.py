@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from drivetrain.errors import DrivetrainError
@@ -86,10 +87,10 @@ def physical_first(cores: Sequence[int], siblings: Sequence[Sequence[int]]) -> l
 
 
 def parse_cores(text: str) -> list[int]:
-    """Cores of a list as Linux writes it, e.g. ``0-3,8``.
+    """Cores of a list as Linux writes it, e.g. ``0-3,8``: in order, each once.
 
     Raises:
-        DrivetrainError: it is no such list, or a core is in it twice.
+        DrivetrainError: it is no such list, or a core is in it twice or out of order.
     """
     cores: list[int] = []
     for part in text.strip().split(","):
@@ -100,9 +101,10 @@ def parse_cores(text: str) -> list[int]:
                 f"--core-list takes numbers and ranges such as 0-3,8, got {text!r}"
             )
         cores += range(int(first), int(last if dash else first) + 1)
-    if not cores or len(set(cores)) < len(cores):
-        problem = "names a core twice" if cores else "names no core"
-        raise DrivetrainError(f"--core-list {text!r} {problem}")
+    for before, core in pairwise(cores):
+        if core <= before:
+            problem = "twice" if core in cores[: cores.index(before) + 1] else "out of order"
+            raise DrivetrainError(f"--core-list {text!r} names core {core} {problem}")
     return cores
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from drivetrain_launch.hosts import Host, choose, read_hostfile
+from drivetrain_launch import hosts
+from drivetrain_launch.hosts import Host, filtered, read_hostfile
 
 Slots = Mapping[str, Sequence[int]]
 
@@ -24,10 +25,20 @@ def fetch_hostfile(hostfile_path: str) -> dict[str, int] | None:
     return {host.name: len(host.slots) for host in read_hostfile(path)}
 
 
+def parse_hostfile(hostfile_lines: Iterable[str]) -> dict[str, int]:
+    """The number of slots of every host that the lines of a hostfile name, in their order.
+
+    Raises:
+        DrivetrainError: lines are wrong; all of them are named.
+    """
+    found = hosts.parse_hostfile(hostfile_lines, "hostfile")
+    return {host.name: len(host.slots) for host in found}
+
+
 def parse_resource_filter(
     host_info: Slots, include_str: str = "", exclude_str: str = ""
 ) -> dict[str, list[int]]:
-    """The hosts that take part, and their slots.
+    """The hosts that take part, and their slots; none if all are left out.
 
     Args:
         host_info: all hosts and their slots.
@@ -35,10 +46,10 @@ def parse_resource_filter(
         exclude_str: hosts and slots to leave out.
 
     Raises:
-        DrivetrainError: a host or slot does not exist, both filters are given, or nothing is left.
+        DrivetrainError: a host or slot does not exist, or both filters are given.
     """
-    hosts = [Host(name, tuple(slots)) for name, slots in host_info.items()]
-    chosen = choose(hosts, include=include_str, exclude=exclude_str)
+    every = [Host(name, tuple(slots)) for name, slots in host_info.items()]
+    chosen = filtered(every, include=include_str, exclude=exclude_str)
     return {host.name: list(host.slots) for host in chosen}
 
 

@@ -1,13 +1,14 @@
 """Which hosts take part in a job, and which devices of them.
 
 A hostfile has a line ``NAME slots=N`` for each host. ``--include`` and ``--exclude`` take
-``NAME[:SLOT,SLOT...]``, several of them joined by ``@``: the notation of DeepSpeed's launcher.
+``NAME[:SLOT,SLOT...]``, several of them joined by ``@``: the notation of DeepSpeed's launcher. A host
+that is named more than once is meant with all the slots that are named.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,6 +42,19 @@ def read_hostfile(path: Path) -> list[Host]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DrivetrainError(f"hostfile {path} cannot be read: {reason}") from error
+    return parse_hostfile(lines, str(path))
+
+
+def parse_hostfile(lines: Iterable[str], source: str) -> list[Host]:
+    """The hosts that the lines of a hostfile name, in their order.
+
+    Args:
+        lines: without their ends.
+        source: how messages call the file.
+
+    Raises:
+        DrivetrainError: lines are wrong; all of them are named.
+    """
     hosts: dict[str, Host] = {}
     first_line: dict[str, int] = {}
     problems = []
@@ -50,17 +64,17 @@ def read_hostfile(path: Path) -> list[Host]:
             continue
         found = _LINE.fullmatch(line)
         if found is None:
-            problems.append(f"{path}:{number}: {line!r} is not of the form 'NAME slots=NUMBER'")
+            problems.append(f"{source}:{number}: {line!r} is not of the form 'NAME slots=NUMBER'")
         elif int(found["slots"]) == 0:
-            problems.append(f"{path}:{number}: host {found['name']!r} has no slots; leave it out")
+            problems.append(f"{source}:{number}: host {found['name']!r} has no slots; leave it out")
         elif found["name"] in hosts:
             first = first_line[found["name"]]
-            problems.append(f"{path}:{number}: host {found['name']!r} is in line {first} already")
+            problems.append(f"{source}:{number}: host {found['name']!r} is in line {first} already")
         else:
             hosts[found["name"]] = Host(found["name"], tuple(range(int(found["slots"]))))
             first_line[found["name"]] = number
     if not hosts and not problems:
-        problems.append(f"{path}: names no host; it needs lines like 'worker-1 slots=8'")
+        problems.append(f"{source}: names no host; it needs lines like 'worker-1 slots=8'")
     if problems:
         raise DrivetrainError("\n".join(problems))
     return list(hosts.values())
@@ -87,27 +101,34 @@ def choose(
         DrivetrainError: a host or slot does not exist, options contradict each other, or nothing
             is left.
     """
-    if include and exclude:
-        raise DrivetrainError("--include and --exclude cannot be used together; give one of them")
     if (include or exclude) and (nodes is not None or per_node is not None):
         raise DrivetrainError(
             "--num-nodes and --num-gpus count from the first host and slot; they cannot be used "
             "together with --include or --exclude, which name them"
         )
-    chosen = list(hosts)
+    chosen = filtered(hosts, include=include, exclude=exclude)
+    if not chosen:
+        raise DrivetrainError("--exclude leaves no host")
+    return _first(chosen, nodes, per_node)
+
+
+def filtered(hosts: Sequence[Host], *, include: str = "", exclude: str = "") -> list[Host]:
+    """What filters leave of ``hosts``, which may be nothing; see :func:`choose`.
+
+    Raises:
+        DrivetrainError: a host or slot does not exist, or both filters are given.
+    """
+    if include and exclude:
+        raise DrivetrainError("--include and --exclude cannot be used together; give one of them")
     if include:
         wanted = _named(include, hosts, "--include")
-        chosen = [replace(h, slots=wanted[h.name]) for h in hosts if h.name in wanted]
-    elif exclude:
-        without = _named(exclude, hosts, "--exclude")
-        kept = [
-            replace(h, slots=tuple(s for s in h.slots if s not in without.get(h.name, ())))
-            for h in hosts
-        ]
-        chosen = [host for host in kept if host.slots]
-        if not chosen:
-            raise DrivetrainError("--exclude leaves no host")
-    return _first(chosen, nodes, per_node)
+        return [replace(h, slots=wanted[h.name]) for h in hosts if h.name in wanted]
+    without = _named(exclude, hosts, "--exclude") if exclude else {}
+    kept = [
+        replace(h, slots=tuple(s for s in h.slots if s not in without.get(h.name, ())))
+        for h in hosts
+    ]
+    return [host for host in kept if host.slots]
 
 
 def _first(hosts: list[Host], nodes: int | None, per_node: int | None) -> list[Host]:
@@ -133,9 +154,8 @@ def _named(text: str, hosts: Sequence[Host], option: str) -> dict[str, tuple[int
             raise DrivetrainError(
                 f"{option}: no host is named {name!r}{did_you_mean(name, list(known))}"
             )
-        if name in named:
-            raise DrivetrainError(f"{option}: host {name!r} is named twice")
-        named[name] = _slots(numbers, known[name], f"{option} {name}") if colon else known[name]
+        slots = _slots(numbers, known[name], f"{option} {name}") if colon else known[name]
+        named[name] = tuple(sorted({*named.get(name, ()), *slots}))
     return named
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,11 @@ class Options:
 def main(**options: Any) -> None:
     """Run SCRIPT with its ARGUMENTS on several ranks, of this host or of those in a hostfile."""
     chosen = Options(**options)
+    if max(chosen.num_nodes, chosen.num_gpus) > 0 and (chosen.include or chosen.exclude):
+        raise click.ClickException(
+            "--num_nodes and --num_gpus count from the first host and device; they cannot be given "
+            "together with --include or --exclude, which name them"
+        )
     if chosen.no_python:
         raise click.ClickException("--no_python is not supported: SCRIPT must be Python")
     if not chosen.module and not Path(chosen.script).is_file():
@@ -140,6 +146,21 @@ def main(**options: Any) -> None:
     else:
         command = _here(chosen, hostfile)
     drivetrain.main([*command, *chosen.common, *chosen.target], prog_name="deepspeed")
+
+
+def run(args: Sequence[str] | None = None) -> None:
+    """The command as a function, for scripts that start ranks themselves.
+
+    Args:
+        args: of the command; by default those of this process, which then ends as the command does.
+
+    Raises:
+        ValueError: ``args`` are wrong.
+    """
+    try:
+        main.main(args, prog_name="deepspeed", standalone_mode=args is None)
+    except click.ClickException as error:
+        raise ValueError(error.format_message()) from error
 
 
 def _here(options: Options, hostfile: Path | None) -> list[str]:

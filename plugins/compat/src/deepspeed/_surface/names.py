@@ -61,7 +61,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "torch_info version",
     },
     "launcher.runner": {
-        "deepspeed._commands.launch": "main DEEPSPEED_ENVIRONMENT_NAME EXPORT_ENVS",
+        "deepspeed._commands.launch": "main=run DEEPSPEED_ENVIRONMENT_NAME EXPORT_ENVS",
     },
     "monitor.config": {
         "deepspeed._parts.monitor": "DeepSpeedMonitorConfig get_monitor_config",
@@ -92,6 +92,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
         "LAMB_OPTIMIZER LION_OPTIMIZER ONEBIT_ADAM_OPTIMIZER get_gradient_clipping",
     },
     "runtime.config_utils": {
+        "deepspeed._config.model": "DeepSpeedConfigModel",
         "deepspeed._config.sections": "dict_raise_error_on_duplicate_keys",
     },
     "runtime.constants": {"deepspeed._config.sections": "GRADIENT_CLIPPING_DEFAULT"},
@@ -230,6 +231,7 @@ READS_CONFIG = frozenset({"zero.Init", "zero.MiCS_Init"})
 """Names of other packages' classes whose constructors read a config of DeepSpeed."""
 
 RAISES = frozenset({
+    "launcher.runner._parse_hostfile",
     "launcher.runner.fetch_hostfile",
     "launcher.runner.parse_inclusion_exclusion",
     "launcher.runner.parse_resource_filter",
@@ -298,8 +300,8 @@ NEEDS: Mapping[str, Mapping[str, str]] = {
         "inference.v2": "InferenceEngineV2 SchedulingError SchedulingResult build_hf_engine",
     },
     "drivetrain-launch": {
-        "launcher.runner": "encode_world_info fetch_hostfile parse_inclusion_exclusion "
-        "parse_resource_filter",
+        "launcher.runner": "_parse_hostfile encode_world_info fetch_hostfile "
+        "parse_inclusion_exclusion parse_resource_filter",
     },
     "drivetrain-moe": {
         "moe.layer": "MoE",
