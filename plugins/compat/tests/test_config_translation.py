@@ -12,6 +12,8 @@ from deepspeed._config.keys import DEFAULTS, paths
 from deepspeed._config.status import key_status
 from deepspeed._config.translate import WITHOUT_EFFECT, translate
 from deepspeed._config.view import DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from drivetrain.errors import ConfigError
 from drivetrain.plan.plan import Plan
@@ -52,6 +54,23 @@ from drivetrain.plan.plan import Plan
         (
             {"optimizer": {"type": "AdamW", "params": {"fused": None}}},
             {"optimizer": {"type": "AdamW", "params": {"fused": None}}},
+        ),
+        (
+            {"zero_allow_untested_optimizer": 1, "fp16": {"enabled": 0, "hysteresis": 1}},
+            {"zero_allow_untested_optimizer": True, "fp16": {"enabled": False, "hysteresis": 1}},
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "5e8"}, "gradient_clipping": "1"},
+            {"zero_optimization": {"reduce_bucket_size": 5e8}, "gradient_clipping": "1"},
+        ),
+        (
+            {"fp16": {"enabled": True, "loss_scale": "128", "loss_scale_window": 0}},
+            {"fp16": {"enabled": True, "loss_scale": 128}},
+        ),
+        ({"fp16": {"min_loss_scale": -1}}, {"fp16": {}}),
+        (
+            {"fp16": {"enabled": True, "min_loss_scale": -1}},
+            {"fp16": {"enabled": True, "min_loss_scale": -1}},
         ),
         ({"wandb": {"project": "x"}}, {"wandb": {"project": "x", "enabled": False}}),
         ({"wandb": {"enabled": True}}, {"wandb": {"enabled": True}}),
@@ -222,3 +241,12 @@ def test_the_object_of_a_config_has_its_values(monkeypatch):
     assert config.world_size == 2
     with pytest.raises(AttributeError, match=r"no attribute 'nothing' here; engine\.config is it"):
         config.nothing  # noqa: B018
+
+
+def test_keys_without_effect_are_shown_as_they_were_given():
+    assert DeepSpeedZeroConfig(stage=2, grad_hooks=False).grad_hooks is False
+    assert DeepSpeedZeroConfig(stage=2).grad_hooks is True
+    assert (
+        DeepSpeedFP16Config(enabled=True, loss_scale=8, loss_scale_window=-1).loss_scale_window
+        == -1
+    )

@@ -1,8 +1,8 @@
 """Which hosts take part in a job, and which devices of them.
 
 A hostfile has a line ``NAME slots=N`` for each host. ``--include`` and ``--exclude`` take
-``NAME[:SLOT,SLOT...]``, several of them joined by ``@``: the notation of DeepSpeed's launcher. A host
-that is named more than once is meant with all the slots that are named.
+``NAME[:SLOT,SLOT...]``, several of them joined by ``@``: the notation of DeepSpeed's launcher. A
+host that is named more than once is meant with all the slots that are named.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ class SectionView:
     """The keys of one section, checked; what is not given has its default.
 
     Args:
-        keys: of the section.
+        keys: of the section. Those without effect here are shown as they were given.
 
     Attributes:
         given: names of the keys.
@@ -27,12 +27,16 @@ class SectionView:
     path: ClassVar[str]
 
     def __init__(self, **keys: Any) -> None:
-        self._section = _checked(self.path, _translated(self.path, keys))
+        read = _translated(self.path, keys)
+        self._section = _checked(self.path, read)
+        self._dropped = {k: v for k, v in keys.items() if k not in read and v is not None}
         self.given = frozenset(keys)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name in self._dropped:
+            return self._dropped[name]
         for shown in (name, f"stage3_{name}"):
             if hasattr(self._section, shown):
                 return getattr(self._section, shown)

@@ -66,7 +66,10 @@ def translate(config: Mapping[str, Any], registry: Registry | None = None) -> Tr
         registry: what is installed; its sections are known keys.
     """
     done = Translation(_without_nulls(config))
-    steps = (_steps_per_print, _old_zero, _spellings, _drop_dead, _switch_off, _parallelism)
+    steps = (
+        *(_steps_per_print, _old_zero, _spellings, _scaling, _drop_dead, _switch_off),
+        _parallelism,
+    )
     for step in steps:
         step(done)
     _drop_unknown(done, registry or Registry.installed())
@@ -109,13 +112,55 @@ def _old_zero(done: Translation) -> None:
 
 
 def _spellings(done: Translation) -> None:
-    """Write values as Drivetrain does that DeepSpeed takes in any case, or as one or several."""
+    """Write values as Drivetrain does that DeepSpeed takes in several ways."""
+    _numbers_and_switches(done.config, DEFAULTS)
     if isinstance(operation := done.config.get("gradient_allreduce_op"), str):
         done.config["gradient_allreduce_op"] = operation.lower()
     zero = done.config.get("zero_optimization")
     leaves = zero.get("leaf_module") if isinstance(zero, dict) else None
     if isinstance(leaves, dict):
         leaves.update({key: [one] for key, one in leaves.items() if isinstance(one, str)})
+
+
+def _numbers_and_switches(section: Config, defaults: Mapping[str, Any]) -> None:
+    """Make booleans of 0 and 1, and inside of sections numbers of texts, as DeepSpeed reads them.
+
+    Args:
+        section: of the config, or all of it; changed.
+        defaults: DeepSpeed's, which tell what is a boolean or a number.
+    """
+    for key, default in defaults.items():
+        value = section.get(key)
+        if isinstance(default, bool) and type(value) is int and value in (0, 1):
+            section[key] = bool(value)
+        elif isinstance(value, str) and type(default) in (int, float) and defaults is not DEFAULTS:
+            section[key] = _number(value)
+        elif isinstance(default, Mapping) and isinstance(value, dict):
+            _numbers_and_switches(value, default)
+
+
+def _number(text: str) -> int | float | str:
+    """What a text says as a number; itself if it is none."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _scaling(done: Translation) -> None:
+    """Drop what a loss scale that follows overflows would need, where it does not."""
+    fp16 = done.config.get("fp16")
+    if not isinstance(fp16, dict):
+        return
+    scale = fp16.get("loss_scale", 0)
+    fixed = isinstance(scale, (int, float)) and scale > 0
+    if fixed or fp16.get("enabled") in (None, False):
+        for key in ("loss_scale_window", "min_loss_scale"):
+            if fp16.pop(key, None) is not None:
+                reason = "the loss scale is fixed" if fixed else "fp16 is off"
+                done.notes.append(f"fp16.{key}: no effect, {reason}")
 
 
 def _drop_dead(done: Translation) -> None:

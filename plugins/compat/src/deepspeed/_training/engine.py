@@ -351,6 +351,12 @@ class DeepSpeedEngine(Engine):
             load_module_only=load_module_only,
         )
 
+    def _get_optimizer_ckpt_name(
+        self, checkpoints_path: str | os.PathLike[str], tag: str | int, expp_rank: int
+    ) -> str:
+        """Where optimizer states of experts lie: the folder of the checkpoint, as all states do."""
+        return os.path.join(checkpoints_path, str(tag))  # noqa: PTH118 - as the caller spells it
+
     def load_module_state_dict(
         self,
         state_dict: dict[str, Any] | None = None,
