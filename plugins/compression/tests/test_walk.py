@@ -19,7 +19,7 @@ from torch import nn
 
 from drivetrain.errors import ConfigError
 
-GPTQ = {"modifiers": [{"gptq": {"group": 16, "act_order": False}}]}
+GPTQ = {"modifiers": [{"gptq": {"group": 16, "act_order": False, "damping": 0.01}}]}
 W8A8 = {"modifiers": [{"smoothquant": {}}, {"round": {"bits": 8, "activations": "int8"}}]}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -18,6 +18,7 @@ from drivetrain_compression.calibrated.gptq import (
     SingularError,
     damped,
     gptq,
+    held_damping,
     invert,
 )
 from drivetrain_compression.calibrated.grids import (
@@ -45,13 +46,15 @@ from drivetrain_compression.recipe.modifier import (
 
 ConfigT = TypeVar("ConfigT", bound=ModifierConfig)
 
+_GRAMS = ("gram", "grams")
+
 
 class AfterTraining(Modifier[ConfigT], Generic[ConfigT]):
     """A method that sees one block at a time, with the data that passes through it.
 
     Class attributes:
-        gathers: ``"gram"``, ``"sizes"``, ``"tokens"`` (sizes, and some tokens as they are), or
-            ``""``: needs no data.
+        gathers: ``"gram"``, ``"grams"`` (some batches apart), ``"sizes"``, ``"tokens"`` (sizes,
+            and some tokens as they are), or ``""``: needs no data.
         batches: how many of the data it has to see; ``None``: all.
 
     Attributes:
@@ -74,7 +77,10 @@ class AfterTraining(Modifier[ConfigT], Generic[ConfigT]):
             self.check(target)
         if self.gathers:
             self.watch = Watch(
-                units[0].targets, gram=self.gathers == "gram", keep=self.gathers == "tokens"
+                units[0].targets,
+                gram=self.gathers in _GRAMS,
+                keep=self.gathers == "tokens",
+                split=self.gathers == "grams",
             )
 
     def step(self, progress: Progress) -> None:
@@ -166,18 +172,26 @@ class Quantiser(AfterTraining[GridConfigT], Generic[GridConfigT]):
             self._round(targets, inputs)
 
     def numbers(
-        self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, hessian: torch.Tensor | None
+        self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, inputs: Inputs | None
     ) -> tuple[torch.Tensor, Scales]:
-        """Choose for a weight [out, in], float32, whose scales will be stored in ``dtype``."""
+        """Choose for a weight [out, in], float32, whose scales will be stored in ``dtype``.
+
+        Args:
+            weight: of layers of one input, one below the other.
+            grid: of numbers.
+            dtype: of scales.
+            inputs: with gram matrices, if the method gathers them; else ``None``.
+        """
         raise NotImplementedError
 
     def _round(self, targets: Sequence[Target], inputs: Inputs | None) -> None:
         modules: list[nn.Linear] = [t.module for t in targets]  # type: ignore[misc]
         weight = torch.cat([module.weight.detach() for module in modules]).float()
         grid, dtype = self.config.grid(), modules[0].weight.dtype
-        hessian = None if inputs is None or self.gathers != "gram" else inputs.gram
+        known = inputs if self.gathers in _GRAMS else None
+        hessian = None if known is None else known.gram
         try:
-            numbers, scales = self.numbers(weight, grid, dtype, hessian)
+            numbers, scales = self.numbers(weight, grid, dtype, known)
         except SingularError as error:
             raise ConfigError(f"{self.label}: {targets[0].name}: {error}") from error
         start = 0
@@ -187,9 +201,9 @@ class Quantiser(AfterTraining[GridConfigT], Generic[GridConfigT]):
             part = Scales(scales.scale[rows], scales.zero[rows], scales.group)
             found = self._with_rest(weight[rows], Rounded(numbers[rows], part, grid))
             lost = None if hessian is None else _error(weight[rows], found, hessian)
-            known = None if inputs is None else self.input_scale(inputs, dtype)
+            scale = None if inputs is None else self.input_scale(inputs, dtype)
             found = replace(
-                found, activations=self.config.activations, error=lost, input_scale=known
+                found, activations=self.config.activations, error=lost, input_scale=scale
             )
             put(module, found)
             self.results[target.name] = found
@@ -228,12 +242,12 @@ class Round(Quantiser[RoundConfig]):
             self.gathers = "gram"  # type: ignore[misc]
 
     def numbers(
-        self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, hessian: torch.Tensor | None
+        self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, inputs: Inputs | None
     ) -> tuple[torch.Tensor, Scales]:
         group = self.config.group
         found = fit(weight, grid, group)
-        if hessian is not None:
-            found = fit_by_error(weight, grid, group, hessian)
+        if inputs is not None:
+            found = fit_by_error(weight, grid, group, inputs.gram)
         scales = stored(found, dtype)
         return round_to(weight, grid, scales), scales
 
@@ -251,7 +265,7 @@ class Hqq(Quantiser[HqqConfig]):
     config_class = HqqConfig
 
     def numbers(
-        self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, hessian: torch.Tensor | None
+        self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, inputs: Inputs | None
     ) -> tuple[torch.Tensor, Scales]:
         config = self.config
         found = hqq(weight, grid, config.group, power=config.power, steps=config.steps)
@@ -259,10 +273,17 @@ class Hqq(Quantiser[HqqConfig]):
         return round_to(weight, grid, scales), scales
 
 
+Damping = Annotated[float, Field(gt=0, le=1)] | Literal["search"]
+DAMPING = (
+    "Share of the mean diagonal; `search` takes that of each layer which does best on every fourth "
+    "batch of the data, fitted to the others (0.01, 0.03, 0.1 or 0.3)."
+)
+
+
 class GptqConfig(GridConfig):
     """GPTQ."""
 
-    damping: float = Field(default=0.01, gt=0, le=1, description="Share of the mean diagonal.")
+    damping: Damping = Field(default="search", description=DAMPING)
     act_order: bool = Field(default=True, description="Round inputs with large activations first.")
     block: int = Field(default=128, ge=1, description="Columns between updates of the rest.")
     clip: bool = Field(default=True, description="Cut ranges so that outputs change least.")
@@ -280,22 +301,38 @@ class Gptq(Quantiser[GptqConfig]):
     """
 
     config_class = GptqConfig
-    gathers = "gram"
+
+    def __init__(self, config: GptqConfig, label: str) -> None:
+        super().__init__(config, label)
+        self.gathers = "grams" if config.damping == "search" else "gram"  # type: ignore[misc]
 
     def numbers(
-        self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, hessian: torch.Tensor | None
+        self, weight: torch.Tensor, grid: Grid, dtype: torch.dtype, inputs: Inputs | None
     ) -> tuple[torch.Tensor, Scales]:
-        assert hessian is not None
-        config = self.config
+        assert inputs is not None
+        config, hessian = self.config, inputs.gram
         found = fit(weight, grid, config.group)
         if config.clip:
             found = fit_by_error(weight, grid, config.group, hessian)
         scales = stored(found, dtype)
-        order = Order.by_activity(hessian) if config.act_order else Order()
-        inverse: Inverse = invert(order.of(hessian, 0, 1), config.damping)
-        if inverse.damping > config.damping:
-            self.notes.append(f"damped by {inverse.damping:g} instead of {config.damping:g}")
-        numbers = gptq(weight, inverse, grid, scales, order=order, block=config.block)
+
+        def chosen(rows: slice, hessian: torch.Tensor, share: float) -> tuple[Inverse, Any, Scales]:
+            order = Order.by_activity(hessian) if config.act_order else Order()
+            inverse = invert(order.of(hessian, 0, 1), share)
+            own = Scales(scales.scale[rows], scales.zero[rows], scales.group)
+            numbers = gptq(weight[rows], inverse, grid, own, order=order, block=config.block)
+            return inverse, numbers, own
+
+        def changed(rows: slice, hessian: torch.Tensor, share: float) -> torch.Tensor:
+            _, numbers, own = chosen(rows, hessian, share)
+            return weight_of(numbers, own)
+
+        share = config.damping
+        if share == "search":
+            share = held_damping(weight, inputs.parts, changed)
+        inverse, numbers, _ = chosen(slice(None), hessian, share)
+        if inverse.damping > share:
+            self.notes.append(f"damped by {inverse.damping:g} instead of {share:g}")
         if not config.sweeps:
             return numbers, scales
         return refine(

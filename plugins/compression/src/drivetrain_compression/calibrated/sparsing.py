@@ -9,8 +9,8 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from drivetrain.errors import ConfigError
-from drivetrain_compression.calibrated.gptq import SingularError, damped, invert
-from drivetrain_compression.calibrated.modifiers import AfterTraining
+from drivetrain_compression.calibrated.gptq import SingularError, damped, held_damping, invert
+from drivetrain_compression.calibrated.modifiers import DAMPING, AfterTraining, Damping
 from drivetrain_compression.calibrated.pruning import Pattern, sparsegpt, wanda
 from drivetrain_compression.calibrated.refining import settle
 from drivetrain_compression.calibrated.statistics import Inputs
@@ -79,7 +79,7 @@ class Wanda(_Pruner[PruneConfig]):
 class SparseGptConfig(PruneConfig):
     """SparseGPT."""
 
-    damping: float = Field(default=0.01, gt=0, le=1, description="Share of the mean diagonal.")
+    damping: Damping = Field(default="search", description=DAMPING)
     block: int = Field(default=128, ge=1, description="Columns that are pruned together.")
     sweeps: int = Field(
         default=0, ge=0, description="Times that all weights that stay are moved again."
@@ -90,13 +90,23 @@ class SparseGpt(_Pruner[SparseGptConfig]):
     """SparseGPT: the weights that stay make up for those that go."""
 
     config_class = SparseGptConfig
-    gathers = "gram"
+
+    def __init__(self, config: SparseGptConfig, label: str) -> None:
+        super().__init__(config, label)
+        self.gathers = "grams" if config.damping == "search" else "gram"  # type: ignore[misc]
 
     def prune(self, weight: torch.Tensor, inputs: Inputs, pattern: Pattern) -> torch.Tensor:
-        inverse = invert(inputs.gram, self.config.damping)
-        pruned = sparsegpt(weight, inverse, pattern, block=self.config.block)
-        if not self.config.sweeps:
-            return pruned
-        alive = weight * ~inverse.dead
-        hessian = damped(inputs.gram, inverse.damping)
-        return settle(alive, pruned, hessian, sweeps=self.config.sweeps)
+        config = self.config
+
+        def pruned(rows: slice, hessian: torch.Tensor, share: float) -> torch.Tensor:
+            return sparsegpt(weight[rows], invert(hessian, share), pattern, block=config.block)
+
+        share = config.damping
+        if share == "search":
+            share = held_damping(weight, inputs.parts, pruned)
+        hessian = inputs.gram
+        found = pruned(slice(None), hessian, share)
+        if not config.sweeps:
+            return found
+        alive = weight * (hessian.diagonal() != 0)
+        return settle(alive, found, damped(hessian, share), sweeps=config.sweeps)

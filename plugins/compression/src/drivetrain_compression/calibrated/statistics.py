@@ -26,32 +26,62 @@ of the other features.
 _KEPT, _KEPT_OF_BATCH = 512, 64
 """Tokens that are kept as they are, of all data and of one batch."""
 
+_APART = 4
+"""Every so many batches one is counted apart, where choices are held to data not fitted to."""
+
 
 class Inputs:
     """Sums over all tokens that came to one input, which several layers may share.
+
+    Args:
+        width: in.
+        device: of the inputs.
+        gram: sum whole gram matrices.
+        keep: keep some tokens.
+        split: sum the gram matrices of some batches apart.
 
     Attributes:
         gram: [in, in], mean of ``x x^T`` times 2 (the Hessian of the squared error), float32; a
             token counts at most as much as 64 of its batch's median size.
         kept: [n, in], some of the tokens, evenly from each batch, until there are 512.
+        parts: ``gram`` of most batches, and of those apart; ``None`` unless there are both.
         top: [in], largest size.
         mean: [in], mean size.
         tokens: number of them.
     """
 
-    def __init__(self, width: int, device: torch.device, *, gram: bool, keep: bool = False) -> None:
-        self._gram = torch.zeros(width, width, device=device) if gram else None
+    def __init__(
+        self,
+        width: int,
+        device: torch.device,
+        *,
+        gram: bool,
+        keep: bool = False,
+        split: bool = False,
+    ) -> None:
+        self._grams = [torch.zeros(width, width, device=device) for _ in range(gram + split)]
+        self._counts = [0, 0]
         self._keep = keep
         self._rows: list[torch.Tensor] = []
         self._squares = torch.zeros(width, device=device)
         self.top = torch.zeros(width, device=device)
         self._sizes = torch.zeros(width, device=device)
-        self.tokens = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(self._counts)
 
     @property
     def gram(self) -> torch.Tensor:
-        assert self._gram is not None
-        return self._gram * (2 / max(self.tokens, 1))
+        first, *rest = self._grams
+        return sum(rest, first) * (2 / max(self.tokens, 1))
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if len(self._grams) < 2 or not all(self._counts):
+            return None
+        first, second = (g * (2 / n) for g, n in zip(self._grams, self._counts, strict=True))
+        return first, second
 
     @property
     def kept(self) -> torch.Tensor:
@@ -60,23 +90,23 @@ class Inputs:
     @property
     def squares(self) -> torch.Tensor:
         """[in], mean of squares times 2; the diagonal of the gram matrix."""
-        return self._squares * (2 / max(self.tokens, 1))
+        sums = [g.diagonal() for g in self._grams] or [self._squares]
+        return torch.stack(sums).sum(0) * (2 / max(self.tokens, 1))
 
     @property
     def mean(self) -> torch.Tensor:
         return self._sizes / max(self.tokens, 1)
 
-    def add(self, x: torch.Tensor) -> None:
-        """Count tokens [n, in]."""
-        wide = x.float()
-        self.tokens += len(x)
+    def add(self, x: torch.Tensor, *, apart: bool = False) -> None:
+        """Count tokens [n, in]; ``apart`` where there is a gram matrix for that."""
+        wide, part = x.float(), int(apart and len(self._grams) > 1)
+        self._counts[part] += len(x)
         if self._keep and sum(map(len, self._rows)) < _KEPT:
             self._rows.append(wide[:: -(-len(x) // _KEPT_OF_BATCH)].clone())
-        if self._gram is not None:
+        if self._grams:
             even = _evened(wide)
             with exact_products() if x.dtype == torch.bfloat16 else nullcontext():
-                self._gram.addmm_(even.T, even)
-            self._squares = self._gram.diagonal()
+                self._grams[part].addmm_(even.T, even)
         else:
             self._squares += wide.square().sum(0)
         size = wide.abs()
@@ -101,10 +131,14 @@ class Watch:
         targets: linear layers.
         gram: gather whole gram matrices; else only what is as long as an input.
         keep: keep some tokens, too.
+        split: gather gram matrices of some batches apart.
     """
 
-    def __init__(self, targets: Sequence[Target], *, gram: bool, keep: bool = False) -> None:
-        self._gram, self._keep = gram, keep
+    def __init__(
+        self, targets: Sequence[Target], *, gram: bool, keep: bool = False, split: bool = False
+    ) -> None:
+        self._of_inputs = {"gram": gram, "keep": keep, "split": split}
+        self._batch = 0
         self._of: dict[str, Inputs] = {}
         self._leader: dict[str, str] = {}
         self._now: dict[tuple[Any, ...], str] = {}
@@ -116,6 +150,7 @@ class Watch:
 
     def next(self) -> None:
         """Forget tensors of the batch that has passed."""
+        self._batch += 1
         self._now.clear()
         self._alive.clear()
 
@@ -166,8 +201,8 @@ class Watch:
             self._alive.append(x)  # so that no other tensor gets its place in memory
             rows = self._tokens(x)
             if name not in self._of:
-                self._of[name] = Inputs(x.shape[-1], x.device, gram=self._gram, keep=self._keep)
-            self._of[name].add(rows)
+                self._of[name] = Inputs(x.shape[-1], x.device, **self._of_inputs)
+            self._of[name].add(rows, apart=self._batch % _APART == _APART - 1)
 
         return count
 
