@@ -11,6 +11,7 @@ from drivetrain.contracts import Packed, WeightFormat
 from drivetrain_compression.calibrated.grids import Floats, Grid, Integers, Scales, fit, round_to
 from drivetrain_compression.calibrated.results import Rounded, rounded_tokens
 from drivetrain_compression.files.packing import pack_words, unpack_words
+from drivetrain_compression.stored.kept_blocks import KeptBlocks
 
 _FEW_ROWS = 8
 """The fused product unpacks for each few rows anew; for more, unpacking once is quicker."""
@@ -42,6 +43,11 @@ class Kept(WeightFormat):
     ) -> None:
         self.grid, self.group, self.activations = grid, group, activations
         self.rank, self.input_scale, self.scale_dtype = rank, input_scale, scale_dtype
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether :meth:`multiply` does."""
+        return bool(self.activations)
 
     def tensors(self, shape: Sequence[int]) -> Parts:
         rows, columns = shape
@@ -134,8 +140,13 @@ class Kept(WeightFormat):
         return fits and columns % self.group == 0 and self.group % 2 == 0
 
 
-def kept(found: Rounded, scale_dtype: torch.dtype) -> Kept:
-    """The format that holds exactly what was chosen, where scales were chosen in that dtype."""
+def kept(found: Rounded, scale_dtype: torch.dtype) -> Kept | KeptBlocks:
+    """The format that holds exactly what was chosen, where scales were chosen in that dtype.
+
+    One whose products are sums of whole numbers where it can, as those are quicker.
+    """
+    if (blocks := KeptBlocks.of(found)) is not None:
+        return blocks
     rank = 0 if found.low_rank is None else found.low_rank[0].shape[1]
     scales = found.scales
     return Kept(

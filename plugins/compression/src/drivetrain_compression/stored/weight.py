@@ -179,7 +179,7 @@ _multiplied: Callable[..., torch.Tensor] = _Product.apply
 
 
 def _rounds(format: WeightFormat) -> bool:
-    return bool(getattr(format, "activations", ""))
+    return bool(getattr(format, "rounds_inputs", False))
 
 
 def _shards(wanted: int) -> int:

@@ -14,14 +14,13 @@ import torch
 from drivetrain_kernels.ops.decoder import ADD_RMS_NORM, GATED_ACTIVATION, ROTARY_TO_CACHE
 from drivetrain_kernels.ops.paged_attention import PAGED_ATTENTION
 from drivetrain_kernels.registry import REFERENCE
-from torch import nn
 
 from drivetrain.contracts import WeightFormat
 from drivetrain_inference.adapters.adapter import Group, Part, add_changes
 from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
 from drivetrain_inference.fast.decode import Capture, Decodes
 from drivetrain_inference.fast.projections import Projection, joined
-from drivetrain_inference.fast.structure import Block, Structure, UnlikeError, norm_eps
+from drivetrain_inference.fast.structure import Block, Layer, Structure, UnlikeError, norm_eps
 
 Turns = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines [tokens, rotated / 2], float32."""
@@ -36,7 +35,7 @@ class _Joined:
 
     @classmethod
     def of(
-        cls, layers: Sequence[nn.Linear], project: Callable[[Sequence[nn.Linear]], Projection]
+        cls, layers: Sequence[Layer], project: Callable[[Sequence[Layer]], Projection]
     ) -> _Joined:
         parts, start = list[Part](), 0
         for layer in layers:
@@ -61,7 +60,7 @@ class _Layer:
     down: _Joined
 
     @classmethod
-    def of(cls, block: Block, project: Callable[[Sequence[nn.Linear]], Projection]) -> _Layer:
+    def of(cls, block: Block, project: Callable[[Sequence[Layer]], Projection]) -> _Layer:
         query, key, value, output = block.attention
         gate, up, down = block.gated
         first, second = block.norms

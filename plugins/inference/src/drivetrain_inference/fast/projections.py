@@ -11,6 +11,7 @@ from drivetrain_kernels.registry import REFERENCE
 from torch import nn
 
 from drivetrain.contracts import WeightFormat
+from drivetrain_inference.fast.structure import Layer, UnlikeError, is_packed
 from drivetrain_inference.weights.bound import BoundFormat
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
@@ -18,15 +19,21 @@ Projection = Callable[[torch.Tensor], torch.Tensor]
 
 
 def joined(
-    linears: Sequence[nn.Linear], form: WeightFormat | None, *, invariant: bool = False
+    layers: Sequence[Layer], form: WeightFormat | None, *, invariant: bool = False
 ) -> Projection:
     """One projection that computes several layers of the same input, one after another.
 
     Args:
-        linears: the layers.
+        layers: the layers; those that are packed multiply by themselves.
         form: how to pack the weight; ``None`` keeps its numbers.
         invariant: a row's bits must not depend on how many other rows there are.
+
+    Raises:
+        UnlikeError: a layer is packed already, and its product is to be another one.
     """
+    if any(is_packed(each) for each in layers):
+        return _by_themselves(layers, form, invariant)
+    linears: Sequence[nn.Linear] = layers  # type: ignore[assignment]
     weight = torch.cat([each.weight.detach() for each in linears])
     biases = [getattr(each, "bias", None) for each in linears]
     bias = None
@@ -40,6 +47,19 @@ def joined(
     if PACKED_LINEAR.provider(device) != REFERENCE and weight.dtype != torch.float64:
         return _packed(weight, bias)
     return lambda x: nn.functional.linear(x, weight, bias)
+
+
+def _by_themselves(
+    layers: Sequence[Layer], form: WeightFormat | None, invariant: bool
+) -> Projection:
+    if form is not None:
+        raise UnlikeError("its matrices are packed already, and are not packed again")
+    if invariant:
+        raise UnlikeError("its matrices are packed, and rows of their products are not invariant")
+    if len(layers) == 1:
+        (only,) = layers
+        return lambda x: only(x)
+    return lambda x: torch.cat([layer(x) for layer in layers], dim=1)
 
 
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:

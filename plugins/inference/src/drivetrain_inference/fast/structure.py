@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from drivetrain_kernels.ops.decoder import ACTIVATIONS
 from torch import nn
+
+from drivetrain.contracts import WeightFormat
 
 _BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -19,6 +21,28 @@ _MOVING_ROTATIONS = ("dynamic", "longrope")
 
 class UnlikeError(Exception):
     """The module is built otherwise; says in what."""
+
+
+class PackedLayer(Protocol):
+    """A linear layer whose weight its own package keeps packed, and which multiplies by itself.
+
+    Its ``weight`` is no tensor, and has the ``format`` that it is packed in.
+    """
+
+    weight: Any
+    in_features: int
+    out_features: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[rows, in] -> [rows, out], bias included."""
+
+
+Layer = nn.Linear | PackedLayer
+
+
+def is_packed(layer: Any) -> bool:
+    """Whether a module is a :class:`PackedLayer`."""
+    return isinstance(getattr(getattr(layer, "weight", None), "format", None), WeightFormat)
 
 
 @dataclass(frozen=True)
@@ -32,8 +56,8 @@ class Block:
     """
 
     norms: tuple[nn.Module, nn.Module]
-    attention: tuple[nn.Linear, ...]
-    gated: tuple[nn.Linear, ...]
+    attention: tuple[Layer, ...]
+    gated: tuple[Layer, ...]
 
 
 @dataclass(frozen=True)
@@ -102,10 +126,10 @@ def _block(block: Any, place: str) -> Block:
     )
 
 
-def _linears(parent: Any, names: tuple[str, ...], place: str) -> Iterator[nn.Linear]:
+def _linears(parent: Any, names: tuple[str, ...], place: str) -> Iterator[Layer]:
     for name in names:
         found = getattr(parent, name)
-        if type(found) is not nn.Linear:
+        if type(found) is not nn.Linear and not is_packed(found):
             raise UnlikeError(f"{place}: {name} is a {type(found).__name__}, not a Linear")
         yield found
 
