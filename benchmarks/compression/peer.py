@@ -19,26 +19,29 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-GROUPED = {
-    "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64,
-}  # fmt: skip
+
+def grouped(group: int) -> dict[str, Any]:
+    """Symmetric weights of 4 bits in all layers but the head."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    weights = QuantizationArgs(
+        num_bits=4, type="int", symmetric=True, strategy="group", group_size=group
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    return {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
 
 
 def recipe(name: str) -> list[Any]:
     """Modifiers of llm-compressor."""
-    from compressed_tensors.quantization import QuantizationScheme
-
-    scheme = {"group_0": QuantizationScheme(targets=["Linear"], weights=GROUPED)}
-    common = {"config_groups": scheme, "ignore": ["lm_head"]}
-    if name == "gptq-64":
+    if name in ("gptq-64", "gptq-128"):
         from llmcompressor.modifiers.gptq import GPTQModifier
 
-        return [GPTQModifier(**common)]
+        return [GPTQModifier(**grouped(int(name.partition("-")[2])))]
     if name == "awq-64":
         from llmcompressor.modifiers.quantization import QuantizationModifier
         from llmcompressor.modifiers.transform.awq import AWQModifier
 
-        return [AWQModifier(), QuantizationModifier(**common)]
+        return [AWQModifier(), QuantizationModifier(**grouped(64))]
     if name == "sparsegpt-2:4":
         from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 
@@ -78,22 +81,25 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--held", type=int, default=24)
     options = parser.parse_args()
-    from datasets import Dataset
     from llmcompressor import oneshot
-    from transformers import AutoModelForCausalLM
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = load_file(options.folder / "rows")
     ids = rows["calibration"][: options.samples, : options.length]
-    data = Dataset.from_dict(
-        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
-    )
+    batches = [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(4)
+    ]
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=torch.bfloat16)
     made = recipe(options.method)
     began, cpu = time.perf_counter(), time.process_time()
     oneshot(
-        model=model, dataset=data, recipe=made, max_seq_length=options.length,
-        num_calibration_samples=options.samples, batch_size=4,
-    )  # fmt: skip
+        model=model,
+        processor=AutoTokenizer.from_pretrained(options.folder),
+        dataset=DataLoader(batches, batch_size=None),
+        recipe=made,
+        num_calibration_samples=len(batches),
+    )
     found = {
         "seconds": time.perf_counter() - began,
         "processor_seconds": time.process_time() - cpu,
