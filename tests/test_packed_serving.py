@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_inference import SamplingParams, serve
+from drivetrain_kernels.ops.paged_attention import PAGED_ATTENTION
+from drivetrain_kernels.registry import REFERENCE
 
 from drivetrain.errors import ConfigError
 
@@ -28,7 +30,7 @@ OPTIONS = {"max_context": 64}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     work = tmp_path_factory.mktemp("packed")
-    model = llama(bos_token_id=None, eos_token_id=None)
+    model = llama(hidden_size=64, bos_token_id=None, eos_token_id=None)
     model.bfloat16().save_pretrained(work / "model")
     for name, modifier in RECIPES.items():
         recipe = {"modifiers": [modifier]}
@@ -55,6 +57,22 @@ def test_the_fast_path_multiplies_with_the_files_numbers(
         served = torch.tensor([each.chosen for each in found.logprobs])
         torch.testing.assert_close(served, own, rtol=0, atol=0.05)
         assert bool((own > told.amax(1) - 0.05).all())
+
+
+@pytest.mark.skipif(PAGED_ATTENTION.provider("cpu") == REFERENCE, reason="no kernels of the CPU")
+@pytest.mark.parametrize("name", ["w8a8", "w4"])
+def test_forwards_with_packed_matrices_are_repeated(folders: dict[str, Path], name: str) -> None:
+    found = []
+    for captured in (False, True):
+        options = {**OPTIONS, "capture_decodes": captured}
+        with serve(folders[name], {"inference": options}) as engine:
+            params = SamplingParams(max_new_tokens=8, temperature=0.0, logprobs=0)
+            found.append(engine.generate([[5, 6, 7], [8, 9]], params))
+            if captured:
+                replayed = engine.ragged.model._decodes._of.values()  # type: ignore[union-attr]
+                assert replayed
+                assert all(each is not None for each in replayed)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

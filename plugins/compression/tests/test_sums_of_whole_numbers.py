@@ -103,3 +103,36 @@ def test_a_folder_in_bfloat16_is_loaded_so(recipe, tmp_path) -> None:
         ours, theirs = (m(input_ids=rows()[0]).logits.float() for m in (model, wanted))
     spread = float((theirs.amax(-1) - theirs.amin(-1)).max())
     assert float((ours - theirs).abs().max()) < 0.05 * spread
+
+
+@pytest.mark.parametrize(
+    ("outputs", "biased", "one"),
+    [((64, 32, 40), False, True), ((40, 32), False, False), ((64, 32), True, False)],
+)
+def test_layers_of_one_input_are_one_product_where_panels_allow_it(
+    outputs: tuple[int, ...], biased: bool, one: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = []
+    for rows_of in outputs:
+        found = chosen(4, 16, 64, rows_of)
+        form = kept(found, torch.bfloat16)
+        weight = StoredWeight.of(form, form.packed(found), found.numbers.shape, torch.bfloat16)
+        bias = torch.nn.Parameter(torch.randn(rows_of)) if biased else None
+        layers.append(StoredLinear.over(weight, bias).eval())
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    wanted = torch.cat([layer(x) for layer in layers], dim=1)
+    product = StoredLinear.joined(layers)
+    assert torch.equal(product(x), wanted)
+    for layer in layers:
+        layer.weight.rounds_inputs = False
+    exact = torch.cat([layer(x) for layer in layers], dim=1)
+    assert torch.equal(product(x), exact)
+    assert not torch.equal(exact, wanted)
+    for layer in layers:
+        layer.weight.rounds_inputs = True
+    monkeypatch.setattr(StoredLinear, "forward", lambda self, x: pytest.fail("called by itself"))
+    if one:
+        assert torch.equal(product(x), wanted)
+    else:
+        with pytest.raises(pytest.fail.Exception, match="by itself"):
+            product(x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from drivetrain_kernels.ops.block_linear import (
@@ -17,6 +17,9 @@ from drivetrain_kernels.ops.block_linear import (
 from drivetrain.contracts import Packed, WeightFormat
 from drivetrain_compression.calibrated.grids import Integers, fit, round_to, stored
 from drivetrain_compression.calibrated.results import Rounded
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+"""[rows, in] -> [rows, out]."""
 
 _MOST_GROUP = 128
 """Inputs of a group of 4-bit weights up to which rounding inputs costs far less than weights did.
@@ -94,6 +97,31 @@ class KeptBlocks(WeightFormat):
         codes, parameters = packed["codes"], packed["parameters"]
         product: torch.Tensor = function(x.contiguous(), codes, parameters, self.bits, outputs)
         return product
+
+    def joined(
+        self, others: Sequence[WeightFormat], packed: Sequence[Packed], outputs: Sequence[int]
+    ) -> Product | None:
+        """One product with several weights, one below the other; arguments are not checked.
+
+        Args:
+            others: formats of the weights.
+            packed: the weights; several are copied into one.
+            outputs: of each.
+
+        Returns:
+            ``None`` if a weight has another format, or ends within a panel of 32 outputs.
+        """
+        own = (self.bits, self.group)
+        alike = [isinstance(o, KeptBlocks) and (o.bits, o.group) == own for o in others]
+        if not all(alike) or any(rows % PANEL for rows in outputs[:-1]):
+            return None
+        first, *rest = packed
+        codes, parameters = first["codes"], first["parameters"]
+        if rest:
+            codes = torch.cat([part["codes"] for part in packed])
+            parameters = torch.cat([part["parameters"] for part in packed])
+        function, bits, total = BLOCK_LINEAR.function(codes.device.type), self.bits, sum(outputs)
+        return lambda x: function(x, codes, parameters, bits, total)
 
     @property
     def _block(self) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from drivetrain.contracts import WeightFormat
 from drivetrain.errors import ConfigError
+from drivetrain_compression.stored.kept_blocks import KeptBlocks, Product
 from drivetrain_compression.stored.weight import StoredWeight
 
 
@@ -48,6 +50,28 @@ class StoredLinear(nn.Module):
         """[..., in] -> [..., out]."""
         product = self.weight.product(x)
         return product if self.bias is None else product + self.bias.to(product.dtype)
+
+    @staticmethod
+    def joined(layers: Sequence[StoredLinear]) -> Product:
+        """One function [rows, in] -> [rows, out] of layers with one input, in eval mode.
+
+        One product where formats allow it, over a copy of several weights; else what each layer
+        returns, side by side. Serving calls some hundred of them for each token.
+        """
+
+        def each(x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([layer(x) for layer in layers], dim=1)
+
+        weights = [layer.weight for layer in layers]
+        first = weights[0].format
+        plain = any(layer.bias is not None or layer.weight.shards > 1 for layer in layers)
+        if plain or not isinstance(first, KeptBlocks):
+            return each
+        formats, outputs = [w.format for w in weights], [w.shape[0] for w in weights]
+        product = first.joined(formats, [w.parts() for w in weights], outputs)
+        if product is None:
+            return each
+        return lambda x: product(x) if weights[0].rounds_inputs else each(x)
 
     def extra_repr(self) -> str:
         """Sizes."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from drivetrain_kernels.ops.decoder import ADD_RMS_NORM, GATED_ACTIVATION, ROTARY_TO_CACHE
@@ -39,7 +40,8 @@ class _Joined:
     ) -> _Joined:
         parts, start = list[Part](), 0
         for layer in layers:
-            parts.append((layer, start, start + layer.out_features))
+            module: Any = layer  # a protocol is no module for mypy
+            parts.append((module, start, start + layer.out_features))
             start += layer.out_features
         return cls(project(layers), tuple(parts))
 

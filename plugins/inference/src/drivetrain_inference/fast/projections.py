@@ -32,7 +32,7 @@ def joined(
         UnlikeError: a layer is packed already, and its product is to be another one.
     """
     if any(is_packed(each) for each in layers):
-        return _by_themselves(layers, form, invariant)
+        return _by_their_package(layers, form, invariant)
     linears: Sequence[nn.Linear] = layers  # type: ignore[assignment]
     weight = torch.cat([each.weight.detach() for each in linears])
     biases = [getattr(each, "bias", None) for each in linears]
@@ -49,17 +49,17 @@ def joined(
     return lambda x: nn.functional.linear(x, weight, bias)
 
 
-def _by_themselves(
+def _by_their_package(
     layers: Sequence[Layer], form: WeightFormat | None, invariant: bool
 ) -> Projection:
     if form is not None:
         raise UnlikeError("its matrices are packed already, and are not packed again")
     if invariant:
         raise UnlikeError("its matrices are packed, and rows of their products are not invariant")
-    if len(layers) == 1:
-        (only,) = layers
-        return lambda x: only(x)
-    return lambda x: torch.cat([layer(x) for layer in layers], dim=1)
+    if len({type(each) for each in layers}) > 1:
+        raise UnlikeError("some matrices of one input are packed, and some are not")
+    joined: Projection = layers[0].joined(layers)  # type: ignore[union-attr]
+    return joined
 
 
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,8 +33,9 @@ class PackedLayer(Protocol):
     in_features: int
     out_features: int
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[rows, in] -> [rows, out], bias included."""
+    @staticmethod
+    def joined(layers: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """[rows, in] -> [rows, out] of layers of this kind with one input, one after another."""
 
 
 Layer = nn.Linear | PackedLayer
@@ -42,7 +43,8 @@ Layer = nn.Linear | PackedLayer
 
 def is_packed(layer: Any) -> bool:
     """Whether a module is a :class:`PackedLayer`."""
-    return isinstance(getattr(getattr(layer, "weight", None), "format", None), WeightFormat)
+    form = getattr(getattr(layer, "weight", None), "format", None)
+    return isinstance(form, WeightFormat) and hasattr(layer, "joined")
 
 
 @dataclass(frozen=True)
