@@ -1,9 +1,9 @@
 """What llm-compressor makes of the same model with the same data; runs where it is installed.
 
-    PEER_PYTHON benchmarks/compression/peer.py FOLDER --out RESULTS
+    PEER_PYTHON benchmarks/compression/peer.py FOLDER --out RESULTS --method gptq-64
 
-Recipes are those of ``table.py``: symmetric, groups, minimum and maximum as ranges, unless the
-recipe of llm-compressor has its own. Writes one file of figures a method into RESULTS.
+Written for llm-compressor 0.14. Recipes are those of ``table.py``: symmetric, groups, minimum and maximum as ranges, unless the
+recipe of llm-compressor has its own. Writes one file of figures into RESULTS.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ METHODS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         "compressed-tensors",
         [{"smoothquant": {"alpha": 0.5, "layers": False}}, {"gptq": W8A8}],
     ),
+    "w8a8-smooth": ("compressed-tensors", [{"smoothquant": {}}, {"round": W8A8}]),
     "w8a8": ("compressed-tensors", [{"smoothquant": {}}, {"gptq": W8A8}]),
     "w8a8-rotated": ("compressed-tensors", [{"rotate": {}}, {"smoothquant": {}}, {"gptq": W8A8}]),
     "fp6-rtn": ("drivetrain", [{"round": {"format": "e3m2"}}]),
