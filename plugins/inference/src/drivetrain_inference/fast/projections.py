@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from drivetrain_kernels import pack_panels
@@ -58,8 +59,9 @@ def _by_their_package(
         raise UnlikeError("its matrices are packed, and rows of their products are not invariant")
     if len({type(each) for each in layers}) > 1:
         raise UnlikeError("some matrices of one input are packed, and some are not")
-    joined: Projection = layers[0].joined(layers)  # type: ignore[union-attr]
-    return joined
+    first: Any = layers[0]  # a protocol is no module for mypy
+    found: Projection = first.joined(layers)
+    return found
 
 
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
