@@ -2,8 +2,9 @@
 
     PEER_PYTHON benchmarks/compression/peer.py FOLDER --out RESULTS --method gptq-64
 
-Written for llm-compressor 0.14. Recipes are those of ``table.py``: symmetric, groups, minimum and maximum as ranges, unless the
-recipe of llm-compressor has its own. Writes one file of figures into RESULTS.
+Written for llm-compressor 0.14. Recipes are those of ``table.py``: symmetric, groups, minimum and
+maximum as ranges, unless the recipe of llm-compressor has its own. Writes one file of figures into
+RESULTS.
 """
 
 from __future__ import annotations
