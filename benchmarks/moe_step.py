@@ -3,6 +3,10 @@
     python benchmarks/moe_step.py transformers-ddp drivetrain-mixtral:2
     python benchmarks/moe_step.py deepspeed-layer:2@/path/to/other/python drivetrain-layer:2 --k 2
 
+At the default rate of learning, routers of Mixtral send nearly all tokens to two experts within
+twenty steps, as nothing balances them, and a rank waits for the one that has these. With ``--rate
+1e-5`` they stay as they were drawn, about as even as those that a balancing loss has trained.
+
 ``system:N`` shares out experts over N ranks; ``@interpreter`` runs a system under another Python,
 for DeepSpeed's own, which has an environment of its own. Systems take steps in turn, as in
 ``train_step.py``. With ``--mbit`` (as root, on Linux) two ranks have a link of so many Mbit/s each
@@ -43,12 +47,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument(
+        "--rate", type=float, default=1e-3, help="of learning; 1e-5 leaves routers as they begin"
+    )
     parser.add_argument("--mbit", type=int, default=0, help="of a link between two ranks")
     for name, value in SHAPE.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     options = parser.parse_args()
     shape: dict[str, Any] = {name: getattr(options, name) for name in SHAPE}
-    shape["mbit"] = options.mbit
+    shape |= {"mbit": options.mbit, "rate": options.rate}
     with ExitStack() as stack:
         links = []
         if options.mbit:

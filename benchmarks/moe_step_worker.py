@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-RATE = 1e-3
 Step = Callable[[], torch.Tensor]
 
 
@@ -51,7 +50,7 @@ def config(shape: dict[str, Any], **more: Any) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": shape["batch"],
         "gradient_clipping": 0.0,
         "steps_per_print": 10**9,
-        "optimizer": {"type": "AdamW", "params": {"lr": RATE}},
+        "optimizer": {"type": "AdamW", "params": {"lr": shape["rate"]}},
         **({"cpu": {"shared_memory": False}} if shape.get("mbit") else {}),
         **more,
     }
@@ -131,7 +130,7 @@ def deepspeed_layer(shape: dict[str, Any], ep: int) -> Step:
     width, count, k = shape["width"], shape["experts"], shape["k"]
     model = Layers(shape, lambda e: MoE(width, e, count, ep, k))
     groups = split([{"params": list(model.parameters()), "name": "parameters"}])
-    optimizer = torch.optim.AdamW(groups, lr=RATE)
+    optimizer = torch.optim.AdamW(groups, lr=shape["rate"])
     own = config(shape)
     del own["optimizer"]
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=own)[0]
@@ -162,7 +161,7 @@ def words(shape: dict[str, Any]) -> torch.Tensor:
 
 def transformers_ddp(shape: dict[str, Any], _ep: int) -> Step:
     model = nn.parallel.DistributedDataParallel(mixtral(shape), find_unused_parameters=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=shape["rate"])
 
     def step() -> torch.Tensor:
         ids = words(shape)
@@ -184,7 +183,7 @@ def transformers_fsdp2(shape: dict[str, Any], _ep: int) -> Step:
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=shape["rate"])
 
     def step() -> torch.Tensor:
         ids = words(shape)
@@ -247,10 +246,12 @@ def main() -> None:
         processor.append(time.process_time() - begin)
         answer()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    by_rank: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(by_rank, round(statistics.median(processor or [0.0]), 5))
     answer(
         last_loss=round(float(loss), 5),
         peak_resident_mib=peak,
-        processor_seconds_median=round(statistics.median(processor or [0.0]), 5),
+        processor_seconds_of_ranks=by_rank,
     )
     answers.close()
     os._exit(0)

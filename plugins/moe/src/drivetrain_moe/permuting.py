@@ -97,8 +97,10 @@ class _Weighted(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         back = chosen(gradients[0], ctx.places)
         to_weight = (rows * back).sum(-1) if ctx.needs_input_grad[1] else None
-        to_rows = back * weight.unsqueeze(-1) if ctx.needs_input_grad[0] else None
-        return to_rows, to_weight, None
+        if not ctx.needs_input_grad[0]:
+            return None, to_weight, None
+        again, factor = torch.is_grad_enabled(), weight.unsqueeze(-1)
+        return back * factor if again else back.mul_(factor), to_weight, None
 
 
 class _Permuted(torch.autograd.Function):
