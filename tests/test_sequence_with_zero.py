@@ -19,7 +19,8 @@ from sequence_models import LENGTH, engine_of, plain, tiny, train
 Case = tuple[str, str, int, dict[str, Any]]
 
 RECOMPUTE = {"activation_checkpointing": {"recompute": "all"}}
-TILES = {"sequence_parallel": {"loss_tile": 6, "mlp_tile": 4}}
+TILES = {"sequence_parallel": {"loss_tile": 6, "mlp_tile": 4, "norm_tile": 5}}
+ANY_TILES = {"sequence_parallel": {"norm_tile": 5, "tiled_modules": {"*_proj": 5}}}
 CHUNKS = {"sequence_parallel": {"loss_tile": 6, "chunk": 8}}
 OFFLOAD = {"activation_checkpointing": {"recompute": "all", "cpu_checkpointing": True}}
 
@@ -31,6 +32,8 @@ CASES: list[Case] = [
     ("bert", "masked", 3, {}),
     ("gpt2", "padded", 3, TILES),
     ("qwen", "plain", 0, RECOMPUTE | TILES),
+    ("llama", "padded", 1, ANY_TILES),
+    ("qwen", "packed", 3, ANY_TILES),
     ("llama", "padded", 3, CHUNKS),
     ("qwen", "packed", 2, RECOMPUTE | CHUNKS),
     ("gpt2", "plain", 3, OFFLOAD | CHUNKS),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 ROWS, SOURCE, TARGET, IMAGE = 2, 21, 14, 39
-STEPS = {"t5": 20, "bart": 20, "llava": 5, "qwen": 5}
+STEPS = {"t5": 20, "bart": 20, "llava": 5, "qwen": 5, "qwen3": 3, "gemma3": 3}
 WIDTHS = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
 
 
@@ -42,6 +42,31 @@ def composite(name: str, **changes: Any) -> Any:
             vision_config=vision, text_config=text, image_token_index=IMAGE
         )
         model = transformers.LlavaForConditionalGeneration(config)
+    elif name == "gemma3":
+        vision = {**WIDTHS, "num_hidden_layers": 2, "image_size": 8, "patch_size": 4}
+        words = {**WIDTHS, **common, "num_hidden_layers": 2, "num_key_value_heads": 2}
+        words |= {"head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 7}
+        words |= {"layer_types": ["sliding_attention", "full_attention"]}
+        config = transformers.Gemma3Config(
+            text_config={**words, "max_position_embeddings": 32}, vision_config=vision,
+            mm_tokens_per_image=4, image_token_index=IMAGE, boi_token_index=37, eoi_token_index=36,
+        )  # fmt: skip
+        model = transformers.Gemma3ForConditionalGeneration(config)
+        # Zeros at first, of which a norm would make gradients that are mostly rounding.
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
+    elif name == "qwen3":
+        vision = {"depth": 2, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
+        vision |= {"spatial_merge_size": 2, "temporal_patch_size": 1, "intermediate_size": 24}
+        vision |= {"out_hidden_size": 16, "num_position_embeddings": 16}
+        vision |= {"deepstack_visual_indexes": [0, 1], "initializer_range": 0.2}
+        rope = {"rope_type": "default", "mrope_section": [1, 1, 0], "rope_theta": 1e4}
+        words = {**WIDTHS, **common, "num_hidden_layers": 2, "num_key_value_heads": 2}
+        config = transformers.Qwen3VLConfig(
+            vision_config=vision, text_config={**words, "head_dim": 4, "rope_parameters": rope},
+            image_token_id=IMAGE, video_token_id=38, vision_start_token_id=37,
+            vision_end_token_id=36,
+        )  # fmt: skip
+        model = transformers.Qwen3VLForConditionalGeneration(config)
     else:
         vision = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
         vision |= {"spatial_merge_size": 2, "temporal_patch_size": 1, "mlp_ratio": 2}
@@ -73,8 +98,11 @@ def examples(name: str, step: int) -> dict[str, torch.Tensor]:
     labels = source.masked_fill((source == IMAGE) | (real == 0), -100)
     found = {"input_ids": source, "labels": labels, "attention_mask": real}
     count = 3
-    if name == "llava":
-        return {**found, "pixel_values": torch.rand(count, 3, 8, 8, generator=generator).double()}
+    if name in ("llava", "gemma3"):
+        images = torch.rand(count, 3, 8, 8, generator=generator).double()
+        # Tokens of an image see each other in both directions, if they are said to be of one.
+        kinds = {"token_type_ids": (source == IMAGE).long()} if name == "gemma3" else {}
+        return {**found, **kinds, "pixel_values": images}
     pixels = torch.rand(count * 16, 3 * 4 * 4, generator=generator).double()
     grids = torch.tensor([[1, 4, 4]] * count)
     kinds = (source == IMAGE).int()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from sequence_composites import ROWS, SOURCE, STEPS, WIDTHS, alone, composite, examples
-from sequence_models import engine_of
+from sequence_models import engine_of, tiny
 from torch.utils.checkpoint import checkpoint
 
 from drivetrain.errors import ConfigError, TrainingError
@@ -85,25 +85,39 @@ AGAIN: dict[str, Any] = (
     if find_spec("drivetrain_activation_checkpointing")
     else {}
 )
+SHARED: dict[str, Any] = {"sequence_parallel": {"towers": "shared"}}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("t5", {}),
     ("bart", {}),
     ("llava", {}),
     ("qwen", {}),
+    ("qwen3", {}),
+    ("gemma3", SHARED),
     ("t5", AGAIN),
-    ("llava", {**AGAIN, "sequence_parallel": {"loss_tile": 5, "chunk": 6}}),
+    ("llava", {**AGAIN, "sequence_parallel": {"loss_tile": 5, "chunk": 6, "towers": "shared"}}),
 ]
-RINGS = [(name, {"sequence_parallel": {"ring_size": 2}}) for name in ("bart", "llava", "qwen")]
+RINGS = [
+    (name, {"sequence_parallel": {"ring_size": 2}}) for name in ("bart", "llava", "qwen", "gemma3")
+]
+IMAGES = [
+    *(("llava", {**AGAIN, **SHARED}), ("gemma3", {}), ("qwen3", AGAIN)),
+    *(
+        (name, {"sequence_parallel": {"loss_tile": 5, "chunk": 6, "towers": towers}})
+        for name, towers in (("gemma3", "shared"), ("qwen3", "whole"))
+    ),
+    ("qwen3", {"sequence_parallel": {"ring_size": 2}}),
+]
 
 
 @pytest.mark.parametrize(
     ("world", "cases"),
     [
         (2, [*CASES, *RINGS]),
-        pytest.param(3, [CASES[0], *CASES[2:4]], marks=pytest.mark.long),
+        pytest.param(2, IMAGES, marks=pytest.mark.long),
+        pytest.param(3, [CASES[0], *CASES[2:6]], marks=pytest.mark.long),
         pytest.param(4, [CASES[0], *RINGS[1:]], marks=pytest.mark.long),
     ],
-    ids=["2", "3", "4"],
+    ids=["2", "images", "3", "4"],
 )
 def test_composite_models_train_as_in_one_process(
     world: int, cases: list[tuple[str, dict[str, Any]]]
@@ -117,12 +131,36 @@ def test_composite_models_train_as_in_one_process(
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+def patches_of_a_rank() -> list[int]:
+    """How many patches go through a layer of a tower at a time, of 4 and a token for all."""
+    model, seen = composite("llava"), list[int]()
+    engine = engine_of(model, sequence_parallel_size=2, **SHARED)
+    tower = model.model.vision_tower
+    tower.encoder.layers[1].mlp.register_forward_hook(lambda *given: seen.append(given[2].shape[1]))
+    engine.backward(engine(**examples("llava", 0)).loss)
+    first, seen[:] = seen[:], []
+    with torch.no_grad():
+        tower(pixel_values=examples("llava", 0)["pixel_values"])  # a script's own call
+    engine.destroy()
+    with torch.no_grad():
+        tower(pixel_values=examples("llava", 0)["pixel_values"])
+    return [*first, *seen]
+
+
+def test_ranks_compute_their_part_of_a_tower() -> None:
+    for found in run_distributed(patches_of_a_rank, 2):
+        # Whole and in parts for the comparison; then the step, a script's call, and no engine.
+        assert found == [5, 3, 3, 5, 5]
+
+
 def with_own_mask() -> Any:
     """A model that makes the mask of its language model, as some do for images."""
     model = composite("qwen")
 
     def masked(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "attention_mask": {"full_attention": None}}
+        length = kwargs["inputs_embeds"].shape[1]
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool)
+        return args, {**kwargs, "attention_mask": {"full_attention": mask}}
 
     model.model.language_model.register_forward_pre_hook(masked, with_kwargs=True)
     return model
@@ -167,6 +205,8 @@ def refused() -> list[str]:
         (lambda: composite("t5"), {"sequence_parallel": {"loss_tile": 4}}),
         (lambda: composite("t5"), {"sequence_parallel": {"inputs": "whole"}}),
         (clip, {}),
+        (lambda: tiny("llama"), SHARED),
+        (lambda: composite("llava"), {"sequence_parallel": {"towers": "shared", "ring_size": 2}}),
     ]
     batches: list[tuple[Callable[[], Any], dict[str, Any]]] = [
         (lambda: composite("t5"), {"input_ids": source}),
@@ -188,7 +228,45 @@ def refused() -> list[str]:
             engine(**inputs)
         found.append(str(error.value))
         engine.destroy()
-    return found
+    return found + [refused_tower(make) for make in (mixing, silent, lambda: composite("qwen"))]
+
+
+class Neighbours(torch.nn.Module):
+    """Looks at the patch before without attention."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+class Nothing(torch.nn.Module):
+    """Stands where attention would."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return hidden_states, None
+
+
+def mixing() -> Any:
+    model = composite("llava")
+    layer = model.model.vision_tower.encoder.layers[0]
+    layer.mlp = torch.nn.Sequential(layer.mlp, Neighbours())
+    return model
+
+
+def silent() -> Any:
+    model = composite("llava")
+    model.model.vision_tower.encoder.layers[1].self_attn = Nothing()
+    return model
+
+
+def refused_tower(make: Callable[[], Any]) -> str:
+    """What is said of a tower whose patches ranks cannot share."""
+    model = make()
+    name = "qwen" if "Qwen" in type(model).__name__ else "llava"
+    engine = engine_of(model, sequence_parallel_size=2, **SHARED)
+    with pytest.raises((ConfigError, TrainingError)) as error:
+        engine(**examples(name, 0))
+    engine.destroy()
+    return str(error.value)
 
 
 def test_composite_models_that_cannot_be_shared_are_refused_by_name() -> None:
@@ -198,15 +276,20 @@ def test_composite_models_that_cannot_be_shared_are_refused_by_name() -> None:
         "sequence_parallel.loss_tile: T5ForConditionalGeneration has an encoder and a decoder",
         "sequence_parallel.inputs: whole: T5ForConditionalGeneration has an encoder",
         "CLIPModel takes image and text, and has no language model that is given inputs_embeds",
+        "LlamaForCausalLM has no towers of images that ranks (sequence_parallel_size) could share",
+        "towers are shared by ranks that exchange heads: leave out sequence_parallel.ring_size",
         "has no sequence for the decoder; it has input_ids",
         "a batch without input_ids or inputs_embeds cannot be cut",
         "sequences of 40 tokens (made a multiple of 2 for sequence_parallel_size) are longer than",
         "encoder_outputs are of whole sequences",
-        "Qwen2VLForConditionalGeneration makes the attention mask of its language model itself",
+        "makes the attention mask of its language model itself, and not as functions of indices",
         *(
             f"start_positions and end_positions: the loss of {name}ForQuestionAnswering is a choice"
             for name in ("Bert", "Bart", "Llama")
         ),
+        "model.vision_tower, a CLIPVisionModel, computes something else when ranks share its",
+        "model.vision_tower.encoder.layers.0, a CLIPEncoderLayer, calls no attention that plugins",
+        "model.visual.blocks.0, a Qwen2VLVisionBlock, takes something else than patches [images,",
     ]
     for found in run_distributed(refused, 2):
         for said, begin in zip(found, expected, strict=True):

@@ -86,6 +86,70 @@ def test_losses_and_mlps_in_tiles_change_nothing() -> None:
         check(found, cases[:1])
 
 
+class Convolved(torch.nn.Module):
+    """Looks at the token before without attention."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+ANY = [("llama", "padded", LENGTH), ("bert", "masked", LENGTH)]
+
+
+def in_any_tiles(sp: int) -> list[Any]:
+    found = []
+    for case in ANY:
+        own = {"*.output": 5} if case[0] == "bert" else {"*_proj": 7}
+        found += parts(sp, [case], {"norm_tile": 4, "tiled_modules": own})
+    return found
+
+
+def test_norms_and_modules_that_a_user_names_in_tiles_change_nothing() -> None:
+    check(in_any_tiles(1), ANY)
+    for found in run_distributed(in_any_tiles, 2, 2):
+        check(found, ANY)
+
+
+class Noting(torch.nn.LayerNorm):
+    """Notes how many tokens go through it at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(32, dtype=torch.float64)
+        self.seen: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x.shape[1])
+        return super().forward(x)
+
+
+def test_tiles_go_through_a_norm_one_by_one_and_again_in_backward() -> None:
+    model = tiny("llama")
+    model.model.norm = norm = Noting()
+    engine = engine_of(model, sequence_parallel={"norm_tile": 10})
+    train(engine, "plain", steps=1)
+    engine.destroy()
+    assert sorted(norm.seen) == [4, 4, 10, 10, 10, 10]
+    train(engine_of(model), "plain", steps=1)
+    assert norm.seen[6:] == [LENGTH]
+
+
+def test_modules_that_tiles_change_and_those_that_are_not_there_are_refused() -> None:
+    model = tiny("llama")
+    model.model.norm = torch.nn.Sequential(model.model.norm, Convolved())
+    engine = engine_of(model, sequence_parallel={"tiled_modules": {"model.no*": 5}})
+    with pytest.raises(ConfigError, match=r"model.norm, a Sequential, is not one of single tokens"):
+        engine(**batch(0, "plain"))
+    engine.destroy()
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"norm_tile": 4}, r"sequence_parallel.norm_tile: Linear has no norm"),
+        ({"mlp_tile": 4}, r"mlp_tile: Linear has no multi-layer perceptron among"),
+        ({"tiled_modules": {"*.mlp": 4}}, r"Linear has no module that is called '\*.mlp'"),
+    ]
+    for section, said in wrong:
+        with pytest.raises(ConfigError, match=said):
+            engine_of(torch.nn.Linear(4, 4), sequence_parallel=section)
+
+
 class Headed(torch.nn.Linear):
     """A head with a scale that it does not own, and a watcher of its weight's gradients."""
 
@@ -130,13 +194,6 @@ def test_losses_in_tiles_compute_logits_once() -> None:
         found.append(counter.get_total_flops())
         engine.destroy()
     assert found[0] == found[1]
-
-
-class Convolved(torch.nn.Module):
-    """Looks at the token before without attention."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
 
 
 class Aside(torch.nn.Module):

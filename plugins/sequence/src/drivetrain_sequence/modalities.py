@@ -2,9 +2,11 @@
 
 [Note: fusion] Images and text of a sequence meet in its embeddings, before the language model. What
 makes these (towers, projections, the merge) runs on whole inputs, on every rank of a sequence
-alike; then the language model is called, and there the fused sequence is cut. Each rank's gradients
-of a tower are those that its own tokens give, and the engine adds up what ranks have, so towers
-learn from all of them.
+alike, but for blocks of towers that ranks share (``towers.py``); then the language model is called,
+and there the fused sequence is cut. Results of towers that the first blocks add to tokens of images
+(Qwen3-VL) are cut with these tokens; of masks, see [Note: masks of images] in ``whole_masks.py``.
+Each rank's gradients of a tower are those that its own tokens give, and the engine adds up what
+ranks have, so towers learn from all of them.
 """
 
 from __future__ import annotations
@@ -21,9 +23,17 @@ from drivetrain_sequence.inputs import LOSSES, Cutter, Labels, Prepared, padded,
 from drivetrain_sequence.layout import Cut
 from drivetrain_sequence.losses import IGNORED
 from drivetrain_sequence.turn import Turn
+from drivetrain_sequence.whole_masks import Masks, for_parts, is_of_whole, padding_of
 
 _NEEDS = {"inputs_embeds", "attention_mask", "position_ids"}
-_TAKES = {*_NEEDS, "input_ids", "past_key_values", "use_cache", "cache_position"}
+_MARKS, _ROWS = "visual_pos_masks", "deepstack_visual_embeds"
+"""Which tokens [b, S] are of images; and tensors with a row for each of them, in order, that the
+first blocks add (DeepStack, arXiv 2406.04334)."""
+
+_NUMBERS = "numbers of rows"
+"""Stands for no argument: is cut like one."""
+
+_TAKES = {*_NEEDS, _MARKS, _ROWS, "input_ids", "past_key_values", "use_cache", "cache_position"}
 """Arguments of a language model of which it is known how they are cut."""
 
 
@@ -113,14 +123,41 @@ class Door:
         aside = {name: kwargs[name] for name in LOSSES if name in kwargs}
         others = {name: value for name, value in kwargs.items() if name not in aside}
         given = self._cutter.named(args, others)
-        mask = given.get("attention_mask")
-        if mask is not None and not isinstance(mask, torch.Tensor):
-            raise TrainingError(
-                f"{self._name} makes the attention mask of its language model itself, for whole "
-                "sequences, so ranks cannot share these: leave out sequence_parallel_size"
-            )
+        masks, rows = self._whole_masks(given), given.pop(_ROWS, None)
+        if rows is not None:
+            marks = given[_MARKS]
+            given[_NUMBERS] = marks.flatten().cumsum(0).view(marks.shape) - 1
         self._cutter.cut = self._turn.cut
-        return (), {**self._cutter(given).keywords, **aside}
+        keywords = self._cutter(given).keywords
+        if masks is not None:
+            like = next(given[name] for name in self._cutter.tokens if name in given)
+            missing = -like.shape[1] % self._turn.cut.multiple
+            keywords["attention_mask"] = for_parts(masks, like, missing, self._name)
+        if rows is not None:
+            own = keywords.pop(_NUMBERS)[keywords[_MARKS]]
+            keywords[_ROWS] = [x[own] for x in rows]
+        return (), {**keywords, **aside}
+
+    def _whole_masks(self, given: dict[str, Any]) -> Masks | None:
+        """Masks that the model has made, in whose place ``given`` has their padding afterwards.
+
+        Raises:
+            TrainingError: they are not made of functions of indices.
+        """
+        mask = given.get("attention_mask")
+        if mask is None or isinstance(mask, torch.Tensor):
+            return None
+        if not is_of_whole(mask):
+            raise TrainingError(
+                f"{self._name} makes the attention mask of its language model itself, and not as "
+                "functions of indices, so ranks cannot share its sequences: leave out "
+                "sequence_parallel_size"
+            )
+        del given["attention_mask"]
+        if (padding := padding_of(mask)) is not None:
+            given["attention_mask"] = padding
+        masks: Masks = mask
+        return masks
 
 
 def fused_cutter(

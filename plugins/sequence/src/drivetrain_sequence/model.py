@@ -22,6 +22,7 @@ from drivetrain_sequence.losses import (
 )
 from drivetrain_sequence.modalities import fused_cutter, language_model_of
 from drivetrain_sequence.probe import probe
+from drivetrain_sequence.towers import share_towers
 from drivetrain_sequence.two_sequences import two_sequences
 
 if TYPE_CHECKING:
@@ -143,10 +144,17 @@ class SharedModel:
         if section.inputs == "whole":
             return None
         inner = language_model_of(module) if cut.cuts else None
+        if inner is None and section.towers == "shared":
+            raise ConfigError(
+                f"sequence_parallel.towers: {type(module).__name__} has no towers of images that "
+                "ranks (sequence_parallel_size) could share: leave it out"
+            )
         if inner is None:
             return Cutter(module, cut, rank, labels)
         fused, door = fused_cutter(module, inner, self._turn, rank, labels)
         self._inside.append(door.undo)
+        if section.towers == "shared" and self._line.size > 1:
+            self._inside += share_towers(module, inner, self._line, self._turn, section.probe)
         return fused
 
     def _take_loss(self, section: SequenceParallelSection) -> Labels | None:

@@ -50,6 +50,9 @@ class SequenceParallel(Plugin):
         if size % ring:
             what = f"{ring} ranks cannot be a part of {size} ({SIZE}): give a divisor of it"
             return [Problem(f"{PATH}.ring_size", what)]
+        if section.towers == "shared" and ring > 1:
+            what = f"towers are shared by ranks that exchange heads: leave out {PATH}.ring_size"
+            return [Problem(f"{PATH}.towers", what)]
         if chunk is not None and ring > 1:
             what = f"chunks go with ranks that exchange heads: leave out {PATH}.ring_size"
             return [Problem(f"{PATH}.chunk", what)]
@@ -82,7 +85,8 @@ class SequenceParallel(Plugin):
     def features(self) -> Mapping[str, object]:
         section = self.section(SequenceParallelSection)
         tiles = {
-            f"{PATH}.{key}": getattr(section, key) for key in ("loss_tile", "mlp_tile", "chunk")
+            f"{PATH}.{key}": getattr(section, key)
+            for key in ("loss_tile", "mlp_tile", "norm_tile", "chunk")
         }
         return {SIZE: self._size(), **tiles}
 

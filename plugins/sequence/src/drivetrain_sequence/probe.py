@@ -70,11 +70,9 @@ def probe(
     order = torch.cat([used.of_rank(length, rank) for rank in range(line.size)])
     found = torch.empty_like(joined)
     found[:, order.to(joined.device)] = joined
-    difference = (found - whole).abs().max() / whole.abs().max().clamp(min=1e-30)
-    bound = _BOUNDS.get(whole.dtype, _LOW_PRECISION)
     # All ranks decide alike, on the largest difference that any of them sees.
-    worst = float(line.all_gather(difference.reshape(1)).max())
-    if not worst <= bound:
+    worst = float(line.all_gather(difference(found, whole).reshape(1)).max())
+    if not worst <= bound_of(whole.dtype):
         raise ConfigError(
             f"{type(model).__name__} computes something else when ranks share its sequences: "
             f"results of {length} tokens differ by {worst:.1g} of the largest one. Something in it "
@@ -83,6 +81,16 @@ def probe(
             f"{_without(model, asked)}, so it cannot be trained with sequence_parallel_size; "
             "sequence_parallel.probe: false trains it all the same"
         )
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """The largest difference, as a part of the largest number that was expected."""
+    return (found - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+
+
+def bound_of(dtype: torch.dtype) -> float:
+    """The largest difference that rounding explains."""
+    return _BOUNDS.get(dtype, _LOW_PRECISION)
 
 
 def _without(model: nn.Module, asked: set[nn.Module]) -> str:

@@ -35,6 +35,11 @@ class SequenceParallelSection(Section):
         description="Compare a few tokens of the first batch, in parts, with the same model in one "
         "piece, and refuse a model whose results differ.",
     )
+    towers: Literal["whole", "shared"] = Field(
+        default="whole",
+        description="Of models of images and text: whole, each rank computes towers of images "
+        "whole; shared, ranks share out their patches and exchange heads. Not with ring_size.",
+    )
     loss_tile: PositiveInt | None = Field(
         default=None,
         description="Tokens whose logits are in memory at a time; what they give for gradients is "
@@ -43,6 +48,16 @@ class SequenceParallelSection(Section):
     mlp_tile: PositiveInt | None = Field(
         default=None,
         description="Tokens that go through an MLP at a time; computed again in backward.",
+    )
+    norm_tile: PositiveInt | None = Field(
+        default=None,
+        description="Tokens that go through a norm (of the last dimension) at a time; computed "
+        "again in backward.",
+    )
+    tiled_modules: dict[str, PositiveInt] = Field(
+        default={},
+        description="Tokens that go through other modules of single tokens at a time, by patterns "
+        "of their names (`*` stands for any part); computed again in backward.",
     )
     chunk: PositiveInt | None = Field(
         default=None,

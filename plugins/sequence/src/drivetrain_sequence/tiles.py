@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.checkpoint import checkpoint
+
+from drivetrain.errors import ConfigError
+from drivetrain.states.units import units
+from drivetrain_sequence.probe import bound_of, difference
+
+if TYPE_CHECKING:
+    from drivetrain_sequence.section import SequenceParallelSection
 
 
 def in_tiles(
@@ -33,25 +42,132 @@ def in_tiles(
 class TiledModule:
     """Replaces the ``forward`` of a module of single tokens.
 
+    Of its arguments, the first tensor of three dimensions or more has the tokens, [b, s, ...];
+    other tensors [b, s, ...] are cut with it, and all else is handed on whole.
+
     Args:
-        module: takes and returns [b, s, width].
+        module: returns tensors [b, s, ...], one or several.
         tile: tokens of a row at a time.
+        name: of the module, where a user says that it is one of single tokens: it is compared once
+            with itself for fewer tokens.
     """
 
-    def __init__(self, module: nn.Module, tile: int) -> None:
+    def __init__(self, module: nn.Module, tile: int, name: str | None = None) -> None:
         self._module: Any = module
         self._forward = module.forward
         self._tile = tile
+        self._unknown = name
         self._module.forward = self
 
-    def __call__(self, x: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
-        if x.dim() != 3 or arguments or keywords:
-            return self._forward(x, *arguments, **keywords)
-        return in_tiles(self._forward, x, self._tile)
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        leaves, spec = tree_flatten((arguments, keywords))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        first = next((x for x in tensors if x.dim() > 2), None)
+        if first is None or first.shape[1] <= self._tile:
+            return self._forward(*arguments, **keywords)
+        places = [i for i, leaf in enumerate(leaves) if _is_of_tokens(leaf, first)]
+
+        def run(*parts: torch.Tensor) -> Any:
+            given = dict(zip(places, parts, strict=True))
+            args, kwargs = tree_unflatten([given.get(i, x) for i, x in enumerate(leaves)], spec)
+            return self._forward(*args, **kwargs)
+
+        whole = [leaves[i] for i in places]
+        if self._unknown is not None and not first.is_meta:
+            self._refuse_others(run, whole)
+        pieces = zip(*(torch.split(x, self._tile, 1) for x in whole), strict=True)
+        results = [
+            checkpoint(run, *(x.contiguous() for x in piece), use_reentrant=False)
+            for piece in pieces
+        ]
+        flat, shape = zip(*map(tree_flatten, results), strict=True)
+        return tree_unflatten([torch.cat(parts, 1) for parts in zip(*flat, strict=True)], shape[0])
 
     def undo(self) -> None:
         """Give the module its forward back."""
         del self._module.forward
+
+    def _refuse_others(self, run: Callable[..., Any], whole: list[torch.Tensor]) -> None:
+        """Look once whether results of some tokens need no other tokens.
+
+        Raises:
+            ConfigError: they do, or are not one for each token.
+        """
+        name, self._unknown = self._unknown, None
+        states = {part: part.training for part in self._module.modules()}
+        self._module.eval()
+        try:
+            with torch.no_grad():
+                some = tree_leaves(run(*(x[:, :_FEW] for x in whole)))
+                fewer = tree_leaves(run(*(x[:, 1 : _FEW - 1] for x in whole)))
+        finally:
+            for part, training in states.items():
+                part.training = training
+        if not all(map(_are_alike, some, fewer)):
+            raise ConfigError(
+                f"sequence_parallel.tiled_modules: {name}, a {type(self._module).__name__}, is not "
+                "one of single tokens: what it returns for some depends on others, or is not "
+                "[rows, tokens, ...]; leave it out"
+            )
+
+
+_FEW = 4
+"""Tokens of the comparison of a module with itself; the other side has those between the ends."""
+
+
+def _is_of_tokens(leaf: Any, first: torch.Tensor) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.shape[:2] == first.shape[:2]
+
+
+def _are_alike(some: Any, fewer: Any) -> bool:
+    both = isinstance(some, torch.Tensor) and isinstance(fewer, torch.Tensor)
+    if not both or some.dim() < 2 or some.shape[1] != _FEW or fewer.shape[1] != _FEW - 2:
+        return False
+    return bool(difference(fewer, some[:, 1:-1]) <= bound_of(some.dtype))
+
+
+def tiled_modules(
+    module: nn.Module, section: SequenceParallelSection
+) -> dict[nn.Module, tuple[int, str | None]]:
+    """Which modules are computed in tiles: of how many tokens, and by what name if a user gave it.
+
+    Raises:
+        ConfigError: the section asks for what the model does not have.
+    """
+    found: dict[nn.Module, tuple[int, str | None]] = {}
+    kinds = {
+        "mlp_tile": [part for unit in units(module) for part in mlps(unit.module)],
+        "norm_tile": [part for part in module.modules() if _is_norm(part)],
+    }
+    what = {"mlp_tile": "multi-layer perceptron among the children of its repeated blocks"}
+    for key, parts in kinds.items():
+        tile = getattr(section, key)
+        if tile is None:
+            continue
+        if not parts:
+            raise ConfigError(
+                f"sequence_parallel.{key}: {type(module).__name__} has no {what.get(key, 'norm')}"
+            )
+        found |= dict.fromkeys(parts, (tile, None))
+    for pattern, tile in section.tiled_modules.items():
+        named = [(n, part) for n, part in module.named_modules() if n and fnmatch(n, pattern)]
+        if not named:
+            raise ConfigError(
+                f"sequence_parallel.tiled_modules: {type(module).__name__} has no module that is "
+                f"called {pattern!r}"
+            )
+        found |= {part: (tile, name) for name, part in named}
+    return found
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm of the last dimension, by its class."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return len(module.normalized_shape) == 1  # of more, tokens are among them
+    vectors = all(p.dim() == 1 for p in module.parameters())
+    leaf = not any(True for _ in module.children())
+    named = type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
+    return leaf and named and vectors
 
 
 def mlps(block: nn.Module) -> list[nn.Module]:

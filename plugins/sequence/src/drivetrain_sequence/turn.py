@@ -12,6 +12,7 @@ from drivetrain_sequence.layout import Cut
 
 if TYPE_CHECKING:
     from drivetrain_sequence.chunks.work import Work
+    from drivetrain_sequence.towers import Stack
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Turn:
         work: of the block that is computed by chunks now.
         asked: modules that have called attention, while they are noted.
         whole: modules that see whole sequences at any time, such as towers of other modalities.
+        stacks: modules of towers whose patches ranks share, and the blocks that they are in.
     """
 
     cut: Cut
@@ -33,6 +35,7 @@ class Turn:
     work: Work | None = None
     asked: set[nn.Module] | None = None
     whole: set[nn.Module] = field(default_factory=set)
+    stacks: dict[nn.Module, Stack] = field(default_factory=dict)
 
     def in_parts(self, module: nn.Module) -> bool:
         """Whether ``module`` sees parts of sequences."""

@@ -25,7 +25,7 @@ from drivetrain_sequence.layout import Cut
 from drivetrain_sequence.model import SharedModel
 from drivetrain_sequence.ring import Ring, pass_keys_on
 from drivetrain_sequence.section import PATH
-from drivetrain_sequence.tiles import TiledModule, mlps
+from drivetrain_sequence.tiles import TiledModule, tiled_modules
 from drivetrain_sequence.turn import Turn
 from drivetrain_sequence.ulysses import exchange_heads, heads_line, ring_line
 
@@ -84,7 +84,7 @@ def attention_layers(job: Job, section: SequenceParallelSection) -> list[Attenti
 
 
 def noted(attention: Attention, turn: Turn) -> Attention:
-    """``attention``, which says who calls it while that is asked."""
+    """``attention``, which says who calls it while that is asked, and is told of shared towers."""
 
     def attend(
         module: nn.Module,
@@ -95,6 +95,8 @@ def noted(attention: Attention, turn: Turn) -> Attention:
     ) -> torch.Tensor:
         if turn.asked is not None:
             turn.asked.add(module)
+        if module in turn.stacks:
+            facts = turn.stacks[module].facts(module, query, facts)
         return attention(module, query, key, value, facts)
 
     return attend
@@ -105,15 +107,8 @@ def transforms(job: Job, section: SequenceParallelSection) -> list[Transform]:
 
     def in_tiles(module: nn.Module) -> nn.Module:
         blocks = [unit for unit in units(module) if unit.module is not module]
-        if section.mlp_tile is not None:
-            found = [part for unit in units(module) for part in mlps(unit.module)]
-            if not found:
-                raise ConfigError(
-                    f"{PATH}.mlp_tile: {type(module).__name__} has no multi-layer "
-                    "perceptron among the children of its repeated blocks"
-                )
-            for part in found:
-                job.on_close(TiledModule(part, section.mlp_tile).undo)
+        for part, (tile, name) in tiled_modules(module, section).items():
+            job.on_close(TiledModule(part, tile, name).undo)
         if section.chunk is not None:
             if not blocks:
                 raise ConfigError(
