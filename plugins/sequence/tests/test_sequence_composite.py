@@ -96,16 +96,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("t5", AGAIN),
     ("llava", {**AGAIN, "sequence_parallel": {"loss_tile": 5, "chunk": 6, "towers": "shared"}}),
 ]
-RINGS = [
-    (name, {"sequence_parallel": {"ring_size": 2}}) for name in ("bart", "llava", "qwen", "gemma3")
-]
+RINGS = [(name, {"sequence_parallel": {"ring_size": 2}}) for name in ("bart", "llava", "qwen")]
 IMAGES = [
     *(("llava", {**AGAIN, **SHARED}), ("gemma3", {}), ("qwen3", AGAIN)),
     *(
         (name, {"sequence_parallel": {"loss_tile": 5, "chunk": 6, "towers": towers}})
         for name, towers in (("gemma3", "shared"), ("qwen3", "whole"))
     ),
-    ("qwen3", {"sequence_parallel": {"ring_size": 2}}),
+    *((name, {"sequence_parallel": {"ring_size": 2}}) for name in ("qwen3", "gemma3")),
 ]
 
 
