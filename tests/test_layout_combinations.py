@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pairs import all_pairs
-from three_axes import Curve, alone, close, make, train
+from three_axes import Curve, alone, close, make, train, with_experts
 
 from drivetrain.testing import run_distributed
 
@@ -19,6 +19,7 @@ VALUES: dict[str, Sequence[Any]] = {
     "pp": (1, 2, 4),
     "tp": (1, 2),
     "dp": (1, 2),
+    "ep": (None, 1, 2),  # without experts, all of them on each rank, or half
     "stage": (0, 1, 2, 3),
     "offload": (False, True),
     "precision": ("float64", "float32", "bf16", "fp16"),
@@ -32,16 +33,22 @@ BOUNDS = {"float64": 1e-8, "float32": 1e-4, "bf16": 3e-2, "fp16": 1e-2}
 
 def possible(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What there are ranks and blocks for, in place of ``row``; pairs are in one of them."""
-    if row["pp"] * row["tp"] * row["dp"] > MOST_RANKS:
-        yield from ({**row, "tp": 1}, {**row, "dp": 1})
+    if row["dp"] == 1 and row["ep"] == 2:
+        yield from possible({**row, "dp": 2})
+        yield from possible({**row, "ep": 1})
+    elif row["pp"] * row["tp"] * row["dp"] > MOST_RANKS:
+        yield {**row, "tp": 1}
+        yield from possible({**row, "dp": 1}) if row["ep"] != 2 else ({**row, "pp": 2},)
     else:
         yield row
 
 
 def legal(row: dict[str, Any]) -> bool:
-    """Whether four blocks suffice, and there is something to offload."""
+    """Whether four blocks suffice, ranks can share out experts, and there is what to offload."""
     several = row["schedule"] in ("interleaved", "zb_v")
-    return not (several and row["pp"] == 4) and not (row["offload"] and row["stage"] == 0)
+    apart = row["ep"] == 2 and row["dp"] == 1
+    away = row["offload"] and row["stage"] == 0
+    return not (several and row["pp"] == 4) and not apart and not away
 
 
 def rows() -> list[dict[str, Any]]:
@@ -62,7 +69,8 @@ def rows() -> list[dict[str, Any]]:
 
 
 ROWS = rows()
-CHEAP = [i for i, row in enumerate(ROWS) if row["pp"] == 2 and row["tp"] + row["dp"] < 4][:3]
+SMALL = [i for i, row in enumerate(ROWS) if row["pp"] == 2 and row["tp"] + row["dp"] < 4]
+CHEAP = [next(i for i in reversed(SMALL) if ROWS[i]["ep"] == ep) for ep in VALUES["ep"]]
 """Rows that every run of the suite has: two stages, at most four ranks."""
 
 
@@ -74,7 +82,7 @@ def test_the_rows_contain_every_legal_pair_of_values() -> None:
     for a, b in combinations(VALUES, 2):
         for x, y in product(VALUES[a], VALUES[b]):
             some = {key: values[0] for key, values in VALUES.items()}
-            chosen = {**some, "stage": 2, a: x, b: y}
+            chosen = {**some, "stage": 2, "dp": 2, a: x, b: y}
             if legal(chosen):
                 assert any(row[a] == x and row[b] == y for row in ROWS), (a, x, b, y)
 
@@ -89,6 +97,8 @@ def run(row: dict[str, Any]) -> Curve:
         changes["fp16"]["loss_scale"] = 128.0
     if row["pp"] > 1:
         changes["pipeline"] = {"schedule": row["schedule"]}
+    if row["ep"] is not None:
+        changes |= {"model": with_experts(), "moe": {"ep_size": row["ep"]}}
     layout = row["pp"], row["tp"], row["dp"]
     engine = make(*layout, row["stage"], gradient_clipping=row["clipping"], **changes)
     curve = train(engine, 0, STEPS)
@@ -104,7 +114,8 @@ def run(row: dict[str, Any]) -> Curve:
     ],
 )
 def test_a_layout_trains_like_one_process(row: dict[str, Any]) -> None:
-    expected = alone(0, STEPS, row["clipping"], row["micro_batches"])[0]
+    model = None if row["ep"] is None else with_experts()
+    expected = alone(0, STEPS, row["clipping"], row["micro_batches"], model)[0]
     bound = BOUNDS[row["precision"]]
     world = row["pp"] * row["tp"] * row["dp"]
     for curve in run_distributed(run, world, row, timeout=200):

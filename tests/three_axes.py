@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensor_decoder import RATE, ROWS, Decoder, data
+from drivetrain_moe import GroupedMLP, MoE
+from tensor_decoder import RATE, ROWS, WIDTH, Block, Decoder, data
 from torch import nn
 
 import drivetrain
@@ -19,7 +20,37 @@ Curve = list[tuple[float, float]]
 """Loss, and norm of the gradient before clipping, by step."""
 
 
-def make(pp: int, tp: int, dp: int, stage: int = 0, **changes: Any) -> Engine:
+class ExpertBlock(Block):
+    """A block in which two of four experts compute each token, and none is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.gate, self.up, self.down
+        experts = GroupedMLP(4, WIDTH, 10, bias=True)
+        plain: dict[str, Any] = {"drop_tokens": False, "top2_2nd_expert_sampling": False}
+        self.moe = MoE(WIDTH, experts, 4, k=2, **plain)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.first(x))
+        output: torch.Tensor = self.moe(self.second(x))[0]
+        return x + output
+
+
+def with_experts() -> Decoder:
+    """The decoder with experts in each block."""
+    model = Decoder(0)
+    model.blocks = nn.ModuleList(ExpertBlock() for _ in range(BLOCKS))
+    return model
+
+
+def make(
+    pp: int,
+    tp: int,
+    dp: int,
+    stage: int = 0,
+    model: nn.Module | None = None,
+    **changes: Any,
+) -> Engine:
     """An engine of :class:`Decoder`; ``zero`` and ``pipeline`` are further keys of the sections.
 
     With fewer shards of data, each takes more micro-batches of a step.
@@ -37,7 +68,8 @@ def make(pp: int, tp: int, dp: int, stage: int = 0, **changes: Any) -> Engine:
         "zero_optimization": zero,
         **changes,
     }
-    engine, *_ = drivetrain.initialize(model=Decoder(BLOCKS).to(dtype), config=config)
+    model = Decoder(BLOCKS) if model is None else model
+    engine, *_ = drivetrain.initialize(model=model.to(dtype), config=config)
     assert engine.job.mesh.size("dp") == dp
     engine.get_global_grad_norm()
     return engine
@@ -71,10 +103,14 @@ def close(engine: Engine) -> None:
 
 
 def alone(
-    begin: int, end: int, clipping: float = 0.0, micro_batches: int = MICRO_BATCHES
+    begin: int,
+    end: int,
+    clipping: float = 0.0,
+    micro_batches: int = MICRO_BATCHES,
+    model: nn.Module | None = None,
 ) -> tuple[Curve, dict[str, torch.Tensor]]:
     """The same with plain torch in one process: curve from ``begin`` on, and the parameters."""
-    curve, model, _ = trained_alone(begin, end, clipping, micro_batches)
+    curve, model, _ = trained_alone(begin, end, clipping, micro_batches, model=model)
     return curve, {name: p.detach() for name, p in model.named_parameters()}
 
 
@@ -84,13 +120,14 @@ def trained_alone(
     clipping: float = 0.0,
     micro_batches: int = MICRO_BATCHES,
     *,
+    model: nn.Module | None = None,
     begun: tuple[nn.Module, torch.optim.Optimizer] | None = None,
 ) -> tuple[Curve, nn.Module, torch.optim.Optimizer]:
     """Curve from ``begin`` on, and what has been trained with plain torch.
 
     What has ``begun`` was trained up to ``begin``, and goes on from there.
     """
-    model, curve = Decoder(BLOCKS).double(), []
+    model, curve = (Decoder(BLOCKS) if model is None else model).double(), []
     optimizer: torch.optim.Optimizer
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
     total = micro_batches
