@@ -127,6 +127,7 @@ def whole_model(
     model = Versioned()
     engine, *_ = drivetrain.initialize(
         model=model,
+        model_parameters=list(model.parameters()),  # also those of the other stage
         config={
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": MICRO_BATCHES,

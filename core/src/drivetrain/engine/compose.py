@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -85,12 +85,13 @@ def build_engine(
     _refuse_unserved(job, module)
     precision = Precision.of(plan)
     job.parameters.register(module, reduction="data")
+    client = {id(parameter) for parameter in module.parameters()}  # holds none that ranks drop
     training = optimizer is not None or plan.section(OptimizerSection).type is not None
     transforms = hub.transform_module(job, module, training)
     module = _apply(transforms, module, Phase.ADAPT, Phase.PARTITION)
     _describe(job, module, precision)
     module = _apply(transforms, _on_device(job, module, weights), Phase.RECOMPUTE)
-    work = _optimizer_plan(job, module, optimizer, parameters)
+    work = _optimizer_plan(job, module, optimizer, parameters, client)
     _check_model(job, module, work)
     job.values.agree(None if job.failures is None else job.communicator, job.device)
     precision.cast_buffers(module, lent_modules(module, None))
@@ -188,8 +189,13 @@ def _apply(transforms: Sequence[Transform], module: nn.Module, *phases: Phase) -
 
 
 def _optimizer_plan(
-    job: Job, module: nn.Module, optimizer: ClientOptimizer | None, parameters: Iterable[Any] | None
+    job: Job,
+    module: nn.Module,
+    optimizer: ClientOptimizer | None,
+    parameters: Iterable[Any] | None,
+    client: Container[int],
 ) -> OptimizerPlan | None:
+    """What is trained, and how; of parameters with an id in ``client``, those of this rank."""
     section = job.plan.section(OptimizerSection)
     if optimizer is not None:
         if section.type is not None:
@@ -203,9 +209,11 @@ def _optimizer_plan(
     else:
         return None
     work = replace(work, rule=job.hub.wrap_update_rule(job, work.rule))
-    for group in work.groups:  # transforms and the way to the device may have replaced some
-        group["params"] = [job.parameters.latest(parameter) for parameter in group["params"]]
     names = {p: job.parameters.info(p).name for p in module.parameters()}
+    for group in work.groups:  # transforms and the way to the device may have replaced some
+        latest = [job.parameters.latest(parameter) for parameter in group["params"]]
+        # What was the model's and is not any more, other ranks have: experts, or stages.
+        group["params"] = [p for p in latest if p in names or id(p) not in client]
     if job.mesh.size("pp") > 1 and not any(parameter.requires_grad for parameter in names):
         raise ConfigError(
             f"pipeline.stages: all {len(names)} parameters of stage {job.mesh.coordinate('pp')} "
