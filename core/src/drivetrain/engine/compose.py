@@ -84,8 +84,7 @@ def build_engine(
     plan, hub = job.plan, job.hub
     _refuse_unserved(job, module)
     precision = Precision.of(plan)
-    job.parameters.register(module, reduction="data")
-    client = {id(parameter) for parameter in module.parameters()}  # holds none that ranks drop
+    client = _known_to_client(job, module)
     training = optimizer is not None or plan.section(OptimizerSection).type is not None
     transforms = hub.transform_module(job, module, training)
     module = _apply(transforms, module, Phase.ADAPT, Phase.PARTITION)
@@ -120,6 +119,12 @@ def build_engine(
         undone.pop_all()
     engine.on_destroy(disconnect)
     return engine
+
+
+def _known_to_client(job: Job, module: nn.Module) -> set[int]:
+    """Make parameters known to the job; returns their ids, which keep none that ranks drop."""
+    job.parameters.register(module, reduction="data")
+    return {id(parameter) for parameter in module.parameters()}
 
 
 def plugins_of_objects(module: nn.Module) -> dict[str, ModelObjects]:
