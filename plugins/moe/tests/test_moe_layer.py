@@ -128,7 +128,10 @@ def lowered(equal: bool, halves: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("equal", "halves"),
-    [(False, False), *(pytest.param(*ways, marks=pytest.mark.long) for ways in ((False, True), (True, False)))],
+    [
+        (False, False),
+        *(pytest.param(*ways, marks=pytest.mark.long) for ways in ((False, True), (True, False))),
+    ],
 )
 def test_ranks_whose_experts_get_no_token_answer_in_the_dtype_of_autocast(
     equal: bool, halves: bool
