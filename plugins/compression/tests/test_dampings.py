@@ -1,4 +1,4 @@
-"""Dampings that are held to data which a weight was not fitted to."""
+"""Dampings that are held to other data, and what inputs of layers are counted."""
 
 from __future__ import annotations
 
@@ -97,3 +97,24 @@ def test_a_damping_that_is_given_is_kept(name: str) -> None:
     found = compressed({kind: {**config, "damping": 0.2}}, batches)
     wanted = change(weight, hessian(batches), 0.2).float()
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+class ByName(nn.Linear):
+    """Called with the name of its argument, as some models call theirs."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return super().__call__(input=x)
+
+
+@pytest.mark.parametrize("modifier", ["gptq", "round", "zeroquant"])
+def test_a_layer_may_be_called_by_name(modifier: str) -> None:
+    recipe = {"modifiers": [{modifier: {"bits": 8, "activations": "int8"}}]}
+    batches, found = data(4), []
+    for kind in (nn.Linear, ByName):
+        torch.manual_seed(2)
+        model = nn.Sequential(kind(INPUTS, 10, bias=False))
+        compress_module(model, recipe, [{"input": x} for x in batches])
+        found.append((model[0].weight.detach(), model(batches[0]).detach()))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    exact = batches[0] @ found[0][0].T
+    assert not torch.equal(found[0][1], exact)  # inputs are rounded

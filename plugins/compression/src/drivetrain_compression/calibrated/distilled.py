@@ -102,9 +102,9 @@ class ZeroQuant(Round):
             return []
         hooks = []
         for target in unit.targets:
-            weight: Any = target.module.weight
-            known = self.input_scale(self.watch.of(target.name), weight.dtype)
-            hooks.append(target.module.register_forward_pre_hook(RoundedInputs(kind, known)))
+            module: Any = target.module
+            known = self.input_scale(self.watch.of(target.name), module.weight.dtype)
+            hooks.append(RoundedInputs(kind, known).before(module))
         return hooks
 
     def _rounded(self, master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from drivetrain.errors import CheckpointError, ConfigError
 from drivetrain_compression.calibrated.grids import Floats, Grid, Integers, Scales, weight_of
@@ -80,14 +81,24 @@ def rounded_tokens(x: torch.Tensor, kind: str, known: float | None = None) -> to
 
 
 class RoundedInputs:
-    """A hook before a layer that rounds what comes."""
+    """A hook before a layer that rounds what comes, by place or by name."""
 
     def __init__(self, kind: str, known: float | None = None) -> None:
         self.kind, self.known = kind, known
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = inputs[0]
-        return (straight_through(x, rounded_tokens(x.detach(), self.kind, self.known)), *inputs[1:])
+    def before(self, module: nn.Linear) -> RemovableHandle:
+        """Round what comes to ``module`` from now on, until the handle is removed."""
+        return module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self._rounded(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "input": self._rounded(kwargs["input"])}
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        return straight_through(x, rounded_tokens(x.detach(), self.kind, self.known))
 
 
 def put(module: nn.Linear, found: Rounded) -> None:
@@ -97,7 +108,7 @@ def put(module: nn.Linear, found: Rounded) -> None:
     with torch.no_grad():
         module.weight.copy_(found.weight(module.weight.dtype))
     if found.activations:
-        module.register_forward_pre_hook(RoundedInputs(found.activations, found.input_scale))
+        RoundedInputs(found.activations, found.input_scale).before(module)
 
 
 @contextmanager

@@ -145,7 +145,8 @@ class Watch:
         self._alive: list[torch.Tensor] = []
         self.kept: torch.Tensor | None = None
         self._hooks = [
-            target.module.register_forward_pre_hook(self._hook(target.name)) for target in targets
+            target.module.register_forward_pre_hook(self._hook(target.name), with_kwargs=True)
+            for target in targets
         ]
 
     def next(self) -> None:
@@ -187,8 +188,8 @@ class Watch:
         return list(groups.values())
 
     def _hook(self, name: str) -> Any:
-        def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].detach()
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = (args[0] if args else kwargs["input"]).detach()
             key = (x.data_ptr(), tuple(x.shape), x._version)
             leader = self._now.setdefault(key, name)
             known = self._leader.setdefault(name, leader)
