@@ -55,8 +55,11 @@ def pruned_of(weight: torch.Tensor, near: torch.Tensor, share: float) -> torch.T
 
 
 METHODS = {
-    "gptq": (gptq_of, {"gptq": {"group": 8, "act_order": False, "clip": False}}),
-    "sparsegpt": (pruned_of, {"sparsegpt": {"pattern": "2:4"}}),
+    "gptq": (
+        gptq_of,
+        {"gptq": {"group": 8, "act_order": False, "clip": False, "damping": "search"}},
+    ),
+    "sparsegpt": (pruned_of, {"sparsegpt": {"pattern": "2:4", "damping": "search"}}),
 }
 
 

@@ -283,7 +283,7 @@ DAMPING = (
 class GptqConfig(GridConfig):
     """GPTQ."""
 
-    damping: Damping = Field(default="search", description=DAMPING)
+    damping: Damping = Field(default=0.01, description=DAMPING)
     act_order: bool = Field(default=True, description="Round inputs with large activations first.")
     block: int = Field(default=128, ge=1, description="Columns between updates of the rest.")
     clip: bool = Field(default=True, description="Cut ranges so that outputs change least.")

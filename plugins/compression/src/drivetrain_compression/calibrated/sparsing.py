@@ -79,7 +79,7 @@ class Wanda(_Pruner[PruneConfig]):
 class SparseGptConfig(PruneConfig):
     """SparseGPT."""
 
-    damping: Damping = Field(default="search", description=DAMPING)
+    damping: Damping = Field(default=0.01, description=DAMPING)
     block: int = Field(default=128, ge=1, description="Columns that are pruned together.")
     sweeps: int = Field(
         default=0, ge=0, description="Times that all weights that stay are moved again."
