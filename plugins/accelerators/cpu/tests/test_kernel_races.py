@@ -14,30 +14,44 @@ HERE = Path(__file__).parent
 SANITIZE = ("-fsanitize=thread", "-g", "-O1")
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sanitized")
-    kernels, made = folder / "kernels.o", folder / "kernels"
-    compiled = [*FLAGS, *selected().flags, *SANITIZE, "-c", HERE / "kernels_in_threads.cpp"]
-    # Linked without -fopenmp: its functions are ours.
-    linked = [*SANITIZE, "-std=c++17", "-pthread", kernels, HERE / "openmp_over_threads.cpp"]
+def built(folder, name, *others):
+    """The program of one source, sanitised and linked with others in OpenMP's place."""
+    kernels, made = folder / f"{name}.o", folder / name
+    compiled = [*FLAGS, *selected().flags, *SANITIZE, "-c", HERE / f"{name}.cpp"]
+    linked = [*SANITIZE, "-std=c++17", "-pthread", kernels, *others]
     for arguments, output in ((compiled, kernels), (linked, made)):
-        built = subprocess.run(
+        done = subprocess.run(
             [*CXX.command(), *arguments, "-o", output], capture_output=True, text=True
         )
-        if "cannot find" in built.stderr:
+        if "cannot find" in done.stderr:
             pytest.skip("the compiler has no thread sanitizer")
-        assert built.returncode == 0, built.stderr
+        assert done.returncode == 0, done.stderr
     return made
 
 
-def test_threads_of_a_kernel_touch_different_memory(program):
-    found = subprocess.run([program], capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    # Linked without -fopenmp: its functions are ours.
+    folder = tmp_path_factory.mktemp("sanitized")
+    return built(folder, "kernels_in_threads", HERE / "openmp_over_threads.cpp")
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory):
+    return built(tmp_path_factory.mktemp("sanitized"), "team_in_threads")
+
+
+@pytest.mark.parametrize("name", ["program", "team"])
+def test_threads_of_a_kernel_touch_different_memory(name, request):
+    made = request.getfixturevalue(name)
+    found = subprocess.run([made], capture_output=True, text=True, timeout=300)
     assert found.stdout.strip() == "fine", found.stderr[-3000:]
     assert found.returncode == 0
 
 
-def test_the_sanitizer_notices_two_kernels_that_write_one_tensor(program):
-    found = subprocess.run([program, "race"], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize("name", ["program", "team"])
+def test_the_sanitizer_notices_two_kernels_that_write_one_tensor(name, request):
+    made = request.getfixturevalue(name)
+    found = subprocess.run([made, "race"], capture_output=True, text=True, timeout=300)
     assert "data race" in found.stderr
     assert found.returncode != 0

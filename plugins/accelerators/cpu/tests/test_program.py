@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 
 import pytest
 import torch
@@ -67,3 +69,50 @@ def test_nothing_is_noted_after_an_error():
     run()
     assert x.add(1) is not None
     assert CpuAccelerator().capture(run) is not None
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def a_wide_layer(seed):
+    """A repeated product that three threads share out, its result, and what it has to be."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = (torch.randn(n, 64, generator=generator) for n in (2, 4096))
+    panels, product, found = pack_panels(weight), PACKED_LINEAR.function("cpu"), []
+    replay = CpuAccelerator().capture(lambda: found.append(product(x, panels, None, 4096)))
+    return replay, found[0], (x.double() @ weight.double().t()).float()
+
+
+def test_calls_of_two_threads_at_once_do_not_meet(three_threads):
+    layers = [a_wide_layer(seed) for seed in (0, 1)]
+    for _, found, _ in layers:
+        found.zero_()
+    both = [threading.Thread(target=lambda r=r: [r() for _ in range(300)]) for r, _, _ in layers]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join()
+    for _, found, wanted in layers:
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_has_threads_of_its_own(three_threads):
+    replay, found, wanted = a_wide_layer(0)
+    replay()
+    child = os.fork()
+    if not child:
+        try:
+            found.zero_()
+            replay()
+            threads = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self") else 3
+            right = torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+            os._exit(0 if right and threads == 3 else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0

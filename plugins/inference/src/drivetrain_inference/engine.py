@@ -241,7 +241,8 @@ class InferenceEngine:
         places = [0, *accumulate(wanted)]
         rows, sequences = self._with_siblings(ends, [seq for seq, _ in work.pieces], places)
         if rows:
-            chosen = self._sampler(logits[rows], sequences)
+            every = rows == [*range(len(logits))]
+            chosen = self._sampler(logits if every else logits[rows], sequences)
             for row, sequence, first in zip(rows, sequences, chosen, strict=True):
                 done += self._taken(sequence, logits[row : row + 1 + len(sequence.draft)], first)
         return done

@@ -18,6 +18,7 @@ from drivetrain_kernels.registry import REFERENCE
 
 from drivetrain.contracts import WeightFormat
 from drivetrain_inference.adapters.adapter import Group, Part, add_changes
+from drivetrain_inference.alone import as_float32
 from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
 from drivetrain_inference.fast.decode import Capture, Decodes
 from drivetrain_inference.fast.projections import Projection, joined
@@ -147,7 +148,7 @@ class FastModel:
         if self._decodes is not None:
             logits = self._decodes(cache, batch)
             if logits is not None:
-                return logits.to(torch.float32, copy=True)  # the next replay writes there
+                return as_float32(logits)  # the next replay writes over them
         hidden, delta = self.layers_of(self.embedded(batch), self.turns(batch), cache, batch)
         return self.logits(hidden[batch.last], delta[batch.last]).float()
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Items
 
 import torch
 
+from drivetrain_inference.alone import highest
 from drivetrain_inference.requests import SamplingParams, Sequence, TokenLogprobs
 
 
@@ -38,7 +39,7 @@ class Sampler:
         Returns:
             Tokens, with log-probabilities for those that asked for them.
         """
-        chosen = torch.argmax(logits, dim=1).tolist()
+        chosen = highest(logits).tolist()
         result: list[tuple[int, TokenLogprobs | None]] = []
         for row, sequence in enumerate(sequences):
             token, params = chosen[row], sequence.params

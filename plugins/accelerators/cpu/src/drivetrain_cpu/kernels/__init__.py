@@ -46,7 +46,18 @@ SOURCES = (
     "shared_group",
     "collectives",
 )
-HEADERS = ("bytes", "dtypes", "panels", "products", "rounding", "shared_group", "tiles", "vectors")
+HEADERS = (
+    "bytes",
+    "dtypes",
+    "panels",
+    "products",
+    "rounding",
+    "shared_group",
+    "team",
+    "tiles",
+    "vectors",
+    "waiting",
+)
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -89,7 +89,7 @@ def capture(function: Callable[[], None], library: ctypes.CDLL) -> Callable[[], 
     the same memory each time, which the returned function keeps.
 
     Args:
-        function: calls kernels for serving.
+        function: calls kernels for serving, whose structures have a field ``threads``.
         library: they are in it.
     """
     _noted.calls, _noted.kept = [], []
@@ -107,10 +107,12 @@ def capture(function: Callable[[], None], library: ctypes.CDLL) -> Callable[[], 
         *[_Call(address, at) for (address, _), at in zip(calls, arguments, strict=True)]
     )
     run = library.dt_run
-    run.argtypes, run.restype = [POINTER(_Call), c_int64], c_int
+    run.argtypes, run.restype = [POINTER(_Call), c_int64, c_int], c_int
+    # As large a team as the largest call wants; its threads are woken once.
+    threads = max((call.threads for _, call in calls), default=1)
 
     def replay() -> None:
-        succeed(run(table, len(table)))
+        succeed(run(table, len(table), threads))
 
     replay.__dict__["kept"] = (calls, kept)  # structures and tensors live as long as it
     return replay

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "bytes.h"
+#include "team.h"
 
 namespace drivetrain {
 namespace {
@@ -253,8 +254,9 @@ DRIVETRAIN_API int dt_paged_attention(const void* call) {
     tiles += (count + most - 1) / most * a->kv_heads;
     work += count * a->lengths[s] * a->heads * (a->dim + a->value_dim);
   }
-  const int threads =
-      static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(a->threads, work / kWorthAThread)));
+  // A team's threads are awake already.
+  const int64_t most_threads = Team::led() ? a->threads : work / kWorthAThread;
+  const int threads = static_cast<int>(std::clamp<int64_t>(most_threads, 1, a->threads));
   Tile* list = static_cast<Tile*>(std::malloc(sizeof(Tile) * std::max<int64_t>(1, tiles)));
   if (list == nullptr) return 1;
   int64_t made = 0;
@@ -267,26 +269,23 @@ DRIVETRAIN_API int dt_paged_attention(const void* call) {
       }
     }
   }
-  bool failed = false;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  std::atomic<bool> failed{false};
+  share_out(threads, made, 1, [&](Items& items) {
     Scratch* scratch = static_cast<Scratch*>(std::aligned_alloc(64, sizeof(Scratch)));
-#pragma omp for schedule(dynamic)
-    for (int64_t t = 0; t < made; ++t) {
-      if (scratch == nullptr) {
-#pragma omp atomic write
-        failed = true;
-        continue;
-      }
+    if (scratch == nullptr) {
+      failed = true;
+      return;
+    }
+    items.each([&](int64_t t) {
       with_type(a->dtype, [&](auto element) {
         using T = decltype(element);
         if (a->cache == kCacheInt8) TileOfQueries<T, Int8>(*a, list[t], *scratch).run();
         else if (a->cache == kCacheFloat8) TileOfQueries<T, Float8>(*a, list[t], *scratch).run();
         else TileOfQueries<T, T>(*a, list[t], *scratch).run();
       });
-    }
+    });
     std::free(scratch);
-  }
+  });
   std::free(list);
   return failed ? 1 : 0;
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "bytes.h"
+#include "team.h"
 
 namespace drivetrain {
 namespace {
@@ -126,13 +127,12 @@ DRIVETRAIN_API int dt_add_rms_norm(const void* call) {
   const Norm& c = *static_cast<const Norm*>(call);
   with_type(c.dtype, [&](auto element) {
     using T = decltype(element);
-#pragma omp parallel for schedule(static) num_threads(c.threads) if (c.threads > 1)
-    for (int64_t row = 0; row < c.rows; ++row) {
+    for_each_item(c.threads, c.rows, run_of(c.rows, c.threads), [&](int64_t row) {
       const int64_t at = row * c.dim;
       norm_row(static_cast<T*>(c.residual) + at,
                c.delta == nullptr ? nullptr : static_cast<const T*>(c.delta) + at,
                static_cast<const T*>(c.weight), static_cast<T*>(c.out) + at, c.dim, c.eps);
-    }
+    });
   });
   return 0;
 }
@@ -142,8 +142,7 @@ DRIVETRAIN_API int dt_rotary_to_cache(const void* call) {
   const Rotary& c = *static_cast<const Rotary*>(call);
   with_type(c.dtype, [&](auto element) {
     using T = decltype(element);
-#pragma omp parallel for schedule(static) num_threads(c.threads) if (c.threads > 1)
-    for (int64_t token = 0; token < c.tokens; ++token) {
+    for_each_item(c.threads, c.tokens, run_of(c.tokens, c.threads), [&](int64_t token) {
       T* row = static_cast<T*>(c.joined) + token * (c.heads + 2 * c.kv_heads) * c.dim;
       for (int64_t head = 0; head < c.heads + c.kv_heads; ++head) {
         turn_head(row + head * c.dim, c.cosine + token * c.half, c.sine + token * c.half, c.half);
@@ -155,7 +154,7 @@ DRIVETRAIN_API int dt_rotary_to_cache(const void* call) {
         keep(from, c.dim, at, c.cache, c.keys, c.key_scales);
         keep(from + c.kv_heads * c.dim, c.dim, at, c.cache, c.values, c.value_scales);
       }
-    }
+    });
   });
   return 0;
 }
@@ -165,11 +164,10 @@ DRIVETRAIN_API int dt_gated_activation(const void* call) {
   const Gated& c = *static_cast<const Gated*>(call);
   with_type(c.dtype, [&](auto element) {
     using T = decltype(element);
-#pragma omp parallel for schedule(static) num_threads(c.threads) if (c.threads > 1)
-    for (int64_t row = 0; row < c.rows; ++row) {
+    for_each_item(c.threads, c.rows, run_of(c.rows, c.threads), [&](int64_t row) {
       const T* from = static_cast<const T*>(c.joined) + 2 * row * c.width;
       gated_row(from, from + c.width, static_cast<T*>(c.out) + row * c.width, c.width, c.kind);
-    }
+    });
   });
   return 0;
 }

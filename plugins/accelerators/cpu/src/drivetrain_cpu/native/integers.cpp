@@ -8,6 +8,7 @@
 #include <cstdlib>
 
 #include "panels.h"
+#include "team.h"
 
 namespace drivetrain {
 namespace {
@@ -198,11 +199,9 @@ void multiply(const T* x, const BlockWeight& w, const Rounded& rounded, T* y, in
               int threads) {
   const int64_t panels = (w.outputs + kPanel - 1) / kPanel;
   const int64_t items = panels * ((rows + kChunk - 1) / kChunk);
-  const int share = static_cast<int>(std::max<int64_t>(1, items / (threads * 8)));
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows > 3)
-  for (int64_t row = 0; row < rows; ++row) round_row(x, w, rounded, row);
-#pragma omp parallel for schedule(dynamic, share) num_threads(threads) if (threads > 1)
-  for (int64_t item = 0; item < items; ++item) {
+  for_each_item(rows > 3 ? threads : 1, rows, run_of(rows, threads),
+                [&](int64_t row) { round_row(x, w, rounded, row); });
+  for_each_item(threads, items, run_of(items, threads), [&](int64_t item) {
     const int64_t panel = item % panels, column = panel * kPanel;
     const int64_t columns = std::min<int64_t>(kPanel, w.outputs - column);
     int64_t row = item / panels * kChunk;
@@ -214,7 +213,7 @@ void multiply(const T* x, const BlockWeight& w, const Rounded& rounded, T* y, in
       rows_of_blocks<kTogether, kBits, kOffsets>(w, panel, rounded, row, take);
     }
     for (; row < end; ++row) rows_of_blocks<1, kBits, kOffsets>(w, panel, rounded, row, take);
-  }
+  });
 }
 
 // Layout shared with serving.py.

@@ -2,6 +2,7 @@
 #include <cstdlib>
 
 #include "panels.h"
+#include "team.h"
 
 namespace drivetrain {
 namespace {
@@ -31,9 +32,7 @@ void packed(const T* x, const T* panels, const T* bias, T* y, int64_t rows, int6
             int64_t outputs, int threads) {
   const int64_t words = inputs / kWord<T>, number_of_panels = (outputs + kPanel - 1) / kPanel;
   const int64_t items = number_of_panels * ((rows + kChunk - 1) / kChunk);
-  const int share = static_cast<int>(std::max<int64_t>(1, items / (threads * 8)));
-#pragma omp parallel for schedule(dynamic, share) num_threads(threads) if (threads > 1)
-  for (int64_t item = 0; item < items; ++item) {
+  for_each_item(threads, items, run_of(items, threads), [&](int64_t item) {
     const int64_t first = item / number_of_panels * kChunk, p = item % number_of_panels;
     const int64_t here = std::min(kChunk, rows - first), column = p * kPanel;
     const int64_t columns = std::min<int64_t>(kPanel, outputs - column);
@@ -42,12 +41,13 @@ void packed(const T* x, const T* panels, const T* bias, T* y, int64_t rows, int6
                 [&](int64_t row, const Floats* sums) {
                   store_panel(sums, begin, y + (first + row) * outputs + column, columns);
                 });
-  }
+  });
 }
 
 // -- quantised weights --------------------------------------------------------------------------
 
 constexpr int kTogether = 4;  // rows of x that share the decoding of a weight
+constexpr int64_t kOutputs = 64;  // that a thread takes at once, so that no two write one line
 
 typedef int8_t Signed __attribute__((vector_size(kWidth)));
 typedef uint8_t Unsigned __attribute__((vector_size(kWidth)));
@@ -157,8 +157,7 @@ int quantized(const T* x, const Weight& w, T* y, int64_t rows, int threads) {
     prepare(x + row * w.inputs, w.inputs, w.block, kCodes >= kInt4, scratch + row * w.inputs,
             sums + row * blocks);
   }
-#pragma omp parallel for schedule(dynamic, 64) num_threads(threads) if (threads > 1)
-  for (int64_t output = 0; output < w.outputs; ++output) {
+  for_each_item(threads, w.outputs, kOutputs, [&](int64_t output) {
     int64_t row = 0;
     float totals[kTogether];
     for (; row + kTogether <= rows; row += kTogether) {
@@ -170,7 +169,7 @@ int quantized(const T* x, const Weight& w, T* y, int64_t rows, int threads) {
       one_output<1, kCodes>(w, output, scratch + row * w.inputs, sums + row * blocks, totals);
       assign(y + row * w.outputs + output, totals[0]);
     }
-  }
+  });
   std::free(scratch);
   return 0;
 }

@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "bytes.h"
+#include "team.h"
 
 namespace drivetrain {
 namespace {
@@ -71,18 +72,14 @@ struct Product {
 template <typename Format, typename T>
 bool multiply(const Product& p, const T* x, T* y) {
   const int64_t panels = (p.outputs + kPanel - 1) / kPanel;
-  const int share = static_cast<int>(std::max<int64_t>(1, panels / (p.threads * 8)));
-  bool failed = false;
-#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
-  {
+  std::atomic<bool> failed{false};
+  share_out(p.threads, panels, run_of(panels, p.threads), [&](Items& items) {
     T* decoded = static_cast<T*>(std::aligned_alloc(64, p.width * kPanel * sizeof(T) + 64));
-#pragma omp for schedule(dynamic, share)
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      if (decoded == nullptr) {
-#pragma omp atomic write
-        failed = true;
-        continue;
-      }
+    if (decoded == nullptr) {
+      failed = true;
+      return;
+    }
+    items.each([&](int64_t panel) {
       decode_panel<Format>(p.codes + panel * (p.width / 4) * Format::kBytes, p.width, decoded);
       const int64_t column = panel * kPanel;
       const int64_t columns = std::min<int64_t>(kPanel, p.outputs - column);
@@ -101,9 +98,9 @@ bool multiply(const Product& p, const T* x, T* y) {
         times_panel(x + first * p.width, p.width, std::min(kChunk, p.rows - first),
                     p.width / kWord<T>, decoded, take);
       }
-    }
+    });
     std::free(decoded);
-  }
+  });
   return !failed;
 }
 

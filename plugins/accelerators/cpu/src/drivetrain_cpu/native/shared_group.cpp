@@ -9,6 +9,8 @@
 #include <climits>
 #include <cstring>
 
+#include "waiting.h"
+
 namespace drivetrain {
 namespace {
 
@@ -20,14 +22,6 @@ constexpr int kPatientSpins = 10000;
 // In a crowd the peer may need this core.
 constexpr int kSpinsWhenCrowded = 20;
 constexpr double kLongSeconds = 2;
-
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 double now() {
   timespec time;
