@@ -4,7 +4,9 @@
     python benchmarks/generate.py --model FOLDER_OR_GGUF_FILE
 
 Both sides run in one process and take turns; figures are medians. Texts do not end early, so that
-both generate the same number of tokens.
+both generate the same number of tokens. ``read_share`` is the part of the memory's speed that one
+stream has: bytes of the weights that a token reads, times tokens per second, over the best of some
+sums of a large tensor.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from typing import Any
 import torch
 from drivetrain_inference import SamplingParams, load_model, serve
 from torch import nn
+
+from drivetrain.plan.registry import Registry
 
 SHAPE = {
     "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -77,6 +81,28 @@ def by_engine(engine: Any, work: list[tuple[list[int], int]]) -> float:
     return seconds
 
 
+def read_speed(rounds: int = 8) -> float:
+    """Bytes a second at which torch's threads read memory that no cache holds."""
+    values, best = torch.ones(1 << 27), 0.0
+    for _ in range(rounds):
+        began = time.perf_counter()
+        values.sum()
+        best = max(best, values.nbytes / (time.perf_counter() - began))
+    return best
+
+
+def bytes_read(model: nn.Module, form: str, head: bool) -> int:
+    """Bytes of weights that one token reads: all matrices, of the embedding one row alone."""
+    entry = Registry.installed().find("weight_formats", form)
+    packed = entry.load()() if entry is not None else None
+    total = 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            stays = packed is None or (name == "lm_head" and not head)
+            total += layer.weight.nbytes if stays else packed.bytes(layer.weight.shape)
+    return total
+
+
 def side_by_side(
     sides: dict[str, Callable[[], float]], pairs: int, tokens: int
 ) -> dict[str, float]:
@@ -127,6 +153,10 @@ def main() -> None:
             found[name] = side_by_side(sides, options.pairs, tokens)
         prompt = sum(len(p) for p, _ in many)
         report = {"systems": found, "fast": engine.fast, "prompt_tokens": prompt}
+    if options.weight_format != "gguf":  # whose weights depend on the file
+        read, speed = bytes_read(model, options.weight_format, options.quantize_head), read_speed()
+        share = found["single"]["drivetrain"] * read / speed
+        report |= {"bytes_a_token": read, "read_speed": round(speed), "read_share": round(share, 3)}
     print(json.dumps(report, indent=1))
 
 
