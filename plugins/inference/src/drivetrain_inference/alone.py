@@ -19,7 +19,7 @@ def as_float32(values: torch.Tensor) -> torch.Tensor:
     if values.numel() > _MOST * _PART:
         return values.to(torch.float32, copy=True)
     copied = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-    parts = zip(copied.view(-1).split(_PART), values.reshape(-1).split(_PART), strict=True)
+    parts = zip(*(torch.split(each.reshape(-1), _PART) for each in (copied, values)), strict=True)
     for to, part in parts:
         to.copy_(part)
     return copied
@@ -30,7 +30,7 @@ def highest(rows: torch.Tensor) -> torch.Tensor:
     if not 0 < rows.numel() <= _MOST * _PART:
         return torch.argmax(rows, dim=1)
     width = max(1, _PART // len(rows))
-    parts = [part.max(dim=1) for part in rows.split(width, dim=1)]
+    parts = [part.max(dim=1) for part in torch.split(rows, width, dim=1)]
     best = torch.stack([part.values for part in parts]).argmax(dim=0)
     places = torch.stack([part.indices for part in parts])
     return best * width + places.gather(0, best[None])[0]
