@@ -170,6 +170,12 @@ def refusals() -> list[str]:
     with pytest.raises(TrainingError) as refused:
         tiny("llama")(**padded, position_ids=positions, use_cache=False)
     found.append(str(refused.value))
+    model = tiny("llama")
+    states = torch.zeros(ROWS, LENGTH, 32, dtype=torch.float64)
+    angles = model.model.rotary_emb(states, positions)
+    with pytest.raises(TrainingError) as unplaced:
+        model.model.layers[0].self_attn(states, angles, None)
+    found.append(str(unplaced.value))
     return found
 
 
@@ -185,6 +191,7 @@ def test_what_scripts_of_alst_ask_wrongly_is_refused_by_name() -> None:
         "",
         "groups of 2 ranks that share sequences are made already",
         "a mask hides tokens from others",
+        "position_ids are needed: the places of this rank's tokens",
     ]
     for found in run_distributed(refusals, 2):
         for said, begin in zip(found, expected, strict=True):

@@ -16,9 +16,10 @@ from drivetrain_sequence.scripts import (
     sequence_tiled_compute,
     vocab_sequence_parallel_cross_entropy,
 )
+from drivetrain_sequence.ulysses_scripts import UlyssesSPDataLoaderAdapter
 from torch import nn
 
-from drivetrain.errors import ConfigError
+from drivetrain.errors import ConfigError, TrainingError
 from drivetrain.testing import run_distributed
 
 LENGTH, ROWS, HEADS, WIDTH = 8, 2, 6, 4
@@ -120,3 +121,20 @@ def test_functions_in_tiles_have_values_and_gradients_of_the_whole() -> None:
     )
     with pytest.raises(ConfigError, match="expected 6 tokens"):
         sequence_tiled_compute(lambda part, m: m(part), 6, 3, {"part": x}, **called)
+
+
+def test_batches_that_an_adapter_cannot_share_out_are_refused_by_name() -> None:
+    tokens = torch.arange(2 * LENGTH).view(2, LENGTH)
+    whole = {"input_ids": tokens, "position_ids": tokens, "labels": tokens}
+    wrong = [
+        ({"input_ids": tokens}, "a batch without position_ids, labels cannot be shared out"),
+        ({k: x[:, 1:] for k, x in whole.items()}, "7 tokens cannot be cut into 2 equal parts"),
+        ({**whole, "labels": tokens[:, :3]}, r"labels of shape \(2, 3\) is not one for each of 8"),
+    ]
+    for batch, said in wrong:
+        adapter = UlyssesSPDataLoaderAdapter([batch], 0, None, 2, "cpu")
+        with pytest.raises(TrainingError, match=said):
+            next(iter(adapter))
+    (part,) = UlyssesSPDataLoaderAdapter([{**whole, "name": "a"}], 0, None, 1)
+    assert part["name"] == "a"
+    assert part["shift_labels"].tolist() == [[*row[1:], -100] for row in tokens.tolist()]

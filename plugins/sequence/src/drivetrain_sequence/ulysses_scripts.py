@@ -197,9 +197,15 @@ class UlyssesSPDataLoaderAdapter:
                 f"{shape[1]} tokens cannot be cut into {self.sp_world_size} equal parts: pad them, "
                 "with -100 as label"
             )
+        for name, value in batch.items():  # before ranks meet
+            if isinstance(value, torch.Tensor) and value.shape[:2] != shape:
+                raise TrainingError(
+                    f"{name} of shape {tuple(value.shape)} is not one for each of {shape[1]} "
+                    f"tokens of {shape[0]} rows, so it cannot be cut"
+                )
         whole: list[dict[str, Any]] = [{} for _ in range(self.sp_world_size)]
         for name, value in batch.items():
-            for found, own in zip(whole, self._gathered(name, value, shape), strict=True):
+            for found, own in zip(whole, self._gathered(value), strict=True):
                 found[name] = own
         part = slice(*(shape[1] // self.sp_world_size * (self.sp_rank + i) for i in (0, 1)))
         for found in whole:
@@ -209,18 +215,14 @@ class UlyssesSPDataLoaderAdapter:
                     found[name] = value[:, part].contiguous().cpu()
         return whole
 
-    def _gathered(self, name: str, value: Any, shape: torch.Size) -> list[Any]:
+    def _gathered(self, value: Any) -> list[Any]:
+        """What every rank has in the place of ``value``."""
         if self.sp_world_size == 1:
             return [value]
         if not isinstance(value, torch.Tensor):
             found: list[Any] = [None] * self.sp_world_size
             dist.all_gather_object(found, value, group=self.sp_group)
             return found
-        if value.shape[:2] != shape:
-            raise TrainingError(
-                f"{name} of shape {tuple(value.shape)} is not one for each of {shape[1]} tokens of "
-                f"{shape[0]} rows, so it cannot be cut"
-            )
         own = value.to(self.device).contiguous()
         others = [torch.empty_like(own) for _ in range(self.sp_world_size)]
         dist.all_gather(others, own, group=self.sp_group)
