@@ -256,6 +256,45 @@ def test_classes_with_a_fused_kernel_use_it(name, monkeypatch):
     assert used == [(True, 4.0)]
 
 
+class Counters(torch.optim.Optimizer):
+    """Keeps single numbers in the ways of third-party classes, and slows down by them."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(turns=0, rate=1.0, seen=torch.full((1,), 3.0))
+                p.sub_(
+                    p.grad * (group["lr"] * state["rate"] / (state["turns"] + state["seen"].item()))
+                )
+                state["turns"] += 1
+                state["rate"] *= 0.5
+                state["seen"] += 2
+
+
+def test_single_numbers_are_kept_as_the_class_has_them():
+    start = numbers(0, torch.float64)
+    parameters = parameters_of(start)
+    reference = Counters(parameters)
+    rule = TorchRule(Counters)
+    home, flat = home_of(rule, dtype=torch.float64, originals=start)
+    for step in range(6):
+        if step == 3:  # go on from what is saved
+            saved = {(f.name, f.kind): f.read().clone() for f in home.fragments()}
+            home, flat = home_of(rule, dtype=torch.float64, originals=flat.clone())
+            home.step = 3
+            for fragment in home.fragments():
+                fragment.write(saved[fragment.name, fragment.kind])
+        step_reference(reference, parameters, numbers(step + 1, torch.float64))
+        home.update(numbers(step + 1, torch.float64), rule.defaults, 1.0)
+    torch.testing.assert_close(flat[:NUMEL], flat_of(parameters), rtol=1e-13, atol=0)
+
+
 class GradScaleIgnored(torch.optim.SGD):
     """Says that it is fused, and does not divide by ``grad_scale``."""
 

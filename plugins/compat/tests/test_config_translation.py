@@ -120,6 +120,11 @@ def test_a_key_that_deepspeed_never_looks_at_is_named_with_a_guess():
     ]
     assert "did you mean 'gradient_clipping'?" in done.ignored[0]
     assert "did you mean 'params'?" in done.ignored[1]
+    offloaded = {"stage": 2, "offload_param": {"device": "cpu"}}
+    done = translate({"zero_optimization": offloaded})
+    assert done.config == {"zero_optimization": {"stage": 2}}
+    assert "DeepSpeed looks at it at stage 3 alone" in done.ignored[0]
+    assert translate({"zero_optimization": {**offloaded, "stage": 3}}).ignored == []
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,9 @@ _STEPS = 3
 
 State = dict[str, Any]
 
+Scalar = torch.Size | type[int] | type[float]
+"""What an optimizer keeps one number in: a tensor of one element, by its shape, or a number."""
+
 
 @dataclass
 class StateLayout:
@@ -25,14 +28,14 @@ class StateLayout:
 
     Args:
         whole: elementwise states and the value that they start from.
-        scalars: 0-d states other than ``step``.
+        scalars: states of one number other than ``step``, and what the class keeps it in.
         step: type of the state ``step``: a tensor, a number, or ``None`` where there is none.
         made_by_class: whether states start from values that only the class knows, so that it must
             create them itself in the first step.
     """
 
     whole: dict[str, float] = field(default_factory=dict)
-    scalars: set[str] = field(default_factory=set)
+    scalars: dict[str, Scalar] = field(default_factory=dict)
     step: type | None = None
     made_by_class: bool = False
 
@@ -182,12 +185,20 @@ def _layout(name: str, state: State, numel: int, created: State) -> StateLayout:
             layout.step = torch.Tensor if isinstance(value, torch.Tensor) else type(value)
         elif isinstance(value, torch.Tensor) and value.numel() == numel:
             layout.whole[key] = float(created[key].flatten()[0]) if key in created else 0.0
-        elif isinstance(value, torch.Tensor) and value.dim() == 0:
-            layout.scalars.add(key)
-            layout.made_by_class = True
+        elif isinstance(value, torch.Tensor) and value.numel() == 1:
+            layout.scalars[key], layout.made_by_class = value.shape, True
+        elif type(value) in (int, float):
+            layout.scalars[key], layout.made_by_class = type(value), True
         else:
             raise ConfigError(
-                f"optimizer {name} keeps a state {key!r} that is neither elementwise nor a 0-d "
-                f"tensor but {type(value).__name__}; use an elementwise optimizer such as AdamW"
+                f"optimizer {name} keeps a state {key!r} that is neither elementwise nor one "
+                f"number but {type(value).__name__}; use an elementwise optimizer such as AdamW"
             )
     return layout
+
+
+def as_kept(number: torch.Tensor, kind: Scalar) -> Any:
+    """A 0-d tensor as a class keeps it that knows nothing of buckets; a copy."""
+    if isinstance(kind, torch.Size):
+        return number.clone().view(kind)
+    return kind(number.item())

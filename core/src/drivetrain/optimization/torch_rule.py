@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from drivetrain.contracts.state.bucket import BucketSpec, BucketView, Hyper, StateSpec, UpdateRule
 from drivetrain.errors import TrainingError
 from drivetrain.optimization.spans import Span, is_one, span_size, spans, wide_dtype
-from drivetrain.optimization.torch_probe import State, inner_step, probe
+from drivetrain.optimization.torch_probe import State, as_kept, inner_step, probe
 
 _LATE_STEP = 2**40
 """A step at which ``1 - beta**step`` is 1: Adam as it is without bias correction."""
@@ -65,10 +65,11 @@ class TorchRule(UpdateRule):
             self._layout.merge(probe(self._template, group))
 
     def states(self, bucket: BucketSpec) -> Sequence[StateSpec]:
-        """Elementwise states, and 0-d ones as constant vectors.
+        """Elementwise states, and those of one number as constant vectors in float32.
 
-        ``step`` is no state, since :attr:`BucketView.step` tells it. The other 0-d states (NAdam,
-        ASGD) cost a number per element, because only what is elementwise survives another layout.
+        ``step`` is no state, since :attr:`BucketView.step` tells it. The other single numbers
+        (NAdam, ASGD, counters of third-party classes) cost one per element, because only what is
+        elementwise survives another layout.
         """
         layout = self._layout
         whole = [StateSpec(k, self._state_dtype, initial=v) for k, v in layout.whole.items()]
@@ -97,8 +98,8 @@ class TorchRule(UpdateRule):
         state: State = {}
         if not (layout.made_by_class and bucket.step == 1):
             state = dict(span.states)
-            for name in layout.scalars:
-                state[name] = span.cut(bucket.states[name])[0].clone()
+            for name, kind in layout.scalars.items():
+                state[name] = as_kept(span.cut(bucket.states[name])[0], kind)
             if layout.step is not None:
                 state["step"] = self._step_before(bucket, hyper)
         _, after = inner_step(
@@ -108,8 +109,9 @@ class TorchRule(UpdateRule):
             value = after.get(name)
             if value is not None and value is not kept:
                 kept.copy_(value)
-        for name in layout.scalars & after.keys():
-            span.cut(bucket.states[name]).fill_(after[name])
+        for name in layout.scalars.keys() & after.keys():
+            number = after[name].flatten()[0] if torch.is_tensor(after[name]) else after[name]
+            span.cut(bucket.states[name]).fill_(number)
         for name, value in after.items():
             known = name in layout.whole or name in layout.scalars or name == "step"
             if not known and value is not None:

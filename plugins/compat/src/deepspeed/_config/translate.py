@@ -67,8 +67,8 @@ def translate(config: Mapping[str, Any], registry: Registry | None = None) -> Tr
     """
     done = Translation(_without_nulls(config))
     steps = (
-        *(_steps_per_print, _old_zero, _spellings, _scaling, _drop_dead, _switch_off),
-        _parallelism,
+        *(_steps_per_print, _old_zero, _offloaded_parameters, _spellings, _scaling),
+        *(_drop_dead, _switch_off, _parallelism),
     )
     for step in steps:
         step(done)
@@ -109,6 +109,20 @@ def _old_zero(done: Translation) -> None:
             done.notes.append(f'zero_optimization.{old}: is {new}: {{"device": "cpu"}}')
         else:
             done.notes.append(f"zero_optimization.{old}: no effect, {new} decides")
+
+
+def _offloaded_parameters(done: Translation) -> None:
+    """Drop what DeepSpeed never looks at below stage 3."""
+    zero = done.config.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2):
+        return
+    section = zero.get("offload_param")
+    if isinstance(section, dict) and section.get("device", "none") != "none":
+        del zero["offload_param"]
+        done.ignored.append(
+            "zero_optimization.offload_param: DeepSpeed looks at it at stage 3 alone, so it has no "
+            "effect here either; parameters stay on the device"
+        )
 
 
 def _spellings(done: Translation) -> None:
