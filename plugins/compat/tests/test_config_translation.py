@@ -249,6 +249,7 @@ def test_the_object_of_a_config_has_its_values(monkeypatch):
 
 
 def test_keys_without_effect_are_shown_as_they_were_given():
+    assert DeepSpeedZeroConfig(cpu_offload_param=True).offload_param.device == "cpu"
     assert DeepSpeedZeroConfig(stage=2, grad_hooks=False).grad_hooks is False
     assert DeepSpeedZeroConfig(stage=2).grad_hooks is True
     assert (

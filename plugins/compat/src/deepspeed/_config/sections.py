@@ -102,7 +102,7 @@ class DeepSpeedZeroConfig(SectionView):
 
     def __init__(self, **keys: Any) -> None:
         super().__init__(**keys)
-        zero = _translated(self.path, keys)
+        zero = _translated(self.path, {**keys, "stage": 3})  # which alone looks at both
         offloads = (DeepSpeedZeroOffloadParamConfig, DeepSpeedZeroOffloadOptimizerConfig)
         for kind in offloads:
             name = kind.path.rpartition(".")[2]
