@@ -118,6 +118,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "runtime.precision_config": {
         "deepspeed._config.sections": "DeepSpeedBF16Config DeepSpeedFP16Config get_bfloat16_config",
     },
+    "runtime.swap_tensor": {"deepspeed._parts.zero_words": "MIN_SWAPPABLE_BYTES"},
     "runtime.zero.config": {"deepspeed._config.sections": "DeepSpeedZeroConfig"},
     "runtime.zero.leaf_module_config": {
         "deepspeed._config.sections": "DEFAULT_LEAF_MODULE_CLASSES DEFAULT_LEAF_MODULE_NAMES "
