@@ -6,7 +6,6 @@ from collections.abc import Callable
 from enum import Enum, IntEnum, StrEnum
 from typing import Any
 
-
 MIN_SWAPPABLE_BYTES = 1024 * 1024
 """Tensors that are smaller stay in memory in DeepSpeed; here states of every size go to files."""
 
