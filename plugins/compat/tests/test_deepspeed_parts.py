@@ -330,3 +330,18 @@ def test_norms_that_are_not_finite_are_treated_as_torch_does(order, last):
     expected = torch.nn.utils.clip_grad_norm_(torchs, 1.0, order)
     torch.testing.assert_close(found, expected, equal_nan=True)
     torch.testing.assert_close(ours.grad, torchs.grad, equal_nan=True)
+
+
+@pytest.mark.parametrize("level", [None, "ERROR"])
+def test_a_config_sets_the_level_of_the_logger(level, monkeypatch):
+    monkeypatch.setattr(logger, "level", logging.DEBUG)
+    config = (
+        {"train_batch_size": 1} if level is None else {"train_batch_size": 1, "log_level": level}
+    )
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    assert engine.log_level() == deepspeed.runtime.config.get_log_level(config) == level
+    assert logger.getEffectiveLevel() == (logging.DEBUG if level is None else logging.ERROR)
+    engine.destroy()
+    logger.setLevel(logging.DEBUG)  # which forgets what loggers know of their levels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -146,6 +147,12 @@ def get_gradient_clipping(param_dict: dict[str, Any]) -> float:
     return value
 
 
+def get_log_level(param_dict: Mapping[str, Any]) -> str | None:
+    """The level that a config gives DeepSpeed's logger; ``None`` leaves it as it is."""
+    level: str | None = param_dict.get("log_level", LOG_LEVEL_DEFAULT)
+    return level
+
+
 def dict_raise_error_on_duplicate_keys(ordered_pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make a dict of a JSON object; ``object_pairs_hook`` of :func:`json.load`.
 
@@ -166,6 +173,8 @@ DEFAULT_LEAF_MODULE_NAME_SUFFIXES: list[str] = default_at(
     "zero_optimization.leaf_module.name_suffixes"
 )
 """Modules that are leaves without being named: none here, where parts of a unit go together."""
+
+LOG_LEVEL_DEFAULT: str | None = default_at("log_level")
 
 GRADIENT_CLIPPING_DEFAULT: float = default_at("gradient_clipping")
 

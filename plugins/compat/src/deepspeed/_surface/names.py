@@ -89,13 +89,16 @@ OWN: Mapping[str, Mapping[str, str]] = {
     "runtime.bf16_optimizer": {"deepspeed._training.kinds": "BF16_Optimizer"},
     "runtime.config": {
         "deepspeed._config.sections": "ADAGRAD_OPTIMIZER ADAMW_OPTIMIZER ADAM_OPTIMIZER "
-        "LAMB_OPTIMIZER LION_OPTIMIZER ONEBIT_ADAM_OPTIMIZER get_gradient_clipping",
+        "LAMB_OPTIMIZER LION_OPTIMIZER ONEBIT_ADAM_OPTIMIZER get_gradient_clipping "
+        "get_log_level",
     },
     "runtime.config_utils": {
         "deepspeed._config.model": "DeepSpeedConfigModel",
         "deepspeed._config.sections": "dict_raise_error_on_duplicate_keys",
     },
-    "runtime.constants": {"deepspeed._config.sections": "GRADIENT_CLIPPING_DEFAULT"},
+    "runtime.constants": {
+        "deepspeed._config.sections": "GRADIENT_CLIPPING_DEFAULT LOG_LEVEL_DEFAULT",
+    },
     "runtime.dataloader": {"drivetrain.engine.loader": "RepeatingLoader"},
     "runtime.fp16.fused_optimizer": {"deepspeed._training.kinds": "FP16_Optimizer"},
     "runtime.fp16.unfused_optimizer": {

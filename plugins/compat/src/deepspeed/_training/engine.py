@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from deepspeed._config.sections import get_log_level
 from deepspeed._config.view import DeepSpeedConfig, value_at
 from deepspeed._parts.errors import AsDeepSpeed
 from deepspeed._parts.monitor import EngineMonitor
@@ -147,6 +148,10 @@ class DeepSpeedEngine(Engine):
         """``scheduler.type`` as the config gives it."""
         name: str | None = value_at(self.job.plan, "scheduler.type")
         return name
+
+    def log_level(self) -> str | None:
+        """The level of DeepSpeed's logger, as the config gives it."""
+        return get_log_level(self.config)
 
     def loss_scale(self) -> float:
         """What losses are multiplied by now."""

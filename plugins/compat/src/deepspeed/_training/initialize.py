@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch.distributed as dist
 
 from deepspeed._config.files import ConfigSource, read_config
+from deepspeed._config.sections import get_log_level
 from deepspeed._config.translate import translate
 from deepspeed._parts.errors import AsDeepSpeed
+from deepspeed._parts.logs import set_log_level_from_string
 from deepspeed._parts.optimizers import Described
 from deepspeed._parts.parameters import show_attributes
 from deepspeed._training.engine import DeepSpeedEngine
@@ -62,6 +64,8 @@ def initialize(
     source = _one_config(args, config, config_params)
     given = read_config(source)
     done = translate(given)
+    if level := get_log_level(given):
+        set_log_level_from_string(level)
     if Ranks.current().rank == 0:
         for line in done.notes:
             logger.info("config: %s", line)

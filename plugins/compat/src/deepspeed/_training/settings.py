@@ -19,7 +19,6 @@ SETTINGS: Mapping[str, str] = {
     "gradient_predivide_factor": "gradient_predivide_factor",
     "initial_dynamic_scale": "fp16.initial_scale_power",
     "load_universal_checkpoint": "checkpoint.load_universal",
-    "log_level": "log_level",
     "managed_gradient_accumulation": "managed_gradient_accumulation",
     "memory_breakdown": "memory_breakdown",
     "optimizer_legacy_fusion": "optimizer.legacy_fusion",
