@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from deepspeed._config.files import ConfigSource, read_config
 from deepspeed._config.sections import get_log_level
-from deepspeed._config.translate import translate
+from deepspeed._config.translate import Translation, translate
 from deepspeed._parts.errors import AsDeepSpeed
 from deepspeed._parts.logs import set_log_level_from_string
 from deepspeed._parts.optimizers import Described
@@ -64,13 +64,7 @@ def initialize(
     source = _one_config(args, config, config_params)
     given = read_config(source)
     done = translate(given)
-    if level := get_log_level(given):
-        set_log_level_from_string(level)
-    if Ranks.current().rank == 0:
-        for line in done.notes:
-            logger.info("config: %s", line)
-        for line in done.ignored:
-            logger.warning("config: %s", line)
+    _tell(given, done)
     local_rank = getattr(args, "local_rank", None)
     if isinstance(local_rank, int) and local_rank >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
@@ -96,6 +90,17 @@ def initialize(
     ours = cast("DeepSpeedEngine", engine)
     _complete(ours, given)
     return ours, cast("DeepSpeedOptimizer | None", ours.optimizer), loader, schedule
+
+
+def _tell(given: Mapping[str, Any], done: Translation) -> None:
+    """Log what became of a config, at the level that it asks for."""
+    if level := get_log_level(given):
+        set_log_level_from_string(level)
+    if Ranks.current().rank == 0:
+        for line in done.notes:
+            logger.info("config: %s", line)
+        for line in done.ignored:
+            logger.warning("config: %s", line)
 
 
 def _refuse_unconnected(ranks: int) -> None:
