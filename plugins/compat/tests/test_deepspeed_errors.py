@@ -82,7 +82,7 @@ def test_names_of_other_packages_raise_as_deepspeeds_do():
     tiled = deepspeed.zero.TiledLinear(5, 4, in_splits=2, init_linear=torch.nn.Linear(5, 4))
     assert (tiled.in_parts, tiled.out_parts) == ([0, 3, 5], [0, 4])
     assert type(pickle.loads(pickle.dumps(tiled))) is deepspeed.runtime.zero.tiling.TiledLinear
-    with pytest.raises(ValueError, match="names a core twice"):
+    with pytest.raises(ValueError, match="names core 2 twice"):
         deepspeed.utils.numa.parse_range_list("0-3,2")
 
 
