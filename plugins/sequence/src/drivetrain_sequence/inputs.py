@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -106,6 +107,7 @@ class Cutter:
         missing = -length % self.cut.multiple
         labels = self._labels(given, (batch, length))
         if not self.cut.cuts:
+            given = without_cache(self._signature, given)
             return Prepared(given) if labels is None else self._with_labels(given, labels)
         layout, positions = batch_layout(given, batch, length, missing, given[name].device)
         places = self.cut.of_rank(length + missing, self._rank).to(given[name].device)
@@ -228,6 +230,31 @@ class Whole(OwnCutter):
 
 def _has_tokens(value: Any, length: int) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == length
+
+
+def is_of_transformers(module: nn.Module) -> bool:
+    """Whether a module is a model of Transformers."""
+    modeling: Any = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
+
+
+def without_cache(
+    signature: inspect.Signature, given: Mapping[str, Any], named: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What a forward is given by keyword, with no cache of keys and values if nobody asks for one.
+
+    A model of Transformers that begins a cache does not see from ``position_ids`` that rows are
+    packed, and lets tokens attend to other sequences of their row.
+
+    Args:
+        signature: of the forward.
+        given: arguments by keyword.
+        named: all arguments by name, if some are given by position.
+    """
+    asked = {"use_cache", "past_key_values"} & (given if named is None else named).keys()
+    if asked or "use_cache" not in signature.parameters:
+        return dict(given)
+    return {**given, "use_cache": False}
 
 
 def refuse_whole(given: Mapping[str, Any]) -> None:

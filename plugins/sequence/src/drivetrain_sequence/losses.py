@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from drivetrain.errors import TrainingError
 from drivetrain_sequence.chunks.draws import Casts
 from drivetrain_sequence.chunks.sums import stray_leaf
+from drivetrain_sequence.measured import MeasuredTile
 
 IGNORED = -100
 """The label of tokens that no loss counts, as in torch."""
@@ -160,14 +161,15 @@ class TiledHead:
 
     Args:
         head: the module from hidden states [b, s, width] to logits; its ``forward`` is replaced.
-        tile: tokens of all rows together whose logits are in memory at a time.
+        tile: tokens of all rows together whose logits are in memory at a time, or what finds out
+            how many.
 
     Attributes:
         labels: [b, s], of the forward under way; without them the head computes logits.
         made: the losses that it has computed for them, of which only the sum may be used.
     """
 
-    def __init__(self, head: nn.Module, tile: int) -> None:
+    def __init__(self, head: nn.Module, tile: int | MeasuredTile) -> None:
         self._head: Any = head
         self._forward = head.forward
         self._tile = tile
@@ -180,26 +182,22 @@ class TiledHead:
         labels = self.labels
         if labels is None or hidden.shape[:-1] != labels.shape:
             return self._forward(hidden)
+        given = (hidden.flatten(0, 1), labels.flatten())
+        size = self._tile
+        if not isinstance(size, int):
+            size = size.along(self._head, self.losses, given, dim=0)
         parameters = [p for p in self._head.parameters() if p.requires_grad]
         watched = any(p._backward_hooks for p in parameters) or torch.compiler.is_compiling()
         if watched or self._again or not torch.is_grad_enabled():
-            losses = self._repeated(hidden.flatten(0, 1), labels.flatten())
+            losses = self._repeated(size, *given)
         else:
-            given = (hidden.flatten(0, 1), labels.flatten())
             try:
-                losses = _Losses.apply(self, *given, *parameters)  # type: ignore[no-untyped-call]
+                losses = _Losses.apply(self, size, *given, *parameters)  # type: ignore[no-untyped-call]
             except _Strays:
                 self._again = True
-                losses = self._repeated(*given)
+                losses = self._repeated(size, *given)
         self.made = losses.view(labels.shape)
         return self.made
-
-    def tiles(
-        self, hidden: torch.Tensor, labels: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Tokens and their labels, of a tile at a time."""
-        pairs = (torch.split(hidden, self._tile), torch.split(labels, self._tile))
-        yield from zip(*pairs, strict=True)
 
     def with_gradients(
         self, own: torch.Tensor, labels: torch.Tensor, parameters: Sequence[torch.Tensor]
@@ -244,11 +242,11 @@ class TiledHead:
         """Let go of the latest forward's labels and losses."""
         self.labels = self.made = None
 
-    def _repeated(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _repeated(self, size: int, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Losses whose logits are computed again in backward."""
         each = [
             checkpoint(self.losses, part, target, use_reentrant=False)
-            for part, target in self.tiles(hidden, labels)
+            for part, target in _tiles(size, hidden, labels)
         ]
         return torch.cat(each)
 
@@ -264,6 +262,7 @@ class _Losses(torch.autograd.Function):
     def forward(
         ctx: Any,
         head: TiledHead,
+        size: int,
         hidden: torch.Tensor,
         labels: torch.Tensor,
         *parameters: torch.Tensor,
@@ -271,8 +270,8 @@ class _Losses(torch.autograd.Function):
         losses, for_hidden = [], torch.empty_like(hidden)
         sums: list[torch.Tensor | None] = [None] * len(parameters)
         start = 0
-        for part, target in head.tiles(hidden, labels):
-            leaf = part.detach().requires_grad_(ctx.needs_input_grad[1])
+        for part, target in _tiles(size, hidden, labels):
+            leaf = part.detach().requires_grad_(ctx.needs_input_grad[2])
             found, (own, *others) = head.with_gradients(leaf, target, parameters)
             losses.append(found)
             if own is not None:
@@ -294,8 +293,15 @@ class _Losses(torch.autograd.Function):
             None if x is None else (x * factor).to(dtype)
             for x, dtype in zip(sums, ctx.dtypes, strict=True)
         ]
-        own = (for_hidden * factor).to(for_hidden.dtype) if ctx.needs_input_grad[1] else None
-        return None, own, None, *others
+        own = (for_hidden * factor).to(for_hidden.dtype) if ctx.needs_input_grad[2] else None
+        return None, None, own, None, *others
+
+
+def _tiles(
+    size: int, hidden: torch.Tensor, labels: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens and their labels, ``size`` at a time."""
+    yield from zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
 
 
 def _added(total: torch.Tensor | None, gradient: torch.Tensor) -> torch.Tensor:

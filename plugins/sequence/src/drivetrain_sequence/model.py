@@ -13,7 +13,14 @@ from torch import nn
 from drivetrain.communication.functional import Functional, functional
 from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import ConfigError, TrainingError
-from drivetrain_sequence.inputs import Cutter, Labels, OwnCutter, Prepared, Whole
+from drivetrain_sequence.inputs import (
+    Cutter,
+    Labels,
+    OwnCutter,
+    Prepared,
+    Whole,
+    is_of_transformers,
+)
 from drivetrain_sequence.losses import (
     CausalLoss,
     TiledHead,
@@ -22,6 +29,7 @@ from drivetrain_sequence.losses import (
 )
 from drivetrain_sequence.modalities import fused_cutter, language_model_of
 from drivetrain_sequence.probe import probe
+from drivetrain_sequence.tiles import tile_of
 from drivetrain_sequence.towers import share_towers
 from drivetrain_sequence.two_sequences import two_sequences
 
@@ -53,6 +61,7 @@ class SharedModel:
         self, job: Job, module: nn.Module, section: SequenceParallelSection, turn: Turn
     ) -> None:
         cut = turn.cut
+        self._job = job
         self._module = module
         self._probes = section.probe and cut.cuts
         self._turn = turn
@@ -103,8 +112,7 @@ class SharedModel:
 
     def _cutter_of(self, job: Job, section: SequenceParallelSection, cut: Cut) -> Cutter | None:
         module, rank = self._module, job.mesh.coordinate("sp")
-        modeling: Any = sys.modules.get("transformers.modeling_utils")
-        if modeling is not None and isinstance(module, modeling.PreTrainedModel):
+        if is_of_transformers(module):
             return self._of_transformers(section, cut, rank)
         if section.loss_tile is not None:
             raise ConfigError(
@@ -164,8 +172,9 @@ class SharedModel:
         original = model.loss_function
         if original is losses.ForCausalLMLoss:
             self._loss = CausalLoss(self._line, model)
-            if section.loss_tile is not None:
-                self._head = TiledHead(model.get_output_embeddings(), section.loss_tile)
+            tile = tile_of(self._job, section, "loss_tile")
+            if tile is not None:
+                self._head = TiledHead(model.get_output_embeddings(), tile)
                 self._loss.in_tiles = self._head
             return "next"
         if section.loss_tile is not None:

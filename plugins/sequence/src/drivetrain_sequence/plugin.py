@@ -77,10 +77,9 @@ class SequenceParallel(Plugin):
     def prepare_inputs(
         self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        from drivetrain_sequence.wiring import shared_model
+        from drivetrain_sequence.wiring import prepared
 
-        model = shared_model(engine)
-        return None if model is None else model.prepare(engine, args, kwargs)
+        return prepared(engine, args, kwargs)
 
     def features(self) -> Mapping[str, object]:
         section = self.section(SequenceParallelSection)

@@ -11,6 +11,10 @@ from drivetrain.contracts import Bool, PositiveInt, Scalar, Section
 PATH, SIZE = "sequence_parallel", "sequence_parallel_size"
 
 
+Tile = PositiveInt | Literal["measured"] | None
+"""Tokens; ``"measured"`` finds out how many. Without, nothing is computed in tiles."""
+
+
 class SequenceParallelSize(Scalar[PositiveInt | None]):
     """Ranks that share one sequence; 1 if unset."""
 
@@ -40,19 +44,21 @@ class SequenceParallelSection(Section):
         description="Of models of images and text: whole, each rank computes towers of images "
         "whole; shared, ranks share out their patches and exchange heads. Not with ring_size.",
     )
-    loss_tile: PositiveInt | None = Field(
+    loss_tile: Tile = Field(
         default=None,
         description="Tokens whose logits are in memory at a time; what they give for gradients is "
-        "computed with them, and the model returns none when it is given labels.",
+        "computed with them, and the model returns none when it is given labels. measured: as many "
+        "as take a 32nd of the memory that is free at the first forward.",
     )
-    mlp_tile: PositiveInt | None = Field(
+    mlp_tile: Tile = Field(
         default=None,
-        description="Tokens that go through an MLP at a time; computed again in backward.",
+        description="Tokens that go through an MLP at a time; computed again in backward. "
+        "measured: as many, of all rows together, as take a 32nd of the memory that is free.",
     )
-    norm_tile: PositiveInt | None = Field(
+    norm_tile: Tile = Field(
         default=None,
         description="Tokens that go through a norm (of the last dimension) at a time; computed "
-        "again in backward.",
+        "again in backward. measured: as with mlp_tile.",
     )
     tiled_modules: dict[str, PositiveInt] = Field(
         default={},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from drivetrain.errors import ConfigError
 from drivetrain.states.units import units
+from drivetrain_sequence.measured import MeasuredTile, aside
 from drivetrain_sequence.probe import bound_of, difference
 
 if TYPE_CHECKING:
+    from drivetrain.job.job import Job
     from drivetrain_sequence.section import SequenceParallelSection
 
 
@@ -47,12 +49,14 @@ class TiledModule:
 
     Args:
         module: returns tensors [b, s, ...], one or several.
-        tile: tokens of a row at a time.
+        tile: tokens of a row at a time, or what finds out how many.
         name: of the module, where a user says that it is one of single tokens: it is compared once
             with itself for fewer tokens.
     """
 
-    def __init__(self, module: nn.Module, tile: int, name: str | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, tile: int | MeasuredTile, name: str | None = None
+    ) -> None:
         self._module: Any = module
         self._forward = module.forward
         self._tile = tile
@@ -63,7 +67,7 @@ class TiledModule:
         leaves, spec = tree_flatten((arguments, keywords))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         first = next((x for x in tensors if x.dim() > 2), None)
-        if first is None or first.shape[1] <= self._tile:
+        if first is None:
             return self._forward(*arguments, **keywords)
         places = [i for i, leaf in enumerate(leaves) if _is_of_tokens(leaf, first)]
 
@@ -73,9 +77,14 @@ class TiledModule:
             return self._forward(*args, **kwargs)
 
         whole = [leaves[i] for i in places]
+        tile = self._tile
+        if not isinstance(tile, int):
+            tile = tile.along(self._module, run, whole)
+        if first.shape[1] <= tile:
+            return self._forward(*arguments, **keywords)
         if self._unknown is not None and not first.is_meta:
             self._refuse_others(run, whole)
-        pieces = zip(*(torch.split(x, self._tile, 1) for x in whole), strict=True)
+        pieces = zip(*(torch.split(x, tile, 1) for x in whole), strict=True)
         results = [
             checkpoint(run, *(x.contiguous() for x in piece), use_reentrant=False)
             for piece in pieces
@@ -94,15 +103,9 @@ class TiledModule:
             ConfigError: they do, or are not one for each token.
         """
         name, self._unknown = self._unknown, None
-        states = {part: part.training for part in self._module.modules()}
-        self._module.eval()
-        try:
-            with torch.no_grad():
-                some = tree_leaves(run(*(x[:, :_FEW] for x in whole)))
-                fewer = tree_leaves(run(*(x[:, 1 : _FEW - 1] for x in whole)))
-        finally:
-            for part, training in states.items():
-                part.training = training
+        with aside(self._module, whole[0].device):
+            some = tree_leaves(run(*(x[:, :_FEW] for x in whole)))
+            fewer = tree_leaves(run(*(x[:, 1 : _FEW - 1] for x in whole)))
         if not all(map(_are_alike, some, fewer)):
             raise ConfigError(
                 f"sequence_parallel.tiled_modules: {name}, a {type(self._module).__name__}, is not "
@@ -126,22 +129,31 @@ def _are_alike(some: Any, fewer: Any) -> bool:
     return bool(difference(fewer, some[:, 1:-1]) <= bound_of(some.dtype))
 
 
+def tile_of(job: Job, section: SequenceParallelSection, key: str) -> int | MeasuredTile | None:
+    """Tokens of the tiles of a key of the section, or what finds out how many; ``None`` if unset.
+
+    One size is found for all modules of a key.
+    """
+    given: int | Literal["measured"] | None = getattr(section, key)
+    return MeasuredTile(job, key) if given == "measured" else given
+
+
 def tiled_modules(
-    module: nn.Module, section: SequenceParallelSection
-) -> dict[nn.Module, tuple[int, str | None]]:
+    job: Job, module: nn.Module, section: SequenceParallelSection
+) -> dict[nn.Module, tuple[int | MeasuredTile, str | None]]:
     """Which modules are computed in tiles: of how many tokens, and by what name if a user gave it.
 
     Raises:
         ConfigError: the section asks for what the model does not have.
     """
-    found: dict[nn.Module, tuple[int, str | None]] = {}
+    found: dict[nn.Module, tuple[int | MeasuredTile, str | None]] = {}
     kinds = {
         "mlp_tile": [part for unit in units(module) for part in mlps(unit.module)],
         "norm_tile": [part for part in module.modules() if _is_norm(part)],
     }
     what = {"mlp_tile": "multi-layer perceptron among the children of its repeated blocks"}
     for key, parts in kinds.items():
-        tile = getattr(section, key)
+        tile = tile_of(job, section, key)
         if tile is None:
             continue
         if not parts:
@@ -149,14 +161,14 @@ def tiled_modules(
                 f"sequence_parallel.{key}: {type(module).__name__} has no {what.get(key, 'norm')}"
             )
         found |= dict.fromkeys(parts, (tile, None))
-    for pattern, tile in section.tiled_modules.items():
+    for pattern, tokens in section.tiled_modules.items():
         named = [(n, part) for n, part in module.named_modules() if n and fnmatch(n, pattern)]
         if not named:
             raise ConfigError(
                 f"sequence_parallel.tiled_modules: {type(module).__name__} has no module that is "
                 f"called {pattern!r}"
             )
-        found |= {part: (tile, name) for name, part in named}
+        found |= {part: (tokens, name) for name, part in named}
     return found
 
 

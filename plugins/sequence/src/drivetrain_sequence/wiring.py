@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +23,7 @@ from drivetrain.modules.attention import torch_attention
 from drivetrain.states.units import units
 from drivetrain_sequence.chunks.block import ChunkedBlock
 from drivetrain_sequence.chunks.layer import attend_by_chunks
+from drivetrain_sequence.inputs import is_of_transformers, without_cache
 from drivetrain_sequence.layout import Cut
 from drivetrain_sequence.model import SharedModel
 from drivetrain_sequence.ring import Ring, pass_keys_on
@@ -107,7 +110,7 @@ def transforms(job: Job, section: SequenceParallelSection) -> list[Transform]:
 
     def in_tiles(module: nn.Module) -> nn.Module:
         blocks = [unit for unit in units(module) if unit.module is not module]
-        for part, (tile, name) in tiled_modules(module, section).items():
+        for part, (tile, name) in tiled_modules(job, module, section).items():
             job.on_close(TiledModule(part, tile, name).undo)
         if section.chunk is not None:
             if not blocks:
@@ -130,6 +133,15 @@ def transforms(job: Job, section: SequenceParallelSection) -> list[Transform]:
     return [Transform(Phase.RECOMPUTE, in_tiles), Transform(Phase.SURROUND, share)]
 
 
-def shared_model(engine: Engine) -> SharedModel | None:
-    """What prepares the batches of an engine, if they have to be."""
-    return _shared.get(engine.module)
+def prepared(
+    engine: Engine, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of one forward: cut, or at least the same as those that are."""
+    model = _shared.get(engine.module)
+    if model is not None:
+        return model.prepare(engine, args, kwargs)
+    if not is_of_transformers(engine.module):
+        return args, dict(kwargs)
+    signature = inspect.signature(engine.module.forward)
+    named = signature.bind_partial(*args, **kwargs).arguments
+    return args, without_cache(signature, kwargs, named)
