@@ -74,7 +74,7 @@ class MeasuredTile:
             self._tokens = self._find(module, run, whole, dim)
         return max(1, self._tokens // whole[0].shape[:dim].numel())
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _find(
         self, module: nn.Module, run: Callable[..., Any], whole: Sequence[torch.Tensor], dim: int
     ) -> int:
@@ -133,7 +133,7 @@ def bytes_of_token(
             run(*parts)
         made.append(pieces.total)
     rows = whole[0].shape[:dim].numel()
-    return 2 * (made[1] - made[0]) / (few * rows)
+    return float(2 * (made[1] - made[0]) / (few * rows))
 
 
 @contextmanager
@@ -152,11 +152,11 @@ def aside(module: nn.Module, device: torch.device) -> Iterator[None]:
             part.training = training
 
 
-class _Made(TorchDispatchMode):
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the memory that operators return, each piece once, without that of ``given``."""
 
     def __init__(self, given: Sequence[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._given = {x.untyped_storage()._cdata for x in given}
         # They are kept, so that no other piece of memory gets the name of one that is gone.
         self._pieces: dict[int, torch.UntypedStorage] = {}
