@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,21 +35,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "experts choose": {"k": 2, "chooses": "expert", "min_capacity": 1},
     "grouped": {"k": 2, "drop_tokens": False, "top2_2nd_expert_sampling": False},
     "idle experts": {"k": 1, "drop_tokens": False},
-    "ordinary": {"k": 2, "drop_tokens": False, "top2_2nd_expert_sampling": False},
-    "idle ordinary": {"k": 1, "drop_tokens": False},
 }
 
 
 class Expert(nn.Module):
-    """Two layers; with an activation other than tanh they are computed without calling them."""
-
-    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor] = torch.tanh) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)
-        self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.activation(self.up(x)))
+        return self.down(torch.tanh(self.up(x)))
 
 
 class Model(nn.Module):
@@ -61,8 +55,6 @@ class Model(nn.Module):
         torch.manual_seed(0)
         options = {**KINDS[kind], **changes}
         expert = GroupedMLP(EXPERTS, WIDTH, 8, bias=True) if kind == "grouped" else Expert()
-        if kind.endswith("ordinary"):
-            expert = Expert(nn.functional.gelu)
         self.stem = nn.Linear(3, WIDTH)
         if kind == "shared":
             options["shared_expert"] = Expert()
@@ -71,7 +63,7 @@ class Model(nn.Module):
         generator = torch.Generator().manual_seed(1)
         for parameter in self.parameters():  # copies of an expert would all be equal
             parameter.data = torch.randn(parameter.shape, generator=generator) / 2
-        if kind.startswith("idle"):  # all tokens to the first expert
+        if kind == "idle experts":  # all tokens to the first expert
             self.moe.gate.weight.data.zero_()[0, 0] = 3.0
             self.stem.bias.data[0] = 9.0
         if self.moe.bias is not None:

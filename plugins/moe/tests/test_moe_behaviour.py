@@ -9,6 +9,7 @@ import pytest
 import torch
 from dense_experts import BALANCE, EXPERTS, RATE, TOKENS, WIDTH, Expert, Model, tokens
 from drivetrain_moe import GroupedMLP, MoE, Routing, grouped_linear, route
+from drivetrain_moe.grouped import Shape, grouped_mlp
 from drivetrain_moe.plugin import MixtureOfExperts
 from drivetrain_moe.utils import (
     get_expert_data_parallel_group,
@@ -236,6 +237,40 @@ def test_grouped_products_are_those_of_a_loop(dtype: torch.dtype) -> None:
     wanted = torch.autograd.grad(expected, (x, weight, bias), gradient)
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_fused_experts_are_differentiated_twice(gated: bool) -> None:
+    torch.manual_seed(0)
+    experts = GroupedMLP(4, 6, 5, gated=gated, bias=True).double()
+    counts = torch.tensor([3, 0, 4, 2])
+    inputs = torch.randn(9, 6, dtype=torch.float64, requires_grad=True), *experts.parameters()
+    assert torch.autograd.gradgradcheck(lambda x, *_: experts(x, counts), inputs)
+
+
+def test_gradients_to_be_differentiated_again_are_counted_once_where_inputs_hang_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, counts = torch.randn(6, 4, dtype=torch.float64, generator=generator), torch.tensor([4, 2])
+    up = torch.randn(2, 4, 4, dtype=torch.float64, generator=generator)
+    x.requires_grad_()
+    up.requires_grad_()
+    shape = Shape("silu", gated=False)
+    inputs = (x, up)
+    y = grouped_mlp(x, up * x.sum(), up, counts, shape)  # one is made of x, and both of one tensor
+    once = torch.autograd.grad(y.square().sum(), inputs, retain_graph=True)
+    again = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+    pieces = [
+        nn.functional.silu(rows @ (up[e] * x.sum())) @ up[e]
+        for e, rows in enumerate(torch.split(x, counts.tolist()))
+    ]
+    expected = torch.autograd.grad(torch.cat(pieces).square().sum(), inputs, create_graph=True)
+    for one, other, right in zip(once, again, expected, strict=True):
+        torch.testing.assert_close(one, right)
+        torch.testing.assert_close(other, right)
+    second, right = (
+        torch.autograd.grad(sum(g.sum() for g in of), x)[0] for of in (again, expected)
+    )
+    torch.testing.assert_close(second, right)
 
 
 # -- scripts ---------------------------------------------------------------------------------------

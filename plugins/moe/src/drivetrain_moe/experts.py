@@ -11,7 +11,6 @@ from torch import nn
 from drivetrain.contracts import Box, Placement
 from drivetrain.errors import ConfigError
 from drivetrain_moe.grouped import ACTIVATIONS, Shape, grouped_mlp
-from drivetrain_moe.ordinary import Ordinary
 
 if TYPE_CHECKING:
     from drivetrain.job.job import Job
@@ -21,9 +20,7 @@ if TYPE_CHECKING:
 class ExpertList(nn.ModuleDict):
     """Experts that are modules of any kind, each called with its tokens [n, d].
 
-    On a host, those that are two linear layers with an activation in between are recognised, and
-    computed in one pass. Keys are numbers of experts in the whole layer, so names do not depend on
-    how many a rank has.
+    Keys are numbers of experts in the whole layer, so names do not depend on how many a rank has.
 
     Args:
         expert: the first one; others are copies.
@@ -33,16 +30,11 @@ class ExpertList(nn.ModuleDict):
     def __init__(self, expert: nn.Module, count: int) -> None:
         super().__init__({str(i): copy.deepcopy(expert) for i in range(count)})
         self.count = count
-        self._ordinary = Ordinary()
 
     def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Compute tokens [n, d] in order of this rank's experts, ``counts`` of each."""
-        numbers: list[int] = counts.tolist()
-        found = self._ordinary.compute(list(self.values()), x, numbers)
-        if found is not None:
-            return found
         outputs = []
-        for expert, rows in zip(self.values(), torch.split(x, numbers), strict=True):
+        for expert, rows in zip(self.values(), torch.split(x, counts.tolist()), strict=True):
             output = expert(rows)
             outputs.append(output[0] if isinstance(output, tuple) else output)
         return torch.cat(outputs)

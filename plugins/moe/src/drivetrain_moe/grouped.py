@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 aten = torch.ops.aten
@@ -102,8 +101,12 @@ def grouped_mlp(
     if x.device.type == "cpu":
         if torch.is_autocast_enabled("cpu"):
             x = x.to(torch.get_autocast_dtype("cpu"))
-        kinds = [[] if t is None else [t.to(x.dtype)] for t in (up, down, up_bias, down_bias)]
-        return _chained(x, shape, counts.tolist(), kinds, stacked=True)
+        apply: Any = _Chain.apply  # torch does not type it
+        biases = [None if b is None else b.to(x.dtype) for b in (up_bias, down_bias)]
+        y: torch.Tensor = apply(
+            x, up.to(x.dtype), down.to(x.dtype), *biases, counts.tolist(), shape
+        )
+        return y
     if shape.outputs_first:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     hidden = grouped_linear(x, up, counts, up_bias)
@@ -114,31 +117,6 @@ def grouped_mlp(
     else:
         hidden = act(hidden)
     return grouped_linear(hidden, down, counts, down_bias)
-
-
-def listed_mlp(
-    x: torch.Tensor,
-    experts: Sequence[tuple[nn.Linear, nn.Linear]],
-    counts: list[int],
-    activation: str,
-) -> torch.Tensor:
-    """Compute tokens by feed-forward experts with weights of their own, on a host.
-
-    Args:
-        x: [n, d], tokens in order of experts.
-        experts: the layers of each, for widths d -> f and f -> d; all with biases, or none.
-        counts: tokens of each expert; they add up to n.
-        activation: between the layers, one of :data:`ACTIVATIONS`.
-
-    Returns:
-        [n, d].
-    """
-    layers = list(zip(*experts, strict=True))
-    kinds = [
-        *([layer.weight for layer in kind] for kind in layers),
-        *([layer.bias for layer in kind if layer.bias is not None] for kind in layers),
-    ]
-    return _chained(x, Shape(activation, False, True), counts, kinds, stacked=False)
 
 
 def grouped_linear(
@@ -200,92 +178,62 @@ class _Loop(torch.autograd.Function):
         return to_x, to_weight, None
 
 
-def _chained(
-    x: torch.Tensor,
-    shape: Shape,
-    counts: list[int],
-    kinds: Sequence[Sequence[torch.Tensor]],
-    *,
-    stacked: bool,
-) -> torch.Tensor:
-    layout = _Layout(shape, counts, tuple(map(len, kinds)), stacked)
-    apply: Any = _Chain.apply  # torch does not type it
-    y: torch.Tensor = apply(x, layout, *itertools.chain.from_iterable(kinds))
-    return y
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Which tensors are whose, and how they are used.
-
-    Args:
-        shape: what lies between the products, and how weights lie in memory.
-        counts: tokens of each expert.
-        numbers: how many tensors there are of the first weight, the second, and their biases.
-        stacked: whether a tensor has a row for each expert, or each expert has tensors of its own.
-    """
-
-    shape: Shape
-    counts: list[int]
-    numbers: tuple[int, ...]
-    stacked: bool
-
-    def kinds(self, tensors: Sequence[Any]) -> list[Any]:
-        """Of each kind what expert e has at [e]; nothing where there are no biases."""
-        given = iter(tensors)
-        kinds = [tuple(itertools.islice(given, number)) for number in self.numbers]
-        return [kind[0] if self.stacked and kind else kind for kind in kinds]
-
-
 class _Chain(torch.autograd.Function):
     """Feed-forward experts; see [Note: one expert after another]."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layout: _Layout, *tensors: torch.Tensor) -> torch.Tensor:
-        shape, (up, down, up_bias, down_bias) = layout.shape, layout.kinds(tensors)
-        wide = 0 if shape.outputs_first else 1
-        hidden = x.new_empty(x.shape[0], up[0].shape[wide])
-        inner = x.new_empty(x.shape[0], down[0].shape[1 - wide])
-        y = x.new_empty(x.shape[0], down[0].shape[wide])
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
+        counts: list[int],
+        shape: Shape,
+    ) -> torch.Tensor:
+        wide, width = (1, 2) if shape.outputs_first else (2, 1)
+        hidden = x.new_empty(x.shape[0], up.shape[wide])
+        inner = x.new_empty(x.shape[0], down.shape[3 - wide])
+        y = x.new_empty(x.shape[0], down.shape[3 - width])
         act = ACTIVATIONS[shape.activation]
-        for e, rows in enumerate(_slices(layout.counts)):
+        for e, rows in enumerate(_slices(counts)):
             if rows.start == rows.stop:
                 continue
             h, a, out = hidden[rows], inner[rows], y[rows]
-            _product(x[rows], up[e], _at(up_bias, e), shape.outputs_first, h)
+            _product(x[rows], up[e], up_bias, e, shape.outputs_first, h)
             if shape.gated:
                 gate, other = h.chunk(2, dim=1)
                 act.into(gate, a)
                 a.mul_(other)
             else:
                 act.into(h, a)
-            _product(a, down[e], _at(down_bias, e), shape.outputs_first, out)
-        ctx.save_for_backward(x, hidden, inner, *tensors)
-        ctx.layout = layout
+            _product(a, down[e], down_bias, e, shape.outputs_first, out)
+        ctx.save_for_backward(x, up, down, up_bias, down_bias, hidden, inner)
+        ctx.counts, ctx.shape = counts, shape
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        x, hidden, inner, *tensors = ctx.saved_tensors
-        layout, needs, gradient = ctx.layout, ctx.needs_input_grad, gradients[0].contiguous()
+        *inputs, hidden, inner = ctx.saved_tensors
+        shape, gradient, needs = ctx.shape, gradients[0].contiguous(), ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # what is returned is to be differentiated again
-            return _recorded(x, layout, tensors, gradient, needs)
-        shape, (up, down, *_) = layout.shape, layout.kinds(tensors)
-        act, outputs_first = ACTIVATIONS[shape.activation], shape.outputs_first
-        to_x = torch.empty_like(x) if needs[0] else None
+            return *_recorded(inputs, ctx.counts, shape, gradient, needs), None, None
+        x, up, down, *_ = inputs
+        act = ACTIVATIONS[shape.activation]
         found = [
             torch.empty_like(tensor) if needed else None
-            for tensor, needed in zip(tensors, needs[2:], strict=True)
+            for tensor, needed in zip(inputs, needs, strict=True)
         ]
-        to_up, to_down, to_up_bias, to_down_bias = layout.kinds(found)
-        most = max(layout.counts, default=0)
+        to_x, to_up, to_down, to_up_bias, to_down_bias = found
+        most = max(ctx.counts, default=0)
         to_inner, to_hidden = inner.new_empty(most, inner.shape[1]), torch.empty_like(hidden[:most])
         # The other way round than forward, whose last expert is the one that is still in a cache.
-        for e, rows in reversed(list(enumerate(_slices(layout.counts)))):
+        for e, rows in reversed(list(enumerate(_slices(ctx.counts)))):
             g, h, a, count = gradient[rows], hidden[rows], inner[rows], rows.stop - rows.start
             to_a, to_h = to_inner[:count], to_hidden[:count]
-            _to_weight(a, g, _at(to_down, e), _at(to_down_bias, e), outputs_first)
-            torch.mm(g, down[e] if outputs_first else down[e].t(), out=to_a)
+            _to_weight(a, g, to_down, to_down_bias, e, shape.outputs_first)
+            torch.mm(g, down[e] if shape.outputs_first else down[e].t(), out=to_a)
             if shape.gated:
                 gate, other = h.chunk(2, dim=1)
                 to_gate, to_other = to_h.chunk(2, dim=1)
@@ -295,43 +243,42 @@ class _Chain(torch.autograd.Function):
                 act.backward(to_gate, gate, to_gate)
             else:
                 act.backward(to_a, h, to_h)
-            _to_weight(x[rows], to_h, _at(to_up, e), _at(to_up_bias, e), outputs_first)
+            _to_weight(x[rows], to_h, to_up, to_up_bias, e, shape.outputs_first)
             if to_x is not None:
-                torch.mm(to_h, up[e] if outputs_first else up[e].t(), out=to_x[rows])
-        return to_x, None, *found
+                torch.mm(to_h, up[e] if shape.outputs_first else up[e].t(), out=to_x[rows])
+        return *found, None, None
 
 
 def _recorded(
-    x: torch.Tensor,
-    layout: _Layout,
-    tensors: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor | None],
+    counts: list[int],
+    shape: Shape,
     gradient: torch.Tensor,
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of :class:`_Chain`, made of operations that autograd records."""
-    up, down, up_bias, down_bias = layout.kinds(tensors)
-    shape, outputs = layout.shape, []
-    act = ACTIVATIONS[shape.activation].call
-    for e, rows in enumerate(torch.split(x, layout.counts)):
+    """The gradients of :class:`_Chain`, made of operations that autograd records.
+
+    They are those of views, which no other input leads to: one input may be another, or be made of
+    it, and autograd adds up itself what comes through each.
+    """
+    x, up, down, up_bias, down_bias = views = [t if t is None else t.view_as(t) for t in inputs]
+    assert x is not None, "only biases may be missing"
+    assert up is not None, "only biases may be missing"
+    assert down is not None, "only biases may be missing"
+    act, outputs = ACTIVATIONS[shape.activation].call, []
+    for e, rows in enumerate(torch.split(x, counts)):
         first, second = (w[e].t() if shape.outputs_first else w[e] for w in (up, down))
-        hidden = rows @ first if _at(up_bias, e) is None else rows @ first + up_bias[e]
+        hidden = rows @ first if up_bias is None else rows @ first + up_bias[e]
         if shape.gated:
             gate, other = hidden.chunk(2, dim=1)
             hidden = act(gate) * other
         else:
             hidden = act(hidden)
         out = hidden @ second
-        outputs.append(out if _at(down_bias, e) is None else out + down_bias[e])
-    asked = (needs[0], False, *needs[2:])
-    wanted = [t for t, needed in zip((x, x, *tensors), asked, strict=True) if needed]
-    y = torch.cat(outputs)
-    found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True))
-    return tuple(next(found) if needed else None for needed in asked)
-
-
-def _at(kind: Any, expert: int) -> torch.Tensor | None:
-    """What an expert has of a kind, if there is any."""
-    return None if kind is None or not len(kind) else kind[expert]
+        outputs.append(out if down_bias is None else out + down_bias[e])
+    wanted = [v for v, needed in zip(views, needs, strict=True) if v is not None and needed]
+    found = iter(torch.autograd.grad(torch.cat(outputs), wanted, gradient, create_graph=True))
+    return tuple(next(found) if needed else None for needed in needs)
 
 
 def _slices(counts: list[int]) -> list[slice]:
@@ -343,6 +290,7 @@ def _product(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    expert: int,
     outputs_first: bool,
     out: torch.Tensor,
 ) -> None:
@@ -350,19 +298,20 @@ def _product(
     if bias is None:
         torch.mm(x, weight, out=out)
     else:
-        torch.addmm(bias, x, weight, out=out)
+        torch.addmm(bias[expert], x, weight, out=out)
 
 
 def _to_weight(
     x: torch.Tensor,
     gradient: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weights: torch.Tensor | None,
+    biases: torch.Tensor | None,
+    expert: int,
     outputs_first: bool,
 ) -> None:
     """Write the gradients of one expert's weight and bias; zeros, if it has no rows."""
-    if weight is not None:
+    if weights is not None:
         first, second = (gradient, x) if outputs_first else (x, gradient)
-        torch.mm(first.t(), second, out=weight)
-    if bias is not None:
-        torch.sum(gradient, 0, out=bias)
+        torch.mm(first.t(), second, out=weights[expert])
+    if biases is not None:
+        torch.sum(gradient, 0, out=biases[expert])

@@ -15,10 +15,9 @@ from drivetrain_moe.cache import ExpertCache, ModuleCache
 from drivetrain_moe.exchange import HERE, reaching, through_sorted
 from drivetrain_moe.experts import describe_modules
 from drivetrain_moe.found import FoundExperts, experts_in
-from drivetrain_moe.ordinary import PROBES, Ordinary
 from drivetrain_moe.own_numbers import default_state, set_default_state
 from drivetrain_moe.section import EXPERT_PARALLEL
-from drivetrain_moe.shared import SharedExperts, random_tokens, unlike
+from drivetrain_moe.shared import PROBES, SharedExperts, random_tokens, unlike
 
 if TYPE_CHECKING:
     from drivetrain.job.job import Job
@@ -38,7 +37,6 @@ class ListedExperts(SharedExperts):
         super().__init__(found, load, rate)
         self._names = list(experts_in(found.module))
         self._order = list(found.module._modules)
-        self._ordinary = Ordinary()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the forward returns with all experts."""
@@ -92,13 +90,9 @@ class ListedExperts(SharedExperts):
             describe_modules(expert, job, axes)
 
     def _compute(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Rows [n, d] in order of this rank's experts, each of which is called if need be."""
-        numbers: list[int] = counts.tolist()
-        experts = list(experts_in(self.module).values())
-        found = self._ordinary.compute(experts, rows, numbers)
-        if found is not None:
-            return found
-        pieces = torch.split(rows, numbers)
+        """Rows [n, d] in order of this rank's experts, each of which is called."""
+        pieces = torch.split(rows, counts.tolist())
+        experts = experts_in(self.module).values()
         return torch.cat([expert(piece) for expert, piece in zip(experts, pieces, strict=True)])
 
     def _here(self, *args: Any, **kwargs: Any) -> Any:
