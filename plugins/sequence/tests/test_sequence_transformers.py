@@ -133,6 +133,30 @@ def test_tiles_go_through_a_norm_one_by_one_and_again_in_backward() -> None:
     assert norm.seen[6:] == [LENGTH]
 
 
+class Averaged(torch.nn.Module):
+    """Adds the mean over all tokens to each."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.mean(1, keepdim=True)
+
+
+def test_tokens_that_are_the_same_do_not_hide_that_a_module_mixes_them() -> None:
+    model = torch.nn.Sequential(Averaged(), torch.nn.Linear(4, 4))
+    engine = engine_of(model, sequence_parallel={"tiled_modules": {"0": 5}})
+    with pytest.raises(ConfigError, match="tiled_modules: 0, a Averaged, is not one of single"):
+        engine(torch.ones(2, 8, 4))  # as padding at the left of all rows is
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_a_module_of_single_tokens_may_have_few_of_them(length: int) -> None:
+    linear = torch.nn.Linear(4, 4)
+    x = torch.randn(2, length, 4)
+    expected = linear(x)
+    engine = engine_of(torch.nn.Sequential(linear), sequence_parallel={"tiled_modules": {"0": 1}})
+    torch.testing.assert_close(engine(x), expected)
+    engine.destroy()
+
+
 def test_modules_that_tiles_change_and_those_that_are_not_there_are_refused() -> None:
     model = tiny("llama")
     model.model.norm = torch.nn.Sequential(model.model.norm, Convolved())

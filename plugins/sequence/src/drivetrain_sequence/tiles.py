@@ -50,17 +50,17 @@ class TiledModule:
     Args:
         module: returns tensors [b, s, ...], one or several.
         tile: tokens of a row at a time, or what finds out how many.
-        name: of the module, where a user says that it is one of single tokens: it is compared once
-            with itself for fewer tokens.
+        asked: what of the section says that the module is one of single tokens, and its name, where
+            that is not known: its results for a few tokens are compared once with those in parts.
     """
 
     def __init__(
-        self, module: nn.Module, tile: int | MeasuredTile, name: str | None = None
+        self, module: nn.Module, tile: int | MeasuredTile, asked: str | None = None
     ) -> None:
         self._module: Any = module
         self._forward = module.forward
         self._tile = tile
-        self._unknown = name
+        self._unknown = asked
         self._module.forward = self
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -99,34 +99,58 @@ class TiledModule:
     def _refuse_others(self, run: Callable[..., Any], whole: list[torch.Tensor]) -> None:
         """Look once whether results of some tokens need no other tokens.
 
+        Numbers are random, as those of a batch may be the same for many tokens (of padding), whose
+        mean, for example, is then each of them.
+
         Raises:
             ConfigError: they do, or are not one for each token.
         """
-        name, self._unknown = self._unknown, None
-        with aside(self._module, whole[0].device):
-            some = tree_leaves(run(*(x[:, :_FEW] for x in whole)))
-            fewer = tree_leaves(run(*(x[:, 1 : _FEW - 1] for x in whole)))
-        if not all(map(_are_alike, some, fewer)):
-            raise ConfigError(
-                f"sequence_parallel.tiled_modules: {name}, a {type(self._module).__name__}, is not "
-                "one of single tokens: what it returns for some depends on others, or is not "
-                "[rows, tokens, ...]; leave it out"
-            )
+        asked, self._unknown = self._unknown, None
+        tokens = [_few(x, seed) for seed, x in enumerate(whole)]
+        middle = tokens[0].shape[1] // 2
+        sides = (slice(middle), slice(middle, None))
+        try:
+            with aside(self._module, whole[0].device):
+                together = tree_leaves(run(*tokens))
+                apart = [tree_leaves(run(*(x[:, side] for x in tokens))) for side in sides]
+                alike = all(map(_are_alike, together, *apart))
+        except RuntimeError as error:  # of shapes: dimension 1 is not of tokens
+            raise self._other(asked) from error
+        if not alike:
+            raise self._other(asked)
+
+    def _other(self, asked: str | None) -> ConfigError:
+        return ConfigError(
+            f"sequence_parallel.{asked}, a {type(self._module).__name__}, is not one of single "
+            "tokens: what it returns for some depends on others, or is not [rows, tokens, ...]; "
+            "leave it out"
+        )
 
 
 _FEW = 4
-"""Tokens of the comparison of a module with itself; the other side has those between the ends."""
+"""Tokens at most of the comparison of a module with itself in two parts."""
+
+
+def _few(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """A few tokens like those of x [b, s, ...]; random where they are not whole numbers."""
+    some = x[:, :_FEW]
+    if not x.is_floating_point():
+        return some
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(some.shape, generator=generator, device="cpu").to(x.device, x.dtype)
 
 
 def _is_of_tokens(leaf: Any, first: torch.Tensor) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.shape[:2] == first.shape[:2]
 
 
-def _are_alike(some: Any, fewer: Any) -> bool:
-    both = isinstance(some, torch.Tensor) and isinstance(fewer, torch.Tensor)
-    if not both or some.dim() < 2 or some.shape[1] != _FEW or fewer.shape[1] != _FEW - 2:
+def _are_alike(together: Any, *apart: Any) -> bool:
+    if not all(isinstance(x, torch.Tensor) and x.dim() > 1 for x in (together, *apart)):
         return False
-    return bool(difference(fewer, some[:, 1:-1]) <= bound_of(some.dtype))
+    joined = torch.cat(apart, 1)
+    if joined.shape != together.shape:
+        return False
+    return bool(difference(joined, together) <= bound_of(together.dtype))
 
 
 def tile_of(job: Job, section: SequenceParallelSection, key: str) -> int | MeasuredTile | None:
@@ -141,7 +165,7 @@ def tile_of(job: Job, section: SequenceParallelSection, key: str) -> int | Measu
 def tiled_modules(
     job: Job, module: nn.Module, section: SequenceParallelSection
 ) -> dict[nn.Module, tuple[int | MeasuredTile, str | None]]:
-    """Which modules are computed in tiles: of how many tokens, and by what name if a user gave it.
+    """Which modules are computed in tiles: of how many tokens, and what asks, if it is a user.
 
     Raises:
         ConfigError: the section asks for what the model does not have.
@@ -168,7 +192,7 @@ def tiled_modules(
                 f"sequence_parallel.tiled_modules: {type(module).__name__} has no module that is "
                 f"called {pattern!r}"
             )
-        found |= {part: (tokens, name) for name, part in named}
+        found |= {part: (tokens, f"tiled_modules: {name}") for name, part in named}
     return found
 
 

@@ -110,8 +110,8 @@ def transforms(job: Job, section: SequenceParallelSection) -> list[Transform]:
 
     def in_tiles(module: nn.Module) -> nn.Module:
         blocks = [unit for unit in units(module) if unit.module is not module]
-        for part, (tile, name) in tiled_modules(job, module, section).items():
-            job.on_close(TiledModule(part, tile, name).undo)
+        for part, (tile, asked) in tiled_modules(job, module, section).items():
+            job.on_close(TiledModule(part, tile, asked).undo)
         if section.chunk is not None:
             if not blocks:
                 raise ConfigError(
