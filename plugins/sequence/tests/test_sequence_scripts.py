@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from drivetrain_sequence.fwd_loss_bwd import UlyssesSPFwdLossBwdWithLogits
 from drivetrain_sequence.scripts import (
     DistributedAttention,
     SequenceTiledCompute,
@@ -17,6 +18,7 @@ from drivetrain_sequence.scripts import (
     vocab_sequence_parallel_cross_entropy,
 )
 from drivetrain_sequence.ulysses_scripts import UlyssesSPDataLoaderAdapter
+from sequence_models import batch, engine_of, tiny
 from torch import nn
 
 from drivetrain.errors import ConfigError, TrainingError
@@ -93,6 +95,69 @@ def test_losses_in_tiles_are_the_mean_over_labels_that_count() -> None:
     assert (none, gradient.abs().max()) == (0, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_without_labels_are_of_the_same_dtype_and_zero(dtype: torch.dtype) -> None:
+    logits = torch.full((1, 4, 9), 300.0, dtype=dtype)
+    logits[..., 5] = -torch.inf  # a word that a model masks; and the sum is none of float16
+    logits.requires_grad_()
+    labels = torch.tensor([[1, 2, 3, -100]])
+    given = (labels, torch.full_like(labels, -100))
+    some, none = (TiledLoss.apply(plain_loss, logits, 9, shifted, 2) for shifted in given)
+    assert some.dtype == none.dtype == torch.float32
+    (gradient,) = torch.autograd.grad(none, logits)
+    assert (none, gradient.abs().max()) == (0, 0)
+
+
+def plain_loss(
+    logits: torch.Tensor, labels: None, vocab_size: int, shift_labels: torch.Tensor
+) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1), shift_labels.flatten())
+
+
+WITHOUT = [({}, 7, 1e-6), ({"bf16": {"enabled": True}}, 12, 0.02)]
+"""Config, labels at the beginning that do not count, of 24, and how exact losses are."""
+
+
+def unlike(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, their places, and labels of the token after each, the first of which do not count."""
+    tokens = batch(0, "plain")["input_ids"]
+    labels = nn.functional.pad(tokens, (0, 1), value=-100)[:, 1:].clone()
+    labels[:, :count] = -100
+    return tokens, torch.arange(tokens.shape[1]).expand_as(tokens), labels
+
+
+def with_an_engine() -> list[Any]:
+    found = []
+    for config, count, _ in WITHOUT:
+        model = tiny("llama")
+        whole = {"sequence_parallel": {"inputs": "whole"}}
+        engine = engine_of(model, sequence_parallel_size=2, **whole, **config)
+        names = ("input_ids", "position_ids", "shift_labels")
+        own = (x.chunk(2, 1)[engine.job.rank] for x in unlike(count))
+        step = UlyssesSPFwdLossBwdWithLogits(engine, model, engine.device, 2)
+        loss = step.sp_fwd_loss_bwd(dict(zip(names, own, strict=True)))
+        engine.step()
+        found.append((loss.item(), [p.detach().clone() for p in model.parameters()]))
+        engine.destroy()
+    return found
+
+
+def test_a_step_with_an_engine_is_right_where_ranks_have_different_labels() -> None:
+    for found in run_distributed(with_an_engine, 2):
+        for (loss, weights), (_, count, exact) in zip(found, WITHOUT, strict=True):
+            model = tiny("llama")
+            tokens, places, labels = unlike(count)
+            logits = model(input_ids=tokens, position_ids=places).logits
+            expected = plain_loss(logits, None, 0, labels)
+            expected.backward()
+            torch.optim.SGD(model.parameters(), lr=0.05).step()
+            assert loss == pytest.approx(expected.item(), rel=exact)
+            for ours, theirs in zip(weights, model.parameters(), strict=True):
+                torch.testing.assert_close(
+                    ours.double(), theirs.detach(), rtol=exact, atol=exact / 10
+                )
+
+
 def test_functions_in_tiles_have_values_and_gradients_of_the_whole() -> None:
     torch.manual_seed(0)
     mlp = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)).double()
@@ -131,8 +196,8 @@ def test_batches_that_an_adapter_cannot_share_out_are_refused_by_name() -> None:
         ({k: x[:, 1:] for k, x in whole.items()}, "7 tokens cannot be cut into 2 equal parts"),
         ({**whole, "labels": tokens[:, :3]}, r"labels of shape \(2, 3\) is not one for each of 8"),
     ]
-    for batch, said in wrong:
-        adapter = UlyssesSPDataLoaderAdapter([batch], 0, None, 2, "cpu")
+    for rows, said in wrong:
+        adapter = UlyssesSPDataLoaderAdapter([rows], 0, None, 2, "cpu")
         with pytest.raises(TrainingError, match=said):
             next(iter(adapter))
     (part,) = UlyssesSPDataLoaderAdapter([{**whole, "name": "a"}], 0, None, 1)

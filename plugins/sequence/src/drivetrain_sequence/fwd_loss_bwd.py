@@ -10,7 +10,7 @@ import torch
 from drivetrain.communication.functional import functional
 from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import TrainingError
-from drivetrain_sequence.losses import IGNORED, mean_over_sequence
+from drivetrain_sequence.losses import IGNORED, CausalLoss, mean_over_sequence
 from drivetrain_sequence.scripts import TiledLoss
 
 _BYTES_OF_TILE = 2**30
@@ -100,8 +100,11 @@ class UlyssesSPFwdLossBwdWithLogits:
             shards = max(1, -(-logits.numel() * 4 // _BYTES_OF_TILE))
         else:
             shards = self.num_loss_logit_shards
-        vocabulary = model.config.vocab_size
-        own = TiledLoss.apply(model.loss_function, logits, vocabulary, shift_labels, shards)
+        vocabulary, function = model.config.vocab_size, model.loss_function
+        if isinstance(function, CausalLoss):
+            # That is collective, and ranks have different numbers of tiles with labels.
+            function = function.original
+        own = TiledLoss.apply(function, logits, vocabulary, shift_labels, shards)
         counted = (shift_labels != IGNORED).sum()
         everywhere = self._line.all_reduce(counted.to(own.dtype)).clamp(min=1)
         # A number of tokens that all ranks know is not summed again.

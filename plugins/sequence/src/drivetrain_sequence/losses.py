@@ -83,6 +83,7 @@ class CausalLoss:
         model: whose function it replaces; that still serves calls outside of the engine.
 
     Attributes:
+        original: the model's own function, of the tokens that it is given.
         made: the loss that it has returned last.
         in_tiles: where a head has computed losses in place of logits.
     """
@@ -90,14 +91,14 @@ class CausalLoss:
     def __init__(self, line: Sum | None, model: Any) -> None:
         self._line = line
         self._model = model
-        self._original = model.loss_function
+        self.original = model.loss_function
         self.made: torch.Tensor | None = None
         self.in_tiles: TiledHead | None = None
         model.loss_function = self
 
     def undo(self) -> None:
         """Give the model its own function back."""
-        self._model.loss_function = self._original
+        self._model.loss_function = self.original
 
     def __call__(
         self,
@@ -111,7 +112,7 @@ class CausalLoss:
     ) -> Any:
         if shift_labels is None:
             given = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index}
-            return self._original(logits, labels, vocab_size=vocab_size, **given, **others)
+            return self.original(logits, labels, vocab_size=vocab_size, **given, **others)
         if self.in_tiles is not None and self.in_tiles.labels is not None:
             losses = self.in_tiles.checked(logits, self._model)
         else:

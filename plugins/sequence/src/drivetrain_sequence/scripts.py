@@ -258,6 +258,8 @@ class TiledLoss:
     ) -> torch.Tensor:
         """Return the mean over all labels that count; 0, with a graph, if none does.
 
+        It is of the same dtype either way, at least float32: ranks add theirs up.
+
         What the function makes of logits, such as a copy in float32, is in memory for one tile,
         and is made again in backward. Tiles without labels are left out.
 
@@ -274,14 +276,15 @@ class TiledLoss:
             found = loss_fn(
                 logits=part, labels=None, vocab_size=vocab_size, shift_labels=labels.contiguous()
             )
-            return found * count
+            return found.to(dtype) * count
 
+        dtype = torch.promote_types(logits.dtype, torch.float32)
         step = -(-shift_labels.shape[1] // shards)
         pairs = zip(*(torch.split(x, step, 1) for x in (logits, shift_labels)), strict=True)
         counted = [(*pair, int((pair[1] != IGNORED).sum())) for pair in pairs]
         total: int = sum(count for *_, count in counted)
         if not total:
-            return logits.sum() * 0.0
+            return logits[..., :0].to(dtype).sum()  # of no number, as 0 times infinity is none
         found = [checkpoint(tile, *given, use_reentrant=False) for given in counted if given[2]]
         mean: torch.Tensor = torch.stack(found).sum() / total
         return mean
