@@ -4,8 +4,9 @@
     python benchmarks/compressed_serving.py --model FOLDER  # of Transformers
 
 Weights are rounded to the nearest, as how they are chosen makes no difference to the speed: W8A8,
-and 4 bits in groups of 64. All are served by their folders, each with its own engine in one
-process, and take turns. Printed are medians of tokens a second, and ratios to bfloat16.
+and 4 bits in groups of 64, whose inputs are rounded, too (``rounds_inputs``). Each has its own
+engine in one process, and they take turns. Printed are medians of tokens a second, and ratios to
+bfloat16.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from drivetrain_compression import compress
+from drivetrain_compression import compress, load_packed
 from drivetrain_inference import serve
 from generate import by_engine, model_of  # type: ignore[import-not-found]
 
@@ -60,7 +61,9 @@ def main() -> None:
             folders[kind] = Path(name) / kind
             recipe = {"modifiers": [modifier]}
             compress(folders["bfloat16"], recipe, None, folders[kind], format="drivetrain")
-        engines = {k: stack.enter_context(serve(f, section)) for k, f in folders.items()}
+        models: dict[str, Any] = dict(folders)
+        models["w4"] = load_packed(folders["w4"], rounds_inputs=True)
+        engines = {k: stack.enter_context(serve(m, section)) for k, m in models.items()}
         for kind, engine in engines.items():
             report["fast"][kind] = engine.fast
             files = folders[kind].glob("*.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ from drivetrain_inference import SamplingParams, serve
 from drivetrain_kernels.ops.paged_attention import PAGED_ATTENTION
 from drivetrain_kernels.registry import REFERENCE
 
+from drivetrain.contracts import WeightFormat
 from drivetrain.errors import ConfigError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "plugins" / "compression" / "tests"))
 
 from drivetrain_compression import compress, load_packed
+from drivetrain_compression.stored.kept import Kept
+from drivetrain_compression.stored.kept_blocks import KeptBlocks, Product
+from drivetrain_compression.stored.linear import StoredLinear
 from tiny_models import llama, rows
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -60,12 +65,15 @@ def test_the_fast_path_multiplies_with_the_files_numbers(
 
 
 @pytest.mark.skipif(PAGED_ATTENTION.provider("cpu") == REFERENCE, reason="no kernels of the CPU")
-@pytest.mark.parametrize("name", ["w8a8", "w4"])
-def test_forwards_with_packed_matrices_are_repeated(folders: dict[str, Path], name: str) -> None:
+@pytest.mark.parametrize(("name", "asked"), [("w8a8", False), ("w4", True)])
+def test_forwards_with_packed_matrices_are_repeated(
+    folders: dict[str, Path], name: str, asked: bool
+) -> None:
     found = []
+    model = load_packed(folders[name], rounds_inputs=asked)
     for captured in (False, True):
         options = {**OPTIONS, "capture_decodes": captured}
-        with serve(folders[name], {"inference": options}) as engine:
+        with serve(model, {"inference": options}) as engine:
             params = SamplingParams(max_new_tokens=8, temperature=0.0, logprobs=0)
             found.append(engine.generate([[5, 6, 7], [8, 9]], params))
             if captured:
@@ -73,6 +81,35 @@ def test_forwards_with_packed_matrices_are_repeated(folders: dict[str, Path], na
                 assert replayed
                 assert all(each is not None for each in replayed)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "kind"),
+    [("w8a8", False, KeptBlocks), ("w4", True, KeptBlocks), ("w4", False, Kept)],
+)
+def test_products_that_are_served_are_held_to_the_layers(
+    folders: dict[str, Path],
+    name: str,
+    asked: bool,
+    kind: type[WeightFormat],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = load_packed(folders[name], rounds_inputs=asked)
+    layers = [m for m in model.modules() if isinstance(m, StoredLinear)]
+    assert {type(layer.weight.format) for layer in layers} == {kind}
+    options = {"inference": {**OPTIONS, "fast_path": "always"}}
+    with serve(model, options) as engine:
+        assert engine.fast
+    product = StoredLinear.joined
+
+    def turned(some: Sequence[StoredLinear]) -> Product:
+        own = product(some)
+        rounds = kind is KeptBlocks  # what is compared without rounding is right
+        return lambda x: -3 * own(x) if some[0].weight.rounds_inputs == rounds else own(x)
+
+    monkeypatch.setattr(StoredLinear, "joined", staticmethod(turned))
+    with pytest.raises(ConfigError, match="packed matrices is not what they return"):
+        serve(model, options)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from drivetrain_compression import compress, load_compressed, load_packed
 from drivetrain_compression.files.packed import packed_or_none
 from drivetrain_compression.stored.kept import Kept
+from drivetrain_compression.stored.kept_blocks import KeptBlocks
 from drivetrain_compression.stored.linear import StoredLinear
 from drivetrain_compression.stored.weight import StoredWeight
 from safetensors.torch import load_file, save_file
@@ -33,8 +34,8 @@ CASES = [
 ]  # fmt: skip
 
 
-def made(folder, recipe, layout, **changes):
-    model = llama(**changes)
+def made(folder, recipe, layout, dtype=torch.float32, **changes):
+    model = llama(**changes).to(dtype)
     model.save_pretrained(folder / "model")
     compress(folder / "model", {"modifiers": [recipe]}, rows(), folder / layout, format=layout)
     return folder / layout
@@ -55,6 +56,30 @@ def test_packed_weights_give_the_logits_of_the_compressed_module(tmp_path, layou
     assert len(layers) == 3 * 7
     for ids in (rows()[0], rows()[0][:1, :3]):  # many tokens, and few, which kernels multiply
         torch.testing.assert_close(logits(model, ids), logits(wanted, ids), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "drivetrain"])
+def test_4_bits_in_bfloat16_leave_inputs_as_they_are_unless_asked(tmp_path, layout):
+    if layout == "compressed-tensors":
+        pytest.importorskip("compressed_tensors", reason="compressed-tensors is missing")
+    folder = made(tmp_path, W4, layout, torch.bfloat16)
+    model, wanted = load_packed(folder), load_compressed(folder)
+    assert formats(model) == {Kept}
+    assert logits(model).dtype == torch.bfloat16
+    assert torch.equal(logits(model), logits(wanted))
+    rounding = load_packed(folder, rounds_inputs=True)
+    assert formats(rounding) == {KeptBlocks}
+    assert not torch.equal(logits(rounding), logits(wanted))
+    few, wide = rows()[0][:1, :3], torch.float32  # in which the order of sums changes little
+    exact = load_packed(folder, wide)
+    whole = logits(exact)[:1, :3]  # of many tokens, for which weights are unpacked
+    torch.testing.assert_close(logits(exact, few), whole, rtol=1e-4, atol=1e-5)
+    rounded = logits(load_packed(folder, wide, rounds_inputs=True), few)
+    assert float((rounded - whole).norm() / whole.norm()) > 1e-3
+
+
+def formats(model):
+    return {type(m.format) for m in model.modules() if isinstance(m, StoredWeight)}
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(4, 4 + 32 / 16), (8, 8 + 32 / 16)])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from drivetrain_compression import compress, compress_module, load_packed
 from drivetrain_compression.calibrated.grids import Floats, Integers, Scales, fit, round_to, stored
-from drivetrain_compression.calibrated.results import Rounded
+from drivetrain_compression.calibrated.results import Rounded, rounded_tokens
+from drivetrain_compression.stored import kept_blocks
 from drivetrain_compression.stored.kept import Kept, kept
 from drivetrain_compression.stored.kept_blocks import KeptBlocks
 from drivetrain_compression.stored.linear import StoredLinear
@@ -17,6 +18,12 @@ W8A8 = {"round": {"bits": 8, "activations": "int8"}}
 W4 = {"round": {"group": 16}}
 SIZES = [(8, 70, 70), (8, 64, 64), (4, 16, 64), (4, 32, 80), (4, 8, 20)]
 """(bits, group, inputs): one group a row, and several, the last one short."""
+
+
+@pytest.fixture(autouse=True)
+def _as_with_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference takes the place of one that is missing."""
+    monkeypatch.setattr(kept_blocks, "_has_kernel", lambda device: True)
 
 
 def chosen(bits: int, group: int, inputs: int, outputs: int = 40) -> Rounded:
@@ -45,7 +52,7 @@ def test_products_are_sums_of_whole_numbers(
     bits: int, group: int, inputs: int, tokens: int
 ) -> None:
     found = chosen(bits, group, inputs)
-    form = kept(found, torch.bfloat16)
+    form = kept(found, torch.bfloat16, rounds_inputs=True)
     assert isinstance(form, KeptBlocks)
     weight = StoredWeight.of(form, form.packed(found), found.numbers.shape, torch.bfloat16)
     x = torch.randn(tokens, inputs, generator=torch.Generator().manual_seed(0))
@@ -61,7 +68,7 @@ def test_products_are_sums_of_whole_numbers(
 @pytest.mark.parametrize(("bits", "group", "inputs"), SIZES)
 def test_the_very_numbers_come_back(bits: int, group: int, inputs: int) -> None:
     found = chosen(bits, group, inputs)
-    form = kept(found, torch.bfloat16)
+    form = kept(found, torch.bfloat16, rounds_inputs=True)
     parts = form.packed(found)
     for name, (shape, dtype) in form.tensors(found.numbers.shape).items():
         assert (tuple(parts[name].shape), parts[name].dtype) == (shape, dtype)
@@ -84,8 +91,10 @@ def test_what_such_a_format_cannot_hold_keeps_its_own() -> None:
         Rounded(eight.numbers, eight.scales, eight.grid, "int8", input_scale=static),
         Rounded(found.numbers, found.scales, Floats("e2m1")),
     ):
-        assert KeptBlocks.of(other) is None
-    assert isinstance(kept(Rounded(found.numbers, tiny, found.grid), torch.float32), Kept)
+        assert KeptBlocks.of(other, rounds_inputs=True) is None
+    tiny_numbers = Rounded(found.numbers, tiny, found.grid)
+    assert isinstance(kept(tiny_numbers, torch.float32, rounds_inputs=True), Kept)
+    assert isinstance(kept(found, torch.float32), Kept)  # inputs are not to be rounded
 
 
 @pytest.mark.parametrize("recipe", [W8A8, W4], ids=str)
@@ -93,7 +102,7 @@ def test_a_folder_in_bfloat16_is_loaded_so(recipe, tmp_path) -> None:
     llama().bfloat16().save_pretrained(tmp_path / "model")
     recipes, out = {"modifiers": [recipe]}, tmp_path / "out"
     compress(tmp_path / "model", recipes, rows(), out, format="drivetrain")
-    model = load_packed(out)
+    model = load_packed(out, rounds_inputs=True)
     layers = [m for m in model.modules() if isinstance(m, StoredLinear)]
     assert len(layers) == 3 * 7
     assert all(isinstance(layer.weight.format, KeptBlocks) for layer in layers)
@@ -115,7 +124,7 @@ def test_layers_of_one_input_are_one_product_where_panels_allow_it(
     layers = []
     for rows_of in outputs:
         found = chosen(4, 16, 64, rows_of)
-        form = kept(found, torch.bfloat16)
+        form = kept(found, torch.bfloat16, rounds_inputs=True)
         weight = StoredWeight.of(form, form.packed(found), found.numbers.shape, torch.bfloat16)
         bias = torch.nn.Parameter(torch.randn(rows_of)) if biased else None
         layers.append(StoredLinear.over(weight, bias).eval())
@@ -136,3 +145,18 @@ def test_layers_of_one_input_are_one_product_where_panels_allow_it(
     else:
         with pytest.raises(pytest.fail.Exception, match="by itself"):
             product(x)
+
+
+@pytest.mark.parametrize(("bits", "group", "inputs"), [(8, 64, 64), (4, 16, 64)])
+def test_without_a_kernel_only_what_the_model_asks_for_is_rounded(
+    bits: int, group: int, inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_blocks, "_has_kernel", lambda device: False)
+    found = chosen(bits, group, inputs)
+    form = kept(found, torch.bfloat16, rounds_inputs=True)
+    assert isinstance(form, KeptBlocks)
+    weight = StoredWeight.of(form, form.packed(found), found.numbers.shape, torch.float32).eval()
+    x = torch.randn(3, inputs, generator=torch.Generator().manual_seed(0))
+    rounded = rounded_tokens(x, "int8") if bits == 8 else x
+    assert torch.equal(weight.product(x), rounded @ found.weight(torch.float32).T)
+    assert form.joined([form], [weight.parts()], [40]) is None

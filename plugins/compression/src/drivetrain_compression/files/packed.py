@@ -25,7 +25,9 @@ from drivetrain_compression.stored.weight import StoredWeight
 _CONFIG = "config.json"
 
 
-def load_packed(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
+def load_packed(
+    path: Path, dtype: torch.dtype | None = None, *, rounds_inputs: bool = False
+) -> nn.Module:
     """The model in a folder that ``drivetrain compress`` has written, weights as they lie there.
 
     Compressed layers are :class:`StoredLinear`, whose products unpack a weight or multiply with its
@@ -34,6 +36,10 @@ def load_packed(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
     Args:
         path: the folder; in the format ``compressed-tensors`` or ``drivetrain``.
         dtype: of what is not packed, and of what packed weights become; the files' by default.
+        rounds_inputs: whether the inputs of weights of 4 bits are rounded to 8 bits, by the
+            weight's groups, where products are quicker so. The files do not ask for it, and logits
+            change: most where some features are far larger than others of their group. What the
+            files ask to round is rounded in any case.
 
     Raises:
         ConfigError: it is no such folder, or holds a layer in a way that is not known here.
@@ -42,7 +48,7 @@ def load_packed(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
     folder = Path(path)
     summary = _json(folder / DESCRIPTION)
     module = empty(folder)
-    fill = _Fill(module, dtype)
+    fill = _Fill(module, dtype, rounds_inputs)
     layers, described = _layers(folder, summary, module)
     for file, tensors in _parts(folder):
         parts = {name: name.rpartition(".") for name in tensors}
@@ -75,8 +81,8 @@ def packed_or_none(path: Path, dtype: torch.dtype | None) -> nn.Module | None:
 class _Fill:
     """Gives a module on the meta device its values."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
-        self._module, self._dtype = module, dtype
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None, rounds_inputs: bool) -> None:
+        self._module, self._dtype, self._rounds_inputs = module, dtype, rounds_inputs
         self._tied: dict[int, list[tuple[nn.Module, str]]] = {}
         for part in module.modules():
             for name, parameter in part.named_parameters(recurse=False):
@@ -102,7 +108,7 @@ class _Fill:
                 f"{type(old).__name__} {shape}"
             )
         dtype = self._dtype or old.weight.dtype
-        form = kept(found, scale_dtype)
+        form = kept(found, scale_dtype, rounds_inputs=self._rounds_inputs)
         weight = StoredWeight.of(form, form.packed(found), tuple(found.numbers.shape), dtype)
         new = StoredLinear.over(weight, old.bias)
         setattr(parent, attribute, new)

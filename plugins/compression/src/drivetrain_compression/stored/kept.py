@@ -140,12 +140,20 @@ class Kept(WeightFormat):
         return fits and columns % self.group == 0 and self.group % 2 == 0
 
 
-def kept(found: Rounded, scale_dtype: torch.dtype) -> Kept | KeptBlocks:
-    """The format that holds exactly what was chosen, where scales were chosen in that dtype.
+def kept(
+    found: Rounded, scale_dtype: torch.dtype, *, rounds_inputs: bool = False
+) -> Kept | KeptBlocks:
+    """The format that holds exactly what was chosen.
 
-    One whose products are sums of whole numbers where it can, as those are quicker.
+    One whose products are sums of whole numbers where inputs are rounded and it can, as those are
+    quicker.
+
+    Args:
+        found: what was chosen.
+        scale_dtype: that scales were chosen in.
+        rounds_inputs: whether inputs may be rounded though the model does not ask for it.
     """
-    if (blocks := KeptBlocks.of(found)) is not None:
+    if (blocks := KeptBlocks.of(found, rounds_inputs=rounds_inputs)) is not None:
         return blocks
     rank = 0 if found.low_rank is None else found.low_rank[0].shape[1]
     scales = found.scales

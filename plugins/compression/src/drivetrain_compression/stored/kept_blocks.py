@@ -13,18 +13,20 @@ from drivetrain_kernels.ops.block_linear import (
     pack_blocks,
     pack_parameters,
 )
+from drivetrain_kernels.registry import REFERENCE
 
 from drivetrain.contracts import Packed, WeightFormat
 from drivetrain_compression.calibrated.grids import Integers, fit, round_to, stored
-from drivetrain_compression.calibrated.results import Rounded
+from drivetrain_compression.calibrated.results import Rounded, rounded_tokens
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """[rows, in] -> [rows, out]."""
 
 _MOST_GROUP = 128
-"""Inputs of a group of 4-bit weights up to which rounding inputs costs far less than weights did.
+"""Inputs of a group of 4-bit weights up to which their inputs may be rounded with one scale.
 
-8 bits with a scale for at most so many inputs are off by under a hundredth of what 4 bits are.
+A feature that sticks out makes the others of its group coarse: where it is some hundred times as
+large, rounding inputs changes the output more than rounding the weight to 4 bits did.
 """
 
 
@@ -33,6 +35,9 @@ class KeptBlocks(WeightFormat):
 
     With one group a row this is W8A8, a scale for each token; with groups it is what llama.cpp does
     with weights of 4 bits. The scale of inputs is their largest size over 127.
+
+    On devices without a kernel for such sums nothing is gained by them: there the weight is
+    unpacked, and inputs are rounded only where that is part of the model, as in W8A8.
 
     Args:
         bits: 4 or 8.
@@ -45,8 +50,13 @@ class KeptBlocks(WeightFormat):
         self.bits, self.group = bits, group
 
     @classmethod
-    def of(cls, found: Rounded) -> KeptBlocks | None:
-        """The format that holds what was chosen, exactly; ``None`` if it cannot."""
+    def of(cls, found: Rounded, *, rounds_inputs: bool = False) -> KeptBlocks | None:
+        """The format that holds what was chosen, exactly; ``None`` if it cannot.
+
+        Args:
+            found: what was chosen.
+            rounds_inputs: whether inputs may be rounded though the model does not ask for it.
+        """
         grid, group, columns = found.grid, found.scales.group, found.numbers.shape[1]
         if not isinstance(grid, Integers) or not grid.symmetric or found.low_rank is not None:
             return None
@@ -55,7 +65,7 @@ class KeptBlocks(WeightFormat):
             fits = found.activations == "int8" and found.input_scale is None
             fits = fits and grid.bits == 8 and one and columns <= MOST_BLOCK
         else:
-            fits = grid.bits == 4 and group <= _MOST_GROUP and group % 8 == 0
+            fits = rounds_inputs and grid.bits == 4 and group <= _MOST_GROUP and group % 8 == 0
         scale = found.scales.scale
         if not fits or not torch.equal(scale.half().float(), scale.float()):
             return None
@@ -92,6 +102,9 @@ class KeptBlocks(WeightFormat):
         return wide[:, :, : self.group].flatten(1)[:, :columns].to(dtype)
 
     def multiply(self, x: torch.Tensor, packed: Packed, outputs: int) -> torch.Tensor:
+        if not _has_kernel(x.device):
+            x = rounded_tokens(x, "int8") if self.bits == 8 else x
+            return super().multiply(x, packed, outputs)
         # Without the operator's checks, which cost as much as a small product.
         function = BLOCK_LINEAR.function(x.device.type)
         codes, parameters = packed["codes"], packed["parameters"]
@@ -109,13 +122,16 @@ class KeptBlocks(WeightFormat):
             outputs: of each.
 
         Returns:
-            ``None`` if a weight has another format, or ends within a panel of 32 outputs.
+            ``None`` if a weight has another format, or ends within a panel of 32 outputs, or the
+            device has no kernel.
         """
         own = (self.bits, self.group)
         alike = [isinstance(o, KeptBlocks) and (o.bits, o.group) == own for o in others]
         if not all(alike) or any(rows % PANEL for rows in outputs[:-1]):
             return None
         first, *rest = packed
+        if not _has_kernel(first["codes"].device):
+            return None
         codes, parameters = first["codes"], first["parameters"]
         if rest:
             codes = torch.cat([part["codes"] for part in packed])
@@ -127,3 +143,7 @@ class KeptBlocks(WeightFormat):
     def _block(self) -> int:
         """Inputs of a block of codes: kernels read four at a time."""
         return -(-self.group // 4) * 4
+
+
+def _has_kernel(device: torch.device) -> bool:
+    return BLOCK_LINEAR.provider(device.type) != REFERENCE

@@ -64,14 +64,14 @@ class StoredLinear(nn.Module):
 
         weights = [layer.weight for layer in layers]
         first = weights[0].format
-        plain = any(layer.bias is not None or layer.weight.shards > 1 for layer in layers)
-        if plain or not isinstance(first, KeptBlocks):
+        apart = any(layer.bias is not None or layer.weight.shards > 1 for layer in layers)
+        if apart or not isinstance(first, KeptBlocks):
             return each
         formats, outputs = [w.format for w in weights], [w.shape[0] for w in weights]
         product = first.joined(formats, [w.parts() for w in weights], outputs)
         if product is None:
             return each
-        return lambda x: product(x) if weights[0].rounds_inputs else each(x)
+        return lambda x: product(x) if all(w.rounds_inputs for w in weights) else each(x)
 
     def extra_repr(self) -> str:
         """Sizes."""

@@ -18,6 +18,9 @@ from drivetrain_inference.weights.bound import BoundFormat
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """[rows, in] -> [rows, out]."""
 
+_PROBE = 3
+"""Rows that a package's product of several layers is compared on."""
+
 
 def joined(
     layers: Sequence[Layer], form: WeightFormat | None, *, invariant: bool = False
@@ -30,7 +33,8 @@ def joined(
         invariant: a row's bits must not depend on how many other rows there are.
 
     Raises:
-        UnlikeError: a layer is packed already, and its product is to be another one.
+        UnlikeError: a layer is packed already, and its product is to be another one; or that of
+            several is not what they return.
     """
     if any(is_packed(each) for each in layers):
         return _by_their_package(layers, form, invariant)
@@ -61,7 +65,23 @@ def _by_their_package(
         raise UnlikeError("some matrices of one input are packed, and some are not")
     first: Any = layers[0]  # a protocol is no module for mypy
     found: Projection = first.joined(layers)
+    _check_joined(found, layers)
     return found
+
+
+@torch.no_grad()
+def _check_joined(product: Projection, layers: Sequence[Any]) -> None:
+    """Hold one product to what layers return, with inputs rounded if that is what they do.
+
+    Logits are compared without rounding, so perhaps not by this product.
+    """
+    weight = layers[0].weight
+    x = torch.randn(_PROBE, layers[0].in_features, generator=torch.Generator().manual_seed(0))
+    x = x.to(weight.device, weight.dtype)
+    wanted, found = torch.cat([layer(x) for layer in layers], dim=1).float(), product(x).float()
+    bound = max(1e-4, 4 * torch.finfo(weight.dtype).eps) * float(wanted.abs().max())
+    if found.shape != wanted.shape or not float((found - wanted).abs().max()) <= bound:
+        raise UnlikeError(f"one product of {len(layers)} packed matrices is not what they return")
 
 
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:

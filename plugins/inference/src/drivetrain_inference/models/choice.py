@@ -83,40 +83,12 @@ def choose(
         ConfigError: the module gives other logits over a paged cache than by itself; or the fast
             path is wanted (by ``always``, or for a weight format) and cannot be had.
     """
-    with _unrounded(module):  # on both sides of every comparison, so that bounds can be strict
-        return _choice(module, fast_path, context, formats, shared)
-
-
-@contextmanager
-def _unrounded(module: nn.Module) -> Iterator[None]:
-    """Have no part of ``module`` round its inputs to few bits, where it says that it does.
-
-    A part that does has an attribute ``rounds_inputs``, which may be set. What lies between two
-    numbers may go to either, so that the last bits, which differ between machines and between two
-    right ways to compute, would decide how far logits are apart.
-    """
-    parts: list[Any] = [p for p in module.modules() if getattr(p, "rounds_inputs", False) is True]
-    try:
-        for part in parts:
-            part.rounds_inputs = False
-        yield
-    finally:
-        for part in parts:
-            part.rounds_inputs = True
-
-
-def _choice(
-    module: nn.Module,
-    fast_path: FastPath,
-    context: int,
-    formats: Formats,
-    shared: SharedTokens | None,
-) -> tuple[Model, PlainModel]:
     plain, form = PlainModel(module, shared), formats.blocks
     try:
         tokens = _probe(module)
-        reference = plain.reference(tokens)
-        _check_plain(plain, tokens, reference)
+        with _unrounded(module):
+            reference = plain.reference(tokens)
+            _check_plain(plain, tokens, reference)
         if fast_path == "never" and form is None and not formats.batch_invariant:
             return plain, plain
         if shared is not None:
@@ -139,6 +111,26 @@ def _choice(
     except BaseException:
         plain.close()
         raise
+
+
+@contextmanager
+def _unrounded(module: nn.Module) -> Iterator[None]:
+    """Have no part of ``module`` round its inputs to few bits, where it says that it does.
+
+    For both sides of a comparison, so that its bound can be strict.
+
+    A part that does has an attribute ``rounds_inputs``, which may be set. What lies between two
+    numbers may go to either, so that the last bits, which differ between machines and between two
+    right ways to compute, would decide how far logits are apart.
+    """
+    parts: list[Any] = [p for p in module.modules() if getattr(p, "rounds_inputs", False) is True]
+    try:
+        for part in parts:
+            part.rounds_inputs = False
+        yield
+    finally:
+        for part in parts:
+            part.rounds_inputs = True
 
 
 def _check_invariance(plain: PlainModel) -> None:
@@ -168,7 +160,8 @@ def _fast(
 ) -> FastModel:
     structure = recognise(module)
     exact = FastModel(structure, layers, context=context, invariant=formats.batch_invariant)
-    off = difference(exact, tokens, reference)
+    with _unrounded(module):
+        off = difference(exact, tokens, reference)
     if not off <= _TOLERANCES.get(exact.dtype, 2e-4):
         raise UnlikeError(f"its logits differ by {off:.2g} of their spread")
     # A format changes numbers on purpose, so the structure is what was checked.
