@@ -92,7 +92,10 @@ def read_speed(rounds: int = 8) -> float:
 
 
 def bytes_read(model: nn.Module, form: str, head: bool) -> int:
-    """Bytes of weights that one token reads: all matrices, of the embedding one row alone."""
+    """Bytes of weights that one token reads: all matrices, of the embedding one row alone.
+
+    Those of a compressed folder are packed already, in layers of another class.
+    """
     entry = Registry.installed().find("weight_formats", form)
     packed = entry.load()() if entry is not None else None
     total = 0
@@ -100,6 +103,9 @@ def bytes_read(model: nn.Module, form: str, head: bool) -> int:
         if isinstance(layer, nn.Linear):
             stays = packed is None or (name == "lm_head" and not head)
             total += layer.weight.nbytes if stays else packed.bytes(layer.weight.shape)
+        elif hasattr(layer, "in_features"):
+            stored: Any = layer.weight
+            total += stored.stored.nbytes
     return total
 
 

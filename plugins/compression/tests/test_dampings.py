@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from drivetrain_compression import compress_module
-from drivetrain_compression.calibrated.gptq import invert
+from drivetrain_compression.calibrated import sparsing
+from drivetrain_compression.calibrated.gptq import damped, invert
 from drivetrain_compression.calibrated.grids import Integers, fit, stored, weight_of
 from drivetrain_compression.calibrated.pruning import Pattern, sparsegpt
+from drivetrain_compression.calibrated.statistics import Inputs
 from test_rounding_by_error import step_by_step
 from torch import nn
 
@@ -121,3 +124,40 @@ def test_a_layer_may_be_called_by_name(modifier: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     exact = batches[0] @ found[0][0].T
     assert not torch.equal(found[0][1], exact)  # inputs are rounded
+
+
+def test_weights_that_stay_are_moved_by_the_hessian_that_pruned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, settle = [], sparsing.settle
+
+    def seeing(weight: Any, found: Any, hessian: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append(hessian)
+        return settle(weight, found, hessian, **options)
+
+    monkeypatch.setattr(sparsing, "settle", seeing)
+    few = data(2)  # fewer tokens than inputs, so that so little damping is not enough
+    compressed({"sparsegpt": {"damping": 1e-12, "sweeps": 1}}, few)
+    x = torch.cat(few)
+    gram = 2 * x.T @ x / len(x)
+    raised = invert(gram, 1e-12).damping
+    assert raised > 1e-12
+    torch.testing.assert_close(seen[0], damped(gram, raised), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", ["gptq", "round"])
+def test_there_is_one_gram_matrix_beside_the_sums(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    gram: Any = Inputs.gram
+
+    def once(inputs: Inputs) -> torch.Tensor:
+        assert all(each() is None for each in made)
+        found: torch.Tensor = gram.fget(inputs)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Inputs, "gram", property(once))
+    compressed({method: {"group": 8, "clip": True}}, data(4))
+    assert len(made) == 2

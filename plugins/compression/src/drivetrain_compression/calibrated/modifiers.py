@@ -189,11 +189,12 @@ class Quantiser(AfterTraining[GridConfigT], Generic[GridConfigT]):
         weight = torch.cat([module.weight.detach() for module in modules]).float()
         grid, dtype = self.config.grid(), modules[0].weight.dtype
         known = inputs if self.gathers in _GRAMS else None
-        hessian = None if known is None else known.gram
         try:
             numbers, scales = self.numbers(weight, grid, dtype, known)
         except SingularError as error:
             raise ConfigError(f"{self.label}: {targets[0].name}: {error}") from error
+        # It is made anew each time, so not before the one that numbers were chosen by is gone.
+        hessian = None if known is None else known.gram
         start = 0
         for target, module in zip(targets, modules, strict=True):
             rows = slice(start, start + module.out_features)

@@ -9,7 +9,13 @@ from pydantic import Field, field_validator
 from torch import nn
 
 from drivetrain.errors import ConfigError
-from drivetrain_compression.calibrated.gptq import SingularError, damped, held_damping, invert
+from drivetrain_compression.calibrated.gptq import (
+    Inverse,
+    SingularError,
+    damped,
+    held_damping,
+    invert,
+)
 from drivetrain_compression.calibrated.modifiers import DAMPING, AfterTraining, Damping
 from drivetrain_compression.calibrated.pruning import Pattern, sparsegpt, wanda
 from drivetrain_compression.calibrated.refining import settle
@@ -98,15 +104,19 @@ class SparseGpt(_Pruner[SparseGptConfig]):
     def prune(self, weight: torch.Tensor, inputs: Inputs, pattern: Pattern) -> torch.Tensor:
         config = self.config
 
+        def chosen(inverse: Inverse, rows: slice) -> torch.Tensor:
+            return sparsegpt(weight[rows], inverse, pattern, block=config.block)
+
         def pruned(rows: slice, hessian: torch.Tensor, share: float) -> torch.Tensor:
-            return sparsegpt(weight[rows], invert(hessian, share), pattern, block=config.block)
+            return chosen(invert(hessian, share), rows)
 
         share = config.damping
         if share == "search":
             share = held_damping(weight, inputs.parts, pruned)
         hessian = inputs.gram
-        found = pruned(slice(None), hessian, share)
+        inverse = invert(hessian, share)
+        found = chosen(inverse, slice(None))
         if not config.sweeps:
             return found
         alive = weight * (hessian.diagonal() != 0)
-        return settle(alive, found, damped(hessian, share), sweeps=config.sweeps)
+        return settle(alive, found, damped(hessian, inverse.damping), sweeps=config.sweeps)
