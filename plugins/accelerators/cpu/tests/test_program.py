@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from drivetrain_cpu.accelerator import CpuAccelerator
+from drivetrain_cpu.instruction_sets import selected
+from drivetrain_cpu.kernels import kernel_library, program
 from drivetrain_kernels import pack_panels
 from drivetrain_kernels.ops.decoder import ADD_RMS_NORM, GATED_ACTIVATION
 from drivetrain_kernels.ops.linear import PACKED_LINEAR
@@ -105,17 +110,112 @@ def test_calls_of_two_threads_at_once_do_not_meet(three_threads):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not TASKS.exists(), reason="the system does not list a process's threads")
-def test_a_forked_process_has_threads_of_its_own(three_threads):
-    replay, found, wanted = a_wide_layer(0)
-    replay()
+def in_a_fork(body):
+    """Whether ``body`` returns true in a fork of this process, where no team has threads yet."""
     child = os.fork()
     if not child:
         try:
-            found.zero_()
-            replay()
-            right = torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
-            os._exit(0 if right and len(list(TASKS.iterdir())) == 3 else 1)
+            os._exit(0 if body() else 1)
         finally:
             os._exit(2)
-    assert os.waitpid(child, 0)[1] == 0
+    return os.waitpid(child, 0)[1] == 0
+
+
+def number_of_threads():
+    return len(list(TASKS.iterdir()))
+
+
+needs_tasks = pytest.mark.skipif(
+    not TASKS.exists(), reason="the system does not list a process's threads"
+)
+
+
+@needs_tasks
+def test_a_forked_process_has_threads_of_its_own(three_threads):
+    replay, found, wanted = a_wide_layer(0)
+    replay()
+
+    def replays():
+        found.zero_()
+        replay()
+        return torch.allclose(found, wanted, rtol=1e-4, atol=1e-4) and number_of_threads() == 3
+
+    assert in_a_fork(replays)
+
+
+@needs_tasks
+def test_a_process_forked_while_another_thread_has_the_team_has_threads_too(three_threads):
+    replay, _, _ = a_wide_layer(0)
+    inside, leave = threading.Event(), threading.Event()
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
+    def waits(_):
+        inside.set()
+        leave.wait(60)
+        return 0
+
+    call = program._Call(ctypes.cast(waits, ctypes.c_void_p), None)
+    run = kernel_library(selected()).load().dt_run
+    other = threading.Thread(target=run, args=(ctypes.byref(call), 1, 3))
+    other.start()
+    assert inside.wait(60)
+
+    def replays():
+        replay()
+        return number_of_threads() == 3
+
+    try:
+        assert in_a_fork(replays)
+    finally:
+        leave.set()
+        other.join()
+
+
+@needs_tasks
+def test_all_kernels_have_one_team(three_threads):
+    x = torch.randn(64, 2048, generator=torch.Generator().manual_seed(0))
+    scale, weight = torch.ones(2048), x.t().contiguous()
+    norm, gate = ADD_RMS_NORM.function("cpu"), GATED_ACTIVATION.function("cpu")
+    product, few = PACKED_LINEAR.function("cpu"), x[:, :64].contiguous()
+    inputs = [few, few.bfloat16()]
+    panels = [pack_panels(weight.to(each.dtype)) for each in inputs]
+
+    def kernels_one_by_one():
+        norm(x, None, scale, 1e-6)
+        gate(x, "silu")
+        for each, packed in zip(inputs, panels, strict=True):
+            product(each, packed, None, 2048)
+
+    def uses_two_more_threads():
+        kernels_one_by_one()
+        return number_of_threads() == 3
+
+    kernels_one_by_one()
+    assert in_a_fork(uses_two_more_threads)
+
+
+BOUND = """
+import os
+allowed = os.sched_getaffinity(0)
+import torch  # loads OpenMP, which binds this thread
+from drivetrain_cpu.instruction_sets import selected
+from drivetrain_cpu.kernels import kernel_library
+run = kernel_library(selected()).load().dt_run
+assert len(os.sched_getaffinity(0)) == 1
+before = set(os.listdir("/proc/self/task"))
+assert run(None, 0, 3) == 0
+helpers = set(os.listdir("/proc/self/task")) - before
+assert len(helpers) == 2
+while not all(os.sched_getaffinity(int(helper)) == allowed for helper in helpers):
+    pass
+"""
+
+
+@needs_tasks
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_threads_of_the_team_are_not_bound_to_the_core_of_the_first_thread():
+    environment = {**os.environ, "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    done = subprocess.run(
+        [sys.executable, "-c", BOUND], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr

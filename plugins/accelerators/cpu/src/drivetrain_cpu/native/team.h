@@ -6,6 +6,7 @@
 // get there, and it ends as soon as those that have joined are done.
 #pragma once
 
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,8 +17,17 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <vector>
 
 #include "waiting.h"
+
+// Of OpenMP 4.5. Not every compiler that takes -fopenmp comes with its header.
+extern "C" {
+int omp_get_proc_bind();
+int omp_get_num_places();
+int omp_get_place_num_procs(int place);
+void omp_get_place_proc_ids(int place, int* ids);
+}
 
 namespace drivetrain {
 
@@ -70,6 +80,23 @@ class Patience {
   int turns_ = 0;
 };
 
+// Lets this thread use all CPUs on which OpenMP runs threads, where it binds them to some: it bound
+// the first thread of the process to a single core, and all others inherit that.
+inline void use_all_places() {
+#if defined(__linux__)
+  if (omp_get_proc_bind() == 0) return;
+  cpu_set_t cpus;
+  CPU_ZERO(&cpus);
+  for (int place = 0; place < omp_get_num_places(); ++place) {
+    std::vector<int> ids(omp_get_place_num_procs(place));
+    omp_get_place_proc_ids(place, ids.data());
+    for (const int id : ids) CPU_SET(id, &cpus);
+  }
+  // If the system refuses, the thread stays where it is.
+  if (CPU_COUNT(&cpus) > 0) sched_setaffinity(0, sizeof cpus, &cpus);
+#endif
+}
+
 // Threads that help the one that makes a list of calls.
 //
 // They are not OpenMP's: those must all come before a region begins and before it ends, and spin for
@@ -79,19 +106,14 @@ class Team {
   // Runs calls() with the process's team of `threads` threads; alone while another thread has it.
   template <typename Calls>
   static void with(int threads, const Calls& calls) {
-    static std::mutex leading;
-    static Team* team = nullptr;  // never deleted, as its threads end with the process
-    static pid_t process = 0;
-    std::unique_lock<std::mutex> lock(leading, std::defer_lock);
-    if (threads < 2 || led_ != nullptr || !lock.try_lock()) {
+    if (threads < 2 || led_ != nullptr) {
       calls();
       return;
     }
-    if (process != getpid()) {  // a fork leaves the threads behind
-      team = new Team;
-      process = getpid();
-    }
-    team->lead(threads - 1, calls);
+    Team& team = of_process();
+    const std::unique_lock<std::mutex> leads(team.leading_, std::try_to_lock);
+    if (leads) team.lead(threads - 1, calls);
+    else calls();
   }
 
   // Calls work(items), in all threads of the team that this thread leads, if it leads one.
@@ -107,6 +129,17 @@ class Team {
  private:
   // Threads inside the loop, whether it is open, and how many there were.
   static constexpr uint64_t kInside = 0x7fff, kOpen = 0x8000, kLoop = 0x10000;
+
+  // One for all kernels, and another after a fork, which leaves the threads behind, and the lock as
+  // another thread held it. Never deleted, as its threads end with the process.
+  static Team& of_process() {
+    Team* team = current_.load(std::memory_order_acquire);
+    if (team != nullptr && team->process_ == getpid()) return *team;
+    Team* made = new Team;
+    if (current_.compare_exchange_strong(team, made, std::memory_order_acq_rel)) return *made;
+    delete made;  // another thread came first
+    return *team;
+  }
 
   template <typename Calls>
   void lead(int helpers, const Calls& calls) {
@@ -145,6 +178,7 @@ class Team {
   }
 
   void help(int number) {
+    use_all_places();
     uint64_t last = 0;
     Patience patience;
     for (;;) {
@@ -173,7 +207,10 @@ class Team {
     --asleep_;
   }
 
+  static inline std::atomic<Team*> current_{nullptr};
   static inline thread_local Team* led_ = nullptr;
+  const pid_t process_ = getpid();
+  std::mutex leading_;
   alignas(64) std::atomic<uint64_t> state_{0};
   Items* items_ = nullptr;
   const void* work_ = nullptr;
