@@ -96,7 +96,7 @@ UNLIKE_INTRODUCTION = """\
 ## Tests of DeepSpeed that do not pass
 
 Of DeepSpeed's own unit tests (`plugins/compat/BENCHMARKS.md` counts them), these ask for what is
-different here on purpose.
+different here on purpose, or for insides of DeepSpeed that have no counterpart here.
 
 | test | what it asks for |
 |---|---|"""
@@ -222,7 +222,7 @@ UNLIKE: tuple[tuple[str, str], ...] = (
         "methods of the engine called with other objects",
     ),
 )
-"""Tests of DeepSpeed -> what they ask for that is different here."""
+"""Tests of DeepSpeed -> what they ask for that is different here, or not there."""
 
 FRAMEWORKS = """\
 ## Frameworks
@@ -290,6 +290,11 @@ Other modules show the same objects, e.g. `deepspeed.runtime.zero.partition_para
 | module | names | here |
 |---|---|---|"""
 
+UNREAD: Mapping[str, str] = {
+    "runtime.swap_tensor.MIN_SWAPPABLE_BYTES": "states of every size go to files",
+}
+"""Names that lead to a value which nothing here reads -> why not."""
+
 ENGINE = """\
 ## The engine
 
@@ -342,7 +347,9 @@ def _keys() -> Iterator[str]:
 def _names() -> Iterator[str]:
     rows = []
     for dotted in lookup.everything():
-        kind, text = lookup.status(dotted)
+        kind, text = (
+            ("without effect", UNREAD[dotted]) if dotted in UNREAD else lookup.status(dotted)
+        )
         module, _, name = dotted.rpartition(".")
         text = f"`{text}`" if kind == "needs" else "" if kind == "works" else text
         if kind == "needs" and text.strip("`") in known.PLANNED:

@@ -44,6 +44,14 @@ def test_wrong_keys_and_values_are_refused(wrong):
         Section().count = "a"
 
 
+def test_a_subclass_may_allow_further_keys():
+    class Open(Inner, extra="allow"):
+        pass
+
+    made = Open(size=2, other=3)
+    assert (made.size, made.other) == (2, 3)
+
+
 def test_deprecated_keys_hand_on_their_values(caplog):
     with caplog.at_level(logging.WARNING, "deepspeed"):
         made = Section(name="a", inner_size=3, old=4)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from deepspeed._commands import launch, report
@@ -148,18 +149,38 @@ def test_autotuning_is_the_tuner_with_the_scripts_config(given, expected, tmp_pa
     (tmp_path / "train.py").touch()
     (tmp_path / "ds.json").write_text("{}")
     passed = []
-
-    def take(command, **_):
-        passed.append(command)
-        raise SystemExit(0)
-
-    monkeypatch.setattr(launch.drivetrain, "main", take)
+    monkeypatch.setattr(launch.drivetrain, "main", lambda command, **_: passed.append(command))
     result = CliRunner().invoke(
         launch.main, ["--autotuning", "run", "--num_gpus", "2", "train.py", *given]
     )
     assert result.exit_code == 0, result.output
     own = ["-m", "deepspeed._commands.rank", "script", "1", "train.py"]
     assert passed == [["tune", "--nproc", "2", "--run", "--", "ds.json", *own, *expected]]
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [(None, 0), (SystemExit(0), 0), (SystemExit(5), 5), (click.ClickException("no rank"), 1)],
+)
+def test_a_script_that_starts_ranks_goes_on_unless_they_fail(ends, code, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(launch, "DEFAULT_HOSTFILE", tmp_path / "none")
+    (tmp_path / "train.py").touch()
+
+    @click.command(context_settings={"ignore_unknown_options": True})
+    @click.argument("words", nargs=-1)
+    def command(words):
+        if ends is not None:
+            raise ends
+
+    monkeypatch.setattr(launch, "drivetrain", command)
+    arguments = ["--num_gpus", "1", str(tmp_path / "train.py")]
+    if code == 0:
+        runner.main(arguments)
+    else:
+        with pytest.raises(SystemExit) as end:
+            runner.main(arguments)
+        assert end.value.code == code
 
 
 def test_autotuning_without_ranks_or_a_config_is_refused(tmp_path, monkeypatch):

@@ -14,8 +14,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
 from deepspeed.runtime.utils import ensure_directory_exists, move_to_device, see_memory_usage
 from deepspeed.utils import groups, log_dist, log_dist_once, logger, required_torch_version
+from deepspeed.utils.logging import set_log_level_from_string
 
-from drivetrain.errors import PluginError
+from drivetrain.errors import ConfigError, PluginError
 from drivetrain.plan.registry import Registry
 from drivetrain.testing import run_distributed
 from drivetrain.testing.parts import SharedSequences
@@ -345,3 +346,9 @@ def test_a_config_sets_the_level_of_the_logger(level, monkeypatch):
     assert logger.getEffectiveLevel() == (logging.DEBUG if level is None else logging.ERROR)
     engine.destroy()
     logger.setLevel(logging.DEBUG)  # which forgets what loggers know of their levels
+
+
+@pytest.mark.parametrize("level", [20, "loud", ["info"]])
+def test_what_is_no_level_of_the_logger_is_refused(level):
+    with pytest.raises(ConfigError, match=r"log level .* is none of debug, info"):
+        set_log_level_from_string(level)

@@ -35,6 +35,10 @@ def test_filters_leave_hosts_and_slots(include, exclude, left):
     assert parse_inclusion_exclusion({"one": 4, "two": 4}, include, exclude) == left
 
 
+def test_without_a_filter_hosts_stay_as_they_are():
+    assert parse_resource_filter({"one": [0], "two": []}) == {"one": [0], "two": []}
+
+
 @pytest.mark.parametrize("include", ["three", "two:4", "two@one:1@5"])
 def test_filters_of_what_there_is_not_are_refused(include):
     with pytest.raises(DrivetrainError, match="--include"):

@@ -17,7 +17,7 @@ _MOST = 16
 def as_float32(values: torch.Tensor) -> torch.Tensor:
     """A contiguous copy of ``values`` in float32."""
     if values.numel() > _MOST * _PART:
-        return values.to(torch.float32, copy=True)
+        return values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     copied = torch.empty(values.shape, dtype=torch.float32, device=values.device)
     parts = zip(*(torch.split(each.reshape(-1), _PART) for each in (copied, values)), strict=True)
     for to, part in parts:
@@ -27,7 +27,7 @@ def as_float32(values: torch.Tensor) -> torch.Tensor:
 
 def highest(rows: torch.Tensor) -> torch.Tensor:
     """The place of each row's largest number, as ``torch.argmax(rows, dim=1)`` has it."""
-    if not 0 < rows.numel() <= _MOST * _PART:
+    if rows.device.type != "cpu" or not 0 < rows.numel() <= _MOST * _PART:
         return torch.argmax(rows, dim=1)
     width = max(1, _PART // len(rows))
     parts = [part.max(dim=1) for part in torch.split(rows, width, dim=1)]

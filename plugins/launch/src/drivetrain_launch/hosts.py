@@ -123,7 +123,9 @@ def filtered(hosts: Sequence[Host], *, include: str = "", exclude: str = "") -> 
     if include:
         wanted = _named(include, hosts, "--include")
         return [replace(h, slots=wanted[h.name]) for h in hosts if h.name in wanted]
-    without = _named(exclude, hosts, "--exclude") if exclude else {}
+    if not exclude:
+        return list(hosts)
+    without = _named(exclude, hosts, "--exclude")
     kept = [
         replace(h, slots=tuple(s for s in h.slots if s not in without.get(h.name, ())))
         for h in hosts

@@ -138,14 +138,15 @@ def main(**options: Any) -> None:
     if hostfile is None and DEFAULT_HOSTFILE.is_file():
         hostfile = DEFAULT_HOSTFILE
     if chosen.autotuning is not None:
-        drivetrain.main(_tuning(chosen, hostfile), prog_name="deepspeed")
+        _succeed(_tuning(chosen, hostfile))
+        return
     if chosen.no_ssh:
         command = _one_of_many(chosen)
     elif hostfile is not None and (chosen.force_multi or len(_hosts(hostfile)) > 1):
         command = _many(chosen, hostfile)
     else:
         command = _here(chosen, hostfile)
-    drivetrain.main([*command, *chosen.common, *chosen.target], prog_name="deepspeed")
+    _succeed([*command, *chosen.common, *chosen.target])
 
 
 def run(args: Sequence[str] | None = None) -> None:
@@ -156,11 +157,25 @@ def run(args: Sequence[str] | None = None) -> None:
 
     Raises:
         ValueError: ``args`` are wrong.
+        SystemExit: the ranks fail, or cannot be started.
     """
     try:
         main.main(args, prog_name="deepspeed", standalone_mode=args is None)
     except click.ClickException as error:
         raise ValueError(error.format_message()) from error
+
+
+def _succeed(command: list[str]) -> None:
+    """Run a command of Drivetrain, which shows its errors, and go on after it unless it fails.
+
+    Raises:
+        SystemExit: it fails; with its status.
+    """
+    try:
+        drivetrain.main(command, prog_name="deepspeed")
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
 def _here(options: Options, hostfile: Path | None) -> list[str]:

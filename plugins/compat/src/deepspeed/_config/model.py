@@ -44,8 +44,10 @@ class DeepSpeedConfigModel(BaseModel):
     def __init__(self, strict: bool = False, **data: Any) -> None:
         super().__init__(**{k: v for k, v in data.items() if strict or v != "auto"})
         with AsDeepSpeed():
-            for name in sorted(self.model_fields_set):
-                self._hand_on(name, type(self).model_fields[name])
+            fields = type(self).model_fields
+            # A subclass may allow further keys, which count as set but are no fields.
+            for name in sorted(self.model_fields_set & fields.keys()):
+                self._hand_on(name, fields[name])
 
     def _hand_on(self, name: str, field: FieldInfo) -> None:
         """Give the value of a field to the one in its place, if it is deprecated."""

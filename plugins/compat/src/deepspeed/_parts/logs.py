@@ -36,9 +36,9 @@ def set_log_level_from_string(log_level: str, custom_logger: logging.Logger | No
     """Set the level of DeepSpeed's logger by name.
 
     Raises:
-        ConfigError: there is no such level.
+        ConfigError: there is no such level, or ``log_level`` is no text, as configs may have it.
     """
-    level = logging.getLevelNamesMapping().get(log_level.upper())
+    level = logging.getLevelNamesMapping().get(str(log_level).upper())
     if level is None:
         raise ConfigError(
             f"log level {log_level!r} is none of debug, info, warning, error, critical"

@@ -7,7 +7,8 @@ from enum import Enum, IntEnum, StrEnum
 from typing import Any
 
 MIN_SWAPPABLE_BYTES = 1024 * 1024
-"""Tensors that are smaller stay in memory in DeepSpeed; here states of every size go to files."""
+"""Tensors that are smaller stay in memory in DeepSpeed; nothing here reads it, as states of every
+size go to files."""
 
 
 class OffloadDeviceEnum(StrEnum):
