@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_sequence import HeadShare
+from drivetrain_sequence.tiles import TiledModule
 from sequence_models import LENGTH, batch, engine_of, plain, tiny, train
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -128,9 +129,10 @@ def test_tiles_go_through_a_norm_one_by_one_and_again_in_backward() -> None:
     engine = engine_of(model, sequence_parallel={"norm_tile": 10})
     train(engine, "plain", steps=1)
     engine.destroy()
-    assert sorted(norm.seen) == [4, 4, 10, 10, 10, 10]
+    assert norm.seen[:3] == [4, 2, 2]  # compared once
+    assert sorted(norm.seen[3:]) == [4, 4, 10, 10, 10, 10]
     train(engine_of(model), "plain", steps=1)
-    assert norm.seen[6:] == [LENGTH]
+    assert norm.seen[9:] == [LENGTH]
 
 
 class Averaged(torch.nn.Module):
@@ -145,6 +147,42 @@ def test_tokens_that_are_the_same_do_not_hide_that_a_module_mixes_them() -> None
     engine = engine_of(model, sequence_parallel={"tiled_modules": {"0": 5}})
     with pytest.raises(ConfigError, match="tiled_modules: 0, a Averaged, is not one of single"):
         engine(torch.ones(2, 8, 4))  # as padding at the left of all rows is
+
+
+class ChannelsFirst(torch.nn.LayerNorm):
+    """A norm of [rows, channels, places, places], as convolutional models have it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class ChannelsRMSNorm(torch.nn.Module):
+    """The like, with a weight that fits any number of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x / x.square().mean(1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize("tile", [4, "measured"])
+@pytest.mark.parametrize("norm", [lambda: ChannelsFirst(8), ChannelsRMSNorm])
+def test_norms_of_another_dimension_than_the_last_have_no_tiles(norm: Any, tile: Any) -> None:
+    engine = engine_of(torch.nn.Sequential(norm()), sequence_parallel={"norm_tile": tile})
+    with pytest.raises(ConfigError, match=r"norm_tile: 0, a Channels\w+, is not one of single"):
+        engine(torch.randn(2, 8, 3, 3))
+    engine.destroy()
+
+
+def test_a_forward_that_a_module_had_before_is_given_back() -> None:
+    linear = torch.nn.Linear(4, 4)
+    TiledModule(linear, 4).undo()
+    assert "forward" not in vars(linear)
+    own = linear.forward = lambda x: x
+    TiledModule(linear, 4).undo()
+    assert linear.forward is own
 
 
 @pytest.mark.parametrize("length", [2, 3])

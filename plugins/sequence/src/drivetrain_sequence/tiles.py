@@ -58,6 +58,7 @@ class TiledModule:
         self, module: nn.Module, tile: int | MeasuredTile, asked: str | None = None
     ) -> None:
         self._module: Any = module
+        self._before = vars(module).get("forward")  # of the instance, such as another plugin's
         self._forward = module.forward
         self._tile = tile
         self._unknown = asked
@@ -78,12 +79,14 @@ class TiledModule:
 
         whole = [leaves[i] for i in places]
         tile = self._tile
+        if first.shape[1] <= (tile if isinstance(tile, int) else 1):
+            return self._forward(*arguments, **keywords)
+        if self._unknown is not None and not first.is_meta:
+            self._refuse_others(run, whole)
         if not isinstance(tile, int):
             tile = tile.along(self._module, run, whole)
         if first.shape[1] <= tile:
             return self._forward(*arguments, **keywords)
-        if self._unknown is not None and not first.is_meta:
-            self._refuse_others(run, whole)
         pieces = zip(*(torch.split(x, tile, 1) for x in whole), strict=True)
         results = [
             checkpoint(run, *(x.contiguous() for x in piece), use_reentrant=False)
@@ -94,7 +97,10 @@ class TiledModule:
 
     def undo(self) -> None:
         """Give the module its forward back."""
-        del self._module.forward
+        if self._before is None:
+            del self._module.forward
+        else:
+            self._module.forward = self._before
 
     def _refuse_others(self, run: Callable[..., Any], whole: list[torch.Tensor]) -> None:
         """Look once whether results of some tokens need no other tokens.
@@ -165,15 +171,16 @@ def tile_of(job: Job, section: SequenceParallelSection, key: str) -> int | Measu
 def tiled_modules(
     job: Job, module: nn.Module, section: SequenceParallelSection
 ) -> dict[nn.Module, tuple[int | MeasuredTile, str | None]]:
-    """Which modules are computed in tiles: of how many tokens, and what asks, if it is a user.
+    """Which modules are computed in tiles: of how many tokens, and what asks, where it may err.
 
     Raises:
         ConfigError: the section asks for what the model does not have.
     """
     found: dict[nn.Module, tuple[int | MeasuredTile, str | None]] = {}
-    kinds = {
-        "mlp_tile": [part for unit in units(module) for part in mlps(unit.module)],
-        "norm_tile": [part for part in module.modules() if _is_norm(part)],
+    kinds: dict[str, dict[nn.Module, str | None]] = {
+        "mlp_tile": {part: None for unit in units(module) for part in mlps(unit.module)},
+        # Some with these classes' names are norms of dimension 1 (of channels, before places).
+        "norm_tile": {x: f"norm_tile: {n}" for n, x in module.named_modules() if _is_norm(x)},
     }
     what = {"mlp_tile": "multi-layer perceptron among the children of its repeated blocks"}
     for key, parts in kinds.items():
@@ -184,7 +191,7 @@ def tiled_modules(
             raise ConfigError(
                 f"sequence_parallel.{key}: {type(module).__name__} has no {what.get(key, 'norm')}"
             )
-        found |= dict.fromkeys(parts, (tile, None))
+        found |= {part: (tile, asked) for part, asked in parts.items()}
     for pattern, tokens in section.tiled_modules.items():
         named = [(n, part) for n, part in module.named_modules() if n and fnmatch(n, pattern)]
         if not named:
