@@ -13,6 +13,7 @@ import pytest
 import torch
 from sequence_composites import ROWS, SOURCE, STEPS, WIDTHS, alone, composite, examples
 from sequence_models import engine_of, tiny
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from drivetrain.errors import ConfigError, TrainingError
@@ -226,7 +227,9 @@ def refused() -> list[str]:
             engine(**inputs)
         found.append(str(error.value))
         engine.destroy()
-    return found + [refused_tower(make) for make in (mixing, silent, lambda: composite("qwen"))]
+    return found + [
+        refused_tower(make) for make in (mixing, unseen, silent, lambda: composite("qwen"))
+    ]
 
 
 class Neighbours(torch.nn.Module):
@@ -247,6 +250,19 @@ def mixing() -> Any:
     model = composite("llava")
     layer = model.model.vision_tower.encoder.layers[0]
     layer.mlp = torch.nn.Sequential(layer.mlp, Neighbours())
+    return model
+
+
+def unseen() -> Any:
+    """A model whose tower returns something of a block's patches, beside what is right."""
+    model, kept = composite("llava"), list[Any]()
+    tower = model.model.vision_tower
+
+    def pool(module: Any, args: Any, output: Any) -> None:
+        output["pooler_output"] = pytree.tree_leaves(kept.pop())[0].mean(1)
+
+    tower.encoder.layers[0].register_forward_hook(lambda *given: kept.append(given[2]))
+    tower.register_forward_hook(pool)
     return model
 
 
@@ -285,7 +301,8 @@ def test_composite_models_that_cannot_be_shared_are_refused_by_name() -> None:
             f"start_positions and end_positions: the loss of {name}ForQuestionAnswering is a choice"
             for name in ("Bert", "Bart", "Llama")
         ),
-        "model.vision_tower, a CLIPVisionModel, computes something else when ranks share its",
+        *["model.vision_tower, a CLIPVisionModel, computes something else when ranks share its"]
+        * 2,
         "model.vision_tower.encoder.layers.0, a CLIPEncoderLayer, calls no attention that plugins",
         "model.visual.blocks.0, a Qwen2VLVisionBlock, takes something else than patches [images,",
     ]

@@ -8,6 +8,7 @@ are computed once, and not once on every rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import groupby
@@ -207,17 +208,21 @@ class Tower:
         module.eval()
         try:
             with torch.no_grad():
-                expected = _first(module(*args, **kwargs))
+                expected = _tensors(module(*args, **kwargs))
                 self._turn.in_forward = True
-                found = _first(module(*args, **kwargs))
+                found = _tensors(module(*args, **kwargs))
         finally:
             self._turn.in_forward = in_forward
             for part, training in states.items():
                 part.training = training
-        if found.is_meta:
+        if any(x.is_meta for x in found):
             return
-        worst = float(self._line.all_gather(difference(found, expected).reshape(1)).max())
-        if not worst <= bound_of(expected.dtype):
+        same = len(found) == len(expected)
+        worst = max(map(_unexplained, found, expected)) if same else math.inf
+        worst = float(
+            self._line.all_gather(expected[0].new_full((1,), worst, dtype=torch.float32)).max()
+        )
+        if worst:
             raise ConfigError(
                 f"{self._name}, a {type(module).__name__}, computes something else when ranks "
                 f"share its patches: results differ by {worst:.1g} of the largest one: "
@@ -225,10 +230,22 @@ class Tower:
             )
 
 
-def _first(output: Any) -> torch.Tensor:
-    """The first tensor of an output."""
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """All tensors of an output."""
     leaves = pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output)
-    return next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _unexplained(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference if it is more than rounding explains, or 0; infinite without one."""
+    if found.shape != expected.shape:
+        return math.inf
+    if not expected.is_floating_point() or not expected.numel():
+        return 0.0 if torch.equal(found, expected) else math.inf
+    largest = float(difference(found, expected))
+    if math.isnan(largest):
+        return math.inf
+    return largest if largest > bound_of(expected.dtype) else 0.0
 
 
 def share_towers(
