@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from drivetrain_sequence.fusion_scripts import (
     ModalityFusionSPAdapter,
     Qwen2VLFusionAdapter,
 )
+from drivetrain_sequence.group import GroupLine
 from sequence_composites import WIDTHS, composite
 from torch import nn
 
@@ -62,9 +64,11 @@ def in_parts() -> list[Any]:
         model = auto_wrap_model_for_sp(tower(class_token), None)
         first, x = randn(ROWS, 1, WIDTH, seed=1), randn(ROWS, PATCHES, WIDTH)
         own = x.detach().split(COUNTS, 1)[rank].requires_grad_()
-        output = run(model, torch.cat([first, own], 1) if class_token else own)
+        gather = GroupLine.all_gather
+        with mock.patch.object(GroupLine, "all_gather", autospec=True, side_effect=gather) as asked:
+            output = run(model, torch.cat([first, own], 1) if class_token else own)
         (output * output.detach().cos()).sum().backward()
-        found.append((output.detach(), own.grad, first.grad))
+        found.append((output.detach(), own.grad, first.grad, asked.call_count))
     with pytest.raises(TrainingError, match="an attention_mask is of the patches of one rank"):
         UlyssesSPViTAttention(nn.Identity(), None)(x, attention_mask=x)
     found.append([fused(name, rank, 2) for name in ADAPTERS])
@@ -91,7 +95,8 @@ def test_towers_over_two_ranks_are_those_of_one(results: list[Any]) -> None:
         total.backward()
         assert x.grad is not None
         for rank, found in enumerate(results):
-            output, gradient, _ = found[number]
+            output, gradient, _, asked = found[number]
+            assert asked == 2  # of each layer, for numbers of patches
             torch.testing.assert_close(output, outputs[rank])
             torch.testing.assert_close(gradient, x.grad.split(COUNTS, 1)[rank])
     # Ranks have copies of the token for the whole image, whose gradients add up.
@@ -206,6 +211,8 @@ def test_images_that_do_not_match_their_places_are_refused() -> None:
     with pytest.raises(TrainingError, match="9 tokens of a row stand for images, which have 3"):
         adapter_of("intern")(features, text, odd)
     odd[:, 2:] = 1
+    with pytest.raises(TrainingError, match="2 tokens of a row stand for images, which have 3"):
+        adapter_of("intern")(features, text, odd)
     with pytest.raises(TrainingError, match="3 embeddings of images are not equally many for each"):
         adapter_of("llava")(features, text, odd)
     odd[:, 0] = BEGIN

@@ -112,7 +112,13 @@ def auto_wrap_model_for_sp(model: nn.Module, process_group: dist.ProcessGroup | 
     return model
 
 
-def gathered_along_tokens(line: GroupLine, own: torch.Tensor) -> torch.Tensor:
+def counts_along_tokens(line: GroupLine, own: torch.Tensor) -> list[int]:
+    """How many tokens each rank has in its ``own`` [b, n, width]. Collective."""
+    count = torch.tensor([own.shape[1]], device=own.device)
+    return [int(n) for n in line.all_gather(count)]
+
+
+def gathered_along_tokens(line: GroupLine, own: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """Join what ranks have along dimension 1, in order; lengths may differ.
 
     The gradient is that of the sum of all ranks' losses. Collective.
@@ -120,12 +126,11 @@ def gathered_along_tokens(line: GroupLine, own: torch.Tensor) -> torch.Tensor:
     Args:
         line: the ranks.
         own: [b, n, width] of this rank.
+        counts: n of each rank.
 
     Returns:
         [b, sum of n, width].
     """
-    count = torch.tensor([own.shape[1]], device=own.device)
-    counts = [int(n) for n in line.all_gather(count)]
     rows = own.transpose(0, 1)
     # Sent to each rank as a row of its own, so that gradients from all of them add up.
     came = line.exchange(torch.cat([rows] * line.size), counts, [len(rows)] * line.size)
@@ -174,9 +179,9 @@ class UlyssesSPViTAttention(nn.Module):
             )
         own = int(self.has_cls_token)
         first, patches = hidden_states[:, :own], hidden_states[:, own:]
-        everything = gathered_along_tokens(self._line, patches)
-        lengths = self._line.all_gather(torch.tensor([patches.shape[1]], device=patches.device))
-        start = own + int(lengths[: self._line.rank].sum())
+        counts = counts_along_tokens(self._line, patches)
+        everything = gathered_along_tokens(self._line, patches, counts)
+        start = own + sum(counts[: self._line.rank])
         found = self.attn(torch.cat([first, everything], 1), **kwargs)
         output, *others = found if isinstance(found, tuple | list) else (found,)
         kept = torch.cat([output[:, :own], output[:, start : start + patches.shape[1]]], 1)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from drivetrain.errors import TrainingError
-from drivetrain_sequence.autosp_scripts import gathered_along_tokens
+from drivetrain_sequence.autosp_scripts import counts_along_tokens, gathered_along_tokens
 from drivetrain_sequence.group import GroupLine
 
 
@@ -53,7 +53,8 @@ class ModalityFusionSPAdapter(nn.Module):
         Raises:
             TrainingError: images and the tokens that stand for them do not match.
         """
-        images = gathered_along_tokens(self._line, self.projection(visual_features))
+        own = self.projection(visual_features)
+        images = gathered_along_tokens(self._line, own, counts_along_tokens(self._line, own))
         fused = self._splice_visual_into_text(text_embeds, images, input_ids)
         missing = -fused.shape[1] % self._line.size
         fused = nn.functional.pad(fused, (0, 0, 0, missing))
@@ -155,11 +156,10 @@ class Qwen2VLFusionAdapter(ModalityFusionSPAdapter):
 
 def _in_places(text: torch.Tensor, visual: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """``text`` [b, t, width] with the first of ``visual`` [b, v, width] where ``places`` [b, t]."""
-    needed = places.sum(1)
-    if bool((needed > visual.shape[1]).any()):
+    needed = int(places.sum(1).max())
+    if needed != visual.shape[1]:  # of the longest row; others are padded
         raise TrainingError(
-            f"{int(needed.max())} tokens of a row stand for images, which have "
-            f"{visual.shape[1]} embeddings"
+            f"{needed} tokens of a row stand for images, which have {visual.shape[1]} embeddings"
         )
     order = (places.cumsum(1) - 1).clamp(min=0)[..., None].expand_as(text)
     if not visual.shape[1]:
