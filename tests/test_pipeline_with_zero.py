@@ -11,6 +11,8 @@ from pipeline_models import Curve, TiedModel, data, train_alone
 from safetensors.torch import load_file
 
 import drivetrain
+from drivetrain.checkpoint.format.index import Stored
+from drivetrain.checkpoint.format.storage import LocalStorage
 from drivetrain.errors import TrainingError
 from drivetrain.states.whole import of_all_ranks, whole
 from drivetrain.testing import run_distributed
@@ -141,6 +143,7 @@ def whole_model(
         },
     )
     engine.save_16bit_model(folder)
+    engine.save_checkpoint(folder, "t")
     state = engine.module_state_dict()
     engine.load_module_state_dict(state)
     assert model.loaded == 3
@@ -165,6 +168,8 @@ def test_a_state_dict_and_a_file_are_those_of_all_stages(stage: int, tmp_path: P
     ranks = run_distributed(whole_model, 2, stage, str(tmp_path))
     written = load_file(tmp_path / "model.safetensors")
     assert set(written) == set(expected)
+    stored = Stored(LocalStorage(str(tmp_path)), "t")
+    assert stored.aliases == {"head.weight": "embedding.weight"}
     for name, value in expected.items():
         torch.testing.assert_close(written[name], value)
     for before, after, (unknown, missing, on_one) in ranks:

@@ -193,13 +193,6 @@ UNLIKE: tuple[tuple[str, str], ...] = (
         ),
     ),
     (
-        "`checkpoint/test_convert_checkpoint`, `test_shared_weights`",
-        (
-            "that `zero_to_fp32` has weights which are shared under each of their names; here "
-            "they have the first one, so load them with `strict=False`"
-        ),
-    ),
-    (
         "`ops/adam/test_cpu_adam`",
         "the kernel's own functions from `CPUAdamBuilder().load()`",
     ),

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import struct
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from drivetrain_checkpoint_tools import export, import_weights, load_pretrained
+from drivetrain_checkpoint_tools.consolidated import (
+    convert_zero_checkpoint_to_fp32_state_dict,
+    get_fp32_state_dict_from_zero_checkpoint,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -83,6 +88,28 @@ def test_transformers_loads_what_is_exported(tmp_path: Path, dtype: str, limit: 
     for file in (tmp_path / "out").glob("*.safetensors"):
         assert {t.dtype for t in load_file(file).values()} == {target}
         assert file.stat().st_size < limit + 4_000
+
+
+@pytest.mark.parametrize(("world", "changes"), [(1, {}), (2, {**BF16, **SHARDED})], ids=["1", "2"])
+def test_a_tied_parameter_is_there_under_each_of_its_names(
+    tmp_path: Path, world: int, changes: dict[str, Any]
+) -> None:
+    run_distributed(trained_and_saved, world, str(tmp_path / "run"), changes)
+    state = get_fp32_state_dict_from_zero_checkpoint(tmp_path / "run")
+    gpt2(2).load_state_dict(state, strict=True)
+    first, other = "transformer.wte.weight", "lm_head.weight"
+    assert state[first] is state[other]
+    for safe, read in ((False, partial(torch.load, weights_only=True)), (True, load_file)):
+        folder = tmp_path / f"safe {safe}"
+        convert_zero_checkpoint_to_fp32_state_dict(
+            tmp_path / "run", str(folder), safe_serialization=safe
+        )
+        (file,) = folder.iterdir()
+        written = read(file)
+        assert written.keys() == gpt2(2).state_dict().keys()
+        for name, value in written.items():
+            assert torch.equal(value, state[name]), name
+        assert safe or written[first].data_ptr() == written[other].data_ptr()
 
 
 def filled(folder: str, changes: dict[str, Any]) -> dict[str, torch.Tensor]:

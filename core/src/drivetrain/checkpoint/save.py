@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -210,6 +211,7 @@ class _Contents:
             "state": self._state(writer),
             "client_state": plain(client_state or {}, "client_state"),
             "excluded": self.excluded,
+            "aliases": {alias: info.name for info in self._infos() for alias in info.aliases},
         }
 
     def compare_buffers(self) -> None:
@@ -238,16 +240,16 @@ class _Contents:
     def unite(self) -> None:
         """Add what ranks know that have other parameters, such as other stages. Collective."""
         job, state = self.engine.job, self.manifest["state"]
-        infos = map(job.parameters.info, self.engine.module.parameters())
-        mine, axes = {a for info in infos for a in info.distinct}, sorted(job.mesh.layout.axes)
-        known = [state["groups"], state["steps"], self.excluded]
+        mine = {axis for info in self._infos() for axis in info.distinct}
+        axes = sorted(job.mesh.layout.axes)
+        known = [state["groups"], state["steps"], self.excluded, self.manifest["aliases"]]
         for axis, differs in zip(axes, any_rank(job, [a in mine for a in axes]), strict=True):
             if differs:
                 texts = texts_along(job, axis, json.dumps(known))
-                groups, steps, excluded = zip(*map(json.loads, texts), strict=True)
-                every = {n: step for of_rank in steps for n, step in of_rank.items()}
-                known = [_united(groups), every, sorted({n for names in excluded for n in names})]
-        state["groups"], steps, self.manifest["excluded"] = known
+                groups, steps, excluded, aliases = zip(*map(json.loads, texts), strict=True)
+                names = sorted({n for names in excluded for n in names})
+                known = [_united(groups), dict(ChainMap(*steps)), names, dict(ChainMap(*aliases))]
+        state["groups"], steps, self.manifest["excluded"], self.manifest["aliases"] = known
         state["steps"] = steps if len(set(steps.values())) > 1 else {}
 
     def pending(
@@ -349,8 +351,7 @@ class _Contents:
     def _state(self, writer: StateWriter) -> dict[str, Any]:
         engine, scheduler = self.engine, self.engine.lr_scheduler
         unfinished, known = engine.progress.in_window, engine.states.steps()
-        infos = map(engine.job.parameters.info, engine.module.parameters())
-        names = ((info.name, name) for info in infos for name in info.client_names)
+        names = ((info.name, name) for info in self._infos() for name in info.client_names)
         steps = {name: known[own] for own, name in names if own in known}
         if unfinished:
             self.weaker.append(
@@ -367,6 +368,9 @@ class _Contents:
             "plugins": writer.data[False],
             "plugin_tensors": sorted(writer.tensors[False]),
         }
+
+    def _infos(self) -> Iterator[ParameterInfo]:
+        return map(self.engine.job.parameters.info, self.engine.module.parameters())
 
     def _groups(self) -> Iterator[Mapping[str, Any]]:
         """Hyper-parameters, with the names of the parameters that they belong to."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from drivetrain.checkpoint.format.index import Stored
+from drivetrain.checkpoint.format.tensor_file import TensorEntry
 from drivetrain.checkpoint.opening import opened
 from drivetrain.errors import CheckpointError
 from drivetrain_checkpoint_tools.deepspeed import import_deepspeed, looks_like_deepspeed
@@ -40,14 +41,14 @@ def get_fp32_state_dict_from_zero_checkpoint(
 
     Returns:
         Name -> tensor; buffers that are no floating point keep their dtype. A tied parameter is
-        there under one of its names.
+        the same tensor under each of its names.
 
     Raises:
         CheckpointError: there is none, or it is damaged or has no weights.
     """
     _check(exclude_frozen_parameters)
     with _stored(checkpoint_dir, tag) as stored:
-        return {entry.key: entry.read() for entry in weights_of(stored, torch.float32)}
+        return _tensors(stored, weights_of(stored, torch.float32))
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(
@@ -127,6 +128,15 @@ def _stored(folder: str | os.PathLike[str], tag: str | None) -> Iterator[Stored]
         yield stored
 
 
+def _tensors(stored: Stored, entries: Iterable[TensorEntry]) -> dict[str, torch.Tensor]:
+    """What is read, by name; other names of a tensor that comes before have the same."""
+    found: dict[str, torch.Tensor] = {}
+    for entry in entries:
+        first = stored.aliases.get(entry.key)
+        found[entry.key] = found[first] if first in found else entry.read()
+    return found
+
+
 def _write_pickled(stored: Stored, folder: Path, limit: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
@@ -136,7 +146,7 @@ def _write_pickled(stored: Stored, folder: Path, limit: int) -> None:
     for number, shard in enumerate(shards, 1):
         name = f"pytorch_model-{number:05d}-of-{len(shards):05d}.bin"
         name = name if len(shards) > 1 else "pytorch_model.bin"
-        torch.save({entry.key: entry.read() for entry in shard}, folder / name)
+        torch.save(_tensors(stored, shard), folder / name)
         places.update(dict.fromkeys((entry.key for entry in shard), name))
     if len(shards) > 1:
         total = sum(entry.nbytes for shard in shards for entry in shard)

@@ -56,6 +56,7 @@ class Imported:
         loss_scale: of fp16.
         client_state: the user's own data.
         weaker: what could not be taken over, with reasons.
+        aliases: other names of tied parameters, each with that of its source.
     """
 
     sources: Sequence[Source]
@@ -67,6 +68,7 @@ class Imported:
     loss_scale: float = 1.0
     client_state: Mapping[str, Any] = field(default_factory=dict)
     weaker: Sequence[str] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_checkpoint(imported: Imported, folder: str, tag: str | None = None) -> str:
@@ -167,5 +169,6 @@ def _manifest(imported: Imported) -> dict[str, Any]:
         },
         "client_state": dict(imported.client_state),
         "excluded": [],
+        "aliases": dict(imported.aliases),
         "guarantee": {"weaker": weaker, "weaker_reshaped": [], "promise": promise(weaker, ())},
     }

@@ -124,6 +124,7 @@ def read_deepspeed(folder: LocalStorage) -> Imported:
         loss_scale=trained.loss_scale,
         client_state={key: value for key, value in client.items() if key not in lost},
         weaker=trained.weaker,
+        aliases={k: v for found in read.values() for k, v in aliases(found.content).items()},
     )
 
 
@@ -168,7 +169,7 @@ def _model_files(folder: LocalStorage) -> list[str]:
 
 
 def _universal(folder: LocalStorage, model: Mapping[str, Any]) -> Trained:
-    buffers, tied = set(model.get("buffer_names") or ()), aliases(model)
+    untrained = {*(model.get("buffer_names") or ()), *aliases(model)}
     shapes = {
         name: tuple(shape)
         for group in model.get("param_shapes") or ()
@@ -176,7 +177,7 @@ def _universal(folder: LocalStorage, model: Mapping[str, Any]) -> Trained:
     }
     found = Trained(weaker=["hyper-parameters of groups stay the config's"])
     for name in folder.names("zero"):
-        if name not in buffers | tied:
+        if name not in untrained:
             for file in folder.names(f"zero/{name}"):
                 if file.endswith(".pt"):
                     found.nbytes += _add_universal(found, folder, name, file, shapes.get(name))

@@ -36,6 +36,8 @@ def export(
 ) -> list[str]:
     """Write all parameters and buffers whole, under the names of the module's ``state_dict``.
 
+    A tied parameter is written under each of its names, so that a strict load works.
+
     One tensor is in memory at a time. Parameters are rounded once, from their master weights where
     there are some; buffers keep their dtype unless they are floating point.
 
@@ -107,6 +109,8 @@ def write_weights(
 def weights_of(stored: Stored, dtype: torch.dtype) -> list[TensorEntry]:
     """All parameters and buffers of a checkpoint, in a stable order; nothing is read yet.
 
+    A tied parameter is there under each of its names, the one that is stored first.
+
     Args:
         stored: the checkpoint.
         dtype: of what is floating point.
@@ -126,13 +130,19 @@ def _entries(stored: Stored, dtype: torch.dtype) -> Iterator[TensorEntry]:
     names = dict.fromkeys(
         name for kind, name in sorted(stored.keys) if kind in ("parameter", "master", "buffer")
     )
+    others: dict[str, list[str]] = {}
+    for alias, name in sorted(stored.aliases.items()):
+        if alias not in names:
+            others.setdefault(name, []).append(alias)
     for name in names:
         source = stored.find("parameter", name) or stored.find("buffer", name)
         if source is None or (source.dtype.is_floating_point and source.dtype != dtype):
             source = stored.find("master", name) or source
         assert source is not None
         to = dtype if source.dtype.is_floating_point else source.dtype
-        yield TensorEntry(name, to, source.shape, partial(_read, stored, source, to))
+        read = partial(_read, stored, source, to)
+        for own in (name, *others.get(name, ())):
+            yield TensorEntry(own, to, source.shape, read)
 
 
 def _read(stored: Stored, source: StoredTensor, dtype: torch.dtype) -> torch.Tensor:

@@ -22,15 +22,14 @@ from drivetrain_checkpoint_tools.zero_partitions import Partitioned, part_source
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
 
-def aliases(model: Mapping[str, Any]) -> set[str]:
-    """Names of parameters that are the same as one before."""
-    shared = model.get("shared_params") or {}
-    found, seen = set(shared), set()
-    for name, tensor in model["module"].items():
+def aliases(model: Mapping[str, Any]) -> dict[str, str]:
+    """Names of parameters that are the same as one before, each with the name of that."""
+    found = dict(model.get("shared_params") or {})
+    seen: dict[Any, str] = {}
+    for name, tensor in (model["module"] or {}).items():
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape)
-        if tensor.numel() and place in seen:
-            found.add(name)
-        seen.add(place)
+        if tensor.numel() and seen.setdefault(place, name) != name:
+            found[name] = seen[place]
     return found
 
 
@@ -130,11 +129,11 @@ def _unpartitioned(model: Mapping[str, Any]) -> Trained:
         or "param_groups" not in state
     ):
         return Trained(weaker=["optimizer states were not found, so they start afresh"])
-    buffers, tied = set(model.get("buffer_names") or ()), aliases(model)
+    untrained = {*(model.get("buffer_names") or ()), *aliases(model)}
     named = [
         (name, tuple(tensor.shape))
         for name, tensor in model["module"].items()
-        if name not in buffers | tied
+        if name not in untrained
     ]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     if len(state["param_groups"]) > 1 or len(numbers) != len(named):

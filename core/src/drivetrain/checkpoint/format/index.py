@@ -327,6 +327,14 @@ class Stored:
         """(kind, name) of every tensor, with its key in the index."""
         return {split_key(key): key for key in self._index["tensors"]}
 
+    @cached_property
+    def aliases(self) -> dict[str, str]:
+        """Other names of tied parameters, each with the name under which the tensor is stored."""
+        found = self.manifest.get("aliases", {})
+        if not isinstance(found, dict) or {*map(type, found.values())} - {str}:
+            raise CheckpointError(f"manifest of {self.place} is malformed: aliases are no names")
+        return found
+
     def find(self, kind: str, name: str) -> StoredTensor | None:
         """A tensor, if the checkpoint has it."""
         key, tensors = f"{kind}/{name}", self._index["tensors"]

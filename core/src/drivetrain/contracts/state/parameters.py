@@ -63,6 +63,7 @@ class ParameterInfo:
         distinct: axes along which ranks have other parameters, such as ``pp`` for the layers of a
             pipeline's stages and ``ep`` for experts.
         sparse: whether the gradient travels as (row indices, rows).
+        aliases: other names that a tied parameter has in the client's ``state_dict``.
         extra: facts that plugins share under their own name.
     """
 
@@ -77,6 +78,7 @@ class ParameterInfo:
     placement: Placement | None = None
     distinct: tuple[str, ...] = ()
     sparse: bool = False
+    aliases: tuple[str, ...] = ()
     extra: dict[str, object] = field(default_factory=dict)
 
     @property
@@ -130,21 +132,25 @@ class ParameterTable:
         """
         self._names[parameter] = name
         if parameter in self._infos:
-            self._infos[parameter].name = name
+            self._infos[parameter].name, self._infos[parameter].aliases = name, ()
 
     def register(self, module: nn.Module, reduction: Axis) -> None:
-        """Name every parameter that is not yet known; tied parameters keep their first name.
+        """Name every parameter that is not yet known; the first name of a tied one is its name.
 
         A module that ``torch.compile`` has wrapped keeps the names that it has without.
         """
-        for name, parameter in module.named_parameters():
+        new = dict[int, ParameterInfo]()
+        for path, parameter in module.named_parameters(remove_duplicate=False):
+            name = path.replace("_orig_mod.", "")
             if parameter not in self._infos:
-                self._infos[parameter] = ParameterInfo(
-                    name=self._names.get(parameter, name.replace("_orig_mod.", "")),
+                new[id(parameter)] = self._infos[parameter] = ParameterInfo(
+                    name=self._names.get(parameter, name),
                     shape=tuple(parameter.shape),
                     compute_dtype=parameter.dtype,
                     reduction=reduction,
                 )
+            elif id(parameter) in new and parameter not in self._names:
+                new[id(parameter)].aliases += (name,)
         for _ in self.buffers(module):
             pass  # which names those that are new
 
