@@ -18,8 +18,8 @@ _STEPS = 3
 
 State = dict[str, Any]
 
-Scalar = torch.Size | type[int] | type[float]
-"""What an optimizer keeps one number in: a tensor of one element, by its shape, or a number."""
+Scalar = tuple[torch.dtype, torch.Size] | type[int] | type[float]
+"""What an optimizer keeps one number in: a tensor of this dtype and shape, or a Python number."""
 
 
 @dataclass
@@ -103,6 +103,8 @@ def probe(template: Optimizer, hyper: Mapping[str, Any]) -> StateLayout:
     )
     try:
         flat = _run(template, hyper, weights, gradients, created)
+        # Buckets have hardly ever float64, which the dtype of a number may follow.
+        _, state = _run(template, hyper, weights.float(), [g.float() for g in gradients], created)
         matrix = _run(
             template,
             hyper,
@@ -120,7 +122,7 @@ def probe(template: Optimizer, hyper: Mapping[str, Any]) -> StateLayout:
             f"{error}; use an elementwise optimizer such as AdamW"
         ) from error
     _refuse_coupling(name, flat[0], matrix[0], torch.cat([half[0] for half in halves]))
-    layout = _layout(name, flat[1], weights.numel(), created)
+    layout = _layout(name, state, weights.numel(), created)
     if not layout.made_by_class:
         given: State = {key: torch.full_like(weights, value) for key, value in layout.whole.items()}
         if layout.step is not None:
@@ -186,7 +188,7 @@ def _layout(name: str, state: State, numel: int, created: State) -> StateLayout:
         elif isinstance(value, torch.Tensor) and value.numel() == numel:
             layout.whole[key] = float(created[key].flatten()[0]) if key in created else 0.0
         elif isinstance(value, torch.Tensor) and value.numel() == 1:
-            layout.scalars[key], layout.made_by_class = value.shape, True
+            layout.scalars[key], layout.made_by_class = (value.dtype, value.shape), True
         elif type(value) in (int, float):
             layout.scalars[key], layout.made_by_class = type(value), True
         else:
@@ -197,8 +199,16 @@ def _layout(name: str, state: State, numel: int, created: State) -> StateLayout:
     return layout
 
 
+def stored_dtype(kind: Scalar) -> torch.dtype:
+    """The dtype of a state that has all values of ``kind``; whole numbers have 64 bits."""
+    if isinstance(kind, type):
+        return torch.int64 if kind is int else torch.float64
+    return kind[0] if kind[0].is_floating_point else torch.int64
+
+
 def as_kept(number: torch.Tensor, kind: Scalar) -> Any:
     """A 0-d tensor as a class keeps it that knows nothing of buckets; a copy."""
-    if isinstance(kind, torch.Size):
-        return number.clone().view(kind)
-    return kind(number.item())
+    if isinstance(kind, type):
+        return kind(number.item())
+    dtype, shape = kind
+    return number.to(dtype, copy=True).view(shape)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from drivetrain.contracts.state.bucket import BucketSpec, BucketView, Hyper, StateSpec, UpdateRule
 from drivetrain.errors import TrainingError
 from drivetrain.optimization.spans import Span, is_one, span_size, spans, wide_dtype
-from drivetrain.optimization.torch_probe import State, as_kept, inner_step, probe
+from drivetrain.optimization.torch_probe import (
+    Scalar,
+    State,
+    as_kept,
+    inner_step,
+    probe,
+    stored_dtype,
+)
 
 _LATE_STEP = 2**40
 """A step at which ``1 - beta**step`` is 1: Adam as it is without bias correction."""
@@ -53,6 +61,8 @@ class TorchRule(UpdateRule):
         self._state_dtype = state_dtype
         self._late = not bias_correction
         self._fused: dict[tuple[torch.device, torch.dtype], bool] = {}
+        # Of states of one number: the version that an update has left, and the number.
+        self._left: MutableMapping[torch.Tensor, tuple[int, Any]] = WeakTensorKeyDictionary()
         # Groups may need different states, but hardly one group for each learning rate.
         common = {"params", "param_names", "lr", "initial_lr", "weight_decay"}
         distinct = {
@@ -65,7 +75,7 @@ class TorchRule(UpdateRule):
             self._layout.merge(probe(self._template, group))
 
     def states(self, bucket: BucketSpec) -> Sequence[StateSpec]:
-        """Elementwise states, and those of one number as constant vectors in float32.
+        """Elementwise states, and those of one number as constant vectors.
 
         ``step`` is no state, since :attr:`BucketView.step` tells it. The other single numbers
         (NAdam, ASGD, counters of third-party classes) cost one per element, because only what is
@@ -73,7 +83,8 @@ class TorchRule(UpdateRule):
         """
         layout = self._layout
         whole = [StateSpec(k, self._state_dtype, initial=v) for k, v in layout.whole.items()]
-        return [*whole, *(StateSpec(k, torch.float32) for k in sorted(layout.scalars))]
+        numbers = sorted(layout.scalars.items())
+        return [*whole, *(StateSpec(name, stored_dtype(kind)) for name, kind in numbers)]
 
     def update(self, bucket: BucketView, hyper: Hyper, scale: float | torch.Tensor) -> None:
         weights, whole = bucket.weights, self._layout.whole
@@ -88,18 +99,22 @@ class TorchRule(UpdateRule):
         folded = fused and dtype != torch.float64 and not is_one(scale) and _inverts(scale)
         divisor = _reciprocal(scale, weights.device) if folded else None
         size = weights.numel() if in_place else span_size(weights.device)
+        numbers: State = {}
         for span in spans(bucket, whole, 1.0 if folded else scale, dtype, size):
-            self._update_span(bucket, span, hyper, divisor)
+            numbers = self._update_span(bucket, span, hyper, divisor)
+        for name, number in numbers.items():
+            self._keep(bucket, name, number)
 
     def _update_span(
         self, bucket: BucketView, span: Span, hyper: Hyper, divisor: torch.Tensor | None
-    ) -> None:
+    ) -> State:
+        """Update a piece; returns its states of one number, which are those of all others, too."""
         layout = self._layout
         state: State = {}
         if not (layout.made_by_class and bucket.step == 1):
             state = dict(span.states)
             for name, kind in layout.scalars.items():
-                state[name] = as_kept(span.cut(bucket.states[name])[0], kind)
+                state[name] = self._kept(bucket.states[name], kind)
             if layout.step is not None:
                 state["step"] = self._step_before(bucket, hyper)
         _, after = inner_step(
@@ -109,9 +124,6 @@ class TorchRule(UpdateRule):
             value = after.get(name)
             if value is not None and value is not kept:
                 kept.copy_(value)
-        for name in layout.scalars.keys() & after.keys():
-            number = after[name].flatten()[0] if torch.is_tensor(after[name]) else after[name]
-            span.cut(bucket.states[name]).fill_(number)
         for name, value in after.items():
             known = name in layout.whole or name in layout.scalars or name == "step"
             if not known and value is not None:
@@ -120,6 +132,29 @@ class TorchRule(UpdateRule):
                     f"{type(self._template).__name__} keep a state {name!r} that it did not keep "
                     "when it was made; set them for the whole optimizer from the beginning"
                 )
+        return {name: after[name] for name in layout.scalars.keys() & after.keys()}
+
+    def _kept(self, flat: torch.Tensor, kind: Scalar) -> Any:
+        """The number in a state, as the class keeps it; of a device it is asked after loads only.
+
+        Memory of the host may be read into from files, which leaves the version of a tensor alone.
+        """
+        version, number = self._left.get(flat, (-1, None))
+        known = version == flat._version and flat.device.type != "cpu"
+        return number if known else as_kept(flat[0], kind)
+
+    def _keep(self, bucket: BucketView, name: str, number: Any) -> None:
+        flat = bucket.states[name]
+        if torch.is_tensor(number):
+            flat.fill_(number.flatten()[0])
+            return
+        if number != number // 1 and not flat.is_floating_point():
+            raise TrainingError(
+                f"bucket {bucket.key}: {type(self._template).__name__} keeps a state {name!r} that "
+                f"was a whole number when it was made, and is {number} now; let it be a float then"
+            )
+        flat.fill_(number)
+        self._left[flat] = flat._version, number
 
     def _step_before(self, bucket: BucketView, hyper: Hyper) -> torch.Tensor | float:
         step = float(_LATE_STEP if self._late else bucket.step - 1)
