@@ -83,7 +83,9 @@ def choose(
         ConfigError: the module gives other logits over a paged cache than by itself; or the fast
             path is wanted (by ``always``, or for a weight format) and cannot be had.
     """
-    plain, form = PlainModel(module, shared), formats.blocks
+    form = formats.blocks
+    with _unrounded(module):  # it runs once, so that its attention is known
+        plain = PlainModel(module, shared)
     try:
         tokens = _probe(module)
         with _unrounded(module):
