@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_automatic_experts import TwoLayers, batch, build, rows_of
+from test_automatic_experts import Listed, TwoLayers, batch, build, rows_of
 from torch import nn
 
 import drivetrain
@@ -57,15 +57,21 @@ def test_the_bias_of_a_models_own_router_moves_towards_equal_load() -> None:
         torch.testing.assert_close(torch.tensor(bias, dtype=expected.dtype), expected)
 
 
-class Renamed(TwoLayers):
-    """Lists of experts whose names do not say so."""
+class RenamedLayer(Listed):
+    """A list of experts whose name does not say so."""
 
     def __init__(self) -> None:
         super().__init__()
-        for layer in self.layers:
-            layer.branches = layer.experts
-            del layer.experts
-            type(layer).experts = property(lambda own: own.branches)
+        self._modules["branches"] = self._modules.pop("experts")
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__("branches" if name == "experts" else name)
+
+
+class Renamed(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(RenamedLayer() for _ in range(2)).double()
 
 
 def held_by_name(pattern: str) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from drivetrain.checkpoint.agreement import worst
 from drivetrain.contracts.loop.transform import Phase, Transform
 from drivetrain.engine.engine import Engine
 from drivetrain.errors import ConfigError
@@ -38,6 +39,9 @@ logger = logging.getLogger("drivetrain.engine")
 
 ClientOptimizer = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
 """A torch optimizer over the module's parameters, or a callable that makes one of them."""
+
+
+_ELSEWHERE = ": it has none, or other ranks keep all of them (experts, or stages)"
 
 
 @torch.inference_mode(False)  # tensors made in it could not be trained
@@ -219,13 +223,20 @@ def _optimizer_plan(
         latest = [job.parameters.latest(parameter) for parameter in group["params"]]
         # What was the model's and is not any more, other ranks have: experts, or stages.
         group["params"] = [p for p in latest if p in names or id(p) not in client]
-    if job.mesh.size("pp") > 1 and not any(parameter.requires_grad for parameter in names):
-        raise ConfigError(
-            f"pipeline.stages: all {len(names)} parameters of stage {job.mesh.coordinate('pp')} "
-            "have requires_grad=False, so it has nothing to train: use fewer stages, or cut the "
-            "model elsewhere (pipeline.partition)"
-        )
-    check_groups(work.groups, names)
+    problem = None
+    try:
+        if job.mesh.size("pp") > 1 and not any(parameter.requires_grad for parameter in names):
+            raise ConfigError(
+                f"pipeline.stages: all {len(names)} parameters of stage {job.mesh.coordinate('pp')}"
+                " have requires_grad=False, so it has nothing to train: use fewer stages, or cut "
+                "the model elsewhere (pipeline.partition)"
+            )
+        check_groups(work.groups, names)
+    except ConfigError as error:
+        none = not any(group["params"] for group in work.groups)
+        problem = f"{error}{_ELSEWHERE if none else ''}"
+    if (found := worst(job, problem)) is not None:
+        raise ConfigError(found)
     return work
 
 

@@ -11,16 +11,8 @@ from typing import Any
 import torch
 
 from drivetrain.checkpoint.format.index import LATEST, MANIFEST, Stored, StoredTensor
-from drivetrain.checkpoint.format.reading import (
-    check_coverage,
-    refuse_complex,
-    restore,
-)
-from drivetrain.checkpoint.format.safetensors_file import (
-    find_weights,
-    open_weights,
-    stored_tensors,
-)
+from drivetrain.checkpoint.format.reading import check_coverage, refuse_complex, restore
+from drivetrain.checkpoint.format.safetensors_file import find_weights, open_weights, stored_tensors
 from drivetrain.checkpoint.format.storage import Storage, open_storage
 from drivetrain.checkpoint.opening import opened
 from drivetrain.contracts.state.fragment import Fragment

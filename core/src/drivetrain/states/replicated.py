@@ -19,11 +19,7 @@ from drivetrain.precision.precision import Precision
 from drivetrain.sections.data_parallel import DataParallel
 from drivetrain.sections.optimization import GradientPredivideFactor, PrescaleGradients
 from drivetrain.states.all_reduce import AllReduceBucket
-from drivetrain.states.buckets import (
-    BucketSizes,
-    PlannedBucket,
-    plan_buckets,
-)
+from drivetrain.states.buckets import BucketSizes, PlannedBucket, plan_buckets
 from drivetrain.states.changed_parameters import ParameterWatch, refuse_unlike_copies
 from drivetrain.states.device_home import segment_fragment, step_fragments
 from drivetrain.states.gradient_norm import gradient_norm

@@ -329,14 +329,22 @@ def _of_all_along(job: Job, axis: str, state: dict[str, Any], *, keep: bool) -> 
             if not isinstance(about, list):
                 found.setdefault(name, json.loads(about))
                 continue
-            if rank == job.mesh.coordinate(axis):
-                value = state[name].detach().contiguous().to(job.device)
-            else:
-                value = torch.empty(about, dtype=getattr(torch, dtype), device=job.device)
-            job.communicator.broadcast(value, axis, Tag(Purpose.STATE, name, _ALL), source=rank)
+            like = torch.empty(about, dtype=getattr(torch, dtype), device="meta")
+            own = state[name].detach() if rank == job.mesh.coordinate(axis) else like
+            value = broadcast_along(job, axis, rank, own, Tag(Purpose.STATE, name, _ALL))
             if keep and name not in found:
                 found[name] = value.cpu()
     return found
+
+
+def broadcast_along(job: Job, axis: str, source: int, x: torch.Tensor, tag: Tag) -> torch.Tensor:
+    """What the rank ``source`` along ``axis`` has, on all of them and their devices. Collective.
+
+    On the others ``x`` is a tensor of that shape and dtype without memory.
+    """
+    value = torch.empty_like(x, device=job.device) if x.is_meta else x.to(job.device).contiguous()
+    job.communicator.broadcast(value, axis, tag, source=source)
+    return value
 
 
 def _fact(name: str, value: object) -> tuple[str, str, list[int] | str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import zip_longest
@@ -19,8 +19,8 @@ from drivetrain.checkpoint.format.storage import open_storage
 from drivetrain.checkpoint.format.tensor_file import TensorEntry, write_tensors
 from drivetrain.contracts import Purpose, Tag
 from drivetrain.errors import ConfigError
-from drivetrain.states.whole import axes_apart, whole
-from drivetrain_zero.gathering.unit import find_units
+from drivetrain.states.whole import axes_apart, broadcast_along, whole
+from drivetrain_zero.gathering.unit import GatheredUnit, find_units
 from drivetrain_zero.section import ZeroSection
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ def save_16bit_model(
     section = engine.job.plan.section(ZeroSection)
     if section.stage == 3 and not section.stage3_gather_16bit_weights_on_model_save:
         raise ConfigError(f"{_KEY}: must be true for save_16bit_model at stage 3, which gathers")
-    with _Held() as held:
+    with _Held(find_units(engine.module)) as held:
         units = list(_units(engine, held, exclude_frozen_parameters))
         for axis in axes_apart(engine.job, engine.module):
-            units = _of_all_along(engine, axis, units)
+            units = _along(engine, axis, units, held)
         entries = [entry for unit in units for entry in unit]
         if engine.job.rank == 0:
             _write(os.fspath(save_dir), save_filename, entries)
@@ -84,16 +84,16 @@ def _write(folder: str, name: str, entries: list[TensorEntry]) -> None:
 
 
 def _units(engine: Engine, held: _Held, exclude_frozen: bool) -> Iterator[list[TensorEntry]]:
-    """What this rank has to write, unit by unit; reading one of another unit gathers that."""
+    """What this rank has to write, unit by unit, and buffers; reading one of a unit gathers it."""
     module, parameters = engine.module, engine.job.parameters
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(_own(name))
-    for unit in find_units(module):
+    for position, unit in enumerate(held.units):
         yield [
             TensorEntry(
                 *(name, parameter.dtype, parameters.info(parameter).whole_shape),
-                partial(held.read, unit.parameters, parameter),
+                partial(held.read, position, parameter),
             )
             for parameter in unit.parameters
             if parameter.requires_grad or not exclude_frozen
@@ -105,13 +105,13 @@ def _units(engine: Engine, held: _Held, exclude_frozen: bool) -> Iterator[list[T
     ]
 
 
-def _of_all_along(
-    engine: Engine, axis: str, units: list[list[TensorEntry]]
+def _along(
+    engine: Engine, axis: str, units: list[list[TensorEntry]], held: _Held
 ) -> list[list[TensorEntry]]:
     """What all ranks along ``axis`` have to write, in the same order on each of them.
 
     What all of them have each reads itself. All else comes from the first rank that has it, when it
-    is read, which each of them has to do.
+    is read, which each of them has to do; they gather their units of that place before.
     """
     about = [[(e.key, str(e.dtype).split(".")[1], e.shape) for e in unit] for unit in units]
     every = [json.loads(text) for text in texts_along(engine.job, axis, json.dumps(about), _SITE)]
@@ -119,8 +119,9 @@ def _of_all_along(
     own = {entry.key: entry for unit in units for entry in unit}
     found: dict[str, TensorEntry] = {}
     merged: list[list[TensorEntry]] = []
-    for together in zip_longest(*every, fillvalue=()):
+    for position, together in enumerate(zip_longest(*every, fillvalue=())):
         merged.append([])
+        gather = partial(held.gather, position)
         for rank, unit in enumerate(together):
             for name, dtype, shape in unit:
                 if name in found:
@@ -128,7 +129,7 @@ def _of_all_along(
                 entry = own.get(name)
                 if entry is None or ranks[name] < len(every):
                     facts = name, getattr(torch, dtype), tuple(shape)
-                    read = partial(_sent, engine.job, axis, rank, facts, entry)
+                    read = partial(_sent, engine.job, axis, rank, facts, gather, entry)
                     entry = TensorEntry(*facts, read)
                 found[name] = entry
                 merged[-1].append(entry)
@@ -140,16 +141,20 @@ def _sent(
     axis: str,
     source: int,
     facts: tuple[str, torch.dtype, tuple[int, ...]],
+    gather: Callable[[], None],
     own: TensorEntry | None,
 ) -> torch.Tensor:
-    """What the rank ``source`` along ``axis`` reads, on all of them."""
+    """What the rank ``source`` along ``axis`` reads, on all of them.
+
+    To read gathers a unit, in which ranks take part that read nothing: so all of them do it first.
+    """
+    gather()
     name, dtype, shape = facts
     if own is not None and job.mesh.coordinate(axis) == source:
-        value = own.read().to(job.device).contiguous()
+        value = own.read()
     else:
-        value = torch.empty(shape, dtype=dtype, device=job.device)
-    job.communicator.broadcast(value, axis, Tag(Purpose.STATE, name, _SITE), source=source)
-    return value
+        value = torch.empty(shape, dtype=dtype, device="meta")
+    return broadcast_along(job, axis, source, value, Tag(Purpose.STATE, name, _SITE))
 
 
 def _own(name: str) -> str:
@@ -158,11 +163,16 @@ def _own(name: str) -> str:
 
 
 class _Held:
-    """Gathers the parameters of one unit at a time: that of the parameter which was read last."""
+    """Gathers the parameters of one unit at a time.
 
-    def __init__(self) -> None:
+    Args:
+        units: of the module.
+    """
+
+    def __init__(self, units: Sequence[GatheredUnit]) -> None:
+        self.units = units
         self._gathered = ExitStack()
-        self._unit: Sequence[nn.Parameter] | None = None
+        self._position = -1
 
     def __enter__(self) -> Self:
         return self
@@ -170,12 +180,16 @@ class _Held:
     def __exit__(self, *_error: object) -> None:
         self._gathered.close()
 
-    def read(self, unit: Sequence[nn.Parameter], parameter: nn.Parameter) -> torch.Tensor:
-        """The whole values of one of a unit's parameters. Collective if it is another unit."""
-        if self._unit is not unit:
+    def gather(self, position: int) -> None:
+        """Have one unit whole, if there are so many. Collective if it is another one."""
+        if position != self._position and position < len(self.units):
             self._gathered.close()
-            self._gathered.enter_context(whole(unit))
-            self._unit = unit
+            self._gathered.enter_context(whole(self.units[position].parameters))
+            self._position = position
+
+    def read(self, position: int, parameter: nn.Parameter) -> torch.Tensor:
+        """The whole values of one of a unit's parameters. Collective, as :meth:`gather` is."""
+        self.gather(position)
         return parameter.detach().clone()  # whose memory the file may keep hold of
 
 
