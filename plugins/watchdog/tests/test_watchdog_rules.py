@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,11 @@ import torch
 from drivetrain_watchdog import divergence
 from drivetrain_watchdog.history import RECENT, History, Words, members, name_of, text_of
 from drivetrain_watchdog.rules import find_cause
+from drivetrain_watchdog.watch import Watch
+from drivetrain_watchdog.whereabouts import Whereabouts
+from torch.distributed import HashStore
 
+from drivetrain.communication.failure import Failure
 from drivetrain.contracts import Collective, Kind, Purpose, Tag
 
 TAG = Tag(Purpose.GRADIENT, "bucket", "test")
@@ -173,3 +179,52 @@ def test_a_silent_rank_is_the_cause_though_it_waited_when_it_was_last_heard_of()
     rank, certain, text = cause([WAITING, COME, behind], patience=15.0)
     assert (rank, certain) == (2, True)
     assert "which gives no sign of life for 20 s" in text
+
+
+# -- two watches over one store ------------------------------------------------------------------
+
+
+class Board:
+    """Keeps what is announced, as the job's board does."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self._failure: Failure | None = None
+
+    def announce(self, what: str) -> None:
+        self._failure = self._failure or Failure(None, what)
+
+    def first(self) -> Failure | None:
+        return self._failure
+
+
+def watch_of(rank: int, board: Board) -> Watch:
+    """One whose thread has ended, so that a test says when it looks."""
+    ranks = SimpleNamespace(rank=rank, local_rank=rank, ranks_on_host=2)
+    job = SimpleNamespace(
+        failures=board, rank=rank, world_size=2, ranks=ranks, progress=SimpleNamespace(steps=1)
+    )
+    watch = Watch(job, Whereabouts(job), 0.0)  # type: ignore[arg-type]
+    watch.close()
+    return watch
+
+
+def test_what_a_rank_told_before_ranks_parted_is_no_answer() -> None:
+    """Rank 1 tells of itself at each new kind; what it told then lacks the one that differs."""
+    board = Board(HashStore())
+    watches = [watch_of(rank, board) for rank in (0, 1)]
+    said = [("gather", "gather", "reduce"), ("gather", "gather", "agree")]
+    for watch, kinds in zip(watches, said, strict=True):
+        for kind in kinds:
+            if kind == "agree":
+                watch.tell_ahead()
+            watch.history("0..1/1").add(watch.words.number(kind, lambda kind=kind: kind), "")
+    board.store.set("watchdog/rank/1", json.dumps(watches[1].record()))
+    watches[0]._look_once()
+    assert watches[0].verdict is None, "rank 1 has not yet said what differs"
+    watches[1]._look_once()
+    watches[0]._look_once()
+    found = board.first()
+    assert found is not None
+    assert "part at collective 3: rank 1 issues agree" in found.what
+    assert "rank 0 issues reduce" in found.what

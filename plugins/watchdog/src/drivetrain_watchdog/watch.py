@@ -89,6 +89,20 @@ class Wait(NamedTuple):
     exact: bool
 
 
+class _Suspicion(NamedTuple):
+    """That ranks of a group part.
+
+    Args:
+        peer: whose digest was another one.
+        place: of the collective that it had come to.
+        since: when this was seen.
+    """
+
+    peer: int
+    place: int
+    since: float
+
+
 class Watch:
     """Compares this rank with others, until it is closed.
 
@@ -117,7 +131,7 @@ class Watch:
         self._thread_of_job = threading.get_ident()
         self._beat, self._alarms, self._turn = 0, 0, 0
         self._texts_told, self._ahead, self._told_at = 0, float(_TOLD_AHEAD), time.monotonic()
-        self._suspicions: dict[str, tuple[int, float]] = {}
+        self._suspicions: dict[str, _Suspicion] = {}
         self._beats: dict[int, tuple[int, float]] = {}
         self._stopped: dict[int, int] = {}
         self._suspect: int | None = None
@@ -363,7 +377,7 @@ class Watch:
         for name, (count, digest) in (record["lines"] if record is not None else {}).items():
             entry = self._histories[name].at(count) if name in self._histories else None
             if entry is not None and entry.digest != digest and name not in self._suspicions:
-                self._suspicions[name] = peer, time.monotonic()
+                self._suspicions[name] = _Suspicion(peer, count, time.monotonic())
                 self._publish_histories()
                 self._alarms = self._store.add("alarms", 1)
 
@@ -381,16 +395,26 @@ class Watch:
         return True
 
     def _follow_suspicions(self) -> None:
-        for name, (peer, since) in self._suspicions.items():
+        for name, (peer, place, since) in self._suspicions.items():
             ranks = [rank for rank in members(name) if rank != self._rank]
             asked = dict.fromkeys([peer, *ranks[:_COMPARED]])
-            there = [rank for rank in asked if self._store.check([f"history/{rank}"])]
+            there = [rank for rank in asked if self._has_told(rank, name, place)]
             if peer not in there or (
                 len(there) < len(asked) and time.monotonic() - since < 2 * self._interval
             ):
                 continue
             self._announce(self._described(name, there))
             return
+
+    def _has_told(self, rank: int, name: str, place: int) -> bool:
+        """Whether the history that a rank has written goes so far.
+
+        One that it wrote ahead of a new kind of collective, or for an earlier alarm, may not.
+        """
+        if not self._store.check([f"history/{rank}"]):
+            return False
+        story = json.loads(self._store.get(f"history/{rank}")).get(name)
+        return story is not None and story["first"] + len(story["texts"]) > place
 
     def _difference_with(self, rank: int | None) -> str | None:
         """The first difference from what a rank that has died told before, if there is one."""
