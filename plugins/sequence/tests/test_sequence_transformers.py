@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from drivetrain_sequence import HeadShare
+from drivetrain_sequence.losses import TiledHead
 from drivetrain_sequence.tiles import TiledModule
 from sequence_models import LENGTH, batch, engine_of, plain, tiny, train
 from torch.utils.flop_counter import FlopCounterMode
@@ -176,13 +177,18 @@ def test_norms_of_another_dimension_than_the_last_have_no_tiles(norm: Any, tile:
     engine.destroy()
 
 
-def test_a_forward_that_a_module_had_before_is_given_back() -> None:
+@pytest.mark.parametrize("tiled", [TiledModule, TiledHead])
+def test_a_forward_that_a_module_had_before_is_given_back(tiled: Any) -> None:
     linear = torch.nn.Linear(4, 4)
-    TiledModule(linear, 4).undo()
+    tiled(linear, 4).undo()
     assert "forward" not in vars(linear)
     own = linear.forward = lambda x: x
-    TiledModule(linear, 4).undo()
+    tiled(linear, 4).undo()
     assert linear.forward is own
+    replaced, later = tiled(linear, 4), lambda x: x
+    linear.forward = later
+    replaced.undo()
+    assert linear.forward is later
 
 
 @pytest.mark.parametrize("length", [2, 3])

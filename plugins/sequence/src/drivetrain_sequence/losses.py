@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from drivetrain.errors import TrainingError
 from drivetrain_sequence.chunks.draws import Casts
 from drivetrain_sequence.chunks.sums import stray_leaf
+from drivetrain_sequence.in_place_of import InPlaceOf
 from drivetrain_sequence.measured import MeasuredTile
 
 IGNORED = -100
@@ -177,7 +178,7 @@ class TiledHead:
         self._again = False
         self.made: torch.Tensor | None = None
         self.labels: torch.Tensor | None = None
-        self._head.forward = self
+        self.undo: Callable[[], None] = InPlaceOf(head, "forward", self).undo
 
     def __call__(self, hidden: torch.Tensor) -> Any:
         labels = self.labels
@@ -234,10 +235,6 @@ class TiledHead:
                 "be computed in tiles: leave out sequence_parallel.loss_tile"
             )
         return logits
-
-    def undo(self) -> None:
-        """Give the head its forward back."""
-        del self._head.forward
 
     def forget(self) -> None:
         """Let go of the latest forward's labels and losses."""

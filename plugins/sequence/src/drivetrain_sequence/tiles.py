@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from drivetrain.errors import ConfigError
 from drivetrain.states.units import units
+from drivetrain_sequence.in_place_of import InPlaceOf
 from drivetrain_sequence.measured import MeasuredTile, aside
 from drivetrain_sequence.probe import bound_of, difference
 
@@ -58,11 +59,10 @@ class TiledModule:
         self, module: nn.Module, tile: int | MeasuredTile, asked: str | None = None
     ) -> None:
         self._module: Any = module
-        self._before = vars(module).get("forward")  # of the instance, such as another plugin's
         self._forward = module.forward
         self._tile = tile
         self._unknown = asked
-        self._module.forward = self
+        self.undo: Callable[[], None] = InPlaceOf(module, "forward", self).undo
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         leaves, spec = tree_flatten((arguments, keywords))
@@ -94,13 +94,6 @@ class TiledModule:
         ]
         flat, shape = zip(*map(tree_flatten, results), strict=True)
         return tree_unflatten([torch.cat(parts, 1) for parts in zip(*flat, strict=True)], shape[0])
-
-    def undo(self) -> None:
-        """Give the module its forward back."""
-        if self._before is None:
-            del self._module.forward
-        else:
-            self._module.forward = self._before
 
     def _refuse_others(self, run: Callable[..., Any], whole: list[torch.Tensor]) -> None:
         """Look once whether results of some tokens need no other tokens.

@@ -17,6 +17,7 @@ from torch import nn
 
 from drivetrain.errors import ConfigError, TrainingError
 from drivetrain_sequence.heads import HeadShare
+from drivetrain_sequence.in_place_of import InPlaceOf
 from drivetrain_sequence.inputs import (
     LOSSES,
     TOKENS,
@@ -171,12 +172,15 @@ class RelativeBias:
         self._table: Any = module.relative_attention_bias
         self._compute: Callable[..., torch.Tensor] = module.compute_bias
         self._look_up: Callable[[torch.Tensor], torch.Tensor] = self._table.forward
-        module.compute_bias = self._whole
-        self._table.forward = self._of_own_heads
+        self._replaced = (
+            InPlaceOf(module, "compute_bias", self._whole),
+            InPlaceOf(self._table, "forward", self._of_own_heads),
+        )
 
     def undo(self) -> None:
         """Give the attention its functions back."""
-        del self._module.compute_bias, self._table.forward
+        for each in self._replaced:
+            each.undo()
 
     def _whole(self, queries: int, keys: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         ranks = self._turn.cut.ranks if self._turn.in_parts(self._module) else 1

@@ -27,6 +27,7 @@ from drivetrain_sequence.chunks.elsewhere import Elsewhere
 from drivetrain_sequence.chunks.escapes import Escapes
 from drivetrain_sequence.chunks.sums import GradientSums, OwnLeaves
 from drivetrain_sequence.chunks.work import Attended, KeysKnown, Work
+from drivetrain_sequence.in_place_of import InPlaceOf
 
 if TYPE_CHECKING:
     from drivetrain.job.job import Job
@@ -58,9 +59,8 @@ class ChunkedBlock:
         if isinstance(before, ChunkedBlock):  # of a job that is still open
             before.undo()
         self.inner: Callable[..., Any] = unit.module.forward
-        self._own = "forward" in unit.module.__dict__
         self.__signature__ = inspect.signature(self.inner)
-        self.module.forward = self
+        self.undo: Callable[[], None] = InPlaceOf(self.module, "forward", self).undo
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block's forward."""
@@ -87,14 +87,6 @@ class ChunkedBlock:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any]]:
         return _same, (self.inner,)
-
-    def undo(self) -> None:
-        """Give the block its forward back, unless another has taken the place meanwhile."""
-        if self.module.__dict__.get("forward") is self:
-            if self._own:
-                self.module.forward = self.inner
-            else:
-                del self.module.forward
 
 
 class _Call:
