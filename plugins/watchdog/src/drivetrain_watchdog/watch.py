@@ -17,12 +17,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
@@ -31,6 +29,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from drivetrain.errors import CommunicationError
 from drivetrain_watchdog import divergence
 from drivetrain_watchdog.history import History, Words, members
+from drivetrain_watchdog.interruption import Interruption
 from drivetrain_watchdog.rules import Record, find_cause
 from drivetrain_watchdog.whereabouts import Whereabouts, state_of
 
@@ -66,9 +65,6 @@ _COMPARED = 8
 
 _READ_AT_ONCE = 64
 _READ_OF_MANY = 8
-
-_SIGNAL = int(getattr(signal, "SIGRTMIN", 0)) + 7
-"""What interrupts the job's thread. Nothing else is known to use it."""
 
 _STORE_IS_GONE = (dist.DistError,)
 
@@ -138,7 +134,7 @@ class Watch:
         self._say_at = _SAY_SECONDS
         self._raised = self._closing = False
         self._looking = threading.Lock()
-        self._handler = _Interruption(self._interrupted)
+        self._handler = Interruption(self._interrupted)
         self._end = threading.Event()
         self._interval = max(_LOOK_SECONDS, job.world_size / 512)
         self._thread = threading.Thread(target=self._run, name="drivetrain-watchdog", daemon=True)
@@ -492,33 +488,3 @@ class Watch:
         if self.verdict is not None and not self._raised and not self._closing:
             self._raised = True
             raise CommunicationError(self.verdict)
-
-
-class _Interruption:
-    """A signal to the thread that makes this, if it is the main one and the system has such.
-
-    Args:
-        take: called there.
-    """
-
-    def __init__(self, take: Any) -> None:
-        self._take = take
-        self._thread = threading.get_ident()
-        self._before: Any = None
-        self._works = _SIGNAL > 7 and threading.current_thread() is threading.main_thread()
-        if self._works:
-            self._before = signal.signal(_SIGNAL, self._handle)
-
-    def send(self) -> None:
-        """Interrupt whatever the thread does in Python, or in a call of the system."""
-        if self._works:
-            signal.pthread_kill(self._thread, _SIGNAL)
-
-    def restore(self) -> None:
-        """Have what was there before; only from the main thread."""
-        if self._works and threading.current_thread() is threading.main_thread():
-            self._works = False
-            signal.signal(_SIGNAL, self._before)
-
-    def _handle(self, _number: int, _frame: FrameType | None) -> None:
-        self._take()
