@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
@@ -211,6 +212,16 @@ def test_warm_up_ends_at_each_groups_own_rate_by_default():
         schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
     assert schedule.get_last_lr() == schedule.get_lr() == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("schedule", [WarmupLR, partial(WarmupCosineLR, total_num_steps=9)])
+def test_an_unknown_kind_of_warm_up_is_log_with_a_warning(schedule, caplog):
+    given = schedule(adamw(0.9), warmup_num_steps=6, warmup_type="cubic")
+    assert "'cubic' is unknown" in caplog.text
+    assert given.warmup_type == "log"
+    assert curve(given, 7) == approx(
+        [0.0, *(0.9 * math.log(it + 1) / math.log(6) for it in range(6))]
+    )
 
 
 def test_a_warm_up_takes_at_least_two_steps():

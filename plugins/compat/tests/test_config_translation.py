@@ -92,6 +92,25 @@ from drivetrain.plan.plan import Plan
             {"plugins": {}, "bfloat16": {"enabled": True}},
         ),
         ({"checkpoint": {"async_io": True, "keep_last": 2}}, {"checkpoint": {"keep_last": 2}}),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cubic"}}},
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "log"}}},
+        ),
+        (
+            {"eigenvalue": {"enabled": True, "model_name": "bert-large"}, "seed": 3},
+            {"seed": 3},
+        ),
+        (
+            {
+                "compression_training": {
+                    "weight_quantization": {
+                        "shared_parameters": {"enabled": True},
+                        "different_groups": {},
+                    }
+                }
+            },
+            {"compression_training": {}},
+        ),
     ],
 )
 def test_what_a_config_becomes(given, expected):
@@ -246,6 +265,19 @@ def test_the_object_of_a_config_has_its_values(monkeypatch):
     assert config.world_size == 2
     with pytest.raises(AttributeError, match=r"no attribute 'nothing' here; engine\.config is it"):
         config.nothing  # noqa: B018
+
+
+def test_sizes_of_batches_may_be_set_and_completed_again(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = DeepSpeedConfig({"train_batch_size": 16})
+    config.train_batch_size = None
+    config.train_micro_batch_size_per_gpu = 3
+    config.gradient_accumulation_steps = 5
+    config._configure_train_batch_size()
+    assert config.train_batch_size == 3 * 5 * 2
+    config.train_batch_size = 31
+    with pytest.raises(AssertionError, match="31 != 3"):
+        config._configure_train_batch_size()
 
 
 def test_keys_without_effect_are_shown_as_they_were_given():

@@ -130,6 +130,33 @@ def test_the_norm_of_the_first_step_is_there_unless_the_config_leaves_it_out(bui
     assert engine.global_steps == 1
 
 
+def test_the_engines_timer_counts_steps_from_its_first_use_on(build):
+    config = {**CONFIG, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
+    engine, *_ = build({**config, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}})
+    update(engine)
+    timer = engine.tput_timer
+    assert timer is engine.tput_timer
+    assert timer.batch_size == 4
+    for _ in range(7):
+        update(engine)
+    assert (timer.global_step_count, timer.micro_step_count) == (4, 7)
+    assert timer.avg_samples_per_sec() > 0
+    assert engine.global_steps == 4
+
+
+def test_a_timer_that_the_config_turns_off_counts_nothing(build):
+    engine, *_ = build(
+        {
+            **CONFIG,
+            "timers": {"throughput": {"enabled": False}},
+            "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        }
+    )
+    timer = engine.tput_timer
+    update(engine)
+    assert timer.micro_step_count == 0
+
+
 def test_every_setting_is_a_method(build):
     engine, *_ = build()
     assert [name for name in SHARED if not hasattr(engine, name)] == []

@@ -12,7 +12,12 @@ import torch
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
-from deepspeed.runtime.utils import ensure_directory_exists, move_to_device, see_memory_usage
+from deepspeed.runtime.utils import (
+    PartitionedTensor,
+    ensure_directory_exists,
+    move_to_device,
+    see_memory_usage,
+)
 from deepspeed.utils import groups, log_dist, log_dist_once, logger, required_torch_version
 from deepspeed.utils.logging import set_log_level_from_string
 
@@ -352,3 +357,29 @@ def test_a_config_sets_the_level_of_the_logger(level, monkeypatch):
 def test_what_is_no_level_of_the_logger_is_refused(level):
     with pytest.raises(ConfigError, match=r"log level .* is none of debug, info"):
         set_log_level_from_string(level)
+
+
+def in_stretches(shape):
+    comm.init_distributed(verbose=False)
+    whole = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    part = PartitionedTensor(whole, group=comm.new_group([0, 1]))
+    again = PartitionedTensor.from_meta(part.to_meta(), part.data(), part.group)
+    assert again.full_size() == part.full_size() == list(shape)
+    return part.local_data, part.full(), again.full("cpu")
+
+
+@pytest.mark.parametrize(
+    ("shape", "stretches"),
+    [
+        ((2, 3), ([0.0, 1.0, 2.0], [3.0, 4.0, 5.0])),
+        ((5,), ([0.0, 1.0, 2.0], [3.0, 4.0])),
+        ((), ([0.0], [])),
+    ],
+)
+def test_a_tensor_in_stretches_is_made_whole_again(shape, stretches):
+    expected = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    for found, stretch in zip(run_distributed(in_stretches, 2, shape), stretches, strict=True):
+        local, whole, again = found
+        assert local.tolist() == stretch
+        assert torch.equal(whole, expected)
+        assert torch.equal(again, expected)

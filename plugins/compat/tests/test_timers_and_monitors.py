@@ -82,6 +82,8 @@ def test_timers_that_measure_nothing():
 def test_samples_per_second_leave_out_the_first_steps(clock):
     lines = []
     measured = ThroughputTimer(None, 8, start_step=1, steps_per_output=2, logging_fn=lines.append)
+    measured.stop()
+    assert not measured.initialized
     for seconds in (100.0, 1.0, 3.0):
         for last in (False, True):
             measured.start()
@@ -91,6 +93,8 @@ def test_samples_per_second_leave_out_the_first_steps(clock):
             assert measured.avg_samples_per_sec() == -math.inf
     assert measured.avg_samples_per_sec() == pytest.approx(2.0)
     assert (measured.global_step_count, measured.micro_step_count) == (3, 6)
+    assert measured.initialized
+    assert measured.end_time - measured.start_time == 3.0
     assert lines == [
         "epoch 0, step 2: 4.0000 samples per second on average, 4.0000 now",
     ]

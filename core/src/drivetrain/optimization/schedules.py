@@ -144,6 +144,9 @@ class OneCycle(Schedule):
         cycle_min_mom: momentum at the peak of the rate, one for all groups or one for each.
         cycle_max_mom: momentum at both ends of the cycle, likewise.
         decay_mom_rate: growth of the momentum after the cycle, as ``decay_lr_rate``.
+
+    Attributes:
+        step_ratio: the share of the cycle that is the ramp up.
     """
 
     cycle_min_lr: PerGroup
@@ -163,6 +166,7 @@ class OneCycle(Schedule):
         self._up, down = self.cycle_first_step_size, self.cycle_second_step_size
         self._down = self._up if down is None else down
         _whole(cycle_first_step_size=self._up, cycle_second_step_size=self._down or 1)
+        self.step_ratio = self._up / (self._up + self._down)
         stairs = self.cycle_second_stair_count
         self._down_stairs = self.cycle_first_stair_count if stairs is None else stairs
         self.min_lrs = self._per_group("cycle_min_lr", self.cycle_min_lr)
@@ -214,7 +218,7 @@ class WarmupLR(Schedule):
         warmup_min_lr: first rate, one for all groups or one for each.
         warmup_max_lr: rate after warm-up; each group's own by default.
         warmup_num_steps: updates of the warm-up, at least 2.
-        warmup_type: ``"log"`` or ``"linear"`` growth.
+        warmup_type: ``"log"`` or ``"linear"`` growth; anything else is ``"log"``, with a warning.
     """
 
     warmup_min_lr: PerGroup = 0.0
@@ -226,7 +230,7 @@ class WarmupLR(Schedule):
         highest = self._base if self.warmup_max_lr is None else self.warmup_max_lr
         self.min_lrs = self._per_group("warmup_min_lr", self.warmup_min_lr)
         self.max_lrs = self._per_group("warmup_max_lr", highest)
-        _check_warmup(self.warmup_num_steps, self.warmup_type)
+        _check_warmup(self)
 
     def rates(self, iteration: int) -> list[float]:
         share = self._share(max(iteration, 0))
@@ -267,7 +271,7 @@ class WarmupCosineLR(Schedule):
         warmup_min_ratio: first ratio.
         warmup_num_steps: updates of the warm-up, at least 2.
         cos_min_ratio: last ratio.
-        warmup_type: ``"log"`` or ``"linear"`` growth.
+        warmup_type: ``"log"`` or ``"linear"`` growth; anything else is ``"log"``, with a warning.
     """
 
     total_num_steps: int
@@ -277,7 +281,7 @@ class WarmupCosineLR(Schedule):
     warmup_type: Warmup = "log"
 
     def _prepare(self) -> None:
-        _check_warmup(self.warmup_num_steps, self.warmup_type)
+        _check_warmup(self)
         _check_total(self.total_num_steps, self.warmup_num_steps)
 
     def rates(self, iteration: int) -> list[float]:
@@ -289,11 +293,8 @@ class WarmupCosineLR(Schedule):
         return self._ratio(max(self.last_batch_iteration, 0))
 
     def _ratio(self, iteration: int) -> float:
-        warmup, first, last = (
-            max(2, self.warmup_num_steps),
-            self.warmup_min_ratio,
-            self.cos_min_ratio,
-        )
+        warmup = max(2, self.warmup_num_steps)
+        first, last = self.warmup_min_ratio, self.cos_min_ratio
         if iteration < warmup:
             return between(first, 1.0, warmup_share(iteration, warmup, self.warmup_type))
         progress = min((iteration - warmup + 1) / max(1, self.total_num_steps - warmup), 1.0)
@@ -334,11 +335,13 @@ def _whole(**values: float) -> None:
             raise ValueError(f"{name} must be a whole number, got {value}")
 
 
-def _check_warmup(steps: object, kind: str) -> None:
+def _check_warmup(schedule: WarmupLR | WarmupCosineLR) -> None:
+    steps: object = schedule.warmup_num_steps
     if not isinstance(steps, (int, float)) or steps < 0:
         raise ValueError(f"warmup_num_steps must be at least 0, got {steps!r}")
-    if kind not in ("log", "linear"):
-        raise ValueError(f"warmup_type must be 'log' or 'linear', got {kind!r}")
+    if schedule.warmup_type not in ("log", "linear"):
+        logger.warning("warmup_type %r is unknown; 'log' is taken", schedule.warmup_type)
+        schedule.warmup_type = "log"
 
 
 def _check_total(total: int, warmup: int) -> None:

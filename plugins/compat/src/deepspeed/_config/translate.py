@@ -19,7 +19,11 @@ from drivetrain.wording import as_json, did_you_mean
 
 Config = dict[str, Any]
 
-LOOSE = frozenset({"activation_checkpointing", "aio", "checkpoint", "optimizer", "scheduler"})
+LOOSE = frozenset(
+    {
+        *("activation_checkpointing", "aio", "checkpoint", "eigenvalue", "optimizer", "scheduler"),
+    }
+)
 """Sections in which DeepSpeed never looks at keys that it does not know."""
 
 WITHOUT_EFFECT: Mapping[str, str] = {
@@ -68,7 +72,7 @@ def translate(config: Mapping[str, Any], registry: Registry | None = None) -> Tr
     done = Translation(_without_nulls(config))
     steps = (
         *(_steps_per_print, _old_zero, _offloaded_parameters, _spellings, _scaling),
-        *(_drop_dead, _switch_off, _parallelism),
+        *(_drop_dead, _switch_off, _parallelism, _compression),
     )
     for step in steps:
         step(done)
@@ -130,6 +134,13 @@ def _spellings(done: Translation) -> None:
     _numbers_and_switches(done.config, DEFAULTS)
     if isinstance(operation := done.config.get("gradient_allreduce_op"), str):
         done.config["gradient_allreduce_op"] = operation.lower()
+    scheduler = done.config.get("scheduler")
+    params = scheduler.get("params") if isinstance(scheduler, dict) else None
+    if isinstance(params, dict) and params.get("warmup_type", "log") not in ("log", "linear"):
+        done.notes.append(
+            f'scheduler.params.warmup_type: {as_json(params["warmup_type"])} is "log"'
+        )
+        scheduler["params"] = {**params, "warmup_type": "log"}
     zero = done.config.get("zero_optimization")
     leaves = zero.get("leaf_module") if isinstance(zero, dict) else None
     if isinstance(leaves, dict):
@@ -209,6 +220,27 @@ def _parallelism(done: Translation) -> None:
     keys = ("autotp_size", "tp_size")
     if isinstance(tensor, dict) and all(tensor.get(key, 1) in (0, 1) for key in keys):
         _drop(done, "tensor_parallel", "it asks for one rank")
+
+
+def _compression(done: Translation) -> None:
+    """Drop methods that change no module, and what only steers such a method."""
+    methods = done.config.get("compression_training")
+    methods = methods if isinstance(methods, dict) else {}
+    for name, method in list(methods.items()):
+        if isinstance(method, dict) and method.get("different_groups") == {}:
+            del methods[name]
+            done.notes.append(
+                f"compression_training.{name}: no effect, its different_groups is empty"
+            )
+    if not _method_is_on(methods.get("weight_quantization")):
+        section = done.config.get("eigenvalue")
+        if isinstance(section, dict) and section.get("enabled") is True:
+            _drop(done, "eigenvalue", "it steers compression_training.weight_quantization alone")
+
+
+def _method_is_on(method: object) -> bool:
+    shared = method.get("shared_parameters") if isinstance(method, dict) else None
+    return isinstance(shared, dict) and shared.get("enabled") not in (None, False)
 
 
 def _drop(done: Translation, key: str, reason: str) -> None:

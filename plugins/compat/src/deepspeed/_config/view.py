@@ -12,6 +12,7 @@ from deepspeed._config.files import ConfigSource, read_config
 from deepspeed._config.keys import DEFAULTS
 from deepspeed._config.translate import translate
 from deepspeed._parts.errors import AsDeepSpeed
+from drivetrain.contracts.loop.batch import solve_batch
 from drivetrain.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -63,7 +64,12 @@ ATTRIBUTES: Mapping[str, str] = {
 
 
 class DeepSpeedConfig:
-    """A checked config, for reading.
+    """A checked config, for reading; an engine that is built already follows no change of it.
+
+    Attributes:
+        train_batch_size: samples of one step over all data shards.
+        train_micro_batch_size_per_gpu: samples of one forward on one data shard.
+        gradient_accumulation_steps: micro-batches between two updates.
 
     Args:
         config: a dict, a path or base64-url JSON, as ``initialize`` takes it.
@@ -74,6 +80,10 @@ class DeepSpeedConfig:
     Raises:
         ConfigError: with every problem of the config at once.
     """
+
+    train_batch_size: int | None
+    train_micro_batch_size_per_gpu: int | None
+    gradient_accumulation_steps: int | None
 
     @AsDeepSpeed()
     def __init__(
@@ -86,6 +96,10 @@ class DeepSpeedConfig:
     ) -> None:
         self._param_dict = read_config(config)
         self._plan = plan or Plan.build(translate(self._param_dict).config)
+        batch = self._plan.batch
+        self.train_batch_size = batch.train_batch_size if batch else None
+        self.train_micro_batch_size_per_gpu = batch.micro_batch_size if batch else None
+        self.gradient_accumulation_steps = batch.accumulation_steps if batch else None
 
     def __getattr__(self, name: str) -> Any:
         if name in ATTRIBUTES:
@@ -97,20 +111,23 @@ class DeepSpeedConfig:
             "engine.job.plan what it means"
         )
 
-    @property
-    def train_batch_size(self) -> int | None:
-        """Samples of one step over all data shards."""
-        return self._plan.batch.train_batch_size if self._plan.batch else None
+    @AsDeepSpeed()
+    def _configure_train_batch_size(self) -> None:
+        """Complete the three sizes of batches after a script has set some of them.
 
-    @property
-    def train_micro_batch_size_per_gpu(self) -> int | None:
-        """Samples of one forward on one data shard."""
-        return self._plan.batch.micro_batch_size if self._plan.batch else None
-
-    @property
-    def gradient_accumulation_steps(self) -> int | None:
-        """Micro-batches between two updates."""
-        return self._plan.batch.accumulation_steps if self._plan.batch else None
+        Raises:
+            ConfigError: they do not multiply, or are too few.
+        """
+        batch = solve_batch(
+            self.train_batch_size,
+            self.train_micro_batch_size_per_gpu,
+            self.gradient_accumulation_steps,
+            self.world_size,
+            self._plan.shards_origin(),
+        )
+        self.train_batch_size = batch.train_batch_size
+        self.train_micro_batch_size_per_gpu = batch.micro_batch_size
+        self.gradient_accumulation_steps = batch.accumulation_steps
 
     @property
     def monitor_config(self) -> DeepSpeedMonitorConfig:

@@ -220,6 +220,11 @@ class ThroughputTimer:
         steps_per_output: a line is logged so often; never if ``None`` or 0.
         monitor_memory: accepted; ``see_memory_usage`` logs memory.
         logging_fn: called with the line; the log's ``info`` by default.
+
+    Attributes:
+        initialized: whether it was ever started.
+        start_time: of the latest micro-batch; 0 while its step is not counted.
+        end_time: of the latest counted micro-batch.
     """
 
     def __init__(
@@ -236,8 +241,8 @@ class ThroughputTimer:
         self.start_step = start_step
         self.steps_per_output = steps_per_output
         self.logging = logging_fn or logger.info
-        self.started = False
-        self.start_time = 0.0
+        self.started = self.initialized = False
+        self.start_time = self.end_time = 0.0
         self.epoch_count = self.micro_step_count = self.global_step_count = 0
         self.total_elapsed_time = self.step_elapsed_time = 0.0
 
@@ -249,7 +254,7 @@ class ThroughputTimer:
     def start(self) -> None:
         """Begin a micro-batch."""
         if self.enabled:
-            self.started = True
+            self.started = self.initialized = True
             self.start_time = _now() if self.global_step_count >= self.start_step else 0.0
 
     def stop(self, global_step: bool = False, report_speed: bool = True) -> None:
@@ -265,13 +270,14 @@ class ThroughputTimer:
         self.micro_step_count += 1
         counted = self.start_time > 0
         if counted:
-            self.step_elapsed_time += _now() - self.start_time
+            self.end_time = _now()
+            self.step_elapsed_time += self.end_time - self.start_time
+            self.total_elapsed_time += self.end_time - self.start_time
         if not global_step:
             return
         self.global_step_count += 1
         if not counted:
             return
-        self.total_elapsed_time += self.step_elapsed_time
         often = self.steps_per_output
         if report_speed and often and self.global_step_count % often == 0:
             current = self.batch_size / self.step_elapsed_time

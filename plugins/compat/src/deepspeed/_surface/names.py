@@ -139,6 +139,7 @@ OWN: Mapping[str, Mapping[str, str]] = {
     },
     "runtime.utils": {
         "deepspeed._parts.tensors": "move_to_device",
+        "deepspeed._parts.partitioned": "PartitionedTensor",
         "deepspeed._parts.memory": "empty_cache memory_status see_memory_usage",
         "deepspeed._parts.small": "call_to_str ensure_directory_exists "
         "is_model_parallel_parameter noop_context noop_decorator set_random_seed",

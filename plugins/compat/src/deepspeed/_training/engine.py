@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from deepspeed._config.sections import get_log_level
-from deepspeed._config.view import DeepSpeedConfig, value_at
+from deepspeed._config.view import DeepSpeedConfig, section_at, value_at
 from deepspeed._parts.errors import AsDeepSpeed
 from deepspeed._parts.monitor import EngineMonitor
+from deepspeed._parts.timers import ThroughputTimer
 from deepspeed._training import checkpoints
 from deepspeed._training.optimizer import DeepSpeedOptimizer
 from deepspeed._training.settings import CALLS, SETTINGS
@@ -198,6 +200,17 @@ class DeepSpeedEngine(Engine):
         return EngineMonitor(self)
 
     @property
+    def tput_timer(self) -> ThroughputTimer:
+        """Samples per second of this engine's steps, measured from the first use of it on."""
+        if self._throughput is None:
+            enabled = value_at(self.job.plan, "timers.throughput.enabled")
+            section = SimpleNamespace(enabled=enabled)
+            self._throughput = ThroughputTimer(section, self.batch.train_batch_size)
+        return self._throughput
+
+    _throughput: ThroughputTimer | None = None
+
+    @property
     def is_compiled(self) -> bool:
         """Whether :meth:`compile` was called."""
         return self._is_compiled
@@ -205,6 +218,19 @@ class DeepSpeedEngine(Engine):
     _is_compiled = False
 
     # -- calls ----------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`drivetrain.Engine.forward`."""
+        if self._throughput is not None and self.training:
+            self._throughput.start()
+        return super().forward(*args, **kwargs)
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None, *, micro_batches: int = 1) -> None:
+        """See :meth:`drivetrain.Engine.step`."""
+        before = self.global_steps
+        super().step(lr_kwargs, micro_batches=micro_batches)
+        if self._throughput is not None:
+            self._throughput.stop(global_step=self.global_steps > before)
 
     def compile(
         self,
@@ -444,8 +470,6 @@ class DeepSpeedEngine(Engine):
         return group_of(self.job, axis)
 
     def _offload(self, name: str) -> Any:
-        from deepspeed._config.view import section_at
-
         section = section_at(self.job.plan, f"zero_optimization.{name}")
         return None if section.device == "none" else section
 
