@@ -135,7 +135,8 @@ def _spellings(done: Translation) -> None:
     if isinstance(operation := done.config.get("gradient_allreduce_op"), str):
         done.config["gradient_allreduce_op"] = operation.lower()
     scheduler = done.config.get("scheduler")
-    params = scheduler.get("params") if isinstance(scheduler, dict) else None
+    scheduler = scheduler if isinstance(scheduler, dict) else {}
+    params = scheduler.get("params")
     if isinstance(params, dict) and params.get("warmup_type", "log") not in ("log", "linear"):
         done.notes.append(
             f'scheduler.params.warmup_type: {as_json(params["warmup_type"])} is "log"'
