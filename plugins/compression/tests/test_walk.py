@@ -224,6 +224,34 @@ def test_weights_without_a_place_in_the_layout_leave_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def dead(model):
+    model.model.embed_tokens.weight.data.zero_()
+
+
+def broken(model):
+    model.model.layers[1].mlp.up_proj.weight.data[3, 2] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("damage", "recipe", "message"),
+    [
+        (broken, GPTQ, r"gptq.*: the weight of model\.layers\.1\.mlp\.up_proj has NaN"),
+        (dead, GPTQ, r"gptq.*model\.layers\.0\.self_attn\.q_proj: the Hessian is 0"),
+        (None, {"modifiers": [{"wanda": {"pattern": "1.0"}}]}, "share of weights between 0 and 1"),
+        (None, {"modifiers": [{"sparsegpt": {"pattern": "0:4"}}]}, "N:M with 0 < N < M"),
+        (None, {"modifiers": [{"gptq": {"modules": ["mlq"]}}]}, "'mlq' is found"),
+    ],
+)
+def test_a_job_that_is_refused_leaves_nothing(tmp_path, damage, recipe, message):
+    model = llama()
+    if damage:
+        damage(model)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=message):
+        compress(tmp_path / "model", recipe, rows(), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_models_of_another_kind_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="neither a folder"), opened(tmp_path):
         pass

@@ -112,7 +112,11 @@ def compress(
             "format": format,
         }
         folder = OutputFolder(path, format, job)
-        Walk(source, made, batches, folder.work, folder.keep, report).run()
+        try:
+            Walk(source, made, batches, folder.work, folder.keep, report).run()
+        except ConfigError:
+            folder.discard()  # the same job would be refused again
+            raise
         return folder.finish(source)
 
 

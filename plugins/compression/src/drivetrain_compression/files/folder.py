@@ -99,6 +99,10 @@ class OutputFolder:
             os.fsync(file.fileno())
         new.rename(self.partial / f"part-{number}.safetensors")
 
+    def discard(self) -> None:
+        """Remove what has been written."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
     def finish(self, source: Source) -> dict[str, Any]:
         """Put the parts together, and give the folder its name.
 
