@@ -99,29 +99,30 @@ class Inputs:
 
     def add(self, x: torch.Tensor, *, apart: bool = False) -> None:
         """Count tokens [n, in]; ``apart`` where there is a gram matrix for that."""
-        wide, part = x.float(), int(apart and len(self._grams) > 1)
+        x = x.float() if x.dtype == torch.float64 else x
+        part = int(apart and len(self._grams) > 1)
         self._counts[part] += len(x)
         if self._keep and sum(map(len, self._rows)) < _KEPT:
-            self._rows.append(wide[:: -(-len(x) // _KEPT_OF_BATCH)].clone())
+            self._rows.append(x[:: -(-len(x) // _KEPT_OF_BATCH)].float())
         if self._grams:
-            even = _evened(wide)
+            even = _evened(x)
             with exact_products() if x.dtype == torch.bfloat16 else nullcontext():
                 self._grams[part].addmm_(even.T, even)
         else:
-            self._squares += wide.square().sum(0)
-        size = wide.abs()
-        self._sizes += size.sum(0)
-        torch.maximum(self.top, size.amax(0), out=self.top)
+            self._squares += torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square()
+        size = x.abs()  # as narrow as it came, which loses nothing
+        self._sizes += size.sum(0, dtype=torch.float32)
+        torch.maximum(self.top, size.amax(0).float(), out=self.top)
 
 
 def _evened(x: torch.Tensor) -> torch.Tensor:
-    """Tokens [n, in], the largest made smaller."""
-    squares = x.square().sum(1)
-    most = _MOST * squares.median()
+    """Tokens [n, in] in float32, the largest made smaller."""
+    squares = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
+    most, wide = _MOST * squares.median(), x.float()
     large = squares > most
     if most == 0 or not large.any():
-        return x
-    return x * torch.where(large, (most / squares).sqrt(), 1.0)[:, None]
+        return wide
+    return wide * torch.where(large, (most / squares).sqrt(), 1.0)[:, None]
 
 
 class Watch:
