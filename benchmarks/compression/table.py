@@ -54,6 +54,11 @@ METHODS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "gptq-64-swept": ("compressed-tensors", [{"gptq": {"group": 64, "sweeps": 2}}]),
     "gptq-64": ("compressed-tensors", [{"gptq": {"group": 64}}]),
     "gptq-64-rotated": ("compressed-tensors", [{"rotate": {}}, {"gptq": {"group": 64}}]),
+    "awq-gptq-64-rotated": (
+        "compressed-tensors",
+        [{"rotate": {}}, {"awq": {"group": 64}}, {"gptq": {"group": 64}}],
+    ),
+    "gptq-128-rotated": ("drivetrain", [{"rotate": {}}, {"gptq": {"group": 128}}]),
     "gptq-128": ("drivetrain", [{"gptq": {"group": 128}}]),
     "w4a8": ("drivetrain", [{"smoothquant": {}}, {"gptq": W4A8}]),
     "w4a8-rotated": ("drivetrain", [{"rotate": {}}, {"smoothquant": {}}, {"gptq": W4A8}]),
