@@ -1,12 +1,12 @@
 """Many streaming clients at once on one server: are any lost, how fast is it, does memory grow?
 
     python benchmarks/serve_load.py                        # 200 clients for 60 s, a tiny model
-    python benchmarks/serve_load.py --seconds 600
+    python benchmarks/serve_load.py --seconds 600 --pause 20
     python benchmarks/serve_load.py --model FOLDER_OR_GGUF_FILE --clients 8 --tokens 128
 
 The server is ``drivetrain serve`` in a process of its own, the clients are OpenAI's package. Each
-client streams one answer after another until the time is over. Memory is that of the server and of
-its worker, after a third of the time and at the end.
+client streams one answer after another until the time is over, with a pause between them if asked.
+Memory is that of the server and of its worker, after a third of the time and at the end.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ async def client(
         seen.first.append((first or time.perf_counter()) - began)
         seen.whole.append(time.perf_counter() - began)
         seen.tokens += usage.completion_tokens
+        await asyncio.sleep(options.pause)
 
 
 async def load(url: str, options: argparse.Namespace, processes: list[int]) -> dict[str, Any]:
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--pause", type=float, default=0.0, help="of a client between answers")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = Path(options.model) if options.model else tiny(Path(folder))
@@ -160,10 +162,10 @@ def main() -> None:
             with urlopen(f"{url}/live/status") as answer:  # noqa: S310 - our own server
                 worker = json.load(answer)["workers"][0]["process"]
             found = asyncio.run(load(url, options, [process.pid, worker]))
+            print(json.dumps(found, indent=2), flush=True)
         finally:
             process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=60)
-    print(json.dumps(found, indent=2))
+            process.communicate(timeout=240)  # what runs is finished first
 
 
 if __name__ == "__main__":

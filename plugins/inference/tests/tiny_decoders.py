@@ -28,8 +28,28 @@ KINDS = {
     "starcoder2": (transformers.Starcoder2Config, {"use_bias": True}),
     "cohere": (transformers.CohereConfig, {}),
     "gpt-neox": (transformers.GPTNeoXConfig, {}),
+    "bloom, alibi": (transformers.BloomConfig, {"n_layer": 2, "n_head": 4}),
+    "bloom, alibi of 6 heads": (
+        transformers.BloomConfig,
+        {"hidden_size": 48, "n_layer": 2, "n_head": 6},
+    ),
+    "mpt, alibi": (
+        transformers.MptConfig,
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
+    ),
+    "falcon, alibi": (transformers.FalconConfig, {"alibi": True, "bias": True}),
+    "falcon, rotary, shared heads": (
+        transformers.FalconConfig,
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
 }
-SUITE = ("llama", "mistral, sliding window", "gemma2, soft caps", "gpt-oss, sinks and experts")
+SUITE = (
+    "llama",
+    "mistral, sliding window",
+    "gemma2, soft caps",
+    "gpt-oss, sinks and experts",
+    "bloom, alibi",
+)
 
 
 def decoder(kind: str = "llama", seed: int = 0, **options: object) -> torch.nn.Module:

@@ -22,12 +22,14 @@ class Limits:
         context: most tokens of a sequence.
         blocks: of the cache.
         vocabulary: tokens of the model; ``None`` if unknown.
+        crossed: whether an encoder reads the prompt, so that results have a context of their own.
     """
 
     section: InferenceSection
     context: int
     blocks: int
     vocabulary: int | None
+    crossed: bool = False
 
 
 def checked(
@@ -51,13 +53,15 @@ def checked(
     vocabulary = limits.vocabulary
     if vocabulary and not 0 <= min(tokens) <= max(tokens) < vocabulary:
         raise ConfigError(f"the prompt has tokens that are not in [0, {vocabulary})")
-    whole = len(tokens) + params.max_new_tokens
-    if whole > limits.context:
+    size = limits.section.block_size
+    begin = -(-len(tokens) // size) * size + 1 if limits.crossed else len(tokens)
+    whole = begin + params.max_new_tokens
+    longest = max(len(tokens), 1 + params.max_new_tokens) if limits.crossed else whole
+    if longest > limits.context:
         raise ConfigError(
             f"{len(tokens)} tokens of prompt and {params.max_new_tokens} new ones are more "
             f"than the context of {limits.context}"
         )
-    size = limits.section.block_size
     if -(-(whole - 1) // size) * params.num_beams > limits.blocks:
         raise ConfigError(
             f"{whole * params.num_beams} tokens do not fit into the cache of "

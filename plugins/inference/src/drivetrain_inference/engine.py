@@ -24,6 +24,7 @@ from drivetrain_inference.cache.room import Agree, Room
 from drivetrain_inference.fast.decode import Capture
 from drivetrain_inference.fast.model import FastModel
 from drivetrain_inference.models import choice
+from drivetrain_inference.models.crossed import CrossedModel
 from drivetrain_inference.models.plain import PlainModel
 from drivetrain_inference.models.shared import SharedTokens
 from drivetrain_inference.ragged import RaggedEngine, SchedulingResult
@@ -104,11 +105,11 @@ class InferenceEngine:
         )
         self.put, self.query = self.ragged.put, self.ragged.query
         self.can_schedule, self.flush = self.ragged.can_schedule, self.ragged.flush
-        self._sampler = Sampler(frozenset(self.stop_tokens))
+        self._sampler = Sampler(frozenset(self.stop_tokens), loading.forced_tokens_of(module))
         self._results: dict[int, list[Result]] = {}
         self._groups: dict[int, BeamGroup] = {}
         self._drafter: Drafter | None = None
-        self._numbers = count()
+        self._start, self._numbers = loading.start_of(module), count()
         self.lockstep = False
         self._drafted = self._accepted = 0
         self._on_close: list[Callable[[], object]] = []
@@ -142,6 +143,7 @@ class InferenceEngine:
         """
         params = params or SamplingParams()
         tokens, adapter = self._checked(prompt, params), self.adapters.find(params.adapter)
+        tokens, source = asked.laid(tokens, self._start, self.section.block_size)
         if timeout is not None and self.lockstep:
             raise ConfigError(
                 "timeout: ranks compute each forward together and have no common clock, so one "
@@ -155,7 +157,7 @@ class InferenceEngine:
         number = next(self._numbers)
         deadline = None if timeout is None else time.monotonic() + timeout
         sequences = [
-            asked.Sequence(number, index, tokens, params, deadline, adapter)
+            asked.Sequence(number, index, tokens, params, deadline, adapter, source)
             for index in range(params.results)
         ]
         first, wanted = sequences[0], sequences
@@ -326,7 +328,7 @@ class InferenceEngine:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _chosen(self) -> tuple[choice.Model, PlainModel]:
+    def _chosen(self) -> tuple[choice.Model, PlainModel | CrossedModel]:
         return choice.choose(
             self.module,
             self.section.fast_path,
@@ -348,6 +350,7 @@ class InferenceEngine:
             self.context,
             self.scheduler.blocks.blocks,
             loading.vocabulary_of(self.module),
+            crossed=self._start is not None,
         )
         return checked(prompt, params, self.tokenizer, limits)
 

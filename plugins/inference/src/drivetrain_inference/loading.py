@@ -99,7 +99,7 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
         ConfigError: there is none that can be read; says why.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     where = _source(path)
     if not empty and (opened := opened_by_others(path, dtype)) is not None:
@@ -110,11 +110,10 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
                 **where, local_files_only=True, trust_remote_code=False
             )
             with _EmptyOnMeta():
-                factory: Any = AutoModelForCausalLM
-                module: nn.Module = factory.from_config(known, dtype=dtype)
+                module: nn.Module = _factory(known).from_config(known, dtype=dtype)
             return _with_generation_config(_without_memory(module.eval()), path)
         kind = dtype or ("auto" if path.is_dir() else torch.float32)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _factory(_config_of(path)).from_pretrained(
             **where,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name and with both shapes
@@ -137,6 +136,23 @@ def load_model(path: Path, dtype: torch.dtype | None, *, empty: bool = False) ->
         raise ConfigError(f"{path} lacks weights of the model: {', '.join(missing[:6])}")
     _SOURCES[model] = path
     return model.eval()
+
+
+def _config_of(path: Path) -> Any:
+    """The config in a folder; ``None`` for a file."""
+    from transformers import AutoConfig
+
+    if not path.is_dir():
+        return None
+    return AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+
+
+def _factory(config: Any) -> Any:
+    """What makes the model of a config: with an encoder, or a decoder alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    crossed = getattr(config, "is_encoder_decoder", False)
+    return AutoModelForSeq2SeqLM if crossed else AutoModelForCausalLM
 
 
 def opened_by_others(path: Path, dtype: torch.dtype | None) -> nn.Module | None:
@@ -200,7 +216,9 @@ def load_tokenizer(path: Path) -> Any | None:
 def context_of(module: nn.Module, wanted: int | None, limit: int) -> int:
     """Most tokens of a sequence."""
     config = _text_config(module)
-    known = getattr(config, "max_position_embeddings", None) or wanted or DEFAULT_CONTEXT
+    names = ("max_position_embeddings", "max_seq_len")
+    own = next((found for name in names if (found := getattr(config, name, None))), None)
+    known = own or wanted or DEFAULT_CONTEXT
     return min(each for each in (known, wanted, limit) if each)
 
 
@@ -212,6 +230,41 @@ def stop_tokens_of(module: nn.Module) -> set[int]:
         several = named if isinstance(named, (list, tuple)) else [named]
         found |= {int(each) for each in several if each is not None}
     return found
+
+
+def start_of(module: nn.Module) -> int | None:
+    """The token that decoders begin with where an encoder reads the prompt; ``None`` elsewhere.
+
+    Raises:
+        ConfigError: there is an encoder, and the configs name no such token.
+    """
+    if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return None
+    found = _first_of(module, "decoder_start_token_id", "bos_token_id")
+    if found is None:
+        raise ConfigError(
+            f"{type(module).__name__}: its configs name no decoder_start_token_id, with which a "
+            "decoder begins"
+        )
+    return found
+
+
+def forced_tokens_of(module: nn.Module) -> tuple[int | None, int | None]:
+    """The tokens that the first and the last possible one of a result must be, if any."""
+    if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return None, None
+    names = ("forced_bos_token_id", "forced_eos_token_id")
+    first, last = (_first_of(module, name) for name in names)
+    return first, last
+
+
+def _first_of(module: nn.Module, *names: str) -> int | None:
+    for name in names:
+        for config in (getattr(module, "generation_config", None), _text_config(module)):
+            found = getattr(config, name, None)
+            if found is not None:
+                return int(found[0] if isinstance(found, (list, tuple)) else found)
+    return None
 
 
 def vocabulary_of(module: nn.Module) -> int | None:

@@ -149,6 +149,7 @@ class Sequence:
         params: how to sample.
         deadline: on the clock of ``time.monotonic``, or ``None``.
         adapter: with which it is computed; ``None``: the model as it is.
+        source: what an encoder reads; the prompt is then as :func:`laid` makes it.
         siblings: sequences that begin when the prompt has been computed.
         beams: the sequences of its beam search, itself among them.
         away: where its blocks lie in host memory, if they do.
@@ -162,6 +163,7 @@ class Sequence:
     params: SamplingParams
     deadline: float | None = None
     adapter: Adapter | None = None
+    source: tuple[int, ...] = ()
     table: BlockTable = field(default_factory=BlockTable)
     output: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -183,6 +185,11 @@ class Sequence:
         return [*self.prompt, *self.output]
 
     @property
+    def seen(self) -> list[int]:
+        """Prompt and output, as far as the decoder sees them."""
+        return self.tokens[len(self.prompt) - 1 :] if self.source else self.tokens
+
+    @property
     def pending(self) -> int:
         """Tokens that are not in the cache yet; 1 while it decodes."""
         return len(self.prompt) + len(self.output) - self.table.length
@@ -199,6 +206,18 @@ class Sequence:
         return self.tokens[start : start + count]
 
 
+def laid(
+    tokens: tuple[int, ...], start: int | None, size: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The prompt of a sequence in blocks of ``size``, and what an encoder reads of it.
+
+    Where decoders begin with ``start``, that is all of ``tokens``, filled up to whole blocks.
+    """
+    if start is None:
+        return tokens, ()
+    return (*tokens, *[0] * (-len(tokens) % size), start), tokens
+
+
 __all__ = [
     "Completion",
     "FinishReason",
@@ -206,4 +225,5 @@ __all__ = [
     "SamplingParams",
     "Sequence",
     "TokenLogprobs",
+    "laid",
 ]

@@ -137,7 +137,9 @@ class Scheduler:
                 return
             away = sequence.away
             if away is None:
-                sequence.table = self.blocks.begin(sequence.tokens, sequence.adapter)
+                sequence.table = self.blocks.begin(
+                    sequence.tokens, sequence.adapter, sequence.source
+                )
             # Promised blocks of prompts that are in the middle count as taken.
             promised = sum(self.blocks.needed(each.table, each.pending) for each in self._partial())
             # All of it, wherever it is now.

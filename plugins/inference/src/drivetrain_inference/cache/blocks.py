@@ -29,17 +29,20 @@ class BlockTable:
         keys: content keys of the first full blocks; they are chained, so a key stands for all that
             comes before its block, too, and for the adapter.
         adapter: with which keys and values are computed; ``None``: the model as it is.
+        source: what an encoder reads; it takes the first blocks. Empty where there is no encoder.
     """
 
     blocks: list[int] = field(default_factory=list)
     length: int = 0
     keys: list[bytes] = field(default_factory=list)
     adapter: Adapter | None = None
+    source: tuple[int, ...] = ()
 
     @property
     def root(self) -> bytes:
-        """What the chain of keys begins with."""
-        return b"" if self.adapter is None else self.adapter.salt
+        """What the chain of keys begins with; any part of a source depends on all of it."""
+        first = b"" if self.adapter is None else self.adapter.salt
+        return _key(first, self.source) if self.source else first
 
 
 class BlockManager:
@@ -74,12 +77,17 @@ class BlockManager:
         more = -(-(table.length + tokens) // self.size) - len(table.blocks)
         return max(0, more) + self._writes_into_shared(table)
 
-    def begin(self, tokens: Sequence[int], adapter: Adapter | None = None) -> BlockTable:
+    def begin(
+        self,
+        tokens: Sequence[int],
+        adapter: Adapter | None = None,
+        source: tuple[int, ...] = (),
+    ) -> BlockTable:
         """A table for a sequence of ``tokens``, with the blocks that the cache has of it already.
 
         At least one token is left to compute, as its logits are wanted.
         """
-        table = BlockTable(adapter=adapter)
+        table = BlockTable(adapter=adapter, source=source)
         if not self._prefix_caching:
             return table
         key = table.root
@@ -120,6 +128,8 @@ class BlockManager:
     def commit(self, table: BlockTable, tokens: Sequence[int]) -> None:
         """Note that the cache now has all of ``tokens``; key the sequence's full blocks."""
         table.length = len(tokens)
+        if table.length < -(-len(table.source) // self.size) * self.size:
+            return  # blocks of a source have nothing in them before it is encoded
         while self._prefix_caching and (len(table.keys) + 1) * self.size <= table.length:
             start = len(table.keys) * self.size
             parent = table.keys[-1] if table.keys else table.root
@@ -133,7 +143,9 @@ class BlockManager:
         """A second sequence with the same tokens; blocks are shared until one of them writes."""
         for block in table.blocks:
             self._take(block)
-        return BlockTable(list(table.blocks), table.length, list(table.keys), table.adapter)
+        return BlockTable(
+            list(table.blocks), table.length, list(table.keys), table.adapter, table.source
+        )
 
     def release(self, table: BlockTable) -> None:
         """Give back all blocks of a table, which is empty afterwards."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from drivetrain_kernels.ops.cache_codes import to_cache_codes
 
+from drivetrain.errors import ConfigError
 from drivetrain_inference.adapters.adapter import Group, groups_of
 from drivetrain_inference.cache.blocks import BlockTable
 
@@ -24,6 +25,7 @@ class LayerSpec:
         window: keys that a query sees at most; 0 for all.
         softcap: of the scores; 0 for none.
         sinks: whether heads have a score of their own without a value.
+        places: whether keys carry their places (ALiBi), which codes of 8 bits cannot keep.
     """
 
     kv_heads: int
@@ -33,6 +35,7 @@ class LayerSpec:
     window: int = 0
     softcap: float = 0.0
     sinks: bool = False
+    places: bool = False
 
 
 FORMATS = {"int8": torch.int8, "fp8": torch.uint8}
@@ -56,6 +59,9 @@ class PagedCache:
         device: where they lie.
         form: a key of :data:`FORMATS`, to keep codes with a scale for each head of a token; empty
             for keys and values as they are.
+
+    Raises:
+        ConfigError: codes are wanted of keys that carry their places.
     """
 
     def __init__(
@@ -69,6 +75,11 @@ class PagedCache:
         form: str = "",
     ) -> None:
         self.size, self.layers = size, tuple(layers)
+        if form and any(layer.places for layer in layers):
+            raise ConfigError(
+                f"inference.cache_format: {form} cannot keep the places that the model's keys "
+                "carry (ALiBi); leave cache_format out"
+            )
         kept = FORMATS.get(form, dtype)
 
         def memory(layer: LayerSpec, dtype: torch.dtype, *width: int) -> torch.Tensor:
@@ -139,6 +150,7 @@ class RaggedBatch:
         lengths: [sequences], int32: tokens in the cache after this forward.
         last: [rows], int64: tokens whose logits are wanted; of each sequence the last, or more.
         adapters: which tokens are computed with which adapter.
+        sources: of each sequence what an encoder reads, if one does.
     """
 
     tokens: torch.Tensor
@@ -149,6 +161,7 @@ class RaggedBatch:
     lengths: torch.Tensor
     last: torch.Tensor
     adapters: tuple[Group, ...] = ()
+    sources: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(
@@ -197,6 +210,7 @@ class RaggedBatch:
             if wanted is None
             else whole(_last(starts, wanted), torch.int64),
             adapters=adapters,
+            sources=tuple(table.source for table, _ in pieces if table.source),
         )
 
 

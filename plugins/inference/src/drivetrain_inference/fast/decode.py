@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -80,9 +80,10 @@ class _Decode:
         """The forward of ``batch``, captured; ``None`` if it cannot be."""
         # Tensors that outlive a block of inference mode may be written outside of it, too.
         with torch.inference_mode(False), torch.no_grad():
-            batch = replace(
-                batch, **{n: t.clone() for n, t in vars(batch).items() if n != "adapters"}
-            )
+            parts: dict[str, Any] = vars(batch)
+            tensors = (name for name, part in parts.items() if isinstance(part, torch.Tensor))
+            copies: dict[str, Any] = {name: parts[name].clone() for name in tensors}
+            batch = replace(batch, **copies)
             self = cls(model, cache, batch)
             self._fill(batch)
 

@@ -13,6 +13,7 @@ from torch import nn
 from drivetrain.contracts import AttentionFacts
 from drivetrain.errors import ConfigError
 from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
+from drivetrain_inference.models.inline import inline_modules, led, with_places, with_slopes
 
 if TYPE_CHECKING:
     from drivetrain_inference.models.shared import SharedTokens
@@ -27,6 +28,9 @@ class PagedAttention:
 
     The model's modules call it as they call any other; layers are told apart by the module that
     calls, in the order of the first run.
+
+    Attributes:
+        positions: [tokens] of the forward that runs, for modules that add ALiBi.
 
     Args:
         module: a model of Transformers, or one that looks its attention up as they do.
@@ -49,6 +53,8 @@ class PagedAttention:
         self.layers: list[LayerSpec] = []
         self._module, self._order = module, dict[nn.Module, int]()
         self._compute: Callable[..., torch.Tensor] = self._record
+        self._inline, self._placed = inline_modules(module), set[nn.Module]()
+        self.positions = torch.zeros(0)
         self._shared = shared is not None
         self._chain = self._innermost if shared is None else shared.around(self._innermost)
         AttentionInterface.register(self.name, self)
@@ -111,6 +117,16 @@ class PagedAttention:
         )
         return self._chain(module, query, key, value, facts), None
 
+    def _attend_inline(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        scale: float, places: torch.Tensor | None, slopes: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        if slopes is not None and places is not None:
+            self._placed.add(module)
+            key = with_places(key, places)
+            query = with_slopes(query, slopes.to(query.device), scale)
+        return self(module, query, key, value, None, scaling=scale)[0]
+
     def _innermost(
         self,
         module: nn.Module,
@@ -131,13 +147,15 @@ class PagedAttention:
         )
 
     def _run(self, compute: Callable[..., torch.Tensor], run: Callable[[], Any]) -> Any:
-        configs = {id(c): c for m in self._module.modules() if (c := getattr(m, "config", None))}
+        parts = () if self._inline else self._module.modules()  # their masks go by that name, too
+        configs = {id(c): c for m in parts if (c := getattr(m, "config", None))}
         before = [(config, config._attn_implementation) for config in _switched(configs.values())]
         self._compute = compute
         try:
             for config, _ in before:
                 config._attn_implementation_internal = self.name
-            return run()
+            with led(self._inline, self._attend_inline, lambda: self.positions):
+                return run()
         finally:
             self._compute = self._record
             for config, name in before:
@@ -152,7 +170,14 @@ class PagedAttention:
         self._order[module] = len(self.layers)
         sinks = facts.pop("sinks") is not None
         self.layers.append(
-            LayerSpec(key.shape[1], key.shape[3], value.shape[3], sinks=sinks, **facts)
+            LayerSpec(
+                key.shape[1],
+                key.shape[3],
+                value.shape[3],
+                sinks=sinks,
+                places=module in self._placed,
+                **facts,
+            )
         )
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 

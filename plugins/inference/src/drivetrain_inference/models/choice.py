@@ -21,6 +21,7 @@ from drivetrain_inference.cache.blocks import BlockTable
 from drivetrain_inference.cache.paged import LayerSpec, PagedCache, RaggedBatch
 from drivetrain_inference.fast.model import FastModel
 from drivetrain_inference.fast.structure import UnlikeError, recognise
+from drivetrain_inference.models.crossed import CrossedModel, is_crossed
 from drivetrain_inference.models.plain import PlainModel
 from drivetrain_inference.models.shared import SharedTokens
 
@@ -69,7 +70,7 @@ def choose(
     context: int,
     formats: Formats,
     shared: SharedTokens | None = None,
-) -> tuple[Model, PlainModel]:
+) -> tuple[Model, PlainModel | CrossedModel]:
     """The way to compute ``module``, and the plain way, which is checked in any case.
 
     Args:
@@ -84,6 +85,8 @@ def choose(
             path is wanted (by ``always``, or for a weight format) and cannot be had.
     """
     form = formats.blocks
+    if is_crossed(module):
+        return _crossed(module, fast_path, formats, shared)
     with _unrounded(module):  # it runs once, so that its attention is known
         plain = PlainModel(module, shared)
     try:
@@ -113,6 +116,60 @@ def choose(
     except BaseException:
         plain.close()
         raise
+
+
+def _crossed(
+    module: nn.Module, fast_path: FastPath, formats: Formats, shared: SharedTokens | None
+) -> tuple[Model, CrossedModel]:
+    for name, wanted in (
+        ("fast_path: always", fast_path == "always"),
+        ("weight_format", formats.blocks is not None),
+        ("batch_invariant", formats.batch_invariant),
+        ("sequence_parallel_size", shared is not None),
+    ):
+        if wanted:
+            raise ConfigError(f"{name} is not served with an encoder-decoder; leave it out")
+    model = CrossedModel(module)
+    try:
+        off = crossed_difference(model, _probe(module))
+        if not off <= _TOLERANCES.get(model.dtype, 2e-4):
+            raise ConfigError(
+                f"{type(module).__name__} gives other logits over a paged cache than by itself "
+                f"(off by {off:.2g} of their spread); it cannot be served so"
+            )
+    except BaseException:
+        model.close()
+        raise
+    return model, model
+
+
+def crossed_difference(model: CrossedModel, tokens: list[int]) -> float:
+    """:func:`difference` of an encoder-decoder: two sources, of which one comes in two pieces."""
+    size, start, target = 4, tokens[0], tokens[4:]
+    cache = PagedCache(model.layers, 16, size, dtype=model.dtype, device=model.device)
+    sources = [tuple(tokens[:7]), tuple(tokens[3:6])]
+    tables = [
+        BlockTable([5, 6, 7, 8, 9, 10], source=sources[0]),
+        BlockTable([11, 0, 3, 2], source=sources[1]),
+    ]
+    own = [start, *target]
+    texts = [[*sources[0], 0, *own], [*sources[1], 0, *own]]
+    wanted = [model.reference(list(source), own) for source in sources]
+    spread = float((wanted[0].amax(1) - wanted[0].amin(1)).max())
+    worst = 0.0
+    for ends in ((3, 0), (9, 5), (10, 8), (11, 9), (14, 12)):
+        pieces = []
+        for table, text, end in zip(tables, texts, ends, strict=True):
+            if end > table.length:
+                pieces.append((table, text[table.length : end]))
+        logits = model(cache, RaggedBatch.of(pieces, size, model.device))
+        for row, (table, new) in enumerate(pieces):
+            table.length += len(new)
+            number = tables.index(table)
+            at = table.length - (8, 4)[number] - 1
+            if at >= 0:
+                worst = max(worst, float((logits[row] - wanted[number][at]).abs().max() / spread))
+    return worst if torch.isfinite(torch.tensor(worst)) else float("inf")
 
 
 @contextmanager
@@ -179,12 +236,15 @@ def _fast(
     )
 
 
-def check_adapter(adapter: Adapter, model: Model, plain: PlainModel) -> None:
+def check_adapter(adapter: Adapter, model: Model, plain: PlainModel | CrossedModel) -> None:
     """Hold both ways with an adapter to the module's own code with it.
 
     Raises:
         ConfigError: they give other logits.
     """
+    if isinstance(plain, CrossedModel):
+        plain.check_adapter(adapter)
+        return
     tokens = _probe(plain.module)
     with _unrounded(plain.module):
         reference = plain.reference(tokens, adapter)

@@ -32,7 +32,8 @@ class PlainModel:
         self.module = module
         self._shared = shared
         self._attention = PagedAttention(module, shared)
-        self._picks = "logits_to_keep" in inspect.signature(module.forward).parameters
+        accepted = inspect.signature(module.forward).parameters
+        self._picks, self._places = "logits_to_keep" in accepted, "position_ids" in accepted
         weight = next(module.parameters())
         self.device = weight.device
         self.dtype = self._embedding_dtype(weight)
@@ -84,10 +85,13 @@ class PlainModel:
         options: dict[str, Any] = {"use_cache": False, "return_dict": True}
         if rows is not None and self._picks:
             options["logits_to_keep"] = rows
+        if self._places:
+            options["position_ids"] = positions[None]
+        self._attention.positions = positions
         training = self.module.training
         self.module.eval()
         try:
-            found = self.module(input_ids=tokens[None], position_ids=positions[None], **options)
+            found = self.module(input_ids=tokens[None], **options)
         finally:
             self.module.train(training)
         logits: torch.Tensor = found.logits[0]

@@ -21,10 +21,16 @@ class Sampler:
 
     Args:
         stop_tokens: the model's, which ``min_new_tokens`` forbids for a while.
+        ends: the first token of every result, and the one that ends those of full length; ``None``
+            for one that is chosen as any other.
     """
 
-    def __init__(self, stop_tokens: frozenset[int] = frozenset()) -> None:
-        self._stop_tokens = stop_tokens
+    def __init__(
+        self,
+        stop_tokens: frozenset[int] = frozenset(),
+        ends: tuple[int | None, int | None] = (None, None),
+    ) -> None:
+        self._stop_tokens, self._ends = stop_tokens, ends
 
     @torch.no_grad()
     def __call__(
@@ -56,7 +62,15 @@ class Sampler:
         params = sequence.params
         early = len(sequence.output) < params.min_new_tokens
         changes = params.repetition_penalty != 1 or params.no_repeat_ngram_size > 0
-        return changes or early or sequence.edit is not None
+        forced = self._forced(sequence) is not None
+        return changes or early or forced or sequence.edit is not None
+
+    def _forced(self, sequence: Sequence) -> int | None:
+        """The token that the model's config wants at this place."""
+        first, last = self._ends
+        if not sequence.output and first is not None:
+            return first
+        return last if len(sequence.output) == sequence.params.max_new_tokens - 1 else None
 
     def _choose(self, scores: torch.Tensor, sequence: Sequence) -> int:
         params = sequence.params
@@ -75,15 +89,19 @@ class Sampler:
     def _edited(self, scores: torch.Tensor, sequence: Sequence) -> torch.Tensor:
         params, scores = sequence.params, scores.clone()
         if params.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(sequence.tokens)), device=scores.device)
+            seen = torch.tensor(sorted(set(sequence.seen)), device=scores.device)
             old = scores[seen]
             factor = params.repetition_penalty
             scores[seen] = torch.where(old < 0, old * factor, old / factor)
         if params.no_repeat_ngram_size:
-            scores[repeating(sequence.tokens, params.no_repeat_ngram_size)] = float("-inf")
+            scores[repeating(sequence.seen, params.no_repeat_ngram_size)] = float("-inf")
         if len(sequence.output) < params.min_new_tokens:
             stops = {*params.stop_tokens, *(() if params.ignore_eos else self._stop_tokens)}
             scores[sorted(stops)] = float("-inf")
+        forced = self._forced(sequence)
+        if forced is not None:
+            scores = torch.full_like(scores, float("-inf"))
+            scores[forced] = 0
         if sequence.edit is not None:
             scores = sequence.edit(sequence.output, scores)
         return scores
