@@ -24,7 +24,7 @@ _STEP = 256
 
 
 Attends = Callable[..., torch.Tensor]
-"""Attention of a module: called with it, query, key and value [1, heads, tokens, dim], the factor of
+"""Attention of a module: called with it, query, key, value [1, heads, tokens, dim], the factor of
 scores, and places [tokens] and slopes [heads] or twice ``None``; into [1, tokens, heads, dim]."""
 
 Forward = Callable[..., tuple[torch.Tensor, None]]
