@@ -412,3 +412,31 @@ def check_copies() -> None:
 
 def test_copies_of_modules_are_cut_too() -> None:
     run_distributed(check_copies, 2)
+
+
+class Filled(nn.Module):
+    """Fills the parameters of its parts, which are cut by then, in its own constructor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(3, 2) for _ in range(2))
+        for number, part in enumerate(self.parts):
+            with whole(part.weight, write_rank=0), torch.no_grad():
+                part.weight[:1].fill_(number)
+                part.weight[1:].fill_(number + 0.5)
+        with whole(self.parts):
+            self.sums = [part.weight.sum().item() for part in self.parts]
+
+
+def filled_on_a_rank() -> None:
+    with Init():
+        module = Filled()
+    assert module.sums == [1.5, 7.5]
+    with whole(module):
+        for number, part in enumerate(module.parts):
+            expected = torch.tensor([[number] * 3, [number + 0.5] * 3])
+            assert torch.equal(part.weight, expected)
+
+
+def test_a_constructor_may_fill_what_it_gathers() -> None:
+    run_distributed(filled_on_a_rank, 2)

@@ -142,6 +142,14 @@ class InitParameter(WholeOnDemand):
         """Who sharded the parameter."""
         return self.shards.source
 
+    def gather(self, write_rank: int | None) -> None:
+        with torch._C.DisableTorchFunction():  # which would take this for a touch of a script's
+            super().gather(write_rank)
+
+    def release(self, write_rank: int | None) -> None:
+        with torch._C.DisableTorchFunction():
+            super().release(write_rank)
+
     def open(self) -> None:
         """Make the parameter whole for changes of any kind, until :meth:`close`. Collective."""
         if not self.gathered:
