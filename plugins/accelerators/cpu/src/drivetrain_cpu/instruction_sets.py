@@ -20,7 +20,7 @@ class InstructionSet:
     """One way to compile the kernels.
 
     Args:
-        name: ``avx512bf16``, ``avx512``, ``avx2``, ``neon`` or ``generic``.
+        name: ``amx``, ``avx512bf16``, ``avx512``, ``avx2``, ``neon`` or ``generic``.
         machines: values of ``platform.machine()`` it exists on; empty for all.
         features: flags that ``/proc/cpuinfo`` must list.
         flags: compiler flags.
@@ -38,15 +38,20 @@ _AVX512_FLAGS = (
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"),
     "-mprefer-vector-width=512",
 )
+# Products of bfloat16 pairs and of bytes, which only matrix products use. Every processor that has
+# the former has the latter.
+_PAIRS = _AVX512 | {"avx512_bf16", "avx512_vnni"}
+_PAIRS_FLAGS = (*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni")
 INSTRUCTION_SETS = (
-    # Products of bfloat16 pairs and of bytes, which only matrix products use. Every processor that
-    # has the former has the latter.
+    # Some functions are compiled for the matrix unit, and ask whether the process may use it. A
+    # compiler that does not know it leaves them out.
     InstructionSet(
-        "avx512bf16",
+        "amx",
         _X86,
-        _AVX512 | {"avx512_bf16", "avx512_vnni"},
-        (*_AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"),
+        _PAIRS | {"amx_tile", "amx_bf16", "amx_int8"},
+        (*_PAIRS_FLAGS, "-DDRIVETRAIN_AMX"),
     ),
+    InstructionSet("avx512bf16", _X86, _PAIRS, _PAIRS_FLAGS),
     InstructionSet("avx512", _X86, _AVX512, _AVX512_FLAGS),
     InstructionSet("avx2", _X86, frozenset({"avx2", "f16c"}), ("-mavx2", "-mf16c")),
     # Every 64-bit ARM processor has NEON, and compilers use it without being told.

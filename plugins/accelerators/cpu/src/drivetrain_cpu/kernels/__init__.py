@@ -47,6 +47,9 @@ SOURCES = (
     "collectives",
 )
 HEADERS = (
+    "amx",
+    "attention",
+    "attention_tiles",
     "bytes",
     "dtypes",
     "panels",

@@ -2,8 +2,11 @@
 // keys at a time, in the order of positions, so a query's result has the same bits in every batch.
 #include <cmath>
 #include <cstdlib>
-#include <limits>
+#include <new>
+#include <vector>
 
+#include "attention.h"
+#include "attention_tiles.h"
 #include "bytes.h"
 #include "team.h"
 
@@ -11,60 +14,13 @@ namespace drivetrain {
 namespace {
 
 constexpr int64_t kMostRows = 48;  // queries times heads of a tile
-constexpr int64_t kMostDim = 256;
 constexpr int64_t kWorthAThread = 1 << 18;  // products for which waking one more thread pays
-constexpr float kHidden = -std::numeric_limits<float>::infinity();
-
-// Layout shared with serving.py.
-struct Attention {
-  const void *query, *keys, *values;
-  const float *key_scales, *value_scales;  // of codes, one a token and head
-  const int32_t *tables, *starts, *lengths;
-  const float* sinks;
-  void* out;
-  int64_t query_stride, sequences, table_stride, heads, kv_heads, size, dim, value_dim, window;
-  float scale, softcap;
-  int32_t dtype, cache, threads;
-};
-
-struct Tile {
-  int64_t sequence, kv_head, first, tokens;
-};
 
 struct alignas(64) Scratch {
   float query[kMostRows * kMostDim], sums[kMostRows * kMostDim], scores[kMostRows * kPanel];
   float keys[kMostDim * kPanel], values[kMostDim * kPanel];
   float highest[kMostRows], weight[kMostRows], key_scales[kPanel], value_scales[kPanel];
 };
-
-#if defined(__AVX512F__)
-// 16 rows of 16 words, `stride` floats apart, as columns that are kPanel apart.
-void transpose16(const Floats* rows, float* to) {
-  __m512 a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
-    a[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
-  }
-  const auto pd = [](__m512 x) { return _mm512_castps_pd(x); };
-  for (int i = 0; i < 16; i += 4) {
-    b[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(a[i]), pd(a[i + 2])));
-    b[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(a[i]), pd(a[i + 2])));
-    b[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(a[i + 1]), pd(a[i + 3])));
-    b[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(a[i + 1]), pd(a[i + 3])));
-  }
-  // b[4 * g + c] holds column c of each 128-bit lane, of rows 4 * g to 4 * g + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512 even01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88);
-    const __m512 odd01 = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
-    const __m512 even23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
-    const __m512 odd23 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
-    _mm512_store_ps(to + c * kPanel, _mm512_shuffle_f32x4(even01, even23, 0x88));
-    _mm512_store_ps(to + (4 + c) * kPanel, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
-    _mm512_store_ps(to + (8 + c) * kPanel, _mm512_shuffle_f32x4(even01, even23, 0xdd));
-    _mm512_store_ps(to + (12 + c) * kPanel, _mm512_shuffle_f32x4(odd01, odd23, 0xdd));
-  }
-}
-#endif
 
 // `count` keys [count, dim] as a panel [dim, 32]; columns past `count` are 0.
 template <typename T>
@@ -137,7 +93,7 @@ float soften(float* scores, int64_t count, float softcap, float* highest, float*
 template <typename T, typename C>
 class TileOfQueries {
  public:
-  TileOfQueries(const Attention& a, const Tile& tile, Scratch& s)
+  TileOfQueries(const Attention& a, const Queries& tile, Scratch& s)
       : a_(a), tile_(tile), s_(s), group_(a.heads / a.kv_heads), rows_(tile.tokens * group_) {
     const int64_t new_tokens = a.starts[tile.sequence + 1] - a.starts[tile.sequence];
     position_ = a.lengths[tile.sequence] - new_tokens + tile.first;
@@ -174,8 +130,7 @@ class TileOfQueries {
   }
 
   void visit(int64_t from, int64_t count) {
-    const int64_t block = a_.tables[tile_.sequence * a_.table_stride + from / a_.size];
-    const int64_t at = (block * a_.kv_heads + tile_.kv_head) * a_.size + from % a_.size;
+    const int64_t at = a_.row_of(tile_.sequence, tile_.kv_head, from);
     keys_as_panel(static_cast<const C*>(a_.keys) + at * a_.dim, count, a_.dim, s_.keys);
     values_as_panels(static_cast<const C*>(a_.values) + at * a_.value_dim, count, a_.value_dim,
                      s_.values);
@@ -235,59 +190,82 @@ class TileOfQueries {
   }
 
   const Attention& a_;
-  const Tile tile_;
+  const Queries tile_;
   Scratch& s_;
   const int64_t group_, rows_;
   int64_t position_, wide_;
 };
 
+// Calls attend(queries, memory) for all of the list; false without memory.
+template <typename Memory, typename Attend>
+bool each_with(const std::vector<Queries>& list, int threads, const Attend& attend) {
+  std::atomic<bool> failed{false};
+  share_out(threads, static_cast<int64_t>(list.size()), 1, [&](Items& items) {
+    Memory* memory = static_cast<Memory*>(std::aligned_alloc(64, sizeof(Memory)));
+    if (memory == nullptr) {
+      failed = true;
+      return;
+    }
+    items.each([&](int64_t number) { attend(list[number], *memory); });
+    std::free(memory);
+  });
+  return !failed;
+}
+
+// All queries of a call, cut so that at most `rows` queries and heads pass together.
+std::vector<Queries> cut(const Attention& a, int64_t rows) {
+  const int64_t most = std::max<int64_t>(1, rows / (a.heads / a.kv_heads));
+  std::vector<Queries> list;
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    const int64_t count = a.starts[s + 1] - a.starts[s];
+    // The last ones are the longest, so they come first.
+    for (int64_t first = (count - 1) / most * most; count > 0 && first >= 0; first -= most) {
+      for (int64_t head = 0; head < a.kv_heads; ++head) {
+        list.push_back({s, head, first, std::min(most, count - first)});
+      }
+    }
+  }
+  return list;
+}
+
+int threads_for(const Attention& a) {
+  if (Team::led()) return a.threads;  // a team's threads are awake already
+  int64_t work = 0;
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    const int64_t count = a.starts[s + 1] - a.starts[s];
+    work += count * a.lengths[s] * a.heads * (a.dim + a.value_dim);
+  }
+  return static_cast<int>(std::clamp<int64_t>(work / kWorthAThread, 1, a.threads));
+}
+
+bool attend(const Attention& a) {
+#if defined(DRIVETRAIN_TILES)
+  if (TiledQueries::serve(a)) {
+    return each_with<TiledScratch>(
+        cut(a, kTiledRows), threads_for(a),
+        [&](const Queries& queries, TiledScratch& memory) { TiledQueries(a, queries, memory).run(); });
+  }
+#endif
+  return each_with<Scratch>(
+      cut(a, kMostRows), threads_for(a), [&](const Queries& queries, Scratch& memory) {
+        with_type(a.dtype, [&](auto element) {
+          using T = decltype(element);
+          if (a.cache == kCacheInt8) TileOfQueries<T, Int8>(a, queries, memory).run();
+          else if (a.cache == kCacheFloat8) TileOfQueries<T, Float8>(a, queries, memory).run();
+          else TileOfQueries<T, T>(a, queries, memory).run();
+        });
+      });
+}
+
 }  // namespace
 
 // Attention of the newest tokens of all sequences; 0, or 1 without memory.
 DRIVETRAIN_API int dt_paged_attention(const void* call) {
-  const Attention* a = static_cast<const Attention*>(call);
-  const int64_t group = a->heads / a->kv_heads;
-  const int64_t most = std::max<int64_t>(1, kMostRows / group);
-  int64_t tiles = 0, work = 0;
-  for (int64_t s = 0; s < a->sequences; ++s) {
-    const int64_t count = a->starts[s + 1] - a->starts[s];
-    tiles += (count + most - 1) / most * a->kv_heads;
-    work += count * a->lengths[s] * a->heads * (a->dim + a->value_dim);
+  try {
+    return attend(*static_cast<const Attention*>(call)) ? 0 : 1;
+  } catch (const std::bad_alloc&) {
+    return 1;
   }
-  // A team's threads are awake already.
-  const int64_t most_threads = Team::led() ? a->threads : work / kWorthAThread;
-  const int threads = static_cast<int>(std::clamp<int64_t>(most_threads, 1, a->threads));
-  Tile* list = static_cast<Tile*>(std::malloc(sizeof(Tile) * std::max<int64_t>(1, tiles)));
-  if (list == nullptr) return 1;
-  int64_t made = 0;
-  for (int64_t s = 0; s < a->sequences; ++s) {
-    const int64_t count = a->starts[s + 1] - a->starts[s];
-    // The last tiles are the longest, so they come first.
-    for (int64_t first = (count - 1) / most * most; count > 0 && first >= 0; first -= most) {
-      for (int64_t head = 0; head < a->kv_heads; ++head) {
-        list[made++] = Tile{s, head, first, std::min(most, count - first)};
-      }
-    }
-  }
-  std::atomic<bool> failed{false};
-  share_out(threads, made, 1, [&](Items& items) {
-    Scratch* scratch = static_cast<Scratch*>(std::aligned_alloc(64, sizeof(Scratch)));
-    if (scratch == nullptr) {
-      failed = true;
-      return;
-    }
-    items.each([&](int64_t t) {
-      with_type(a->dtype, [&](auto element) {
-        using T = decltype(element);
-        if (a->cache == kCacheInt8) TileOfQueries<T, Int8>(*a, list[t], *scratch).run();
-        else if (a->cache == kCacheFloat8) TileOfQueries<T, Float8>(*a, list[t], *scratch).run();
-        else TileOfQueries<T, T>(*a, list[t], *scratch).run();
-      });
-    });
-    std::free(scratch);
-  });
-  std::free(list);
-  return failed ? 1 : 0;
 }
 
 }  // namespace drivetrain

@@ -6,7 +6,9 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
+#include "amx.h"
 #include "dtypes.h"
 
 namespace drivetrain {
@@ -150,6 +152,15 @@ inline void rows_of_panel(const T* x, int64_t stride, int64_t words, const T* pa
 template <typename T, typename Take>
 inline void times_panel(const T* x, int64_t stride, int64_t rows, int64_t words, const T* panel,
                         const Take& take) {
+#if defined(DRIVETRAIN_TILES)
+  if constexpr (std::is_same_v<T, uint16_t>) {
+    if (tiles_allowed()) {
+      const int64_t bytes = stride * static_cast<int64_t>(sizeof(T));
+      tiles_times_panel<Numbers::kPairs, Floats>(x, bytes, rows, words, panel, take);
+      return;
+    }
+  }
+#endif
   int64_t row = 0;
   const auto shifted = [&](int r, const Floats* sums) { take(row + r, sums); };
   for (; row + kRows <= rows; row += kRows) {
