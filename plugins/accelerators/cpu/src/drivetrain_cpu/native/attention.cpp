@@ -2,6 +2,7 @@
 // keys at a time, in the order of positions, so a query's result has the same bits in every batch.
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -104,10 +105,14 @@ class TileOfQueries {
     begin();
     const int64_t end = position_ + tile_.tokens;
     int64_t from = a_.window > 0 ? std::max<int64_t>(0, position_ - a_.window + 1) : 0;
-    // Steps begin at multiples of their length, whatever the window, and stay inside of a block.
-    const int64_t step = std::min<int64_t>(kPanel, a_.size);
-    for (from = from / step * step; from < end; from += step) {
-      visit(from, std::min(step, std::min(end - from, a_.size - from % a_.size)));
+    // Steps begin at multiples of their length in a block, whatever the window, and stay inside of it.
+    const int64_t step = std::min<int64_t>(kPanel, a_.size), place = from % a_.size;
+    from += place / step * step - place;
+    while (from < end) {
+      const int64_t left = std::min(end - from, a_.size - from % a_.size);
+      const int64_t count = std::min(step, left);
+      visit(from, count);
+      from += count;
     }
     finish();
   }
@@ -201,13 +206,14 @@ template <typename Memory, typename Attend>
 bool each_with(const std::vector<Queries>& list, int threads, const Attend& attend) {
   std::atomic<bool> failed{false};
   share_out(threads, static_cast<int64_t>(list.size()), 1, [&](Items& items) {
-    Memory* memory = static_cast<Memory*>(std::aligned_alloc(64, sizeof(Memory)));
+    // Kept by the thread: the system would take so much memory back after each call, and clear it.
+    static thread_local std::unique_ptr<Memory> memory;
+    if (memory == nullptr) memory.reset(new (std::nothrow) Memory);
     if (memory == nullptr) {
       failed = true;
       return;
     }
     items.each([&](int64_t number) { attend(list[number], *memory); });
-    std::free(memory);
   });
   return !failed;
 }

@@ -94,8 +94,13 @@ class TiledQueries {
   void visit(int64_t from, int64_t count) {
     const int64_t padded = (count + kPanel - 1) / kPanel * kPanel;
     find(from, count, padded);
+    // Values are wanted after all products of keys: the memory brings them meanwhile.
+    for (int64_t j = 0; j < count; ++j) {
+      for (int64_t i = 0; i < a_.value_dim; i += 32) {
+        __builtin_prefetch(s_.value_rows[j] + i, 0, 2);
+      }
+    }
     for (int64_t key = 0; key < padded; key += kPanel) keys_as_panel(key);
-    for (int64_t key = 0; key < padded; key += 2) values_as_pairs(key);
     for (int64_t row = 0; row < rows_; row += kBlock) {
       const char* query = reinterpret_cast<const char*>(s_.query + row * a_.dim);
       for (int64_t key = 0; key < padded; key += kPanel) {
@@ -106,6 +111,7 @@ class TiledQueries {
       }
     }
     for (int64_t row = 0; row < rows_; ++row) weigh(row, from, count, padded);
+    for (int64_t key = 0; key < padded; key += 2) values_as_pairs(key);
     for (int64_t row = 0; row < rows_; row += kBlock) {
       const char* weights = reinterpret_cast<const char*>(s_.weights + row * kTiledKeys);
       for (int64_t column = 0; column < a_.value_dim; column += kPanel) {
@@ -119,14 +125,16 @@ class TiledQueries {
 
   // Where keys and values lie; those past the last are zeros.
   void find(int64_t from, int64_t count, int64_t padded) {
-    for (int64_t j = 0; j < padded; ++j) {
-      const bool there = j < count;
-      const int64_t at = there ? a_.row_of(q_.sequence, q_.kv_head, from + j) : 0;
-      const uint16_t* key = static_cast<const uint16_t*>(a_.keys) + at * a_.dim;
-      const uint16_t* value = static_cast<const uint16_t*>(a_.values) + at * a_.value_dim;
-      s_.key_rows[j] = there ? key : s_.nothing;
-      s_.value_rows[j] = there ? value : s_.nothing;
+    int64_t at = a_.row_of(q_.sequence, q_.kv_head, from), left = a_.size - from % a_.size;
+    for (int64_t j = 0; j < count; ++j, ++at, --left) {
+      if (left == 0) {
+        at = a_.row_of(q_.sequence, q_.kv_head, from + j);
+        left = a_.size;
+      }
+      s_.key_rows[j] = static_cast<const uint16_t*>(a_.keys) + at * a_.dim;
+      s_.value_rows[j] = static_cast<const uint16_t*>(a_.values) + at * a_.value_dim;
     }
+    for (int64_t j = count; j < padded; ++j) s_.key_rows[j] = s_.value_rows[j] = s_.nothing;
   }
 
   // 32 keys from `key` on as a panel of pairs [dim / 2, 32, 2].

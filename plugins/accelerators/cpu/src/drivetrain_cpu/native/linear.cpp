@@ -7,13 +7,16 @@
 namespace drivetrain {
 namespace {
 
-// Rows that stay in the second-level cache while panels pass. Where the matrix unit multiplies, panels
-// have to come from farther away less often.
+// Rows that pass a panel together: they stay in the second-level cache while panels pass. Where the
+// matrix unit multiplies, that is the larger part of it, as panels have to come from farther away.
+inline int64_t rows_together(int64_t rows, [[maybe_unused]] int64_t bytes_of_row) {
+  int64_t most = 96;
 #if defined(DRIVETRAIN_TILES)
-constexpr int64_t kChunk = 256;
-#else
-constexpr int64_t kChunk = 96;
+  most = std::max(most, (1 << 20) / std::max<int64_t>(1, bytes_of_row));
 #endif
+  const int64_t parts = std::max<int64_t>(1, (rows + most - 1) / most);
+  return std::max<int64_t>(1, ((rows + parts - 1) / parts + 31) / 32 * 32);
+}
 
 template <typename T>
 void store_panel(const Floats* sums, const T* bias, T* to, int64_t columns) {
@@ -37,16 +40,20 @@ template <typename T>
 void packed(const T* x, const T* panels, const T* bias, T* y, int64_t rows, int64_t inputs,
             int64_t outputs, int threads) {
   const int64_t words = inputs / kWord<T>, number_of_panels = (outputs + kPanel - 1) / kPanel;
-  const int64_t items = number_of_panels * ((rows + kChunk - 1) / kChunk);
+  const int64_t together = rows_together(rows, inputs * static_cast<int64_t>(sizeof(T)));
+  const int64_t items = number_of_panels * ((rows + together - 1) / together);
   for_each_item(threads, items, run_of(items, threads), [&](int64_t item) {
-    const int64_t first = item / number_of_panels * kChunk, p = item % number_of_panels;
-    const int64_t here = std::min(kChunk, rows - first), column = p * kPanel;
+    const int64_t first = item / number_of_panels * together, p = item % number_of_panels;
+    const int64_t here = std::min(together, rows - first), column = p * kPanel;
     const int64_t columns = std::min<int64_t>(kPanel, outputs - column);
     const T* begin = bias == nullptr ? nullptr : bias + column;
-    times_panel(x + first * inputs, inputs, here, words, panels + p * words * kPanel * kWord<T>,
-                [&](int64_t row, const Floats* sums) {
-                  store_panel(sums, begin, y + (first + row) * outputs + column, columns);
-                });
+    const T* panel = panels + p * words * kPanel * kWord<T>;
+    const auto take = [&](int64_t row, const Floats* sums) {
+      store_panel(sums, begin, y + (first + row) * outputs + column, columns);
+    };
+    const bool last = p + 1 == number_of_panels;
+    times_panel(x + first * inputs, inputs, here, words, panel, take,
+                last ? nullptr : panel + words * kPanel * kWord<T>);
   });
 }
 
