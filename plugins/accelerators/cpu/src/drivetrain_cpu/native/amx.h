@@ -139,19 +139,10 @@ DRIVETRAIN_FOR_TILES void block_of_rows(const char* x, int64_t stride, int64_t w
   }
 }
 
-// Asks the memory for part `part` of `parts` of a panel.
-inline void ask_for(const char* panel, int64_t words, int64_t part, int64_t parts) {
-  const int64_t bytes = words * kPanelLine, begin = bytes * part / parts / 64 * 64;
-  for (int64_t at = begin; at < bytes * (part + 1) / parts; at += 64) {
-    __builtin_prefetch(panel + at, 0, 2);
-  }
-}
-
-// Calls take(row, the 32 sums of its columns) for all rows; they are of 32 bits each. `next` is the
-// panel that comes after this one, or null.
+// Calls take(row, the 32 sums of its columns) for all rows; they are of 32 bits each.
 template <Numbers kNumbers, typename Sums, typename Take>
 void tiles_times_panel(const void* x, int64_t stride, int64_t rows, int64_t words, const void* panel,
-                       const void* next, const Take& take) {
+                       const Take& take) {
   alignas(64) Sums sums[kBlock][kPanelLine / sizeof(Sums)];
   const char* from = static_cast<const char*>(x);
   const char* columns = static_cast<const char*>(panel);
@@ -166,9 +157,6 @@ void tiles_times_panel(const void* x, int64_t stride, int64_t rows, int64_t word
     if (here != shaped) shape_tiles(first, second);
     shaped = here;
     const char* at = from + row * stride;
-    if (next != nullptr) {
-      ask_for(static_cast<const char*>(next), words, row / kBlock, (rows + kBlock - 1) / kBlock);
-    }
     if (second > 0) {
       block_of_rows<kNumbers, true, false>(at, stride, words, columns, sums, kPanelLine, last, here);
     } else {

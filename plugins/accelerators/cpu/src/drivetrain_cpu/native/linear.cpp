@@ -51,9 +51,7 @@ void packed(const T* x, const T* panels, const T* bias, T* y, int64_t rows, int6
     const auto take = [&](int64_t row, const Floats* sums) {
       store_panel(sums, begin, y + (first + row) * outputs + column, columns);
     };
-    const bool last = p + 1 == number_of_panels;
-    times_panel(x + first * inputs, inputs, here, words, panel, take,
-                last ? nullptr : panel + words * kPanel * kWord<T>);
+    times_panel(x + first * inputs, inputs, here, words, panel, take);
   });
 }
 

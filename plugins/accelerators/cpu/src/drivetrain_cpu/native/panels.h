@@ -148,16 +148,15 @@ inline void rows_of_panel(const T* x, int64_t stride, int64_t words, const T* pa
   for (int r = 0; r < R; ++r) take(r, sums[r]);
 }
 
-// Calls take(row, sums of its 32 columns) for all rows. `next` is the panel that comes after this
-// one, or null; the memory may be asked for it.
+// Calls take(row, sums of its 32 columns) for all rows.
 template <typename T, typename Take>
 inline void times_panel(const T* x, int64_t stride, int64_t rows, int64_t words, const T* panel,
-                        const Take& take, [[maybe_unused]] const T* next = nullptr) {
+                        const Take& take) {
 #if defined(DRIVETRAIN_TILES)
   if constexpr (std::is_same_v<T, uint16_t>) {
     if (tiles_allowed()) {
       const int64_t bytes = stride * static_cast<int64_t>(sizeof(T));
-      tiles_times_panel<Numbers::kPairs, Floats>(x, bytes, rows, words, panel, next, take);
+      tiles_times_panel<Numbers::kPairs, Floats>(x, bytes, rows, words, panel, take);
       return;
     }
   }
