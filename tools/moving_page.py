@@ -64,6 +64,9 @@ warns and names it.
   `ds_tensor` (this rank's part, for reading), and nothing else of the kind. They show their whole
   shape at all times; `deepspeed.zero.GatheredParameters` makes them whole. In
   `module.state_dict()` they have shapes, but values are refused.
+- **`stage3_param_persistence_threshold`** is compared with the size of a unit, which is gathered
+  as one, where DeepSpeed compares it with each parameter: a bias beside a large weight does not
+  stay whole, and its `ds_persist` is false.
 - **`DeepSpeedTransformerLayer`** computes GELU by the error function, as BERT does. What makes its
   sums faster or its seed and batch size fixed in DeepSpeed is accepted without effect.
 - **A Trainer of Transformers trains once**, with DeepSpeed and here: its second `train()` uses an
