@@ -18,6 +18,23 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from drivetrain.errors import ConfigError
 from drivetrain.plan.plan import Plan
 
+PRUNES_ALL = {
+    "compression_training": {
+        "sparse_pruning": {
+            "shared_parameters": {
+                "enabled": True,
+                "method": "snip_momentum",
+                "schedule_offset": 1,
+                "schedule_offset_end": 3,
+                "dense_ratio": 0.4,
+                "block_pattern": "4x1",
+            },
+            "different_groups": {},
+        }
+    }
+}
+"""This method needs no groups: without any it prunes the whole model."""
+
 
 @pytest.mark.parametrize(
     ("given", "expected"),
@@ -111,6 +128,7 @@ from drivetrain.plan.plan import Plan
             },
             {"compression_training": {}},
         ),
+        (PRUNES_ALL, PRUNES_ALL),
     ],
 )
 def test_what_a_config_becomes(given, expected):

@@ -177,6 +177,12 @@ def test_a_token_counts_at_most_as_much_as_64_of_median_size():
     torch.testing.assert_close(seen.gram, 2 / 33 * most.T @ most)
     assert seen.top.max() == x.abs().max()  # sizes are as they came
     assert torch.equal(seen.kept, x)
+    written = x.clone()
+    seen.add(written)
+    written.zero_()  # as a layer may that computes in place
+    assert torch.equal(seen.kept[33:], x)
+    seen = Inputs(8, x.device, gram=True, keep=True)
+    seen.add(x)
     for _ in range(40):
         seen.add(x.repeat(4, 1))
     assert len(seen.kept) < 512 + 64

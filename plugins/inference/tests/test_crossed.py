@@ -199,3 +199,19 @@ def test_positions_that_a_model_counts_itself_are_refused():
     model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
     with pytest.raises(ConfigError, match="gives other logits over a paged cache"):
         serve(model, {"inference": SMALL})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_a_request_allows_goes_before_a_forced_token(temperature):
+    """Its first and last tokens are forced to 5 and 7, which are not allowed."""
+    allowed = {10, 11}
+
+    def edit(_tokens, scores):
+        barred = [token for token in range(len(scores)) if token not in allowed]
+        scores[barred] = float("-inf")
+        return scores
+
+    params = SamplingParams(max_new_tokens=4, temperature=temperature, edit=lambda: edit)
+    with serve(model_of("bart, forced ends"), {"inference": SMALL}) as engine:
+        ((found,),) = engine.generate([sources()[3]], params)
+    assert set(found.tokens) <= allowed

@@ -228,7 +228,11 @@ def _compression(done: Translation) -> None:
     methods = done.config.get("compression_training")
     methods = methods if isinstance(methods, dict) else {}
     for name, method in list(methods.items()):
-        if isinstance(method, dict) and method.get("different_groups") == {}:
+        if not isinstance(method, dict) or method.get("different_groups") != {}:
+            continue
+        shared = method.get("shared_parameters")
+        prunes_all = isinstance(shared, dict) and shared.get("method") == "snip_momentum"
+        if not prunes_all:
             del methods[name]
             done.notes.append(
                 f"compression_training.{name}: no effect, its different_groups is empty"

@@ -103,7 +103,8 @@ class Inputs:
         part = int(apart and len(self._grams) > 1)
         self._counts[part] += len(x)
         if self._keep and sum(map(len, self._rows)) < _KEPT:
-            self._rows.append(x[:: -(-len(x) // _KEPT_OF_BATCH)].float())
+            rows = x[:: -(-len(x) // _KEPT_OF_BATCH)]
+            self._rows.append(rows.to(torch.float32, copy=True))  # a layer may write into its input
         if self._grams:
             even = _evened(x)
             with exact_products() if x.dtype == torch.bfloat16 else nullcontext():

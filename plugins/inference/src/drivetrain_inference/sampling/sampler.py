@@ -98,12 +98,13 @@ class Sampler:
         if len(sequence.output) < params.min_new_tokens:
             stops = {*params.stop_tokens, *(() if params.ignore_eos else self._stop_tokens)}
             scores[sorted(stops)] = float("-inf")
-        forced = self._forced(sequence)
-        if forced is not None:
-            scores = torch.full_like(scores, float("-inf"))
-            scores[forced] = 0
         if sequence.edit is not None:
             scores = sequence.edit(sequence.output, scores)
+        forced = self._forced(sequence)
+        # What a request allows (a grammar) is its promise; the config's token only a habit.
+        if forced is not None and (sequence.edit is None or bool(torch.isfinite(scores[forced]))):
+            scores = torch.full_like(scores, float("-inf"))
+            scores[forced] = 0
         return scores
 
 
