@@ -18,6 +18,13 @@ CPU = torch.device("cpu")
 NOT_BIT_EQUAL_TO_TORCH = {"adam", "adagrad", "lamb", "norm_squared"}
 
 
+PATHS = [
+    pytest.param(each.name, marks=pytest.mark.long if place > 1 else ())
+    for place, each in enumerate(runnable())
+]
+"""The best two here, each some twenty seconds of a compiler; others are long."""
+
+
 def functions_of(path, monkeypatch):
     monkeypatch.setenv(instruction_sets.VARIABLE, path)
     provider = Provider("drivetrain-cpu", "0", "cpu")
@@ -47,7 +54,7 @@ def assert_same(first, second, message):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=message)
 
 
-@pytest.mark.parametrize("path", [each.name for each in runnable()])
+@pytest.mark.parametrize("path", PATHS)
 def test_a_path_returns_the_bits_of_the_generic_path_and_of_the_reference(path, monkeypatch):
     functions, generic = functions_of(path, monkeypatch), functions_of("generic", monkeypatch)
     assert set(functions) == {op.name for op in ops()}
@@ -72,7 +79,7 @@ def special_values():
     return values.to(torch.int32).view(torch.float32).repeat(17)[:-3]
 
 
-@pytest.mark.parametrize("path", [each.name for each in runnable()])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("seed", [None, 7])
 def test_special_values_are_rounded_as_the_reference_rounds_them(path, seed, monkeypatch):
     native, values = functions_of(path, monkeypatch)["sgd"], special_values()
@@ -148,6 +155,7 @@ def test_every_arm_processor_runs_neon(monkeypatch):
     assert [path.name for path in runnable()] == ["neon", "generic"]
 
 
+@pytest.mark.long
 def test_every_path_that_compiles_here_builds():
     for path in compilable():
         assert kernel_library(path).ensure_built().exists()

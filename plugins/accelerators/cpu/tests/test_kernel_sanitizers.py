@@ -20,7 +20,7 @@ from drivetrain_cpu.openmp import share_openmp
 from drivetrain_kernels import ops
 from drivetrain_kernels.native import NativeLibrary
 
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1")
 library = NativeLibrary(
     f"drivetrain_cpu_{selected().name}_sanitized",
     [NATIVE / f"{name}.cpp" for name in SOURCES],

@@ -25,9 +25,10 @@ def test_float64_is_left_to_the_reference():
 
 
 def test_the_report_names_the_kernels_that_calls_reach():
-    rows = dict(report_rows("cpu"))
-    (label,) = [label for label in rows if label.startswith("kernels for cpu: drivetrain-cpu")]
-    assert rows[label].startswith("adagrad, adam, add_rms_norm, block_linear, block_sparse_")
-    assert f"drivetrain_cpu_{selected().name}" in rows[label]
+    rows = [
+        row for row in report_rows("cpu") if row[0].startswith("kernels for cpu: drivetrain-cpu")
+    ]
+    said = ", ".join(text for _, text in rows)  # one row of what was built, one of what was there
+    assert f"drivetrain_cpu_{selected().name}" in said
     for found in implementations(["cpu"]):
-        assert found.op in rows[label]
+        assert found.op in said
