@@ -76,6 +76,23 @@ def test_without_prefix_caching_nothing_is_shared():
     assert manager.begin(list(range(9))).blocks == []
 
 
+def test_blocks_of_a_source_are_found_only_once_all_of_it_is_encoded():
+    manager = BlockManager(8, 4)
+    source = tuple(range(1, 7))  # it takes two blocks, of which the second is not full
+    room, decoder = [*source, 0, 0], [20, 21, 22, 23, 24]
+    whole = [*room, *decoder]
+    table = manager.begin(whole, source=source)
+    manager.extend(table, 4)
+    manager.commit(table, room[:4])  # an encoder that sees both ways has nothing to write yet
+    early = manager.begin(whole, source=source)
+    assert (early.blocks, early.length) == ([], 0)
+    manager.extend(table, 9)
+    manager.commit(table, whole)
+    late = manager.begin(whole, source=source)
+    assert (late.blocks, late.length) == (table.blocks[:3], 12)
+    manager.check([table, early, late])
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_random_use_keeps_the_books(seed):
     draw, manager = random.Random(seed), BlockManager(24, 4)
