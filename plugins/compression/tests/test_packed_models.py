@@ -190,8 +190,9 @@ def test_tokens_that_end_a_text_come_from_the_generation_config(float_folder, tm
     )
     folder = shutil.copytree(float_folder, tmp_path / "copy")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 77]}))
-    with inference.serve(folder, {"inference": {"max_context": 32}}) as engine:
-        assert 77 in engine.stop_tokens
+    for model in (folder, load_packed(folder)):
+        with inference.serve(model, {"inference": {"max_context": 32}}) as engine:
+            assert 77 in engine.stop_tokens
 
 
 @pytest.mark.parametrize("layout", ["compressed-tensors", "drivetrain"])

@@ -23,6 +23,7 @@ from drivetrain_compression.stored.linear import StoredLinear
 from drivetrain_compression.stored.weight import StoredWeight
 
 _CONFIG = "config.json"
+_GENERATION = "generation_config.json"
 
 
 def load_packed(
@@ -64,6 +65,7 @@ def load_packed(
             for name in tensors.keys() - packed.keys():
                 fill.plain(name, tensors[name])
     fill.check(folder)
+    _take_generation_config(module, folder)
     return module.eval()
 
 
@@ -185,6 +187,16 @@ def _parts(folder: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         yield file.name, tensors
         del tensors  # before the next file's are read
+
+
+def _take_generation_config(module: nn.Module, folder: Path) -> None:
+    """Give ``module`` what the folder says of generation, such as all tokens that end a text."""
+    from transformers import GenerationConfig
+
+    if (folder / _GENERATION).exists():
+        with reading(folder, _GENERATION):
+            found = GenerationConfig.from_dict(_json(folder / _GENERATION))
+        module.generation_config = found  # type: ignore[assignment]
 
 
 def _json(path: Path) -> dict[str, Any]:
