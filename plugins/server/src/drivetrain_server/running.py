@@ -8,9 +8,9 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from types import TracebackType
+from types import FrameType, TracebackType
 
 import uvicorn
 
@@ -62,7 +62,7 @@ async def serve(
             timeout_graceful_shutdown=int(settings.drain_seconds),
             backlog=2048,
         )
-        server = uvicorn.Server(config)
+        server = _Server(config, router.close)
         begun(server, _url(settings, listening), router)
         await server.serve(sockets=[listening])
     finally:
@@ -70,6 +70,32 @@ async def serve(
         await router.close()
         if renderer is not None:
             await renderer.close()
+
+
+class _Server(uvicorn.Server):
+    """Lets requests finish at the first signal, and at a second one ends them, whichever it is.
+
+    Args:
+        config: of uvicorn.
+        ended: called when requests have ended. Signals are raised again right after, which ends
+            this process, so nothing that has to be done may come later.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, ended: Callable[[], Coroutine[None, None, None]]
+    ) -> None:
+        super().__init__(config)
+        self._ended = ended
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Note a signal."""
+        self.force_exit = self.should_exit
+        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for requests, and then end what has computed them."""
+        await super().shutdown(sockets)
+        await self._ended()
 
 
 class Server:

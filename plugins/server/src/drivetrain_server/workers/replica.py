@@ -148,6 +148,8 @@ class Replica:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), _GRACE)
             self._kill()
+            with contextlib.suppress(TimeoutError):  # only the system can keep it alive now
+                await asyncio.wait_for(process.wait(), _GRACE)
         self._life.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._life
