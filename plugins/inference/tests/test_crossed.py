@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from drivetrain_inference import SamplingParams, serve
+from drivetrain_inference import SamplingParams, engine_for, serve
 
 from drivetrain.errors import ConfigError
 
@@ -148,7 +148,7 @@ def test_guesses_change_nothing():
 def test_a_folder_of_an_encoder_decoder_is_served_with_its_encoder(tmp_path):
     model, params = model_of("bart"), SamplingParams(max_new_tokens=NEW)
     model.save_pretrained(tmp_path)
-    with serve(tmp_path, {"inference": SMALL}) as engine:
+    with engine_for(tmp_path, {"inference": SMALL}) as engine:
         results = engine.generate(sources(), params)
     for source, (result,) in zip(sources(), results, strict=True):
         assert list(result.tokens) == expected(model, source)[0]

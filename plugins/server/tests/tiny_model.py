@@ -7,7 +7,13 @@ import json
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 SPECIAL = ("<|end|>", "<|start|>")
 TEMPLATE = (
@@ -48,6 +54,24 @@ def write(folder, *, layers: int = 2, seed: int = 0, **options):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def write_crossed(folder):
+    """Write a T5 with the same tokenizer, and return the folder."""
+    words = tokenizer()
+    words.chat_template = None
+    config = T5Config(
+        vocab_size=len(words), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        pad_token_id=1, eos_token_id=0, decoder_start_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(config)
+        for each in model.parameters():
+            each.data.add_(torch.randn_like(each) * 0.2)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

@@ -43,7 +43,7 @@ def engine_for(
     """What serves a folder or file: an engine that generates, or an encoder.
 
     A folder of sentence-transformers, and one whose architecture is not among Transformers' causal
-    language models, is an encoder.
+    language models and those from text to text with an encoder, is an encoder.
 
     Raises:
         ConfigError: the model cannot be served, or the config is wrong.
@@ -58,7 +58,7 @@ def is_encoder(path: Path) -> bool:
     if (path / "modules.json").is_file():
         return True
     architecture = _architecture(path)
-    return architecture is not None and architecture not in _causal()
+    return architecture is not None and architecture not in _causal() | _crossed()
 
 
 def load_encoder(
@@ -164,8 +164,18 @@ def _causal() -> set[str]:
     """Names of Transformers' classes of causal language models."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    return _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _crossed() -> set[str]:
+    """Names of Transformers' classes that make text of what an encoder has read."""
+    from transformers.models.auto import modeling_auto
+
+    return _names(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _names(table: Mapping[str, str | tuple[str, ...]]) -> set[str]:
     found: set[str] = set()
-    table: Mapping[str, str | tuple[str, ...]] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     for names in table.values():
         found.update([names] if isinstance(names, str) else names)
     return found
