@@ -153,6 +153,27 @@ def test_another_job_does_not_go_on_with_what_is_there(tmp_path):
         compress(tmp_path / "model", GPTQ, rows(), tmp_path / "there")
 
 
+@pytest.mark.parametrize("from_folder", [True, False])
+def test_other_weights_do_not_go_on_with_what_is_there(tmp_path, from_folder):
+    """Of the same class, in the same folder."""
+
+    def model(seed):
+        found = llama()
+        torch.nn.init.normal_(found.model.layers[1].mlp.up_proj.weight, 0, 0.1 * seed)
+        if not from_folder:
+            return found
+        found.save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    def dying(what, done, total):
+        raise Killed
+
+    with pytest.raises(Killed):
+        compress(model(1), GPTQ, rows(), tmp_path / "out", report=dying)
+    with pytest.raises(ConfigError, match="another job"):
+        compress(model(2), GPTQ, rows(), tmp_path / "out")
+
+
 def test_padding_does_not_count():
     ids = torch.cat(rows(4))
     padded = torch.cat([ids, torch.zeros(4, 8, dtype=torch.int64)], 1)

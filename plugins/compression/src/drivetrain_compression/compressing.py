@@ -74,8 +74,8 @@ def compress(
 ) -> dict[str, Any]:
     """Compress ``model`` into the folder ``out``, with one of its blocks in memory at a time.
 
-    The folder appears when it is complete. After a kill the same call goes on with the block at
-    which it was; what is finished until then lies in ``OUT.partial``.
+    The folder appears when it is complete. After a kill the same call, with the same weights, goes
+    on with the block at which it was; what is finished until then lies in ``OUT.partial``.
 
     Args:
         model: a folder of Transformers with safetensors files; a GGUF file or a module, which are
@@ -105,6 +105,7 @@ def compress(
         batches = _batches(data, source, samples, length, rows)
         job = {
             "model": str(source.folder or type(source.module).__name__),
+            "weights": source.fingerprint(),
             "modifiers": [
                 {type(m).__name__: m.config.model_dump(mode="json")} for m in made.modifiers
             ],

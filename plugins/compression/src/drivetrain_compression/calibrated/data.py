@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def as_batches(data: Iterable[Any]) -> list[Batch]:
     return found
 
 
-def print_of(batches: Sequence[Batch]) -> str:
+def print_of(batches: Sequence[Mapping[str, Any]]) -> str:
     """A hash of all tensors."""
     found = hashlib.sha256()
     for batch in batches:
@@ -75,7 +75,8 @@ def print_of(batches: Sequence[Batch]) -> str:
             value = batch[name]
             if isinstance(value, torch.Tensor):
                 found.update(f"{name}{list(value.shape)}{value.dtype}".encode())
-                found.update(bytes(value.detach().contiguous().view(torch.uint8).numpy().data))
+                flat = value.detach().cpu().contiguous().reshape(-1)
+                found.update(bytes(flat.view(torch.uint8).numpy().data))
     return found.hexdigest()
 
 

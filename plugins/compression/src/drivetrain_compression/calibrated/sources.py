@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -16,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from drivetrain.contracts import Box, Fragment
 from drivetrain.errors import ConfigError
 from drivetrain.modules.weights import Weights, weights_at
+from drivetrain_compression.calibrated.data import print_of
 
 
 class Source(ABC):
@@ -40,6 +43,10 @@ class Source(ABC):
     @abstractmethod
     def drop(self, names: Iterable[str]) -> None:
         """Free what :meth:`load` brought."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """What differs for other weights, whatever they are called."""
 
     def untie(self, name: str) -> None:
         """Give the loaded parameter ``name`` values of its own, if another one shares them."""
@@ -72,6 +79,9 @@ class InMemory(Source):
 
     def drop(self, names: Iterable[str]) -> None:
         return
+
+    def fingerprint(self) -> str:
+        return print_of([self.module.state_dict()])
 
 
 class OnDisk(Source):
@@ -133,6 +143,16 @@ class OnDisk(Source):
                 continue
             part, attribute, _ = self._places[key][0]
             self._set(key, getattr(part, attribute).detach().to("meta"))
+
+    def fingerprint(self) -> str:
+        # Not their contents, as reading a large model once more takes minutes.
+        assert self.folder is not None
+        files = [
+            (each.name, each.stat().st_size, each.stat().st_mtime_ns)
+            for each in sorted(self.folder.iterdir())
+            if each.is_file()
+        ]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
     def _read(self, name: str, like: torch.Tensor) -> torch.Tensor:
         new = torch.empty(like.shape, dtype=like.dtype)
