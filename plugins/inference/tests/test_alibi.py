@@ -23,7 +23,9 @@ def test_keys_and_queries_carry_slope_times_place(dtype, bound):
 
 
 def test_a_cache_of_codes_is_refused():
-    with pytest.raises(ConfigError, match=r"cache_format: int8 cannot keep the places"):
+    with pytest.raises(
+        ConfigError, match=r"cache_format: int8 is not served with keys that carry their places"
+    ):
         serve(decoder("bloom, alibi"), {"inference": {"cache_format": "int8"}})
 
 

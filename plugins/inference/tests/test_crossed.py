@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from drivetrain_inference import SamplingParams, engine_for, serve
+from drivetrain_inference.scripts import init_inference
 
 from drivetrain.errors import ConfigError
 
@@ -215,3 +216,88 @@ def test_what_a_request_allows_goes_before_a_forced_token(temperature):
     with serve(model_of("bart, forced ends"), {"inference": SMALL}) as engine:
         ((found,),) = engine.generate([sources()[3]], params)
     assert set(found.tokens) <= allowed
+
+
+def test_what_cannot_be_served_beside_an_encoder_is_said_at_once(tmp_path):
+    model = model_of("t5")
+    with pytest.raises(ConfigError, match="cache_format: int8 is not served with an encoder-dec"):
+        serve(model, {"inference": {**SMALL, "cache_format": "int8"}})
+    model.save_pretrained(tmp_path)
+    guesser = {"speculative_tokens": 2, "speculative_model": str(tmp_path)}
+    with pytest.raises(ConfigError, match="speculative_model: models do not guess"):
+        serve(model, {"inference": {**SMALL, **guesser}})
+
+
+def test_models_whose_encoder_says_more_are_refused_by_name():
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=2,
+        num_heads=4, num_experts=2, decoder_start_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    known = set(transformers.AttentionInterface._global_mapping)
+    with pytest.raises(ConfigError, match="SwitchTransformersForConditionalGeneration cannot be"):
+        serve(model, {"inference": SMALL})
+    assert set(transformers.AttentionInterface._global_mapping) == known
+
+
+def test_a_put_that_is_refused_keeps_no_block():
+    with serve(model_of("t5"), {"inference": SMALL}) as engine:
+        free = engine.ragged.free_blocks
+        with pytest.raises(ConfigError, match="put gives none"):
+            engine.put([1], [[5, 6, 7]])
+        assert (engine.ragged.free_blocks, engine.ragged.tables) == (free, {})
+
+
+def test_tokens_that_a_config_forbids_are_never_chosen():
+    """As Marian's padding, which its own bias would choose."""
+    model, source = model_of("marian"), sources()[3]
+    model.final_logits_bias[0, 9] = 50.0
+    with serve(model, {"inference": SMALL}) as engine:
+        ((free,),) = engine.generate([source], SamplingParams(max_new_tokens=NEW))
+    assert set(free.tokens) == {9}
+    model.generation_config.bad_words_ids = [[9]]
+    with serve(model, {"inference": SMALL}) as engine:
+        ((found,),) = engine.generate([source], SamplingParams(max_new_tokens=NEW))
+    assert list(found.tokens) == expected(model, source)[0]
+    model.generation_config.bad_words_ids = [[9, 3]]
+    with pytest.raises(ConfigError, match="in a row"):
+        serve(model, {"inference": SMALL})
+
+
+def test_a_decoder_may_have_other_words_than_its_encoder():
+    config = transformers.MarianConfig(
+        **{**BART, "decoder_vocab_size": 50, "vocab_size": 96, "forced_eos_token_id": None},
+        share_encoder_decoder_embeddings=False, pad_token_id=0, eos_token_id=None,
+        decoder_start_token_id=START,
+    )  # fmt: skip
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    with serve(model, {"inference": SMALL}) as engine:
+        ((found,),) = engine.generate([sources()[3]], SamplingParams(max_new_tokens=NEW))
+    assert list(found.tokens) == expected(model, sources()[3])[0]
+
+
+def test_a_source_and_its_answer_have_a_context_each():
+    model = model_of("bart")
+    context = model.config.max_position_embeddings
+    source = [3 + token % 40 for token in range(context - 8)]
+    section = {**SMALL, "max_sequences": 1, "cache_bytes": 2**30}
+    with serve(model, {"inference": section}) as engine:
+        params = SamplingParams(max_new_tokens=context - 10)
+        ((found,),) = engine.generate([source], params)
+        ((again,),) = engine.generate([source], params)
+    assert len(found.tokens) == context - 10
+    assert again.tokens == found.tokens
+    assert 0 < again.cached_tokens <= len(source)
+
+
+def test_a_script_gets_what_the_module_would_give():
+    model, source = model_of("t5"), torch.tensor([sources()[3]])
+    wanted = model.generate(source, max_new_tokens=NEW, do_sample=False)
+    target = torch.tensor([[START, 5, 6]])
+    logits = model(input_ids=source, decoder_input_ids=target).logits
+    engine = init_inference(model, {"dtype": "fp32", "max_out_tokens": 128})
+    with torch.no_grad():
+        found = engine(input_ids=source, decoder_input_ids=target, use_cache=False).logits
+    torch.testing.assert_close(found, logits)
+    assert torch.equal(engine.generate(source, max_new_tokens=NEW), wanted)
+    engine.destroy()

@@ -54,7 +54,8 @@ class InferenceEngine:
         adapters: low-rank changes of the model that requests can choose.
 
     Args:
-        module: a causal language model of Transformers with values. It is read, never changed.
+        module: of Transformers, with values: a causal language model, or an encoder and a decoder.
+            It is read, never changed.
         section: limits and choices.
         request: tokenizer and stop tokens.
         formats: how weights lie in memory.
@@ -82,7 +83,9 @@ class InferenceEngine:
         self._formats, self._shared = formats or choice.Formats(), shared
         model, self._plain = self._chosen()
         size = section.block_size
-        room = Room.of(section, self.context, model.layers, model.dtype, agree or list)
+        self._start = loading.start_of(module)
+        longest = self.context if self._start is None else 2 * self.context + size
+        room = Room.of(section, longest, model.layers, model.dtype, agree or list)
         blocks = BlockManager(room.blocks, size, prefix_caching=section.prefix_caching)
         self.cache = PagedCache(
             model.layers, blocks.blocks, size, dtype=model.dtype, device=model.device,
@@ -105,11 +108,15 @@ class InferenceEngine:
         )
         self.put, self.query = self.ragged.put, self.ragged.query
         self.can_schedule, self.flush = self.ragged.can_schedule, self.ragged.flush
-        self._sampler = Sampler(frozenset(self.stop_tokens), loading.forced_tokens_of(module))
+        self._sampler = Sampler(
+            frozenset(self.stop_tokens),
+            loading.forced_tokens_of(module),
+            loading.barred_tokens_of(module),
+        )
         self._results: dict[int, list[Result]] = {}
         self._groups: dict[int, BeamGroup] = {}
         self._drafter: Drafter | None = None
-        self._start, self._numbers = loading.start_of(module), count()
+        self._numbers = count()
         self.lockstep = False
         self._drafted = self._accepted = 0
         self._on_close: list[Callable[[], object]] = []

@@ -258,6 +258,25 @@ def forced_tokens_of(module: nn.Module) -> tuple[int | None, int | None]:
     return first, last
 
 
+def barred_tokens_of(module: nn.Module) -> frozenset[int]:
+    """The tokens that the module's config for generation forbids, such as a padding that is scored.
+
+    Raises:
+        ConfigError: it forbids several tokens in a row.
+    """
+    config = getattr(module, "generation_config", None)
+    words = getattr(config, "bad_words_ids", None) or ()
+    if longer := [word for word in words if len(word) != 1]:
+        raise ConfigError(
+            f"the generation config forbids {list(longer[0])} in a row (bad_words_ids); only "
+            "single tokens can be forbidden"
+        )
+    single = {int(word[0]) for word in words} - stop_tokens_of(module)  # which no bad word forbids
+    found = {*single, *(getattr(config, "suppress_tokens", None) or ())}
+    vocabulary = vocabulary_of(module)
+    return frozenset(token for token in found if token >= 0 and token < (vocabulary or token + 1))
+
+
 def _first_of(module: nn.Module, *names: str) -> int | None:
     for name in names:
         for config in (getattr(module, "generation_config", None), _text_config(module)):
@@ -316,6 +335,11 @@ def drafter_of(engine: InferenceEngine) -> Drafter | None:
         return PromptLookup()
     model = engine.ragged.model
     module = load_model(Path(section.speculative_model), model.dtype).to(model.device)
+    if start_of(module) is not None or start_of(engine.module) is not None:
+        raise ConfigError(
+            "inference.speculative_model: models do not guess with or for an encoder-decoder; "
+            "leave it out, and the prompt is looked up"
+        )
     mine, wanted = vocabulary_of(module), vocabulary_of(engine.module)
     if mine != wanted:
         raise ConfigError(

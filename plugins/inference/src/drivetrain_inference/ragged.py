@@ -117,10 +117,16 @@ class RaggedEngine:
             result = self.can_schedule(numbers, [len(each) for each in new])
             if result is not SchedulingResult.Success:
                 raise SchedulingError(result)
+        begun = set(numbers) - self.tables.keys()
         tables = [self.tables.setdefault(number, BlockTable()) for number in numbers]
-        for table, each in zip(tables, new, strict=True):
-            self.cache.copy(self.blocks.extend(table, len(each)))
-        logits = self.run(list(zip(tables, new, strict=True)))
+        try:
+            for table, each in zip(tables, new, strict=True):
+                self.cache.copy(self.blocks.extend(table, len(each)))
+            logits = self.run(list(zip(tables, new, strict=True)))
+        except BaseException:
+            for number in begun:  # others keep what they had, and room for what they did not get
+                self.blocks.release(self.tables.pop(number))
+            raise
         for table, each in zip(tables, new, strict=True):
             table.length += len(each)
         return logits

@@ -24,12 +24,13 @@ class Result:
         """What the client gets, once it has ended."""
         sequence = self.sequence
         assert sequence.finish_reason is not None
+        source = sequence.source or sequence.prompt  # which is filled up where there is a source
         return Completion(
             tuple(sequence.output),
             self.text.text,
             sequence.finish_reason,
             tuple(sequence.logprobs) if sequence.params.logprobs is not None else (),
-            sequence.cached_tokens,
+            min(sequence.cached_tokens, len(source)),
         )
 
 

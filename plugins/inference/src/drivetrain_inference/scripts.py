@@ -15,7 +15,8 @@ from torch import nn
 
 from drivetrain.errors import ConfigError
 from drivetrain_inference.engine import InferenceEngine as Engine
-from drivetrain_inference.loading import serve
+from drivetrain_inference.loading import serve, start_of
+from drivetrain_inference.models.crossed import is_crossed
 from drivetrain_inference.ragged import all_logits
 from drivetrain_inference.requests import SamplingParams
 
@@ -87,6 +88,7 @@ class InferenceEngine(nn.Module):
             or self._keeps_cache(named.get("use_cache"))
             or torch.is_grad_enabled()
             or ids.dim() != 2
+            or is_crossed(self.module)
         ):
             return self.module(*args, **kwargs)
         if mask is not None and (
@@ -136,7 +138,8 @@ class InferenceEngine(nn.Module):
             **options: of :class:`SamplingParams` under Transformers' names.
 
         Returns:
-            [rows * num_return_sequences, tokens], prompts first.
+            [rows * num_return_sequences, tokens], prompts first; of a model with an encoder what
+            its decoder has written, from the token that it begins with.
 
         Raises:
             ConfigError: an option is not known, or cannot be served.
@@ -144,7 +147,9 @@ class InferenceEngine(nn.Module):
         unknown = {name for name, value in options.items() if value is not None} - _GENERATION
         if unknown:
             raise ConfigError(f"generate does not know {', '.join(sorted(unknown))}")
-        width = input_ids.shape[1]
+        start = start_of(self.module)
+        before = input_ids if start is None else torch.full_like(input_ids[:, :1], start)
+        width = before.shape[1]
         given = {name: value for name, value in options.items() if value is not None}
         given.setdefault("max_new_tokens", (max_length or width + 20) - width)
         given["temperature"] = given.get("temperature", 1.0) if do_sample else 0.0
@@ -157,7 +162,7 @@ class InferenceEngine(nn.Module):
         longest = max(len(tokens) for _, tokens in new)
         found = input_ids.new_full((len(new), width + longest), pad_token_id or 0)
         for place, (row, tokens) in enumerate(new):
-            found[place, :width] = input_ids[row]
+            found[place, :width] = before[row]
             found[place, width : width + len(tokens)] = found.new_tensor(tokens)
         return found
 

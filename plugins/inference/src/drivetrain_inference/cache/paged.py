@@ -25,7 +25,7 @@ class LayerSpec:
         window: keys that a query sees at most; 0 for all.
         softcap: of the scores; 0 for none.
         sinks: whether heads have a score of their own without a value.
-        places: whether keys carry their places (ALiBi), which codes of 8 bits cannot keep.
+        whole: why codes of 8 bits cannot keep its keys; empty where they can.
     """
 
     kv_heads: int
@@ -35,7 +35,7 @@ class LayerSpec:
     window: int = 0
     softcap: float = 0.0
     sinks: bool = False
-    places: bool = False
+    whole: str = ""
 
 
 FORMATS = {"int8": torch.int8, "fp8": torch.uint8}
@@ -61,7 +61,7 @@ class PagedCache:
             for keys and values as they are.
 
     Raises:
-        ConfigError: codes are wanted of keys that carry their places.
+        ConfigError: codes are wanted of keys that they cannot keep.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class PagedCache:
         form: str = "",
     ) -> None:
         self.size, self.layers = size, tuple(layers)
-        if form and any(layer.places for layer in layers):
+        whole = next((layer.whole for layer in layers if layer.whole), "")
+        if form and whole:
             raise ConfigError(
-                f"inference.cache_format: {form} cannot keep the places that the model's keys "
-                "carry (ALiBi); leave cache_format out"
+                f"inference.cache_format: {form} is not served with {whole}; leave cache_format out"
             )
         kept = FORMATS.get(form, dtype)
 

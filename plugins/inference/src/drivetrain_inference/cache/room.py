@@ -67,7 +67,7 @@ class Room:
 
         Args:
             section: limits.
-            context: most tokens of a sequence.
+            context: most tokens of a sequence, with the source of one that has an encoder.
             layers: of the model, with this rank's heads.
             dtype: of keys and values.
             agree: see :data:`Agree`; by default the numbers are this rank's.

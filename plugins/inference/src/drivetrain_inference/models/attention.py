@@ -66,15 +66,22 @@ class PagedAttention:
         AttentionInterface._global_mapping.pop(self.name, None)
 
     def record(self, run: Callable[[], object]) -> list[LayerSpec]:
-        """What the model's attention modules keep, seen while ``run`` runs a few tokens."""
+        """What the model's attention modules keep, seen while ``run`` runs a few tokens.
+
+        Where that fails, Transformers is left as it was.
+        """
         self._order.clear()
         self.layers.clear()
-        self._run(self._record, run)
-        if not self.layers:
-            raise ConfigError(
-                f"no module of {type(self._module).__name__} calls Transformers' attention "
-                "interface, so there is nothing to keep in a cache"
-            )
+        try:
+            self._run(self._record, run)
+            if not self.layers:
+                raise ConfigError(
+                    f"no module of {type(self._module).__name__} calls Transformers' attention "
+                    "interface, so there is nothing to keep in a cache"
+                )
+        except BaseException:
+            self.close()
+            raise
         return list(self.layers)
 
     def over(self, cache: PagedCache, batch: RaggedBatch, run: Callable[[], Any]) -> Any:
@@ -175,7 +182,7 @@ class PagedAttention:
                 key.shape[3],
                 value.shape[3],
                 sinks=sinks,
-                places=module in self._placed,
+                whole="keys that carry their places (ALiBi)" if module in self._placed else "",
                 **facts,
             )
         )

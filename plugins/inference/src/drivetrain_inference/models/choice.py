@@ -145,14 +145,14 @@ def _crossed(
 
 def crossed_difference(model: CrossedModel, tokens: list[int]) -> float:
     """:func:`difference` of an encoder-decoder: two sources, of which one comes in two pieces."""
-    size, start, target = 4, tokens[0], tokens[4:]
+    embedding = model.module.get_decoder().get_input_embeddings()  # may be smaller (Marian)
+    size, own = 4, [token % len(embedding.weight) for token in (tokens[0], *tokens[4:])]
     cache = PagedCache(model.layers, 16, size, dtype=model.dtype, device=model.device)
     sources = [tuple(tokens[:7]), tuple(tokens[3:6])]
     tables = [
         BlockTable([5, 6, 7, 8, 9, 10], source=sources[0]),
         BlockTable([11, 0, 3, 2], source=sources[1]),
     ]
-    own = [start, *target]
     texts = [[*sources[0], 0, *own], [*sources[1], 0, *own]]
     wanted = [model.reference(list(source), own) for source in sources]
     spread = float((wanted[0].amax(1) - wanted[0].amin(1)).max())

@@ -154,7 +154,8 @@ class CrossedAttention(PagedAttention):
             raise ConfigError(f"{type(module).__name__} attends twice in one forward")
         layer = sum(other is crossed for _, other in self._places.values())
         self._places[module] = (layer, crossed)
-        spec = LayerSpec(key.shape[1], key.shape[3], value.shape[3], scale)
+        kept = key.shape[1], key.shape[3], value.shape[3]
+        spec = LayerSpec(*kept, scale, whole="an encoder-decoder")
         if not crossed:
             self.layers.append(spec)
         elif self.layers[layer : layer + 1] != [spec]:
@@ -226,13 +227,19 @@ class CrossedModel:
         if "input_ids" not in inspect.signature(module.forward).parameters:
             raise ConfigError(f"{kind} reads something else than tokens, and only those are served")
         self.module: Any = module
-        self._attention = CrossedAttention(module)
         weight = next(module.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        probe = self._encoded([1, 1, 1])
-        self.layers: list[LayerSpec] = self._attention.record(
-            lambda: self._decoded(probe, [1, 1], [0, 1], 2)
-        )
+        try:
+            probe = self._encoded([1, 1, 1])
+            self._attention = CrossedAttention(module)
+            self.layers: list[LayerSpec] = self._attention.record(
+                lambda: self._decoded(probe, [1, 1], [0, 1], 2)
+            )
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{kind} cannot be run as an encoder and then a decoder over its output, which "
+                f"encoder-decoders are served as: {error}"
+            ) from error
 
     @torch.no_grad()
     def __call__(self, cache: PagedCache, batch: RaggedBatch) -> torch.Tensor:

@@ -23,14 +23,16 @@ class Sampler:
         stop_tokens: the model's, which ``min_new_tokens`` forbids for a while.
         ends: the first token of every result, and the one that ends those of full length; ``None``
             for one that is chosen as any other.
+        barred: tokens that are never chosen.
     """
 
     def __init__(
         self,
         stop_tokens: frozenset[int] = frozenset(),
         ends: tuple[int | None, int | None] = (None, None),
+        barred: frozenset[int] = frozenset(),
     ) -> None:
-        self._stop_tokens, self._ends = stop_tokens, ends
+        self._stop_tokens, self._ends, self._barred = stop_tokens, ends, sorted(barred)
 
     @torch.no_grad()
     def __call__(
@@ -63,7 +65,7 @@ class Sampler:
         early = len(sequence.output) < params.min_new_tokens
         changes = params.repetition_penalty != 1 or params.no_repeat_ngram_size > 0
         forced = self._forced(sequence) is not None
-        return changes or early or forced or sequence.edit is not None
+        return bool(self._barred) or changes or early or forced or sequence.edit is not None
 
     def _forced(self, sequence: Sequence) -> int | None:
         """The token that the model's config wants at this place."""
@@ -98,6 +100,8 @@ class Sampler:
         if len(sequence.output) < params.min_new_tokens:
             stops = {*params.stop_tokens, *(() if params.ignore_eos else self._stop_tokens)}
             scores[sorted(stops)] = float("-inf")
+        if self._barred:
+            scores[self._barred] = float("-inf")
         if sequence.edit is not None:
             scores = sequence.edit(sequence.output, scores)
         forced = self._forced(sequence)
