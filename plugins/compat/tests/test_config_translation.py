@@ -129,6 +129,10 @@ PRUNES_ALL = {
             {"compression_training": {}},
         ),
         (PRUNES_ALL, PRUNES_ALL),
+        (
+            {"scheduler": {"type": "OfMine", "params": {"warmup_type": "cosine"}}},
+            {"scheduler": {"type": "OfMine", "params": {"warmup_type": "cosine"}}},
+        ),
     ],
 )
 def test_what_a_config_becomes(given, expected):
@@ -296,6 +300,10 @@ def test_sizes_of_batches_may_be_set_and_completed_again(monkeypatch):
     config.train_batch_size = 31
     with pytest.raises(AssertionError, match="31 != 3"):
         config._configure_train_batch_size()
+    for wrong in (0, -16, "32"):
+        config.train_batch_size = wrong
+        with pytest.raises(AssertionError, match=f"from 1 on, not {wrong!r}"):
+            config._configure_train_batch_size()
 
 
 def test_keys_without_effect_are_shown_as_they_were_given():

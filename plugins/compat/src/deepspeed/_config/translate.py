@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepspeed._config.keys import DEFAULTS, OPEN
+from deepspeed._parts.schedules import VALID_LR_SCHEDULES
 from drivetrain.plan.known import SECTIONS
 from drivetrain.plan.registry import Registry
 from drivetrain.wording import as_json, did_you_mean
@@ -20,9 +21,7 @@ from drivetrain.wording import as_json, did_you_mean
 Config = dict[str, Any]
 
 LOOSE = frozenset(
-    {
-        *("activation_checkpointing", "aio", "checkpoint", "eigenvalue", "optimizer", "scheduler"),
-    }
+    ("activation_checkpointing", "aio", "checkpoint", "eigenvalue", "optimizer", "scheduler")
 )
 """Sections in which DeepSpeed never looks at keys that it does not know."""
 
@@ -137,7 +136,9 @@ def _spellings(done: Translation) -> None:
     scheduler = done.config.get("scheduler")
     scheduler = scheduler if isinstance(scheduler, dict) else {}
     params = scheduler.get("params")
-    if isinstance(params, dict) and params.get("warmup_type", "log") not in ("log", "linear"):
+    known = scheduler.get("type") in VALID_LR_SCHEDULES  # others may have kinds of their own
+    params = params if known and isinstance(params, dict) else {}
+    if params.get("warmup_type", "log") not in ("log", "linear"):
         done.notes.append(
             f'scheduler.params.warmup_type: {as_json(params["warmup_type"])} is "log"'
         )

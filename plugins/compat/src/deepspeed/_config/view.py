@@ -13,6 +13,7 @@ from deepspeed._config.keys import DEFAULTS
 from deepspeed._config.translate import translate
 from deepspeed._parts.errors import AsDeepSpeed
 from drivetrain.contracts.loop.batch import solve_batch
+from drivetrain.errors import ConfigError
 from drivetrain.plan.plan import Plan
 
 if TYPE_CHECKING:
@@ -116,15 +117,17 @@ class DeepSpeedConfig:
         """Complete the three sizes of batches after a script has set some of them.
 
         Raises:
-            ConfigError: they do not multiply, or are too few.
+            ConfigError: they do not multiply, are too few, or no positive whole numbers.
         """
-        batch = solve_batch(
+        sizes = (
             self.train_batch_size,
             self.train_micro_batch_size_per_gpu,
             self.gradient_accumulation_steps,
-            self.world_size,
-            self._plan.shards_origin(),
         )
+        for size in sizes:
+            if size is not None and (type(size) is not int or size < 1):
+                raise ConfigError(f"sizes of batches are whole numbers from 1 on, not {size!r}")
+        batch = solve_batch(*sizes, self.world_size, self._plan.shards_origin())
         self.train_batch_size = batch.train_batch_size
         self.train_micro_batch_size_per_gpu = batch.micro_batch_size
         self.gradient_accumulation_steps = batch.accumulation_steps
