@@ -32,7 +32,6 @@ from drivetrain_inference.requests import Completion, Progress, SamplingParams
 from drivetrain_inference.results import Result, best_of
 from drivetrain_inference.sampling.beams import BeamSearch
 from drivetrain_inference.sampling.groups import BeamGroup
-from drivetrain_inference.sampling.sampler import Sampler
 from drivetrain_inference.sampling.speculation import Drafter
 from drivetrain_inference.scheduler import Scheduler, Work
 from drivetrain_inference.section import InferenceSection
@@ -54,8 +53,7 @@ class InferenceEngine:
         adapters: low-rank changes of the model that requests can choose.
 
     Args:
-        module: of Transformers, with values: a causal language model, or an encoder and a decoder.
-            It is read, never changed.
+        module: of Transformers with values, which generates. It is read, never changed.
         section: limits and choices.
         request: tokenizer and stop tokens.
         formats: how weights lie in memory.
@@ -83,8 +81,8 @@ class InferenceEngine:
         self._formats, self._shared = formats or choice.Formats(), shared
         model, self._plain = self._chosen()
         size = section.block_size
-        self._start = loading.start_of(module)
-        longest = self.context if self._start is None else 2 * self.context + size
+        self._start, self._numbers = loading.start_of(module), count()
+        longest = asked.longest(self.context, self._start, size)
         room = Room.of(section, longest, model.layers, model.dtype, agree or list)
         blocks = BlockManager(room.blocks, size, prefix_caching=section.prefix_caching)
         self.cache = PagedCache(
@@ -108,15 +106,10 @@ class InferenceEngine:
         )
         self.put, self.query = self.ragged.put, self.ragged.query
         self.can_schedule, self.flush = self.ragged.can_schedule, self.ragged.flush
-        self._sampler = Sampler(
-            frozenset(self.stop_tokens),
-            loading.forced_tokens_of(module),
-            loading.barred_tokens_of(module),
-        )
+        self._sampler = loading.sampler_of(module, self.stop_tokens)
         self._results: dict[int, list[Result]] = {}
         self._groups: dict[int, BeamGroup] = {}
         self._drafter: Drafter | None = None
-        self._numbers = count()
         self.lockstep = False
         self._drafted = self._accepted = 0
         self._on_close: list[Callable[[], object]] = []

@@ -24,6 +24,7 @@ from drivetrain.plan.registry import Registry
 if TYPE_CHECKING:
     from drivetrain_inference.engine import InferenceEngine
     from drivetrain_inference.models.choice import Formats
+    from drivetrain_inference.sampling.sampler import Sampler
     from drivetrain_inference.sampling.speculation import Drafter
     from drivetrain_inference.section import InferenceSection
 
@@ -247,6 +248,17 @@ def start_of(module: nn.Module) -> int | None:
             "decoder begins"
         )
     return found
+
+
+def sampler_of(module: nn.Module, stop_tokens: Iterable[int]) -> Sampler:
+    """What draws tokens as the module's configs say.
+
+    Raises:
+        ConfigError: they forbid several tokens in a row.
+    """
+    from drivetrain_inference.sampling.sampler import Sampler
+
+    return Sampler(frozenset(stop_tokens), forced_tokens_of(module), barred_tokens_of(module))
 
 
 def forced_tokens_of(module: nn.Module) -> tuple[int | None, int | None]:

@@ -218,6 +218,11 @@ def laid(
     return (*tokens, *[0] * (-len(tokens) % size), start), tokens
 
 
+def longest(context: int, start: int | None, size: int) -> int:
+    """Most tokens of a sequence: a source and what is written for it have a ``context`` each."""
+    return context if start is None else 2 * context + size
+
+
 __all__ = [
     "Completion",
     "FinishReason",
@@ -226,4 +231,5 @@ __all__ = [
     "Sequence",
     "TokenLogprobs",
     "laid",
+    "longest",
 ]
