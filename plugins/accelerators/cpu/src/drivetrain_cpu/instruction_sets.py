@@ -48,7 +48,7 @@ INSTRUCTION_SETS = (
     InstructionSet(
         "amx",
         _X86,
-        _PAIRS | {"amx_tile", "amx_bf16", "amx_int8"},
+        _PAIRS | {"amx_tile", "amx_bf16"},
         (*_PAIRS_FLAGS, "-DDRIVETRAIN_AMX"),
     ),
     InstructionSet("avx512bf16", _X86, _PAIRS, _PAIRS_FLAGS),

@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "vectors.h"
+
 #if defined(DRIVETRAIN_AMX) && defined(__linux__) && defined(__AVX512BF16__) && \
     (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define DRIVETRAIN_TILES 1
@@ -22,7 +24,7 @@
 
 namespace drivetrain {
 
-#define DRIVETRAIN_FOR_TILES __attribute__((target("amx-tile,amx-bf16,amx-int8")))
+#define DRIVETRAIN_FOR_TILES __attribute__((target("amx-tile,amx-bf16")))
 
 constexpr int kTileSide = 16;   // rows of a tile, and words of a panel that it takes
 constexpr int kTileBytes = 64;  // of a row of a tile
@@ -56,31 +58,20 @@ DRIVETRAIN_FOR_TILES inline void shape_tiles(int first, int second) {
 
 DRIVETRAIN_FOR_TILES inline void free_tiles() { _tile_release(); }
 
-// How the unit multiplies: pairs of bfloat16, or signed bytes by unsigned ones.
-enum class Numbers { kPairs, kBytes };
-
-#define DRIVETRAIN_TIMES(to, x, columns)                                   \
-  do {                                                                     \
-    if constexpr (kNumbers == Numbers::kPairs) _tile_dpbf16ps(to, x, columns); \
-    else _tile_dpbsud(to, x, columns);                                     \
-  } while (false)
-
-// Adds the products of 16 words; rows of x are `stride` bytes apart.
-template <Numbers kNumbers, bool kBoth>
+// Adds the products of 16 words, each a pair of bfloat16; rows of x are `stride` bytes apart.
+template <bool kBoth>
 DRIVETRAIN_FOR_TILES inline void add_words(const char* x, int64_t stride, const char* panel) {
   _tile_loadd(6, panel, kPanelLine);
   _tile_loadd(4, x, stride);
-  DRIVETRAIN_TIMES(0, 4, 6);
+  _tile_dpbf16ps(0, 4, 6);
   _tile_loadd(7, panel + kTileBytes, kPanelLine);
-  DRIVETRAIN_TIMES(1, 4, 7);
+  _tile_dpbf16ps(1, 4, 7);
   if constexpr (kBoth) {
     _tile_loadd(5, x + kTileSide * stride, stride);
-    DRIVETRAIN_TIMES(2, 5, 6);
-    DRIVETRAIN_TIMES(3, 5, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
   }
 }
-
-#undef DRIVETRAIN_TIMES
 
 // The last words of a panel, with zeros after them, beside those of a block of rows.
 struct alignas(64) LastWords {
@@ -101,7 +92,7 @@ struct alignas(64) LastWords {
 
 // Sums [rows, 32] of up to kBlock rows, as tiles are shaped for them; rows of sums are `line` bytes
 // apart. With kAdd they are added to what is there.
-template <Numbers kNumbers, bool kBoth, bool kAdd>
+template <bool kBoth, bool kAdd>
 DRIVETRAIN_FOR_TILES void block_of_rows(const char* x, int64_t stride, int64_t words,
                                         const char* panel, void* sums, int64_t line,
                                         LastWords* last = nullptr, int64_t rows = 0) {
@@ -125,11 +116,11 @@ DRIVETRAIN_FOR_TILES void block_of_rows(const char* x, int64_t stride, int64_t w
   }
   int64_t k = 0;
   for (; k + kTileSide <= words; k += kTileSide) {
-    add_words<kNumbers, kBoth>(x + 4 * k, stride, panel + k * kPanelLine);
+    add_words<kBoth>(x + 4 * k, stride, panel + k * kPanelLine);
   }
   if (last != nullptr) {
     last->take(x + 4 * k, stride, rows);
-    add_words<kNumbers, kBoth>(last->x, kTileBytes, last->panel);
+    add_words<kBoth>(last->x, kTileBytes, last->panel);
   }
   _tile_stored(0, to, line);
   _tile_stored(1, to + kTileBytes, line);
@@ -139,11 +130,11 @@ DRIVETRAIN_FOR_TILES void block_of_rows(const char* x, int64_t stride, int64_t w
   }
 }
 
-// Calls take(row, the 32 sums of its columns) for all rows; they are of 32 bits each.
-template <Numbers kNumbers, typename Sums, typename Take>
+// Calls take(row, the 32 sums of its columns) for all rows.
+template <typename Take>
 void tiles_times_panel(const void* x, int64_t stride, int64_t rows, int64_t words, const void* panel,
                        const Take& take) {
-  alignas(64) Sums sums[kBlock][kPanelLine / sizeof(Sums)];
+  alignas(64) Floats sums[kBlock][kPanelLine / sizeof(Floats)];
   const char* from = static_cast<const char*>(x);
   const char* columns = static_cast<const char*>(panel);
   const int64_t left = words % kTileSide;
@@ -158,9 +149,9 @@ void tiles_times_panel(const void* x, int64_t stride, int64_t rows, int64_t word
     shaped = here;
     const char* at = from + row * stride;
     if (second > 0) {
-      block_of_rows<kNumbers, true, false>(at, stride, words, columns, sums, kPanelLine, last, here);
+      block_of_rows<true, false>(at, stride, words, columns, sums, kPanelLine, last, here);
     } else {
-      block_of_rows<kNumbers, false, false>(at, stride, words, columns, sums, kPanelLine, last, here);
+      block_of_rows<false, false>(at, stride, words, columns, sums, kPanelLine, last, here);
     }
     for (int64_t r = 0; r < here; ++r) take(row + r, sums[r]);
   }

@@ -104,7 +104,7 @@ class TiledQueries {
     for (int64_t row = 0; row < rows_; row += kBlock) {
       const char* query = reinterpret_cast<const char*>(s_.query + row * a_.dim);
       for (int64_t key = 0; key < padded; key += kPanel) {
-        block_of_rows<Numbers::kPairs, kBoth, false>(
+        block_of_rows<kBoth, false>(
             query, 2 * a_.dim, a_.dim / 2,
             reinterpret_cast<const char*>(s_.keys + key / 2 * a_.dim),
             s_.scores + row * kTiledKeys + key, 4 * kTiledKeys);
@@ -115,7 +115,7 @@ class TiledQueries {
     for (int64_t row = 0; row < rows_; row += kBlock) {
       const char* weights = reinterpret_cast<const char*>(s_.weights + row * kTiledKeys);
       for (int64_t column = 0; column < a_.value_dim; column += kPanel) {
-        block_of_rows<Numbers::kPairs, kBoth, true>(
+        block_of_rows<kBoth, true>(
             weights, 2 * kTiledKeys, padded / 2,
             reinterpret_cast<const char*>(s_.values + column * kTiledKeys / 2),
             s_.sums + row * a_.value_dim + column, 4 * a_.value_dim);

@@ -7,12 +7,23 @@
 namespace drivetrain {
 namespace {
 
+constexpr int64_t kChunk = 96;
+
 // Rows that pass a panel together: they stay in the second-level cache while panels pass. Where the
-// matrix unit multiplies, that is the larger part of it, as panels have to come from farther away.
-inline int64_t rows_together(int64_t rows, [[maybe_unused]] int64_t bytes_of_row) {
-  int64_t most = 96;
+// matrix unit multiplies, that is the larger part of it, as panels have to come from farther away;
+// but each thread has several items, as long as there are rows for that.
+template <typename T>
+int64_t rows_together(int64_t rows, [[maybe_unused]] int64_t inputs, [[maybe_unused]] int64_t panels,
+                      [[maybe_unused]] int threads) {
+  int64_t most = kChunk;
 #if defined(DRIVETRAIN_TILES)
-  most = std::max(most, (1 << 20) / std::max<int64_t>(1, bytes_of_row));
+  if (std::is_same_v<T, uint16_t> && tiles_allowed()) {
+    const int64_t bytes = std::max<int64_t>(1, inputs * static_cast<int64_t>(sizeof(T)));
+    most = std::max(kChunk, (1 << 20) / bytes);
+    while (most > kChunk && panels * ((rows + most - 1) / most) < 4 * threads) {
+      most = std::max(kChunk, most / 2);
+    }
+  }
 #endif
   const int64_t parts = std::max<int64_t>(1, (rows + most - 1) / most);
   return std::max<int64_t>(1, ((rows + parts - 1) / parts + 31) / 32 * 32);
@@ -40,7 +51,7 @@ template <typename T>
 void packed(const T* x, const T* panels, const T* bias, T* y, int64_t rows, int64_t inputs,
             int64_t outputs, int threads) {
   const int64_t words = inputs / kWord<T>, number_of_panels = (outputs + kPanel - 1) / kPanel;
-  const int64_t together = rows_together(rows, inputs * static_cast<int64_t>(sizeof(T)));
+  const int64_t together = rows_together<T>(rows, inputs, number_of_panels, threads);
   const int64_t items = number_of_panels * ((rows + together - 1) / together);
   for_each_item(threads, items, run_of(items, threads), [&](int64_t item) {
     const int64_t first = item / number_of_panels * together, p = item % number_of_panels;

@@ -156,7 +156,7 @@ inline void times_panel(const T* x, int64_t stride, int64_t rows, int64_t words,
   if constexpr (std::is_same_v<T, uint16_t>) {
     if (tiles_allowed()) {
       const int64_t bytes = stride * static_cast<int64_t>(sizeof(T));
-      tiles_times_panel<Numbers::kPairs, Floats>(x, bytes, rows, words, panel, take);
+      tiles_times_panel(x, bytes, rows, words, panel, take);
       return;
     }
   }
